@@ -1,0 +1,1 @@
+"""Smalti: patch-level learning for vision transformers."""
