@@ -1,0 +1,404 @@
+"""One adapter over timm's vision transformers: the only encoder that the rest of Smalti knows.
+
+Letters: B images, C channels, H W pixels, h w the patch grid, N = h*w patches, R prefix tokens (class token first,
+then registers), D embed_dim, L visible patches.
+"""
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from smalti.errors import ConfigError, ShapeError
+from smalti.functional.patches import patchify
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class PatchFeatures(NamedTuple):
+    """What an encoder says about a batch of images."""
+
+    patches: Tensor
+    """``(B, N, D)`` patch tokens in raster order, after the final norm, prefix tokens removed."""
+    prefix: Tensor
+    """``(B, R, D)`` class token (first, where there is one) and registers; R may be 0."""
+    grid: tuple[int, int]
+    """``(h, w)`` patches down and across, ``N = h * w``."""
+
+
+class Encoder(nn.Module):
+    """A timm ``VisionTransformer`` seen as patches in, patch tokens out.
+
+    Handles class token or none, registers, LayerScale, pre-norm, 1..N input channels and any image size that the
+    patch size divides: positions are resampled to the grid at hand.
+
+    Args:
+        vit: built by :func:`build_encoder`, that is with ``dynamic_img_size=True`` and no classification head.
+        name: timm's name of the architecture.
+        model_args: what ``timm.create_model`` needs beside the name to build the same model again.
+        mean: per channel, of images in 0..1; a single number serves all channels.
+        std: likewise.
+        pretrained: whether the weights come from training; methods then leave positions and weights as they are.
+        pos_antialias: antialias the bicubic resampling of positions. True is timm's way; False is that of the
+            official DINO, iBOT and DINOv2 code, and changes DINOv2 features a lot away from the native grid.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        name: str,
+        model_args: Mapping[str, Any],
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        pretrained: bool = False,
+        pos_antialias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.vit = vit
+        self.name = name
+        self.model_args = dict(model_args)
+        self.pretrained = pretrained
+        self.pos_antialias = pos_antialias
+        self.mean, self.std = (
+            _per_channel(values, vit.in_chans, what) for values, what in ((mean, "mean"), (std, "std"))
+        )
+        self.register_buffer("_mean", torch.tensor(self.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the width of a token."""
+        return self.vit.embed_dim
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.vit.blocks)
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the first block."""
+        return self.vit.blocks[0].attn.num_heads
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """``(height, width)`` of a patch in pixels."""
+        height, width = self.vit.patch_embed.patch_size
+        return int(height), int(width)
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """``(H, W)`` at which the position embedding has its native grid, in pixels."""
+        height, width = self.vit.patch_embed.img_size
+        return int(height), int(width)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an input image."""
+        return self.vit.in_chans
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """R: the class token, if there is one, and the registers."""
+        return self.vit.num_prefix_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is a class token."""
+        return self.vit.cls_token is not None
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which :func:`encoder_from_config` builds the same architecture."""
+        return {
+            "architecture": self.name,
+            "model_args": {**self.model_args, "img_size": list(self.img_size), "in_chans": self.in_chans},
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "pos_antialias": self.pos_antialias,
+        }
+
+    def check_size(self, height: int, width: int) -> tuple[int, int]:
+        """The patch grid ``(h, w)`` of an image.
+
+        Raises:
+            ShapeError: if the patch size does not divide the image.
+        """
+        ph, pw = self.patch_size
+        if height % ph or width % pw or min(height, width) < 1:
+            fit = f"{max(height // ph, 1) * ph}x{max(width // pw, 1) * pw}"
+            size = f"{ph}" if ph == pw else f"{ph}x{pw}"
+            raise ShapeError(
+                f"images are {height}x{width} pixels, which patch_size={size} does not divide; "
+                f"crop them to {fit} or choose another patch_size"
+            )
+        return height // ph, width // pw
+
+    def normalize(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Images as the network wants them: ``(x - mean) / std``.
+
+        Args:
+            images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1.
+        """
+        if images.shape[1] != self.in_chans:
+            raise ShapeError(
+                f"images have {images.shape[1]} channels, {self.name} takes {self.in_chans}; "
+                f"read them with data.channels={self.in_chans} or build the encoder for {images.shape[1]}"
+            )
+        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
+        return (scaled - self._mean) / self._std
+
+    def encode(self, images: Num[Tensor, "B C H W"]) -> PatchFeatures:
+        """Patch tokens of whole images.
+
+        Args:
+            images: ``(B, C, H, W)`` on the encoder's device; uint8 is normalised here, float must be already
+                (:meth:`normalize`). H and W are multiples of the patch size.
+
+        Raises:
+            ShapeError: if the patch size does not divide the images, or the channels don't fit.
+        """
+        if images.dtype == torch.uint8:
+            images = self.normalize(images)
+        tokens, grid = self.embed_patches(images)
+        sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid)))
+        return PatchFeatures(sequence[:, self.num_prefix_tokens :], sequence[:, : self.num_prefix_tokens], grid)
+
+    def image_features(self, images: Num[Tensor, "B C H W"], pool: str = "auto") -> Float[Tensor, "B D"]:
+        """One vector an image, from :meth:`encode`.
+
+        Args:
+            images: as in :meth:`encode`.
+            pool: ``cls`` the class token, ``avg`` the mean patch, ``auto`` the class token where there is one.
+
+        Raises:
+            ConfigError: for another ``pool``, or ``cls`` without a class token.
+        """
+        return pool_features(self.encode(images), pool, self.has_class_token)
+
+    # The lower door, for methods.
+
+    def embed_patches(
+        self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B L"] | None = None
+    ) -> tuple[Float[Tensor, "B L D"], tuple[int, int]]:
+        """Linear embedding of the patches of normalised images, without positions and prefix tokens.
+
+        Args:
+            images: ``(B, C, H, W)`` normalised.
+            ids_keep: ``(B, L)`` raster numbers of the patches to embed; None embeds all, L = N. Hidden patches cost
+                nothing.
+
+        Returns:
+            ``(B, L, D)`` tokens, and the grid ``(h, w)`` of the whole image.
+        """
+        grid = self.check_size(images.shape[-2], images.shape[-1])
+        embed = self.vit.patch_embed
+        if ids_keep is None:
+            return embed(images).flatten(1, 2), grid
+        pixels = patchify(images, self.patch_size)
+        pixels = pixels.gather(1, ids_keep[..., None].expand(-1, -1, pixels.shape[-1]))
+        return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias)), grid
+
+    def positions(self, grid: tuple[int, int]) -> tuple[Float[Tensor, "1 N D"], Float[Tensor, "1 R D"] | None] | None:
+        """Learned (or fixed) positions at a grid: of the patches, and of the prefix tokens (None: they have none).
+
+        Returns None for a model without positions.
+        """
+        pos_embed = self.vit.pos_embed
+        if pos_embed is None:
+            return None
+        num_prefix = 0 if self.vit.no_embed_class else self.num_prefix_tokens
+        pos_embed = resample_abs_pos_embed(
+            pos_embed,
+            new_size=list(grid),
+            old_size=list(self.vit.patch_embed.grid_size),
+            num_prefix_tokens=num_prefix,
+            antialias=self.pos_antialias,
+        )
+        return pos_embed[:, num_prefix:], pos_embed[:, :num_prefix] if num_prefix else None
+
+    def assemble(
+        self,
+        tokens: Float[Tensor, "B L D"],
+        positions: tuple[Tensor, Tensor | None] | None,
+        ids_keep: Int[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B R+L D"]:
+        """Put the prefix tokens in front and add positions.
+
+        Args:
+            tokens: ``(B, L, D)`` from :meth:`embed_patches`.
+            positions: from :meth:`positions`, or any pair of that form (given by a position field, say); patch
+                positions may have a batch axis of B; None adds none.
+            ids_keep: ``(B, L)`` places of the tokens in the grid, where they are a subset.
+        """
+        patch_pos, prefix_pos = positions if positions is not None else (None, None)
+        if patch_pos is not None:
+            if ids_keep is not None:
+                patch_pos = patch_pos.expand(len(tokens), -1, -1)
+                patch_pos = patch_pos.gather(1, ids_keep[..., None].expand(-1, -1, patch_pos.shape[-1]))
+            tokens = tokens + patch_pos
+        if not self.num_prefix_tokens:
+            return self.vit.pos_drop(tokens)
+        prefix = torch.cat([p for p in (self.vit.cls_token, self.vit.reg_token) if p is not None], dim=1)
+        if prefix_pos is not None:
+            prefix = prefix + prefix_pos
+        return self.vit.pos_drop(torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1))
+
+    def forward_tokens(self, sequence: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Run the blocks and the final norm over an assembled sequence of any length T."""
+        sequence = self.vit.norm_pre(sequence)
+        for block in self.vit.blocks:
+            sequence = block(sequence)
+        return self.vit.norm(sequence)
+
+    def forward_layers(
+        self, sequence: Float[Tensor, "B T D"], layers: Sequence[int], norm: bool = True
+    ) -> list[Float[Tensor, "B T D"]]:
+        """Outputs of chosen blocks (0 the first, negative from the end), each through the final norm if ``norm``.
+
+        Raises:
+            ConfigError: for a layer that the encoder doesn't have.
+        """
+        wanted = [layer % self.depth for layer in layers if -self.depth <= layer < self.depth]
+        if len(wanted) != len(layers) or not wanted:
+            raise ConfigError(f"layers={list(layers)}: {self.name} has {self.depth} blocks, 0..{self.depth - 1}")
+        outputs: dict[int, Tensor] = {}
+        sequence = self.vit.norm_pre(sequence)
+        for number, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
+            sequence = block(sequence)
+            if number in wanted:
+                outputs[number] = self.vit.norm(sequence) if norm else sequence
+        return [outputs[number] for number in wanted]
+
+    def to_timm(self) -> VisionTransformer:
+        """A plain timm model with these weights, on the CPU, in eval mode.
+
+        ``forward_features`` equals the tokens of :meth:`encode` (prefix first) at the native size; ``forward`` gives
+        the class token, or the mean patch where there is none.
+        """
+        model = timm.create_model(self.name, **self.timm_args())
+        model.load_state_dict({key: value.detach().cpu() for key, value in self.vit.state_dict().items()}, strict=True)
+        return model.eval()
+
+    def timm_args(self) -> dict[str, Any]:
+        """Arguments with which ``timm.create_model(name, ...)`` builds the plain model of :meth:`to_timm`."""
+        arguments = {
+            **self.model_args,
+            "img_size": list(self.img_size),
+            "in_chans": self.in_chans,
+            "num_classes": 0,
+            "fc_norm": False,
+            "global_pool": "token" if self.has_class_token else "avg",
+        }
+        return {key: value for key, value in arguments.items() if key != "drop_path_rate"}
+
+
+def pool_features(features: PatchFeatures, pool: str, has_class_token: bool) -> Float[Tensor, "B D"]:
+    """One vector an image: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` where there is one).
+
+    Raises:
+        ConfigError: for another ``pool``, or ``cls`` without a class token.
+    """
+    if pool not in ("auto", "cls", "avg"):
+        raise ConfigError(f"pool={pool!r}: one of auto, cls, avg is needed here")
+    if pool == "cls" and not has_class_token:
+        raise ConfigError("pool=cls needs a class token, which this encoder does not have; use pool=avg")
+    return features.patches.mean(1) if pool == "avg" or not has_class_token else features.prefix[:, 0]
+
+
+def build_encoder(
+    name: str,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int = 3,
+    seed: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **model_args: Any,
+) -> Encoder:
+    """An encoder with random weights.
+
+    Args:
+        name: a timm vision transformer such as ``vit_small_patch16_224``; a tag after a dot is ignored.
+        img_size: native image size in pixels; None takes the architecture's own.
+        in_chans: input channels, 1..N.
+        seed: makes the weights a function of this number, and leaves torch's own random state as it was.
+        mean: normalisation per channel; None takes ImageNet's for three channels, 0.5 elsewhere.
+        std: likewise, 0.25 elsewhere.
+        model_args: further arguments of timm's ``VisionTransformer``, such as ``reg_tokens`` or ``drop_path_rate``.
+
+    Raises:
+        ConfigError: if timm has no such model, or it is not a ``VisionTransformer``.
+        ShapeError: if the patch size does not divide ``img_size``.
+    """
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        vits = timm.list_models("*vit*")
+        near = difflib.get_close_matches(architecture, vits, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else "for example vit_small_patch16_224"
+        raise ConfigError(f"timm has no model '{architecture}'; {hint}")
+    arguments = {**model_args, "in_chans": in_chans}
+    if img_size is not None:
+        arguments["img_size"] = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+    try:
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            vit = timm.create_model(
+                architecture,
+                **{**arguments, "num_classes": 0, "global_pool": "", "fc_norm": False, "dynamic_img_size": True},
+            )
+    except (TypeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"timm can't build '{architecture}' with {arguments} as a vision transformer: {error}"
+        ) from error
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(
+            f"'{architecture}' is a {type(vit).__name__}; Smalti needs a timm VisionTransformer, "
+            "for example vit_small_patch16_224"
+        )
+    known = in_chans == 3
+    encoder = Encoder(
+        vit,
+        architecture,
+        model_args,
+        mean or (IMAGENET_MEAN if known else (0.5,)),
+        std or (IMAGENET_STD if known else (0.25,)),
+    )
+    encoder.check_size(*encoder.img_size)
+    return encoder
+
+
+def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
+    """The architecture that :meth:`Encoder.config` describes, with random weights.
+
+    Raises:
+        ConfigError: if a part of the description is missing or timm can't build it.
+    """
+    missing = {"architecture", "model_args", "mean", "std"} - set(config)
+    if missing:
+        raise ConfigError(f"the encoder's description lacks {', '.join(sorted(missing))}")
+    encoder = build_encoder(
+        config["architecture"], seed=0, mean=config["mean"], std=config["std"], **dict(config["model_args"])
+    )
+    encoder.pos_antialias = bool(config.get("pos_antialias", True))
+    return encoder
+
+
+def clone_encoder(encoder: Encoder) -> Encoder:
+    """A second encoder with equal weights and no shared tensors (a teacher, say)."""
+    return copy.deepcopy(encoder)
+
+
+def _per_channel(values: Sequence[float], channels: int, what: str) -> tuple[float, ...]:
+    """One value a channel; a single value serves all."""
+    if len(values) not in (1, channels):
+        raise ConfigError(f"{what} has {len(values)} values, the images have {channels} channels; give 1 or {channels}")
+    return tuple(float(value) for value in (values if len(values) == channels else list(values) * channels))
