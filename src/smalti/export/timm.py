@@ -1,0 +1,130 @@
+"""An encoder as a folder that timm opens by itself, proven to give the same tokens."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from smalti.config import write_atomically
+from smalti.errors import ConfigError, WeightsError
+from smalti.models.encoder import Encoder, clone_encoder
+
+TOLERANCE = 1e-6
+"""Largest difference of a token, in absolute numbers, at which two models count as the same."""
+
+
+class TimmExport(NamedTuple):
+    """What :func:`export_timm` wrote, and how equal it is."""
+
+    path: Path
+    """The folder, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
+    max_difference: float
+    """Largest absolute difference over all tokens of one random image, at most :data:`TOLERANCE`."""
+
+
+def export_timm(encoder: Encoder, out: Path) -> TimmExport:
+    """Write an encoder as ``model.safetensors`` and ``config.json``, which timm opens without Smalti.
+
+    The folder is written under a temporary name beside its place, opened through timm, compared with the encoder on a
+    random image, and only then renamed: what stands under ``out`` has passed. ``smalti.load("OUT/model.safetensors")``
+    builds the encoder again from the key ``smalti`` of ``config.json``. Away from the native image size timm resamples
+    positions with antialiasing; an encoder with ``pos_antialias=False`` keeps its own way only through ``smalti.load``.
+
+    Args:
+        encoder: on any device; the comparison runs on the CPU in float32.
+        out: a folder that does not exist yet, or is empty.
+
+    Raises:
+        ConfigError: if ``out`` is a file or holds something, or can't be written.
+        WeightsError: if timm's model differs by more than :data:`TOLERANCE`; nothing is left behind.
+    """
+    check_target(out)
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        state = {key: value.contiguous() for key, value in encoder.to_timm().state_dict().items()}
+        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_atomically(temporary / "config.json", json.dumps(timm_config(encoder), indent=2) + "\n")
+        difference = compare(encoder, temporary)
+        if not difference <= TOLERANCE:  # also NaN
+            raise WeightsError(
+                f"timm's model differs from the encoder by {difference:.3g} on a random image, "
+                f"at most {TOLERANCE:g} is allowed; {out} was not written"
+            )
+        if out.is_dir():
+            out.rmdir()
+        temporary.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{out}: can't be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return TimmExport(out, difference)
+
+
+def check_target(out: Path) -> None:
+    """Refuse a folder that holds something, or a file.
+
+    Raises:
+        ConfigError: naming what is there.
+    """
+    if out.is_dir():
+        held = next(iter(sorted(out.iterdir())), None)
+        if held is not None:
+            raise ConfigError(f"{out}: the folder is not empty (it holds {held.name}); name a new or an empty folder")
+    elif out.exists() or out.is_symlink():
+        raise ConfigError(f"{out}: is a file, a folder is needed; name a new or an empty folder")
+
+
+def timm_config(encoder: Encoder) -> dict[str, Any]:
+    """What timm's local-dir layout wants in ``config.json``, with the encoder's own description under ``smalti``."""
+    height, width = encoder.img_size
+    arguments = encoder.timm_args()
+    return {
+        "architecture": encoder.name,
+        "num_classes": 0,
+        "num_features": encoder.embed_dim,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [encoder.in_chans, height, width],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
+            "num_classes": 0,
+            "pool_size": None,
+            # timm before 1.0.27 takes every first convolution for a three-channel one and draws it anew if it isn't.
+            "first_conv": "patch_embed.proj" if encoder.in_chans == 3 else None,
+            "classifier": "head",
+        },
+        "smalti": encoder.config(),
+    }
+
+
+@torch.inference_mode()
+def compare(encoder: Encoder, folder: Path) -> float:
+    """Largest absolute difference between an encoder's tokens and those of the timm model in a folder.
+
+    Args:
+        encoder: on any device; a copy on the CPU is asked.
+        folder: in timm's local-dir layout.
+    """
+    ours = clone_encoder(encoder).cpu().float().eval()
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = ours.normalize(torch.rand(1, encoder.in_chans, *encoder.img_size, generator=generator))
+    features = ours.encode(images)
+    tokens = torch.cat([features.prefix, features.patches], dim=1)
+    return (tokens - theirs.forward_features(images)).abs().max().item()
