@@ -27,7 +27,7 @@ Tree = dict[str, Any]
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys and keeps field docs."""
     config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False)
-    return pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)  # type: ignore[return-value,call-overload]
+    return pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
 
 
 def read_yaml(path: Path) -> Tree:
@@ -103,10 +103,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        old_is_tree, value_is_tree = isinstance(old, Mapping), isinstance(value, Mapping)
-        if old_is_tree and value is not None:
-            result[key] = merge(old, value if value_is_tree else {"name": value})
-        elif value_is_tree and old is not None:
+        if isinstance(old, Mapping) and value is not None:
+            result[key] = merge(old, value if isinstance(value, Mapping) else {"name": value})
+        elif isinstance(value, Mapping) and old is not None:
             result[key] = merge({"name": old}, value)
         else:
             result[key] = value

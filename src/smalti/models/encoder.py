@@ -51,6 +51,9 @@ class Encoder(nn.Module):
             official DINO, iBOT and DINOv2 code, and changes DINOv2 features a lot away from the native grid.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(
         self,
         vit: VisionTransformer,
