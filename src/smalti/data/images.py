@@ -1,0 +1,187 @@
+"""Image files into arrays: every format and bit depth the same way, and damaged files refused instead of half read.
+
+Decoding is OpenCV's, from the file's bytes. Some decoders return the upper half of a cut file without a word, so the
+end of each file is looked at first.
+"""
+
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from smalti.data.tiff import Tiff
+from smalti.errors import DataError
+
+ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+"""Endings of the files that are read as images, in lower case; upper case is the same."""
+
+cv2.setNumThreads(0)  # processes are our parallelism; threads inside them would fight over the cores
+cv2.utils.logging.setLogLevel(
+    cv2.utils.logging.LOG_LEVEL_SILENT
+)  # a damaged file is our error with the file's name, not a line of OpenCV's on stderr
+
+_DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # alpha dropped, palette resolved, EXIF orientation applied
+_JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # neither stuffing, nor restart, nor filling
+_FLOAT_SLACK = 1e-3  # how far a float image may leave 0..1 by rounding
+
+
+def read_image(path: Path, channels: int = 3) -> np.ndarray:
+    """Pixels of an image file: ``(H, W, channels)``, RGB, uint8; float32 in 0..1 for 16-bit and float files.
+
+    Grey becomes three channels by repeating, colour becomes one by luminance, alpha is dropped, palettes are resolved,
+    EXIF orientation is applied. TIFFs of N samples a pixel, or of N grey pages, are read with ``channels=N``.
+
+    Raises:
+        DataError: if the file can't be read, is cut short or damaged, or has another number of channels.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror or error})") from None
+    try:
+        return decode_image(data, channels)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
+    """The same as :func:`read_image` for the bytes of a file; errors don't name the file."""
+    try:
+        check_complete(data)
+        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            image, is_rgb = _decode_tiff(data, channels)
+        else:
+            flags = _DECODE if channels in (1, 3) else cv2.IMREAD_UNCHANGED
+            image, is_rgb = cv2.imdecode(np.frombuffer(data, np.uint8), flags), False
+    except cv2.error as error:
+        raise DataError(f"can't be decoded ({error.err or error.code})") from None
+    if image is None:
+        raise DataError("can't be decoded; it is damaged, or not an image")
+    return _to_range(_to_channels(image, channels, is_rgb))
+
+
+def check_complete(data: bytes) -> None:
+    """Refuse the bytes of an image file that is empty, cut short, or (PNG) damaged.
+
+    Raises:
+        DataError: saying what is missing, without the file's name.
+    """
+    if not data:
+        raise DataError("an empty file")
+    if data[:2] == b"\xff\xd8":
+        if not _jpeg_is_complete(data):
+            raise DataError(f"a JPEG cut short after {len(data)} bytes")
+    elif data[:8] == b"\x89PNG\r\n\x1a\n":
+        _check_png(data)
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        needed = 8 + int.from_bytes(data[4:8], "little")
+        if len(data) < needed:
+            raise DataError(f"a WebP cut short: {len(data)} of {needed} bytes")
+    elif data[:2] == b"BM":
+        _check_bmp(data)
+
+
+def _jpeg_is_complete(data: bytes) -> bool:
+    """Whether the image's own end marker is there: thumbnails inside and films appended have markers too."""
+    place = 2
+    while place + 4 <= len(data):  # segments, each with its length, up to the first scan
+        if data[place] != 0xFF:
+            return False
+        marker = data[place + 1]
+        if marker in (0xFF, 0x01):
+            place += 1 if marker == 0xFF else 2
+            continue
+        if marker == 0xD9:
+            return False  # an end before any pixel
+        place += 2 + struct.unpack_from(">H", data, place + 2)[0]
+        if marker == 0xDA:
+            break
+    while match := _JPEG_MARKER.search(data, place):  # after a scan: its end, or tables and another scan
+        if match[1] == b"\xd9":
+            return True
+        if match.end() + 2 > len(data):
+            return False
+        place = match.end() + struct.unpack_from(">H", data, match.end())[0]
+    return False
+
+
+def _check_png(data: bytes) -> None:
+    place = 8
+    while place + 12 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        kind = data[place + 4 : place + 8]
+        end = place + 12 + length
+        if end > len(data):
+            break
+        is_critical = not kind[0] & 32
+        if is_critical and zlib.crc32(memoryview(data)[place + 4 : end - 4]) != int.from_bytes(
+            data[end - 4 : end], "big"
+        ):
+            raise DataError(f"a damaged PNG: the checksum of its {kind.decode('latin1')} chunk is wrong")
+        if kind == b"IEND":
+            return
+        place = end
+    raise DataError(f"a PNG cut short after {len(data)} bytes")
+
+
+def _check_bmp(data: bytes) -> None:
+    if len(data) < 34:
+        raise DataError(f"a BMP cut short after {len(data)} bytes")
+    offset, width, height, bits, compression = (
+        *struct.unpack_from("<I", data, 10),
+        *struct.unpack_from("<ii", data, 18),
+        *struct.unpack_from("<H", data, 28),
+        *struct.unpack_from("<I", data, 30),
+    )
+    if data[14] >= 40 and compression in (0, 3):  # rows of whole 4-byte words; packed ones tell no length
+        needed = offset + (width * bits + 31) // 32 * 4 * abs(height)
+        if len(data) < needed:
+            raise DataError(f"a BMP cut short: {len(data)} of {needed} bytes")
+
+
+def _decode_tiff(data: bytes, channels: int) -> tuple[np.ndarray | None, bool]:
+    """Pixels of a TIFF, and whether they are in the file's order (RGB) already."""
+    tiff = Tiff(data)
+    page = tiff.pages[0]
+    as_channels = tiff.channels == channels > 1 and (len(tiff.pages) > 1 or not (page.is_colour and channels == 3))
+    if as_channels:
+        return tiff.read_channels(), True
+    is_picture = page.is_colour or page.samples == 1 or (page.samples == 2 and page.has_alpha)
+    if len(tiff.pages) > 1 or not is_picture or page.samples > 4:
+        raise DataError(_channels_line(tiff.describe(), tiff.channels, channels))
+    return cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE), False
+
+
+def _to_channels(image: np.ndarray, channels: int, is_rgb: bool) -> np.ndarray:
+    """``(H, W)`` or ``(H, W, n)`` in OpenCV's order -> ``(H, W, channels)`` in RGB order."""
+    found = 1 if image.ndim == 2 else image.shape[2]
+    if found in (3, 4) and not is_rgb:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB if found == 3 else cv2.COLOR_BGRA2RGBA)
+    if found == channels:
+        return image if image.ndim == 3 else image[:, :, None]
+    if found == 1 and channels == 3:
+        return cv2.merge([image] * 3)
+    if found == 3 and channels == 1:
+        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
+    raise DataError(_channels_line(f"{found} channel{'s' * (found > 1)}", found, channels))
+
+
+def _channels_line(what: str, found: int, channels: int) -> str:
+    return f"{what}, but data.channels={channels}; set data.channels={found} or convert the image"
+
+
+def _to_range(image: np.ndarray) -> np.ndarray:
+    """uint8 as it is; 16-bit and float -> float32 in 0..1."""
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype == np.uint16:
+        return image.astype(np.float32) / np.float32(65535)
+    if image.dtype not in (np.float32, np.float64):
+        raise DataError(f"pixels of type {image.dtype}; save it as 8 or 16 bit unsigned, or as float in 0..1")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):  # also true of nan
+        raise DataError(f"float pixels from {low:g} to {high:g}; they must lie in 0..1")
+    return np.clip(image, 0, 1).astype(np.float32)
