@@ -1,0 +1,159 @@
+"""Scores of a labelling, all of them from one confusion matrix.
+
+Letters: G classes of the ground truth, P predicted classes or clusters; ``C[g, p]`` counts what has ground truth g and
+prediction p. Nothing else is kept of the pixels, so a data set of any size costs G * P numbers.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Integer
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from smalti.errors import ConfigError, DataError
+
+IGNORE = 255
+
+Absent = Literal["zero", "skip"]
+Matching = Literal["direct", "hungarian", "many-to-one-iou", "many-to-one-precision"]
+
+
+class ConfusionMatrix:
+    """Counts of ground truth against prediction, updated batch by batch.
+
+    Args:
+        num_classes: G.
+        num_preds: P; None takes G.
+        ignore: ground-truth value that counts nowhere, and is no class.
+        device: where the counts live; batches must be on the same device.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_preds: int | None = None,
+        ignore: int = IGNORE,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_classes = num_classes
+        self.num_preds = num_classes if num_preds is None else num_preds
+        self.ignore = ignore
+        self.matrix = torch.zeros(self.num_classes, self.num_preds, dtype=torch.int64, device=device)
+        """``(G, P)`` int64 counts so far."""
+
+    def update(self, target: Integer[Tensor, "*S"], pred: Integer[Tensor, "*S"]) -> None:
+        """Count one batch of any shape.
+
+        Args:
+            target: ground truth, 0..G-1 or ``ignore``.
+            pred: predictions, 0..P-1; read only where the ground truth is not ignored.
+
+        Raises:
+            DataError: if a value lies outside its range.
+        """
+        valid = target != self.ignore
+        truth, guess = target[valid].long(), pred[valid].long()
+        for name, values, count in (("ground truth", truth, self.num_classes), ("prediction", guess, self.num_preds)):
+            if values.numel() and (values.min() < 0 or values.max() >= count):
+                raise DataError(
+                    f"{name} holds the values {int(values.min())}..{int(values.max())}, there are {count} classes: "
+                    f"0..{count - 1} and {self.ignore} for ignored pixels are allowed"
+                )
+        counts = torch.bincount(truth * self.num_preds + guess, minlength=self.matrix.numel())
+        self.matrix += counts.view_as(self.matrix)
+
+
+def iou_matrix(matrix: Int[Tensor, "G P"]) -> Float[Tensor, "G P"]:
+    """Intersection over union of each class with each prediction, float64; 0 where neither occurs."""
+    union = matrix.sum(1, keepdim=True) + matrix.sum(0, keepdim=True) - matrix
+    return _ratio(matrix, union)
+
+
+def precision_matrix(matrix: Int[Tensor, "G P"]) -> Float[Tensor, "G P"]:
+    """Share of each prediction that belongs to each class, float64; 0 for a prediction that never occurs."""
+    return _ratio(matrix, matrix.sum(0, keepdim=True).expand_as(matrix))
+
+
+def match_direct(matrix: Int[Tensor, "G P"]) -> Int[Tensor, " P"]:
+    """Prediction p means class p: the heads that were trained with labels.
+
+    Raises:
+        ConfigError: if there are not as many predictions as classes.
+    """
+    num_classes, num_preds = matrix.shape
+    if num_classes != num_preds:
+        raise ConfigError(f"direct matching needs as many predictions as classes, got {num_preds} and {num_classes}")
+    return torch.arange(num_preds)
+
+
+def match_hungarian(matrix: Int[Tensor, "G P"]) -> Int[Tensor, " P"]:
+    """The one-to-one mapping prediction -> class with the greatest sum of IoU; predictions left over go to class 0."""
+    classes, preds = linear_sum_assignment(iou_matrix(matrix).cpu().numpy(), maximize=True)
+    mapping = torch.zeros(matrix.shape[1], dtype=torch.int64)
+    mapping[torch.from_numpy(preds)] = torch.from_numpy(classes)
+    return mapping
+
+
+def match_many_to_one(matrix: Int[Tensor, "G P"], score: Literal["iou", "precision"] = "iou") -> Int[Tensor, " P"]:
+    """Each prediction goes to the class it scores best with; ties go to the lower class.
+
+    Precision sends a cluster to the class of its majority, which favours large classes; IoU gives rare ones a chance.
+    """
+    scores = iou_matrix(matrix) if score == "iou" else precision_matrix(matrix)
+    return scores.argmax(0).cpu()
+
+
+MATCHINGS: dict[Matching, Callable[[Tensor], Tensor]] = {
+    "direct": match_direct,
+    "hungarian": match_hungarian,
+    "many-to-one-iou": lambda matrix: match_many_to_one(matrix, "iou"),
+    "many-to-one-precision": lambda matrix: match_many_to_one(matrix, "precision"),
+}
+
+
+def fold(matrix: Int[Tensor, "G P"], mapping: Int[Tensor, " P"]) -> Int[Tensor, "G G"]:
+    """The square matrix after predictions were renamed: column p is added to column ``mapping[p]``."""
+    folded = torch.zeros(len(matrix), len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return folded.index_add_(1, mapping.to(matrix.device), matrix)
+
+
+def class_iou(matrix: Int[Tensor, "G G"]) -> Float[Tensor, " G"]:
+    """IoU of each class, tp / (tp + fp + fn), float64; NaN for a class in neither ground truth nor prediction."""
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    return matrix.diagonal().double() / union  # 0 / 0 is NaN
+
+
+def mean_iou(matrix: Int[Tensor, "G G"], absent: Absent = "skip") -> float:
+    """Mean of :func:`class_iou` over the classes.
+
+    Args:
+        matrix: ``(G, G)``, predictions already mapped to classes.
+        absent: what a class in neither ground truth nor prediction counts: ``zero`` (Leopart, NeCo: the mean is
+            over all G) or ``skip`` (mmsegmentation, DINOv3: it is left out).
+    """
+    return _mean(class_iou(matrix), absent)
+
+
+def class_recall(matrix: Int[Tensor, "G G"]) -> Float[Tensor, " G"]:
+    """Share of each class that is found, float64; NaN for a class without ground truth."""
+    return matrix.diagonal().double() / matrix.sum(1)
+
+
+def accuracy(matrix: Int[Tensor, "G G"]) -> float:
+    """Share of all counted pixels or images whose prediction is right; NaN if nothing was counted."""
+    return float(matrix.diagonal().sum().double() / matrix.sum())
+
+
+def balanced_accuracy(matrix: Int[Tensor, "G G"]) -> float:
+    """Mean of :func:`class_recall` over the classes that occur."""
+    return _mean(class_recall(matrix), "skip")
+
+
+def _mean(values: Float[Tensor, " G"], absent: Absent) -> float:
+    return float(values.nanmean() if absent == "skip" else values.nan_to_num(0.0).mean())
+
+
+def _ratio(counts: Int[Tensor, "G P"], total: Int[Tensor, "G P"]) -> Float[Tensor, "G P"]:
+    return counts.double() / total.clamp(min=1)
