@@ -1,0 +1,283 @@
+"""The training loader: an endless stream of batches that depends on the seed and the step, and on nothing else.
+
+Which images a step sees, and every random number of their augmentation, are functions of (seed, epoch, image). So
+there is no state to save: a loader started at step k gives the same bits as one that ran there, with any number of
+workers, and one process sees the same images as two with half its batch each.
+"""
+
+import contextlib
+import csv
+import functools
+import io
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from smalti.data.folders import ImageSet, read_image
+from smalti.data.views import MultiCrop, SampleViews, Skipped, Views, collate
+from smalti.errors import DataError, RunError
+
+_MAX_TRIES = 32
+_MAX_UNREADABLE = 0.1
+_HEADER = ("path", "reason")
+_GOLDEN, _MIX_A, _MIX_B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def sample_key(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit hash of (seed, epoch, index): the randomness of one image in one epoch."""
+    return int(_sample_keys(seed, epoch, np.array([index], dtype=np.uint64))[0])
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """``(n,)`` int64: the permutation in which an epoch goes through n images; the same in every version of NumPy."""
+    keys = _sample_keys(seed, epoch, np.arange(n, dtype=np.uint64), stream=1)
+    return np.argsort(keys, kind="stable")
+
+
+def _sample_keys(seed: int, epoch: int, index: np.ndarray, stream: int = 0) -> np.ndarray:
+    """splitmix64's finaliser over the parts, one after the other; int64, not negative."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what the generator wants
+        state = np.full_like(index, np.uint64(stream + 1) * _GOLDEN)
+        for part in (np.uint64(seed % 2**64), np.uint64(epoch), index):
+            z = state + (part + np.uint64(1)) * _GOLDEN
+            z = (z ^ (z >> np.uint64(30))) * _MIX_A
+            z = (z ^ (z >> np.uint64(27))) * _MIX_B
+            state = z ^ (z >> np.uint64(31))
+    return (state >> np.uint64(1)).astype(np.int64)
+
+
+def default_workers(device_type: str) -> int:
+    """Worker processes that a run starts unless told: none on a CPU, where they would fight the training for cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if device_type == "cpu" else min(8, cores)
+
+
+class TrainLoader:
+    """Iterates for ever over batches of :class:`Views`."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        views: MultiCrop,
+        *,
+        batch_size: int,
+        seed: int,
+        channels: int = 3,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int | None = None,
+        start_step: int = 0,
+        pin_memory: bool = False,
+    ):
+        """
+        Args:
+            images: what to read.
+            views: how an image becomes a sample; it is sent to the workers, so it must be picklable.
+            batch_size: images a step of this process; epochs run into one another, no image is dropped.
+            seed: of order and augmentation.
+            channels: of the images.
+            rank: number of this process; its step s starts at position ``(s * world_size + rank) * batch_size``.
+            world_size: number of processes.
+            num_workers: worker processes; None chooses as on a CPU, 0 reads in this process.
+            start_step: the first step to give.
+            pin_memory: page-locked batches, where there is a CUDA device.
+        """
+        self.start_step = start_step
+        self.num_workers = default_workers("cpu") if num_workers is None else num_workers
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+        self.seed = seed
+        self._batches = _Batches(images, views, batch_size, seed, channels, rank, world_size)
+
+    def __iter__(self) -> Iterator[Views]:
+        """Batches from ``start_step`` on.
+
+        Raises:
+            DataError: if many images in a row can't be read.
+            RunError: if a worker process was killed.
+        """
+        loader: DataLoader[Views | DataError] = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=_Steps(self.start_step),
+            num_workers=self.num_workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_start_worker,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed % 2**63),  # leaves torch's own generator alone
+        )
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise RunError(f"a data worker was killed ({error}); lower data.num_workers or free memory") from error
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class _Steps(Sampler[int]):
+    """Steps from a first one on, without end."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while True:
+            yield step
+            step += 1
+
+
+class _Batches(Dataset[Views | DataError]):
+    """The batch of a step; errors are returned, so that they cross from a worker as they are."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        views: MultiCrop,
+        batch_size: int,
+        seed: int,
+        channels: int,
+        rank: int,
+        world_size: int,
+    ):
+        if not len(images):
+            raise DataError(f"{images.root}: no images to train on")
+        self.paths = _Paths(images.paths)
+        self.views = views
+        self.batch_size, self.seed, self.channels = batch_size, seed, channels
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, step: int) -> Views | DataError:
+        first = (step * self.world_size + self.rank) * self.batch_size
+        skipped: list[Skipped] = []
+        try:
+            return collate([self._sample(first + i, skipped) for i in range(self.batch_size)], skipped)
+        except DataError as error:
+            return error
+
+    def _sample(self, position: int, skipped: list[Skipped]) -> SampleViews:
+        num_images = len(self.paths)
+        epoch, offset = divmod(position, num_images)
+        order = _cached_order(self.seed, epoch, num_images)
+        key = sample_key(self.seed, epoch, int(order[offset]))  # also a replacement's: it has a turn of its own
+        failed: list[Skipped] = []
+        for attempt in range(min(_MAX_TRIES, num_images)):
+            index = int(order[(offset + attempt) % num_images])
+            try:
+                image = read_image(self.paths[index], self.channels)
+            except DataError as error:
+                failed.append(Skipped(self.paths[index], str(error).removeprefix(f"{self.paths[index]}: ")))
+                continue
+            sample = self.views(image, np.random.Generator(np.random.Philox(key=key)))
+            sample.index, sample.key = index, key
+            skipped.extend(failed)
+            return sample
+        path, reason = failed[0]
+        raise DataError(f"{len(failed)} images in a row can't be read, the first: {path}: {reason}")
+
+
+class _Paths:
+    """Many paths in one buffer: a million Path objects would weigh gigabytes in every worker."""
+
+    def __init__(self, paths: Iterable[Path]):
+        names = [os.fsencode(path) for path in paths]
+        self._text = b"".join(names)
+        self._ends = np.cumsum([0, *map(len, names)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Path:
+        return Path(os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]]))
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return epoch_order(seed, epoch, n)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+
+
+class UnreadableLog:
+    """The images of a run that couldn't be read, in a CSV file that several processes may write."""
+
+    def __init__(self, path: Path, total: int):
+        """
+        Args:
+            path: the file; what it holds already counts.
+            total: images in the whole set.
+        """
+        self.path, self.total = path, total
+        self._reasons: dict[str, str] = {}
+        self._read()
+
+    @property
+    def count(self) -> int:
+        """Distinct unreadable images, of all processes, as of the last ``add``."""
+        return len(self._reasons)
+
+    def add(self, skipped: Iterable[Skipped]) -> None:
+        """Write down what is new.
+
+        Raises:
+            DataError: if more than a tenth of all images can't be read.
+        """
+        seen = {os.fsencode(path).decode(errors="backslashreplace"): reason for path, reason in skipped}
+        if not seen.keys() - self._reasons.keys():
+            return
+        self._read()  # what other processes found since
+        self._append([(path, reason) for path, reason in seen.items() if path not in self._reasons])
+        self._reasons = seen | self._reasons
+        if self.count > self.total * _MAX_UNREADABLE:
+            path, reason = next(iter(self._reasons.items()))
+            raise DataError(
+                f"{self.count} of {self.total} images can't be read, more than a tenth; the first: {path}: {reason}; "
+                f"all of them: {self.path}"
+            )
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", newline="") as file:
+            for row in csv.reader(file):
+                if len(row) == 2 and tuple(row) != _HEADER:
+                    self._reasons.setdefault(row[0], row[1])
+
+    def _append(self, rows: Iterable[tuple[str, str]]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self._write([_HEADER], os.O_CREAT | os.O_EXCL)
+            self._write(rows, 0)
+        except OSError as error:
+            raise RunError(f"{self.path}: can't be written ({error.strerror or error})") from error
+
+    def _write(self, rows: Iterable[tuple[str, str]], flags: int) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | flags, 0o644)
+        try:
+            os.write(handle, text.getvalue().encode())  # one write: lines of several processes don't mix
+        finally:
+            os.close(handle)
