@@ -11,12 +11,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from smalti.data.tiff import Tiff
 from smalti.errors import DataError
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 """Endings of the files that are read as images, in lower case; upper case is the same."""
+
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""Pillow's ways to say that a file is broken."""
 
 cv2.setNumThreads(0)  # processes are our parallelism; threads inside them would fight over the cores
 cv2.utils.logging.setLogLevel(
@@ -25,6 +29,7 @@ cv2.utils.logging.setLogLevel(
 
 _DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # alpha dropped, palette resolved, EXIF orientation applied
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # neither stuffing, nor restart, nor filling
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FLOAT_SLACK = 1e-3  # how far a float image may leave 0..1 by rounding
 
 
@@ -51,7 +56,7 @@ def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
     """The same as :func:`read_image` for the bytes of a file; errors don't name the file."""
     try:
         check_complete(data)
-        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        if data[:4] in _TIFF_STARTS:
             image, is_rgb = _decode_tiff(data, channels)
         else:
             flags = _DECODE if channels in (1, 3) else cv2.IMREAD_UNCHANGED
@@ -61,6 +66,25 @@ def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
     if image is None:
         raise DataError("can't be decoded; it is damaged, or not an image")
     return _to_range(_to_channels(image, channels, is_rgb))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file as :func:`read_image` gives it, from its header alone.
+
+    Raises:
+        DataError: if the header can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            is_tiff = file.read(4) in _TIFF_STARTS
+        if is_tiff:
+            page = Tiff(path.read_bytes()).pages[0]
+            return page.size if page.first(274, 1) < 5 else page.size[::-1]
+        with Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)  # turned by 90 degrees
+    except PILLOW_ERRORS as error:
+        raise DataError(f"{path}: can't be read ({error})") from None
 
 
 def check_complete(data: bytes) -> None:

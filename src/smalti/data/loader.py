@@ -109,7 +109,7 @@ class TrainLoader:
             sampler=_Steps(self.start_step),
             num_workers=self.num_workers,
             collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed % 2**63),  # leaves torch's own generator alone
@@ -213,7 +213,8 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """What each worker process does first."""
     cv2.setNumThreads(0)
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair

@@ -1,0 +1,282 @@
+"""Labelled images for evaluation: what is learned from, what is judged on, and how both are made ready for an encoder.
+
+Unlike in training nothing is random here: the same file gives the same array, resized the way published evaluations do.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from smalti.data.folders import SPLITS, ImageSample, ImageSet, open_images, read_image
+from smalti.data.images import PILLOW_ERRORS, image_size
+from smalti.data.loader import epoch_order, start_worker
+from smalti.data.views import Skipped
+from smalti.errors import DataError
+
+IGNORED = 255
+"""Value of the pixels in a mask that count for nothing, as long as there are at most 255 classes."""
+_TEST_SHARE = 0.2
+_NEEDED = {
+    "labels": "class folders (CLASS/image or SPLIT/CLASS/image)",
+    "masks": "masks (images/ with masks/ or instances/, and classes.txt)",
+}
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Images to learn from and others to be judged on."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    note: str
+    """How the two came about, one line for logs and results."""
+
+
+def open_labelled(
+    data: str | Path, *, split: str | None = None, seed: int = 0, need: Literal["labels", "masks"]
+) -> LabelledData:
+    """The labelled images at a path, in two parts.
+
+    Args:
+        data: as for :func:`~smalti.data.folders.open_images`.
+        split: what to judge on; None takes val, else test, else a fifth of the images, chosen by the seed.
+        seed: of that choice.
+        need: class labels or masks.
+
+    Raises:
+        DataError: if the layout hasn't what is needed, a split is missing, or train and test differ in their classes.
+    """
+    images = open_images(data)
+    layout = "classes" if need == "labels" else "masks"
+    if images.layout != layout:
+        objects = images.root / "objects"
+        hint = f"; there are some in {objects}" if need == "labels" and objects.is_dir() else ""
+        raise DataError(f"{images.root}: found layout '{images.layout}', this needs {_NEEDED[need]}{hint}")
+    if not images.classes:
+        raise DataError(f"{images.root}: no classes.txt; it needs one class name a line, the first for value 0")
+    if split is None and set(images.splits) <= {"train"}:
+        return _split_by_seed(images, images.classes, seed, by_label=need == "labels")
+    if split is not None and SPLITS.get(split, split) == "train":
+        raise DataError(f"{images.root}: split 'train' is what an evaluation learns from; judge on val or test")
+    test_name = split or ("val" if "val" in images.splits else "test")
+    test, train = images.subset(test_name), images.subset("train")
+    if need == "labels":
+        _check_classes(train, test)
+    return LabelledData(
+        train, test, images.classes, f"learned from train ({len(train)}), judged on {test_name} ({len(test)})"
+    )
+
+
+def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_label: bool) -> LabelledData:
+    """A fifth of the images to be judged on, of each class alike; at least one stays to learn from."""
+    groups: dict[int | None, list[int]] = {}
+    for i, sample in enumerate(images.samples):
+        groups.setdefault(sample.label if by_label else None, []).append(i)
+    judged: set[int] = set()
+    for group, members in groups.items():
+        num_test = min(max(1, round(_TEST_SHARE * len(members))), len(members) - 1)
+        order = epoch_order(seed, group or 0, len(members))
+        judged.update(members[i] for i in order[:num_test])
+    if not judged:
+        raise DataError(f"{images.root}: {len(images)} images, too few to learn from some and judge on others")
+    parts = [
+        tuple(sample for i, sample in enumerate(images.samples) if (i in judged) == is_test)
+        for is_test in (False, True)
+    ]
+    train, test = (ImageSet(images.root, images.layout, part, classes) for part in parts)
+    note = f"no splits found: a seeded 80/20 split, seed {seed} ({len(train)} and {len(test)} images)"
+    return LabelledData(train, test, classes, note)
+
+
+def _check_classes(train: ImageSet, test: ImageSet) -> None:
+    """Refuse class folders that one split has and the other hasn't; empty ones are there."""
+    known = {"train": _class_folders(train), str(test.samples[0].split): _class_folders(test)}
+    everywhere = set.intersection(*known.values())
+    differences = [
+        f"only in {split}: {', '.join(sorted(names - everywhere))}"
+        for split, names in known.items()
+        if names - everywhere
+    ]
+    if differences:
+        raise DataError(f"{train.root}: the splits have different classes; {'; '.join(differences)}")
+
+
+def _class_folders(images: ImageSet) -> set[str]:
+    classes = images.classes or ()
+    folder = images.samples[0].path.parent.parent
+    with_images = {classes[sample.label] for sample in images.samples if sample.label is not None}
+    return with_images | {name for name in classes if (folder / name).is_dir()}
+
+
+def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:
+    """Class of each pixel: ``(H, W)``, uint8 for up to 255 classes (255 is ignored), else int64.
+
+    Palette masks give their indices. Where there are only instances, 1 is any instance and 0 the rest.
+
+    Raises:
+        DataError: if the mask can't be read, has colours instead of numbers, another size than its image, or a value
+            for which there is no class.
+    """
+    source = sample.mask or sample.instances
+    if source is None:
+        raise DataError(f"{sample.path}: has no mask")
+    numbers = _read_numbers(source)
+    size = image_size(sample.path)
+    if numbers.shape != size:
+        mask_height, mask_width = numbers.shape
+        raise DataError(
+            f"{source}: {mask_width}x{mask_height} pixels, its image {sample.path.name} has {size[1]}x{size[0]}; "
+            "they must be the same"
+        )
+    if sample.mask is None:
+        return (numbers > 0).astype(np.uint8)
+    is_wrong = (numbers >= num_classes) | (numbers < 0)
+    if num_classes <= IGNORED:
+        is_wrong &= numbers != IGNORED
+    if is_wrong.any():
+        raise DataError(
+            f"{source}: holds the value {numbers[is_wrong].min()}, but classes.txt names {num_classes} classes "
+            f"(0..{num_classes - 1}; {IGNORED} is ignored)"
+        )
+    return numbers.astype(np.uint8 if num_classes <= IGNORED else np.int64)
+
+
+def _read_numbers(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
+                raise DataError(
+                    f"{path}: a mask of mode {image.mode}, it needs one number a pixel (grey or palette): "
+                    "the line in classes.txt, from 0"
+                )
+            numbers = np.asarray(image)
+    except PILLOW_ERRORS as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: can't be read as a mask ({error})") from None
+    return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
+
+
+def eval_image(path: Path, size: int, channels: int, mode: Literal["crop", "squash"]) -> np.ndarray:
+    """An image ready for an encoder: ``(size, size, C)``, uint8, or float32 in 0..1 for 16-bit and float files.
+
+    Args:
+        path: the image file.
+        size: side in pixels.
+        channels: C.
+        mode: ``crop``: short side to ``size * 256 / 224``, bicubic, then the central square: classification.
+            ``squash``: to ``size`` x ``size`` whatever its shape, bilinear: segmentation. Both antialiased.
+
+    Raises:
+        DataError: if the file can't be read.
+
+    Source: Caron et al., DINO, arXiv:2104.14294v2, evaluation code (crop); Balazevic et al., arXiv:2306.01667 (squash).
+    """
+    image = read_image(path, channels)
+    if mode == "squash":
+        return _resize_antialiased(image, size, size, "bilinear")
+    height, width = image.shape[:2]
+    short = round(size * 256 / 224)
+    if height <= width:
+        image = _resize_antialiased(image, short, max(short, int(short * width / height)), "bicubic")
+    else:
+        image = _resize_antialiased(image, max(short, int(short * height / width)), short, "bicubic")
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def _resize_antialiased(image: np.ndarray, height: int, width: int, kind: Literal["bilinear", "bicubic"]) -> np.ndarray:
+    if image.shape[:2] == (height, width):
+        return image
+    channels = image.shape[2]
+    if image.dtype == np.uint8 and channels in (1, 3):
+        method = Image.Resampling.BILINEAR if kind == "bilinear" else Image.Resampling.BICUBIC
+        picture = Image.fromarray(image if channels == 3 else image[:, :, 0])
+        return np.asarray(picture.resize((width, height), method)).reshape(height, width, channels)
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, (height, width), mode=kind, antialias=True)[0].permute(1, 2, 0)
+    if image.dtype == np.uint8:
+        return resized.round().clamp(0, 255).to(torch.uint8).numpy()
+    return resized.clamp(0, 1).numpy()
+
+
+def eval_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """``(size, size)``: the mask by nearest pixel, in the rule of ``F.interpolate(mode="nearest")``."""
+    rows, columns = (_nearest(side, size) for side in mask.shape)
+    return mask[rows[:, None], columns[None, :]]
+
+
+def _nearest(side: int, size: int) -> np.ndarray:
+    """``(size,)``: which of ``side`` places each of ``size`` places takes."""
+    ramp = torch.arange(side, dtype=torch.float64)[None, None]
+    return F.interpolate(ramp, size=size, mode="nearest")[0, 0].long().numpy()
+
+
+def eval_batches(
+    images: ImageSet,
+    size: int,
+    channels: int,
+    mode: Literal["crop", "squash"],
+    batch_size: int,
+    num_workers: int = 0,
+) -> Iterator[tuple[Tensor, list[int], list[Skipped]]]:
+    """All images once, in order: ``(B, C, S, S)`` uint8 or float32 in 0..1, their places in the set, who was left out.
+
+    Unreadable images are left out, so a batch may be smaller than ``batch_size``, or empty.
+    """
+    batches = _EvalBatches(images.samples, size, channels, mode, batch_size)
+    loader: DataLoader[Any] = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(len(batches)),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=start_worker,
+        generator=torch.Generator().manual_seed(0),  # leaves torch's own generator alone
+    )
+    yield from loader
+
+
+class _EvalBatches(Dataset[tuple[Tensor, list[int], list[Skipped]]]):
+    def __init__(
+        self,
+        samples: Sequence[ImageSample],
+        size: int,
+        channels: int,
+        mode: Literal["crop", "squash"],
+        batch_size: int,
+    ):
+        self.paths = [sample.path for sample in samples]
+        self.size, self.channels, self.mode, self.batch_size = size, channels, mode, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.paths) / self.batch_size)
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, list[int], list[Skipped]]:
+        arrays, places, skipped = [], [], []
+        first = batch * self.batch_size
+        for place, path in enumerate(self.paths[first : first + self.batch_size], first):
+            try:
+                arrays.append(eval_image(path, self.size, self.channels, self.mode))
+                places.append(place)
+            except DataError as error:
+                skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
+        if not arrays:
+            return torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8), places, skipped
+        if any(array.dtype != np.uint8 for array in arrays):
+            arrays = [array if array.dtype != np.uint8 else array / np.float32(255) for array in arrays]
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), places, skipped
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
