@@ -1,0 +1,3 @@
+"""Protocols that say what an encoder knows; importing this registers them."""
+
+from smalti.evaluation import knn as knn

@@ -1,14 +1,90 @@
-"""The contract of an evaluation: an encoder and labelled data in, a Result out."""
+"""The contract of an evaluation: an encoder and labelled data in, a Result out.
+
+A protocol is a function in a file of its own, registered by name with what it needs of the data and which settings it
+heeds. :func:`evaluate` opens the data, computes the features that protocols share once, and puts a randomly initialised
+twin beside the encoder, so that a score can be told from what the architecture alone gives.
+"""
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from smalti.config import write_atomically
-from smalti.errors import DataError
+from torch import nn
+
+from smalti.config import settings, write_atomically
+from smalti.data.folders import open_images
+from smalti.data.labelled import LabelledData, open_labelled
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.features import Features, Progress
+from smalti.evaluation.metrics import Absent
+from smalti.models.encoder import Encoder, build_encoder
+
+Need = Literal["labels", "masks"]
+
+SHARE = "share of 1, higher is better"
+"""Unit of accuracies and IoUs."""
+
+PLANNED = (
+    *("finetune", "knn-patch", "segmenter", "in-context", "overclustering"),
+    *("retrieval", "attention", "detection", "keep-curve", "generation"),
+)
+"""Names that are settled, of protocols that this version does not have."""
+
+
+@settings
+class EvalConfig:
+    """Settings of all protocols. Where a protocol doesn't heed a setting that was changed, a warning says so."""
+
+    data: str | None = None
+    """Labelled images: class folders, or images with masks; NAME=PATH forces a reader."""
+    protocols: tuple[str, ...] = ()
+    """Names of the protocols; empty takes all that fit the data."""
+    split: str | None = None
+    """The split to be judged on, such as val or test; None takes the data's own, or a seeded fifth."""
+    every: int = 0
+    """While training: evaluate every so many steps; 0 evaluates not before the end."""
+    image_size: int | None = None
+    """Side of the images in pixels, a multiple of the patch size; None takes the preset's, else the encoder's own."""
+    batch_size: int = 64
+    """Images that are encoded at a time. Changes memory and time, not the numbers."""
+    num_workers: int = 0
+    """Processes that read images; 0 reads in this one. Does not change the numbers."""
+    cache_mib: int = 2048
+    """Patch tokens up to this size are kept in memory; beyond it they are computed again for each epoch."""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    """Precision to which patch tokens are rounded, whether they are kept or computed again."""
+    seed: int = 0
+    """Of the split (where the data has none), the heads' initial weights, their order of images, and the baseline."""
+    baseline: bool = True
+    """Also evaluate a randomly initialised encoder of the same architecture."""
+    pool: Literal["auto", "cls", "avg"] = "auto"
+    """knn: what stands for an image: cls token, avg of the patches, or auto: cls where there is one."""
+    k: int = 20
+    """knn: number of neighbours that vote in the headline."""
+    preset: Literal["small", "leopart"] = "small"
+    """linear-segmentation: small ends in minutes on a CPU; leopart is the published protocol."""
+    epochs: int | None = None
+    """linear-probe, linear-segmentation: passes over the training images; None takes the protocol's own."""
+    head_batch_size: int | None = None
+    """linear-probe, linear-segmentation: images a step of the head; None takes the protocol's own."""
+    augment: bool | None = None
+    """linear-segmentation: crop and flip the training images; None takes the preset's."""
+    mask_size: int | None = None
+    """linear-segmentation: side of the masks in pixels, for training and judging; None takes the preset's."""
+    absent: Absent | None = None
+    """linear-segmentation: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
+
+
+SHARED = frozenset(
+    {"data", "protocols", "split", "every", "image_size", "batch_size", "num_workers", "seed", "baseline"}
+)
+"""Settings that every protocol heeds."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +111,176 @@ class Result:
         """Name and value of the first metric."""
         return next(iter(self.metrics.items()))
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the randomly initialised twin of the encoder that was asked about."""
+        return "baseline_of" in self.settings
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None, as JSON has none."""
         return _plain(dataclasses.asdict(self))
+
+
+class Scores(NamedTuple):
+    """What a protocol hands back; :func:`evaluate` makes a :class:`Result` of it."""
+
+    metrics: dict[str, float]
+    """Name -> value, the headline first."""
+    settings: dict[str, Any]
+    """What determined the numbers, beyond what all protocols share."""
+    per_class: dict[str, dict[str, float]]
+    """Metric name -> class name -> value."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """An entry of the registry."""
+
+    name: str
+    need: Need
+    """What the data must have."""
+    heeds: frozenset[str]
+    """Settings that it heeds, beside :data:`SHARED`."""
+    run: Callable[[Features, EvalConfig], Scores]
+    summary: str
+    """One line for help texts."""
+
+
+_REGISTRY: dict[str, Protocol] = {}
+
+
+def register_protocol(
+    name: str, *, need: Need, heeds: Sequence[str] = ()
+) -> Callable[[Callable[[Features, EvalConfig], Scores]], Callable[[Features, EvalConfig], Scores]]:
+    """Decorator that makes a function a protocol; the first line of its docstring is the summary.
+
+    Args:
+        name: as the command line spells it.
+        need: what the data must have.
+        heeds: fields of :class:`EvalConfig` that it heeds, beside :data:`SHARED`.
+    """
+    unknown = set(heeds) - {item.name for item in dataclasses.fields(EvalConfig)}
+    assert name not in _REGISTRY and not unknown, (name, unknown)
+
+    def register(run: Callable[[Features, EvalConfig], Scores]) -> Callable[[Features, EvalConfig], Scores]:
+        summary = (run.__doc__ or "").strip().splitlines()[0]
+        _REGISTRY[name] = Protocol(name, need, frozenset(heeds) | SHARED, run, summary)
+        return run
+
+    return register
+
+
+def protocol_names() -> tuple[str, ...]:
+    """Names of the protocols that this version has, in the order of their registration."""
+    return tuple(_REGISTRY)
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of that name.
+
+    Raises:
+        ConfigError: if there is none, with the nearest name; or if it is planned for a later version.
+    """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    have = ", ".join(_REGISTRY)
+    if name in PLANNED:
+        raise ConfigError(f"protocol '{name}' is not in this version of Smalti; it has: {have}")
+    near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.6)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are: {have}"
+    raise ConfigError(f"no protocol '{name}'; {hint}")
+
+
+def fitting_protocols(data: str) -> tuple[str, ...]:
+    """Names of the protocols that the layout of the data allows, in the order of their registration.
+
+    Raises:
+        DataError: if the data has neither labels nor masks.
+    """
+    images = open_images(data)
+    has: set[Need] = set()
+    if any(sample.label is not None for sample in images.samples):
+        has.add("labels")
+    if any(sample.mask is not None or sample.instances is not None for sample in images.samples):
+        has.add("masks")
+    names = tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has)
+    if not names:
+        raise DataError(
+            f"{data}: read as '{images.layout}', which has no labels to judge by; "
+            "bring class folders (CLASS/image) or images/ with masks/"
+        )
+    return names
+
+
+def evaluate(
+    encoder: Encoder, name: str, data: str, config: EvalConfig, *, progress: Progress | None = None
+) -> list[Result]:
+    """What the protocols find about an encoder, and about its randomly initialised twin.
+
+    The encoder comes back as it was: each submodule in its own train or eval mode, weights untouched, and no global
+    random state is drawn from.
+
+    Args:
+        encoder: on the device where it shall run.
+        name: of the encoder in the results.
+        data: labelled images, as in ``EvalConfig.data``, which is not read here.
+        config: settings of all protocols.
+        progress: called as ``progress(what, done, total)`` from time to time.
+
+    Returns:
+        One result a protocol in the order of ``config.protocols``, each followed by that of the baseline, if there
+        is one: named ``random:ARCHITECTURE``, with ``baseline_of`` in its settings.
+
+    Raises:
+        ConfigError: for an unknown protocol, or a setting that can't be used.
+        DataError: if the data lacks what a protocol needs.
+        ShapeError: if the patch size does not divide the image size, or the encoder wants other channels.
+    """
+    protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
+    _warn_unheeded(protocols, config)
+    sets = {
+        need: open_labelled(data, split=config.split, seed=config.seed, need=need)
+        for need in dict.fromkeys(protocol.need for protocol in protocols)
+    }
+    for labelled in sets.values():
+        for split, images in (("train", labelled.train), ("test", labelled.test)):
+            if not len(images):
+                raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
+    results = [_judge(encoder, name, data, protocols, sets, config, progress)]
+    if config.baseline:
+        twin = random_twin(encoder, config.seed)
+        twin_name = f"random:{encoder.name}"
+        judged = _judge(twin, twin_name, data, protocols, sets, config, progress)
+        results.append(
+            [dataclasses.replace(r, settings={**r.settings, "baseline_of": name}) for r in judged],
+        )
+    return [result for beside in zip(*results, strict=True) for result in beside]
+
+
+def random_twin(encoder: Encoder, seed: int) -> Encoder:
+    """An encoder of the same architecture and normalisation with random weights, on the same device."""
+    description = encoder.config()
+    twin = build_encoder(
+        description["architecture"],
+        seed=seed,
+        mean=description["mean"],
+        std=description["std"],
+        **description["model_args"],
+    )
+    twin.pos_antialias = encoder.pos_antialias
+    return twin.to(next(encoder.parameters()).device)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Everything inside in eval mode; afterwards each submodule is again in the mode it had."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
 
 
 def results_json(results: list[Result]) -> str:
@@ -61,6 +304,71 @@ def read_results(path: Path) -> list[Result]:
         return [Result(**{**row, "per_class": row.get("per_class", {})}) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a file of results ({type(error).__name__}: {error})") from error
+
+
+def _judge(
+    encoder: Encoder,
+    name: str,
+    data: str,
+    protocols: Sequence[Protocol],
+    sets: Mapping[Need, LabelledData],
+    config: EvalConfig,
+    progress: Progress | None,
+) -> list[Result]:
+    """One result a protocol; features are computed once for all of them."""
+    results = []
+    with eval_mode(encoder):
+        features = {
+            need: Features(
+                encoder,
+                labelled,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                cache_dtype=config.cache_dtype,
+                cache_mib=config.cache_mib,
+                progress=progress,
+            )
+            for need, labelled in sets.items()
+        }
+        for protocol in protocols:
+            source = features[protocol.need]
+            scores = protocol.run(source, config)
+            shared = {
+                "architecture": encoder.name,
+                "split": sets[protocol.need].note,
+                "num_train": len(source.data.train),
+                "num_test": len(source.data.test),
+                "num_unreadable": len(source.skipped),
+                "num_classes": len(source.data.classes),
+                "seed": config.seed,
+            }
+            results.append(
+                Result(
+                    protocol=protocol.name,
+                    encoder=name,
+                    data=data,
+                    metrics=scores.metrics,
+                    units=dict.fromkeys(scores.metrics, SHARE),
+                    settings={**shared, **scores.settings},
+                    per_class=scores.per_class,
+                )
+            )
+    return results
+
+
+def _warn_unheeded(protocols: Sequence[Protocol], config: EvalConfig) -> None:
+    """One line about settings that were changed and that none of the protocols heeds."""
+    heeded = frozenset[str]().union(*(protocol.heeds for protocol in protocols))
+    default = EvalConfig()
+    idle = [
+        item.name
+        for item in dataclasses.fields(EvalConfig)
+        if item.name not in heeded and getattr(config, item.name) != getattr(default, item.name)
+    ]
+    if idle:
+        names = ", ".join(protocol.name for protocol in protocols)
+        keys = ", ".join(f"eval.{key}" for key in idle)
+        warnings.warn(f"{keys}: no effect on {names}", stacklevel=3)
 
 
 def _plain(value: Any) -> Any:

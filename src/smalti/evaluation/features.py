@@ -1,0 +1,226 @@
+"""Features of an encoder on labelled data, computed once and shared by the protocols.
+
+Letters: n images, N patches an image, D embed_dim.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smalti.data.folders import ImageSet
+from smalti.data.labelled import LabelledData, eval_batches
+from smalti.errors import ConfigError, DataError, RunError
+from smalti.models.encoder import Encoder, PatchFeatures, pool_features
+
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)``."""
+Split = Literal["train", "test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+    """One vector an image, pooled in every way that the encoder allows."""
+
+    pooled: PatchFeatures
+    """Mean patch as the only patch, prefix tokens as they are."""
+    labels: Int[Tensor, " n"]
+    """Class of each image that could be read."""
+    has_class_token: bool
+
+    def pool(self, pool: str) -> Float[Tensor, "n D"]:
+        """``cls``, ``avg`` or ``auto``; see :func:`smalti.models.encoder.pool_features`."""
+        return pool_features(self.pooled, pool, self.has_class_token)
+
+
+class PatchTokens:
+    """Patch tokens of one split, kept in memory or computed again at each pass.
+
+    Either way they are rounded to ``dtype``, so that the limit on memory changes time and never the numbers.
+    """
+
+    def __init__(
+        self, features: "Features", images: ImageSet, size: int, dtype: torch.dtype, what: str, keep: bool
+    ) -> None:
+        self._features = features
+        self._images = images
+        self._size = size
+        self._dtype = dtype
+        self._what = what
+        self.grid = features.encoder.check_size(size, size)
+        """``(h, w)`` patches down and across."""
+        self.is_kept = keep
+        """Whether they are in memory."""
+        self._kept: Tensor | None = None
+        self._places: dict[int, int] = {}
+        if keep:
+            num_patches = self.grid[0] * self.grid[1]
+            self._kept = torch.empty(len(images), num_patches, features.encoder.embed_dim, dtype=dtype)
+            for tokens, positions in self._compute(range(len(images)), features.batch_size, what):
+                for row, position in zip(tokens, positions, strict=True):
+                    place = len(self._places)
+                    self._kept[place] = row
+                    self._places[position] = place
+
+    def batches(
+        self, order: Sequence[int] | None = None, batch_size: int = 64
+    ) -> Iterator[tuple[Float[Tensor, "B N D"], list[int]]]:
+        """Tokens batch by batch.
+
+        Args:
+            order: places of images in the split; None takes all, in their order.
+            batch_size: images a batch; the last may be smaller, and images that can't be read are left out.
+
+        Yields:
+            ``(B, N, D)`` float32 tokens on the encoder's device, and the places of their images in the split.
+        """
+        order = range(len(self._images)) if order is None else order
+        device = self._features.device
+        if self._kept is None:
+            for tokens, positions in self._compute(order, batch_size, self._what):
+                yield tokens.float(), positions
+            return
+        readable = [position for position in order if position in self._places]
+        for start in range(0, len(readable), batch_size):
+            positions = readable[start : start + batch_size]
+            rows = torch.tensor([self._places[position] for position in positions])
+            yield self._kept[rows].to(device).float(), positions
+
+    def _compute(self, order: Sequence[int], batch_size: int, what: str) -> Iterator[tuple[Tensor, list[int]]]:
+        chosen = dataclasses.replace(self._images, samples=tuple(self._images.samples[i] for i in order))
+        for features, positions in self._features.encode(chosen, self._size, "squash", batch_size, what):
+            tokens = features.patches.to(self._dtype)
+            if not tokens.isfinite().all():
+                raise RunError(
+                    f"patch tokens don't fit into {self._dtype}: the greatest is {features.patches.abs().max():g}; "
+                    "set eval.cache_dtype=float32"
+                )
+            yield tokens, [order[position] for position in positions]
+
+
+class Features:
+    """Features of one encoder on one labelled data set, computed when they are first asked for and then kept.
+
+    Args:
+        encoder: in eval mode, on the device where it shall run.
+        data: training and test images.
+        batch_size: images that are encoded at a time.
+        num_workers: processes that read images.
+        cache_dtype: precision of patch tokens, ``float16`` or ``float32``.
+        cache_mib: patch tokens beyond this size in all are computed again for each pass.
+        progress: called as ``progress(what, done, total)``.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        data: LabelledData,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        cache_dtype: str = "float16",
+        cache_mib: float = 2048,
+        progress: Progress | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.data = data
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.progress = progress or (lambda what, done, total: None)
+        self.skipped: dict[str, str] = {}
+        """Images that could not be read so far: path -> reason."""
+        self._dtype = {"float16": torch.float16, "float32": torch.float32}[cache_dtype]
+        self._bytes_left = int(cache_mib * 2**20)
+        self._image_level: dict[tuple[Split, int], ImageFeatures] = {}
+        self._tokens: dict[tuple[Split, int], PatchTokens] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return next(self.encoder.parameters()).device
+
+    def image_size(self, wanted: int | None) -> int:
+        """The side of the images in pixels: what is wanted, else the encoder's own.
+
+        Raises:
+            ConfigError: if the encoder's own size isn't square and none is given.
+            ShapeError: if the patch size does not divide it.
+        """
+        height, width = self.encoder.img_size
+        if wanted is None and height != width:
+            raise ConfigError(f"{self.encoder.name} takes {height}x{width} images; choose a square eval.image_size")
+        size = height if wanted is None else wanted
+        self.encoder.check_size(size, size)
+        return size
+
+    def image_level(self, split: Split, size: int) -> ImageFeatures:
+        """One vector an image, of images whose short side was resized and whose middle was cropped.
+
+        Raises:
+            DataError: if no image of the split can be read.
+        """
+        key = (split, size)
+        if key not in self._image_level:
+            images = self._split(split)
+            patches, prefix, labels = [], [], []
+            for features, positions in self.encode(images, size, "crop", self.batch_size, f"{split} images"):
+                patches.append(features.patches.mean(1, keepdim=True).float().cpu())
+                prefix.append(features.prefix.float().cpu())
+                labels += [images.samples[position].label for position in positions]
+            if not labels:
+                raise DataError(f"{images.root}: none of the {len(images)} {split} images can be read")
+            self._image_level[key] = ImageFeatures(
+                PatchFeatures(torch.cat(patches), torch.cat(prefix), (1, 1)),
+                torch.tensor(labels),
+                self.encoder.has_class_token,
+            )
+        return self._image_level[key]
+
+    def tokens(self, split: Split, size: int, keep: bool = True) -> PatchTokens:
+        """Patch tokens of images that were resized to a square, whatever their aspect ratio.
+
+        Args:
+            split: ``train`` or ``test``.
+            size: side of the images in pixels.
+            keep: whether they will be read more than once; then they are kept in memory as far as the limit allows.
+        """
+        key = (split, size)
+        if key not in self._tokens:
+            images = self._split(split)
+            height, width = self.encoder.check_size(size, size)
+            needed = len(images) * height * width * self.encoder.embed_dim * self._dtype.itemsize
+            fits = keep and needed <= self._bytes_left
+            tokens = PatchTokens(self, images, size, self._dtype, f"{split} tokens", fits)
+            if not fits:
+                return tokens
+            self._bytes_left -= needed
+            self._tokens[key] = tokens
+        return self._tokens[key]
+
+    def encode(
+        self, images: ImageSet, size: int, mode: Literal["crop", "squash"], batch_size: int, what: str
+    ) -> Iterator[tuple[PatchFeatures, list[int]]]:
+        """Features batch by batch on the encoder's device, without gradients, and the places of their images."""
+        batches = eval_batches(
+            images, size, self.encoder.in_chans, mode=mode, batch_size=batch_size, num_workers=self.num_workers
+        )
+        done = 0
+        for pixels, positions, skipped in batches:
+            self.skipped.update({str(item.path): item.reason for item in skipped})
+            done += len(positions) + len(skipped)
+            if len(positions):
+                with torch.no_grad():
+                    features = self.encoder.encode(self.encoder.normalize(pixels.to(self.device)))
+                if not features.patches.isfinite().all() or not features.prefix.isfinite().all():
+                    raise RunError(
+                        f"{self.encoder.name}: features of {images.samples[positions[0]].path} or an image read with "
+                        "it are not finite; the weights are damaged or training went wrong"
+                    )
+                yield features, list(positions)
+            self.progress(what, done, len(images))
+
+    def _split(self, split: Split) -> ImageSet:
+        return self.data.train if split == "train" else self.data.test

@@ -1,0 +1,94 @@
+"""k-NN classification with frozen features: nothing is learned, so nothing can be tuned.
+
+Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", arXiv:1805.01978v1,
+Sec. 3.4, in the form of Caron et al., DINO, arXiv:2104.14294v2, Sec. 4.1: weights exp(s / 0.07), cosine similarity s.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from smalti.errors import ConfigError
+from smalti.evaluation.features import Features
+from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+
+TEMPERATURE = 0.07
+EXTRA_K = (10, 20, 100)
+"""Numbers of neighbours that are reported beside the chosen one."""
+_CHUNK = 2**24  # similarities held at a time
+
+
+def nearest(
+    queries: Float[Tensor, "Q D"], keys: Float[Tensor, "M D"], k: int
+) -> tuple[Float[Tensor, "Q K"], Int[Tensor, "Q K"]]:
+    """The k keys that are most similar to each query, by cosine, exactly.
+
+    Args:
+        queries: ``(Q, D)``, of any length; zero vectors are similar to nothing (0).
+        keys: ``(M, D)`` likewise, with ``M >= k``.
+        k: K, neighbours a query.
+
+    Returns:
+        ``(Q, K)`` cosine similarities in falling order, and the places of those keys.
+    """
+    queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    chunks = [(chunk @ keys.T).topk(k, dim=1) for chunk in torch.split(queries, max(1, _CHUNK // len(keys)))]
+    return torch.cat([chunk.values for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
+
+
+def vote(
+    sims: Float[Tensor, "Q K"], labels: Int[Tensor, "Q K"], num_classes: int, temperature: float = TEMPERATURE
+) -> Float[Tensor, "Q C"]:
+    """Share of the votes that each class gets from the neighbours, each voting with exp(s / temperature).
+
+    Args:
+        sims: ``(Q, K)`` cosine similarities.
+        labels: ``(Q, K)`` classes of the neighbours.
+        num_classes: C.
+        temperature: small: the nearest decides; large: the majority does.
+    """
+    weights = (sims / temperature).softmax(dim=1)  # exp(s / T), scaled to sum to one
+    return weights.new_zeros(len(sims), num_classes).scatter_add_(1, labels, weights)
+
+
+@register_protocol("knn", need="labels", heeds=("pool", "k"))
+def knn(features: Features, config: EvalConfig) -> Scores:
+    """Image classes by a vote of the nearest training images; needs class folders."""
+    if config.k < 1:
+        raise ConfigError(f"eval.k={config.k}: at least one neighbour is needed")
+    size = features.image_size(config.image_size)
+    train, test = features.image_level("train", size), features.image_level("test", size)
+    num_train, num_classes = len(train.labels), len(features.data.classes)
+    k = min(config.k, num_train)
+    more = [other for other in EXTRA_K if other <= num_train and other != k]
+    device = features.device
+    sims, indices = nearest(test.pool(config.pool).to(device), train.pool(config.pool).to(device), max(k, *more, 0))
+    sims, neighbours = sims.cpu(), train.labels[indices.cpu()]
+
+    def judge(count: int) -> tuple[Tensor, ConfusionMatrix]:
+        shares = vote(sims[:, :count], neighbours[:, :count], num_classes)
+        confusion = ConfusionMatrix(num_classes)
+        confusion.update(test.labels, shares.argmax(1))
+        return shares, confusion
+
+    shares, confusion = judge(k)
+    metrics = {"top1": accuracy(confusion.matrix), "balanced_top1": balanced_accuracy(confusion.matrix)}
+    if num_classes >= 5:
+        found = (shares.topk(5, dim=1).indices == test.labels[:, None]).any(1)
+        metrics["top5"] = float(found.double().mean())
+    for other in more:
+        metrics[f"top1_k{other}"] = accuracy(judge(other)[1].matrix)
+    settings = {
+        "k": k,
+        **(
+            {"k_wanted": config.k, "k_note": "all training images vote: there are fewer than k"} if k < config.k else {}
+        ),
+        "temperature": TEMPERATURE,
+        "pool": config.pool,
+        "image_size": size,
+        "resize": "short side, then centre crop",
+    }
+    recall = class_recall(confusion.matrix).tolist()
+    return Scores(metrics, settings, {"recall": dict(zip(features.data.classes, recall, strict=True))})
