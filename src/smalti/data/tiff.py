@@ -38,6 +38,16 @@ class Page:
         return self.first(_HEIGHT, 0), self.first(_WIDTH, 0)
 
     @property
+    def bits(self) -> int:
+        """Bits a sample, of the first one."""
+        return self.first(_BITS, 1)
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether its orientation exchanges height and width."""
+        return self.first(_ORIENTATION, 1) >= 5
+
+    @property
     def is_colour(self) -> bool:
         """Whether the samples are RGB, CMYK, YCbCr or palette colours, not channels of their own."""
         return self.first(_PHOTOMETRIC, 1) not in (0, 1)
@@ -139,7 +149,7 @@ class Tiff:
             raise DataError(f"TIFF predictor {predictor}, which is not read for {page.samples} channels; save without")
         tags = {tag: page.tags[tag] for tag in _KEPT if tag in page.tags}
         tags |= {_WIDTH: (page.size[1] * samples,), _SAMPLES: (1,), _PHOTOMETRIC: (1,)}
-        tags |= {_BITS: (page.first(_BITS, 1),), _FORMAT: (page.first(_FORMAT, 1),)}
+        tags |= {_BITS: (page.bits,), _FORMAT: (page.first(_FORMAT, 1),)}
         tags |= {
             tag: page.tags[tag][strips] for tag in (_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES) if tag in page.tags
         }
@@ -148,7 +158,7 @@ class Tiff:
         wide = cv2.imdecode(np.frombuffer(self._with_directory(tags), np.uint8), cv2.IMREAD_UNCHANGED)
         if wide is None or wide.shape != (page.size[0], page.size[1] * samples):
             raise DataError(
-                f"a TIFF of {page.samples} channels of {page.first(_BITS, 1)} bits that OpenCV can't decode; "
+                f"a TIFF of {page.samples} channels of {page.bits} bits that OpenCV can't decode; "
                 "save it as 8 or 16 bit"
             )
         if predictor == 2:
