@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
-from timm.layers import resample_abs_pos_embed
+from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -70,6 +70,7 @@ class Encoder(nn.Module):
         self.model_args = dict(model_args)
         self.pretrained = pretrained
         self.pos_antialias = pos_antialias
+        self.pool = "auto"
         self.mean, self.std = (
             _per_channel(values, vit.in_chans, what) for values, what in ((mean, "mean"), (std, "std"))
         )
@@ -126,6 +127,7 @@ class Encoder(nn.Module):
             "mean": list(self.mean),
             "std": list(self.std),
             "pos_antialias": self.pos_antialias,
+            "pool": self.pool,
         }
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
@@ -174,17 +176,19 @@ class Encoder(nn.Module):
         sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid)))
         return PatchFeatures(sequence[:, self.num_prefix_tokens :], sequence[:, : self.num_prefix_tokens], grid)
 
-    def image_features(self, images: Num[Tensor, "B C H W"], pool: str = "auto") -> Float[Tensor, "B D"]:
-        """One vector an image, from :meth:`encode`.
-
-        Args:
-            images: as in :meth:`encode`.
-            pool: ``cls`` the class token, ``avg`` the mean patch, ``auto`` the class token where there is one.
+    def set_pool(self, pool: str) -> None:
+        """Choose the vector that stands for an image: ``cls`` the class token, ``avg`` the mean patch, ``auto`` the
+        class token where there is one.
 
         Raises:
-            ConfigError: for another ``pool``, or ``cls`` without a class token.
+            ConfigError: for another name, or ``cls`` without a class token.
         """
-        return pool_features(self.encode(images), pool, self.has_class_token)
+        check_pool(pool, self.has_class_token)
+        self.pool = pool
+
+    def image_features(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """One vector an image, from :meth:`encode`, as :meth:`set_pool` says."""
+        return pool_features(self.encode(images), self.pool, self.has_class_token)
 
     # The lower door, for methods.
 
@@ -280,6 +284,20 @@ class Encoder(nn.Module):
                 outputs[number] = self.vit.norm(sequence) if norm else sequence
         return [outputs[number] for number in wanted]
 
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth: the rate grows linearly from 0 in the first block to ``rate`` in the last.
+
+        Raises:
+            ConfigError: if ``rate`` is not in [0, 1).
+
+        Source: Huang et al., arXiv:1603.09382v3, Sec. 3 (linear decay rule).
+        """
+        if not 0 <= rate < 1:
+            raise ConfigError(f"drop_path={rate}: a share in 0..1 (1 excluded) is needed")
+        for number, block in enumerate(self.vit.blocks):
+            share = rate * number / max(self.depth - 1, 1)
+            block.drop_path1, block.drop_path2 = (DropPath(share) if share else nn.Identity() for _ in range(2))
+
     def to_timm(self) -> VisionTransformer:
         """A plain timm model with these weights, on the CPU, in eval mode.
 
@@ -309,11 +327,20 @@ def pool_features(features: PatchFeatures, pool: str, has_class_token: bool) -> 
     Raises:
         ConfigError: for another ``pool``, or ``cls`` without a class token.
     """
+    check_pool(pool, has_class_token)
+    return features.patches.mean(1) if pool == "avg" or not has_class_token else features.prefix[:, 0]
+
+
+def check_pool(pool: str, has_class_token: bool) -> None:
+    """Refuse a pooling that an encoder can't do.
+
+    Raises:
+        ConfigError: for another name than auto, cls, avg, or ``cls`` without a class token.
+    """
     if pool not in ("auto", "cls", "avg"):
-        raise ConfigError(f"pool={pool!r}: one of auto, cls, avg is needed here")
+        raise ConfigError(f"pool={pool!r}: one of auto, cls, avg is needed")
     if pool == "cls" and not has_class_token:
         raise ConfigError("pool=cls needs a class token, which this encoder does not have; use pool=avg")
-    return features.patches.mean(1) if pool == "avg" or not has_class_token else features.prefix[:, 0]
 
 
 def build_encoder(
@@ -392,6 +419,7 @@ def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
         config["architecture"], seed=0, mean=config["mean"], std=config["std"], **dict(config["model_args"])
     )
     encoder.pos_antialias = bool(config.get("pos_antialias", True))
+    encoder.set_pool(config.get("pool", "auto"))
     return encoder
 
 

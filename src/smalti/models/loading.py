@@ -92,7 +92,7 @@ def _fill_from_hub(encoder: Encoder, name: str, partial: bool) -> LoadReport:
             f"timm:{name}: its pretrained weights could not be fetched ({reason[:200]}); "
             f"give a local file as timm:{name}@FILE, or take random weights with random:{name}"
         ) from error
-    settings = source.pretrained_cfg
+    settings: dict[str, Any] = dict(getattr(source, "pretrained_cfg", {}))
     if len(settings.get("mean", ())) == encoder.in_chans:
         encoder.set_normalization(settings["mean"], settings["std"])
     return load_vit(encoder.vit, to_timm_names(source.state_dict()), f"timm:{name}", partial)

@@ -1,0 +1,36 @@
+"""``smalti demo``: the main job from end to end on the embedded samples."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smalti.cli.options import Debug, Quiet, Settings
+from smalti.config import parse_overrides
+
+NAME = "demo"
+
+
+def command(
+    words: Settings = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for samples and run.")] = Path(
+        "runs/demo"
+    ),
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Samples, training, evaluation against random init, report: a few minutes on two cores.
+
+    Settings go to the training run, such as steps=500 or seed=1.
+    """
+    overrides = parse_overrides(words or [])
+
+    from smalti.cli.options import print_results
+    from smalti.report.page import write_report
+    from smalti.study.demo import run_demo
+
+    done = run_demo(out, overrides, quiet=quiet)
+    print_results(done.results, None)
+    page = write_report(done.run)
+    print(done.verdict)
+    print(f"samples: {done.samples}\nrun:     {done.run}\nreport:  {page}")

@@ -1,0 +1,46 @@
+"""``smalti embed``: features of a folder of images as a table."""
+
+from typing import Annotated
+
+import typer
+
+from smalti.cli.options import Data, Debug, EncoderSpec, Out, Partial, Quiet, Settings, needed, take
+
+NAME = "embed"
+
+
+def command(
+    encoder: EncoderSpec,
+    words: Settings = None,
+    data: Data = None,
+    level: Annotated[str, typer.Option("--level", metavar="LEVEL", help="image or patch.")] = "image",
+    out: Out = None,
+    partial: Partial = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write features of all images, as .parquet or .npz.
+
+    Settings: weights, pool, batch_size, image_size, dtype (float32 or float16).
+    """
+    data, out = needed(data, "--data", "DIR"), needed(out, "--out", "features.parquet")
+    known = {"weights": None, "pool": None, "batch_size": 64, "image_size": None, "dtype": "float32"}
+    given = take(words, known)
+
+    from smalti.cli.options import load_encoder
+    from smalti.data.folders import open_images
+    from smalti.export.embeddings import embed
+
+    images = open_images(data)
+    model = load_encoder(encoder, weights=given["weights"], pool=given["pool"], partial=partial)
+    written = embed(
+        model,
+        images,
+        out,
+        level=level,
+        pool=model.pool,
+        image_size=given["image_size"],
+        batch_size=given["batch_size"],
+        dtype=given["dtype"],
+    )
+    print(f"written: {written}")

@@ -1,0 +1,63 @@
+"""``smalti evaluate``: what an encoder's tokens know."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smalti.cli.options import Data, Debug, EncoderSpec, Json, Partial, Quiet, Settings, needed
+from smalti.config import merge, parse_overrides, unknown_key
+from smalti.errors import ConfigError
+
+NAME = "evaluate"
+PLAIN = ("seed", "batch_size", "pool", "weights")
+
+
+def command(
+    encoder: EncoderSpec,
+    words: Settings = None,
+    data: Data = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", metavar="A,B", help="Protocols; without it, those that fit the data."),
+    ] = None,
+    json: Json = None,
+    partial: Partial = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Judge an encoder on labelled images, with its randomly initialised twin beside it.
+
+    Settings: eval.* (eval.split eval.image_size eval.k eval.preset eval.baseline ...), seed, batch_size, pool, weights.
+    """
+    data = needed(data, "--data", "DIR")
+    tree = parse_overrides(words or [])
+    for name in tree:
+        if name not in (*PLAIN, "eval"):
+            raise ConfigError(unknown_key(name, (*PLAIN, "eval")))
+    weights = tree.pop("weights", None)
+    settings = merge({name: tree[name] for name in PLAIN if name in tree}, tree.get("eval", {}))
+    if protocol:
+        settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
+
+    from smalti.cli.options import load_encoder, print_results
+    from smalti.config import build
+    from smalti.evaluation.protocol import EvalConfig, evaluate, find_protocol, write_results
+
+    config = build(EvalConfig, settings, "eval")
+    for name in config.protocols:
+        find_protocol(name)
+    model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial)
+    results = evaluate(model, encoder, str(data), config, progress=None if quiet else _show)
+    print_results(results, json)
+    run = Path(encoder).expanduser()
+    if (run / "config.yaml").is_file():
+        write_results(run / "results" / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}.json", results)
+
+
+def _show(what: str, done: int, total: int) -> None:
+    end = "\n" if done >= total else "\r" if sys.stderr.isatty() else ""
+    if end:
+        print(f"{what}: {done} of {total}   ", file=sys.stderr, end=end, flush=True)

@@ -1,0 +1,61 @@
+"""The command ``smalti``: one file a verb; errors of ours become one line and exit code 2."""
+
+import os
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+import smalti
+from smalti.cli import demo, doctor, embed, evaluate, export, methods, report, samples, train
+from smalti.errors import SmaltiError
+
+app = typer.Typer(
+    name="smalti",
+    help="Smalti learns from the pieces of an image: pretrain vision transformers on your own images, "
+    "measure what their patch tokens know, and hand the encoder on as a plain timm model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for module in (methods, train, evaluate, report, export, embed, doctor, samples, demo):
+    app.command(module.NAME)(module.command)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"smalti {smalti.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        sys.exit(app(words, standalone_mode=False) or 0)
+    except SmaltiError as error:
+        if "--debug" in words:
+            raise
+        print(f"smalti: {error}", file=sys.stderr)
+        sys.exit(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
+        print(f"smalti: {error.format_message()} (see: smalti{verb} --help)", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print("smalti: interrupted; a training run goes on with: smalti train --resume RUN", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # a reader such as head has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,112 @@
+"""Arguments and options that several commands share, and the small things they print."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smalti.config import parse_overrides, unknown_key
+from smalti.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from smalti.evaluation.protocol import Result
+    from smalti.models.encoder import Encoder
+
+EncoderSpec = Annotated[
+    str,
+    typer.Argument(
+        metavar="ENCODER",
+        help="RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as steps=1000.", show_default=False)
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DIR", help="Images: a folder, a list file, or NAME=PATH to force a reader."),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="PATH", help="Where the result goes.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON, too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Partial = Annotated[bool, typer.Option("--partial", help="Allow weights that fill only a part of the model.")]
+
+
+def needed(value: Any, option: str, example: str) -> Any:
+    """The value of an option that can't be left out.
+
+    Raises:
+        ConfigError: if it was.
+    """
+    if value is None:
+        raise ConfigError(f"{option} is needed, for example {option} {example}")
+    return value
+
+
+def take(words: list[str] | None, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings of a command: ``known`` with the values that ``KEY=VALUE`` words give.
+
+    Raises:
+        ConfigError: for an unknown key.
+    """
+    given = parse_overrides(words or [])
+    for name in given:
+        if name not in known:
+            raise ConfigError(unknown_key(name, known))
+    return {**known, **given}
+
+
+def load_encoder(
+    spec: str, *, weights: str | None = None, pool: str | None = None, seed: int = 0, partial: bool = False
+) -> "Encoder":
+    """An encoder on the best device of this machine."""
+    from smalti.models.loading import load
+
+    encoder = load(spec, network=weights, seed=seed, partial=partial)
+    if pool:
+        encoder.set_pool(pool)
+    return encoder.to(best_device())
+
+
+def best_device() -> "torch.device":
+    """A GPU, where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def print_results(results: "list[Result]", json_path: Path | None) -> None:
+    """A table of results with the random baseline beside; ``--json`` writes them, too."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from smalti.evaluation.protocol import write_results
+
+    table = Table(title=f"{results[0].encoder} on {results[0].data}", title_justify="left")
+    for name, justify in (("protocol", "left"), ("metric", "left"), ("value", "right"), ("random init", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("difference", justify="right")
+    twins = {result.protocol: result.metrics for result in results if result.is_baseline}
+    for result in results:
+        if result.is_baseline:
+            continue
+        for metric, value in result.metrics.items():
+            twin = twins.get(result.protocol, {}).get(metric)
+            beside = ("", "") if twin is None else (f"{twin:.4f}", f"{value - twin:+.4f}")
+            table.add_row(result.protocol, metric, f"{value:.4f}", *beside)
+    Console().print(table)
+    if json_path:
+        write_results(json_path, results)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, whole file or none."""
+    from smalti.config import write_atomically
+
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,73 @@
+"""``smalti train``: pretrain or post-train an encoder on images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smalti.cli.options import Data, Debug, Out, Quiet
+from smalti.config import parse_overrides
+from smalti.errors import ConfigError
+
+NAME = "train"
+
+
+def command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[METHOD] [KEY=VALUE]...",
+            help="A method (smalti methods lists them) and settings, such as steps=1000 method.mask_ratio=0.6.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Data = None,
+    out: Out = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init", metavar="ENCODER", help="Start from weights: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE."
+        ),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="A YAML file of settings.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with a run that was stopped.")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train an encoder on a folder of images.
+
+    Settings are key=value: encoder steps batch_size seed devices precision compile weights pool drop_path, and the groups
+    method.* optim.* data.* eval.* checkpoint.* log.* (smalti methods NAME lists a method's own).
+    """
+    words = list(words or [])
+    method = words.pop(0) if words and "=" not in words[0] else None
+    overrides = parse_overrides(words)
+
+    from smalti.study import pretrain
+
+    if resume is not None:
+        given = {"a method": method, "--data": data, "--out": out, "--init": init, "--recipe": recipe}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--resume takes everything from the run; leave out {name}")
+        run = pretrain.resume(resume, overrides, quiet=quiet)
+    else:
+        run = pretrain.train(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
+    _say_what_next(run)
+
+
+def _say_what_next(run: Path) -> None:
+    from smalti.cli.options import print_results
+    from smalti.evaluation.protocol import read_results
+
+    files = sorted((run / "results").glob("step_*.json"))
+    if files:
+        baselines = [result for result in read_results(files[0]) if result.is_baseline]
+        final = [result for result in read_results(files[-1]) if not result.is_baseline]
+        print_results([*final, *baselines], None)
+    print(f"trained: {run}")
+    print(
+        f"next:    smalti evaluate {run} --data LABELLED   smalti report {run}   smalti export {run} --to timm --out DIR"
+    )

@@ -1,0 +1,115 @@
+"""The contract of a method, and the registry.
+
+A method is a paper as an ``nn.Module``: it says how an image becomes a training sample, what the loss terms are, and
+what happens after a step. It is told how far training is (``progress`` in [0, 1]) and asks nobody: it knows no trainer.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from smalti.config import unknown_key
+from smalti.data.views import MultiCrop, Views
+from smalti.errors import ConfigError
+from smalti.models.encoder import Encoder
+
+M = TypeVar("M", bound="type[Method]")
+
+
+class Method(nn.Module, ABC):
+    """Base of all methods; see ``docs/architecture.md``, contract 2.
+
+    Args:
+        encoder: the network to train; a method may hold copies of it.
+        config: an instance of the class's ``Config``.
+    """
+
+    name: ClassVar[str]
+    """As ``smalti train NAME`` spells it; set by :func:`register`."""
+    Config: ClassVar[type]
+    """Settings class; its fields are ``method.*`` on the command line."""
+    title: ClassVar[str]
+    """The method in a few words."""
+    paper: ClassVar[str]
+    """Authors, year, arXiv number and version."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Run settings that the paper fixes (``optim`` and such), as a tree; recipes and the user's keys go over them."""
+    export_network: ClassVar[str] = "encoder"
+    """Which of :meth:`networks` is handed on by default."""
+
+    def __init__(self, encoder: Encoder, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.observations: dict[str, Tensor] = {}
+        """Scalars of the last forward worth watching (entropies, say), detached and on the device; logged."""
+
+    @abstractmethod
+    def make_views(self, image_size: int) -> MultiCrop:
+        """How an image becomes a training sample, with main crops of ``image_size`` pixels."""
+
+    @abstractmethod
+    def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
+        """Named loss terms of a batch, scalars that the loop adds up; each a mean over samples, so that the mean over
+        processes is the loss of the joined batch. Random draws come from ``views.keys``."""
+
+    def after_backward(self, progress: float) -> None:
+        """Called once gradients of a step are complete, before clipping: to drop or change some."""
+        return
+
+    def after_step(self, progress: float) -> None:
+        """Called after the optimiser: teacher, centre, queue."""
+        return
+
+    @abstractmethod
+    def networks(self) -> dict[str, Encoder]:
+        """The encoders inside, by name: ``encoder``, or ``student`` and ``teacher``."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser, with ``lr_scale`` and ``weight_decay_scale`` that the schedules multiply.
+
+        Here: biases and one-dimensional parameters are not decayed, everything else is (so are positions, class and
+        mask tokens, as in the official MAE and DINO code).
+        """
+        decayed, plain = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.ndim > 1 and not name.endswith(".bias") else plain).append(parameter)
+        return [
+            {"params": decayed, "lr_scale": 1.0, "weight_decay_scale": 1.0},
+            {"params": plain, "lr_scale": 1.0, "weight_decay_scale": 0.0},
+        ]
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method known under a name."""
+
+    def add(cls: M) -> M:
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def method_names() -> tuple[str, ...]:
+    """All registered methods, sorted."""
+    importlib.import_module("smalti.methods")
+    return tuple(sorted(_REGISTRY))
+
+
+def get_method(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        ConfigError: if there is none of that name; the nearest is suggested.
+    """
+    names = method_names()
+    if name not in _REGISTRY:
+        raise ConfigError(unknown_key(name, names).replace("settings has no field", "there is no method"))
+    return _REGISTRY[name]

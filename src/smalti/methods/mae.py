@@ -1,0 +1,151 @@
+"""MAE: masked autoencoders.
+
+Paper: He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021, arXiv:2111.06377v3.
+Letters: B images, N patches, L visible and M hidden ones, D embed_dim, P = C*ph*pw values a patch.
+Differs from the paper: the values of a patch are ordered (channel, row, column), not (row, column, channel), which no
+loss sees; hidden patches are never embedded, and the prediction head reads hidden patches only: equal numbers for less
+work.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smalti.config import settings
+from smalti.data.views import MultiCrop, Views, ViewSpec
+from smalti.errors import ConfigError
+from smalti.functional.masking import random_mask
+from smalti.functional.patches import patchify, standardize_patches
+from smalti.functional.positions import sincos_positions
+from smalti.functional.random import sample_uniform
+from smalti.layers.decoder import MaskedDecoder, hidden_ids
+from smalti.methods.base import Method, register
+from smalti.models.encoder import Encoder
+
+
+@settings
+class MAEConfig:
+    """Settings of MAE; the paper's values for ViT-B, but for the decoder's width, which follows the encoder's."""
+
+    mask_ratio: float = 0.75
+    """Share of hidden patches, in (0, 1); ``int(N * (1 - mask_ratio))`` stay visible."""
+    norm_pix_loss: bool = True
+    """Standardise the pixels of each target patch."""
+    decoder_dim: int | None = None
+    """Width of the decoder; None: 512 for encoders of 768 and more (the paper's), else two thirds of theirs."""
+    decoder_depth: int = 8
+    """Blocks of the decoder."""
+    decoder_num_heads: int | None = None
+    """Attention heads of the decoder; None: one for every 32 of its width (16 at 512, the paper's)."""
+    positions: str = "sincos"
+    """``sincos`` (fixed, the paper's) or ``learned``; weights that are continued keep the positions they have."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the random crop, as a share of the image."""
+
+
+def reconstruction_loss(
+    prediction: Float[Tensor, "B M P"], target: Float[Tensor, "B M P"], norm_pix: bool
+) -> Float[Tensor, ""]:
+    """Mean squared error over the hidden patches: Sec. 3 "Reconstruction target".
+
+    Args:
+        prediction: ``(B, M, P)``, any float type; compared in float32.
+        target: ``(B, M, P)`` normalised pixels of the hidden patches.
+        norm_pix: standardise each target patch by its mean and unbiased variance, eps 1e-6.
+    """
+    target = target.float()
+    if norm_pix:
+        target = standardize_patches(target)
+    return (prediction.float() - target).square().mean()  # every image hides as many patches: one mean serves
+
+
+@register("mae")
+class MAE(Method):
+    """Hide most patches, encode the rest, reconstruct the pixels of the hidden ones."""
+
+    Config = MAEConfig
+    title = "masked autoencoder: pixels of hidden patches"
+    paper = "He et al. 2021, arXiv:2111.06377v3"
+    defaults: ClassVar[dict[str, Any]] = {
+        "optim": {
+            "base_lr": 1.5e-4,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.05,
+            "warmup_share": 0.05,
+            "min_lr": 0.0,
+            "clip_norm": None,
+        }
+    }
+
+    def __init__(self, encoder: Encoder, config: MAEConfig) -> None:
+        super().__init__(encoder, config)
+        if not 0 < config.mask_ratio < 1:
+            raise ConfigError(f"method.mask_ratio={config.mask_ratio}: a share strictly between 0 and 1 is needed")
+        if config.positions not in ("sincos", "learned"):
+            raise ConfigError(f"method.positions={config.positions!r}: one of sincos, learned is needed")
+        self.encoder = encoder
+        width = encoder.embed_dim
+        dim = config.decoder_dim or (512 if width >= 768 else max(width * 2 // 3 // 32, 1) * 32)
+        values = encoder.in_chans * encoder.patch_size[0] * encoder.patch_size[1]
+        self.decoder = MaskedDecoder(
+            width,
+            dim,
+            config.decoder_depth,
+            config.decoder_num_heads or max(dim // 32, 1),
+            values,
+            encoder.num_prefix_tokens,
+        )
+        _init_weights(self.decoder)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+        if not encoder.pretrained:
+            _init_encoder(encoder, fixed_positions=config.positions == "sincos")
+
+    def make_views(self, image_size: int) -> MultiCrop:
+        """One random resized crop and a flip, nothing else: Table 8 of the paper."""
+        return MultiCrop([ViewSpec(count=1, size=image_size, scale=self.config.crop_scale, flip_prob=0.5)])
+
+    def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
+        """``{"reconstruction": ...}``."""
+        images = self.encoder.normalize(views.global_crops)
+        num_patches = images.shape[-2] * images.shape[-1] // (self.encoder.patch_size[0] * self.encoder.patch_size[1])
+        num_keep = int(num_patches * (1 - self.config.mask_ratio))
+        ids_keep, mask, ids_restore = random_mask(sample_uniform(views.keys, num_patches), num_keep)
+        hidden = hidden_ids(mask, num_patches - num_keep)
+
+        tokens, grid = self.encoder.embed_patches(images, ids_keep)
+        sequence = self.encoder.assemble(tokens, self.encoder.positions(grid), ids_keep)
+        prediction = self.decoder(self.encoder.forward_tokens(sequence), hidden, ids_restore, grid)
+
+        pixels = patchify(images, self.encoder.patch_size)
+        target = pixels.gather(1, hidden[..., None].expand(-1, -1, pixels.shape[-1]))
+        return {"reconstruction": reconstruction_loss(prediction, target, self.config.norm_pix_loss)}
+
+    def networks(self) -> dict[str, Encoder]:
+        """The encoder is all that is handed on."""
+        return {"encoder": self.encoder}
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Xavier uniform for linear layers, biases 0: App. A.1."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def _init_encoder(encoder: Encoder, fixed_positions: bool) -> None:
+    """The paper's initialisation (App. A.1): the patch projection as a matrix, tokens normal 0.02, fixed positions."""
+    vit = encoder.vit
+    _init_weights(vit)
+    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))
+    if vit.cls_token is not None:
+        nn.init.normal_(vit.cls_token, std=0.02)
+    if fixed_positions and vit.pos_embed is not None:
+        table = sincos_positions(encoder.embed_dim, vit.patch_embed.grid_size)[None]
+        vit.pos_embed.zero_()  # the prefix tokens' positions stay zero
+        vit.pos_embed[:, -table.shape[1] :] = table
+        vit.pos_embed.requires_grad_(False)

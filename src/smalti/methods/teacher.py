@@ -1,0 +1,53 @@
+"""A teacher that follows its student as an exponential moving average."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from smalti.errors import ConfigError
+
+
+class Teacher(nn.Module):
+    """A copy of a student that is never trained: no gradients, always in eval mode, moved by :meth:`update`.
+
+    Args:
+        student: copied, weights and all; its parameters keep their own gradients.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(student).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in eval mode whatever ``mode`` says: no stochastic depth in targets."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any) -> Any:
+        """The student's forward with the teacher's weights, without gradients."""
+        return self.module(*inputs)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """``teacher <- momentum * teacher + (1 - momentum) * student``, all tensors in one call; buffers are copied."""
+        theirs = [parameter.detach() for parameter in student.parameters()]
+        torch._foreach_lerp_(list(self.module.parameters()), theirs, 1 - momentum)
+        for own, other in zip(self.module.buffers(), student.buffers(), strict=True):
+            own.copy_(other)
+
+
+def cosine_momentum(start: float, progress: float, end: float = 1.0) -> float:
+    """Teacher momentum, ``start`` at progress 0, ``end`` at 1, along a half cosine.
+
+    Raises:
+        ConfigError: if ``start`` is not in [0, 1].
+
+    Source: Grill et al., BYOL, arXiv:2006.07733v3, Sec. 3.1 (tau); Caron et al., DINO, arXiv:2104.14294v2, Sec. 3.1.
+    """
+    if not 0 <= start <= 1:
+        raise ConfigError(f"momentum={start}: a teacher's momentum lies in 0..1")
+    return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2

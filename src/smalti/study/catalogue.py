@@ -1,0 +1,40 @@
+"""What there is: the methods, their recipes, and the numbers that were reached with them."""
+
+import inspect
+import re
+from pathlib import Path
+
+from smalti.methods.base import get_method, method_names
+
+COLUMNS = ("method", "what", "paper", "file", "recipe", "reached")
+NOT_MEASURED = "*not yet measured*"
+
+
+def recipe_files() -> list[Path]:
+    """The recipes that come with Smalti: in the package, or in the checkout it runs from."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if folder.is_dir():
+            return sorted(folder.glob("*.yaml"))
+    return []
+
+
+def catalogue() -> list[tuple[str, ...]]:
+    """A row of text a method, in the order of :data:`COLUMNS`; ``reached`` is the recipe's own line of that name."""
+    rows = []
+    for name in method_names():
+        method = get_method(name)
+        recipes = [path for path in recipe_files() if path.stem.split("_")[0] == name]
+        reached = [line for path in recipes for line in re.findall(r"^# Reached: (.+)$", path.read_text("utf-8"), re.M)]
+        file = Path(inspect.getfile(method)).name
+        rows.append(
+            (
+                name,
+                method.title,
+                method.paper,
+                f"methods/{file}",
+                ", ".join(path.name for path in recipes) or "none",
+                "; ".join(reached) or NOT_MEASURED,
+            )
+        )
+    return rows

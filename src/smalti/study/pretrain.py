@@ -1,0 +1,421 @@
+"""The main job: a folder of images in, a run directory with a better encoder out."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.models.vision_transformer import Block
+
+from smalti.config import build, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
+from smalti.data.folders import ImageSet, open_images, training_images
+from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
+from smalti.data.views import Views
+from smalti.errors import ConfigError
+from smalti.evaluation.protocol import EvalConfig, Result, evaluate, find_protocol, fitting_protocols, write_results
+from smalti.methods.base import Method, get_method
+from smalti.models.encoder import build_encoder
+from smalti.models.loading import latest_checkpoint, load
+from smalti.study.machine import describe_machine
+from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
+from smalti.training.launch import (
+    launch,
+    make_accelerator,
+    resolve_devices,
+    resolve_precision,
+    under_launcher,
+)
+from smalti.training.logs import CSVLog, Screen, Trackers
+from smalti.training.loop import Hook, LogConfig, LoopConfig
+from smalti.training.loop import train as run_loop
+from smalti.training.optim import OptimConfig, build_optimizer
+
+CONFIG_FILE, RUN_FILE, RESULTS = "config.yaml", "run.json", "results"
+DEFAULT_ENCODER = "vit_small_patch16_224"
+MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "data.num_workers")
+"""Settings that a resumed run may be given anew; all others would change what it computes."""
+
+
+@settings
+class DataConfig:
+    """What is read, and how."""
+
+    path: str | None = None
+    """A folder of images, a list file, class folders or images with masks; ``NAME=PATH`` forces a reader."""
+    image_size: int = 224
+    """Side of the main crop in pixels, a multiple of the patch size."""
+    channels: int = 3
+    """Channels of an image, 1..N."""
+    mean: tuple[float, ...] | None = None
+    """Normalisation per channel, of images in 0..1; None: the encoder's own."""
+    std: tuple[float, ...] | None = None
+    """Likewise."""
+    num_workers: int | None = None
+    """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU. Never changes the trained weights."""
+
+
+@settings
+class RunConfig:
+    """All settings of a training run; what stands in a recipe and in ``config.yaml``."""
+
+    method: dict[str, Any]
+    """``name``, and the method's own settings."""
+    data: DataConfig = DataConfig()
+    """What is read."""
+    encoder: str | None = None
+    """Architecture by timm's name; None: vit_small_patch16_224, or what ``init`` brings."""
+    init: str | None = None
+    """Weights to start from: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None starts from random ones."""
+    steps: int = 10_000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Images in a batch of one device."""
+    seed: int = 0
+    """Of weights, data order, augmentation and everything else random."""
+    devices: int | str = "auto"
+    """``auto`` (one GPU, else the CPU), ``cpu``, or a number of devices, one process each."""
+    precision: str = "auto"
+    """``fp32``, ``bf16``, ``fp16``; ``auto`` is bf16 on GPUs that have it."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile."""
+    weights: str | None = None
+    """Which network evaluation in training looks at: student or teacher; None: the one the method hands on."""
+    pool: Literal["auto", "cls", "avg"] = "auto"
+    """The vector that stands for an image: class token, mean patch, or ``auto``: the class token where there is one."""
+    drop_path: float = 0.0
+    """Stochastic depth of the trained network, highest rate."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and schedules."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation in training (``eval.data``, ``eval.every``); never changes the trained weights."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written; never changes the trained weights."""
+    log: LogConfig = LogConfig()
+    """What is written down; never changes the trained weights."""
+
+
+def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig, Any]:
+    """A run's settings and its method's own, from a tree of the user's keys over the method's defaults.
+
+    Args:
+        tree: as a recipe and the command line give it; ``method`` is a name or a mapping with ``name``.
+        where: what to name in errors.
+
+    Raises:
+        ConfigError: for an unknown key or method (the nearest is named), or a value that can't be used.
+    """
+    chosen = tree.get("method")
+    chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen or {})
+    if "name" not in chosen:
+        raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
+    method = get_method(str(chosen.pop("name")))
+    own = build(method.Config, chosen, f"{where}: method")
+    config = build(RunConfig, merge(method.defaults, {**tree, "method": {"name": method.name, **to_tree(own)}}), where)
+    for name in ("steps", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{where}: {name}={getattr(config, name)}: at least 1 is needed")
+    for name, value in (
+        ("checkpoint.every", config.checkpoint.every),
+        ("log.every", config.log.every),
+        ("data.channels", config.data.channels),
+    ):
+        if value < 1:
+            raise ConfigError(f"{where}: {name}={value}: at least 1 is needed")
+    if config.init and config.encoder:
+        raise ConfigError(f"{where}: init={config.init} brings its own architecture; leave encoder= out")
+    for name in config.eval.protocols:
+        find_protocol(name)
+    return config, own
+
+
+def build_method(config: RunConfig, own: Any) -> Method:
+    """The method of a run with its encoder, on the CPU; random weights are a function of ``config.seed``."""
+    data = config.data
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.init:
+            encoder = load(config.init, quiet=under_launcher())
+            if encoder.in_chans != data.channels:
+                raise ConfigError(
+                    f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}"
+                )
+        else:
+            encoder = build_encoder(
+                config.encoder or DEFAULT_ENCODER, img_size=data.image_size, in_chans=data.channels, seed=config.seed
+            )
+        encoder.check_size(data.image_size, data.image_size)
+        if data.mean or data.std:
+            encoder.set_normalization(data.mean or encoder.mean, data.std or encoder.std)
+        encoder.set_drop_path(config.drop_path)
+        encoder.set_pool(config.pool)
+        return get_method(config.method["name"])(encoder, own)
+
+
+def train(
+    method: str | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    init: str | None = None,
+    recipe: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Train an encoder on a folder of images; what ``smalti train`` does.
+
+    Args:
+        method: by name, such as ``mae``; None takes the recipe's.
+        data: what ``data.path`` takes.
+        out: the run directory; it must not hold anything yet.
+        init: weights to start from, see :class:`RunConfig`.
+        recipe: a YAML file of settings.
+        overrides: further settings as a tree, such as ``{"steps": 100, "method": {"mask_ratio": 0.6}}``.
+        quiet: show no progress.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ConfigError, DataError, WeightsError, RunError: each with one line that says what to do.
+    """
+    tree = read_yaml(Path(recipe)) if recipe else {}
+    given: dict[str, Any] = {"method": {"name": method}} if method else {}
+    given |= {"data": {"path": str(data)}} if data else {}
+    given |= {"init": init} if init else {}
+    tree = merge(merge(tree, given), overrides or {})
+    config, _ = resolve(tree, str(recipe) if recipe else "settings")
+    if not config.data.path:
+        raise ConfigError("no images are named; give --data DIR")
+    if out is None:
+        raise ConfigError("no run directory is named; give --out DIR")
+    run = Path(out).expanduser()
+    if run.is_file():
+        raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
+    if run.is_dir() and any(run.iterdir()) and not under_launcher():
+        raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
+    images = training_images(open_images(config.data.path))  # before anything is written
+    _check_evaluation(config)
+    prepare = build_method(config, resolve(to_tree(config))[1])
+    prepare.make_views(config.data.image_size)
+    del prepare
+    if not under_launcher() or _is_first_process():
+        write_yaml(run / CONFIG_FILE, to_tree(config))
+        _write_run_file(run, config, images)
+    _start(run, config, None, quiet)
+    return run
+
+
+def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Path:
+    """Go on with a run that was stopped, from its newest checkpoint; what ``smalti train --resume RUN`` does.
+
+    Args:
+        run: the run directory.
+        overrides: settings given anew, of those in ``MAY_CHANGE``.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError: if there is no such run, or a setting can't change any more.
+    """
+    run = Path(run).expanduser()
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{run}: is not a run directory (it has no {CONFIG_FILE}); start one with: smalti train METHOD"
+        )
+    before = read_yaml(path)
+    overrides = overrides or {}
+    for name in _leaves(overrides):
+        if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE):
+            raise ConfigError(
+                f"{name} can't change when a run is resumed, the weights would differ; free are {', '.join(MAY_CHANGE)}"
+            )
+    config, _ = resolve(merge(before, overrides), str(path))
+    _check_evaluation(config)
+    _start(run, config, latest_checkpoint(run), quiet)
+    return run
+
+
+def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
+    """Run the processes that ``devices`` asks for, or this one where a launcher has started it already."""
+    devices = resolve_devices(config.devices)
+    resolve_precision(config.precision, devices.kind)
+    if devices.processes > 1 and not under_launcher():
+        launch(_work, (run, config, checkpoint, quiet), devices.processes)
+    else:
+        _work(run, config, checkpoint, quiet)
+
+
+def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
+    """One process of a run."""
+    _, own = resolve(to_tree(config))
+    kind = resolve_devices("cpu" if config.devices == "cpu" else "auto").kind
+    accelerator = make_accelerator(
+        kind, resolve_precision(config.precision, kind), config.optim.accumulate, config.log.trackers
+    )
+    images = training_images(open_images(str(config.data.path)))
+    method = build_method(config, own).to(accelerator.device)
+    if config.compile:
+        for module in method.modules():
+            if isinstance(module, Block):
+                module.compile()
+    optimizer = build_optimizer(method.param_groups(), config.optim)
+    main = accelerator.is_main_process
+    state: TrainingState | None = None
+    if checkpoint is not None:
+        state = Checkpoints(run, method, optimizer, config.checkpoint.keep, main).restore(checkpoint)
+
+    views = method.make_views(config.data.image_size)
+
+    def make_batches(start: int) -> Iterator[Views]:
+        return iter(
+            TrainLoader(
+                images,
+                views,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                channels=config.data.channels,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                num_workers=default_workers(kind) if config.data.num_workers is None else config.data.num_workers,
+                start_step=start,
+                pin_memory=kind == "cuda",
+            )
+        )
+
+    screen = Screen(method.name) if main and not quiet else None
+    csv_log = CSVLog(run)
+    listeners = ((csv_log,) if main else ()) + ((screen,) if screen else ())
+    if config.log.trackers:
+        accelerator.init_trackers("smalti", config=_flat(to_tree(config)), init_kwargs={})
+        listeners += (Trackers(accelerator),) if main else ()
+    if main and state is not None:
+        csv_log.event(state.step, "resumed", str(checkpoint))
+    hooks: tuple[Hook, ...] = ()
+    if screen is not None:
+        hooks += (lambda step, _: screen.step(step),)
+    if main and config.eval.data:
+        hook = EvaluationHook(config, run)
+        if state is None:
+            hook.judge(0, method)
+        hooks += (hook,)
+    loop = LoopConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        optim=config.optim,
+        checkpoint=config.checkpoint,
+        log=config.log,
+    )
+    started = time.time()
+    try:
+        run_loop(
+            method,
+            optimizer,
+            accelerator,
+            make_batches,
+            loop,
+            run,
+            state=state,
+            hooks=hooks,
+            listeners=listeners,
+            unreadable=UnreadableLog(run / "unreadable.csv", len(images)),
+        )
+    finally:
+        if screen is not None:
+            screen.close()
+        if config.log.trackers:
+            accelerator.end_training()
+    if main:
+        _note_end(run, started)
+    accelerator.wait_for_everyone()
+
+
+class EvaluationHook:
+    """Evaluation in training: every ``eval.every`` steps and after the last, of the network that is handed on."""
+
+    def __init__(self, config: RunConfig, run: Path) -> None:
+        self.config = config
+        self.run = run
+
+    def __call__(self, step: int, method: Method) -> float | None:
+        """Judge, if it is time; returns the headline of the first protocol."""
+        every = self.config.eval.every
+        if step != self.config.steps and (every <= 0 or step % every):
+            return None
+        results = self.judge(step, method)
+        return results[0].headline[1] if results else None
+
+    def judge(self, step: int, method: Method) -> list[Result]:
+        """Results now, written to ``results/step_*.json``; the random baseline is judged before the first step only."""
+        encoder = method.networks()[self.config.weights or method.export_network]
+        data = str(self.config.eval.data)
+        protocols = self.config.eval.protocols or fitting_protocols(data)
+        baseline = self.config.eval.baseline and step == 0
+        config = dataclasses.replace(self.config.eval, protocols=protocols, baseline=baseline)
+        results = evaluate(encoder, f"{self.run} (step {step})", data, config)
+        write_results(self.run / RESULTS / f"step_{step:08d}.json", results)
+        return results
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Find mistakes in ``eval.*`` before hours of training, not after.
+
+    Raises:
+        ConfigError, DataError: if the data can't be read or an unknown network is named.
+    """
+    if config.eval.data:
+        fitting_protocols(config.eval.data)
+    elif config.eval.every:
+        raise ConfigError(f"eval.every={config.eval.every} needs labelled images; give eval.data=DIR")
+    method = get_method(config.method["name"])
+    names = ("student", "teacher") if method.export_network == "teacher" else (method.export_network,)
+    if config.weights is not None and config.weights not in names:
+        raise ConfigError(f"weights={config.weights}: {method.name} has {', '.join(names)}")
+
+
+def _write_run_file(run: Path, config: RunConfig, images: ImageSet) -> None:
+    content = {
+        "command": " ".join(sys.argv),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "images": images.describe(),
+        "num_images": len(images),
+        **describe_machine(),
+    }
+    write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
+
+
+def _note_end(run: Path, started: float) -> None:
+    path = run / RUN_FILE
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    content["training_s"] = round(content.get("training_s", 0) + time.time() - started, 1)
+    write_atomically(path, json.dumps(content, indent=2))
+
+
+def _is_first_process() -> bool:
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all values in a tree."""
+    names: list[str] = []
+    for key, value in tree.items():
+        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
+    return names
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree with dotted names, values as trackers take them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

@@ -1,0 +1,171 @@
+"""Checkpoints: written whole or not at all, resumed to the bit.
+
+A checkpoint is a folder ``checkpoints/step_00001000`` with ``weights.safetensors`` (the method), ``optimizer.pt``
+(tensors and numbers, read with ``weights_only=True``) and ``state.json``. The data order, the augmentation and all
+random numbers are functions of the seed and the step, so the step is all the loader and RNG state there is.
+"""
+
+import errno
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from smalti.config import settings, write_atomically
+from smalti.errors import RunError, SmaltiError, WeightsError
+from smalti.methods.base import Method
+from smalti.models.loading import CHECKPOINTS, STATE_FILE, WEIGHTS_FILE, latest_checkpoint
+from smalti.models.weights import read_tensors, read_torch
+
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+@settings
+class CheckpointConfig:
+    """When checkpoints are written, and which stay; nothing here changes the trained weights."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+    """Newest checkpoints that stay; the best one, where there is an evaluation in training, stays too."""
+
+
+@dataclass
+class TrainingState:
+    """Everything about a run that weights and optimiser don't hold."""
+
+    step: int = 0
+    """Steps made."""
+    lr_scale: float = 1.0
+    """Halved at each return to the last good state."""
+    setbacks: int = 0
+    """How often the run went back."""
+    best_score: float | None = None
+    """Highest headline metric of an evaluation in training."""
+    best_step: int | None = None
+    """Its step."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory; only the main process writes.
+
+    Args:
+        run: the run directory.
+        method: whose weights are saved; not the wrapped one.
+        optimizer: whose state goes with them.
+        keep: newest checkpoints that stay.
+        main_process: whether this process writes.
+    """
+
+    def __init__(
+        self, run: Path, method: Method, optimizer: torch.optim.Optimizer, keep: int, main_process: bool = True
+    ) -> None:
+        self.run = run
+        self.method = method
+        self.optimizer = optimizer
+        self.keep = max(keep, 1)
+        self.main_process = main_process
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.run / CHECKPOINTS
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"step_{step:08d}"
+
+    def save(self, state: TrainingState) -> None:
+        """Write the checkpoint of ``state.step`` beside its place, rename it, and drop the ones that needn't stay.
+
+        Raises:
+            RunError: if the disk is full or can't be written; what was there before is untouched.
+        """
+        if not self.main_process:
+            return
+        final = self.path(state.step)
+        temporary = self.folder / f".writing_{final.name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            weights = {key: value.detach().contiguous() for key, value in self.method.state_dict().items()}
+            save_file(weights, temporary / WEIGHTS_FILE)
+            torch.save(self.optimizer.state_dict(), temporary / OPTIMIZER_FILE)
+            (temporary / STATE_FILE).write_text(json.dumps(self._describe(state), indent=2), encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+        except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, SmaltiError) or not _is_disk_trouble(error):
+                raise
+            last = latest_checkpoint(self.run)
+            raise RunError(
+                f"{final}: the checkpoint could not be written ({_reason(error)}); last good checkpoint: "
+                f"{last or 'none'}; free some space and go on with: smalti train --resume {self.run}"
+            ) from error
+        self._prune(state)
+
+    def update_state(self, state: TrainingState) -> None:
+        """Rewrite the state beside the weights of ``state.step``, which stay as they are."""
+        if self.main_process:
+            write_atomically(self.path(state.step) / STATE_FILE, json.dumps(self._describe(state), indent=2))
+
+    def restore(self, path: Path) -> TrainingState:
+        """Load weights, optimiser and state from a checkpoint folder.
+
+        Raises:
+            WeightsError: if a part is missing, damaged or of another method.
+        """
+        try:
+            description = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+            state = TrainingState(**description["state"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"{path}: its {STATE_FILE} can't be read ({type(error).__name__}: {error})") from error
+        weights = read_tensors(path / WEIGHTS_FILE)
+        own = self.method.state_dict()
+        misfits = sorted({*weights} ^ {*own}) or [key for key in own if own[key].shape != weights[key].shape]
+        if misfits:
+            raise WeightsError(
+                f"{path}: holds another method or architecture than the run's config.yaml says; "
+                f"'{misfits[0]}' does not fit"
+            )
+        self.method.load_state_dict(weights)
+        self.optimizer.load_state_dict(read_torch(path / OPTIMIZER_FILE))
+        return state
+
+    def _describe(self, state: TrainingState) -> dict[str, Any]:
+        """What ``state.json`` holds: the state, and what a reader needs to find the encoders among the weights."""
+        networks = self.method.networks()
+        names = {module: name for name, module in self.method.named_modules()}
+        first = next(iter(networks.values()))
+        return {
+            "state": asdict(state),
+            "method": self.method.name,
+            "encoder": first.config(),
+            "networks": {name: names[encoder] for name, encoder in networks.items()},
+            "export_network": self.method.export_network,
+        }
+
+    def _prune(self, state: TrainingState) -> None:
+        steps = sorted((int(p.name.removeprefix("step_")), p) for p in self.folder.glob("step_*"))
+        for step, path in steps[: -self.keep]:
+            if step not in (state.step, state.best_step):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_disk_trouble(error: Exception) -> bool:
+    """Whether an error of a writer comes from the file system."""
+    return isinstance(error, OSError) or any(
+        word in str(error)
+        for word in ("No space left", "os error", "PytorchStreamWriter", "unexpected pos", "I/O error")
+    )
+
+
+def _reason(error: Exception) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return "the disk is full" if full else str(error).splitlines()[0]

@@ -1,0 +1,106 @@
+"""Is the run well? Sums and a finite check that stay on the device, read now and then."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.models.encoder import Encoder
+
+GRAD_NORM = "grad_norm"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What :meth:`Health.read` found over the steps since the last reading."""
+
+    means: dict[str, float]
+    """Name -> mean over steps and processes: loss terms, observations, ``grad_norm``."""
+    bad: dict[str, int]
+    """Name -> first step at which it was not finite, of the loss terms and ``grad_norm``; empty if all is well."""
+
+
+class Health:
+    """Collects scalars of every step without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._watched = 0
+        self._sum: Tensor | None = None
+        self._first_bad: Tensor | None = None
+        self._steps = 0
+
+    @torch.no_grad()
+    def observe(
+        self, step: int, losses: Mapping[str, Tensor], grad_norm: Tensor, observations: Mapping[str, Tensor]
+    ) -> None:
+        """Take note of a step; nothing is copied to the host.
+
+        Args:
+            step: number of the step just made, 1 for the first.
+            losses: named loss terms, scalars on one device.
+            grad_norm: scalar on the same device.
+            observations: further scalars; they are averaged, but may be non-finite.
+        """
+        names = [*(f"loss/{name}" for name in losses), GRAD_NORM, *observations]
+        values = torch.stack(
+            [value.detach().float() for value in (*losses.values(), grad_norm, *observations.values())]
+        )
+        if self._sum is None or self._first_bad is None or names != self._names:
+            self._names, self._watched, self._steps = names, len(losses) + 1, 0
+            self._sum = torch.zeros_like(values)
+            self._first_bad = torch.full((self._watched,), torch.iinfo(torch.int64).max, device=values.device)
+        self._sum += values
+        bad = ~torch.isfinite(values[: self._watched])
+        self._first_bad = torch.where(bad, self._first_bad.clamp(max=step), self._first_bad)
+        self._steps += 1
+
+    @torch.no_grad()
+    def read(self) -> Reading:
+        """Means and the first bad step since the last reading, over all processes; this waits for the device."""
+        if self._sum is None or self._first_bad is None:
+            return Reading({}, {})
+        mean, first_bad = self._sum / self._steps, self._first_bad
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)
+            mean /= torch.distributed.get_world_size()
+            torch.distributed.all_reduce(first_bad, op=torch.distributed.ReduceOp.MIN)
+        never = torch.iinfo(torch.int64).max
+        steps = dict(zip(self._names, first_bad.tolist(), strict=False))
+        reading = Reading(
+            dict(zip(self._names, mean.tolist(), strict=True)),
+            {name: step for name, step in steps.items() if step != never},
+        )
+        self._sum = self._first_bad = None
+        return reading
+
+
+@torch.no_grad()
+def feature_health(encoder: Encoder, images: Float[Tensor, "B C H W"], max_tokens: int = 4096) -> dict[str, float]:
+    """How spread out an encoder's patch tokens are: near-zero values mean collapse.
+
+    Args:
+        encoder: in any mode; it is left in the mode it was in.
+        images: normalised.
+        max_tokens: tokens looked at, evenly spaced.
+
+    Returns:
+        ``feature_std``: standard deviation over tokens, mean over dimensions; ``effective_rank``: exponential of the
+        entropy of the normalised singular values of the centred tokens, 1..D.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007, Def. 1; as RankMe, Garrido et al., arXiv:2210.02885v3.
+    """
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    tokens = encoder.encode(images).patches.flatten(0, 1).float()
+    for module, mode in modes.items():
+        module.training = mode
+    tokens = tokens[:: max(1, len(tokens) // max_tokens)]
+    centred = tokens - tokens.mean(0)
+    values = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp(min=0).sqrt()
+    shares = values / values.sum().clamp(min=1e-12)
+    rank = torch.special.entr(shares).sum().exp()
+    return {"feature_std": float(centred.square().mean(0).sqrt().mean()), "effective_rank": float(rank)}

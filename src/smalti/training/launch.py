@@ -1,0 +1,124 @@
+"""Devices and processes: what ``devices=`` means, and starting the processes that it asks for."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from smalti.errors import ConfigError, SmaltiError
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+PATIENCE = timedelta(hours=2)  # one process evaluates while the others wait
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a run happens."""
+
+    kind: str
+    """``cuda`` or ``cpu``."""
+    processes: int
+    """One a device."""
+
+
+def resolve_devices(devices: int | str) -> Devices:
+    """What ``devices=auto|cpu|N`` means on this machine: one GPU or the CPU, or N of the better kind.
+
+    Raises:
+        ConfigError: for another value, or more GPUs than there are.
+    """
+    gpus = torch.cuda.device_count()
+    if devices == "auto":
+        return Devices("cuda" if gpus else "cpu", 1)
+    if devices == "cpu":
+        return Devices("cpu", 1)
+    if not isinstance(devices, int) or devices < 1:
+        raise ConfigError(f"devices={devices!r}: auto, cpu or a number of devices from 1 on is needed")
+    if gpus and devices > gpus:
+        raise ConfigError(f"devices={devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
+    return Devices("cuda" if gpus else "cpu", devices)
+
+
+def resolve_precision(precision: str, kind: str) -> str:
+    """``auto`` is bf16 on GPUs that have it, else fp32.
+
+    Raises:
+        ConfigError: for another name, or fp16 on a CPU.
+    """
+    if precision == "auto":
+        return "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: one of auto, {', '.join(PRECISIONS)} is needed")
+    if precision == "fp16" and kind == "cpu":
+        raise ConfigError("precision=fp16 needs a GPU; on a CPU use fp32 or bf16")
+    return precision
+
+
+def under_launcher() -> bool:
+    """Whether torchrun, or we ourselves, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def make_accelerator(kind: str, precision: str, accumulate: int, trackers: tuple[str, ...] = ()) -> Accelerator:
+    """Accelerate's view of this process."""
+    return Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=PRECISIONS[precision],
+        gradient_accumulation_steps=accumulate,
+        log_with=list(trackers) or None,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
+    )
+
+
+def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
+    """Run ``function(*arguments)`` in several processes of this machine, as torchrun would, and wait for all.
+
+    Raises:
+        SmaltiError: if one of them failed; it has printed its own line.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        torch.multiprocessing.start_processes(
+            _process, (processes, port, function, arguments), nprocs=processes, start_method="spawn"
+        )
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise ProcessFailed(
+            f"process {error.error_index} of {processes} stopped with exit code {error.exit_code}"
+        ) from None
+
+
+class ProcessFailed(SmaltiError, RuntimeError):
+    """One of several training processes stopped; its own line says why."""
+
+
+def _process(rank: int, processes: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    try:
+        function(*arguments)
+    except SmaltiError as error:
+        print(f"smalti: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # the others wait in a collective: leave without their consent
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,146 @@
+"""Who listens to the loop: the CSV files of a run directory, the screen, Accelerate's trackers."""
+
+import csv
+import io
+import math
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from smalti.config import write_atomically
+
+LOG_FILE, EVENTS_FILE = "log.csv", "events.csv"
+
+
+class CSVLog:
+    """``log.csv`` and ``events.csv``: always written, a row at a time, so that a killed run keeps what it had."""
+
+    def __init__(self, run: Path) -> None:
+        self.log, self.events = run / LOG_FILE, run / EVENTS_FILE
+        self._columns: list[str] = []
+
+    def started(self, step: int, steps: int) -> None:
+        """Rows after ``step`` are dropped: they are made again."""
+        if not self.log.exists():
+            return
+        rows = read_csv(self.log)
+        self._columns = list(rows[0]) if rows else []
+        self._rewrite([row for row in rows if float(row["step"] or 0) <= step])
+
+    def row(self, row: dict[str, float]) -> None:
+        """Append a row; a new column rewrites the file with it."""
+        if self._columns and (new := [name for name in row if name not in self._columns]):
+            rows = read_csv(self.log)
+            self._columns += new
+            self._rewrite(rows)
+        if not self._columns:
+            self._columns = list(row)
+            self._rewrite([])
+        _append(self.log, [format(row[name], ".7g") if name in row else "" for name in self._columns])
+
+    def event(self, step: int, event: str, detail: str) -> None:
+        """Append to ``events.csv``; when the run went back, rows after ``step`` are dropped."""
+        if not self.events.exists():
+            _append(self.events, ["step", "event", "detail"])
+        _append(self.events, [str(step), event, detail])
+        if event == "went back":
+            self.started(step, 0)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.log, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header; a last row that was cut short by a kill is left out."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and None not in row]
+
+
+def _append(path: Path, values: list[str]) -> None:
+    with path.open("a", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(values)
+
+
+class Screen:
+    """Progress on stderr: a live bar on a terminal, a line a row elsewhere; with ETA, throughput and memory."""
+
+    def __init__(self, name: str, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.name = name
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self.progress.add_task(name, total=None, note="")
+        self._steps = self._first = 0
+
+    def started(self, step: int, steps: int) -> None:
+        """Show the bar."""
+        self._steps, self._first = steps or self._steps, step
+        self.progress.update(self._task, total=self._steps, completed=step)
+        self.progress.start()
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        self.progress.update(self._task, completed=step)
+
+    def row(self, row: dict[str, float]) -> None:
+        """Show what matters of a row."""
+        step = int(row["step"])
+        rate, memory = row.get("images_per_s", math.nan), row.get("memory_mib", math.nan)
+        note = f"loss {row['loss']:.4g}  {rate:.3g} images/s  {memory / 1024:.2f} GiB"
+        self.progress.update(self._task, completed=step, note=note)
+        if not self.console.is_terminal:
+            made = max(step - self._first, 1)
+            left = row.get("elapsed_s", 0.0) / made * (self._steps - step)
+            print(
+                f"{self.name} step {step}/{self._steps}  {note}  about {_duration(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def event(self, step: int, event: str, detail: str) -> None:
+        """A line above the bar."""
+        self.progress.console.print(f"{self.name} step {step}: {event}: {detail}", highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self.progress.stop()
+
+
+class Trackers:
+    """Rows handed to the trackers that Accelerate was set up with."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def started(self, step: int, steps: int) -> None:
+        """Nothing to do."""
+
+    def row(self, row: dict[str, float]) -> None:
+        """Log a row under its step."""
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+
+    def event(self, step: int, event: str, detail: str) -> None:
+        """Trackers take numbers only."""
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

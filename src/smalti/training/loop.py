@@ -1,0 +1,228 @@
+"""The only training loop. It knows no method; a method knows no loop."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from smalti.config import settings
+from smalti.data.loader import UnreadableLog, sample_key
+from smalti.data.views import Views
+from smalti.errors import RunError
+from smalti.methods.base import Method
+from smalti.models.loading import latest_checkpoint
+from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
+from smalti.training.health import Health, feature_health
+from smalti.training.optim import OptimConfig, apply_schedules, clip_gradients, peak_lr
+
+MAX_SETBACKS = 3
+HEALTH_IMAGES = 32
+
+
+@settings
+class LogConfig:
+    """What is written down; nothing here changes the trained weights."""
+
+    every: int = 50
+    """Steps between rows of ``log.csv``; the finite check is read at the same moments."""
+    trackers: tuple[str, ...] = ()
+    """Further trackers by Accelerate's names: ``tensorboard``, ``wandb``, ``mlflow``."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the loop needs to know of a run's settings."""
+
+    steps: int
+    batch_size: int
+    """Images a process takes in one batch."""
+    seed: int
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+
+class Listener(Protocol):
+    """Whoever wants to hear how training goes: the log file, the progress bar, a tracker."""
+
+    def started(self, step: int, steps: int) -> None:
+        """Training starts, or starts again, with ``step`` steps made."""
+
+    def row(self, row: dict[str, float]) -> None:
+        """A row of the log."""
+
+    def event(self, step: int, event: str, detail: str) -> None:
+        """Something worth a line: resumed, went back, skipped images."""
+
+
+Hook = Callable[[int, Method], float | None]
+"""Called after each step with the number of steps made; a number returned is a score, and the best step's checkpoint
+stays."""
+
+
+def train(
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    make_batches: Callable[[int], Iterator[Views]],
+    config: LoopConfig,
+    run: Path,
+    *,
+    state: TrainingState | None = None,
+    hooks: tuple[Hook, ...] = (),
+    listeners: tuple[Listener, ...] = (),
+    unreadable: UnreadableLog | None = None,
+) -> TrainingState:
+    """Train until ``config.steps``.
+
+    Args:
+        method: on the accelerator's device, not wrapped.
+        optimizer: over the method's parameter groups.
+        accelerator: device, precision, processes.
+        make_batches: endless batches of this process from a given batch number on.
+        config: the settings that matter here.
+        run: the run directory.
+        state: where a resumed run stands, its weights already restored; None starts afresh.
+        hooks: called after each step.
+        listeners: told about rows and events.
+        unreadable: told about images that could not be read.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        RunError: at the third non-finite stretch, or when a checkpoint can't be written.
+        DataError: when too many images are unreadable.
+    """
+    optim, device = config.optim, accelerator.device
+    model, prepared = accelerator.prepare(method, optimizer)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    images_per_step = config.batch_size * optim.accumulate * world
+    checkpoints = Checkpoints(run, method, optimizer, config.checkpoint.keep, accelerator.is_main_process)
+    if state is None:
+        state = TrainingState()
+        checkpoints.save(state)  # somewhere to go back to
+
+    health, clock = Health(), Clock(images_per_step)
+    batches = make_batches(state.step * optim.accumulate)
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    method.train()
+    clock.start(state.step)
+    for listener in listeners:
+        listener.started(state.step, config.steps)
+
+    while state.step < config.steps:
+        progress = state.step / config.steps
+        peak = peak_lr(optim, images_per_step) * state.lr_scale
+        lr, decay = apply_schedules(optimizer, optim, progress, peak)
+        torch.manual_seed(
+            sample_key(config.seed, state.step, rank)
+        )  # a step's randomness is its own: nothing to restore
+
+        for _ in range(optim.accumulate):
+            views = next(batches)
+            if unreadable is not None:
+                unreadable.add(views.skipped)
+            views = views.to(device)
+            with accelerator.accumulate(model):
+                losses = model(views, progress)  # the wrapped module itself: DDP must see the call
+                accelerator.backward(torch.stack(list(losses.values())).sum())
+                if accelerator.sync_gradients:
+                    accelerator.unscale_gradients()
+                    method.after_backward(progress)
+                    grad_norm = clip_gradients(parameters, optim)
+                prepared.step()
+                prepared.zero_grad(set_to_none=True)
+        method.after_step(progress)
+        state.step += 1
+        health.observe(state.step, losses, grad_norm, method.observations)
+
+        last = state.step == config.steps
+        to_log = last or state.step % config.log.every == 0
+        to_save = last or state.step % config.checkpoint.every == 0
+        if to_log or to_save:
+            reading = health.read()
+            if reading.bad:
+                state = _go_back(checkpoints, state, reading.bad, reading.means, listeners)
+                accelerator.wait_for_everyone()
+                batches = make_batches(state.step * optim.accumulate)
+                clock.start(state.step)
+                continue
+            row: dict[str, float] = {"step": state.step, "progress": state.step / config.steps, "lr": lr}
+            row |= {"weight_decay": decay, "loss": sum(v for k, v in reading.means.items() if k.startswith("loss/"))}
+            row |= reading.means
+            if to_log:
+                encoder = method.networks()[method.export_network]
+                with accelerator.autocast():
+                    row |= feature_health(encoder, encoder.normalize(views.global_crops[:HEALTH_IMAGES]))
+            row |= clock.read(state.step)
+            for listener in listeners:
+                listener.row(row)
+        if to_save:
+            checkpoints.save(state)
+        for hook in hooks:
+            score = hook(state.step, method)
+            if score is not None and (state.best_score is None or score > state.best_score):
+                state.best_score, state.best_step = score, state.step
+                checkpoints.save(state)
+    return state
+
+
+def _go_back(
+    checkpoints: Checkpoints,
+    state: TrainingState,
+    bad: dict[str, int],
+    means: dict[str, float],
+    listeners: tuple[Listener, ...],
+) -> TrainingState:
+    """Return to the last checkpoint with half the learning rate.
+
+    Raises:
+        RunError: at the third time, naming the term, the step and the checkpoint.
+    """
+    name, step = min(bad.items(), key=lambda item: item[1])
+    kind = f"loss term '{name.removeprefix('loss/')}'" if name.startswith("loss/") else "the gradient norm"
+    others = "the others are finite" if len(bad) == 1 else f"also not finite: {', '.join(k for k in bad if k != name)}"
+    path = latest_checkpoint(checkpoints.run)
+    assert path is not None, "the loop saves a checkpoint before its first step"
+    text = f"{kind} is not finite at step {step} ({others}); last good checkpoint: {path}"
+    setbacks = state.setbacks + 1
+    if setbacks >= MAX_SETBACKS:
+        raise RunError(
+            f"{text}; this is the {setbacks}rd time, training stops: lower optim.lr (it was halved {setbacks - 1} "
+            "times), clip gradients (optim.clip_norm=1) or use precision=fp32"
+        )
+    state = checkpoints.restore(path)
+    state.setbacks, state.lr_scale = setbacks, 0.5**setbacks
+    checkpoints.update_state(state)
+    for listener in listeners:
+        listener.event(state.step, "went back", f"{text}; learning rate halved to {state.lr_scale:g} of its schedule")
+    return state
+
+
+class Clock:
+    """Throughput and memory between two readings."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self.images_per_step = images_per_step
+        self._start = self._last = time.perf_counter()
+        self._last_step = 0
+        self._process = psutil.Process()
+
+    def start(self, step: int) -> None:
+        """Count from here."""
+        self._last, self._last_step = time.perf_counter(), step
+
+    def read(self, step: int) -> dict[str, float]:
+        """``images_per_s`` since the last reading, ``elapsed_s`` of this process, ``memory_mib`` (GPU peak or RSS)."""
+        now = time.perf_counter()
+        rate = self.images_per_step * (step - self._last_step) / max(now - self._last, 1e-9)
+        self._last, self._last_step = now, step
+        gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        memory = torch.cuda.max_memory_allocated() if gpu else self._process.memory_info().rss
+        return {"images_per_s": rate, "elapsed_s": now - self._start, "memory_mib": memory / 2**20}

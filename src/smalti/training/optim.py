@@ -1,0 +1,103 @@
+"""Optimiser and schedules: AdamW, linear warm-up, half cosine, weight decay that may grow."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from smalti.config import settings
+from smalti.errors import ConfigError
+
+
+@settings
+class OptimConfig:
+    """AdamW and its schedules; a method's own defaults stand in its file, these are for what it leaves open."""
+
+    base_lr: float = 5e-4
+    """Peak learning rate for 256 images a step; the rate used is this times images a step / 256."""
+    lr: float | None = None
+    """Peak learning rate as it is, in place of ``base_lr``."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    warmup_share: float = 0.1
+    """Share of training over which the learning rate grows linearly from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's momenta."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.05
+    """Weight decay at the start; biases and one-dimensional parameters have none."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end, reached along a half cosine; None keeps it constant."""
+    clip_norm: float | None = 3.0
+    """Largest gradient norm; None does not clip."""
+    clip: Literal["global", "tensor"] = "global"
+    """Whether ``clip_norm`` holds for all gradients together or for each tensor alone (DINO's way)."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step."""
+
+
+def peak_lr(config: OptimConfig, images_per_step: int) -> float:
+    """The highest learning rate of a run: ``lr``, or ``base_lr`` scaled linearly with the images of a step.
+
+    Source: Goyal et al., arXiv:1706.02677v2, Sec. 2.1 (linear scaling).
+    """
+    return config.lr if config.lr is not None else config.base_lr * images_per_step / 256
+
+
+def learning_rate(config: OptimConfig, peak: float, progress: float) -> float:
+    """Learning rate at ``progress`` in [0, 1]: linear from 0 to ``peak``, then half a cosine to ``min_lr``."""
+    if progress < config.warmup_share:
+        return peak * progress / config.warmup_share
+    share = (progress - config.warmup_share) / max(1 - config.warmup_share, 1e-12)
+    return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def weight_decay(config: OptimConfig, progress: float) -> float:
+    """Weight decay at ``progress``: constant, or half a cosine from ``weight_decay`` to ``weight_decay_end``."""
+    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    return end + (config.weight_decay - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over a method's parameter groups; the schedules set its rates before each step.
+
+    Raises:
+        ConfigError: if a setting is out of range, or nothing is left to train.
+    """
+    if not 0 <= config.warmup_share <= 1:
+        raise ConfigError(f"optim.warmup_share={config.warmup_share}: a share in 0..1 is needed")
+    if config.accumulate < 1:
+        raise ConfigError(f"optim.accumulate={config.accumulate}: at least 1 batch a step is needed")
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError("no parameter is trainable; unfreeze a part of the method")
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
+
+
+def apply_schedules(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, peak: float, progress: float
+) -> tuple[float, float]:
+    """Set the learning rate and weight decay of every group for this step; returns both before the groups' scales."""
+    lr, decay = learning_rate(config, peak, progress), weight_decay(config, progress)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = decay * group["weight_decay_scale"]
+    return lr, decay
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], config: OptimConfig) -> Tensor:
+    """Clip gradients in place as ``config`` says; returns the norm before, over all of them, on the device."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    total = norms.norm()
+    if config.clip_norm is not None:
+        if config.clip == "global":
+            torch._foreach_mul_(gradients, (config.clip_norm / (total + 1e-6)).clamp(max=1.0))
+        else:
+            scales = (config.clip_norm / (norms + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, list(scales.unbind()))
+    return total
