@@ -1,0 +1,652 @@
+"""The report of a run: one self-contained HTML page that opens offline."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smalti.config import write_atomically
+from smalti.data.folders import ImageSet, open_images, read_image
+from smalti.errors import ConfigError, DataError, SmaltiError
+from smalti.evaluation.protocol import Result, random_twin
+from smalti.models.encoder import Encoder
+from smalti.models.loading import load
+from smalti.report.figures import (
+    ShownImages,
+    crop_images,
+    explorer_data,
+    image_uri,
+    line_chart,
+    patch_tokens,
+    pca_maps,
+    quantise,
+    reduce_patches,
+)
+from smalti.report.rundir import RunFiles, flatten, read_run
+
+VIEW_PX = 256
+"""Longer side of a picture on the page, in pixels."""
+SAME = 0.005
+"""Scores in 0..1 that differ by less are called equal."""
+_DENSE_FIRST = ("linear-segmentation", "segmenter", "in-context", "knn-patch", "overclustering", "detection")
+_SPLITS_SHOWN = ("val", "test", "train")
+_MAX_LISTED = 500
+_CURVES = {
+    "lr": ("Learning rate", ""),
+    "weight_decay": ("Weight decay", ""),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "feature_std": ("Feature standard deviation", "mean over dimensions; near 0 the features have collapsed"),
+    "effective_rank": ("Effective rank", "how many directions the features use; near 1 they have collapsed"),
+    "images_per_s": ("Throughput", "images per second"),
+    "memory_mib": ("Memory", "MiB"),
+}
+_NO_CURVE = ("step", "progress", "elapsed_s", "loss")
+_NOISY = ("grad_norm", "images_per_s")
+_LOGO = (
+    '<svg viewBox="0 0 8 8" aria-hidden="true"><path fill="#b9472a" d="M0 0h2.4v2.4H0z"/>'
+    '<path fill="#e8a33d" d="M2.8 0h2.4v2.4H2.8z"/><path fill="#2a6f97" d="M5.6 0H8v2.4H5.6zM0 2.8h2.4v2.4H0z"/>'
+    '<path fill="#7fb069" d="M2.8 2.8h2.4v2.4H2.8z"/><path fill="#b9472a" d="M5.6 2.8H8v2.4H5.6z"/>'
+    '<path fill="#e8a33d" d="M0 5.6h2.4V8H0z"/><path fill="#13496b" d="M2.8 5.6h2.4V8H2.8z"/>'
+    '<path fill="#7fb069" d="M5.6 5.6H8V8H5.6z"/></svg>'
+)
+
+
+class Html(str):
+    """Text that is markup already; every other text is escaped by :func:`tag`."""
+
+
+def tag(name: str, /, *content: Any, **attributes: Any) -> Html:
+    """An element; content and attributes are escaped unless they are :class:`Html`, None is left out.
+
+    Example:
+        >>> tag("p", "a < b", class_="lead")
+        '<p class="lead">a &lt; b</p>'
+    """
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    inside = join(content)
+    return Html(f"<{name}{written}>" if name in ("img", "meta", "link") else f"<{name}{written}>{inside}</{name}>")
+
+
+def join(content: Iterable[Any]) -> Html:
+    """Pieces one after the other, escaped where they aren't :class:`Html`."""
+    return Html("".join(p if isinstance(p, Html) else escape(str(p)) for p in content if p is not None))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One protocol on one data set: the trained encoder, and random initialisation beside it."""
+
+    trained: Result
+    baseline: Result | None
+
+    @property
+    def name(self) -> str:
+        """Protocol, headline metric and data set."""
+        return f"{self.trained.protocol} {self.trained.headline[0]} on {self.trained.data}"
+
+    def values(self, metric: str) -> tuple[float, float]:
+        """The metric of both; NaN where there is none."""
+        return _value(self.trained, metric), _value(self.baseline, metric)
+
+    def gain(self, metric: str) -> float:
+        """How much better the trained encoder is, whatever the metric's direction; NaN where it can't be said."""
+        trained, baseline = self.values(metric)
+        lower = "lower is better" in self.trained.units.get(metric, "")
+        return baseline - trained if lower else trained - baseline
+
+
+def write_report(
+    run: Path,
+    *,
+    out: Path | None = None,
+    num_images: int = 12,
+    encoder: Encoder | None = None,
+    baseline: Encoder | None = None,
+    images: ImageSet | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Path:
+    """Write the report of a run as one HTML file that needs nothing beside it, network included.
+
+    What the run directory doesn't hold is left out, and the page says so.
+
+    Args:
+        run: a run directory.
+        out: the file; None takes ``report.html`` in the run directory.
+        num_images: how many images show their patch tokens; 0 leaves these parts out.
+        encoder: whose tokens are shown; None loads the run's newest checkpoint.
+        baseline: what stands beside it; None takes the same architecture with random weights.
+        images: where the images are taken from, evenly; None opens ``data.path`` of the run.
+        image_size: pixels that the encoder is given, for finer maps than its native size gives.
+
+    Returns:
+        The file written.
+
+    Raises:
+        RunError: if ``run`` is no run directory.
+        ConfigError: if ``out`` can't be written.
+        ShapeError: if the patch size does not divide ``image_size``.
+    """
+    if num_images < 0:
+        raise ConfigError(f"num_images={num_images}: 0 or more is needed")
+    out = out or run / "report.html"
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder, the report needs a file name such as {out / 'report.html'}")
+    files = read_run(run)
+    shown: tuple[Html, Html] | str = "No images were asked for."
+    if num_images:
+        try:
+            encoder = encoder or load(run, quiet=True)
+            chosen, where = _choose_images(files, images, num_images, encoder.in_chans)
+            size = (image_size, image_size) if isinstance(image_size, int) else image_size or encoder.img_size
+            encoder.check_size(*size)
+            pictures = crop_images(list(chosen), list(chosen.values()), size, VIEW_PX)
+            shown = _features(pictures, where, encoder, baseline or random_twin(encoder, seed=0))
+        except (DataError, OSError) as error:
+            shown = f"Left out: {error}."
+        except SmaltiError as error:
+            if encoder is not None:
+                raise
+            shown = f"Left out, as there is no encoder to ask: {error}."
+    write_atomically(out, _page(files, shown))
+    return out
+
+
+def compare(results: Sequence[Result]) -> list[Comparison]:
+    """Results of trained encoders, each with the random one of the same protocol and data; dense protocols first."""
+    baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
+    pairs = [
+        Comparison(result, baselines.get((result.protocol, result.data)))
+        for result in results
+        if not result.is_baseline and result.metrics
+    ]
+    rank = {name: number for number, name in enumerate(_DENSE_FIRST)}
+    return sorted(pairs, key=lambda pair: rank.get(pair.trained.protocol, len(rank)))
+
+
+def verdict(comparisons: Sequence[Comparison]) -> tuple[str, str]:
+    """Whether training helped: ``better``, ``same``, ``worse`` or ``unknown``, and one sentence."""
+    measured = [pair for pair in comparisons if math.isfinite(pair.gain(pair.trained.headline[0]))]
+    if not measured:
+        if not comparisons:
+            return "unknown", "Not evaluated: nothing says yet whether these features are better than random ones."
+        metric, value = comparisons[0].trained.headline
+        return "unknown", (
+            f"No comparison with random initialisation: {comparisons[0].name} is {_number(_float(value))}, "
+            f"and without the baseline {metric} alone does not say whether training helped."
+        )
+    first = measured[0]
+    metric = first.trained.headline[0]
+    gain = first.gain(metric)
+    kind = "same" if abs(gain) < SAME else "better" if gain > 0 else "worse"
+    opening = {
+        "better": "Better than random initialisation",
+        "same": "Not better than random initialisation",
+        "worse": "Worse than random initialisation",
+    }[kind]
+    trained, baseline = first.values(metric)
+    sentence = f"{opening}: {first.name} is {_number(trained)}, against {_number(baseline)} ({_signed(gain, first)})"
+    if len(measured) > 1:
+        improved = sum(pair.gain(pair.trained.headline[0]) >= SAME for pair in measured)
+        sentence += f"; {improved} of {len(measured)} evaluations improve"
+    return kind, sentence + "."
+
+
+def _signed(gain: float, pair: Comparison) -> str:
+    lower = "lower is better" in pair.trained.units.get(pair.trained.headline[0], "")
+    return f"{-gain if lower else gain:+.3f}"
+
+
+def _page(files: RunFiles, shown: tuple[Html, Html] | str) -> str:
+    comparisons = compare(files.judged)
+    kind, sentence = verdict(comparisons)
+    maps, nearest = (_missing(shown), None) if isinstance(shown, str) else shown
+    sections = {
+        "results": ("Results", _results(files, comparisons)),
+        "curves": ("Curves", _curves(files)),
+        "features": ("Feature maps", maps),
+        "nearest": ("Nearest patches", nearest),
+        "events": ("Events", _events(files)),
+        "settings": ("What was run", _settings(files)),
+        "reproduce": ("Reproduce", _reproduce(files)),
+    }
+    present = {name: section for name, section in sections.items() if section[1] is not None}
+    assets = resources.files("smalti.report")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    icon = f"data:image/svg+xml,{_LOGO.replace('<svg', '<svg xmlns=%22http://www.w3.org/2000/svg%22')}"
+    icon = icon.replace("#", "%23").replace('"', "'").replace("<", "%3C").replace(">", "%3E").replace("%22", "'")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"{files.path.resolve().name} · Smalti"),
+        tag("link", rel="icon", href=icon),
+        tag("style", Html((assets / "page.css").read_text(encoding="utf-8"))),
+    )
+    body = tag(
+        "body",
+        tag(
+            "header",
+            tag(
+                "div",
+                Html(_LOGO),
+                tag("div", tag("h1", files.path.resolve().name), tag("div", _one_line(files), class_="muted")),
+                class_="inner",
+            ),
+        ),
+        tag("nav", tag("div", *(tag("a", t, href=f"#{n}") for n, (t, _) in present.items()), class_="inner")),
+        tag(
+            "main",
+            tag(
+                "section",
+                tag("p", sentence),
+                tag("p", _caution(files), class_="small muted") if comparisons else None,
+                id="verdict",
+                class_=f"verdict {kind}",
+            ),
+            _facts(files),
+            *(tag("section", tag("h2", title), content, id=name) for name, (title, content) in present.items()),
+        ),
+        tag("footer", *_footer(files)),
+        tag("div", class_="tip", hidden="hidden"),
+        tag("script", Html((assets / "page.js").read_text(encoding="utf-8"))),
+    )
+    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+
+
+def _one_line(files: RunFiles) -> str:
+    method, architecture = files.setting("method", "a method"), files.setting("encoder", "an encoder")
+    steps, batch = files.setting("steps"), files.setting("batch_size")
+    length = f", {steps:,} steps" if isinstance(steps, int) else ""
+    length += f" of {batch:,} images" if isinstance(steps, int) and isinstance(batch, int) else ""
+    data = files.setting("data.path")
+    return f"{method} on {architecture}{length}{f' from {data}' if data else ''}"
+
+
+def _caution(files: RunFiles) -> str:
+    when = "" if files.results else f"Measured in training, at step {files.during[-1][0]:,}. "
+    return (
+        f"{when}One run with one seed: a small difference may be chance. "
+        "Random initialisation is the same architecture, untrained."
+    )
+
+
+def _facts(files: RunFiles) -> Html:
+    log = files.log
+    facts: list[tuple[str, str]] = []
+    if log:
+        steps = files.setting("steps")
+        of = f" / {steps:,}" if isinstance(steps, int) else ""
+        facts.append((f"{int(max(log['step'])):,}{of}", "steps, of those asked for" if of else "steps"))
+        for column, label, write in (
+            ("loss", "loss at the end", _number),
+            ("effective_rank", "effective rank at the end", _number),
+            ("images_per_s", "images per second, median", lambda v: f"{v:,.0f}" if v >= 10 else f"{v:.2g}"),
+            ("elapsed_s", "training time", _duration),
+            ("memory_mib", "memory, highest", lambda v: f"{v / 1024:.1f} GiB"),
+        ):
+            values = [value for value in log.get(column, []) if math.isfinite(value)]
+            if values:
+                one = {"images_per_s": float(np.median(values)), "memory_mib": max(values)}.get(column, values[-1])
+                facts.append((write(one), label))
+    facts.append((str(files.setting("seed", "–")), "seed"))
+    cells = (tag("div", tag("b", value), tag("span", label), class_="fact") for value, label in facts)
+    return tag("div", *cells, class_="facts")
+
+
+def _results(files: RunFiles, comparisons: Sequence[Comparison]) -> Html:
+    if not comparisons:
+        text = f"No results yet. smalti evaluate {files.path} --data DIR --protocol knn measures them."
+        return join((_missing(text), _during(files)))
+    rows = []
+    for pair in comparisons:
+        headline = pair.trained.headline[0]
+        for metric in pair.trained.metrics:
+            trained, baseline = pair.values(metric)
+            gain = pair.gain(metric)
+            change = trained - baseline
+            is_first = metric == headline
+            kind = "good" if gain >= SAME else "bad" if gain <= -SAME else ""
+            rows.append(
+                tag(
+                    "tr",
+                    tag("td", pair.trained.protocol if is_first else ""),
+                    tag("td", pair.trained.data if is_first else "", class_="path"),
+                    tag("td", metric, title=pair.trained.units.get(metric)),
+                    tag("td", _number(trained), class_="number"),
+                    tag("td", _number(baseline), class_="number"),
+                    tag(
+                        "td",
+                        f"{change:+.3f}" if math.isfinite(change) else "–",
+                        class_=f"number {kind if is_first else ''}",
+                    ),
+                    class_="headline" if is_first else "muted",
+                )
+            )
+    head = ("protocol", "data", "metric", "trained", "random init", "difference")
+    cells = (tag("th", t, class_="number" if n > 2 else None) for n, t in enumerate(head))
+    table = tag("table", tag("thead", tag("tr", *cells)), tag("tbody", *rows))
+    encoders = ", ".join(dict.fromkeys(pair.trained.encoder for pair in comparisons))
+    lead = tag(
+        "p",
+        f"Trained: {encoders}. Scores lie in 0..1 unless the metric says otherwise (hover over its name).",
+        class_="lead",
+    )
+    return join((lead, tag("div", table, class_="scroll"), *map(_per_class, comparisons), _during(files)))
+
+
+def _per_class(pair: Comparison) -> Html | None:
+    parts = []
+    for metric, classes in pair.trained.per_class.items():
+        values = {name: _float(value) for name, value in classes.items()}
+        others = {
+            name: _float(v) for name, v in (pair.baseline.per_class.get(metric, {}) if pair.baseline else {}).items()
+        }
+        top = max([1e-9, *(v for v in (*values.values(), *others.values()) if math.isfinite(v))])
+        order = sorted(values, key=lambda name: -values[name] if math.isfinite(values[name]) else math.inf)
+        bars = [
+            tag(
+                "div",
+                tag("span", name, class_="name", title=name),
+                tag("span", _bar(values[name], top), _bar(others[name], top) if name in others else None),
+                tag("span", _number(values[name]), class_="value"),
+                class_="bar",
+            )
+            for name in order[:_MAX_LISTED]
+        ]
+        key = tag(
+            "span",
+            tag("i"),
+            "trained",
+            *((tag("i", class_="baseline"), "random init") if others else ()),
+            class_="key muted",
+        )
+        title = f"{pair.trained.protocol} on {pair.trained.data}: {metric} of each class ({len(values)})"
+        parts.append(
+            tag(
+                "details",
+                tag("summary", title),
+                key,
+                tag("div", *bars, class_="bars"),
+                open="open" if len(values) <= 24 else None,
+            )
+        )
+    return join(parts) if parts else None
+
+
+def _bar(value: float, top: float) -> Html:
+    return tag("i", style=f"width:{max(value, 0) / top * 100 if math.isfinite(value) else 0:.1f}%")
+
+
+def _during(files: RunFiles) -> Html | None:
+    """Evaluations in training as curves, a chart for each protocol and data set."""
+    charts = []
+    trained = [(step, result) for step, result in files.during if not result.is_baseline and result.metrics]
+    levels = {(r.protocol, r.data): r for r in [*(r for _, r in files.during), *files.results] if r.is_baseline}
+    for key in dict.fromkeys((result.protocol, result.data) for _, result in trained):
+        points = [(step, result) for step, result in trained if (result.protocol, result.data) == key]
+        metric = points[0][1].headline[0]
+        steps = [float(step) for step, _ in points]
+        baseline = _value(levels.get(key), metric)
+        has_level = math.isfinite(baseline)
+        title = f"{key[0]} {metric} on {key[1]}"
+        chart = line_chart(
+            f"{title} against the step",
+            {"trained": (steps, [_value(result, metric) for _, result in points])},
+            levels={"trained": baseline} if has_level else None,
+            points=True,
+        )
+        charts.append(_chart(title, "in training" + ("; dashed: random init" if has_level else ""), chart))
+    return tag("div", *charts, class_="charts", style="margin-top:18px") if charts else None
+
+
+def _curves(files: RunFiles) -> Html:
+    log = files.log
+    if not log:
+        return _missing("No log.csv to draw from.")
+    steps = log["step"]
+    marks = [float(e["step"]) for e in files.events if e.get("step", "").isdigit()]
+    terms = {key.removeprefix("loss/"): values for key, values in log.items() if key.startswith("loss/")}
+    losses = {"loss": log["loss"]} if "loss" in log else {}
+    if len(terms) > 1:
+        losses |= terms
+    charts = []
+    if losses:
+        drawn = {name: (steps, values) for name, values in losses.items()}
+        chart = line_chart("Loss against the step", drawn, size=(9.2, 2.7), marks=marks, smooth=True)
+        only = f"its one term: {next(iter(terms))}" if len(terms) == 1 else ""
+        charts.append(_chart("Loss", only, chart, "wide"))
+    for column, values in log.items():
+        if column in _NO_CURVE or column.startswith("loss/") or not any(map(math.isfinite, values)):
+            continue
+        title, meaning = _CURVES.get(column, (column, ""))
+        chart = line_chart(f"{title} against the step", {title: (steps, values)}, marks=marks, smooth=column in _NOISY)
+        charts.append(_chart(title, meaning, chart))
+    lead = "Against the step. Bold: running mean." + (" Dotted: an event, listed below." if marks else "")
+    return join((tag("p", lead, class_="lead"), tag("div", *charts, class_="charts")))
+
+
+def _chart(title: str, meaning: str, svg: str, kind: str | None = None) -> Html:
+    caption = tag("figcaption", meaning) if meaning else None
+    return tag("figure", tag("h3", title), Html(svg), caption, class_=kind)
+
+
+def _choose_images(
+    files: RunFiles, images: ImageSet | None, num_images: int, channels: int
+) -> tuple[dict[str, np.ndarray], str]:
+    """Readable images spread evenly over a data set (held-out ones where there are), and where they are from.
+
+    Raises:
+        DataError: if the data set is not there, or none of it can be read.
+    """
+    if images is None:
+        path = files.setting("data.path")
+        if path is None:
+            raise DataError("the run's settings name no data.path")
+        images = open_images(str(path))
+    split = next((split for split in _SPLITS_SHOWN if split in images.splits), None)
+    paths = (images.subset(split) if split else images).paths
+    tries = np.linspace(0, len(paths) - 1, min(len(paths), 2 * num_images)).round().astype(int)
+    order = dict.fromkeys(
+        [*tries[::2].tolist(), *tries[1::2].tolist()]
+    )  # the second half stands in for unreadable ones
+    chosen: dict[int, np.ndarray] = {}
+    for number in order:
+        if len(chosen) == num_images:
+            break
+        try:
+            chosen[number] = read_image(paths[number], channels)
+        except DataError:
+            continue
+    if not chosen:
+        raise DataError(f"{images.root}: none of {len(order)} images tried can be read")
+    root = images.root if images.root.is_dir() else images.root.parent
+    names = {n: paths[n].relative_to(root) if paths[n].is_relative_to(root) else paths[n] for n in sorted(chosen)}
+    return {str(name): chosen[n] for n, name in names.items()}, f"{images.root}{f', split {split}' if split else ''}"
+
+
+def _features(shown: ShownImages, where: str, encoder: Encoder, baseline: Encoder) -> tuple[Html, Html]:
+    """The sections of PCA maps and nearest patches."""
+    encoders = {"trained": encoder, "random init": baseline}
+    grid = encoder.check_size(*shown.inputs[0].shape[:2])
+    maps, codes = {}, {}
+    for name, one in encoders.items():
+        coordinates, share = reduce_patches(patch_tokens(one, shown.inputs)[0])
+        maps[name] = pca_maps(coordinates, grid)
+        codes[name] = quantise(coordinates), share
+    uris = [image_uri(picture) for picture in shown.pictures]
+    aspect = f"--aspect:{grid[1] * encoder.patch_size[1]}/{grid[0] * encoder.patch_size[0]}"
+    triples = [
+        tag(
+            "figure",
+            *(tag("span", text, class_="heading") for text in ("image", *maps)),
+            tag("img", src=uris[number], alt=f"{name}"),
+            *(
+                tag("img", src=image_uri(m[number], ".png"), class_="pixels", alt=f"PCA map of {name}, {which} encoder")
+                for which, m in maps.items()
+            ),
+            tag("figcaption", f"{number + 1} · {name}", title=name),
+            class_="triple",
+        )
+        for number, name in enumerate(shown.names)
+    ]
+    lead = tag(
+        "p",
+        f"The first three principal components of the patch tokens as red, green and blue, fitted over all {len(uris)} "
+        f"images together ({where}): patches of like colour have like tokens, also across images. "
+        f"Each map is {grid[0]} × {grid[1]} patches of {encoder.patch_size[0]} × {encoder.patch_size[1]} pixels.",
+        class_="lead",
+    )
+    features = join((lead, tag("div", *triples, class_="maps", style=f"{aspect};--columns:{len(maps) + 1}")))
+    return features, _explorer(shown, uris, explorer_data(codes, grid, shown.names), aspect)
+
+
+def _explorer(shown: ShownImages, uris: Sequence[str], data: Mapping[str, Any], aspect: str) -> Html:
+    dims = data["encoders"][0]["dims"]
+    shares = ", ".join(f"{one['share']:.0%} {one['name']}" for one in data["encoders"])
+    lead = tag(
+        "p",
+        "Click a patch in any image: all patches show their cosine similarity to it. Arrow keys move it, hovering "
+        "reads values. Compared are tokens less their mean over these images, in their first "
+        f"{dims} principal components, which hold this much of the variance: {shares}.",
+        class_="lead",
+    )
+    buttons = (
+        tag("button", e["name"], type="button", aria_pressed="true" if n == 0 else "false")
+        for n, e in enumerate(data["encoders"])
+    )
+    several = len(uris) > 1
+    tools = tag(
+        "div",
+        tag("span", *buttons, class_="switch", role="group", aria_label="encoder"),
+        tag("label", Html('<input type="checkbox" id="heat" checked> '), "heat"),
+        tag(
+            "label",
+            Html(f'<input type="checkbox" id="other-images"{" checked" if several else ""}> '),
+            "list other images only",
+            hidden=None if several else "hidden",
+        ),
+        tag("span", "similarity 0", tag("span", class_="ramp"), "1", class_="muted"),
+        class_="tools",
+    )
+    tiles = (
+        tag(
+            "figure",
+            tag(
+                "div",
+                tag("img", src=uri, alt=name),
+                tag("canvas"),
+                class_="frame",
+                tabindex="0",
+                role="application",
+                aria_label=f"{name}: choose a patch with the arrow keys",
+            ),
+            tag("figcaption", f"{number + 1} · {name}", title=name),
+            class_="tile",
+        )
+        for number, (name, uri) in enumerate(zip(shown.names, uris, strict=True))
+    )
+    nearest = tag("div", tag("h3", "Nearest patches"), tag("ol"), class_="nearest", aria_live="polite")
+    # "<" written as an escape keeps a file name from ending the script element
+    written = Html(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+    return join(
+        (
+            lead,
+            tools,
+            tag("div", tag("div", *tiles, class_="tiles"), nearest, class_="explorer", style=aspect),
+            tag("script", written, type="application/json", id="patch-data"),
+        )
+    )
+
+
+def _events(files: RunFiles) -> Html:
+    parts: list[Html] = []
+    if files.events:
+        parts.append(_table(("step", "event", "detail"), files.events))
+    else:
+        parts.append(tag("p", "None: no roll-back, no resumption.", class_="muted"))
+    if files.unreadable:
+        rows = files.unreadable[:_MAX_LISTED]
+        more = len(files.unreadable) - len(rows)
+        title = f"Unreadable images, skipped: {len(files.unreadable):,}"
+        rest = tag("p", f"… and {more:,} more in unreadable.csv", class_="muted") if more else None
+        parts.append(tag("details", tag("summary", title), _table(("path", "reason"), rows), rest))
+    else:
+        parts.append(tag("p", "No unreadable image was met.", class_="muted"))
+    return join(parts)
+
+
+def _settings(files: RunFiles) -> Html:
+    info = {key: value for key, value in flatten(files.info).items() if key != "command"}
+    parts = [_pairs(info) if info else None]
+    parts += [tag("p", note, class_="missing") for note in files.notes]
+    parts.append(
+        tag("details", tag("summary", "All settings (config.yaml)"), _pairs(flatten(files.config)), open="open")
+    )
+    return join(parts)
+
+
+def _reproduce(files: RunFiles) -> Html:
+    command = files.command
+    if not command:
+        return _missing("The command isn't known, as run.json doesn't hold it; config.yaml above holds every setting.")
+    commit = next((value for key, value in flatten(files.info).items() if key.rpartition(".")[2] == "commit"), None)
+    from_commit = f" at commit {commit}" if commit else ""
+    lead = f"With Smalti{from_commit} and the same data; one process on a CPU gives the same bits."
+    return join((tag("p", lead, class_="lead"), tag("pre", command)))
+
+
+def _footer(files: RunFiles) -> tuple[Html, ...]:
+    return (tag("span", f"Smalti {version('smalti')} · this page holds everything it shows and asks no network."),)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Html:
+    head = tag("thead", tag("tr", *(tag("th", column) for column in columns)))
+    body = (tag("tr", *(tag("td", row.get(column, ""), class_="path") for column in columns)) for row in rows)
+    return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
+
+
+def _pairs(values: Mapping[str, Any]) -> Html:
+    rows = (tag("tr", tag("td", tag("code", key)), tag("td", _plain(value))) for key, value in values.items())
+    return tag("div", tag("table", tag("tbody", *rows), class_="pairs"), class_="scroll")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value is None or value == {} else str(value)
+
+
+def _missing(text: str) -> Html:
+    return tag("p", text, class_="missing")
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _value(result: Result | None, metric: str) -> float:
+    return _float(result.metrics.get(metric)) if result else math.nan
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,143 @@
+"""What a run directory holds, read for people: every part but ``config.yaml`` may be missing."""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smalti.config import Tree, read_yaml
+from smalti.errors import RunError, SmaltiError
+from smalti.evaluation.protocol import Result, read_results
+from smalti.training.logs import read_csv
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run directory, read."""
+
+    path: Path
+    config: Tree
+    """Resolved settings, nested."""
+    info: Tree
+    """``run.json``: versions, machine, commit, times, command; empty where it is missing."""
+    log: dict[str, list[float]]
+    """Column -> values, a row a logged step; NaN where a cell is empty."""
+    events: list[dict[str, str]]
+    unreadable: list[dict[str, str]]
+    results: list[Result]
+    """Final evaluations: the newest of each protocol, data set and encoder."""
+    during: list[tuple[int, Result]]
+    """Evaluations in training and their steps, in order."""
+    notes: list[str]
+    """What could not be read, a sentence each."""
+
+    @property
+    def judged(self) -> list[Result]:
+        """The final evaluations; without any, those in training at the last step, and the baselines."""
+        last = self.during[-1][0] if self.during else 0
+        return self.results or [result for step, result in self.during if step == last or result.is_baseline]
+
+    @property
+    def command(self) -> str:
+        """The command that started the run; empty where it isn't known."""
+        command = self.info.get("command") or ""
+        return shlex.join(str(word) for word in command) if isinstance(command, list) else str(command)
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A setting by its dotted key; the ``name`` of a group such as ``method``."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            value = value.get("name")
+        return default if value is None else value
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read a run directory.
+
+    Raises:
+        RunError: if there is no ``config.yaml`` in it.
+    """
+    if not (path / "config.yaml").is_file():
+        raise RunError(f"{path}: not a run directory (it has no config.yaml); give what --out of smalti train named")
+    notes: list[str] = []
+    results, during = _read_all_results(path / "results", notes)
+    log = _read_log(path / "log.csv")
+    if not log:
+        notes.append("log.csv is missing or empty: no curves.")
+    info = _read_info(path / "run.json", notes)
+    return RunFiles(
+        path=path,
+        config=read_yaml(path / "config.yaml"),
+        info=info,
+        log=log,
+        events=_read_rows(path / "events.csv"),
+        unreadable=_read_rows(path / "unreadable.csv"),
+        results=results,
+        during=during,
+        notes=notes,
+    )
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys.
+
+    Example:
+        >>> flatten({"optim": {"lr": 0.1}, "seed": 0})
+        {'optim.lr': 0.1, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    return read_csv(path) if path.is_file() else []
+
+
+def _read_log(path: Path) -> dict[str, list[float]]:
+    rows = [row for row in _read_rows(path) if math.isfinite(_number(row.get("step", "")))]
+    return {key: [_number(row[key]) for row in rows] for key in rows[0]} if rows else {}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _read_info(path: Path, notes: list[str]) -> Tree:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        info = None
+    if not isinstance(info, dict):
+        notes.append("run.json is missing or damaged: versions, machine and command aren't known.")
+        return {}
+    return info
+
+
+def _read_all_results(folder: Path, notes: list[str]) -> tuple[list[Result], list[tuple[int, Result]]]:
+    final: dict[tuple[str, str, str], Result] = {}
+    during: list[tuple[int, Result]] = []
+    files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime, file.name))
+    for file in files:
+        try:
+            results = read_results(file)
+        except SmaltiError as error:
+            notes.append(f"{error}.")
+            continue
+        step = file.stem.removeprefix("step_")
+        if step != file.stem and step.isdigit():
+            during += [(int(step), result) for result in results]
+        else:
+            final.update({(result.protocol, result.data, result.encoder): result for result in results})
+    return list(final.values()), sorted(during, key=lambda item: item[0])

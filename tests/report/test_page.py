@@ -1,0 +1,240 @@
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from smalti.config import write_yaml
+from smalti.data.folders import open_images
+from smalti.errors import ConfigError, RunError, ShapeError
+from smalti.evaluation.protocol import Result, write_results
+from smalti.models.encoder import build_encoder
+from smalti.report.figures import crop_images, patch_tokens
+from smalti.report.page import compare, verdict, write_report
+
+VOID = {"meta", "link", "img", "input", "br"}
+ADDRESSES = ("src", "href", "xlink:href", "action", "data", "poster", "srcset")
+
+
+class Page(HTMLParser):
+    """Elements of a page; fails on one that is not closed."""
+
+    def __init__(self, path: Path):
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.data = ""
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.data = self.data or (data if dict(self.elements[-1][1]).get("type") == "application/json" else "")
+        else:
+            self.text += data
+
+    def attributes(self, name: str) -> list[str]:
+        return [value for _, attributes in self.elements for key, value in attributes.items() if key == name and value]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, builder, encoder) -> Page:
+    """A report with everything in it."""
+    folder = tmp_path_factory.mktemp("report")
+    path = write_report(builder(folder / "run", folder / "images"), encoder=encoder, num_images=4)
+    assert path == folder / "run" / "report.html" and path.stat().st_size < 5 * 2**20
+    found = Page(path)
+    found.folder = folder
+    return found
+
+
+def test_the_page_needs_nothing_beside_it(page):
+    for name in ADDRESSES:
+        assert all(value.startswith(("#", "data:")) for value in page.attributes(name)), name
+    source = (page.folder / "run" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\(\s*['\"]?(?!#)|@import|https?://(?!www\.w3\.org/2000/svg)", source)
+    assert "default-src 'none'" in " ".join(page.attributes("content"))
+
+
+def test_every_picture_has_a_text_and_every_anchor_its_section(page):
+    assert all(attributes.get("alt") for tag, attributes in page.elements if tag == "img")
+    assert all(
+        attributes.get("aria-label") for tag, attributes in page.elements if tag == "svg" and "role" in attributes
+    )
+    ids = page.attributes("id")
+    assert {link[1:] for link in page.attributes("href") if link.startswith("#")} <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_tells_the_run(page):
+    for words in (
+        "Better than random initialisation: linear-segmentation miou on scenes is 0.314, against 0.207 (+0.107)",
+        "2 of 2 evaluations improve",
+        "optim.lr",
+        "An example processor",
+        "abc1234",
+        "went back",
+        "broken.jpg",
+        "smalti train mae",
+        "Effective rank",
+    ):
+        assert words in page.text
+
+
+def test_the_data_of_the_page_gives_the_cosine_similarities(page, encoder):
+    data = json.loads(page.data)
+    images = open_images(page.folder / "images")
+    arrays = {str(path.name): cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) for path in images.paths}
+    assert set(data["names"]) <= set(arrays) and len(data["names"]) == 4
+    shown = crop_images(data["names"], [arrays[name] for name in data["names"]], (64, 64), 64)
+    tokens, grid = patch_tokens(encoder, shown.inputs)
+    assert data["grid"] == list(grid)
+    flat = tokens.flatten(0, 1)
+    flat = torch.nn.functional.normalize(flat - flat.mean(0), dim=-1)
+    codes = np.frombuffer(base64.b64decode(data["encoders"][0]["codes"]), np.int8).reshape(len(flat), -1)
+    codes = torch.nn.functional.normalize(torch.from_numpy(codes.astype(np.float32)), dim=-1)
+    torch.testing.assert_close(codes @ codes.T, flat @ flat.T, atol=0.01, rtol=0)
+    image, patch = data["start"]
+    assert image < 4 and patch < grid[0] * grid[1]
+
+
+def test_names_from_outside_stay_text(make_run, tmp_path, encoder):
+    evil = "<script>alert(1)</script>"
+    run = make_run(evil.replace("/", "|"), classes=(evil, '"><img src=x onerror=alert(1)>'), bad_name="<b>&.jpg")
+    image = np.zeros((64, 64, 3), np.uint8)
+    assert cv2.imwrite(str(tmp_path / "images" / "<img src=x onerror=alert(1)>.png"), image)
+    page = Page(write_report(run, encoder=encoder, num_images=6))
+    assert page.text.count(evil) >= 1
+    assert sum(tag == "script" for tag, _ in page.elements) == 2  # the data and the page's own
+    assert not page.attributes("onerror")
+    assert "<img src=x onerror=alert(1)>.png" in json.loads(page.data)["names"]
+
+
+def test_what_is_missing_is_left_out_and_said(tmp_path):
+    run = tmp_path / "bare"
+    write_yaml(run / "config.yaml", {"method": {"name": "mae"}, "data": {"path": str(tmp_path / "gone")}})
+    page = Page(write_report(run))
+    for words in ("Not evaluated", "No results yet", "No log.csv", "there is no encoder", "run.json is missing"):
+        assert words in page.text
+    assert not page.data
+
+
+def test_images_that_are_gone_are_said_to_be(make_run, encoder, tmp_path):
+    run = make_run()
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"")
+    page = Page(write_report(run, encoder=encoder))
+    assert "none of 5 images tried can be read" in page.text and not page.data
+
+
+def test_an_unreadable_image_gives_its_place_to_another(make_run, encoder, tmp_path):
+    run = make_run()
+    (tmp_path / "images" / "image_0.png").write_bytes(b"broken")
+    names = json.loads(Page(write_report(run, encoder=encoder, num_images=4)).data)["names"]
+    assert names == [f"image_{number}.png" for number in (1, 2, 3, 4)]
+
+
+def test_damaged_results_and_a_cut_log_leave_the_rest(make_run):
+    run = make_run()
+    (run / "results" / "evaluate_other.json").write_text('{"results": [')
+    with (run / "log.csv").open("a") as file:
+        file.write("9999,1.0,0.0")
+    page = Page(write_report(run, num_images=0))
+    assert "evaluate_other.json: not a file of results" in page.text
+    assert "200 / 200" in page.text and "No images were asked for" in page.text
+
+
+def test_evaluations_in_training_alone_are_compared_with_the_baseline_at_the_start(make_run):
+    run = make_run()
+    (run / "results" / "evaluate_scenes.json").unlink()
+    text = Page(write_report(run, num_images=0)).text
+    assert "miou on scenes is 0.320, against 0.200 (+0.120)" in text and "in training, at step 200" in text
+
+
+def test_one_channel_of_sixteen_bits_and_an_oblong_grid_are_shown(make_run, tmp_path):
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=(32, 64), in_chans=1, seed=0, depth=1, embed_dim=24)
+    run = make_run()
+    rng = np.random.default_rng(0)
+    for path in (tmp_path / "images").iterdir():
+        cv2.imwrite(str(path), rng.integers(0, 4000, (50, 70), dtype=np.uint16))
+    page = Page(write_report(run, encoder=encoder, num_images=2, image_size=(32, 64)))
+    assert json.loads(page.data)["grid"] == [2, 4]
+
+
+def test_the_page_comes_out_the_same_twice(make_run, encoder, tmp_path):
+    run = make_run()
+    paths = [write_report(run, encoder=encoder, num_images=2, out=tmp_path / name) for name in ("a.html", "b.html")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_what_can_not_be_used_is_one_line(make_run, encoder, tmp_path):
+    with pytest.raises(RunError, match="not a run directory"):
+        write_report(tmp_path)
+    run = make_run()
+    with pytest.raises(ConfigError, match="is a folder, the report needs a file name"):
+        write_report(run, out=tmp_path)
+    with pytest.raises(ConfigError, match="num_images=-1"):
+        write_report(run, num_images=-1)
+    with pytest.raises(ShapeError, match="does not divide"):
+        write_report(run, encoder=encoder, image_size=70)
+
+
+def scores(protocol: str, values: dict[str, float], baseline: bool = False, unit: str = "higher is better") -> Result:
+    settings = {"baseline_of": "run"} if baseline else {}
+    return Result(protocol, "random:x" if baseline else "run", "d", values, {key: unit for key in values}, settings)
+
+
+@pytest.mark.parametrize(
+    ("trained", "random", "unit", "kind", "words"),
+    [
+        (0.5, 0.4, "higher is better", "better", "Better than random initialisation: knn top1 on d is 0.500"),
+        (0.402, 0.4, "higher is better", "same", "Not better than random initialisation"),
+        (0.3, 0.4, "higher is better", "worse", r"Worse than random initialisation: .* \(-0.100\)"),
+        (0.3, 0.4, "lower is better", "better", r"Better than random initialisation: .* \(-0.100\)"),
+        (0.5, math.nan, "higher is better", "unknown", "No comparison with random initialisation"),
+    ],
+)
+def test_the_verdict_is_plain(trained, random, unit, kind, words):
+    results = [scores("knn", {"top1": trained}, unit=unit), scores("knn", {"top1": random}, True, unit)]
+    found, sentence = verdict(compare(results))
+    assert found == kind and re.search(words, sentence)
+
+
+def test_without_results_nothing_is_claimed():
+    assert verdict([])[0] == "unknown"
+
+
+def test_dense_protocols_come_first_in_the_verdict():
+    results = [
+        scores(name, {"x": value}, base)
+        for name in ("knn", "linear-segmentation")
+        for value, base in ((0.5, False), (0.6, True))
+    ]
+    assert verdict(compare(results))[1].startswith("Worse than random initialisation: linear-segmentation")
+
+
+def test_a_result_without_a_baseline_is_shown_and_not_judged(make_run):
+    run = make_run(results=False)
+    result = Result("knn", "run", "d", {"top1": 0.5}, {}, {}, {"accuracy": {"a": 0.9, "b": 0.1}})
+    write_results(run / "results" / "evaluate_d.json", [result])
+    text = Page(write_report(run, num_images=0)).text
+    assert "No comparison with random initialisation" in text and "accuracy of each class (2)" in text
