@@ -24,7 +24,7 @@ class TimmExport(NamedTuple):
 
     path: Path
     """The folder, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
-    max_difference: float
+    difference: float
     """Largest absolute difference over all tokens of one random image, at most :data:`TOLERANCE`."""
 
 
