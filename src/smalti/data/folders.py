@@ -184,9 +184,10 @@ def _class_problem(names: Sequence[PurePosixPath]) -> str | None:
 
 def _class_set(root: Path, names: Sequence[PurePosixPath]) -> ImageSet:
     has_splits = len(names[0].parts) == 3
-    spellings = {name.parts[0] for name in names} if has_splits else set()
-    if len(spellings) > len({SPLITS[spelling.lower()] for spelling in spellings}):
-        raise DataError(f"{root}: the same split twice: {', '.join(sorted(spellings))}; keep one")
+    for split in _SPLIT_ORDER if has_splits else ():
+        spellings = sorted({name.parts[0] for name in names if SPLITS[name.parts[0].lower()] == split})
+        if len(spellings) > 1:
+            raise DataError(f"{root}: the same split twice: {', '.join(spellings)}; keep one")
     classes = tuple(sorted({name.parts[-2] for name in names}))
     number = {name: i for i, name in enumerate(classes)}
     samples = tuple(

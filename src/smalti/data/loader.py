@@ -249,7 +249,7 @@ class UnreadableLog:
             return
         self._read()  # what other processes found since
         self._append([(path, reason) for path, reason in seen.items() if path not in self._reasons])
-        self._reasons = seen | self._reasons
+        self._reasons |= {path: reason for path, reason in seen.items() if path not in self._reasons}
         if self.count > self.total * _MAX_UNREADABLE:
             path, reason = next(iter(self._reasons.items()))
             raise DataError(

@@ -135,7 +135,7 @@ def _look_at_one(path: Path, decode: bool) -> _Found:
 
 
 def _spread(values: Sequence[int]) -> tuple[int, float, int]:
-    return (min(values), statistics.median(values), max(values)) if values else (0, 0.0, 0)
+    return (min(values), float(statistics.median(values)), max(values)) if values else (0, 0.0, 0)
 
 
 def _range(spread: tuple[int, float, int]) -> str:

@@ -38,6 +38,11 @@ class Page:
         return self.first(_HEIGHT, 0), self.first(_WIDTH, 0)
 
     @property
+    def chunks(self) -> tuple[int, ...]:
+        """Where its strips or tiles begin."""
+        return self.tags.get(_STRIPS) or self.tags.get(_TILES) or ()
+
+    @property
     def bits(self) -> int:
         """Bits a sample, of the first one."""
         return self.first(_BITS, 1)
@@ -59,7 +64,7 @@ class Page:
 
     def first(self, tag: int, default: int) -> int:
         """First value of a tag."""
-        return self.tags.get(tag, (default,))[0]
+        return (self.tags.get(tag) or (default,))[0]
 
 
 class Tiff:
@@ -70,10 +75,10 @@ class Tiff:
             self.order = {b"II": "<", b"MM": ">"}[data[:2]]
             self.big = self._unpack(data, "H", 2) == 43
             self.pages = self._read_pages(data)
-        except (KeyError, struct.error, IndexError):
+        except (KeyError, struct.error, IndexError, OverflowError):
             raise DataError("not a readable TIFF, or cut short") from None
         self.data = data
-        if not self.pages:
+        if not self.pages or not all(0 not in page.size and page.chunks for page in self.pages):
             raise DataError("a TIFF without an image")
         self._check_length()
 
@@ -91,7 +96,10 @@ class Tiff:
         """All samples of all pages: ``(H, W, channels)`` in the file's order and sample type."""
         if len({page.size for page in self.pages}) > 1:
             raise DataError("pages of different sizes, which can't be channels of one image")
-        return np.concatenate([self._read_page(page) for page in self.pages], axis=2)
+        try:
+            return np.concatenate([self._read_page(page) for page in self.pages], axis=2)
+        except (cv2.error, struct.error, OverflowError):
+            raise DataError("a damaged TIFF: its header says impossible things") from None
 
     def _unpack(self, data: bytes, letter: str, offset: int) -> int:
         return struct.unpack_from(self.order + letter, data, offset)[0]
@@ -125,9 +133,8 @@ class Tiff:
     def _check_length(self) -> None:
         """Refuse a file that ends before its last strip does."""
         for page in self.pages:
-            offsets = page.tags.get(_STRIPS) or page.tags.get(_TILES) or ()
             sizes = page.tags.get(_STRIP_BYTES) or page.tags.get(_TILE_BYTES) or ()
-            end = max((a + b for a, b in zip(offsets, sizes, strict=False)), default=0)
+            end = max((a + b for a, b in zip(page.chunks, sizes, strict=False)), default=0)
             if end > len(self.data):
                 raise DataError(f"cut short: {len(self.data)} bytes, its pixels end at byte {end}")
 
@@ -138,7 +145,7 @@ class Tiff:
         separate = samples > 1 and page.first(_PLANAR, 1) == 2
         if not separate:
             return self._read_wide(page, slice(None), samples).reshape(height, width, samples)
-        per_plane = len(page.tags.get(_STRIPS) or page.tags[_TILES]) // samples
+        per_plane = len(page.chunks) // samples
         planes = [self._read_wide(page, slice(i * per_plane, (i + 1) * per_plane), 1) for i in range(samples)]
         return np.stack(planes, axis=2)
 

@@ -259,7 +259,7 @@ class MultiCrop:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """``(size, size, C)`` (or without C if it is 1): bicubic, antialiased where it shrinks, as Pillow and torchvision do.
+    """``(size, size, C)``: bicubic, antialiased where it shrinks, as Pillow and torchvision do.
 
     Through torch: the same pixels as Pillow's in a fifth of the time; OpenCV has no antialiased bicubic.
     """
@@ -267,7 +267,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
         return image
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     planes = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0].numpy()
-    resized = cv2.merge(list(planes)) if len(planes) > 1 else planes[0]
+    resized = cv2.merge(list(planes)) if len(planes) > 1 else planes[0][:, :, None]
     return resized if resized.dtype == np.uint8 else np.clip(resized, 0, 1)  # bicubic overshoots at edges
 
 

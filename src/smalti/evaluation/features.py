@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from smalti.data.folders import ImageSet
@@ -30,25 +30,28 @@ class ImageFeatures:
     labels: Int[Tensor, " n"]
     """Class of each image that could be read."""
     has_class_token: bool
+    auto: str
+    """The encoder's own pooling."""
 
     def pool(self, pool: str) -> Float[Tensor, "n D"]:
-        """``cls``, ``avg`` or ``auto``; see :func:`smalti.models.encoder.pool_features`."""
-        return pool_features(self.pooled, pool, self.has_class_token)
+        """``cls``, ``avg`` (mean patch), or ``auto``: what the encoder hands on for an image.
+
+        Raises:
+            ConfigError: for ``cls`` without a class token.
+        """
+        return pool_features(self.pooled, self.auto if pool == "auto" else pool, self.has_class_token)
 
 
 class PatchTokens:
     """Patch tokens of one split, kept in memory or computed again at each pass.
 
-    Either way they are rounded to ``dtype``, so that the limit on memory changes time and never the numbers.
+    Either way they are rounded to ``Features.dtype``, so that the limit on memory changes the time and not what is measured.
     """
 
-    def __init__(
-        self, features: "Features", images: ImageSet, size: int, dtype: torch.dtype, what: str, keep: bool
-    ) -> None:
+    def __init__(self, features: "Features", images: ImageSet, size: int, what: str, keep: bool) -> None:
         self._features = features
         self._images = images
         self._size = size
-        self._dtype = dtype
         self._what = what
         self.grid = features.encoder.check_size(size, size)
         """``(h, w)`` patches down and across."""
@@ -58,7 +61,7 @@ class PatchTokens:
         self._places: dict[int, int] = {}
         if keep:
             num_patches = self.grid[0] * self.grid[1]
-            self._kept = torch.empty(len(images), num_patches, features.encoder.embed_dim, dtype=dtype)
+            self._kept = torch.empty(len(images), num_patches, features.encoder.embed_dim, dtype=features.dtype)
             for tokens, positions in self._compute(range(len(images)), features.batch_size, what):
                 for row, position in zip(tokens, positions, strict=True):
                     place = len(self._places)
@@ -92,13 +95,7 @@ class PatchTokens:
     def _compute(self, order: Sequence[int], batch_size: int, what: str) -> Iterator[tuple[Tensor, list[int]]]:
         chosen = dataclasses.replace(self._images, samples=tuple(self._images.samples[i] for i in order))
         for features, positions in self._features.encode(chosen, self._size, "squash", batch_size, what):
-            tokens = features.patches.to(self._dtype)
-            if not tokens.isfinite().all():
-                raise RunError(
-                    f"patch tokens don't fit into {self._dtype}: the greatest is {features.patches.abs().max():g}; "
-                    "set eval.cache_dtype=float32"
-                )
-            yield tokens, [order[position] for position in positions]
+            yield self._features.round(features.patches), [order[position] for position in positions]
 
 
 class Features:
@@ -132,7 +129,8 @@ class Features:
         self.progress = progress or (lambda what, done, total: None)
         self.skipped: dict[str, str] = {}
         """Images that could not be read so far: path -> reason."""
-        self._dtype = {"float16": torch.float16, "float32": torch.float32}[cache_dtype]
+        self.dtype = {"float16": torch.float16, "float32": torch.float32}[cache_dtype]
+        """To which patch tokens are rounded."""
         self._bytes_left = int(cache_mib * 2**20)
         self._image_level: dict[tuple[Split, int], ImageFeatures] = {}
         self._tokens: dict[tuple[Split, int], PatchTokens] = {}
@@ -176,6 +174,7 @@ class Features:
                 PatchFeatures(torch.cat(patches), torch.cat(prefix), (1, 1)),
                 torch.tensor(labels),
                 self.encoder.has_class_token,
+                self.encoder.pool,
             )
         return self._image_level[key]
 
@@ -191,9 +190,9 @@ class Features:
         if key not in self._tokens:
             images = self._split(split)
             height, width = self.encoder.check_size(size, size)
-            needed = len(images) * height * width * self.encoder.embed_dim * self._dtype.itemsize
+            needed = len(images) * height * width * self.encoder.embed_dim * self.dtype.itemsize
             fits = keep and needed <= self._bytes_left
-            tokens = PatchTokens(self, images, size, self._dtype, f"{split} tokens", fits)
+            tokens = PatchTokens(self, images, size, f"{split} tokens", fits)
             if not fits:
                 return tokens
             self._bytes_left -= needed
@@ -212,15 +211,35 @@ class Features:
             self.skipped.update({str(item.path): item.reason for item in skipped})
             done += len(positions) + len(skipped)
             if len(positions):
-                with torch.no_grad():
-                    features = self.encoder.encode(self.encoder.normalize(pixels.to(self.device)))
-                if not features.patches.isfinite().all() or not features.prefix.isfinite().all():
-                    raise RunError(
-                        f"{self.encoder.name}: features of {images.samples[positions[0]].path} or an image read with "
-                        "it are not finite; the weights are damaged or training went wrong"
-                    )
-                yield features, list(positions)
+                yield self._encode(pixels), positions
             self.progress(what, done, len(images))
+
+    def patches(self, pixels: Num[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
+        """Patch tokens of images as they were read, without gradients, rounded to ``dtype``."""
+        return self.round(self._encode(pixels).patches)
+
+    def round(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Tokens in ``dtype``.
+
+        Raises:
+            RunError: if one doesn't fit.
+        """
+        rounded = tokens.to(self.dtype)
+        if not rounded.isfinite().all():
+            raise RunError(
+                f"patch tokens don't fit into {self.dtype}: the greatest is {tokens.abs().max():g}; "
+                "set eval.cache_dtype=float32"
+            )
+        return rounded
+
+    def _encode(self, pixels: Num[Tensor, "B C S S"]) -> PatchFeatures:
+        with torch.no_grad():
+            features = self.encoder.encode(self.encoder.normalize(pixels.to(self.device)))
+        if not features.patches.isfinite().all() or not features.prefix.isfinite().all():
+            raise RunError(
+                f"{self.encoder.name}: features are not finite; its weights are damaged, or training went wrong"
+            )
+        return features
 
     def _split(self, split: Split) -> ImageSet:
         return self.data.train if split == "train" else self.data.test

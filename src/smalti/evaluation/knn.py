@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from smalti.errors import ConfigError
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
@@ -56,8 +55,6 @@ def vote(
 @register_protocol("knn", need="labels", heeds=("pool", "k"))
 def knn(features: Features, config: EvalConfig) -> Scores:
     """Image classes by a vote of the nearest training images; needs class folders."""
-    if config.k < 1:
-        raise ConfigError(f"eval.k={config.k}: at least one neighbour is needed")
     size = features.image_size(config.image_size)
     train, test = features.image_level("train", size), features.image_level("test", size)
     num_train, num_classes = len(train.labels), len(features.data.classes)
@@ -86,7 +83,7 @@ def knn(features: Features, config: EvalConfig) -> Scores:
             {"k_wanted": config.k, "k_note": "all training images vote: there are fewer than k"} if k < config.k else {}
         ),
         "temperature": TEMPERATURE,
-        "pool": config.pool,
+        "pool": train.auto if config.pool == "auto" else config.pool,
         "image_size": size,
         "resize": "short side, then centre crop",
     }

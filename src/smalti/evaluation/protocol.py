@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from pydantic import Field
 from torch import nn
 
 from smalti.config import settings, write_atomically
@@ -26,6 +27,8 @@ from smalti.evaluation.metrics import Absent
 from smalti.models.encoder import Encoder, build_encoder
 
 Need = Literal["labels", "masks"]
+Count = Annotated[int, Field(ge=1)]
+CountFromZero = Annotated[int, Field(ge=0)]
 
 SHARE = "share of 1, higher is better"
 """Unit of accuracies and IoUs."""
@@ -47,15 +50,15 @@ class EvalConfig:
     """Names of the protocols; empty takes all that fit the data."""
     split: str | None = None
     """The split to be judged on, such as val or test; None takes the data's own, or a seeded fifth."""
-    every: int = 0
+    every: CountFromZero = 0
     """While training: evaluate every so many steps; 0 evaluates not before the end."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Side of the images in pixels, a multiple of the patch size; None takes the preset's, else the encoder's own."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images that are encoded at a time. Changes memory and time, not the numbers."""
-    num_workers: int = 0
-    """Processes that read images; 0 reads in this one. Does not change the numbers."""
-    cache_mib: int = 2048
+    num_workers: CountFromZero = 0
+    """Workers that read images; 0 reads in this process. Does not change the numbers."""
+    cache_mib: CountFromZero = 2048
     """Patch tokens up to this size are kept in memory; beyond it they are computed again for each epoch."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """Precision to which patch tokens are rounded, whether they are kept or computed again."""
@@ -64,18 +67,18 @@ class EvalConfig:
     baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
     pool: Literal["auto", "cls", "avg"] = "auto"
-    """knn: what stands for an image: cls token, avg of the patches, or auto: cls where there is one."""
-    k: int = 20
+    """knn: what stands for an image: cls token, avg of the patches, or auto: what the encoder hands on."""
+    k: Count = 20
     """knn: number of neighbours that vote in the headline."""
     preset: Literal["small", "leopart"] = "small"
     """linear-segmentation: small ends in minutes on a CPU; leopart is the published protocol."""
-    epochs: int | None = None
+    epochs: Count | None = None
     """linear-probe, linear-segmentation: passes over the training images; None takes the protocol's own."""
-    head_batch_size: int | None = None
+    head_batch_size: Count | None = None
     """linear-probe, linear-segmentation: images a step of the head; None takes the protocol's own."""
     augment: bool | None = None
     """linear-segmentation: crop and flip the training images; None takes the preset's."""
-    mask_size: int | None = None
+    mask_size: Count | None = None
     """linear-segmentation: side of the masks in pixels, for training and judging; None takes the preset's."""
     absent: Absent | None = None
     """linear-segmentation: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
@@ -268,6 +271,7 @@ def random_twin(encoder: Encoder, seed: int) -> Encoder:
         **description["model_args"],
     )
     twin.pos_antialias = encoder.pos_antialias
+    twin.set_pool(encoder.pool)
     return twin.to(next(encoder.parameters()).device)
 
 

@@ -1,0 +1,213 @@
+"""Linear classification of frozen features, with a grid of learning rates trained at once.
+
+Source: Oquab et al., DINOv2, arXiv:2304.07193v2, App. B.3: a grid of 13 learning rates times choices of features, all
+heads on the same batches. Features are standardised as in He et al., MAE, arXiv:2111.06377v3, App. A.1 (a batch norm
+without affine part), here with mean and deviation of all training images.
+Differs from both: features are computed once, of whole images, without augmentation; and the best of the grid is
+chosen on a fifth of the *training* images, then fitted again on all of them, so the judged images choose nothing.
+Letters: n images, D features, K classes, H heads.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from smalti.data.loader import epoch_order
+from smalti.errors import DataError
+from smalti.evaluation.features import Features, ImageFeatures, Progress
+from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+"""The grid; each is multiplied by head_batch_size / 256."""
+MOMENTUM = 0.9
+BATCH_SIZE, EPOCHS = 256, 100
+FEWEST_STEPS, MOST_STEPS = 500, 12_500  # few images still need steps; DINOv2 stops at 12 500
+HELD_OUT = 0.2
+
+
+class Heads(NamedTuple):
+    """H linear classifiers side by side."""
+
+    weight: Float[Tensor, "D H*K"]
+    bias: Float[Tensor, " H*K"]
+
+    def logits(self, inputs: Float[Tensor, "n D"], num_classes: int) -> Float[Tensor, "n H K"]:
+        """Class scores of each head."""
+        return torch.addmm(self.bias, inputs, self.weight).view(len(inputs), -1, num_classes)
+
+
+def train_heads(
+    inputs: Float[Tensor, "n D"],
+    labels: Int[Tensor, " n"],
+    num_classes: int,
+    learning_rates: Float[Tensor, " H"],
+    sees: Bool[Tensor, "H D"],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Heads:
+    """Fit H softmax classifiers at once: SGD with momentum 0.9, cosine learning rate, no weight decay.
+
+    One matrix product a step serves all heads: their weights stand side by side as columns.
+
+    Args:
+        inputs: ``(n, D)`` standardised features.
+        labels: ``(n,)`` classes.
+        num_classes: K.
+        learning_rates: ``(H,)`` one a head, at the first step.
+        sees: ``(H, D)`` True where a head reads a feature.
+        epochs: passes over the images; the order of each depends on (seed, epoch) only.
+        batch_size: images a step.
+        seed: of the order and of the initial weights, N(0, 0.01), which all heads share.
+        progress: called as ``progress("linear-probe", step, steps)``.
+    """
+    num_images, width = inputs.shape
+    device, num_heads = inputs.device, len(learning_rates)
+    g = torch.Generator().manual_seed(seed)
+    start = torch.randn(width, num_classes, generator=g).mul_(0.01).to(device)
+    is_read = sees.to(device).T.repeat_interleave(num_classes, dim=1)  # (D, H*K)
+    weight = start.repeat(1, num_heads) * is_read
+    bias = torch.zeros(num_heads * num_classes, device=device)
+    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    rates = learning_rates.to(device).repeat_interleave(num_classes)
+    one_hot = F.one_hot(labels, num_classes).to(inputs.dtype)
+    steps = epochs * math.ceil(num_images / batch_size)
+    step = 0
+    for epoch in range(epochs):
+        order = torch.from_numpy(epoch_order(seed, epoch, num_images)).to(device)
+        for batch in torch.split(order, batch_size):
+            x = inputs[batch]
+            probs = Heads(weight, bias).logits(x, num_classes).softmax(-1)
+            # cross-entropy's gradient in closed form, mean over the batch, sum over the heads: they don't meet
+            error = (probs - one_hot[batch, None]).flatten(1) / len(batch)
+            weight_velocity.mul_(MOMENTUM).add_(torch.mm(x.T, error))
+            bias_velocity.mul_(MOMENTUM).add_(error.sum(0))
+            now = rates * (0.5 * (1 + math.cos(math.pi * step / steps)))
+            weight -= now * weight_velocity * is_read
+            bias -= now * bias_velocity
+            step += 1
+            if progress is not None and (step % 100 == 0 or step == steps):
+                progress("linear-probe", step, steps)
+    return Heads(weight, bias)
+
+
+def stratified_fifth(labels: Int[Tensor, " n"], seed: int) -> Bool[Tensor, " n"]:
+    """True for about a fifth of each class, at least one of every class that has two, drawn from the seed."""
+    g = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in sorted(set(labels.tolist())):
+        members = (labels == label).nonzero()[:, 0]
+        count = max(1, round(HELD_OUT * len(members))) if len(members) > 1 else 0
+        held_out[members[torch.randperm(len(members), generator=g)[:count]]] = True
+    return held_out
+
+
+@register_protocol("linear-probe", need="labels", heeds=("epochs", "head_batch_size"))
+@torch.no_grad()
+def linear_probe(features: Features, config: EvalConfig) -> Scores:
+    """Image classes by a linear head on frozen features; needs class folders."""
+    size = features.image_size(config.image_size)
+    train, test = features.image_level("train", size), features.image_level("test", size)
+    num_classes, device = len(features.data.classes), features.device
+    batch_size = config.head_batch_size or BATCH_SIZE
+    held_out = stratified_fifth(train.labels, config.seed)
+    if not held_out.any():
+        raise DataError(
+            f"{features.data.train.root}: {len(train.labels)} training images, one of each class; linear-probe chooses "
+            "its learning rate on a part of them and needs a class with two"
+        )
+    inputs, sees, names = _grid(train)
+    labels, inputs, sees = train.labels.to(device), inputs.to(device), sees.to(device)
+    rates = torch.tensor(LEARNING_RATES) * (batch_size / BATCH_SIZE)
+    heads_rates, heads_sees = rates.repeat(len(sees)), sees.repeat_interleave(len(rates), dim=0)
+
+    fit = ~held_out.to(device)
+    mean, std = _moments(inputs[fit])
+    epochs = config.epochs or _epochs(int(fit.sum()), batch_size)
+    heads = train_heads(
+        (inputs[fit] - mean) / std,
+        labels[fit],
+        num_classes,
+        heads_rates,
+        heads_sees,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=config.seed,
+        progress=features.progress,
+    )
+    best, held_out_top1 = _choose(heads.logits((inputs[~fit] - mean) / std, num_classes), labels[~fit])
+    combination, rate = divmod(best, len(rates))
+
+    mean, std = _moments(inputs)
+    epochs = config.epochs or _epochs(len(labels), batch_size)
+    chosen = sees[combination]
+    head = train_heads(
+        ((inputs - mean) / std)[:, chosen],
+        labels,
+        num_classes,
+        rates[rate : rate + 1],
+        chosen[None, chosen],
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=config.seed,
+        progress=features.progress,
+    )
+    judged = ((_grid(test)[0].to(device) - mean) / std)[:, chosen]
+    confusion = ConfusionMatrix(num_classes)
+    confusion.update(test.labels, head.logits(judged, num_classes)[:, 0].argmax(1).cpu())
+    settings = {
+        "form": "fast: frozen features of whole images, no augmentation",
+        "features": names[combination],
+        "learning_rate": LEARNING_RATES[rate] * batch_size / BATCH_SIZE,
+        "learning_rate_is_at_edge_of_grid": rate in (0, len(rates) - 1),
+        "chosen_by": "top1 on a fifth of the training images that was held out; then fitted on all of them",
+        "num_held_out": int(held_out.sum()),
+        "held_out_top1": held_out_top1,
+        "grid": f"{len(rates)} learning rates x {' | '.join(names)}",
+        "standardised": "mean and deviation of the training images",
+        "optimiser": f"SGD, momentum {MOMENTUM}, cosine to 0",
+        "epochs": epochs,
+        "head_batch_size": batch_size,
+        "image_size": size,
+        "resize": "short side, then centre crop",
+    }
+    metrics = {"top1": accuracy(confusion.matrix), "balanced_top1": balanced_accuracy(confusion.matrix)}
+    recall = class_recall(confusion.matrix).tolist()
+    return Scores(metrics, settings, {"recall": dict(zip(features.data.classes, recall, strict=True))})
+
+
+def _grid(images: ImageFeatures) -> tuple[Float[Tensor, "n D"], Bool[Tensor, "F D"], list[str]]:
+    """All features side by side, which of them each of the F combinations reads, and the combinations' names."""
+    avg = images.pool("avg")
+    if not images.has_class_token:
+        return avg, torch.ones(1, avg.shape[1], dtype=torch.bool), ["avg"]
+    cls = images.pool("cls")
+    sees = torch.ones(2, 2 * avg.shape[1], dtype=torch.bool)
+    sees[0, avg.shape[1] :] = False
+    return torch.cat([cls, avg], dim=1), sees, ["cls", "cls+avg"]
+
+
+def _choose(logits: Float[Tensor, "n H K"], labels: Int[Tensor, " n"]) -> tuple[int, float]:
+    """The head with the greatest accuracy, among equals that with the smaller cross-entropy; and its accuracy."""
+    top1 = (logits.argmax(-1) == labels[:, None]).double().mean(0)
+    target = labels[:, None].expand(-1, logits.shape[1])
+    loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(0).nan_to_num(torch.inf)
+    best = min(range(len(top1)), key=lambda head: (-float(top1[head]), float(loss[head])))
+    return best, float(top1[best])
+
+
+def _moments(inputs: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Mean, and deviation as a batch norm takes it: what doesn't vary stays 0 rather than becoming noise."""
+    return inputs.mean(0), (inputs.var(0, correction=0) + 1e-6).sqrt()
+
+
+def _epochs(num_images: int, batch_size: int) -> int:
+    steps = math.ceil(num_images / batch_size)  # an epoch
+    return max(1, min(max(EPOCHS, math.ceil(FEWEST_STEPS / steps)), MOST_STEPS // steps))

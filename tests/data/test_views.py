@@ -1,0 +1,324 @@
+import colorsys
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.testing import assert_close
+
+from smalti.config import build
+from smalti.data.views import (
+    ColorConfig,
+    MultiCrop,
+    Skipped,
+    ViewSpec,
+    blur,
+    collate,
+    color_map,
+    random_resized_crop,
+    resize,
+    solarize,
+)
+from smalti.errors import ConfigError
+
+DINO = (
+    ViewSpec(count=2, size=32, scale=(0.4, 1.0), color=ColorConfig(), blur_prob=(1.0, 0.1), solarize_prob=(0.0, 0.2)),
+    ViewSpec(count=3, size=16, scale=(0.05, 0.4), color=ColorConfig(), blur_prob=0.5),
+)
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+
+
+def noise(height=40, width=50, channels=3, dtype=np.uint8, seed=0):
+    values = np.random.default_rng(seed).random((height, width, channels), np.float32)
+    return values if dtype == np.float32 else (255 * values).astype(np.uint8)
+
+
+def always(**strengths):
+    return ColorConfig(
+        **{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "gray_prob": 0} | strengths, jitter_prob=1
+    )
+
+
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    low=st.floats(0.01, 1.0),
+    seed=st.integers(0, 2**32),
+)
+def test_crops_lie_inside_the_image(height, width, low, seed):
+    top, left, h, w = random_resized_crop(np.random.default_rng(seed), height, width, (low, 1.0), (3 / 4, 4 / 3))
+    assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
+
+
+@pytest.mark.parametrize("size", [(375, 500), (100, 300), (64, 64)])
+def test_crops_follow_torchvisions_law(size):
+    height, width = size
+    scale, aspect = (0.2, 1.0), (3 / 4, 4 / 3)
+    rng = np.random.default_rng(0)
+    ours = np.array([random_resized_crop(rng, height, width, scale, aspect) for _ in range(4000)], float)
+    torch.manual_seed(0)
+    blank = torch.empty(1, height, width)
+    theirs = np.array([T.RandomResizedCrop.get_params(blank, list(scale), list(aspect)) for _ in range(4000)], float)
+    spread = theirs.std(axis=0)
+    np.testing.assert_allclose(ours.mean(axis=0), theirs.mean(axis=0), atol=0.08 * spread.max())
+    np.testing.assert_allclose(ours.std(axis=0), spread, rtol=0.08)
+    for share in (0.1, 0.5, 0.9):
+        np.testing.assert_allclose(
+            np.quantile(ours, share, axis=0), np.quantile(theirs, share, axis=0), atol=0.035 * width
+        )
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((100, 1000), (0, 433, 100, 133)), ((1000, 100), (433, 0, 133, 100)), ((90, 100), (0, 0, 90, 100))],
+)
+def test_a_crop_that_never_fits_is_central_with_an_allowed_shape(size, expected):
+    assert random_resized_crop(np.random.default_rng(0), *size, (4.0, 4.0), (3 / 4, 4 / 3)) == expected
+
+
+def test_views_have_the_asked_shapes_and_their_source():
+    sample = MultiCrop(DINO)(noise(), np.random.default_rng(0))
+    assert [crops.shape for crops in sample.crops] == [(2, 32, 32, 3), (3, 16, 16, 3)]
+    assert sample.boxes.shape == (5, 4) and sample.boxes.dtype == np.float32 and sample.source_size == (40, 50)
+
+
+@pytest.mark.parametrize("flip_prob", [0.0, 1.0, 0.5])
+def test_boxes_and_flips_say_where_every_pixel_comes_from(coordinate_images, flip_prob):
+    """The whole way: file -> decode -> crop -> flip -> resize -> batch; the pixels themselves say where they were."""
+    from smalti.data.loader import TrainLoader
+
+    specs = [
+        ViewSpec(count=2, size=24, flip_prob=flip_prob),
+        ViewSpec(count=3, size=12, scale=(0.1, 0.4), flip_prob=flip_prob),
+    ]
+    views = next(iter(TrainLoader(coordinate_images, MultiCrop(specs), batch_size=4, seed=1)))
+    first = 0
+    for crops in views.crops:
+        size = crops.shape[-1]
+        boxes, flips = views.boxes[first : first + len(crops)], views.flips[first : first + len(crops)]
+        inner = torch.arange(size // 4, 3 * size // 4)  # away from borders, where bicubic interpolation bends
+        for crop, (x0, y0, x1, y1), flip in zip(crops, boxes, flips, strict=True):
+            red = (crop.flip(-1) if flip else crop)[0].float()
+            share = (inner + 0.5) / size
+            assert_close(red[size // 2, inner], 4 * (x0 + share * (x1 - x0) - 0.5), atol=1.5, rtol=0)
+            assert_close(crop[1].float()[inner, size // 2], 4 * (y0 + share * (y1 - y0) - 0.5), atol=1.5, rtol=0)
+        numbers = crops[:, 2].float().mean(dim=(1, 2)) / 50
+        assert_close(numbers, views.index.repeat(len(crops) // 4).float(), atol=0.03, rtol=0)
+        first += len(crops)
+    assert views.flips.float().mean() == flip_prob or flip_prob == 0.5
+    assert (views.boxes[:, 2:] <= views.source_size.flip(1).repeat(5, 1)).all()
+
+
+def test_resizing_is_pillows_antialiased_bicubic():
+    image = 80 + noise(60, 80) // 4  # far from 0 and 255, at which they clip between their two passes
+    for crop, size in ((image, 30), (image[10:30, 5:25], 48), (image[:50, :40], 45)):
+        theirs = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
+        assert np.abs(resize(crop, size).astype(int) - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_any_number_of_channels_and_either_type_goes_through_every_step(channels, dtype):
+    specs = [
+        ViewSpec(count=2, size=20, color=ColorConfig(jitter_prob=1, gray_prob=0.5), blur_prob=1.0, solarize_prob=1.0)
+    ]
+    crops = MultiCrop(specs)(noise(channels=channels, dtype=dtype), np.random.default_rng(0)).crops[0]
+    assert crops.shape == (2, 20, 20, channels) and crops.dtype == dtype
+    assert crops.max() <= (255 if dtype == np.uint8 else 1) and crops.min() >= 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (3000, 2)])
+def test_images_smaller_than_a_view_are_enlarged(size):
+    image = np.full((*size, 3), 77, np.uint8)
+    crops = MultiCrop([ViewSpec(count=2, size=32)])(image, np.random.default_rng(0)).crops[0]
+    assert crops.shape == (2, 32, 32, 3) and (crops == 77).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_eight_bits_and_floats_are_recoloured_alike(channels):
+    image = noise(channels=channels)
+    specs = [ViewSpec(count=3, size=32, color=ColorConfig(jitter_prob=1), blur_prob=0.5, solarize_prob=0.5)]
+    eight = MultiCrop(specs)(image, np.random.default_rng(5)).crops[0] / 255
+    floats = MultiCrop(specs)((image / 255).astype(np.float32), np.random.default_rng(5)).crops[0]
+    # not equal where a value lies on the border between solarised and not, so compare nearly all
+    assert np.quantile(np.abs(eight - floats), 0.99) < 0.012
+
+
+def test_brightness_scales_and_contrast_turns_about_the_mean_grey():
+    mean = np.array([90.0, 120.0, 60.0])
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        matrix = color_map(always(brightness=0.4), mean, rng)
+        factor = matrix[0, 0]
+        assert 0.6 <= factor <= 1.4
+        np.testing.assert_allclose(matrix, np.c_[factor * np.eye(3), np.zeros(3)], atol=1e-12)
+        matrix = color_map(always(contrast=0.4), mean, rng)
+        factor = matrix[0, 0]
+        offset = np.full(3, (1 - factor) * (LUMINANCE @ mean))
+        np.testing.assert_allclose(matrix, np.c_[factor * np.eye(3), offset], atol=1e-9)
+
+
+def test_saturation_leaves_each_pixels_luminance_and_hue_the_grey_axis():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        saturation = color_map(always(saturation=0.9), np.zeros(3), rng)[:, :3]
+        np.testing.assert_allclose(LUMINANCE @ saturation, LUMINANCE, atol=1e-12)
+        hue = color_map(always(hue=0.5), np.zeros(3), rng)[:, :3]
+        np.testing.assert_allclose(hue @ np.ones(3), np.ones(3), atol=1e-12)
+        np.testing.assert_allclose(hue @ hue.T, np.eye(3), atol=1e-12)
+
+
+def test_hue_turns_the_way_hsv_does():
+    """A small turn of a soft colour moves its hue by the same share of the circle."""
+    from smalti.data.views import _turn_hue
+
+    np.testing.assert_allclose(_turn_hue(1 / 3) @ [1, 0, 0], [0, 1, 0], atol=1e-12)
+    for turn in (-0.1, 0.05, 0.1):
+        before, after = (
+            colorsys.rgb_to_hsv(*color)[0] for color in ([0.6, 0.5, 0.5], _turn_hue(turn) @ [0.6, 0.5, 0.5])
+        )
+        assert abs((after - before - turn + 0.5) % 1 - 0.5) < 0.02
+
+
+def test_grey_is_luminance_and_its_share_is_the_probability():
+    config = ColorConfig(jitter_prob=0, gray_prob=0.2)
+    rng = np.random.default_rng(0)
+    maps = [color_map(config, np.zeros(3), rng) for _ in range(2000)]
+    greys = [matrix for matrix in maps if matrix is not None]
+    assert abs(len(greys) / 2000 - 0.2) < 0.03
+    np.testing.assert_allclose(greys[0][:, :3], np.tile(LUMINANCE, (3, 1)))
+
+
+def test_one_affine_map_is_torchvisions_chain_where_nothing_clips():
+    """Without hue, whose law differs, and far from black and white."""
+    image = (80 + noise(20, 20) // 4).astype(np.uint8)
+    picture = Image.fromarray(image)
+    order = [1, 0, 2]
+    b, c, s = 1.1, 0.9, 1.2
+    steps = [lambda x: T.functional.adjust_brightness(x, b), lambda x: T.functional.adjust_contrast(x, c)]
+    steps.append(lambda x: T.functional.adjust_saturation(x, s))
+    for step in order:
+        picture = steps[step](picture)
+
+    class Scripted(np.random.Generator):
+        # jittered, not grey, the order (1, 0, 2, 3), then the four amounts
+        values = iter([0.0, 0.9, 6.5 / 24, *(0.5 + 0.5 * x for x in (0.1 / 0.4, -0.1 / 0.4, 0.2 / 0.4, 0.0))])
+
+        def random(self):
+            return next(self.values)
+
+    config = ColorConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0, jitter_prob=0.5, gray_prob=0.5)
+    affine = color_map(config, image.reshape(-1, 3).mean(axis=0), Scripted(np.random.PCG64(0)))
+    ours = cv2.transform(image, affine.astype(np.float32))
+    assert np.abs(ours.astype(int) - np.asarray(picture)).max() <= 3  # each of their steps rounds
+
+
+def test_one_channel_knows_no_saturation_hue_or_grey():
+    affine = color_map(ColorConfig(jitter_prob=1, gray_prob=1), np.array([100.0]), np.random.default_rng(0))
+    assert affine.shape == (1, 2)
+    assert color_map(ColorConfig(jitter_prob=0, gray_prob=1), np.array([100.0]), np.random.default_rng(0)) is None
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
+def test_blur_spreads_a_point_by_its_sigma(sigma):
+    image = np.zeros((41, 41), np.float32)
+    image[20, 20] = 1
+    blurred = blur(image, sigma)
+    x = np.arange(41) - 20
+    assert blurred.sum() == pytest.approx(1, abs=1e-5)
+    assert np.sqrt((blurred.sum(axis=0) * x**2).sum()) == pytest.approx(
+        sigma, rel=0.08
+    )  # a sampled Gaussian is a little narrower
+
+
+def test_a_blur_too_small_to_see_is_skipped():
+    image = noise()
+    assert blur(image, 0.19) is image
+
+
+def test_solarize_is_pillows():
+    from PIL import ImageOps
+
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(solarize(image), np.asarray(ImageOps.solarize(Image.fromarray(image), 128)))
+    assert_close(solarize(np.float32([0.2, 0.9])), np.float32([0.2, 0.1]))
+
+
+def test_blur_and_solarise_follow_each_views_own_probability():
+    image = noise(64, 64)
+    spec = ViewSpec(
+        count=2, size=64, scale=(1, 1), aspect=(1, 1), flip_prob=0, solarize_prob=(0.0, 1.0), blur_prob=(1.0, 0.0)
+    )
+    first, second = MultiCrop([spec])(image, np.random.default_rng(0)).crops[0]
+    assert (second == np.minimum(image, 255 - image)).all()
+    assert first.std() < image.std()
+
+
+def test_collate_is_view_major_and_channels_last():
+    crop = MultiCrop(DINO)
+    samples = [crop(noise(seed=i), np.random.default_rng(i)) for i in range(4)]
+    for i, sample in enumerate(samples):
+        sample.index, sample.key = 10 + i, 100 + i
+    views = collate(samples, [Skipped("x.png", "broken")])
+    assert views.num_views == (2, 3) and views.batch_size == 4 and views.global_crops is views.crops[0]
+    assert [crops.shape for crops in views.crops] == [(8, 3, 32, 32), (12, 3, 16, 16)]
+    assert all(crops.is_contiguous(memory_format=torch.channels_last) for crops in views.crops)
+    assert views.index.tolist() == [10, 11, 12, 13] and views.keys.tolist() == [100, 101, 102, 103]
+    for b, sample in enumerate(samples):
+        for v in range(5):
+            place = v * 4 + b
+            assert views.boxes[place].tolist() == sample.boxes[v].tolist()
+            assert views.flips[place] == sample.flips[v]
+            crops, inside = (views.crops[0], place) if v < 2 else (views.crops[1], place - 8)
+            own = sample.crops[0][v] if v < 2 else sample.crops[1][v - 2]
+            np.testing.assert_array_equal(crops[inside].permute(1, 2, 0).numpy(), own)
+    assert views.skipped == (Skipped("x.png", "broken"),)
+    moved = views.to("cpu")
+    assert torch.equal(moved.boxes, views.boxes) and moved.skipped == views.skipped
+
+
+def test_a_batch_of_eight_and_sixteen_bit_images_is_float():
+    crop = MultiCrop([ViewSpec(size=8)])
+    eight, sixteen = noise(), noise(dtype=np.float32)
+    views = collate([crop(image, np.random.default_rng(0)) for image in (eight, sixteen)])
+    assert views.crops[0].dtype == torch.float32 and views.crops[0].max() <= 1 and views.crops[0][0].max() > 0.5
+
+
+def test_methods_can_draw_their_own_boxes():
+    class Corner(MultiCrop):
+        def draw_boxes(self, rng, height, width):
+            return [(1, 2, 8, 16)] * self.num_views
+
+    sample = pickle.loads(pickle.dumps(Corner.__base__(DINO)))(noise(), np.random.default_rng(0))
+    assert len(sample.boxes) == 5
+    sample = Corner(DINO)(noise(), np.random.default_rng(0))
+    assert sample.boxes.tolist() == [[2, 1, 18, 9]] * 5
+
+
+@pytest.mark.parametrize(
+    ("specs", "line"),
+    [
+        ([], "no views"),
+        ([ViewSpec(count=0)], "no views"),
+        ([ViewSpec(scale=(0.5, 0.2))], r"scale=\(0.5, 0.2\) of a view; it needs 0 < smallest <= largest"),
+        ([ViewSpec(aspect=(0.0, 1.0))], "aspect"),
+        ([ViewSpec(blur_sigma=(-1.0, 1.0))], "blur_sigma"),
+        ([ViewSpec(size=0)], "size 0"),
+        ([ViewSpec(count=2, blur_prob=(0.1, 0.2, 0.3))], "blur_prob has 3 values for 2 views"),
+    ],
+)
+def test_numbers_that_dont_fit_are_one_line(specs, line):
+    with pytest.raises(ConfigError, match=line):
+        MultiCrop(specs)
+
+
+def test_specs_come_from_yaml_values():
+    spec = build(ViewSpec, {"count": 2, "scale": [0.4, 1], "blur_prob": [1, 0.1], "color": {"hue": "1e-1"}})
+    assert spec.blur_prob == (1.0, 0.1) and spec.color.hue == 0.1
+    with pytest.raises(ConfigError, match="did you mean 'scale'"):
+        build(ViewSpec, {"scales": [0.4, 1]})

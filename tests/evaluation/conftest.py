@@ -1,0 +1,116 @@
+"""Labelled scenes whose pixels tell their class, and encoders about which theory says what they must score."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from smalti.data.labelled import open_labelled
+from smalti.evaluation.features import Features
+from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
+
+STEP = 40
+"""Grey value of class k is k * STEP."""
+
+
+def tiny_encoder(cls: type[Encoder] = Encoder, **arguments) -> Encoder:
+    """A real ViT, 32 pixels, 4x4 patches, one block; or a double of it."""
+    built = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, seed=0, **arguments)
+    built.set_normalization((0.5,), (0.5,))
+    if cls is Encoder:
+        return built
+    return cls(built.vit, built.name, built.model_args, mean=(0.0,), std=(1.0,))
+
+
+class PerfectEncoder(Encoder):
+    """Each patch's token is the share of its pixels that each class has, read from the grey value."""
+
+    def encode(self, images):
+        num_classes = 5
+        if images.dtype == torch.uint8:
+            images = self.normalize(images)
+        label = (images.mean(1) * 255 / STEP).round().long().clamp(0, num_classes - 1)
+        shares = nn.functional.one_hot(label, num_classes).movedim(-1, 1).float()
+        tokens = nn.functional.avg_pool2d(shares, self.patch_size).flatten(2).mT
+        tokens = nn.functional.pad(tokens, (0, self.embed_dim - num_classes))
+        return PatchFeatures(tokens, tokens.mean(1, keepdim=True), self.check_size(*images.shape[-2:]))
+
+
+class ConstantEncoder(Encoder):
+    """Says the same about every patch of every image."""
+
+    def encode(self, images):
+        grid = self.check_size(*images.shape[-2:])
+        tokens = torch.full((len(images), grid[0] * grid[1], self.embed_dim), 0.3)
+        return PatchFeatures(tokens, tokens[:, :1], grid)
+
+
+def write_image(path: Path, grey: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), grey)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 images to train and 6 to judge on, 32x32 pixels, each 8x8 patch of one of three classes; a few void pixels."""
+    root = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    names: dict[str, list[str]] = {"train": [], "val": []}
+    for split, count in (("train", 16), ("val", 6)):
+        for number in range(count):
+            name = f"{split}{number}"
+            mask = np.kron(rng.choice(3, (4, 4), p=(0.5, 0.3, 0.2)), np.ones((8, 8))).astype(np.uint8)
+            write_image(root / "images" / f"{name}.png", mask * STEP)
+            mask[:2, :2] = 255
+            write_image(root / "masks" / f"{name}.png", mask)
+            names[split].append(name)
+    for split, listed in names.items():
+        (root / f"{split}.txt").write_text("\n".join(listed))
+    (root / "classes.txt").write_text("ground\nleaf\nstone\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def greys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of five grey values with noise, 32x32 pixels; the first class has as many images as all others."""
+    root = tmp_path_factory.mktemp("greys")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for label in range(5):
+            for number in range(count * (4 if label == 0 else 1)):
+                noise = rng.integers(-15, 16, (32, 32))
+                grey = np.clip(label * STEP + noise, 0, 255).astype(np.uint8)
+                write_image(root / split / f"grey{label}" / f"{number}.png", grey)
+    return root
+
+
+@pytest.fixture
+def tiny() -> Encoder:
+    """A real ViT with random weights."""
+    return tiny_encoder()
+
+
+@pytest.fixture
+def perfect() -> Encoder:
+    """See :class:`PerfectEncoder`."""
+    return tiny_encoder(PerfectEncoder)
+
+
+@pytest.fixture
+def constant() -> Encoder:
+    """See :class:`ConstantEncoder`."""
+    return tiny_encoder(ConstantEncoder)
+
+
+@pytest.fixture
+def features_of() -> Callable[..., Features]:
+    """Features of an encoder in eval mode on labelled data."""
+
+    def make(encoder: Encoder, data: Path, need: str, **settings) -> Features:
+        return Features(encoder.eval(), open_labelled(data, need=need), **settings)
+
+    return make

@@ -1,0 +1,111 @@
+"""The linear probe: many heads at once equal many heads apart, and nothing is chosen on the judged images."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from smalti.data.loader import epoch_order
+from smalti.errors import DataError
+from smalti.evaluation.linear_probe import LEARNING_RATES, linear_probe, stratified_fifth, train_heads
+from smalti.evaluation.protocol import EvalConfig
+
+RATES = torch.tensor([0.01, 0.1, 0.5])
+SEES = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [True] * 6])
+
+
+def problem(n=50, width=6, num_classes=3):
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n, width, generator=g)
+    return inputs, (inputs @ torch.randn(width, num_classes, generator=g)).argmax(1)
+
+
+def test_a_head_equals_torchs_sgd_with_cosine_schedule():
+    inputs, labels = problem()
+    heads = train_heads(inputs, labels, 3, RATES[1:2], SEES[:1], epochs=4, batch_size=16, seed=7)
+    layer = nn.Linear(6, 3)
+    with torch.no_grad():
+        layer.weight.copy_((torch.randn(6, 3, generator=torch.Generator().manual_seed(7)) * 0.01).T)
+        layer.bias.zero_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16)
+    for epoch in range(4):
+        for batch in torch.from_numpy(epoch_order(7, epoch, 50)).split(16):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(layer(inputs[batch]), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    assert_close(heads.weight, layer.weight.detach().T)
+    assert_close(heads.bias, layer.bias.detach())
+
+
+def test_heads_trained_together_equal_heads_trained_apart():
+    inputs, labels = problem()
+    together = train_heads(inputs, labels, 3, RATES, SEES, epochs=3, batch_size=16, seed=0)
+    for head in range(3):
+        rate, sees = RATES[head : head + 1], SEES[head : head + 1]
+        apart = train_heads(inputs, labels, 3, rate, sees, epochs=3, batch_size=16, seed=0)
+        assert_close(together.logits(inputs, 3)[:, head], apart.logits(inputs, 3)[:, 0])
+    assert not together.weight[4:, 3:6].any()  # what the second head doesn't see
+
+
+@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=6), seed=st.integers(0, 100))
+def test_a_fifth_of_each_class_is_held_out(counts, seed):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    held_out = stratified_fifth(labels, seed)
+    for label, count in enumerate(counts):
+        taken = int(held_out[labels == label].sum())
+        assert taken == (max(1, round(count / 5)) if count > 1 else 0)
+    assert torch.equal(held_out, stratified_fifth(labels, seed))
+
+
+def test_e18_a_perfect_encoder_finds_every_class(perfect, greys, features_of):
+    scores = linear_probe(features_of(perfect, greys, "labels"), EvalConfig())
+    assert scores.metrics == {"top1": 1.0, "balanced_top1": 1.0}
+    assert scores.settings["held_out_top1"] == 1.0
+
+
+def test_e18_a_constant_encoder_gets_the_most_frequent_class(constant, greys, features_of):
+    scores = linear_probe(features_of(constant, greys, "labels"), EvalConfig())
+    assert scores.metrics["top1"] == 0.5
+    assert scores.metrics["balanced_top1"] == pytest.approx(1 / 5)
+
+
+def test_judged_images_choose_nothing(tiny, greys, features_of):
+    features = features_of(tiny, greys, "labels")
+    chosen = linear_probe(features, EvalConfig()).settings
+    assert chosen["learning_rate"] in LEARNING_RATES and chosen["features"] in ("cls", "cls+avg")
+    few = dataclasses.replace(features.data.test, samples=features.data.test.samples[:1])
+    features.data = dataclasses.replace(features.data, test=few)
+    features._image_level.clear()
+    assert linear_probe(features, EvalConfig()).settings == chosen
+
+
+def test_order_of_judged_images_and_batch_size_do_not_matter(tiny, greys, features_of):
+    whole = linear_probe(features_of(tiny, greys, "labels"), EvalConfig())
+    features = features_of(tiny, greys, "labels", batch_size=3)
+    turned = dataclasses.replace(features.data.test, samples=features.data.test.samples[::-1])
+    features.data = dataclasses.replace(features.data, test=turned)
+    assert linear_probe(features, EvalConfig()).metrics == whole.metrics
+
+
+def test_an_encoder_without_class_token_is_read_by_its_mean_patch(greys, features_of):
+    from smalti.models.encoder import build_encoder
+
+    bare = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, seed=0, class_token=False, global_pool="avg"
+    )
+    assert linear_probe(features_of(bare, greys, "labels"), EvalConfig(epochs=2)).settings["features"] == "avg"
+
+
+def test_one_image_a_class_is_too_few_to_choose_by(tiny, greys, features_of):
+    features = features_of(tiny, greys, "labels")
+    by_class = {sample.label: sample for sample in features.data.train.samples}
+    lonely = dataclasses.replace(features.data.train, samples=tuple(by_class.values()))
+    features.data = dataclasses.replace(features.data, train=lonely)
+    with pytest.raises(DataError, match="5 training images, one of each class"):
+        linear_probe(features, EvalConfig())
