@@ -1,5 +1,6 @@
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,12 +94,13 @@ def test_a_reader_can_be_forced(write, tmp_path):
     assert open_images(f"folder={tmp_path}").classes is None
     assert open_images(tmp_path, layout="folder").layout == "folder"
     assert open_images(f"classes={tmp_path}").classes == ("a", "b")
+    assert open_images(Path(f"classes={tmp_path}")).classes == ("a", "b")
 
 
-def test_a_path_with_an_equals_sign_is_a_path(write, tmp_path):
+def test_a_path_with_an_equals_sign_is_a_path(write, tmp_path, monkeypatch):
     write("lr=3/1.png")
     assert len(open_images(str(tmp_path / "lr=3"))) == 1
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert len(open_images("lr=3")) == 1
 
 

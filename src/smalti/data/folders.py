@@ -128,8 +128,8 @@ def training_images(images: ImageSet) -> ImageSet:
 def _split_name(data: str | Path, layout: str | None) -> tuple[Path, str | None]:
     """``NAME=PATH`` apart; a path that exists is a path, whatever signs are in it."""
     path = Path(data).expanduser()
-    if layout is None and isinstance(data, str) and not path.exists():
-        match = re.fullmatch(r"([A-Za-z][\w-]*)=(.*)", data, re.DOTALL)
+    if layout is None and not path.exists():
+        match = re.fullmatch(r"([A-Za-z][\w-]*)=(.*)", str(data), re.DOTALL)
         if match:
             return Path(match[2]).expanduser(), match[1]
     return path, layout
