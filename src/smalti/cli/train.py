@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Train an encoder on a folder of images.
 
-    Settings are key=value: encoder steps batch_size seed devices precision compile weights pool drop_path, and the groups
-    method.* optim.* data.* eval.* checkpoint.* log.* (smalti methods NAME lists a method's own).
+    Settings are key=value: encoder steps batch_size seed devices precision compile weights pool drop_path, and the
+    groups method.* optim.* data.* eval.* checkpoint.* log.* (smalti methods NAME lists a method's own).
     """
     words = list(words or [])
     method = words.pop(0) if words and "=" not in words[0] else None
@@ -68,6 +68,6 @@ def _say_what_next(run: Path) -> None:
         final = [result for result in read_results(files[-1]) if not result.is_baseline]
         print_results([*final, *baselines], None)
     print(f"trained: {run}")
-    print(
-        f"next:    smalti evaluate {run} --data LABELLED   smalti report {run}   smalti export {run} --to timm --out DIR"
-    )
+    print(f"next:    smalti evaluate {run} --data LABELLED")
+    print(f"         smalti report {run}")
+    print(f"         smalti export {run} --to timm --out DIR")

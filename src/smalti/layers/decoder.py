@@ -46,7 +46,7 @@ class MaskedDecoder(nn.Module):
 
     def forward(
         self,
-        sequence: Float[Tensor, "B R+L D"],
+        sequence: Float[Tensor, "B T D"],
         hidden: Int[Tensor, "B M"],
         ids_restore: Int[Tensor, "B N"],
         grid: tuple[int, int],

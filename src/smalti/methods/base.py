@@ -73,7 +73,8 @@ class Method(nn.Module, ABC):
         Here: biases and one-dimensional parameters are not decayed, everything else is (so are positions, class and
         mask tokens, as in the official MAE and DINO code).
         """
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 (decayed if parameter.ndim > 1 and not name.endswith(".bias") else plain).append(parameter)

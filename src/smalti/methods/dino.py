@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from smalti.config import settings
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
+from smalti.functional.precision import at_least_float32
 from smalti.layers.heads import ProjectionHead, Prototypes
 from smalti.methods.base import Method, register
 from smalti.methods.teacher import Teacher, cosine_momentum
@@ -77,8 +78,8 @@ def cross_view_entropy(
         student_temp: tau_s > 0.
         teacher_temp: tau_t > 0.
     """
-    target = F.softmax((teacher.float() - center) / teacher_temp, dim=-1)  # Eq. (1), centred
-    log_pred = F.log_softmax(student.float() / student_temp, dim=-1)  # Eq. (1)
+    target = F.softmax((at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Eq. (1), centred
+    log_pred = F.log_softmax(at_least_float32(student) / student_temp, dim=-1)  # Eq. (1)
     per_pair = -torch.einsum("gbk,vbk->gvb", target, log_pred).mean(dim=-1)  # Eq. (2), (G, V)
     different = ~torch.eye(*per_pair.shape, dtype=torch.bool, device=per_pair.device)
     return (per_pair * different).sum() / different.sum()
@@ -128,7 +129,7 @@ class DINO(Method):
         if min(config.student_temp, config.teacher_temp, config.warmup_teacher_temp) <= 0:
             raise ConfigError("method.student_temp, teacher_temp and warmup_teacher_temp must be above 0")
         self.student = EncoderWithHead(encoder, config)
-        self.teacher = Teacher(self.student)
+        self.teacher: Teacher[EncoderWithHead] = Teacher(self.student)
         self.register_buffer("center", torch.zeros(config.num_prototypes))
         self._teacher_sum: Tensor | None = None
         self._teacher_count = 0
@@ -183,9 +184,10 @@ class DINO(Method):
             teacher_temp,
         )
         with torch.no_grad():
-            self._teacher_sum = teacher.float().sum(0) + (0 if self._teacher_sum is None else self._teacher_sum)
+            teacher = at_least_float32(teacher)
+            self._teacher_sum = teacher.sum(0) + (0 if self._teacher_sum is None else self._teacher_sum)
             self._teacher_count += len(teacher)
-            targets = F.softmax((teacher.float() - self.center) / teacher_temp, dim=-1)
+            targets = F.softmax((teacher - self.center) / teacher_temp, dim=-1)
             self.observations = {
                 "target_entropy": torch.special.entr(targets).sum(-1).mean(),
                 "prototype_usage_entropy": torch.special.entr(targets.mean(0)).sum(),

@@ -19,6 +19,7 @@ from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.patches import patchify, standardize_patches
 from smalti.functional.positions import sincos_positions
+from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, hidden_ids
 from smalti.methods.base import Method, register
@@ -55,10 +56,10 @@ def reconstruction_loss(
         target: ``(B, M, P)`` normalised pixels of the hidden patches.
         norm_pix: standardise each target patch by its mean and unbiased variance, eps 1e-6.
     """
-    target = target.float()
+    target = at_least_float32(target)
     if norm_pix:
         target = standardize_patches(target)
-    return (prediction.float() - target).square().mean()  # every image hides as many patches: one mean serves
+    return (at_least_float32(prediction) - target).square().mean()  # every image hides as many patches: one mean serves
 
 
 @register("mae")

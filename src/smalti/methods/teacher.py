@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -10,18 +10,23 @@ from torch import nn
 from smalti.errors import ConfigError
 
 
-class Teacher(nn.Module):
+M = TypeVar("M", bound=nn.Module)
+
+
+class Teacher(nn.Module, Generic[M]):
     """A copy of a student that is never trained: no gradients, always in eval mode, moved by :meth:`update`.
 
     Args:
         student: copied, weights and all; its parameters keep their own gradients.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    module: M
+
+    def __init__(self, student: M) -> None:
         super().__init__()
         self.module = copy.deepcopy(student).requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "Teacher":
+    def train(self, mode: bool = True) -> "Teacher[M]":
         """Stays in eval mode whatever ``mode`` says: no stochastic depth in targets."""
         super().train(False)
         return self
@@ -32,7 +37,7 @@ class Teacher(nn.Module):
         return self.module(*inputs)
 
     @torch.no_grad()
-    def update(self, student: nn.Module, momentum: float) -> None:
+    def update(self, student: M, momentum: float) -> None:
         """``teacher <- momentum * teacher + (1 - momentum) * student``, all tensors in one call; buffers are copied."""
         theirs = [parameter.detach() for parameter in student.parameters()]
         torch._foreach_lerp_(list(self.module.parameters()), theirs, 1 - momentum)

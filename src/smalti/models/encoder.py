@@ -71,11 +71,23 @@ class Encoder(nn.Module):
         self.pretrained = pretrained
         self.pos_antialias = pos_antialias
         self.pool = "auto"
+        self.register_buffer("_mean", torch.empty(1, vit.in_chans, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.empty(1, vit.in_chans, 1, 1), persistent=False)
+        self.set_normalization(mean, std)
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Mean and standard deviation of images in 0..1: one value a channel, or one for all.
+
+        Raises:
+            ConfigError: for another number of values, or a standard deviation that isn't above 0.
+        """
         self.mean, self.std = (
-            _per_channel(values, vit.in_chans, what) for values, what in ((mean, "mean"), (std, "std"))
+            _per_channel(values, self.in_chans, what) for values, what in ((mean, "mean"), (std, "std"))
         )
-        self.register_buffer("_mean", torch.tensor(self.mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
+        if min(self.std) <= 0:
+            raise ConfigError(f"std={list(self.std)}: standard deviations must be above 0")
+        self._mean.copy_(torch.tensor(self.mean).view(1, -1, 1, 1))
+        self._std.copy_(torch.tensor(self.std).view(1, -1, 1, 1))
 
     @property
     def embed_dim(self) -> int:
@@ -236,7 +248,7 @@ class Encoder(nn.Module):
         tokens: Float[Tensor, "B L D"],
         positions: tuple[Tensor, Tensor | None] | None,
         ids_keep: Int[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "B R+L D"]:
+    ) -> Float[Tensor, "B T D"]:
         """Put the prefix tokens in front and add positions.
 
         Args:

@@ -21,7 +21,7 @@ def recipe_files() -> list[Path]:
 
 def catalogue() -> list[tuple[str, ...]]:
     """A row of text a method, in the order of :data:`COLUMNS`; ``reached`` is the recipe's own line of that name."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in method_names():
         method = get_method(name)
         recipes = [path for path in recipe_files() if path.stem.split("_")[0] == name]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ from smalti.training.launch import (
     under_launcher,
 )
 from smalti.training.logs import CSVLog, Screen, Trackers
-from smalti.training.loop import Hook, LogConfig, LoopConfig
+from smalti.training.loop import Hook, Listener, LogConfig, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, build_optimizer
 
@@ -66,8 +67,9 @@ class RunConfig:
     """``name``, and the method's own settings."""
     data: DataConfig = DataConfig()
     """What is read."""
-    encoder: str | None = None
-    """Architecture by timm's name; None: vit_small_patch16_224, or what ``init`` brings."""
+    encoder: str | dict[str, Any] | None = None
+    """Architecture by timm's name, and ``encoder.patch_size``, ``encoder.depth`` and any other argument of timm's
+    ``VisionTransformer``; None: vit_small_patch16_224, or what ``init`` brings."""
     init: str | None = None
     """Weights to start from: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None starts from random ones."""
     steps: int = 10_000
@@ -113,7 +115,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     if "name" not in chosen:
         raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
     method = get_method(str(chosen.pop("name")))
-    own = build(method.Config, chosen, f"{where}: method")
+    own: Any = build(method.Config, chosen, f"{where}: method")
     config = build(RunConfig, merge(method.defaults, {**tree, "method": {"name": method.name, **to_tree(own)}}), where)
     for name in ("steps", "batch_size"):
         if getattr(config, name) < 1:
@@ -144,8 +146,10 @@ def build_method(config: RunConfig, own: Any) -> Method:
                     f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}"
                 )
         else:
+            arguments = {"name": config.encoder} if isinstance(config.encoder, str) else dict(config.encoder or {})
+            name = str(arguments.pop("name", DEFAULT_ENCODER))
             encoder = build_encoder(
-                config.encoder or DEFAULT_ENCODER, img_size=data.image_size, in_chans=data.channels, seed=config.seed
+                name, img_size=data.image_size, in_chans=data.channels, seed=config.seed, **arguments
             )
         encoder.check_size(data.image_size, data.image_size)
         if data.mean or data.std:
@@ -187,7 +191,7 @@ def train(
     given |= {"data": {"path": str(data)}} if data else {}
     given |= {"init": init} if init else {}
     tree = merge(merge(tree, given), overrides or {})
-    config, _ = resolve(tree, str(recipe) if recipe else "settings")
+    config, own = resolve(tree, str(recipe) if recipe else "settings")
     if not config.data.path:
         raise ConfigError("no images are named; give --data DIR")
     if out is None:
@@ -199,9 +203,8 @@ def train(
         raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
     images = training_images(open_images(config.data.path))  # before anything is written
     _check_evaluation(config)
-    prepare = build_method(config, resolve(to_tree(config))[1])
-    prepare.make_views(config.data.image_size)
-    del prepare
+    resolve_precision(config.precision, resolve_devices(config.devices).kind)
+    build_method(config, own).make_views(config.data.image_size)
     if not under_launcher() or _is_first_process():
         write_yaml(run / CONFIG_FILE, to_tree(config))
         _write_run_file(run, config, images)
@@ -288,7 +291,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
 
     screen = Screen(method.name) if main and not quiet else None
     csv_log = CSVLog(run)
-    listeners = ((csv_log,) if main else ()) + ((screen,) if screen else ())
+    listeners: tuple[Listener, ...] = ((csv_log,) if main else ()) + ((screen,) if screen else ())
     if config.log.trackers:
         accelerator.init_trackers("smalti", config=_flat(to_tree(config)), init_kwargs={})
         listeners += (Trackers(accelerator),) if main else ()
@@ -397,8 +400,6 @@ def _note_end(run: Path, started: float) -> None:
 
 
 def _is_first_process() -> bool:
-    import os
-
     return int(os.environ.get("RANK", "0")) == 0
 
 

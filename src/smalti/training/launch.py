@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.multiprocessing
+import torch.multiprocessing.spawn
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from smalti.errors import ConfigError, SmaltiError
@@ -90,10 +90,10 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        torch.multiprocessing.start_processes(
+        torch.multiprocessing.spawn.start_processes(  # type: ignore[no-untyped-call]
             _process, (processes, port, function, arguments), nprocs=processes, start_method="spawn"
         )
-    except torch.multiprocessing.ProcessExitedException as error:
+    except torch.multiprocessing.spawn.ProcessExitedException as error:
         raise ProcessFailed(
             f"process {error.error_index} of {processes} stopped with exit code {error.exit_code}"
         ) from None

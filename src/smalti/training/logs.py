@@ -39,7 +39,7 @@ class CSVLog:
         if not self._columns:
             self._columns = list(row)
             self._rewrite([])
-        _append(self.log, [format(row[name], ".7g") if name in row else "" for name in self._columns])
+        _append(self.log, [_cell(row.get(name)) for name in self._columns])
 
     def event(self, step: int, event: str, detail: str) -> None:
         """Append to ``events.csv``; when the run went back, rows after ``step`` are dropped."""
@@ -138,6 +138,10 @@ class Trackers:
 
     def event(self, step: int, event: str, detail: str) -> None:
         """Trackers take numbers only."""
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else str(int(value)) if value == value and value.is_integer() else format(value, ".7g")
 
 
 def _duration(seconds: float) -> str:

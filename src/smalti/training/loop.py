@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -47,6 +47,7 @@ class LoopConfig:
     log: LogConfig
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Whoever wants to hear how training goes: the log file, the progress bar, a tracker."""
 
@@ -153,7 +154,7 @@ def train(
                 batches = make_batches(state.step * optim.accumulate)
                 clock.start(state.step)
                 continue
-            row: dict[str, float] = {"step": state.step, "progress": state.step / config.steps, "lr": lr}
+            row: dict[str, float] = {"step": float(state.step), "progress": state.step / config.steps, "lr": lr}
             row |= {"weight_decay": decay, "loss": sum(v for k, v in reading.means.items() if k.startswith("loss/"))}
             row |= reading.means
             if to_log:
@@ -223,6 +224,6 @@ class Clock:
         now = time.perf_counter()
         rate = self.images_per_step * (step - self._last_step) / max(now - self._last, 1e-9)
         self._last, self._last_step = now, step
-        gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        gpu = torch.cuda.is_available()
         memory = torch.cuda.max_memory_allocated() if gpu else self._process.memory_info().rss
         return {"images_per_s": rate, "elapsed_s": now - self._start, "memory_mib": memory / 2**20}

@@ -1,0 +1,500 @@
+"""What a run will meet, before it is started: versions, devices, the images, and one measured step.
+
+Letters: b images in a batch.
+"""
+
+import gc
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from smalti.data.folders import open_images
+from smalti.data.scan import ScanReport, scan_images
+from smalti.errors import ConfigError
+from smalti.study.machine import describe_machine, package_version
+
+MARGIN = 0.1
+"""Share of the free memory that stays free: what a step needs varies."""
+MAX_UNREADABLE = 0.1
+"""Share of unreadable images from which training stops."""
+_EXTRAS = {"samples": "scikit-image", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+_MIN_MEASURED_S, _MAX_MEASURED_STEPS = 1.0, 5
+_CPU_FIRST_BATCH = 4
+_CPU_STEP_S = 10.0  # how long a measured step may take; beyond it a smaller batch stands for the run's
+_MIB, _GIB = 2**20, 2**30
+
+MakeStep = Callable[[int], Callable[[], None]]
+"""``make_step(batch_size)`` gives a function that makes one training step."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU."""
+
+    name: str
+    total_mib: float
+    free_mib: float
+    bf16: bool
+    """Whether it computes in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What there is to compute on."""
+
+    processor: str
+    cores: int
+    """That this process may use."""
+    total_mib: float
+    free_mib: float
+    """Main memory that a run can have; within a container's limit, where there is one."""
+    gpus: tuple[Gpu, ...]
+
+    def lines(self) -> list[str]:
+        """One line a device."""
+        result = [
+            _line("processor", f"{self.processor}, {self.cores} core{'s' * (self.cores != 1)}"),
+            _line("memory", f"{self.free_mib / 1024:.1f} of {self.total_mib / 1024:.1f} GiB free"),
+        ]
+        for number, gpu in enumerate(self.gpus):
+            memory = f"{gpu.free_mib / 1024:.1f} of {gpu.total_mib / 1024:.1f} GiB free"
+            result.append(_line(f"GPU {number}", f"{gpu.name}, {memory}, {'bf16' if gpu.bf16 else 'no bf16'}"))
+        return result if self.gpus else [*result, _line("GPU", "none")]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Steps made with one batch size."""
+
+    batch_size: int
+    seconds: float
+    """Of one step, the fastest: what slows the others is not the run's."""
+    memory_mib: float
+    """Peak: allocated on the GPU, or resident memory of this process."""
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """What a training run will need, from steps measured at two batch sizes."""
+
+    device: str
+    batch_size: int
+    steps: int
+    measured: tuple[Measured, Measured]
+    """With the smaller and the larger batch."""
+    free_mib: float
+    """Memory of the device that the run can have."""
+    checkpoint_mib: float
+    """One checkpoint: weights and optimiser."""
+    keep: int
+    """Checkpoints that stay."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one step at ``batch_size``."""
+        return max(self._at(self.batch_size, [one.seconds for one in self.measured]), 0.0)
+
+    @property
+    def memory_mib(self) -> float:
+        """Peak at ``batch_size``."""
+        return self._at(self.batch_size, [one.memory_mib for one in self.measured])
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Images in a batch that still fits into the free memory less :data:`MARGIN`; 0 if not one image does.
+
+        None where memory does not grow with the batch, as far as was measured.
+        """
+        if self._sizes == [1, 1]:
+            return 1
+        fixed, each = _fit(self._sizes, [one.memory_mib for one in self.measured])
+        if each <= 0:
+            return None
+        return max(math.floor((self.free_mib * (1 - MARGIN) - fixed) / each), 0)
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.seconds * self.steps / 3600
+
+    @property
+    def disk_mib(self) -> float:
+        """Of the checkpoints: those that stay, the best one, and one while it is being written."""
+        return self.checkpoint_mib * (self.keep + 2)
+
+    @property
+    def fits(self) -> bool:
+        """Whether ``batch_size`` images fit into the free memory less :data:`MARGIN`."""
+        return self.largest_batch is None or self.batch_size <= self.largest_batch
+
+    def lines(self) -> list[str]:
+        """The estimate as text."""
+        sizes = " and ".join(str(size) for size in self._sizes)
+        rate = self.batch_size / self.seconds if self.seconds else math.inf
+        largest = self.largest_batch
+        limit = (
+            "its growth with the batch is too small to see" if largest is None else f"largest batch about {largest:,}"
+        )
+        return [
+            _line("step", f"{self.seconds:.3g} s at batch {self.batch_size:,} on {self.device} ({rate:,.3g} images/s)"),
+            _line("", f"measured at batch {sizes}"),
+            _line("needs memory", f"{self.memory_mib / 1024:.2f} of {self.free_mib / 1024:.1f} GiB free; {limit}"),
+            _line("needs time", f"{_duration(self.seconds * self.steps)} for {self.steps:,} steps"),
+            _line(
+                "needs disk",
+                f"{self.disk_mib / 1024:.2f} GiB: checkpoints of {self.checkpoint_mib:,.0f} MiB, {self.keep} kept, "
+                "the best, one being written",
+            ),
+        ]
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [one.batch_size for one in self.measured]
+
+    def _at(self, batch_size: int, values: Sequence[float]) -> float:
+        fixed, each = _fit(self._sizes, values)
+        return fixed + each * batch_size
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """Everything that ``smalti doctor`` has to say."""
+
+    versions: dict[str, str]
+    extras: dict[str, str]
+    """Name of an extra -> version of its package, or ``not installed``."""
+    devices: Devices
+    disk_free_mib: float
+    out: Path
+    """Where the disk was looked at."""
+    data: str | None
+    scan: ScanReport | None
+    step: StepEstimate | None
+
+    @property
+    def problems(self) -> list[str]:
+        """What will go wrong or mislead, a sentence each; empty if nothing is known to."""
+        found: list[str] = []
+        if self.scan is not None:
+            found += _scan_problems(self.scan)
+        if self.step is not None:
+            found += self._step_problems(self.step)
+        return found
+
+    def lines(self) -> list[str]:
+        """The report as text, blank lines between its parts, problems last."""
+        have = [f"{name} {version}" for name, version in self.versions.items()]
+        parts = [
+            [
+                _line("versions", ", ".join(have[:4])),
+                *(_line("", ", ".join(have[n : n + 4])) for n in range(4, len(have), 4)),
+            ],
+            [_line("extras", ", ".join(f"{name} {version}" for name, version in self.extras.items()))],
+            self.devices.lines(),
+            [_line("disk", f"{self.disk_free_mib / 1024:,.1f} GiB free at {self.out.absolute()}")],
+        ]
+        parts = [[line for part in parts for line in part]]
+        if self.scan is not None:
+            parts.append([_line("data", str(self.data)), *self.scan.lines()])
+        if self.step is not None:
+            parts.append(self.step.lines())
+        problems = self.problems
+        parts.append([f"! {problem}" for problem in problems] or ["no problems found"])
+        return [line for number, part in enumerate(parts) for line in ([""] if number else []) + part]
+
+    def _step_problems(self, step: StepEstimate) -> list[str]:
+        found = []
+        if not step.fits:
+            largest = step.largest_batch
+            remedy = f"use batch_size={largest}" if largest else "use a smaller encoder or image_size"
+            found.append(
+                f"a batch of {step.batch_size:,} needs {step.memory_mib / 1024:.2f} GiB, "
+                f"{step.free_mib * (1 - MARGIN) / 1024:.2f} GiB can be used on {step.device}; {remedy}"
+            )
+        if step.disk_mib > self.disk_free_mib:
+            found.append(
+                f"checkpoints need {step.disk_mib / 1024:.2f} GiB, {self.out} has {self.disk_free_mib / 1024:.2f} GiB "
+                "free; lower checkpoint.keep or choose another --out"
+            )
+        if self.scan is not None and self.scan.count - len(self.scan.unreadable) < step.batch_size:
+            found.append(f"fewer images than a batch of {step.batch_size:,}: each batch repeats some of them")
+        return found
+
+
+def doctor(
+    data: str | None = None,
+    *,
+    against: str | None = None,
+    out: Path = Path(),
+    step: StepEstimate | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DoctorReport:
+    """Look at this machine and, if named, at images.
+
+    Args:
+        data: images as for :func:`~smalti.data.folders.open_images`; all are read once.
+        against: a second set, such as the one to evaluate on; images in both are reported.
+        out: where a run would be written; need not exist.
+        step: from :func:`measure_step`.
+        progress: called with (files read, files in all) while images are read.
+
+    Raises:
+        ConfigError: for ``against`` without ``data``.
+        DataError: if there are no images.
+    """
+    if against is not None and data is None:
+        raise ConfigError("--against compares two sets of images; name the first one, too: smalti doctor DATA")
+    scan = None
+    if data is not None:
+        other = open_images(against) if against is not None else None
+        scan = scan_images(open_images(data), against=other, progress=progress)
+    return DoctorReport(
+        versions=describe_machine()["versions"] | {"cuda": str(torch.version.cuda or "not in this torch")},
+        extras={name: package_version(package) for name, package in _EXTRAS.items()},
+        devices=find_devices(),
+        disk_free_mib=shutil.disk_usage(_existing(out)).free / _MIB,
+        out=out,
+        data=data,
+        scan=scan,
+        step=step,
+    )
+
+
+def find_devices() -> Devices:
+    """Processor, memory and GPUs of this machine, as this process may use them."""
+    machine: dict[str, Any] = describe_machine()["machine"]
+    gpus = []
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        with torch.cuda.device(number):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        gpus.append(Gpu(torch.cuda.get_device_name(number), total / _MIB, free / _MIB, bf16))
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    total, free = _main_memory()
+    return Devices(machine["processor"], cores, total / _MIB, free / _MIB, tuple(gpus))
+
+
+def measure_step(
+    make_step: MakeStep,
+    *,
+    batch_size: int,
+    steps: int,
+    device: torch.device | str = "cpu",
+    checkpoint_mib: float = 0.0,
+    keep: int = 2,
+    batch_sizes: tuple[int, int] | None = None,
+) -> StepEstimate:
+    """Make a few steps at two batch sizes, and say what a run will need.
+
+    Memory and time are taken to grow linearly with the batch. The larger of the two is ``batch_size`` itself, less on a
+    GPU where it does not fit (half of it, and so on), and on a CPU where a step would take long or fill the memory.
+
+    Args:
+        make_step: builds method, optimiser and a batch of that many images, and gives a function that makes one step.
+            If the function also reads its images, the time counts that.
+        batch_size: that the run shall have.
+        steps: of the run.
+        device: where ``make_step`` computes.
+        checkpoint_mib: size of one checkpoint, weights and optimiser.
+        keep: checkpoints that stay.
+        batch_sizes: the two to measure at, growing; None chooses them.
+
+    Raises:
+        ConfigError: if not even one image fits, or the batch sizes don't grow.
+    """
+    device = torch.device(device)
+    if batch_sizes is not None and not 1 <= batch_sizes[0] < batch_sizes[1]:
+        raise ConfigError(f"batch_sizes={batch_sizes[0]},{batch_sizes[1]}: two growing numbers from 1 on are needed")
+    if batch_sizes is None and device.type == "cpu":
+        measured = _measure_on_cpu(make_step, batch_size)
+    else:
+        low, high = batch_sizes or (max(batch_size // 2, 1), max(batch_size, 2))
+        measured = _measure_two(make_step, low, high, device)
+    return StepEstimate(
+        device=_name(device),
+        batch_size=batch_size,
+        steps=steps,
+        measured=measured,
+        free_mib=_free_mib(device),
+        checkpoint_mib=checkpoint_mib,
+        keep=keep,
+    )
+
+
+def _measure_two(make_step: MakeStep, low: int, high: int, device: torch.device) -> tuple[Measured, Measured]:
+    """At both sizes, halved until they fit; twice the same for 1 image where 2 don't fit."""
+    while high > 1:
+        try:
+            return _measure(make_step, low, device), _measure(make_step, high, device)
+        except torch.OutOfMemoryError:
+            low, high = max(low // 2, 1), high // 2
+    try:
+        one = _measure(make_step, 1, device)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"not even a batch of 1 image fits into the memory of {_name(device)}; use a smaller encoder or image_size"
+        ) from None
+    return one, one
+
+
+def _measure_on_cpu(make_step: MakeStep, batch_size: int) -> tuple[Measured, Measured]:
+    """At a small batch, and at the largest up to ``batch_size`` that is quick and safe by what the small one took."""
+    device = torch.device("cpu")
+    _free(device)
+    before_mib = psutil.Process().memory_info().rss / _MIB
+    low = max(min(_CPU_FIRST_BATCH, batch_size // 2), 1)
+    first = _measure(make_step, low, device)
+    quick = low * _CPU_STEP_S / first.seconds
+    at_most_mib = max(first.memory_mib - before_mib, 1.0) / low  # an image, with its share of what is fixed
+    safe = (_free_mib(device) / 2 - before_mib) / at_most_mib
+    high = max(min(batch_size, int(quick), int(safe)), 3 * low if batch_size >= 3 * low else low + 1)
+    return first, _measure(make_step, high, device)
+
+
+def _measure_two(make_step: MakeStep, low: int, high: int, device: torch.device) -> tuple[Measured, Measured]:
+    """At both sizes, halved until they fit; twice the same for 1 image where 2 don't fit."""
+    while high > 1:
+        try:
+            return _measure(make_step, low, device), _measure(make_step, high, device)
+        except torch.OutOfMemoryError:
+            low, high = max(low // 2, 1), high // 2
+    try:
+        one = _measure(make_step, 1, device)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"not even a batch of 1 image fits into the memory of {_name(device)}; use a smaller encoder or image_size"
+        ) from None
+    return one, one
+
+
+def _choose_sizes(batch_size: int, device: torch.device) -> tuple[int, int]:
+    if device.type == "cuda":
+        return max(batch_size // 2, 1), max(batch_size, 2)
+    low = max(min(_CPU_BATCHES[0], batch_size // 2), 1)
+    return low, max(min(_CPU_BATCHES[1], batch_size), low + 1)
+
+
+def _measure(make_step: MakeStep, batch_size: int, device: torch.device) -> Measured:
+    """Time and peak memory of a step; the first one, in which buffers are made, counts for memory only."""
+    _free(device)
+    seconds: list[float] = []
+    with _peak_memory(device) as peak_mib:
+        step = make_step(batch_size)
+        step()
+        _wait(device)
+        while len(seconds) < _MAX_MEASURED_STEPS and (len(seconds) < 2 or sum(seconds) < _MIN_MEASURED_S):
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            seconds.append(time.perf_counter() - start)
+    return Measured(batch_size, min(seconds), peak_mib())
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Peak memory of what happens inside, in MiB: the allocator's on a GPU, else resident memory, looked at often."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) / _MIB
+        return
+    process, is_over = psutil.Process(), threading.Event()
+    highest = [process.memory_info().rss]
+
+    def watch() -> None:
+        while not is_over.wait(0.002):
+            highest[0] = max(highest[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: highest[0] / _MIB
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free_mib(device: torch.device) -> float:
+    """Memory that a new process could have once this one is gone."""
+    _free(device)
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / _MIB
+    return (_main_memory()[1] + psutil.Process().memory_info().rss) / _MIB
+
+
+def _main_memory() -> tuple[int, int]:
+    """Bytes of main memory in all and free, within the limit of a container."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit_file, used_file in _CGROUP_FILES:
+        try:
+            limit, used = (int(Path(file).read_text(encoding="ascii")) for file in (limit_file, used_file))
+        except (OSError, ValueError):  # no container, or one without a limit ("max")
+            continue
+        return min(total, limit), max(min(free, limit - used), 0)
+    return total, free
+
+
+def _fit(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
+    """The line through two points, as (value at 0, growth); no growth where they are one point or it would fall."""
+    (low, high), (at_low, at_high) = sizes, values
+    each = max((at_high - at_low) / (high - low), 0.0) if high > low else 0.0
+    return at_high - each * high, each
+
+
+def _scan_problems(scan: ScanReport) -> list[str]:
+    found = []
+    if scan.count and len(scan.unreadable) > MAX_UNREADABLE * scan.count:
+        found.append(
+            f"{len(scan.unreadable):,} of {scan.count:,} images can't be read; training stops at more than a tenth"
+        )
+    if scan.shared:
+        found.append(f"{len(scan.shared):,} images are also in {scan.against}: results there would flatter the encoder")
+    if len(scan.channels) > 1 and not set(scan.channels) <= {1, 3, 4}:
+        found.append("images differ in their channels; set data.channels and convert those that don't fit")
+    return found
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<13}{text}"

@@ -1,0 +1,49 @@
+"""What all tests share: one thread, no network, small images, the shared real data where it is at hand."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; tests that ask for it are skipped without it."""
+    folder = Path(os.environ.get("SMALTI_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data at {folder} (SMALTI_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 small JPEG images, 48x40 pixels, smooth random colours."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        small = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{number:02d}.jpg"), cv2.resize(small, (48, 40), interpolation=cv2.INTER_CUBIC))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders with splits: red and blue images, 32x32 pixels, 12 to train and 6 to judge on."""
+    folder = tmp_path_factory.mktemp("classes")
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 6), ("val", 3)):
+        for label, channel in (("blue", 0), ("red", 2)):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                image = rng.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+                image[..., channel] += 150
+                cv2.imwrite(str(folder / split / label / f"{number}.png"), image)
+    return folder

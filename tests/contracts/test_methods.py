@@ -1,0 +1,146 @@
+"""What every method owes, whatever its paper; the list comes from the registry."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from smalti.config import field_docs
+from smalti.data.folders import open_images
+from smalti.data.loader import TrainLoader
+from smalti.data.views import Views
+from smalti.methods.base import Method, get_method, method_names
+from smalti.models.encoder import build_encoder
+from smalti.study.catalogue import recipe_files
+from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
+
+SMALL: dict[str, dict[str, object]] = {
+    "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "dino": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
+}
+"""Settings that make a method small; a method that needs none needn't be here."""
+FIXED_TARGETS: dict[str, dict[str, object]] = {"dino": {"momentum": 1.0, "center_momentum": 1.0}}
+"""Settings that keep a teacher's targets where they are, so that a falling loss means learning."""
+NAMES = method_names()
+
+
+def build(name: str, img_size: int = 32, seed: int = 0, **config: object) -> Method:
+    torch.manual_seed(seed)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=img_size, patch_size=8, embed_dim=24, depth=2, num_heads=3, seed=seed
+    )
+    cls = get_method(name)
+    return cls(encoder, cls.Config(**SMALL.get(name, {}), **config)).train()
+
+
+def batch(method: Method, photos: Path, size: int = 32, count: int = 4) -> Views:
+    return next(iter(TrainLoader(open_images(photos), method.make_views(size), batch_size=count, seed=0)))
+
+
+def step(method: Method, views: Views, optimizer: torch.optim.Optimizer, progress: float) -> float:
+    loss = torch.stack(list(method(views, progress).values())).sum()
+    loss.backward()
+    method.after_backward(progress)
+    optimizer.step()
+    optimizer.zero_grad()
+    method.after_step(progress)
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_terms_are_named_finite_scalars(name: str, photos: Path) -> None:
+    method = build(name)
+    losses = method(batch(method, photos), 0.5)
+    assert losses and all(value.shape == () and math.isfinite(value.item()) for value in losses.values())
+    assert all(value.shape == () and not value.requires_grad for value in method.observations.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_reaches_every_trained_parameter_and_no_teacher(name: str, photos: Path) -> None:
+    method = build(name)
+    torch.stack(list(method(batch(method, photos), 0.5).values())).sum().backward()
+    for key, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, key
+            assert parameter.grad.abs().sum() > 0, key
+        else:
+            assert parameter.grad is None, key
+    if "teacher" in method.networks():
+        assert not any(parameter.requires_grad for parameter in method.networks()["teacher"].parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thirty_steps_on_one_batch_lower_the_loss(name: str, photos: Path) -> None:
+    method = build(name, **FIXED_TARGETS.get(name, {}))
+    views = batch(method, photos)
+    config = OptimConfig(lr=2e-3, warmup_share=0.0)
+    optimizer = build_optimizer(method.param_groups(), config)
+    losses = []
+    for number in range(30):
+        apply_schedules(optimizer, config, 2e-3, 0.5)
+        losses.append(step(method, views, optimizer, 0.5))
+        assert math.isfinite(losses[-1]), number
+    assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_bits(name: str, photos: Path) -> None:
+    weights = []
+    for _ in range(2):
+        method = build(name)
+        config = OptimConfig(lr=1e-3)
+        optimizer = build_optimizer(method.param_groups(), config)
+        apply_schedules(optimizer, config, 1e-3, 0.5)
+        step(method, batch(method, photos), optimizer, 0.5)
+        weights.append(method.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_s_randomness_does_not_depend_on_its_batch(name: str, photos: Path) -> None:
+    method = build(name).eval()
+    views = batch(method, photos, count=4)
+    whole = method(views, 0.5)
+    parts = [method(_part(views, rows), 0.5) for rows in (slice(0, 2), slice(2, 4))]
+    for key in whole:
+        assert_close(whole[key], (parts[0][key] + parts[1][key]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def _part(views: Views, rows: slice) -> Views:
+    size = views.batch_size
+    pick = lambda x: x.unflatten(0, (-1, size))[:, rows].flatten(0, 1)  # noqa: E731
+    return Views(
+        crops=tuple(pick(crops) for crops in views.crops),
+        boxes=pick(views.boxes),
+        flips=pick(views.flips),
+        source_size=views.source_size[rows],
+        index=views.index[rows],
+        keys=views.keys[rows],
+        skipped=(),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [32, 48])
+def test_images_of_another_size_than_the_positions(name: str, size: int, photos: Path) -> None:
+    method = build(name, img_size=32)
+    losses = method(batch(method, photos, size=size), 0.5)
+    assert all(math.isfinite(value.item()) for value in losses.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_trained_parameter_is_in_one_group(name: str) -> None:
+    method = build(name)
+    grouped = [id(parameter) for group in method.param_groups() for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in method.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_says_what_it_is(name: str) -> None:
+    method = get_method(name)
+    assert method.title and "arXiv:" in method.paper
+    assert method.export_network in build(name).networks()
+    assert all(meaning for _, meaning in field_docs(method.Config).values())
+    assert any(path.stem.split("_")[0] == name for path in recipe_files()), "a method has a recipe"

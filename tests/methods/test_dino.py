@@ -1,0 +1,121 @@
+"""DINO against its definition."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from smalti.errors import ConfigError
+from smalti.layers.heads import Prototypes
+from smalti.methods.dino import DINO, DINOConfig, cross_view_entropy
+from smalti.methods.teacher import Teacher, cosine_momentum
+from smalti.models.encoder import build_encoder
+
+
+def tiny(**config: object) -> DINO:
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, seed=0)
+    return DINO(encoder, DINOConfig(num_prototypes=16, hidden_dim=32, bottleneck_dim=8, **config))
+
+
+def test_equal_logits_cost_log_k() -> None:
+    zeros = torch.zeros(2, 3, 8)
+    assert_close(cross_view_entropy(zeros, zeros, torch.zeros(8), 0.1, 0.04).item(), math.log(8), rtol=1e-6, atol=0)
+
+
+def test_four_pairs_by_hand() -> None:  # known answer
+    teacher = torch.tensor([[[0.8, 0.2]], [[0.3, 0.7]]]).log()
+    student = torch.tensor([[[0.1, 0.0]], [[0.0, 0.2]], [[0.05, -0.05]]])
+    pairs = {(1, 0): 1.013262, (0, 1): 1.726928, (0, 2): 0.513262, (1, 2): 1.013262}
+    for (g, v), expected in pairs.items():
+        term = -(teacher[g, 0].softmax(-1) * (student[v, 0] / 0.1).log_softmax(-1)).sum()
+        assert_close(term.item(), expected, rtol=0, atol=1e-6)
+    loss = cross_view_entropy(teacher, student, torch.zeros(2), 0.1, 1.0)
+    assert_close(loss.item(), 1.066678, rtol=0, atol=1e-6)
+
+
+def test_the_loss_is_the_papers_by_plain_loops() -> None:
+    teacher, student, center = torch.randn(2, 3, 5), torch.randn(6, 3, 5), torch.randn(5)
+    terms = [
+        -(F.softmax((teacher[g, b] - center) / 0.05, -1) * F.log_softmax(student[v, b] / 0.1, -1)).sum()
+        for g in range(2)
+        for v in range(6)
+        if g != v
+        for b in range(3)
+    ]
+    assert_close(cross_view_entropy(teacher, student, center, 0.1, 0.05), torch.stack(terms).mean())
+
+
+def test_the_loss_has_the_right_gradient() -> None:
+    teacher, student = torch.randn(2, 2, 3, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64)
+    center = torch.zeros(3, dtype=torch.float64)
+    student.requires_grad_()
+    assert gradcheck(lambda s: cross_view_entropy(teacher, s, center, 0.5, 0.4), student)
+
+
+def test_the_center_follows_the_teacher_s_mean() -> None:  # known answer: Eq. (4)
+    dino = tiny()
+    dino.center.copy_(torch.arange(16.0))
+    dino._teacher_sum, dino._teacher_count = torch.full((16,), 6.0), 3
+    dino.after_step(0.0)
+    assert_close(dino.center, 0.9 * torch.arange(16.0) + 0.1 * 2)
+
+
+def test_the_teacher_follows_the_student() -> None:
+    student = torch.nn.Linear(2, 2)
+    teacher = Teacher(student)
+    before = teacher.module.weight.clone()
+    with torch.no_grad():
+        student.weight.add_(1)
+    teacher.update(student, 0.9)
+    assert_close(teacher.module.weight, before + 0.1)
+    teacher.train()
+    assert not teacher.module.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_momentum_goes_from_its_start_to_one() -> None:
+    assert_close([cosine_momentum(0.996, p) for p in (0.0, 0.5, 1.0)], [0.996, 0.998, 1.0])
+    with pytest.raises(ConfigError, match="lies in 0"):
+        cosine_momentum(1.5, 0.0)
+
+
+def test_the_teacher_temperature_warms_up_linearly() -> None:
+    dino = tiny(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_share=0.3)
+    assert_close([dino.teacher_temp(p) for p in (0.0, 0.15, 0.3, 1.0)], [0.04, 0.055, 0.07, 0.07])
+
+
+def test_prototypes_have_unit_length_and_a_fixed_gain() -> None:
+    prototypes = Prototypes(8, 16)
+    unit = F.normalize(torch.randn(5, 8), dim=-1)
+    assert_close(prototypes(unit), unit @ F.normalize(prototypes.weight, dim=-1).T)
+    assert not prototypes.gain.requires_grad
+    assert Prototypes(8, 16, train_gain=True).gain.requires_grad
+
+
+def test_the_last_layer_stays_fixed_at_first() -> None:
+    dino = tiny(freeze_last_layer_share=0.1)
+    for parameter in dino.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    dino.after_backward(0.2)
+    assert dino.student.prototypes.weight.grad is not None
+    dino.after_backward(0.05)
+    assert dino.student.prototypes.weight.grad is None
+    assert dino.student.head.mlp[0].weight.grad is not None
+
+
+def test_views_are_two_global_and_some_local_ones_on_the_patch_grid() -> None:
+    crops = tiny().make_views(32)
+    assert [(spec.count, spec.size) for spec in crops.specs] == [(2, 32), (6, 16)]
+    assert crops.specs[0].blur_prob == (1.0, 0.1)
+    assert crops.specs[0].solarize_prob == (0.0, 0.2)
+    vit = build_encoder("vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=3)
+    assert DINO(vit, DINOConfig(num_prototypes=4)).make_views(224).specs[1].size == 96
+    assert [spec.count for spec in tiny(num_local_views=0).make_views(32).specs] == [2]
+
+
+def test_a_temperature_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be above 0"):
+        tiny(student_temp=0.0)

@@ -1,0 +1,243 @@
+"""The loop: exact resume, going back, logs, and settings that must not change the weights."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import smalti
+from smalti.errors import ConfigError, DataError, RunError, WeightsError
+from smalti.methods.mae import MAE
+from smalti.models.loading import latest_checkpoint
+from smalti.study import pretrain
+from smalti.training.logs import read_csv
+
+TINY: dict[str, Any] = {
+    "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    "data": {"image_size": 32},
+    "steps": 8,
+    "batch_size": 4,
+    "optim": {"lr": 1e-3},
+    "checkpoint": {"every": 3},
+    "log": {"every": 2},
+}
+METHODS = {
+    "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "dino": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
+}
+
+
+def settings(name: str = "mae", **more: Any) -> dict[str, Any]:
+    return pretrain.merge(pretrain.merge(TINY, {"method": METHODS[name]}), more)
+
+
+def train(out: Path, photos: Path, name: str = "mae", **more: Any) -> Path:
+    return smalti.train(name, photos, out, overrides=settings(name, **more), quiet=True)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = latest_checkpoint(run)
+    assert folder is not None
+    return load_file(folder / "weights.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("killed_at", [1, 5])
+def test_a_resumed_run_ends_with_the_same_bits(
+    method: str, killed_at: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"drop_path": 0.2}
+    undisturbed = weights(train(tmp_path / "a", photos, method, **more))
+    cls = pretrain.get_method(method)
+    original, made = cls.after_step, []
+
+    def stop(self: Any, progress: float) -> None:
+        original(self, progress)
+        made.append(progress)
+        if len(made) == killed_at:
+            raise Killed
+
+    monkeypatch.setattr(cls, "after_step", stop)
+    with pytest.raises(Killed):
+        train(tmp_path / "b", photos, method, **more)
+    monkeypatch.undo()
+    torch.rand(17)  # another process would have other random state
+    pretrain.resume(tmp_path / "b", quiet=True)
+    assert same(undisturbed, weights(tmp_path / "b"))
+    assert_logs_equal(tmp_path / "a", tmp_path / "b")
+
+
+def assert_logs_equal(a: Path, b: Path) -> None:
+    first, second = ([(r["step"], r["loss"], r["grad_norm"]) for r in read_csv(run / "log.csv")] for run in (a, b))
+    assert first == second
+
+
+def test_evaluation_logging_checkpoints_and_workers_leave_the_weights_alone(
+    photos: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    plain = weights(train(tmp_path / "a", photos, "dino", drop_path=0.2))
+    busy = train(
+        tmp_path / "b",
+        photos,
+        "dino",
+        drop_path=0.2,
+        eval={"data": str(class_folders), "every": 3, "protocols": ["knn"], "image_size": 32},
+        log={"every": 1},
+        checkpoint={"every": 1, "keep": 1},
+        data={"num_workers": 2},
+    )
+    assert same(plain, weights(busy))
+    results = sorted(path.name for path in (busy / "results").iterdir())
+    assert results == [f"step_{step:08d}.json" for step in (0, 3, 6, 8)]
+    best = json.loads((latest_checkpoint(busy) / "state.json").read_text())["state"]["best_step"]
+    assert {p.name for p in (busy / "checkpoints").iterdir()} >= {"step_00000008", f"step_{best:08d}"}
+
+
+def test_accumulated_batches_equal_one_large_batch(photos: Path, tmp_path: Path) -> None:
+    large = weights(train(tmp_path / "a", photos, batch_size=8))
+    small = weights(train(tmp_path / "b", photos, batch_size=4, optim={"accumulate": 2}))
+    assert large.keys() == small.keys()
+    difference = max((large[key] - small[key]).abs().max().item() for key in large)
+    assert difference < 2e-4
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[float]:
+    """Make the loss NaN at these calls of the method."""
+    original, calls = MAE.forward, []
+
+    def forward(self: MAE, views: Any, progress: float) -> dict[str, torch.Tensor]:
+        calls.append(progress)
+        losses = original(self, views, progress)
+        return {key: value * math.nan if len(calls) in steps else value for key, value in losses.items()}
+
+    monkeypatch.setattr(MAE, "forward", forward)
+    return calls
+
+
+def test_a_bad_stretch_goes_back_with_half_the_rate(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {5})
+    run = train(tmp_path / "a", photos)
+    events = read_csv(run / "events.csv")
+    assert [event["event"] for event in events] == ["went back"]
+    assert "loss term 'reconstruction' is not finite at step 5 (also not finite: grad_norm)" in events[0]["detail"]
+    rows = read_csv(run / "log.csv")
+    assert [int(row["step"]) for row in rows] == [2, 3, 4, 6, 8]
+    state = json.loads((latest_checkpoint(run) / "state.json").read_text())["state"]
+    assert (state["setbacks"], state["lr_scale"]) == (1, 0.5)
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+
+
+def test_the_third_bad_stretch_stops_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, set(range(5, 100)))
+    with pytest.raises(RunError, match=r"at step 4 .*last good checkpoint: .*step_00000003; this is the 3rd time"):
+        train(tmp_path / "a", photos)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def full(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+        save_file(*arguments)
+
+    monkeypatch.setattr("smalti.training.checkpoint.save_file", full)
+    with pytest.raises(RunError, match=r"\(the disk is full\); last good checkpoint: .*step_00000003; free some space"):
+        train(tmp_path / "a", photos)
+    assert latest_checkpoint(tmp_path / "a").name == "step_00000003"
+    assert not [p for p in (tmp_path / "a" / "checkpoints").iterdir() if p.name.startswith(".")]
+    monkeypatch.undo()
+    pretrain.resume(tmp_path / "a", quiet=True)
+    assert same(weights(tmp_path / "a"), weights(train(tmp_path / "b", photos)))
+
+
+def test_a_run_s_encoder_loads_and_both_networks_are_there(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos, "dino")
+    teacher, student = smalti.load(run, quiet=True), smalti.load(run, network="student", quiet=True)
+    stored = weights(run)
+    assert torch.equal(teacher.vit.pos_embed, stored["teacher.module.encoder.vit.pos_embed"])
+    assert torch.equal(student.vit.pos_embed, stored["student.encoder.vit.pos_embed"])
+    with pytest.raises(WeightsError, match="has no network 'encoder'; it has student, teacher"):
+        smalti.load(run, network="encoder")
+
+
+def test_training_goes_on_from_a_run_s_weights(photos: Path, tmp_path: Path) -> None:
+    first = train(tmp_path / "a", photos)
+    more = {key: value for key, value in settings().items() if key != "encoder"}
+    second = smalti.train("mae", photos, tmp_path / "b", init=str(first), overrides=more, quiet=True)
+    assert latest_checkpoint(second) is not None
+
+
+def test_unreadable_images_are_skipped_counted_and_listed(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in photos.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "03.jpg").write_bytes((photos / "03.jpg").read_bytes()[:300])
+    run = train(tmp_path / "a", folder, batch_size=8)
+    rows = read_csv(run / "unreadable.csv")
+    assert [Path(row["path"]).name for row in rows] == ["03.jpg"]
+    for number in range(4, 8):
+        (folder / f"{number:02d}.jpg").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"of 24 images can't be read, more than a tenth"):
+        train(tmp_path / "b", folder, batch_size=8)
+
+
+def test_mistakes_are_one_line_and_write_nothing(photos: Path, tmp_path: Path) -> None:
+    def fails(match: str, out: Path = tmp_path / "x", data: Path | None = photos, **more: Any) -> None:
+        with pytest.raises((ConfigError, DataError, ValueError), match=match):
+            smalti.train("mae", data, out, overrides=settings(**more), quiet=True)
+        assert not (tmp_path / "x").exists()
+
+    fails("no field 'batch_sise'; did you mean 'batch_size'", batch_sise=3)
+    fails("did you mean 'mask_ratio'", method={"mask_ration": 0.5})
+    fails("did you mean 'warmup_share'", optim={"warmup_shar": 0.5})
+    fails("steps=0: at least 1", steps=0)
+    fails("eval.every=5 needs labelled images", eval={"every": 5})
+    fails("precision='int8'", precision="int8")
+    fails("devices=0", devices=0)
+    fails("weights=teacher: mae has encoder", weights="teacher")
+    fails("leave encoder= out", init="runs/x")
+    (tmp_path / "empty").mkdir()
+    fails("empty", data=tmp_path / "empty")
+    fails("no images are named", data=None)
+    (tmp_path / "file").write_text("x")
+    fails("is a file; --out needs a folder", out=tmp_path / "file")
+    with pytest.raises(ConfigError, match="there is no method 'mea'; did you mean 'mae'"):
+        smalti.train("mea", photos, tmp_path / "x")
+    run = train(tmp_path / "a", photos)
+    with pytest.raises(ConfigError, match="is not empty; choose another --out, or go on with"):
+        train(run, photos)
+    with pytest.raises(ConfigError, match="batch_size can't change when a run is resumed"):
+        pretrain.resume(run, {"batch_size": 8})
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        pretrain.resume(tmp_path / "empty")
+
+
+def test_a_damaged_checkpoint_is_refused(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    folder = latest_checkpoint(run)
+    whole = (folder / "weights.safetensors").read_bytes()
+    (folder / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        pretrain.resume(run, {"log": {"every": 1}}, quiet=True)
+
+
+def test_a_finished_run_resumes_to_itself(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    before = weights(run)
+    pretrain.resume(run, quiet=True)
+    assert same(before, weights(run))
