@@ -359,34 +359,11 @@ def _measure_on_cpu(make_step: MakeStep, batch_size: int) -> tuple[Measured, Mea
     before_mib = psutil.Process().memory_info().rss / _MIB
     low = max(min(_CPU_FIRST_BATCH, batch_size // 2), 1)
     first = _measure(make_step, low, device)
-    quick = low * _CPU_STEP_S / first.seconds
+    quick = low * _CPU_STEP_S / max(first.seconds, 1e-9)
     at_most_mib = max(first.memory_mib - before_mib, 1.0) / low  # an image, with its share of what is fixed
     safe = (_free_mib(device) / 2 - before_mib) / at_most_mib
     high = max(min(batch_size, int(quick), int(safe)), 3 * low if batch_size >= 3 * low else low + 1)
     return first, _measure(make_step, high, device)
-
-
-def _measure_two(make_step: MakeStep, low: int, high: int, device: torch.device) -> tuple[Measured, Measured]:
-    """At both sizes, halved until they fit; twice the same for 1 image where 2 don't fit."""
-    while high > 1:
-        try:
-            return _measure(make_step, low, device), _measure(make_step, high, device)
-        except torch.OutOfMemoryError:
-            low, high = max(low // 2, 1), high // 2
-    try:
-        one = _measure(make_step, 1, device)
-    except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"not even a batch of 1 image fits into the memory of {_name(device)}; use a smaller encoder or image_size"
-        ) from None
-    return one, one
-
-
-def _choose_sizes(batch_size: int, device: torch.device) -> tuple[int, int]:
-    if device.type == "cuda":
-        return max(batch_size // 2, 1), max(batch_size, 2)
-    low = max(min(_CPU_BATCHES[0], batch_size // 2), 1)
-    return low, max(min(_CPU_BATCHES[1], batch_size), low + 1)
 
 
 def _measure(make_step: MakeStep, batch_size: int, device: torch.device) -> Measured:
