@@ -53,7 +53,9 @@ def test_visible_patches_alone_are_embedded_as_among_all(kind: str) -> None:
 
 def test_other_sizes_resample_positions_as_timm_does() -> None:
     encoder = small("vit_tiny_patch16_224")
-    plain = timm.create_model("vit_tiny_patch16_224", **{**encoder.timm_args(), **encoder_args(), "dynamic_img_size": True})
+    plain = timm.create_model(
+        "vit_tiny_patch16_224", **{**encoder.timm_args(), **encoder_args(), "dynamic_img_size": True}
+    )
     plain.load_state_dict(encoder.vit.state_dict())
     images = torch.randn(1, 3, 64, 48)
     with torch.no_grad():

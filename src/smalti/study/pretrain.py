@@ -1,21 +1,23 @@
 """The main job: a folder of images in, a run directory with a better encoder out."""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import Block
 
 from smalti.config import build, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
 from smalti.data.folders import ImageSet, open_images, training_images
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
-from smalti.data.views import Views
+from smalti.data.views import Views, collate
 from smalti.errors import ConfigError
 from smalti.evaluation.protocol import EvalConfig, Result, evaluate, find_protocol, fitting_protocols, write_results
 from smalti.methods.base import Method, get_method
@@ -33,7 +35,7 @@ from smalti.training.launch import (
 from smalti.training.logs import CSVLog, Screen, Trackers
 from smalti.training.loop import Hook, Listener, LogConfig, LoopConfig
 from smalti.training.loop import train as run_loop
-from smalti.training.optim import OptimConfig, build_optimizer
+from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, peak_lr
 
 CONFIG_FILE, RUN_FILE, RESULTS = "config.yaml", "run.json", "results"
 DEFAULT_ENCODER = "vit_small_patch16_224"
@@ -420,3 +422,45 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
     return flat
+
+
+def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Callable[[int], Callable[[], None]], float]:
+    """What :func:`smalti.study.doctor.measure_step` needs: a maker of training steps, and a checkpoint's size in MiB.
+
+    A step reads its images from ``config.data.path``; without one it is fed noise.
+
+    Raises:
+        ConfigError, DataError, WeightsError: as :func:`train` does.
+    """
+    images = training_images(open_images(config.data.path)) if config.data.path else None
+    precision = resolve_precision(config.precision, device.type)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    whole = build_method(config, own)
+    trained = sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
+    stored = sum(tensor.numel() for tensor in whole.state_dict().values())
+
+    def make_step(batch_size: int) -> Callable[[], None]:
+        method = build_method(config, own).to(device).train()
+        optimizer = build_optimizer(method.param_groups(), config.optim)
+        views = method.make_views(config.data.image_size)
+        batches: Iterator[Views]
+        if images is not None:
+            batches = iter(TrainLoader(images, views, batch_size=batch_size, seed=0, channels=config.data.channels))
+        else:
+            noise = np.random.default_rng(0).integers(0, 256, (375, 500, config.data.channels), dtype=np.uint8)
+            batches = itertools.repeat(collate([views(noise, np.random.default_rng(n)) for n in range(batch_size)]))
+
+        def step() -> None:
+            batch = next(batches).to(device)
+            apply_schedules(optimizer, config.optim, peak_lr(config.optim, batch_size), 0.5)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                losses = method(batch, 0.5)
+            torch.autograd.backward(torch.stack(list(losses.values())).sum())
+            clip_gradients([p for p in method.parameters() if p.requires_grad], config.optim)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step(0.5)
+
+        return step
+
+    return make_step, 4 * (stored + 2 * trained) / 2**20

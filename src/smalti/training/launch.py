@@ -1,5 +1,6 @@
 """Devices and processes: what ``devices=`` means, and starting the processes that it asks for."""
 
+import importlib
 import os
 import socket
 import sys
@@ -9,7 +10,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.multiprocessing.spawn
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from smalti.errors import ConfigError, SmaltiError
@@ -86,14 +86,15 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
     Raises:
         SmaltiError: if one of them failed; it has printed its own line.
     """
+    multiprocessing: Any = importlib.import_module("torch.multiprocessing")  # its names are not typed as public
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        torch.multiprocessing.spawn.start_processes(  # type: ignore[no-untyped-call]
+        multiprocessing.start_processes(
             _process, (processes, port, function, arguments), nprocs=processes, start_method="spawn"
         )
-    except torch.multiprocessing.spawn.ProcessExitedException as error:
+    except multiprocessing.ProcessExitedException as error:
         raise ProcessFailed(
             f"process {error.error_index} of {processes} stopped with exit code {error.exit_code}"
         ) from None

@@ -1,0 +1,74 @@
+"""``smalti doctor``: what is installed, what the images are like, what a run will need."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smalti.cli.options import Debug, Json, write_json
+from smalti.config import merge, parse_overrides
+
+NAME = "doctor"
+
+
+def command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA] [KEY=VALUE]...",
+            help="Images to scan, and settings as for train, such as batch_size=128.",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="DIR", help="Report images that DATA shares with DIR.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="METHOD", help="Measure a training step of this method.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Measure a step of this recipe.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where a run would be written.")] = Path(),
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Look at this machine, at a folder of images, and at what a run will need in memory, time and disk."""
+    words = list(words or [])
+    data = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).exists()) else None
+    tree = parse_overrides(words)
+
+    import dataclasses
+    import sys
+
+    from smalti.config import read_yaml, to_tree
+    from smalti.study.doctor import doctor, measure_step
+
+    step = None
+    if method or recipe or tree:
+        from smalti.cli.options import best_device
+        from smalti.study.pretrain import resolve, step_maker
+
+        given = read_yaml(recipe) if recipe else {}
+        given = merge(given, {"method": {"name": method}} if method else {})
+        given = merge(given, {"data": {"path": data}} if data else {})
+        config, own = resolve(merge(given, tree), str(recipe) if recipe else "settings")
+        device = best_device()
+        make_step, checkpoint_mib = step_maker(config, own, device)
+        step = measure_step(
+            make_step,
+            batch_size=config.batch_size,
+            steps=config.steps,
+            device=device,
+            checkpoint_mib=checkpoint_mib,
+            keep=config.checkpoint.keep,
+        )
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty() and (done == total or done % 100 == 0):
+            print(f"reading images: {done} of {total}", file=sys.stderr, end="\n" if done == total else "\r")
+
+    report = doctor(data, against=against, out=out, step=step, progress=show)
+    print("\n".join(report.lines()))
+    if json:
+        write_json(json, to_tree(dataclasses.asdict(report)))
