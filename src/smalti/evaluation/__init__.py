@@ -1,3 +1,5 @@
 """Protocols that say what an encoder knows; importing this registers them."""
 
 from smalti.evaluation import knn as knn
+from smalti.evaluation import linear_probe as linear_probe
+from smalti.evaluation import linear_segmentation as linear_segmentation

@@ -45,7 +45,8 @@ class ImageFeatures:
 class PatchTokens:
     """Patch tokens of one split, kept in memory or computed again at each pass.
 
-    Either way they are rounded to ``Features.dtype``, so that the limit on memory changes the time and not what is measured.
+    Either way they are rounded to ``Features.dtype``, so that the limit on memory changes the time and not what is
+    measured.
     """
 
     def __init__(self, features: "Features", images: ImageSet, size: int, what: str, keep: bool) -> None:
@@ -119,7 +120,7 @@ class Features:
         batch_size: int = 64,
         num_workers: int = 0,
         cache_dtype: str = "float16",
-        cache_mib: float = 2048,
+        cache_mib: int = 2048,
         progress: Progress | None = None,
     ) -> None:
         self.encoder = encoder
@@ -131,7 +132,7 @@ class Features:
         """Images that could not be read so far: path -> reason."""
         self.dtype = {"float16": torch.float16, "float32": torch.float32}[cache_dtype]
         """To which patch tokens are rounded."""
-        self._bytes_left = int(cache_mib * 2**20)
+        self._bytes_left = cache_mib * 2**20
         self._image_level: dict[tuple[Split, int], ImageFeatures] = {}
         self._tokens: dict[tuple[Split, int], PatchTokens] = {}
 

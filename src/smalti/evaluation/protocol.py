@@ -189,7 +189,7 @@ def find_protocol(name: str) -> Protocol:
     have = ", ".join(_REGISTRY)
     if name in PLANNED:
         raise ConfigError(f"protocol '{name}' is not in this version of Smalti; it has: {have}")
-    near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"there are: {have}"
     raise ConfigError(f"no protocol '{name}'; {hint}")
 
@@ -305,8 +305,17 @@ def read_results(path: Path) -> list[Result]:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["results"]
-        return [Result(**{**row, "per_class": row.get("per_class", {})}) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [
+            Result(
+                **{
+                    **row,
+                    "metrics": _numbers(row["metrics"]),
+                    "per_class": {name: _numbers(values) for name, values in row.get("per_class", {}).items()},
+                }
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a file of results ({type(error).__name__}: {error})") from error
 
 
@@ -373,6 +382,11 @@ def _warn_unheeded(protocols: Sequence[Protocol], config: EvalConfig) -> None:
         names = ", ".join(protocol.name for protocol in protocols)
         keys = ", ".join(f"eval.{key}" for key in idle)
         warnings.warn(f"{keys}: no effect on {names}", stacklevel=3)
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    """JSON's null is NaN again."""
+    return {name: float("nan") if value is None else value for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:

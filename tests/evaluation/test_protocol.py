@@ -1,0 +1,218 @@
+"""The contract of all protocols: the encoder comes back as it was, a twin stands beside it, mistakes get one line."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from smalti.config import build, field_docs
+from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.evaluation import linear_probe as linear_probe_module
+from smalti.evaluation.features import Features
+from smalti.evaluation.metrics import class_iou
+from smalti.evaluation.protocol import (
+    PLANNED,
+    EvalConfig,
+    Result,
+    evaluate,
+    find_protocol,
+    fitting_protocols,
+    protocol_names,
+    random_twin,
+    read_results,
+    write_results,
+)
+
+LABELS, MASKS = ("knn", "linear-probe"), ("linear-segmentation",)
+QUICK = {"epochs": 2}
+
+
+@pytest.fixture
+def data(scenes, greys):
+    """What each protocol needs."""
+    return {**dict.fromkeys(LABELS, str(greys)), **dict.fromkeys(MASKS, str(scenes))}
+
+
+def quick(name, **settings):
+    heeds = find_protocol(name).heeds
+    return EvalConfig(protocols=(name,), **{k: v for k, v in QUICK.items() if k in heeds}, **settings)
+
+
+def test_names_and_what_fits_the_data(data):
+    assert protocol_names() == LABELS + MASKS
+    assert fitting_protocols(data["knn"]) == LABELS
+    assert fitting_protocols(data["linear-segmentation"]) == MASKS
+    assert not set(PLANNED) & set(protocol_names())
+
+
+def test_images_without_labels_fit_no_protocol(photos):
+    with pytest.raises(DataError, match="read as 'folder', which has no labels to judge by"):
+        fitting_protocols(str(photos))
+
+
+@pytest.mark.parametrize("name", LABELS + MASKS)
+def test_results_are_scores_with_their_settings(name, tiny, data):
+    ours, baseline = evaluate(tiny, "mine", data[name], quick(name))
+    assert (ours.protocol, ours.encoder, ours.data) == (name, "mine", data[name])
+    for result in (ours, baseline):
+        assert all(0 <= value <= 1 for value in result.metrics.values())
+        assert set(result.units) == set(result.metrics)
+        assert {"architecture", "split", "num_train", "num_test", "seed", "image_size"} <= set(result.settings)
+        assert result.headline[0] == next(iter(result.metrics))
+        json.dumps(result.to_json(), allow_nan=False)
+    assert not ours.is_baseline
+    assert baseline.is_baseline and baseline.encoder == "random:vit_tiny_patch16_224"
+    assert baseline.settings["baseline_of"] == "mine"
+
+
+@pytest.mark.parametrize("name", LABELS + MASKS)
+def test_the_encoder_comes_back_as_it_was_and_no_global_randomness_is_drawn(name, tiny, data):
+    tiny.train()
+    tiny.vit.blocks[0].eval()
+    modes = [part.training for part in tiny.modules()]
+    weights = {key: value.clone() for key, value in tiny.state_dict().items()}
+    numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
+    torch_state = torch.get_rng_state()  # Python's own state is drawn from by the type checks of the tests
+    evaluate(tiny, "mine", data[name], quick(name))
+    assert [part.training for part in tiny.modules()] == modes
+    assert all(torch.equal(value, weights[key]) for key, value in tiny.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in tiny.parameters() if p is not tiny.vit.pos_embed)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", LABELS + MASKS)
+def test_batch_size_and_workers_do_not_change_the_numbers(name, tiny, data):
+    (whole,) = evaluate(tiny, "mine", data[name], quick(name, baseline=False))
+    (parts,) = evaluate(tiny, "mine", data[name], quick(name, baseline=False, batch_size=5, num_workers=1))
+    assert parts.metrics == pytest.approx(whole.metrics, abs=2e-3)
+    assert parts.settings == whole.settings or name == "linear-probe"  # held-out ties may fall the other way
+
+
+def test_a_training_step_on_dropout_does_not_leak_into_the_numbers(scenes):
+    from smalti.models.encoder import build_encoder
+
+    noisy = build_encoder("vit_tiny_patch16_224", img_size=32, depth=1, seed=0, drop_path_rate=0.5, proj_drop_rate=0.5)
+    noisy.train()
+    first, again = (
+        evaluate(noisy, "mine", str(scenes), EvalConfig(epochs=1, baseline=False))[0].metrics for _ in range(2)
+    )
+    assert first == again
+
+
+def test_protocols_that_need_the_same_features_share_them(tiny, data, monkeypatch):
+    seen = []
+    encode = Features.encode
+    monkeypatch.setattr(Features, "encode", lambda self, *a: (seen.append(a[-1]), encode(self, *a))[1])
+    evaluate(tiny, "mine", data["knn"], EvalConfig(epochs=2, baseline=False))
+    assert seen == ["train images", "test images"]
+
+
+def test_the_order_of_results_is_that_of_the_protocols(tiny, data):
+    results = evaluate(tiny, "mine", data["knn"], EvalConfig(protocols=("linear-probe", "knn"), epochs=2))
+    assert [(r.protocol, r.is_baseline) for r in results] == [
+        ("linear-probe", False),
+        ("linear-probe", True),
+        ("knn", False),
+        ("knn", True),
+    ]
+
+
+def test_the_twin_is_random_and_has_the_same_shape(tiny):
+    twin, again, other = random_twin(tiny, 3), random_twin(tiny, 3), random_twin(tiny, 4)
+    weight = "vit.blocks.0.attn.qkv.weight"
+    assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in tiny.state_dict().items()}
+    assert torch.equal(twin.state_dict()[weight], again.state_dict()[weight])
+    assert not torch.equal(twin.state_dict()[weight], other.state_dict()[weight])
+    assert (twin.mean, twin.std, twin.pool) == (tiny.mean, tiny.std, tiny.pool)
+
+
+def test_progress_is_told_to_the_end(tiny, data):
+    calls = []
+    config = EvalConfig(protocols=("knn",), baseline=False)
+    evaluate(tiny, "mine", data["knn"], config, progress=lambda *call: calls.append(call))
+    assert ("train images", 32, 32) in calls and ("test images", 16, 16) in calls
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("knnn", "no protocol 'knnn'; did you mean 'knn'"),
+        ("linear-segmentatoin", "did you mean 'linear-segmentation'"),
+        ("xyz", "no protocol 'xyz'; there are: knn, linear-probe, linear-segmentation"),
+        ("in-context", "protocol 'in-context' is not in this version of Smalti; it has: knn"),
+    ],
+)
+def test_unknown_protocols(name, line, tiny, data):
+    with pytest.raises(ConfigError, match=line):
+        evaluate(tiny, "mine", data["knn"], EvalConfig(protocols=(name,)))
+
+
+def test_data_that_lacks_what_a_protocol_needs(tiny, data):
+    with pytest.raises(DataError, match="this needs masks"):
+        evaluate(tiny, "mine", data["knn"], EvalConfig(protocols=("linear-segmentation",)))
+    with pytest.raises(DataError, match="no split 'test'; it has: train, val"):
+        evaluate(tiny, "mine", data["knn"], EvalConfig(protocols=("knn",), split="test"))
+    with pytest.raises(ShapeError, match="patch_size=8 does not divide"):
+        evaluate(tiny, "mine", data["knn"], EvalConfig(protocols=("knn",), image_size=30))
+
+
+def test_no_image_that_can_be_read(tiny, data, tmp_path):
+    for split in ("train", "val"):
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            (tmp_path / split / label / "x.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of the 2 train images can be read"):
+        evaluate(tiny, "mine", str(tmp_path), EvalConfig(protocols=("knn",)))
+
+
+def test_an_oblong_encoder_asks_for_a_square(data):
+    from smalti.models.encoder import build_encoder
+
+    oblong = build_encoder("vit_tiny_patch16_224", img_size=(32, 64), depth=1, seed=0)
+    with pytest.raises(ConfigError, match=r"takes 32x64 images; choose a square eval\.image_size"):
+        evaluate(oblong, "mine", data["knn"], EvalConfig(protocols=("knn",)))
+
+
+def test_settings_without_effect_are_named_once(tiny, data):
+    with pytest.warns(UserWarning, match=r"eval\.k, eval\.augment: no effect on linear-probe"):
+        evaluate(
+            tiny,
+            "mine",
+            data["knn"],
+            EvalConfig(protocols=("linear-probe",), k=5, augment=True, epochs=1, baseline=False),
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(tiny, "mine", data["knn"], EvalConfig(protocols=("knn",), k=5, split="val", baseline=False))
+
+
+def test_every_setting_is_documented_and_checked():
+    docs = field_docs(EvalConfig)
+    assert all(meaning for _, meaning in docs.values())
+    for key, value in (("k", 0), ("batch_size", 0), ("epochs", -1), ("cache_mib", -1), ("preset", "tiny")):
+        with pytest.raises(ConfigError, match=f"eval: {key}="):
+            build(EvalConfig, {key: value}, "eval")
+    with pytest.raises(ConfigError, match="did you mean 'image_size'"):
+        build(EvalConfig, {"img_size": 3}, "eval")
+
+
+def test_results_survive_their_file(tmp_path):
+    nan = float(class_iou(torch.zeros(1, 1, dtype=torch.int64))[0])
+    result = Result("knn", "runs/a", "DIR", {"top1": 0.5}, {"top1": "share"}, {"k": 20}, {"iou": {"ghost": nan}})
+    write_results(tmp_path / "r.json", [result])
+    (again,) = read_results(tmp_path / "r.json")
+    assert (again.metrics, again.settings, again.headline) == (result.metrics, result.settings, ("top1", 0.5))
+    assert math.isnan(nan) and math.isnan(again.per_class["iou"]["ghost"])
+    for text in ("[]", '{"results": [{"metrics": 3}]}', "{"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DataError, match="not a file of results"):
+            read_results(tmp_path / "bad.json")
+
+
+def test_the_learning_rate_grid_is_dinov2s():
+    assert len(linear_probe_module.LEARNING_RATES) == 13
+    assert (min(linear_probe_module.LEARNING_RATES), max(linear_probe_module.LEARNING_RATES)) == (1e-5, 0.1)
