@@ -27,3 +27,13 @@ def interleave(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
             if i:
                 times[name].append(time.process_time() - start)
     return {name: Timing(statistics.median(all_), min(all_), max(all_)) for name, all_ in times.items()}
+
+
+def report(question: str, timings: Mapping[str, Timing], ours: str, peer: str, goal: float) -> None:
+    """Print the ratio of medians, both times with their range, and whether the goal is met."""
+    ratio = timings[ours].median / timings[peer].median
+    verdict = "met" if ratio <= goal else "MISSED"
+    print(
+        f"BENCH {question} ratio={ratio:.3f} goal<={goal} {verdict} "
+        f"{ours}={timings[ours]} {peer}={timings[peer]} (median, min to max)"
+    )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from _bench import interleave
+from _bench import interleave, report
 from smalti.data.images import decode_image
 from smalti.data.views import ColorConfig, MultiCrop, ViewSpec, collate
 
@@ -68,8 +68,7 @@ def main() -> None:
 
     timings = interleave({"ours": run_ours, "lightly": run_theirs}, ROUNDS)
     per_image = {name: type(timing)(*(seconds / len(files) for seconds in timing)) for name, timing in timings.items()}
-    ratio = timings["ours"].median / timings["lightly"].median
-    print(f"BENCH views ratio={ratio:.3f} ours={per_image['ours']} lightly={per_image['lightly']} (median, min, max)")
+    report("views", per_image, "ours", "lightly", goal=0.25)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+"""The command line, as a stranger types it: in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smalti.models.loading import latest_checkpoint
+
+TINY = (
+    "encoder=vit_tiny_patch16_224 encoder.patch_size=8 encoder.embed_dim=24 encoder.depth=2 encoder.num_heads=3 "
+    "data.image_size=32 batch_size=4 optim.lr=1e-3 checkpoint.every=4 log.every=2"
+).split()
+MAE = "method.decoder_dim=16 method.decoder_depth=1 method.decoder_num_heads=2".split()
+DINO = "method.num_prototypes=16 method.hidden_dim=32 method.bottleneck_dim=8 method.num_local_views=2".split()
+
+
+def smalti(*words: object, env: dict[str, str] | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run ``smalti`` and hold it to an exit code."""
+    command = [sys.executable, "-m", "smalti", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=300)
+    assert done.returncode == code, done.stderr + done.stdout
+    return done
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = latest_checkpoint(run)
+    assert folder is not None
+    return load_file(folder / "weights.safetensors")
+
+
+def fails(match: str, *words: object) -> None:
+    """A mistake is one line on stderr that says ``match``, and exit code 2."""
+    done = smalti(*words, code=2)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("smalti: "), done.stderr
+    assert match in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    """A finished MAE run of eight steps."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    done = smalti("train", "mae", "--data", photos, "--out", out, "steps=8", *TINY, *MAE)
+    assert f"trained: {out}" in done.stdout
+    assert "images/s" in done.stderr and "left" in done.stderr
+    return out
+
+
+def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, tmp_path: Path) -> None:
+    words = ["train", "mae", "--data", photos, "--out", tmp_path / "b", "steps=8", *TINY, *MAE, "checkpoint.every=1"]
+    process = subprocess.Popen([sys.executable, "-m", "smalti", *map(str, words)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "b" / "checkpoints" / "step_00000002").exists():
+        assert process.poll() is None or latest_checkpoint(tmp_path / "b") is not None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    smalti("train", "--resume", tmp_path / "b", "--quiet")
+    ours, theirs = weights(run), weights(tmp_path / "b")
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("method", ["mae", "dino"])
+def test_two_processes_equal_one_with_the_double_batch(method: str, photos: Path, tmp_path: Path) -> None:
+    own = {"mae": MAE, "dino": [*DINO, "drop_path=0"]}[method]
+    common = ["train", method, "--data", photos, "steps=4", *TINY, *own, "--quiet"]
+    smalti(*common, "--out", tmp_path / "two", "devices=2")
+    smalti(*common, "--out", tmp_path / "one", "batch_size=8")
+    two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert two.keys() == one.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.slow
+def test_plain_torchrun_starts_the_processes_too(photos: Path, tmp_path: Path) -> None:
+    common = ["-m", "smalti", "train", "mae", "--data", str(photos), "steps=4", *TINY, *MAE, "--quiet"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    subprocess.run([*launcher, *common, "--out", str(tmp_path / "torchrun")], check=True, timeout=300)
+    smalti(*common[2:], "--out", tmp_path / "two", "devices=2")
+    ours, theirs = weights(tmp_path / "torchrun"), weights(tmp_path / "two")
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_is_evaluated_reported_exported_and_embedded(
+    run: Path, class_folders: Path, photos: Path, tmp_path: Path
+) -> None:
+    done = smalti(
+        "evaluate", run, "--data", class_folders, "--protocol", "knn,linear-probe", "--json", tmp_path / "r.json"
+    )
+    assert "random init" in done.stdout and "top1" in done.stdout
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [r["protocol"] for r in results] == ["knn", "knn", "linear-probe", "linear-probe"]
+    assert all(0 <= value <= 1 for r in results for value in r["metrics"].values())
+    assert list((run / "results").glob("evaluate_*.json"))
+
+    page = smalti("report", run, "--out", tmp_path / "page.html")
+    assert "written" in page.stdout
+    assert "<html" in (tmp_path / "page.html").read_text()[:200]
+
+    smalti("export", run, "--to", "timm", "--out", tmp_path / "exported")
+    code = (
+        "import timm, torch\n"
+        f"model = timm.create_model('local-dir:{tmp_path / 'exported'}', pretrained=True).eval()\n"
+        "print(model(torch.zeros(1, 3, 32, 32)).shape)"
+    )
+    assert "24" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    again = smalti(
+        "evaluate", tmp_path / "exported" / "model.safetensors", "--data", class_folders, "--protocol", "knn"
+    )
+    assert "tensors matched" in again.stderr
+
+    smalti("embed", run, "--data", photos, "--level", "patch", "--out", tmp_path / "f.parquet")
+    smalti("embed", run, "--data", photos, "--level", "image", "--out", tmp_path / "f.npz")
+
+
+def test_evaluation_in_training_is_shown_at_the_end(photos: Path, class_folders: Path, tmp_path: Path) -> None:
+    words = [f"eval.data={class_folders}", "eval.every=2", "eval.protocols=[knn]", "eval.image_size=32"]
+    done = smalti("train", "dino", "--data", photos, "--out", tmp_path / "r", "steps=4", *TINY, *DINO, *words)
+    assert "knn" in done.stdout and "random init" in done.stdout
+
+
+def test_the_machine_and_the_images_are_looked_at(photos: Path) -> None:
+    done = smalti("doctor", photos, "--against", photos, "--method", "mae", "steps=100", *TINY, *MAE)
+    for word in ("torch", "24", "duplicate", "GiB", "batch"):
+        assert word in done.stdout, done.stdout
+
+
+def test_what_there_is_can_be_listed() -> None:
+    assert "mae" in smalti("methods").stdout
+    assert smalti("methods", "--markdown").stdout.startswith("| method |")
+    assert "mask_ratio" in smalti("methods", "mae").stdout
+    assert "smalti" in smalti("--version").stdout
+
+
+def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_folders: Path, tmp_path: Path) -> None:
+    x = tmp_path / "x"
+    train = ("train", "mae", "--data", photos, "--out", x)
+    fails("method has no field 'mask_ration'; did you mean 'mask_ratio'?", *train, "method.mask_ration=0.5")
+    fails("settings has no field 'step'; did you mean 'steps'?", *train, "step=5")
+    fails("there is no method 'mea'; did you mean 'mae'?", "train", "mea", "--data", photos, "--out", x)
+    fails("timm has no model 'vit_tini_patch16_224'", *train, "encoder=vit_tini_patch16_224")
+    fails("which patch_size=16 does not divide", *train, "encoder=vit_tiny_patch16_224", "data.image_size=100")
+    (tmp_path / "empty").mkdir()
+    fails(str(tmp_path / "empty"), "train", "mae", "--data", tmp_path / "empty", "--out", x)
+    fails(str(tmp_path / "none"), "train", "mae", "--data", tmp_path / "none", "--out", x)
+    (tmp_path / "file").write_text("x")
+    fails("is a file", "train", "mae", "--data", photos, "--out", tmp_path / "file", *TINY)
+    fails("is not empty", "train", "mae", "--data", photos, "--out", run, *TINY)
+    fails("no images are named", "train", "mae", "--out", x)
+    fails("no run directory is named", "train", "mae", "--data", photos)
+    fails("--resume takes everything from the run", "train", "mae", "--resume", run)
+    fails("No such option", "train", "--dat", photos)
+    fails("--data is needed", "evaluate", run)
+    fails("did you mean 'knn'", "evaluate", run, "--data", class_folders, "--protocol", "knm")
+    fails("masks", "evaluate", run, "--data", class_folders, "--protocol", "linear-segmentation")
+    fails("no such run or file", "evaluate", tmp_path / "none", "--data", class_folders)
+    fails("has no network 'teacher'", "evaluate", run, "--data", class_folders, "weights=teacher")
+    fails("this version exports to timm", "export", run, "--to", "tensorrt", "--out", x)
+    fails(str(run), "export", run, "--out", run)
+    fails(".parquet", "embed", run, "--data", photos, "--out", tmp_path / "f.csv")
+    fails(str(photos), "report", photos)
+    assert not x.exists()
+
+
+def test_debug_shows_the_traceback(photos: Path, tmp_path: Path) -> None:
+    done = smalti("train", "mea", "--data", photos, "--out", tmp_path / "x", "--debug", code=1)
+    assert "Traceback" in done.stderr
