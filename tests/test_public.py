@@ -20,6 +20,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
-    code = "import sys, smalti.cli.main; print([m for m in ('torch', 'timm', 'cv2', 'numpy', 'rich') if m in sys.modules])"
+    code = (
+        "import sys, smalti.cli.main; print([m for m in ('torch', 'timm', 'cv2', 'numpy', 'rich') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

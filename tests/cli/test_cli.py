@@ -72,7 +72,8 @@ def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, 
 @pytest.mark.parametrize("method", ["mae", "dino"])
 def test_two_processes_equal_one_with_the_double_batch(method: str, photos: Path, tmp_path: Path) -> None:
     own = {"mae": MAE, "dino": [*DINO, "drop_path=0"]}[method]
-    common = ["train", method, "--data", photos, "steps=4", *TINY, *own, "--quiet"]
+    # a larger epsilon: keys' biases have no gradient but rounding, which Adam would blow up to full steps
+    common = ["train", method, "--data", photos, "steps=4", "optim.eps=1e-4", *TINY, *own, "--quiet"]
     smalti(*common, "--out", tmp_path / "two", "devices=2")
     smalti(*common, "--out", tmp_path / "one", "batch_size=8")
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")

@@ -16,7 +16,9 @@ from smalti.models.encoder import build_encoder
 
 
 def tiny(**config: object) -> DINO:
-    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, seed=0)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, seed=0
+    )
     return DINO(encoder, DINOConfig(num_prototypes=16, hidden_dim=32, bottleneck_dim=8, **config))
 
 

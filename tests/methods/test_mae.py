@@ -54,7 +54,9 @@ def test_a_perfect_prediction_costs_nothing_and_zero_costs_the_variance() -> Non
 
 def test_the_loss_has_the_right_gradient() -> None:
     prediction = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda p: reconstruction_loss(p, torch.ones(1, 2, 4, dtype=torch.float64).cumsum(-1), True), prediction)
+    assert gradcheck(
+        lambda p: reconstruction_loss(p, torch.ones(1, 2, 4, dtype=torch.float64).cumsum(-1), True), prediction
+    )
 
 
 def test_a_vit_keeps_49_of_196_patches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,11 +106,12 @@ def test_evaluation_logging_checkpoints_and_workers_leave_the_weights_alone(
 
 
 def test_accumulated_batches_equal_one_large_batch(photos: Path, tmp_path: Path) -> None:
-    large = weights(train(tmp_path / "a", photos, batch_size=8))
-    small = weights(train(tmp_path / "b", photos, batch_size=4, optim={"accumulate": 2}))
+    eps = 1e-4  # keys' biases have no gradient but rounding, which Adam would blow up to full steps
+    large = weights(train(tmp_path / "a", photos, batch_size=8, optim={"eps": eps}))
+    small = weights(train(tmp_path / "b", photos, batch_size=4, optim={"eps": eps, "accumulate": 2}))
     assert large.keys() == small.keys()
     difference = max((large[key] - small[key]).abs().max().item() for key in large)
-    assert difference < 2e-4
+    assert difference < 2e-5
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[float]:
@@ -126,7 +127,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[float]:
     return calls
 
 
-def test_a_bad_stretch_goes_back_with_half_the_rate(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_stretch_goes_back_with_half_the_rate(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch, {5})
     run = train(tmp_path / "a", photos)
     events = read_csv(run / "events.csv")
@@ -145,7 +148,9 @@ def test_the_third_bad_stretch_stops_the_run(photos: Path, tmp_path: Path, monke
         train(tmp_path / "a", photos)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def full(*arguments: Any) -> None:

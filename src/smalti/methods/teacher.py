@@ -9,7 +9,6 @@ from torch import nn
 
 from smalti.errors import ConfigError
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
