@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 import time
@@ -195,6 +196,12 @@ def test_the_report_tells_versions_devices_images_and_problems(photos: Path, tmp
     ):
         assert words in text, words
     assert report.scan == scan_images(open_images(copy), against=open_images(photos))
+
+
+def test_the_json_has_what_was_worked_out(photos: Path):
+    plain = json.loads(json.dumps(doctor(str(photos), step=estimate(free_mib=1000.0)).to_json()))
+    assert plain["step"]["largest_batch"] == 16 and plain["step"]["fits"] is False
+    assert plain["scan"]["count"] == 24 and len(plain["problems"]) == 2
 
 
 def test_a_sound_folder_has_no_problems(photos: Path):

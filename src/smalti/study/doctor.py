@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from smalti.config import to_tree
 from smalti.data.folders import open_images
 from smalti.data.scan import ScanReport, scan_images
 from smalti.errors import ConfigError
@@ -215,6 +216,14 @@ class DoctorReport:
         problems = self.problems
         parts.append([f"! {problem}" for problem in problems] or ["no problems found"])
         return [line for number, part in enumerate(parts) for line in ([""] if number else []) + part]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, those that were worked out included."""
+        plain: dict[str, Any] = to_tree(self)
+        if self.step is not None:
+            worked_out = ("seconds", "memory_mib", "largest_batch", "fits", "hours", "disk_mib")
+            plain["step"] |= {name: getattr(self.step, name) for name in worked_out}
+        return plain | {"problems": self.problems}
 
     def _step_problems(self, step: StepEstimate) -> list[str]:
         found = []
