@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from smalti.data.labelled import open_labelled
 from smalti.errors import DataError, RunError, ShapeError
 from smalti.evaluation.linear_segmentation import (
+    GRID,
     Head,
     Recipe,
     choose_recipe,
@@ -49,7 +50,7 @@ def test_gradient_equals_autograd_of_upsampled_features(batch):
     target = torch.randint(0, 4, (batch, 7, 7), generator=g)
     target[:, :2] = 255
     head = Head(5, 4, (2, 3), 7)
-    head.accumulate(tokens, target, ignore=255)
+    head.backward(tokens, target, ignore=255)
     weight, bias = head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()
     features = F.interpolate(tokens.mT.reshape(batch, 5, 2, 3), (7, 7), mode="bilinear", align_corners=False)
     F.cross_entropy(F.conv2d(features, weight[:, :, None, None], bias), target, ignore_index=255).backward()
@@ -59,40 +60,70 @@ def test_gradient_equals_autograd_of_upsampled_features(batch):
 
 def test_a_batch_without_labelled_pixels_has_no_gradient():
     head = Head(5, 4, (2, 2), 3)
-    head.accumulate(torch.randn(1, 4, 5), torch.full((1, 3, 3), 255), ignore=255)
+    head.backward(torch.randn(1, 4, 5), torch.full((1, 3, 3), 255), ignore=255)
     assert not head.weight.grad.any() and not head.bias.grad.any()
 
 
 def test_e16_learning_rate_falls_once():
-    recipe = Recipe(448, 100, 25, 128, True, "zero")
-    assert [recipe.learning_rate(epoch) for epoch in range(25)] == [0.01] * 20 + [0.001] * 5
+    recipe = Recipe(448, 100, 25, 128, True, "zero", (0.01,))
+    assert [0.01 * recipe.decay(epoch) for epoch in range(25)] == [0.01] * 20 + [0.001] * 5
 
 
 def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    assert choose_recipe(features, EvalConfig(preset="leopart")) == Recipe(448, 100, 25, 128, True, "zero")
-    assert choose_recipe(features, EvalConfig()) == Recipe(32, 32, 300, 16, False, "skip")  # an epoch is one step here
-    changed = EvalConfig(preset="leopart", augment=False, epochs=3, mask_size=50, absent="skip", image_size=64)
-    assert choose_recipe(features, changed) == Recipe(64, 50, 3, 128, False, "skip")
+    assert choose_recipe(features, EvalConfig(preset="leopart")) == Recipe(448, 100, 25, 128, True, "zero", (0.01,))
+    assert choose_recipe(features, EvalConfig()) == Recipe(32, 32, 300, 16, False, "skip", GRID)  # an epoch is one step
+    changed = EvalConfig(
+        preset="leopart", augment=False, epochs=3, mask_size=50, absent="skip", image_size=64, learning_rate=1
+    )
+    assert choose_recipe(features, changed) == Recipe(64, 50, 3, 128, False, "skip", (1.0,))
 
 
 def test_e18_a_perfect_encoder_segments_perfectly(perfect, scenes, features_of):
-    config = EvalConfig(mask_size=4)  # a pixel of the mask is a patch: nothing is lost at borders
+    config = EvalConfig(mask_size=4, epochs=60)  # a pixel of the mask is a patch: nothing is lost at borders
     scores = linear_segmentation(features_of(perfect, scenes, "masks"), config)
     assert scores.metrics == {"miou": 1.0, "pixel_accuracy": 1.0}
     assert list(scores.per_class["iou"]) == ["ground", "leaf", "stone"]
-    full = linear_segmentation(features_of(perfect, scenes, "masks"), EvalConfig(epochs=100))
+    full = linear_segmentation(features_of(perfect, scenes, "masks"), EvalConfig(epochs=60))
     assert 0.85 < full.metrics["miou"] < 1  # corners of patches go to the bilinear majority
 
 
 def test_e18_a_constant_encoder_gets_the_majority_class(constant, scenes, features_of):
-    scores = linear_segmentation(features_of(constant, scenes, "masks"), EvalConfig(mask_size=4))
+    scores = linear_segmentation(features_of(constant, scenes, "masks"), EvalConfig(mask_size=4, epochs=60))
     masks = [cv2.imread(str(scenes / "masks" / f"val{i}.png"), cv2.IMREAD_UNCHANGED)[::8, ::8] for i in range(6)]
     labels = np.concatenate([mask[mask != 255] for mask in masks])
     share = float((labels == 0).mean())
     assert scores.metrics["pixel_accuracy"] == pytest.approx(share)
     assert scores.metrics["miou"] == pytest.approx(share / 3)  # the other two have IoU 0
     assert scores.per_class["iou"] == {"ground": pytest.approx(share), "leaf": 0.0, "stone": 0.0}
+
+
+@pytest.mark.parametrize("scale", [0.3, 1, 30])
+def test_e18_the_length_of_tokens_does_not_matter(perfect, scenes, features_of, scale):
+    encode = perfect.encode
+    perfect.encode = lambda images: encode(images)._replace(patches=encode(images).patches * scale)
+    scores = linear_segmentation(features_of(perfect, scenes, "masks"), EvalConfig(mask_size=4))
+    assert scores.metrics["miou"] == 1.0
+
+
+def test_judged_images_choose_no_learning_rate(tiny, scenes, features_of):
+    features = features_of(tiny, scenes, "masks")
+    chosen = linear_segmentation(features, EvalConfig(epochs=5)).settings
+    assert chosen["learning_rates_tried"].keys() == {f"{rate:g}" for rate in GRID}
+    few = dataclasses.replace(features.data.test, samples=features.data.test.samples[:1])
+    features.data = dataclasses.replace(features.data, test=few)
+    assert linear_segmentation(features, EvalConfig(epochs=5)).settings == chosen
+    told = linear_segmentation(features, EvalConfig(epochs=5, learning_rate=0.3)).settings
+    assert told["learning_rate"] == 0.3 and told["learning_rates_tried"] == {}
+
+
+def test_one_training_image_needs_a_learning_rate(tiny, scenes, features_of):
+    features = features_of(tiny, scenes, "masks")
+    one = dataclasses.replace(features.data.train, samples=features.data.train.samples[:1])
+    features.data = dataclasses.replace(features.data, train=one)
+    with pytest.raises(DataError, match=r"one training image, .* set eval\.learning_rate"):
+        linear_segmentation(features, EvalConfig(epochs=1))
+    assert linear_segmentation(features, EvalConfig(epochs=1, learning_rate=0.1)).metrics
 
 
 def test_order_of_judged_images_batch_size_and_cache_do_not_matter(tiny, scenes, features_of):
@@ -138,7 +169,7 @@ def test_classes_that_occur_nowhere_count_as_the_convention_says(perfect, scenes
     (tmp_path / "classes.txt").write_text("ground\nleaf\nstone\nghost\n")
     features = features_of(perfect, tmp_path, "masks")
     skip, zero = (
-        linear_segmentation(features, EvalConfig(mask_size=4, epochs=150, absent=absent)) for absent in ("skip", "zero")
+        linear_segmentation(features, EvalConfig(mask_size=4, epochs=30, absent=absent)) for absent in ("skip", "zero")
     )
     assert skip.metrics["miou"] == 1.0 and zero.metrics["miou"] == 0.75
     assert np.isnan(skip.per_class["iou"]["ghost"])

@@ -76,6 +76,8 @@ class EvalConfig:
     """linear-probe, linear-segmentation: passes over the training images; None takes the protocol's own."""
     head_batch_size: Count | None = None
     """linear-probe, linear-segmentation: images a step of the head; None takes the protocol's own."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """linear-segmentation: of the head; None: 0.01 in leopart, chosen on held-out training images in small."""
     augment: bool | None = None
     """linear-segmentation: crop and flip the training images; None takes the preset's."""
     mask_size: Count | None = None
