@@ -34,7 +34,9 @@ from smalti.report.rundir import RunFiles, flatten, read_run
 VIEW_PX = 256
 """Longer side of a picture on the page, in pixels."""
 SAME = 0.005
-"""Scores in 0..1 that differ by less are called equal."""
+"""Scores in 0..1 that differ by less are called equal,"""
+SLIGHT = 0.02
+"""and by less than this, slightly different."""
 _DENSE_FIRST = ("linear-segmentation", "segmenter", "in-context", "knn-patch", "overclustering", "detection")
 _SPLITS_SHOWN = ("val", "test", "train")
 _MAX_LISTED = 500
@@ -189,13 +191,13 @@ def verdict(comparisons: Sequence[Comparison]) -> tuple[str, str]:
     metric = first.trained.headline[0]
     gain = first.gain(metric)
     kind = "same" if abs(gain) < SAME else "better" if gain > 0 else "worse"
-    opening = {
-        "better": "Better than random initialisation",
-        "same": "Not better than random initialisation",
-        "worse": "Worse than random initialisation",
-    }[kind]
+    word = {"better": "better", "same": "not better", "worse": "worse"}[kind]
+    word = f"slightly {word}" if SAME <= abs(gain) < SLIGHT else word
     trained, baseline = first.values(metric)
-    sentence = f"{opening}: {first.name} is {_number(trained)}, against {_number(baseline)} ({_signed(gain, first)})"
+    sentence = (
+        f"{word.capitalize()} than random initialisation: {first.name} is {_number(trained)}, "
+        f"against {_number(baseline)} ({_signed(gain, first)})"
+    )
     if len(measured) > 1:
         improved = sum(pair.gain(pair.trained.headline[0]) >= SAME for pair in measured)
         sentence += f"; {improved} of {len(measured)} evaluations improve"
@@ -393,7 +395,7 @@ def _during(files: RunFiles) -> Html | None:
     """Evaluations in training as curves, a chart for each protocol and data set."""
     charts = []
     trained = [(step, result) for step, result in files.during if not result.is_baseline and result.metrics]
-    levels = {(r.protocol, r.data): r for r in [*(r for _, r in files.during), *files.results] if r.is_baseline}
+    levels = {(r.protocol, r.data): r for r in [*files.results, *(r for _, r in files.during)] if r.is_baseline}
     for key in dict.fromkeys((result.protocol, result.data) for _, result in trained):
         points = [(step, result) for step, result in trained if (result.protocol, result.data) == key]
         metric = points[0][1].headline[0]
@@ -588,7 +590,7 @@ def _events(files: RunFiles) -> Html:
 
 
 def _settings(files: RunFiles) -> Html:
-    info = {key: value for key, value in flatten(files.info).items() if key != "command"}
+    info = {key: value for key, value in files.info.items() if key != "command"}
     parts = [_pairs(info) if info else None]
     parts += [tag("p", note, class_="missing") for note in files.notes]
     parts.append(
@@ -625,7 +627,9 @@ def _pairs(values: Mapping[str, Any]) -> Html:
 def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "–"
-    return "–" if value is None or value == {} else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(one)}" for key, one in value.items()) or "–"
+    return "–" if value is None else str(value)
 
 
 def _missing(text: str) -> Html:
