@@ -105,7 +105,7 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
             "std": list(encoder.std),
             "num_classes": 0,
             "pool_size": None,
-            # timm before 1.0.27 takes every first convolution for a three-channel one and draws it anew if it isn't.
+            # Older releases of timm take every first convolution for a three-channel one, and draw it anew if it isn't.
             "first_conv": "patch_embed.proj" if encoder.in_chans == 3 else None,
             "classifier": "head",
         },
