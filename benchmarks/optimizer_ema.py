@@ -28,7 +28,7 @@ def main() -> None:
                 parameter.grad = torch.randn_like(parameter) * 1e-3
 
     def our_step() -> None:
-        apply_schedules(optimizer, config, 1e-4, 0.5)
+        apply_schedules(optimizer, config, peak=1e-4, progress=0.5)
         optimizer.step()
         ours.teacher.update(ours.student, 0.996)
 

@@ -79,7 +79,7 @@ def test_thirty_steps_on_one_batch_lower_the_loss(name: str, photos: Path) -> No
     optimizer = build_optimizer(method.param_groups(), config)
     losses = []
     for number in range(30):
-        apply_schedules(optimizer, config, 2e-3, 0.5)
+        apply_schedules(optimizer, config, peak=2e-3, progress=0.5)
         losses.append(step(method, views, optimizer, 0.5))
         assert math.isfinite(losses[-1]), number
     assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_bits(name: str, photos: Path) -> None:
         method = build(name)
         config = OptimConfig(lr=1e-3)
         optimizer = build_optimizer(method.param_groups(), config)
-        apply_schedules(optimizer, config, 1e-3, 0.5)
+        apply_schedules(optimizer, config, peak=1e-3, progress=0.5)
         step(method, batch(method, photos), optimizer, 0.5)
         weights.append(method.state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -246,3 +246,21 @@ def test_a_finished_run_resumes_to_itself(photos: Path, tmp_path: Path) -> None:
     before = weights(run)
     pretrain.resume(run, quiet=True)
     assert same(before, weights(run))
+
+
+def test_the_rates_in_the_log_are_the_schedule_s(photos: Path, tmp_path: Path) -> None:
+    optim = {"lr": 1e-2, "warmup_share": 0.5, "min_lr": 1e-3, "weight_decay": 0.1, "weight_decay_end": 0.3}
+    run = train(tmp_path / "a", photos, optim=optim, log={"every": 1})
+    rows = read_csv(run / "log.csv")
+    expected = [number / 4 * 1e-2 for number in range(4)]
+    expected += [1e-3 + 9e-3 * (1 + math.cos(math.pi * number / 4)) / 2 for number in range(4)]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(expected, rel=1e-5)
+    decays = [0.3 - 0.2 * (1 + math.cos(math.pi * number / 8)) / 2 for number in range(8)]
+    assert [float(row["weight_decay"]) for row in rows] == pytest.approx(decays, rel=1e-5)
+
+
+def test_training_gets_better_than_predicting_each_patch_s_mean(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos, steps=120, batch_size=8, optim={"lr": 3e-3}, log={"every": 20})
+    losses = [float(row["loss"]) for row in read_csv(run / "log.csv")]
+    assert losses[0] > losses[-1]
+    assert losses[-1] < 191 / 192  # what a prediction of zero costs, with 192 standardised values a patch

@@ -25,7 +25,9 @@ def test_the_rate_scales_with_the_images_of_a_step() -> None:
 
 def test_warm_up_is_linear_and_the_rest_a_half_cosine() -> None:
     config = OptimConfig(warmup_share=0.2, min_lr=0.1)
-    assert_close([learning_rate(config, 1.0, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)], [0.0, 0.5, 1.0, 0.55, 0.1])
+    assert_close(
+        [learning_rate(config, peak=1.0, progress=p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)], [0.0, 0.5, 1.0, 0.55, 0.1]
+    )
 
 
 def test_weight_decay_grows_along_a_half_cosine() -> None:  # half-way between 0.04 and 0.4
@@ -41,7 +43,7 @@ def test_schedules_reach_every_group_with_its_scale() -> None:
     ]
     config = OptimConfig(warmup_share=0.0, weight_decay=0.1)
     optimizer = build_optimizer(groups, config)
-    apply_schedules(optimizer, config, 2.0, 0.0)
+    apply_schedules(optimizer, config, peak=2.0, progress=0.0)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(2.0, 0.1), (1.0, 0.0)]
 
 
@@ -53,7 +55,7 @@ def test_the_optimiser_is_adamw_by_definition() -> None:
     for number in range(1, 4):
         gradient = [0.5 * number, -1.0]
         parameter.grad = torch.tensor([gradient])
-        apply_schedules(optimizer, config, 0.01, 0.0)
+        apply_schedules(optimizer, config, peak=0.01, progress=0.0)
         optimizer.step()
         for i in range(2):
             x[i] *= 1 - 0.01 * 0.1

@@ -452,7 +452,7 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
 
         def step() -> None:
             batch = next(batches).to(device)
-            apply_schedules(optimizer, config.optim, peak_lr(config.optim, batch_size), 0.5)
+            apply_schedules(optimizer, config.optim, peak=peak_lr(config.optim, batch_size), progress=0.5)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 losses = method(batch, 0.5)
             torch.autograd.backward(torch.stack(list(losses.values())).sum())

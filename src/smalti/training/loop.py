@@ -120,7 +120,7 @@ def train(
     while state.step < config.steps:
         progress = state.step / config.steps
         peak = peak_lr(optim, images_per_step) * state.lr_scale
-        lr, decay = apply_schedules(optimizer, optim, progress, peak)
+        lr, decay = apply_schedules(optimizer, optim, peak=peak, progress=progress)
         torch.manual_seed(
             sample_key(config.seed, state.step, rank)
         )  # a step's randomness is its own: nothing to restore

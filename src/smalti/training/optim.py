@@ -47,7 +47,7 @@ def peak_lr(config: OptimConfig, images_per_step: int) -> float:
     return config.lr if config.lr is not None else config.base_lr * images_per_step / 256
 
 
-def learning_rate(config: OptimConfig, peak: float, progress: float) -> float:
+def learning_rate(config: OptimConfig, *, peak: float, progress: float) -> float:
     """Learning rate at ``progress`` in [0, 1]: linear from 0 to ``peak``, then half a cosine to ``min_lr``."""
     if progress < config.warmup_share:
         return peak * progress / config.warmup_share
@@ -78,10 +78,10 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
 
 
 def apply_schedules(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, peak: float, progress: float
+    optimizer: torch.optim.Optimizer, config: OptimConfig, *, peak: float, progress: float
 ) -> tuple[float, float]:
     """Set the learning rate and weight decay of every group for this step; returns both before the groups' scales."""
-    lr, decay = learning_rate(config, peak, progress), weight_decay(config, progress)
+    lr, decay = learning_rate(config, peak=peak, progress=progress), weight_decay(config, progress)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = decay * group["weight_decay_scale"]
