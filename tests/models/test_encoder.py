@@ -96,8 +96,10 @@ def test_image_features_are_the_class_token_or_the_mean_patch() -> None:
     images = torch.randn(2, 3, 32, 32)
     features = encoder.encode(images)
     assert_close(encoder.image_features(images), features.prefix[:, 0])
+    assert_close(encoder.to_timm()(images), encoder.image_features(images), atol=1e-6, rtol=0)
     encoder.set_pool("avg")
     assert_close(encoder.image_features(images), features.patches.mean(1))
+    assert_close(encoder.to_timm()(images), encoder.image_features(images), atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="pool=cls needs a class token"):
         small("vit_medium_patch16_reg4_gap_256").set_pool("cls")
     with pytest.raises(ConfigError, match="one of auto, cls, avg"):

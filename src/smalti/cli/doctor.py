@@ -38,10 +38,9 @@ def command(
     data = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).exists()) else None
     tree = parse_overrides(words)
 
-    import dataclasses
     import sys
 
-    from smalti.config import read_yaml, to_tree
+    from smalti.config import read_yaml
     from smalti.study.doctor import doctor, measure_step
 
     step = None
@@ -71,4 +70,4 @@ def command(
     report = doctor(data, against=against, out=out, step=step, progress=show)
     print("\n".join(report.lines()))
     if json:
-        write_json(json, to_tree(dataclasses.asdict(report)))
+        write_json(json, report.to_json())

@@ -313,8 +313,8 @@ class Encoder(nn.Module):
     def to_timm(self) -> VisionTransformer:
         """A plain timm model with these weights, on the CPU, in eval mode.
 
-        ``forward_features`` equals the tokens of :meth:`encode` (prefix first) at the native size; ``forward`` gives
-        the class token, or the mean patch where there is none.
+        ``forward_features`` equals the tokens of :meth:`encode` (prefix first) at the native size, ``forward`` equals
+        :meth:`image_features`.
         """
         model = timm.create_model(self.name, **self.timm_args())
         model.load_state_dict({key: value.detach().cpu() for key, value in self.vit.state_dict().items()}, strict=True)
@@ -328,7 +328,7 @@ class Encoder(nn.Module):
             "in_chans": self.in_chans,
             "num_classes": 0,
             "fc_norm": False,
-            "global_pool": "token" if self.has_class_token else "avg",
+            "global_pool": "token" if self.has_class_token and self.pool != "avg" else "avg",
         }
         return {key: value for key, value in arguments.items() if key != "drop_path_rate"}
 

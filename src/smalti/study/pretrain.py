@@ -190,7 +190,7 @@ def train(
     """
     tree = read_yaml(Path(recipe)) if recipe else {}
     given: dict[str, Any] = {"method": {"name": method}} if method else {}
-    given |= {"data": {"path": str(data)}} if data else {}
+    given |= {"data": {"path": _absolute(str(data))}} if data else {}
     given |= {"init": init} if init else {}
     tree = merge(merge(tree, given), overrides or {})
     config, own = resolve(tree, str(recipe) if recipe else "settings")
@@ -403,6 +403,12 @@ def _note_end(run: Path, started: float) -> None:
 
 def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _absolute(data: str) -> str:
+    """A path that still holds when the run is resumed or reported from another folder."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else data
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
