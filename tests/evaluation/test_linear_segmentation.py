@@ -6,12 +6,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from smalti.data.labelled import open_labelled
+from smalti.data.loader import epoch_order
 from smalti.errors import DataError, RunError, ShapeError
 from smalti.evaluation.linear_segmentation import (
     GRID,
@@ -98,11 +99,23 @@ def test_e18_a_constant_encoder_gets_the_majority_class(constant, scenes, featur
     assert scores.per_class["iou"] == {"ground": pytest.approx(share), "leaf": 0.0, "stone": 0.0}
 
 
+@given(batch_size=st.integers(1, 20), encoded=st.integers(1, 20), seed=st.integers(0, 100))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tokens_come_in_the_same_batches_whether_kept_or_not(perfect, scenes, features_of, batch_size, encoded, seed):
+    order = epoch_order(seed, 0, 16).tolist()[:13]
+    kept = features_of(perfect, scenes, "masks").tokens("train", 32)
+    again = features_of(perfect, scenes, "masks", cache_mib=0, batch_size=encoded).tokens("train", 32)
+    assert (kept.is_kept, again.is_kept) == (True, False)
+    pairs = zip(kept.batches(order, batch_size), again.batches(order, batch_size), strict=True)
+    for (tokens, places), (others, other_places) in pairs:
+        assert places == other_places and torch.equal(tokens, others)
+
+
 @pytest.mark.parametrize("scale", [0.3, 1, 30])
 def test_e18_the_length_of_tokens_does_not_matter(perfect, scenes, features_of, scale):
     encode = perfect.encode
     perfect.encode = lambda images: encode(images)._replace(patches=encode(images).patches * scale)
-    scores = linear_segmentation(features_of(perfect, scenes, "masks"), EvalConfig(mask_size=4))
+    scores = linear_segmentation(features_of(perfect, scenes, "masks"), EvalConfig(mask_size=4, epochs=100))
     assert scores.metrics["miou"] == 1.0
 
 

@@ -64,10 +64,9 @@ class PatchTokens:
             num_patches = self.grid[0] * self.grid[1]
             self._kept = torch.empty(len(images), num_patches, features.encoder.embed_dim, dtype=features.dtype)
             for tokens, positions in self._compute(range(len(images)), features.batch_size, what):
-                for row, position in zip(tokens, positions, strict=True):
-                    place = len(self._places)
-                    self._kept[place] = row
-                    self._places[position] = place
+                start = len(self._places)
+                self._kept[start : start + len(tokens)] = tokens
+                self._places.update({position: start + i for i, position in enumerate(positions)})
 
     def batches(
         self, order: Sequence[int] | None = None, batch_size: int = 64
@@ -84,8 +83,15 @@ class PatchTokens:
         order = range(len(self._images)) if order is None else order
         device = self._features.device
         if self._kept is None:
-            for tokens, positions in self._compute(order, batch_size, self._what):
-                yield tokens.float(), positions
+            waiting, places = torch.empty(0), list[int]()
+            for tokens, positions in self._compute(order, min(batch_size, self._features.batch_size), self._what):
+                waiting = torch.cat([waiting, tokens]) if places else tokens
+                places += positions
+                while len(places) >= batch_size:
+                    yield waiting[:batch_size].float(), places[:batch_size]
+                    waiting, places = waiting[batch_size:], places[batch_size:]
+            if places:
+                yield waiting.float(), places
             return
         readable = [position for position in order if position in self._places]
         for start in range(0, len(readable), batch_size):

@@ -1,7 +1,8 @@
 """k-NN classification with frozen features: nothing is learned, so nothing can be tuned.
 
 Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", arXiv:1805.01978v1,
-Sec. 3.4, in the form of Caron et al., DINO, arXiv:2104.14294v2, Sec. 4.1: weights exp(s / 0.07), cosine similarity s.
+Sec. 3.4, in the form of Caron et al., DINO, arXiv:2104.14294v2, Sec. 3.2 and their code: neighbours by cosine
+similarity s vote with exp(s / 0.07).
 """
 
 import torch

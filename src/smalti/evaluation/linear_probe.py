@@ -1,8 +1,8 @@
 """Linear classification of frozen features, with a grid of learning rates trained at once.
 
-Source: Oquab et al., DINOv2, arXiv:2304.07193v2, App. B.3: a grid of 13 learning rates times choices of features, all
-heads on the same batches. Features are standardised as in He et al., MAE, arXiv:2111.06377v3, App. A.1 (a batch norm
-without affine part), here with mean and deviation of all training images.
+Source: Oquab et al., DINOv2, arXiv:2304.07193, the linear evaluation of their code: 13 learning rates times choices of
+features, all heads on the same batches. Features are standardised as in He et al., MAE, arXiv:2111.06377v3, App. A.1
+(a batch norm without affine part), here with mean and deviation of all training images.
 Differs from both: features are computed once, of whole images, without augmentation; and the best of the grid is
 chosen on a fifth of the *training* images, then fitted again on all of them, so the judged images choose nothing.
 Letters: n images, D features, K classes, H heads.

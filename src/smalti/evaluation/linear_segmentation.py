@@ -1,6 +1,6 @@
 """Linear segmentation: what a 1x1 convolution reads from frozen patch tokens.
 
-Source: Ziegler & Asano, Leopart, arXiv:2204.13101v2, and Pariza et al., NeCo, arXiv:2408.11054v4, in the settings of
+Source: Ziegler & Asano, Leopart, arXiv:2204.13101, and Pariza et al., NeCo, arXiv:2408.11054, in the settings of
 their code: tokens after the final norm, SGD, masks of 100x100 pixels.
 Differs from them: the head comes before the bilinear upsampling instead of behind it, which is the same (both are
 linear, over different axes) and upsamples K logits instead of D features; training images are shuffled; all test
