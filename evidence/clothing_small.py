@@ -4,7 +4,7 @@
 
 For each method and seed: train on the training split without its labels, then judge by k-NN and linear probe on the
 test split, beside the same architecture with random weights of the same seed. What was fixed before the first run: the
-settings below, three seeds, k = 20, no choice of checkpoints; "beats random init" means that the mean of the paired
+recipes below, three seeds, k = 20, no choice of checkpoints; "beats random init" means that the mean of the paired
 differences over seeds is above zero and so is each of them. A finished run is not made again.
 """
 
@@ -19,27 +19,14 @@ import matplotlib.pyplot as plt
 import torch
 
 import smalti
-from smalti.config import merge
+from smalti.config import read_yaml
 from smalti.evaluation.protocol import EvalConfig, Result, evaluate, read_results, write_results
 from smalti.study.machine import describe_machine
+from smalti.study.pretrain import resume
 
 SEEDS = (0, 1, 2)
-COMMON: dict[str, Any] = {
-    "encoder": {"name": "vit_tiny_patch16_224", "depth": 6},
-    "data": {"image_size": 96},
-    "log": {"every": 50},
-    "checkpoint": {"every": 200},
-}
-ARMS: dict[str, dict[str, Any]] = {
-    "mae": {"method": {"decoder_depth": 2}, "steps": 1000, "batch_size": 64, "optim": {"lr": 1e-3}},
-    "dino": {
-        "method": {"num_prototypes": 1024, "hidden_dim": 512, "num_local_views": 4, "momentum": 0.99},
-        "steps": 400,
-        "batch_size": 32,
-        "optim": {"lr": 5e-4, "weight_decay_end": 0.1},
-        "drop_path": 0.0,
-    },
-}
+RECIPES = Path(__file__).parents[1] / "recipes"
+ARMS = {"mae": RECIPES / "mae_tiny96.yaml", "dino": RECIPES / "dino_tiny96.yaml"}
 PROTOCOLS = ("knn", "linear-probe")
 METRICS = ("top1", "balanced_top1")
 
@@ -50,9 +37,9 @@ def results_of(method: str, seed: int, data: Path, out: Path) -> tuple[list[Resu
     file = run / "results" / "evaluate_evidence.json"
     if not file.exists():
         if (run / "config.yaml").exists():
-            smalti.study.pretrain.resume(run)
+            resume(run)
         else:
-            smalti.train(method, data / "train", run, overrides=merge(merge(COMMON, ARMS[method]), {"seed": seed}))
+            smalti.train(None, data / "train", run, recipe=ARMS[method], overrides={"seed": seed})
         config = EvalConfig(protocols=PROTOCOLS, split="test", seed=seed, image_size=96)
         write_results(file, evaluate(smalti.load(run), f"{method}, seed {seed}", str(data), config))
     return read_results(file), json.loads((run / "run.json").read_text())["training_s"]
@@ -64,8 +51,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="where the runs lie")
     parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
     options = parser.parse_args()
-    import smalti.study.pretrain  # noqa: F401  # resume
-
     table: list[dict[str, Any]] = []
     for method in ARMS:
         for seed in SEEDS:
@@ -95,7 +80,8 @@ def main() -> None:
     print("\n".join(lines))
     content = {
         "rows": table,
-        "settings": {"common": COMMON, "arms": ARMS, "seeds": SEEDS},
+        "recipes": {name: read_yaml(path) for name, path in ARMS.items()},
+        "seeds": SEEDS,
         "threads": torch.get_num_threads(),
     }
     content |= {"date": time.strftime("%Y-%m-%d"), **describe_machine()}

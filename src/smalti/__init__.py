@@ -23,10 +23,22 @@ _LAZY = {
     "train": "smalti.study.pretrain",
     "evaluate": "smalti.evaluation.protocol",
     "embed": "smalti.export.embeddings",
+    "load_images": "smalti.data.labelled",
     "open_images": "smalti.data.folders",
 }
 
-__all__ = ["Encoder", "PatchFeatures", "__version__", "embed", "errors", "evaluate", "load", "open_images", "train"]
+__all__ = [
+    "Encoder",
+    "PatchFeatures",
+    "__version__",
+    "embed",
+    "errors",
+    "evaluate",
+    "load",
+    "load_images",
+    "open_images",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -167,6 +167,28 @@ def _read_numbers(path: Path) -> np.ndarray:
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 
+def load_images(
+    paths: str | Path | Sequence[str | Path], size: int, channels: int = 3, mode: Literal["crop", "squash"] = "crop"
+) -> Tensor:
+    """Images ready for :meth:`smalti.Encoder.encode`: ``(B, channels, size, size)``, uint8, or float32 in 0..1 where
+    one of the files has 16 bits or floats.
+
+    Args:
+        paths: image files, or one of them.
+        size: side in pixels, a multiple of the patch size.
+        channels: as the encoder takes.
+        mode: see :func:`eval_image`.
+
+    Raises:
+        DataError: if a file can't be read.
+    """
+    files = [paths] if isinstance(paths, (str, Path)) else paths
+    images = [torch.from_numpy(eval_image(Path(file), size, channels, mode)).permute(2, 0, 1) for file in files]
+    if any(image.dtype != torch.uint8 for image in images):
+        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
+    return torch.stack(images)
+
+
 def eval_image(path: Path, size: int, channels: int, mode: Literal["crop", "squash"]) -> np.ndarray:
     """An image ready for an encoder: ``(size, size, C)``, uint8, or float32 in 0..1 for 16-bit and float files.
 
