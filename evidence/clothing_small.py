@@ -26,7 +26,7 @@ from smalti.study.pretrain import resume
 
 SEEDS = (0, 1, 2)
 RECIPES = Path(__file__).parents[1] / "recipes"
-ARMS = {"mae": RECIPES / "mae_tiny96.yaml", "dino": RECIPES / "dino_tiny96.yaml"}
+ARMS = {"mae": RECIPES / "mae_tiny96.yaml", "dino": RECIPES / "dino_tiny64.yaml"}
 PROTOCOLS = ("knn", "linear-probe")
 METRICS = ("top1", "balanced_top1")
 
@@ -40,7 +40,9 @@ def results_of(method: str, seed: int, data: Path, out: Path) -> tuple[list[Resu
             resume(run)
         else:
             smalti.train(None, data / "train", run, recipe=ARMS[method], overrides={"seed": seed})
-        config = EvalConfig(protocols=PROTOCOLS, split="test", seed=seed, image_size=96)
+        config = EvalConfig(
+            protocols=PROTOCOLS, split="test", seed=seed, image_size=read_yaml(ARMS[method])["data"]["image_size"]
+        )
         write_results(file, evaluate(smalti.load(run), f"{method}, seed {seed}", str(data), config))
     return read_results(file), json.loads((run / "run.json").read_text())["training_s"]
 
