@@ -26,11 +26,18 @@ def command(
     overrides = parse_overrides(words or [])
 
     from smalti.cli.options import print_results
+    from smalti.data.folders import open_images, read_image
+    from smalti.models.loading import load
+    from smalti.report.figures import hero_figure
     from smalti.report.page import write_report
     from smalti.study.demo import run_demo
 
     done = run_demo(out, overrides, quiet=quiet)
     print_results(done.results, None)
     page = write_report(done.run)
+    scenes = open_images(done.samples).subset("val").paths[:3]
+    hero = hero_figure(
+        load(done.run, quiet=True), [read_image(path) for path in scenes], out / "hero.png", size=(96, 96)
+    )
     print(done.verdict)
-    print(f"samples: {done.samples}\nrun:     {done.run}\nreport:  {page}")
+    print(f"samples: {done.samples}\nrun:     {done.run}\nreport:  {page}\npicture: {hero}")

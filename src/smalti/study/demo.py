@@ -80,8 +80,11 @@ def run_demo(out: Path, overrides: Mapping[str, Any] | None = None, *, quiet: bo
     encoder = load(run, quiet=True)
     results: list[Result] = []
     seed = int(read_yaml(run / CONFIG_FILE)["seed"])
-    own: dict[str, Any]
-    for data, protocol, own in ((samples / "objects", "knn", {}), (samples, "linear-segmentation", {"epochs": EPOCHS})):
-        results += evaluate(encoder, str(run), str(data), EvalConfig(protocols=(protocol,), seed=seed, **own))
+    judged: list[tuple[Path, EvalConfig]] = [
+        (samples / "objects", EvalConfig(protocols=("knn",), seed=seed)),
+        (samples, EvalConfig(protocols=("linear-segmentation",), seed=seed, epochs=EPOCHS)),
+    ]
+    for data, config in judged:
+        results += evaluate(encoder, str(run), str(data), config)
     write_results(run / RESULTS / "evaluate_demo.json", results)
     return Demo(samples, run, results, time.perf_counter() - start)
