@@ -26,6 +26,7 @@ from smalti.models.loading import latest_checkpoint, load
 from smalti.study.machine import describe_machine
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
 from smalti.training.launch import (
+    check_trackers,
     launch,
     make_accelerator,
     resolve_devices,
@@ -133,6 +134,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
         raise ConfigError(f"{where}: init={config.init} brings its own architecture; leave encoder= out")
     for name in config.eval.protocols:
         find_protocol(name)
+    check_trackers(config.log.trackers)
     return config, own
 
 
@@ -259,7 +261,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     _, own = resolve(to_tree(config))
     kind = resolve_devices("cpu" if config.devices == "cpu" else "auto").kind
     accelerator = make_accelerator(
-        kind, resolve_precision(config.precision, kind), config.optim.accumulate, config.log.trackers
+        kind, resolve_precision(config.precision, kind), config.optim.accumulate, config.log.trackers, run
     )
     images = training_images(open_images(str(config.data.path)))
     method = build_method(config, own).to(accelerator.device)

@@ -1,20 +1,24 @@
 """Devices and processes: what ``devices=`` means, and starting the processes that it asks for."""
 
 import importlib
+import importlib.util
 import os
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from smalti.errors import ConfigError, SmaltiError
+from smalti.config import unknown_key
+from smalti.errors import ConfigError, MissingExtraError, SmaltiError
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 PATIENCE = timedelta(hours=2)  # one process evaluates while the others wait
 
 
@@ -61,15 +65,32 @@ def resolve_precision(precision: str, kind: str) -> str:
     return precision
 
 
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that don't exist or aren't installed.
+
+    Raises:
+        ConfigError: for a name that isn't among ``TRACKERS``.
+        MissingExtraError: if the tracker's package isn't installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(unknown_key(name, TRACKERS).replace("settings has no field", "there is no tracker"))
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(f'log.trackers={name} needs the package {name}: pip install "smalti[{name}]"')
+
+
 def under_launcher() -> bool:
     """Whether torchrun, or we ourselves, started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def make_accelerator(kind: str, precision: str, accumulate: int, trackers: tuple[str, ...] = ()) -> Accelerator:
-    """Accelerate's view of this process."""
+def make_accelerator(
+    kind: str, precision: str, accumulate: int, trackers: tuple[str, ...] = (), folder: Path | None = None
+) -> Accelerator:
+    """Accelerate's view of this process; trackers that write files write them to ``folder``."""
     return Accelerator(
         cpu=kind == "cpu",
+        project_dir=folder,
         mixed_precision=PRECISIONS[precision],
         gradient_accumulation_steps=accumulate,
         log_with=list(trackers) or None,
