@@ -1,4 +1,4 @@
-"""Tiny seeded loss curves, kept in ``tests/golden``: a change that means no numerical change leaves them where they are.
+"""Tiny seeded loss curves in ``tests/golden``: a change that means no numerical change leaves them where they are.
 
 ``SMALTI_WRITE_GOLDEN=1 pytest tests/contracts/test_golden.py`` writes them anew; say why in the commit.
 """
