@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import smalti
+from smalti.config import read_yaml
 from smalti.errors import ConfigError, DataError, RunError, WeightsError
 from smalti.methods.mae import MAE
 from smalti.models.loading import latest_checkpoint
 from smalti.study import pretrain
+from smalti.study.catalogue import find_recipe, recipe_files
 from smalti.training.logs import read_csv
 
 TINY: dict[str, Any] = {
@@ -230,6 +232,19 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, tmp_path: Path) -
         pretrain.resume(run, {"batch_size": 8})
     with pytest.raises(ConfigError, match="is not a run directory"):
         pretrain.resume(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("recipe", recipe_files(), ids=lambda path: path.name)
+def test_every_recipe_that_comes_with_smalti_is_valid(recipe: Path) -> None:
+    assert find_recipe(recipe.name) == find_recipe(recipe.stem) == recipe
+    config, _ = pretrain.resolve(read_yaml(recipe), recipe.name)
+    assert recipe.stem.split("_")[0] == config.method["name"]
+    assert recipe.read_text().startswith("# ") and "Run it:" in recipe.read_text()
+
+
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"there is no recipe 'mae_vitb.yaml'; did you mean 'mae_vitb16.yaml'"):
+        find_recipe("mae_vitb.yaml")
 
 
 def test_a_damaged_checkpoint_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ def command(
     step = None
     if method or recipe or tree:
         from smalti.cli.options import best_device
+        from smalti.study.catalogue import find_recipe
         from smalti.study.pretrain import resolve, step_maker
 
-        given = read_yaml(recipe) if recipe else {}
+        given = read_yaml(find_recipe(recipe)) if recipe else {}
         given = merge(given, {"method": {"name": method}} if method else {})
         given = merge(given, {"data": {"path": data}} if data else {})
         config, own = resolve(merge(given, tree), str(recipe) if recipe else "settings")

@@ -4,6 +4,8 @@ import inspect
 import re
 from pathlib import Path
 
+from smalti.config import unknown_key
+from smalti.errors import ConfigError
 from smalti.methods.base import get_method, method_names
 
 COLUMNS = ("method", "what", "paper", "file", "recipe", "reached")
@@ -17,6 +19,22 @@ def recipe_files() -> list[Path]:
         if folder.is_dir():
             return sorted(folder.glob("*.yaml"))
     return []
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe by its path, or by the name of one that comes with Smalti (with or without ending).
+
+    Raises:
+        ConfigError: if there is neither; the nearest name is suggested.
+    """
+    path = Path(name).expanduser()
+    shipped = {recipe.name: recipe for recipe in recipe_files()}
+    if path.is_file() or path.parent != Path():
+        return path
+    found = shipped.get(path.name) or shipped.get(f"{path.name}.yaml")
+    if found is None:
+        raise ConfigError(unknown_key(str(name), shipped).replace("settings has no field", "there is no recipe"))
+    return found
 
 
 def catalogue() -> list[tuple[str, ...]]:

@@ -23,6 +23,7 @@ from smalti.evaluation.protocol import EvalConfig, Result, evaluate, find_protoc
 from smalti.methods.base import Method, get_method
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint, load
+from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
 from smalti.training.launch import (
@@ -180,7 +181,7 @@ def train(
         data: what ``data.path`` takes.
         out: the run directory; it must not hold anything yet.
         init: weights to start from, see :class:`RunConfig`.
-        recipe: a YAML file of settings.
+        recipe: a YAML file of settings, or the name of one that comes with Smalti.
         overrides: further settings as a tree, such as ``{"steps": 100, "method": {"mask_ratio": 0.6}}``.
         quiet: show no progress.
 
@@ -190,7 +191,7 @@ def train(
     Raises:
         ConfigError, DataError, WeightsError, RunError: each with one line that says what to do.
     """
-    tree = read_yaml(Path(recipe)) if recipe else {}
+    tree = read_yaml(find_recipe(recipe)) if recipe else {}
     given: dict[str, Any] = {"method": {"name": method}} if method else {}
     given |= {"data": {"path": _absolute(str(data))}} if data else {}
     given |= {"init": init} if init else {}
@@ -203,13 +204,13 @@ def train(
     run = Path(out).expanduser()
     if run.is_file():
         raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
-    if run.is_dir() and any(run.iterdir()) and not under_launcher():
+    if run.is_dir() and any(run.iterdir()) and _is_first_process():
         raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
     images = training_images(open_images(config.data.path))  # before anything is written
     _check_evaluation(config)
     resolve_precision(config.precision, resolve_devices(config.devices).kind)
     build_method(config, own).make_views(config.data.image_size)
-    if not under_launcher() or _is_first_process():
+    if _is_first_process():
         write_yaml(run / CONFIG_FILE, to_tree(config))
         _write_run_file(run, config, images)
     _start(run, config, None, quiet)
@@ -404,6 +405,7 @@ def _note_end(run: Path, started: float) -> None:
 
 
 def _is_first_process() -> bool:
+    """Whether this process writes: the first of several, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
