@@ -112,13 +112,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return result
 
 
-def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings") -> T:
+def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings", group: str = "") -> T:
     """An instance of a settings class from a tree of plain values.
 
     Args:
         cls: a class decorated with :func:`settings`.
         tree: nested plain values, as read from YAML.
-        where: what to name in errors: a file, or "command line".
+        where: what to name in errors: a file, or "settings".
+        group: the group of settings that this is, such as ``method``.
 
     Raises:
         ConfigError: one line: the first unknown key with its nearest name, or the first value that doesn't fit.
@@ -126,21 +127,21 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings") -> T:
     try:
         return TypeAdapter(cls).validate_python(dict(tree))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_problem(cls, error)}") from None
+        raise ConfigError(f"{where}: {_first_problem(cls, error, group)}") from None
 
 
-def _first_problem(cls: type, error: ValidationError) -> str:
+def _first_problem(cls: type, error: ValidationError, group: str) -> str:
     """One line about the first problem in a validation error, unknown keys first."""
     problems = error.errors(include_url=False)
     unknown = [p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")]
     problem = (unknown or problems)[0]
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join([*([group] if group else []), *(str(part) for part in problem["loc"])])
     if unknown:
         parent = cls
         for part in problem["loc"][:-1]:
             parent = _field_type(parent, str(part))
-        *group, name = path.split(".")
-        return unknown_key(name, field_names(parent), ".".join(group))
+        *groups, name = path.split(".")
+        return unknown_key(name, field_names(parent), ".".join(groups))
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}={problem.get('input')!r}: {message[0].lower()}{message[1:]}"
 
@@ -196,6 +197,23 @@ def to_tree(value: Any) -> Any:
 def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
     """Write a tree as YAML, to a temporary name first and then renamed."""
     write_atomically(path, yaml.safe_dump(to_tree(tree), sort_keys=False, allow_unicode=True))
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work whether a file can be written after it; nothing is left behind.
+
+    Raises:
+        ConfigError: if it can't.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        Path(temporary).unlink()
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be written ({error.strerror or error})") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

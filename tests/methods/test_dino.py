@@ -121,3 +121,5 @@ def test_views_are_two_global_and_some_local_ones_on_the_patch_grid() -> None:
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         tiny(student_temp=0.0)
+    with pytest.raises(ConfigError, match=r"must lie in 0\.\.1"):
+        tiny(momentum=2.0)

@@ -137,8 +137,12 @@ def test_drop_path_grows_from_block_to_block() -> None:
 def test_mistakes_are_one_line_each() -> None:
     with pytest.raises(ConfigError, match="did you mean 'vit_small_patch16_224'"):
         build_encoder("vit_smal_patch16_224")
-    with pytest.raises(ConfigError, match="as a vision transformer"):
+    with pytest.raises(ConfigError, match="timm's 'resnet18' is not a VisionTransformer"):
         build_encoder("resnet18")
+    with pytest.raises(ConfigError, match="encoder has no field 'depht'; did you mean 'depth'"):
+        build_encoder("vit_tiny_patch16_224", depht=3)
+    with pytest.raises(ConfigError, match="as a vision transformer"):
+        build_encoder("vit_tiny_patch16_224", num_heads=5)
     with pytest.raises(ShapeError, match="100x100 pixels, which patch_size=16 does not divide; crop them to 96x96"):
         build_encoder("vit_small_patch16_224", img_size=100)
     encoder = small("vit_tiny_patch16_224")

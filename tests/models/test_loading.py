@@ -39,6 +39,8 @@ def test_local_weights_say_how_many_tensors_matched(file: Path, capsys: pytest.C
     encoder = smalti.load(f"timm:{NAME}@{file}")
     assert "150 of 150 tensors matched" in capsys.readouterr().err
     assert encoder.pretrained and not encoder.training
+    assert encoder.mean == (0.485, 0.456, 0.406)
+    assert smalti.load(f"timm:{NAME}.augreg_in21k@{file}", quiet=True).mean == (0.5, 0.5, 0.5)
 
 
 def test_hub_weights_out_of_reach_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,64 @@ def test_a_bad_stretch_goes_back_with_half_the_rate(
     assert [event["event"] for event in events] == ["went back"]
     assert "loss term 'reconstruction' is not finite at step 5 (also not finite: grad_norm)" in events[0]["detail"]
     rows = read_csv(run / "log.csv")
-    assert [int(row["step"]) for row in rows] == [2, 3, 4, 6, 8]
+    assert [int(row["step"]) for row in rows] == [1, 2, 4, 6, 8]
     state = json.loads((latest_checkpoint(run) / "state.json").read_text())["state"]
     assert (state["setbacks"], state["lr_scale"]) == (1, 0.5)
     assert all(torch.isfinite(value).all() for value in weights(run).values())
+
+
+def test_evaluation_does_not_stand_in_the_way_of_going_back(
+    photos: Path, class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = {"data": str(class_folders), "every": 2, "protocols": ["knn"], "image_size": 32, "baseline": False}
+    poison(monkeypatch, {5})
+    plain = weights(train(tmp_path / "a", photos))
+    poison(monkeypatch, {5})
+    judged = train(tmp_path / "b", photos, eval=evaluation)
+    assert [event["event"] for event in read_csv(judged / "events.csv")] == ["went back"]
+    assert same(plain, weights(judged))
+
+
+def test_an_evaluation_that_a_kill_took_is_made_up_for(photos: Path, class_folders: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos, eval={"data": str(class_folders), "protocols": ["knn"], "image_size": 32})
+    before = json.loads((run / "results" / "step_00000008.json").read_text())
+    (run / "results" / "step_00000008.json").unlink()
+    pretrain.resume(run, quiet=True)
+    after = json.loads((run / "results" / "step_00000008.json").read_text())
+    assert [r["metrics"] for r in before["results"]] == [r["metrics"] for r in after["results"]]
+
+
+def test_a_resumed_run_sees_the_images_it_saw(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in photos.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    run = train(tmp_path / "a", folder)
+    (folder / "00.jpg").unlink()
+    with pytest.raises(DataError, match=r"was trained on 24 images, .*photos now has 23"):
+        pretrain.resume(run)
+
+
+def test_a_run_begun_from_weights_resumes_without_them_and_from_anywhere(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").symlink_to(photos)
+    first = train(tmp_path / "a", photos)
+    more = {key: value for key, value in settings().items() if key != "encoder"}
+    run = smalti.train("mae", "photos", "b", init="a", overrides=more, quiet=True)
+    assert not any("pos_embed" in key and value.requires_grad for key, value in pretrain_parameters(run).items())
+    whole = weights(run)
+    shutil.rmtree(first)
+    shutil.rmtree(latest_checkpoint(run))
+    monkeypatch.chdir("/")
+    pretrain.resume(tmp_path / "b", quiet=True)
+    assert same(whole, weights(tmp_path / "b"))
+
+
+def pretrain_parameters(run: Path) -> dict[str, torch.nn.Parameter]:
+    config, own = pretrain.resolve(read_yaml(run / "config.yaml"))
+    return dict(pretrain.build_method(config, own).named_parameters())
 
 
 def test_the_third_bad_stretch_stops_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +258,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(photos: Path, tmp_path
         train(tmp_path / "b", folder, batch_size=8)
 
 
-def test_mistakes_are_one_line_and_write_nothing(photos: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Path, tmp_path: Path) -> None:
     def fails(match: str, out: Path = tmp_path / "x", data: Path | None = photos, **more: Any) -> None:
         with pytest.raises((ConfigError, DataError, ValueError), match=match):
             smalti.train("mae", data, out, overrides=settings(**more), quiet=True)
@@ -217,6 +272,12 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, tmp_path: Path) -
     fails("precision='int8'", precision="int8")
     fails("devices=0", devices=0)
     fails("weights=teacher: mae has encoder", weights="teacher")
+    fails("optim.warmup_share=2: input should be", optim={"warmup_share": 2})
+    fails("optim.betas.0=2.0: input should be", optim={"betas": [2.0, 0.9]})
+    fails("optim.lr=-1", optim={"lr": -1})
+    fails("which patch_size=8 does not divide", eval={"data": str(class_folders), "image_size": 33})
+    fails("foo", eval={"data": str(class_folders), "split": "foo"})
+    fails("masks", eval={"data": str(class_folders), "protocols": ["linear-segmentation"]})
     fails("leave encoder= out", init="runs/x")
     (tmp_path / "empty").mkdir()
     fails("empty", data=tmp_path / "empty")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from smalti.config import build
 from smalti.errors import ConfigError
 from smalti.training.optim import (
     OptimConfig,
@@ -83,10 +84,8 @@ def test_clipping_holds_for_all_gradients_or_for_each() -> None:
 
 
 def test_mistakes_are_one_line_each() -> None:
-    group = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr_scale": 1.0, "weight_decay_scale": 1.0}]
-    with pytest.raises(ConfigError, match="warmup_share=2"):
-        build_optimizer(group, OptimConfig(warmup_share=2.0))
-    with pytest.raises(ConfigError, match="at least 1 batch"):
-        build_optimizer(group, OptimConfig(accumulate=0))
+    for wrong in ({"warmup_share": 2}, {"accumulate": 0}, {"lr": -1}, {"betas": [2, 0.9]}, {"eps": 0}):
+        with pytest.raises(ConfigError, match=f"optim: {next(iter(wrong))}.*: input should be"):
+            build(OptimConfig, wrong, "optim")
     with pytest.raises(ConfigError, match="no parameter is trainable"):
         build_optimizer([{"params": []}], OptimConfig())

@@ -1,12 +1,30 @@
 """``smalti embed``: features of a folder of images as a table."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from pydantic import PositiveInt
 
 from smalti.cli.options import Data, Debug, EncoderSpec, Out, Partial, Quiet, Settings, needed, take
+from smalti.config import settings
 
 NAME = "embed"
+
+
+@settings
+class EmbedConfig:
+    """How images are encoded."""
+
+    weights: str | None = None
+    """Network of a run: student or teacher."""
+    pool: str | None = None
+    """cls, avg or auto; None takes the encoder's own."""
+    batch_size: PositiveInt = 64
+    """Images at a time."""
+    image_size: PositiveInt | None = None
+    """Pixels; None takes the encoder's own."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the numbers in the file."""
 
 
 def command(
@@ -24,23 +42,22 @@ def command(
     Settings: weights, pool, batch_size, image_size, dtype (float32 or float16).
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "features.parquet")
-    known = {"weights": None, "pool": None, "batch_size": 64, "image_size": None, "dtype": "float32"}
-    given = take(words, known)
+    given = take(words, EmbedConfig)
 
     from smalti.cli.options import load_encoder
     from smalti.data.folders import open_images
     from smalti.export.embeddings import embed
 
     images = open_images(data)
-    model = load_encoder(encoder, weights=given["weights"], pool=given["pool"], partial=partial)
+    model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial)
     written = embed(
         model,
         images,
         out,
         level=level,
         pool=model.pool,
-        image_size=given["image_size"],
-        batch_size=given["batch_size"],
-        dtype=given["dtype"],
+        image_size=given.image_size,
+        batch_size=given.batch_size,
+        dtype=given.dtype,
     )
     print(f"written: {written}")

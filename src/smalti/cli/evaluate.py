@@ -43,18 +43,20 @@ def command(
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
 
     from smalti.cli.options import load_encoder, print_results
-    from smalti.config import build
+    from smalti.config import build, check_writable
     from smalti.evaluation.protocol import EvalConfig, evaluate, find_protocol, write_results
 
     config = build(EvalConfig, settings, "eval")
     for name in config.protocols:
         find_protocol(name)
     model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial)
+    if json:
+        check_writable(json)
     results = evaluate(model, encoder, str(data), config, progress=None if quiet else _show)
-    print_results(results, json)
     run = Path(encoder).expanduser()
     if (run / "config.yaml").is_file():
         write_results(run / "results" / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}.json", results)
+    print_results(results, json)
 
 
 def _show(what: str, done: int, total: int) -> None:

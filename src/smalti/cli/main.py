@@ -4,7 +4,6 @@ import os
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 import smalti
@@ -48,14 +47,17 @@ def run(arguments: list[str] | None = None) -> None:
             raise
         print(f"smalti: {error}", file=sys.stderr)
         sys.exit(2)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
-        print(f"smalti: {error.format_message()} (see: smalti{verb} --help)", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("smalti: interrupted; a training run goes on with: smalti train --resume RUN", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # a reader such as head has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # of click's errors, which some releases of typer carry inside
+        if usage is None:
+            raise
+        context = getattr(error, "ctx", None)
+        verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
+        print(f"smalti: {usage()} (see: smalti{verb} --help)", file=sys.stderr)
+        sys.exit(2)

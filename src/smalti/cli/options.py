@@ -1,13 +1,12 @@
 """Arguments and options that several commands share, and the small things they print."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from smalti.config import parse_overrides, unknown_key
+from smalti.config import build, parse_overrides
 from smalti.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,17 +48,16 @@ def needed(value: Any, option: str, example: str) -> Any:
     return value
 
 
-def take(words: list[str] | None, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain settings of a command: ``known`` with the values that ``KEY=VALUE`` words give.
+T = TypeVar("T")
+
+
+def take(words: list[str] | None, cls: type[T]) -> T:
+    """Settings of a command from its ``KEY=VALUE`` words.
 
     Raises:
-        ConfigError: for an unknown key.
+        ConfigError: for an unknown key, or a value that doesn't fit.
     """
-    given = parse_overrides(words or [])
-    for name in given:
-        if name not in known:
-            raise ConfigError(unknown_key(name, known))
-    return {**known, **given}
+    return build(cls, parse_overrides(words or []))
 
 
 def load_encoder(

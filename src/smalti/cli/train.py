@@ -1,12 +1,13 @@
 """``smalti train``: pretrain or post-train an encoder on images."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from smalti.cli.options import Data, Debug, Out, Quiet
-from smalti.config import parse_overrides
+from smalti.config import parse_overrides, read_yaml
 from smalti.errors import ConfigError
 
 NAME = "train"
@@ -55,18 +56,19 @@ def command(
         run = pretrain.resume(resume, overrides, quiet=quiet)
     else:
         run = pretrain.train(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
-    _say_what_next(run)
+    if os.environ.get("RANK", "0") == "0":
+        _say_what_next(run)
 
 
 def _say_what_next(run: Path) -> None:
     from smalti.cli.options import print_results
     from smalti.evaluation.protocol import read_results
 
-    files = sorted((run / "results").glob("step_*.json"))
-    if files:
-        baselines = [result for result in read_results(files[0]) if result.is_baseline]
-        final = [result for result in read_results(files[-1]) if not result.is_baseline]
-        print_results([*final, *baselines], None)
+    steps = int(read_yaml(run / "config.yaml")["steps"])
+    first, last = (run / "results" / f"step_{step:08d}.json" for step in (0, steps))
+    if last.is_file():
+        baselines = [result for result in read_results(first) if result.is_baseline] if first.is_file() else []
+        print_results([*read_results(last), *baselines], None)
     print(f"trained: {run}")
     print(f"next:    smalti evaluate {run} --data LABELLED")
     print(f"         smalti report {run}")

@@ -3,8 +3,9 @@
 Source: Oquab et al., DINOv2, arXiv:2304.07193, the linear evaluation of their code: 13 learning rates times choices of
 features, all heads on the same batches. Features are standardised as in He et al., MAE, arXiv:2111.06377v3, App. A.1
 (a batch norm without affine part), here with mean and deviation of all training images.
-Differs from both: features are computed once, of whole images, without augmentation; and the best of the grid is
-chosen on a fifth of the *training* images, then fitted again on all of them, so the judged images choose nothing.
+Differs from both: features of the last block only, as class token and as class token with mean patch; they are
+computed once, of whole images, without augmentation; and the best of the grid is chosen on a fifth of the *training*
+images, then fitted again on all of them, so the judged images choose nothing.
 Letters: n images, D features, K classes, H heads.
 """
 

@@ -373,7 +373,7 @@ def crop_and_flip(
     Args:
         image: ``(H, W, C)``.
         mask: ``(H, W)``.
-        size: side of the image that comes out; resized by area average, or bicubic where it grows.
+        size: side of the image that comes out; antialiased bicubic, where the papers' code is bilinear.
         mask_size: side of the mask that comes out; by nearest pixel.
         rng: source of randomness.
     """

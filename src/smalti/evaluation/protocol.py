@@ -350,6 +350,7 @@ def _judge(
             scores = protocol.run(source, config)
             shared = {
                 "architecture": encoder.name,
+                "weights": encoder.source or "as given",
                 "split": sets[protocol.need].note,
                 "num_train": len(source.data.train),
                 "num_test": len(source.data.test),

@@ -128,6 +128,8 @@ class DINO(Method):
         super().__init__(encoder, config)
         if min(config.student_temp, config.teacher_temp, config.warmup_teacher_temp) <= 0:
             raise ConfigError("method.student_temp, teacher_temp and warmup_teacher_temp must be above 0")
+        if not 0 <= config.momentum <= 1 or not 0 <= config.center_momentum <= 1:
+            raise ConfigError("method.momentum and method.center_momentum must lie in 0..1")
         self.student = EncoderWithHead(encoder, config)
         self.teacher: Teacher[EncoderWithHead] = Teacher(self.student)
         self.register_buffer("center", torch.zeros(config.num_prototypes))

@@ -102,6 +102,8 @@ class MAE(Method):
         nn.init.normal_(self.decoder.mask_token, std=0.02)
         if not encoder.pretrained:
             _init_encoder(encoder, fixed_positions=config.positions == "sincos")
+        elif encoder.fixed_positions and encoder.vit.pos_embed is not None:
+            encoder.vit.pos_embed.requires_grad_(config.positions != "sincos")
 
     def make_views(self, image_size: int) -> MultiCrop:
         """One random resized crop and a flip, nothing else: Table 8 of the paper."""
@@ -150,3 +152,4 @@ def _init_encoder(encoder: Encoder, fixed_positions: bool) -> None:
         vit.pos_embed.zero_()  # the prefix tokens' positions stay zero
         vit.pos_embed[:, -table.shape[1] :] = table
         vit.pos_embed.requires_grad_(False)
+        encoder.fixed_positions = True

@@ -6,6 +6,7 @@ then registers), D embed_dim, L visible patches.
 
 import copy
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from timm.layers import DropPath, resample_abs_pos_embed
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from smalti.config import unknown_key
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
 
+MODULES = ("vision_transformer", "deit")
+"""timm's files of models that are plain ``VisionTransformer``s."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -71,6 +76,10 @@ class Encoder(nn.Module):
         self.pretrained = pretrained
         self.pos_antialias = pos_antialias
         self.pool = "auto"
+        self.fixed_positions = False
+        """Whether positions are a fixed table, which a method that goes on from these weights may keep fixed."""
+        self.source = ""
+        """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.register_buffer("_mean", torch.empty(1, vit.in_chans, 1, 1), persistent=False)
         self.register_buffer("_std", torch.empty(1, vit.in_chans, 1, 1), persistent=False)
         self.set_normalization(mean, std)
@@ -140,6 +149,7 @@ class Encoder(nn.Module):
             "std": list(self.std),
             "pos_antialias": self.pos_antialias,
             "pool": self.pool,
+            "fixed_positions": self.fixed_positions,
         }
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
@@ -382,10 +392,18 @@ def build_encoder(
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        vits = timm.list_models("*vit*")
+        vits = timm.list_models(module="vision_transformer")
         near = difflib.get_close_matches(architecture, vits, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else "for example vit_small_patch16_224"
         raise ConfigError(f"timm has no model '{architecture}'; {hint}")
+    if not any(is_model_in_modules(architecture, [module]) for module in MODULES) or "distilled" in architecture:
+        raise ConfigError(
+            f"timm's '{architecture}' is not a VisionTransformer, which Smalti needs; for example vit_small_patch16_224"
+        )
+    known_args = set(inspect.signature(VisionTransformer.__init__).parameters)
+    for argument in model_args:
+        if argument not in known_args:
+            raise ConfigError(unknown_key(argument, known_args - {"self"}, "encoder"))
     arguments = {**model_args, "in_chans": in_chans}
     if img_size is not None:
         arguments["img_size"] = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
@@ -401,11 +419,6 @@ def build_encoder(
         raise ConfigError(
             f"timm can't build '{architecture}' with {arguments} as a vision transformer: {error}"
         ) from error
-    if not isinstance(vit, VisionTransformer):
-        raise ConfigError(
-            f"'{architecture}' is a {type(vit).__name__}; Smalti needs a timm VisionTransformer, "
-            "for example vit_small_patch16_224"
-        )
     known = in_chans == 3
     encoder = Encoder(
         vit,
@@ -432,6 +445,7 @@ def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
     )
     encoder.pos_antialias = bool(config.get("pos_antialias", True))
     encoder.set_pool(config.get("pool", "auto"))
+    encoder.fixed_positions = bool(config.get("fixed_positions", False))
     return encoder
 
 

@@ -59,26 +59,40 @@ def load(
     elif kind == "timm" and rest:
         name, at, file = rest.partition("@")
         encoder = build_encoder(name, seed=seed, img_size=img_size, in_chans=in_chans or 3)
-        report = _fill(encoder, Path(file).expanduser(), partial) if at else _fill_from_hub(encoder, name, partial)
+        report = (
+            _fill(encoder, name, Path(file).expanduser(), partial) if at else _fill_from_hub(encoder, name, partial)
+        )
         encoder.pretrained = True
+        encoder.source = report.source
     else:
         path = Path(text).expanduser()
         encoder, report = _load_file(path, partial) if path.suffix == ".safetensors" else _load_run(path, network)
         encoder.pretrained = True
+        encoder.source = report.source
     if pos_antialias is not None:
         encoder.pos_antialias = pos_antialias
     if report is not None and not quiet:
-        print(report, file=sys.stderr)
+        print(f"{report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
     return encoder.eval()
 
 
-def _fill(encoder: Encoder, file: Path, partial: bool) -> LoadReport:
+def _fill(encoder: Encoder, name: str, file: Path, partial: bool) -> LoadReport:
+    """Local weights; a tag in the name (``vit_..._224.augreg_in21k``) says how they want images normalised."""
     try:
         tensors = to_timm_names(read_tensors(file))
     except WeightsError as error:
         text = str(error)
         raise WeightsError(text if text.startswith(str(file)) else f"{file}: {text}") from error
+    if "." in name:
+        _normalize_as_published(encoder, name)
     return load_vit(encoder.vit, tensors, str(file), partial)
+
+
+def _normalize_as_published(encoder: Encoder, name: str) -> None:
+    """Mean and deviation that timm keeps beside the pretrained weights of this name and tag."""
+    settings = timm.get_pretrained_cfg(name)
+    if settings is not None and len(settings.mean) == encoder.in_chans:
+        encoder.set_normalization(settings.mean, settings.std)
 
 
 def _fill_from_hub(encoder: Encoder, name: str, partial: bool) -> LoadReport:
@@ -92,9 +106,7 @@ def _fill_from_hub(encoder: Encoder, name: str, partial: bool) -> LoadReport:
             f"timm:{name}: its pretrained weights could not be fetched ({reason[:200]}); "
             f"give a local file as timm:{name}@FILE, or take random weights with random:{name}"
         ) from error
-    settings: dict[str, Any] = dict(getattr(source, "pretrained_cfg", {}))
-    if len(settings.get("mean", ())) == encoder.in_chans:
-        encoder.set_normalization(settings["mean"], settings["std"])
+    _normalize_as_published(encoder, name)
     return load_vit(encoder.vit, to_timm_names(source.state_dict()), f"timm:{name}", partial)
 
 
@@ -166,6 +178,17 @@ def latest_checkpoint(run: Path) -> Path | None:
         if folder.name.removeprefix("step_").isdigit() and (folder / STATE_FILE).is_file()
     ]
     return max(found)[1] if found else None
+
+
+def encoder_description(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its encoder, for :func:`smalti.models.encoder.encoder_from_config`.
+
+    Raises:
+        WeightsError: if it can't be read.
+    """
+    return (
+        _read_json(checkpoint / STATE_FILE, f"{checkpoint}: the checkpoint lacks its {STATE_FILE}").get("encoder") or {}
+    )
 
 
 def _described(description: Mapping[str, Any], where: Path) -> Encoder:

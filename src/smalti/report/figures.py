@@ -339,8 +339,9 @@ def _centre(image: np.ndarray, aspect: float) -> np.ndarray:
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     shrinks = size[0] < image.shape[0]
-    resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-    resized = resized.reshape(*size, image.shape[2])
+    way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    planes = [cv2.resize(image[..., c], size[::-1], interpolation=way) for c in range(image.shape[2])]  # any number
+    resized = np.stack(planes, axis=-1)
     return resized if resized.dtype == np.uint8 else resized.clip(0, 1)
 
 

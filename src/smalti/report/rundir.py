@@ -107,6 +107,13 @@ def _read_log(path: Path) -> dict[str, list[float]]:
     return {key: [_number(row[key]) for row in rows] for key in rows[0]} if rows else {}
 
 
+def _identity(result: Result) -> tuple[str, str, str, str]:
+    """What a newer result replaces: the same protocol, data, encoder and network of it."""
+    weights = str(result.settings.get("weights", ""))
+    network = weights.rpartition("(")[2].removesuffix(")") if weights.endswith(")") else ""
+    return result.protocol, result.data, result.encoder, network
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -126,7 +133,7 @@ def _read_info(path: Path, notes: list[str]) -> Tree:
 
 
 def _read_all_results(folder: Path, notes: list[str]) -> tuple[list[Result], list[tuple[int, Result]]]:
-    final: dict[tuple[str, str, str], Result] = {}
+    final: dict[tuple[str, str, str, str], Result] = {}
     during: list[tuple[int, Result]] = []
     files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime, file.name))
     for file in files:
@@ -139,5 +146,5 @@ def _read_all_results(folder: Path, notes: list[str]) -> tuple[list[Result], lis
         if step != file.stem and step.isdigit():
             during += [(int(step), result) for result in results]
         else:
-            final.update({(result.protocol, result.data, result.encoder): result for result in results})
+            final.update({_identity(result): result for result in results})
     return list(final.values()), sorted(during, key=lambda item: item[0])

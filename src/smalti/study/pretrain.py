@@ -1,6 +1,7 @@
 """The main job: a folder of images in, a run directory with a better encoder out."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -15,14 +16,15 @@ import torch
 from timm.models.vision_transformer import Block
 
 from smalti.config import build, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
-from smalti.data.folders import ImageSet, open_images, training_images
+from smalti.data.folders import ImageSet, open_images, read_image, training_images
+from smalti.data.labelled import open_labelled
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
 from smalti.data.views import Views, collate
-from smalti.errors import ConfigError
+from smalti.errors import ConfigError, DataError
 from smalti.evaluation.protocol import EvalConfig, Result, evaluate, find_protocol, fitting_protocols, write_results
 from smalti.methods.base import Method, get_method
-from smalti.models.encoder import build_encoder
-from smalti.models.loading import latest_checkpoint, load
+from smalti.models.encoder import build_encoder, encoder_from_config
+from smalti.models.loading import encoder_description, latest_checkpoint, load
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
@@ -41,6 +43,8 @@ from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer,
 
 CONFIG_FILE, RUN_FILE, RESULTS = "config.yaml", "run.json", "results"
 DEFAULT_ENCODER = "vit_small_patch16_224"
+FIRST_LOOK = 20
+"""Images of which one must be readable before a run is begun."""
 MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "data.num_workers")
 """Settings that a resumed run may be given anew; all others would change what it computes."""
 
@@ -85,7 +89,7 @@ class RunConfig:
     devices: int | str = "auto"
     """``auto`` (one GPU, else the CPU), ``cpu``, or a number of devices, one process each."""
     precision: str = "auto"
-    """``fp32``, ``bf16``, ``fp16``; ``auto`` is bf16 on GPUs that have it."""
+    """``fp32`` or ``bf16``; ``auto`` is bf16 on GPUs that have it."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
     weights: str | None = None
@@ -119,7 +123,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     if "name" not in chosen:
         raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
     method = get_method(str(chosen.pop("name")))
-    own: Any = build(method.Config, chosen, f"{where}: method")
+    own: Any = build(method.Config, chosen, where, group="method")
     config = build(RunConfig, merge(method.defaults, {**tree, "method": {"name": method.name, **to_tree(own)}}), where)
     for name in ("steps", "batch_size"):
         if getattr(config, name) < 1:
@@ -139,13 +143,23 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     return config, own
 
 
-def build_method(config: RunConfig, own: Any) -> Method:
-    """The method of a run with its encoder, on the CPU; random weights are a function of ``config.seed``."""
+def build_method(
+    config: RunConfig, own: Any, description: Mapping[str, Any] | None = None, quiet: bool = True
+) -> Method:
+    """The method of a run with its encoder, on the CPU; random weights are a function of ``config.seed``.
+
+    Args:
+        config: the run's settings.
+        own: the method's.
+        description: of the encoder, from a checkpoint that will fill in the weights; ``init`` isn't needed then.
+        quiet: don't print how many tensors of ``init`` matched.
+    """
     data = config.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.init:
-            encoder = load(config.init, quiet=under_launcher())
+            encoder = encoder_from_config(description) if description else load(config.init, quiet=quiet)
+            encoder.pretrained = True
             if encoder.in_chans != data.channels:
                 raise ConfigError(
                     f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}"
@@ -193,9 +207,9 @@ def train(
     """
     tree = read_yaml(find_recipe(recipe)) if recipe else {}
     given: dict[str, Any] = {"method": {"name": method}} if method else {}
-    given |= {"data": {"path": _absolute(str(data))}} if data else {}
+    given |= {"data": {"path": str(data)}} if data else {}
     given |= {"init": init} if init else {}
-    tree = merge(merge(tree, given), overrides or {})
+    tree = _absolute_paths(merge(merge(tree, given), overrides or {}))
     config, own = resolve(tree, str(recipe) if recipe else "settings")
     if not config.data.path:
         raise ConfigError("no images are named; give --data DIR")
@@ -206,10 +220,8 @@ def train(
         raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
     if run.is_dir() and any(run.iterdir()) and _is_first_process():
         raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
-    images = training_images(open_images(config.data.path))  # before anything is written
-    _check_evaluation(config)
-    resolve_precision(config.precision, resolve_devices(config.devices).kind)
-    build_method(config, own).make_views(config.data.image_size)
+    images = training_images(open_images(config.data.path))
+    _check_before_writing(config, own, images, quiet=under_launcher() and not _is_first_process())
     if _is_first_process():
         write_yaml(run / CONFIG_FILE, to_tree(config))
         _write_run_file(run, config, images)
@@ -241,10 +253,38 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
             raise ConfigError(
                 f"{name} can't change when a run is resumed, the weights would differ; free are {', '.join(MAY_CHANGE)}"
             )
-    config, _ = resolve(merge(before, overrides), str(path))
+    config, _ = resolve(merge(before, _absolute_paths(overrides)), str(path))
     _check_evaluation(config)
-    _start(run, config, latest_checkpoint(run), quiet)
+    _check_same_images(run, training_images(open_images(str(config.data.path))))
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None and _is_first_process():
+        print(f"{run}: has no checkpoint yet; it starts from step 0", file=sys.stderr)
+    _start(run, config, checkpoint, quiet)
     return run
+
+
+def _check_before_writing(config: RunConfig, own: Any, images: ImageSet, quiet: bool) -> None:
+    """Find mistakes while there is nothing to clean up.
+
+    Raises:
+        ConfigError, DataError, ShapeError, WeightsError: the mistake.
+    """
+    _check_evaluation(config)
+    resolve_precision(config.precision, resolve_devices(config.devices).kind)
+    method = build_method(config, own, quiet=quiet)
+    views = method.make_views(config.data.image_size)
+    build_optimizer(method.param_groups(), config.optim)
+    if config.eval.data and config.eval.image_size:
+        method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
+    trouble: DataError | None = None
+    for path in images.paths[:FIRST_LOOK]:
+        try:
+            views(read_image(path, config.data.channels), np.random.default_rng(0))
+            return
+        except DataError as error:
+            trouble = error
+    if trouble is not None:
+        raise trouble
 
 
 def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
@@ -265,7 +305,8 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
         kind, resolve_precision(config.precision, kind), config.optim.accumulate, config.log.trackers, run
     )
     images = training_images(open_images(str(config.data.path)))
-    method = build_method(config, own).to(accelerator.device)
+    description = None if checkpoint is None else encoder_description(checkpoint)
+    method = build_method(config, own, description).to(accelerator.device)
     if config.compile:
         for module in method.modules():
             if isinstance(module, Block):
@@ -274,7 +315,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     main = accelerator.is_main_process
     state: TrainingState | None = None
     if checkpoint is not None:
-        state = Checkpoints(run, method, optimizer, config.checkpoint.keep, main).restore(checkpoint)
+        state = Checkpoints(run, method, optimizer, config.checkpoint, main).restore(checkpoint)
 
     views = method.make_views(config.data.image_size)
 
@@ -303,12 +344,11 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     if main and state is not None:
         csv_log.event(state.step, "resumed", str(checkpoint))
     hooks: tuple[Hook, ...] = ()
-    if screen is not None:
-        hooks += (lambda step, _: screen.step(step),)
     if main and config.eval.data:
         hook = EvaluationHook(config, run)
-        if state is None:
-            hook.judge(0, method)
+        step = state.step if state is not None else 0
+        if not hook.file(step).exists() and (step == 0 or hook.due(step)):
+            hook.judge(step, method)  # before training, or lost when the run was killed
         hooks += (hook,)
     loop = LoopConfig(
         steps=config.steps,
@@ -349,23 +389,31 @@ class EvaluationHook:
         self.config = config
         self.run = run
 
-    def __call__(self, step: int, method: Method) -> float | None:
-        """Judge, if it is time; returns the headline of the first protocol."""
+    def due(self, step: int) -> bool:
+        """Every ``eval.every`` steps and after the last."""
         every = self.config.eval.every
-        if step != self.config.steps and (every <= 0 or step % every):
-            return None
+        return step == self.config.steps or (every > 0 and step % every == 0)
+
+    def __call__(self, step: int, method: Method) -> float | None:
+        """Judge; returns the headline of the first protocol."""
         results = self.judge(step, method)
         return results[0].headline[1] if results else None
 
+    def file(self, step: int) -> Path:
+        """Where the results of a step are written."""
+        return self.run / RESULTS / f"step_{step:08d}.json"
+
     def judge(self, step: int, method: Method) -> list[Result]:
         """Results now, written to ``results/step_*.json``; the random baseline is judged before the first step only."""
-        encoder = method.networks()[self.config.weights or method.export_network]
+        network = self.config.weights or method.export_network
+        encoder = method.networks()[network]
+        encoder.source = f"step {step} ({network})"
         data = str(self.config.eval.data)
         protocols = self.config.eval.protocols or fitting_protocols(data)
         baseline = self.config.eval.baseline and step == 0
         config = dataclasses.replace(self.config.eval, protocols=protocols, baseline=baseline)
         results = evaluate(encoder, f"{self.run} (step {step})", data, config)
-        write_results(self.run / RESULTS / f"step_{step:08d}.json", results)
+        write_results(self.file(step), results)
         return results
 
 
@@ -376,7 +424,9 @@ def _check_evaluation(config: RunConfig) -> None:
         ConfigError, DataError: if the data can't be read or an unknown network is named.
     """
     if config.eval.data:
-        fitting_protocols(config.eval.data)
+        protocols = config.eval.protocols or fitting_protocols(config.eval.data)
+        for need in {find_protocol(name).need for name in protocols}:
+            open_labelled(config.eval.data, split=config.eval.split, seed=config.eval.seed, need=need)
     elif config.eval.every:
         raise ConfigError(f"eval.every={config.eval.every} needs labelled images; give eval.data=DIR")
     method = get_method(config.method["name"])
@@ -391,9 +441,34 @@ def _write_run_file(run: Path, config: RunConfig, images: ImageSet) -> None:
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "images": images.describe(),
         "num_images": len(images),
+        "names_digest": _names_digest(images),
         **describe_machine(),
     }
     write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
+
+
+def _names_digest(images: ImageSet) -> str:
+    """A number for the names of the images and their order."""
+    names = "\n".join(
+        path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else str(path)
+        for path in images.paths
+    )
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _check_same_images(run: Path, images: ImageSet) -> None:
+    """A resumed run must see the images that it saw: their order follows from their names.
+
+    Raises:
+        DataError: if there are others now.
+    """
+    path = run / RUN_FILE
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if known.get("names_digest", _names_digest(images)) != _names_digest(images):
+        raise DataError(
+            f"{run}: was trained on {known.get('num_images')} images, {images.root} now has {len(images)} or others; "
+            "bring them back, or start a new run with --init from this one"
+        )
 
 
 def _note_end(run: Path, started: float) -> None:
@@ -409,10 +484,25 @@ def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _absolute(data: str) -> str:
-    """A path that still holds when the run is resumed or reported from another folder."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() else data
+def _absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths in settings so that they still hold when the run is resumed or reported from another folder."""
+    result = dict(tree)
+    if isinstance(result.get("init"), str):
+        result["init"] = _absolute(result["init"])
+    for group, key in (("data", "path"), ("eval", "data")):
+        inner = result.get(group)
+        if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
+            result[group] = {**inner, key: _absolute(inner[key])}
+    return result
+
+
+def _absolute(text: str) -> str:
+    """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH`` with the path made absolute, if there is something."""
+    for mark in ("", "@" if text.startswith("timm:") else "="):
+        head, found, path = text.rpartition(mark) if mark else ("", "", text)
+        if (found or not mark) and Path(path).expanduser().exists():
+            return f"{head}{found}{Path(path).expanduser().resolve()}"
+    return text
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -444,7 +534,7 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
     """
     images = training_images(open_images(config.data.path)) if config.data.path else None
     precision = resolve_precision(config.precision, device.type)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = torch.bfloat16 if precision == "bf16" else None
     whole = build_method(config, own)
     trained = sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
     stored = sum(tensor.numel() for tensor in whole.state_dict().values())

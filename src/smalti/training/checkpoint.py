@@ -57,17 +57,22 @@ class Checkpoints:
         run: the run directory.
         method: whose weights are saved; not the wrapped one.
         optimizer: whose state goes with them.
-        keep: newest checkpoints that stay.
+        config: how often checkpoints are written, and how many stay.
         main_process: whether this process writes.
     """
 
     def __init__(
-        self, run: Path, method: Method, optimizer: torch.optim.Optimizer, keep: int, main_process: bool = True
+        self,
+        run: Path,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        config: CheckpointConfig,
+        main_process: bool = True,
     ) -> None:
         self.run = run
         self.method = method
         self.optimizer = optimizer
-        self.keep = max(keep, 1)
+        self.config = config
         self.main_process = main_process
 
     @property
@@ -88,7 +93,7 @@ class Checkpoints:
         if not self.main_process:
             return
         final = self.path(state.step)
-        temporary = self.folder / f".writing_{final.name}"
+        temporary, aside = (self.folder / f".{what}_{final.name}" for what in ("writing", "replaced"))
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -96,9 +101,11 @@ class Checkpoints:
             save_file(weights, temporary / WEIGHTS_FILE)
             torch.save(self.optimizer.state_dict(), temporary / OPTIMIZER_FILE)
             (temporary / STATE_FILE).write_text(json.dumps(self._describe(state), indent=2), encoding="utf-8")
+            shutil.rmtree(aside, ignore_errors=True)
             if final.exists():
-                shutil.rmtree(final)
+                final.rename(aside)
             temporary.rename(final)
+            shutil.rmtree(aside, ignore_errors=True)
         except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, SmaltiError) or not _is_disk_trouble(error):
@@ -151,10 +158,23 @@ class Checkpoints:
             "export_network": self.method.export_network,
         }
 
+    def last_regular(self) -> Path:
+        """The newest checkpoint whose step is a multiple of ``checkpoint.every``: where a run goes back to.
+
+        Those that an evaluation leaves behind don't count, so that ``eval.*`` can't change the weights.
+        """
+        return self._regular()[-1][1]
+
+    def _regular(self) -> list[tuple[int, Path]]:
+        steps = ((int(path.name.removeprefix("step_")), path) for path in self.folder.glob("step_*"))
+        return sorted((step, path) for step, path in steps if step % self.config.every == 0)
+
     def _prune(self, state: TrainingState) -> None:
-        steps = sorted((int(p.name.removeprefix("step_")), p) for p in self.folder.glob("step_*"))
-        for step, path in steps[: -self.keep]:
-            if step not in (state.step, state.best_step):
+        """Of the regular checkpoints the newest stay, of the others only the best and the one just written."""
+        stay = {path for _, path in self._regular()[-max(self.config.keep, 1) :]}
+        stay |= {self.path(step) for step in (state.step, state.best_step) if step is not None}
+        for path in self.folder.glob("step_*"):
+            if path not in stay:
                 shutil.rmtree(path, ignore_errors=True)
 
 

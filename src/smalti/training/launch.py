@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import os
 import socket
 import sys
@@ -17,7 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from smalti.config import unknown_key
 from smalti.errors import ConfigError, MissingExtraError, SmaltiError
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 PATIENCE = timedelta(hours=2)  # one process evaluates while the others wait
 
@@ -54,14 +55,12 @@ def resolve_precision(precision: str, kind: str) -> str:
     """``auto`` is bf16 on GPUs that have it, else fp32.
 
     Raises:
-        ConfigError: for another name, or fp16 on a CPU.
+        ConfigError: for another name; float16 is not offered, its loss scaling would make resume inexact.
     """
     if precision == "auto":
         return "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r}: one of auto, {', '.join(PRECISIONS)} is needed")
-    if precision == "fp16" and kind == "cpu":
-        raise ConfigError("precision=fp16 needs a GPU; on a CPU use fp32 or bf16")
     return precision
 
 
@@ -95,7 +94,7 @@ def make_accelerator(
         gradient_accumulation_steps=accumulate,
         log_with=list(trackers) or None,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
@@ -111,11 +110,14 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         multiprocessing.start_processes(
             _process, (processes, port, function, arguments), nprocs=processes, start_method="spawn"
         )
     except multiprocessing.ProcessExitedException as error:
+        if error.exit_code == 2:  # a mistake of the user's: the process has said so in its line
+            raise SystemExit(2) from None
         raise ProcessFailed(
             f"process {error.error_index} of {processes} stopped with exit code {error.exit_code}"
         ) from None

@@ -30,6 +30,9 @@ class CSVLog:
         self._columns = list(rows[0]) if rows else []
         self._rewrite([row for row in rows if float(row["step"] or 0) <= step])
 
+    def step(self, step: int) -> None:
+        """Rows are enough."""
+
     def row(self, row: dict[str, float]) -> None:
         """Append a row; a new column rewrites the file with it."""
         if self._columns and (new := [name for name in row if name not in self._columns]):
@@ -131,6 +134,9 @@ class Trackers:
 
     def started(self, step: int, steps: int) -> None:
         """Nothing to do."""
+
+    def step(self, step: int) -> None:
+        """Rows are enough."""
 
     def row(self, row: dict[str, float]) -> None:
         """Log a row under its step."""

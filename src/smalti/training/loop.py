@@ -15,7 +15,6 @@ from smalti.data.loader import UnreadableLog, sample_key
 from smalti.data.views import Views
 from smalti.errors import RunError
 from smalti.methods.base import Method
-from smalti.models.loading import latest_checkpoint
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
 from smalti.training.health import Health, feature_health
 from smalti.training.optim import OptimConfig, apply_schedules, clip_gradients, peak_lr
@@ -54,6 +53,9 @@ class Listener(Protocol):
     def started(self, step: int, steps: int) -> None:
         """Training starts, or starts again, with ``step`` steps made."""
 
+    def step(self, step: int) -> None:
+        """``step`` steps are made."""
+
     def row(self, row: dict[str, float]) -> None:
         """A row of the log."""
 
@@ -61,9 +63,15 @@ class Listener(Protocol):
         """Something worth a line: resumed, went back, skipped images."""
 
 
-Hook = Callable[[int, Method], float | None]
-"""Called after each step with the number of steps made; a number returned is a score, and the best step's checkpoint
-stays."""
+@runtime_checkable
+class Hook(Protocol):
+    """Something to do after some of the steps: evaluation in training."""
+
+    def due(self, step: int) -> bool:
+        """Whether to call it when ``step`` steps are made; the finite check is read before."""
+
+    def __call__(self, step: int, method: Method) -> float | None:
+        """Do it; a number returned is a score, and the best step's checkpoint stays."""
 
 
 def train(
@@ -104,7 +112,7 @@ def train(
     model, prepared = accelerator.prepare(method, optimizer)
     world, rank = accelerator.num_processes, accelerator.process_index
     images_per_step = config.batch_size * optim.accumulate * world
-    checkpoints = Checkpoints(run, method, optimizer, config.checkpoint.keep, accelerator.is_main_process)
+    checkpoints = Checkpoints(run, method, optimizer, config.checkpoint, accelerator.is_main_process)
     if state is None:
         state = TrainingState()
         checkpoints.save(state)  # somewhere to go back to
@@ -144,9 +152,10 @@ def train(
         health.observe(state.step, losses, grad_norm, method.observations)
 
         last = state.step == config.steps
-        to_log = last or state.step % config.log.every == 0
+        to_log = last or state.step == 1 or state.step % config.log.every == 0
         to_save = last or state.step % config.checkpoint.every == 0
-        if to_log or to_save:
+        due = [hook for hook in hooks if hook.due(state.step)]
+        if to_log or to_save or due:
             reading = health.read()
             if reading.bad:
                 state = _go_back(checkpoints, state, reading.bad, reading.means, listeners)
@@ -154,19 +163,21 @@ def train(
                 batches = make_batches(state.step * optim.accumulate)
                 clock.start(state.step)
                 continue
-            row: dict[str, float] = {"step": float(state.step), "progress": state.step / config.steps, "lr": lr}
-            row |= {"weight_decay": decay, "loss": sum(v for k, v in reading.means.items() if k.startswith("loss/"))}
-            row |= reading.means
             if to_log:
+                losses_sum = sum(value for name, value in reading.means.items() if name.startswith("loss/"))
+                row = {"step": float(state.step), "progress": state.step / config.steps, "lr": lr}
+                row |= {"weight_decay": decay, "loss": losses_sum, **reading.means}
                 encoder = method.networks()[method.export_network]
                 with accelerator.autocast():
                     row |= feature_health(encoder, encoder.normalize(views.global_crops[:HEALTH_IMAGES]))
-            row |= clock.read(state.step)
-            for listener in listeners:
-                listener.row(row)
+                row |= clock.read(state.step)
+                for listener in listeners:
+                    listener.row(row)
+        for listener in listeners:
+            listener.step(state.step)
         if to_save:
             checkpoints.save(state)
-        for hook in hooks:
+        for hook in due:
             score = hook(state.step, method)
             if score is not None and (state.best_score is None or score > state.best_score):
                 state.best_score, state.best_step = score, state.step
@@ -189,8 +200,7 @@ def _go_back(
     name, step = min(bad.items(), key=lambda item: item[1])
     kind = f"loss term '{name.removeprefix('loss/')}'" if name.startswith("loss/") else "the gradient norm"
     others = "the others are finite" if len(bad) == 1 else f"also not finite: {', '.join(k for k in bad if k != name)}"
-    path = latest_checkpoint(checkpoints.run)
-    assert path is not None, "the loop saves a checkpoint before its first step"
+    path = checkpoints.last_regular()
     text = f"{kind} is not finite at step {step} ({others}); last good checkpoint: {path}"
     setbacks = state.setbacks + 1
     if setbacks >= MAX_SETBACKS:

@@ -2,40 +2,44 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from smalti.config import settings
 from smalti.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 @settings
 class OptimConfig:
     """AdamW and its schedules; a method's own defaults stand in its file, these are for what it leaves open."""
 
-    base_lr: float = 5e-4
+    base_lr: NonNegativeFloat = 5e-4
     """Peak learning rate for 256 images a step; the rate used is this times images a step / 256."""
-    lr: float | None = None
+    lr: NonNegativeFloat | None = None
     """Peak learning rate as it is, in place of ``base_lr``."""
-    min_lr: float = 0.0
+    min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end."""
-    warmup_share: float = 0.1
+    warmup_share: Share = 0.1
     """Share of training over which the learning rate grows linearly from 0."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW's momenta."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Weight decay at the start; biases and one-dimensional parameters have none."""
-    weight_decay_end: float | None = None
+    weight_decay_end: NonNegativeFloat | None = None
     """Weight decay at the end, reached along a half cosine; None keeps it constant."""
-    clip_norm: float | None = 3.0
+    clip_norm: PositiveFloat | None = 3.0
     """Largest gradient norm; None does not clip."""
     clip: Literal["global", "tensor"] = "global"
     """Whether ``clip_norm`` holds for all gradients together or for each tensor alone (DINO's way)."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Batches whose gradients are added up before a step."""
 
 
@@ -65,12 +69,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     """Fused AdamW over a method's parameter groups; the schedules set its rates before each step.
 
     Raises:
-        ConfigError: if a setting is out of range, or nothing is left to train.
+        ConfigError: if nothing is left to train.
     """
-    if not 0 <= config.warmup_share <= 1:
-        raise ConfigError(f"optim.warmup_share={config.warmup_share}: a share in 0..1 is needed")
-    if config.accumulate < 1:
-        raise ConfigError(f"optim.accumulate={config.accumulate}: at least 1 batch a step is needed")
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ConfigError("no parameter is trainable; unfreeze a part of the method")
