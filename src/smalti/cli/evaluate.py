@@ -44,11 +44,10 @@ def command(
 
     from smalti.cli.options import load_encoder, print_results
     from smalti.config import build, check_writable
-    from smalti.evaluation.protocol import EvalConfig, evaluate, find_protocol, write_results
+    from smalti.evaluation.protocol import EvalConfig, evaluate, open_sets, write_results
 
     config = build(EvalConfig, settings, "eval")
-    for name in config.protocols:
-        find_protocol(name)
+    open_sets(str(data), config)
     model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial)
     if json:
         check_writable(json)

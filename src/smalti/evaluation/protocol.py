@@ -243,14 +243,7 @@ def evaluate(
     """
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
     _warn_unheeded(protocols, config)
-    sets = {
-        need: open_labelled(data, split=config.split, seed=config.seed, need=need)
-        for need in dict.fromkeys(protocol.need for protocol in protocols)
-    }
-    for labelled in sets.values():
-        for split, images in (("train", labelled.train), ("test", labelled.test)):
-            if not len(images):
-                raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
+    sets = open_sets(data, config)
     results = [_judge(encoder, name, data, protocols, sets, config, progress)]
     if config.baseline:
         twin = random_twin(encoder, config.seed)
@@ -260,6 +253,25 @@ def evaluate(
             [dataclasses.replace(r, settings={**r.settings, "baseline_of": name}) for r in judged],
         )
     return [result for beside in zip(*results, strict=True) for result in beside]
+
+
+def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
+    """The labelled images that the protocols of ``config`` need; also finds mistakes before there is an encoder.
+
+    Raises:
+        ConfigError: for an unknown protocol.
+        DataError: if the data lacks what a protocol needs.
+    """
+    protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
+    sets = {
+        need: open_labelled(data, split=config.split, seed=config.seed, need=need)
+        for need in dict.fromkeys(protocol.need for protocol in protocols)
+    }
+    for labelled in sets.values():
+        for split, images in (("train", labelled.train), ("test", labelled.test)):
+            if not len(images):
+                raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
+    return sets
 
 
 def random_twin(encoder: Encoder, seed: int) -> Encoder:

@@ -17,11 +17,18 @@ from timm.models.vision_transformer import Block
 
 from smalti.config import build, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
 from smalti.data.folders import ImageSet, open_images, read_image, training_images
-from smalti.data.labelled import open_labelled
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.protocol import EvalConfig, Result, evaluate, find_protocol, fitting_protocols, write_results
+from smalti.evaluation.protocol import (
+    EvalConfig,
+    Result,
+    evaluate,
+    find_protocol,
+    fitting_protocols,
+    open_sets,
+    write_results,
+)
 from smalti.methods.base import Method, get_method
 from smalti.models.encoder import build_encoder, encoder_from_config
 from smalti.models.loading import encoder_description, latest_checkpoint, load
@@ -424,9 +431,7 @@ def _check_evaluation(config: RunConfig) -> None:
         ConfigError, DataError: if the data can't be read or an unknown network is named.
     """
     if config.eval.data:
-        protocols = config.eval.protocols or fitting_protocols(config.eval.data)
-        for need in {find_protocol(name).need for name in protocols}:
-            open_labelled(config.eval.data, split=config.eval.split, seed=config.eval.seed, need=need)
+        open_sets(config.eval.data, config.eval)
     elif config.eval.every:
         raise ConfigError(f"eval.every={config.eval.every} needs labelled images; give eval.data=DIR")
     method = get_method(config.method["name"])
