@@ -86,7 +86,9 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
 
     from smalti.evaluation.protocol import write_results
 
-    table = Table(title=f"{results[0].encoder} on {results[0].data}", title_justify="left")
+    sets = sorted({result.data for result in results})
+    where = f" on {sets[0]}" if len(sets) == 1 else ""
+    table = Table(title=f"{results[0].encoder}{where}", title_justify="left")
     for name, justify in (("protocol", "left"), ("metric", "left"), ("value", "right"), ("random init", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     table.add_column("difference", justify="right")
