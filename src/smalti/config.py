@@ -98,6 +98,22 @@ def unfold(tree: Mapping[str, Any]) -> Tree:
     return result
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
+    """The inverse of :func:`unfold`: nested settings as dotted keys; an empty group stays as it is.
+
+    Example:
+        >>> flatten({"optim": {"lr": 0.1}, "seed": 0})
+        {'optim.lr': 0.1, 'seed': 0}
+    """
+    flat: Tree = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     """``base`` updated by ``over``, nested mapping by nested mapping; neither is changed."""
     result = dict(base)

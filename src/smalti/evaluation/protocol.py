@@ -9,14 +9,12 @@ import dataclasses
 import difflib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
-from torch import nn
 
 from smalti.config import settings, write_atomically
 from smalti.data.folders import open_images
@@ -24,7 +22,7 @@ from smalti.data.labelled import LabelledData, open_labelled
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Progress
 from smalti.evaluation.metrics import Absent
-from smalti.models.encoder import Encoder, build_encoder
+from smalti.models.encoder import Encoder, build_encoder, eval_mode
 
 Need = Literal["labels", "masks"]
 Count = Annotated[int, Field(ge=1)]
@@ -287,18 +285,6 @@ def random_twin(encoder: Encoder, seed: int) -> Encoder:
     twin.pos_antialias = encoder.pos_antialias
     twin.set_pool(encoder.pool)
     return twin.to(next(encoder.parameters()).device)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Everything inside in eval mode; afterwards each submodule is again in the mode it had."""
-    training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in training.items():
-            part.training = mode
 
 
 def results_json(results: list[Result]) -> str:

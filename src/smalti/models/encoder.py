@@ -4,10 +4,11 @@ Letters: B images, C channels, H W pixels, h w the patch grid, N = h*w patches, 
 then registers), D embed_dim, L visible patches.
 """
 
+import contextlib
 import copy
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -452,6 +453,18 @@ def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
 def clone_encoder(encoder: Encoder) -> Encoder:
     """A second encoder with equal weights and no shared tensors (a teacher, say)."""
     return copy.deepcopy(encoder)
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Everything inside in eval mode; afterwards each submodule is again in the mode it had."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
 
 
 def _per_channel(values: Sequence[float], channels: int, what: str) -> tuple[float, ...]:

@@ -23,8 +23,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from smalti.config import write_atomically
-from smalti.evaluation.protocol import eval_mode
-from smalti.models.encoder import Encoder
+from smalti.models.encoder import Encoder, eval_mode
 
 EXPLORER_DIMS = 32
 """Components kept of a patch token in the page's data, at most."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from smalti.config import write_atomically
+from smalti.config import flatten, write_atomically
 from smalti.data.folders import ImageSet, open_images, read_image
 from smalti.errors import ConfigError, DataError, SmaltiError
 from smalti.evaluation.protocol import Result, random_twin
@@ -29,7 +29,7 @@ from smalti.report.figures import (
     quantise,
     reduce_patches,
 )
-from smalti.report.rundir import RunFiles, flatten, read_run
+from smalti.report.rundir import RunFiles, read_run
 
 VIEW_PX = 256
 """Longer side of a picture on the page, in pixels."""

@@ -82,22 +82,6 @@ def read_run(path: Path) -> RunFiles:
     )
 
 
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys.
-
-    Example:
-        >>> flatten({"optim": {"lr": 0.1}, "seed": 0})
-        {'optim.lr': 0.1, 'seed': 0}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _read_rows(path: Path) -> list[dict[str, str]]:
     return read_csv(path) if path.is_file() else []
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block
 
-from smalti.config import build, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
+from smalti.config import build, flatten, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
 from smalti.data.folders import ImageSet, open_images, read_image, training_images
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
 from smalti.data.views import Views, collate
@@ -255,7 +255,7 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
         )
     before = read_yaml(path)
     overrides = overrides or {}
-    for name in _leaves(overrides):
+    for name in flatten(overrides):
         if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE):
             raise ConfigError(
                 f"{name} can't change when a run is resumed, the weights would differ; free are {', '.join(MAY_CHANGE)}"
@@ -346,7 +346,9 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     csv_log = CSVLog(run)
     listeners: tuple[Listener, ...] = ((csv_log,) if main else ()) + ((screen,) if screen else ())
     if config.log.trackers:
-        accelerator.init_trackers("smalti", config=_flat(to_tree(config)), init_kwargs={})
+        accelerator.init_trackers(
+            "smalti", config={name: str(value) for name, value in flatten(to_tree(config)).items()}
+        )
         listeners += (Trackers(accelerator),) if main else ()
     if main and state is not None:
         csv_log.event(state.step, "resumed", str(checkpoint))
@@ -508,25 +510,6 @@ def _absolute(text: str) -> str:
         if (found or not mark) and Path(path).expanduser().exists():
             return f"{head}{found}{Path(path).expanduser().resolve()}"
     return text
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of all values in a tree."""
-    names: list[str] = []
-    for key, value in tree.items():
-        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
-    return names
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree with dotted names, values as trackers take them."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
 
 
 def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Callable[[int], Callable[[], None]], float]:

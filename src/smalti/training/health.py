@@ -8,7 +8,7 @@ import torch.distributed
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.models.encoder import Encoder
+from smalti.models.encoder import Encoder, eval_mode
 
 GRAD_NORM = "grad_norm"
 
@@ -93,11 +93,8 @@ def feature_health(encoder: Encoder, images: Float[Tensor, "B C H W"], max_token
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007, Def. 1; as RankMe, Garrido et al., arXiv:2210.02885v3.
     """
-    modes = {module: module.training for module in encoder.modules()}
-    encoder.eval()
-    tokens = encoder.encode(images).patches.flatten(0, 1).float()
-    for module, mode in modes.items():
-        module.training = mode
+    with eval_mode(encoder):
+        tokens = encoder.encode(images).patches.flatten(0, 1).float()
     tokens = tokens[:: max(1, len(tokens) // max_tokens)]
     centred = tokens - tokens.mean(0)
     values = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp(min=0).sqrt()
