@@ -240,7 +240,7 @@ def eval_mask(mask: np.ndarray, size: int) -> np.ndarray:
 
 def _nearest(side: int, size: int) -> np.ndarray:
     """``(size,)``: which of ``side`` places each of ``size`` places takes."""
-    ramp = torch.arange(side, dtype=torch.float64)[None, None]
+    ramp = torch.arange(side, dtype=torch.float32)[None, None]  # as masks travel in the sources
     return F.interpolate(ramp, size=size, mode="nearest")[0, 0].long().numpy()
 
 
