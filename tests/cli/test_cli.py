@@ -82,6 +82,14 @@ def test_two_processes_equal_one_with_the_double_batch(method: str, photos: Path
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def test_two_processes_are_judged_at_steps_of_their_own(photos: Path, class_folders: Path, tmp_path: Path) -> None:
+    judged = [f"eval.data={class_folders}", "eval.every=3", "eval.protocols=[knn]", "eval.image_size=32"]
+    words = ["train", "mae", "--data", photos, "steps=8", *TINY, *MAE, *judged, "devices=2", "--quiet"]
+    smalti(*words, "--out", tmp_path / "two")  # steps 3 and 6: the first is neither logged nor saved
+    results = sorted(path.name for path in (tmp_path / "two" / "results").iterdir())
+    assert results == [f"step_{step:08d}.json" for step in (0, 3, 6, 8)]
+
+
 @pytest.mark.slow
 def test_plain_torchrun_starts_the_processes_too(photos: Path, tmp_path: Path) -> None:
     common = ["-m", "smalti", "train", "mae", "--data", str(photos), "steps=4", *TINY, *MAE, "--quiet"]

@@ -353,10 +353,10 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     if main and state is not None:
         csv_log.event(state.step, "resumed", str(checkpoint))
     hooks: tuple[Hook, ...] = ()
-    if main and config.eval.data:
-        hook = EvaluationHook(config, run)
+    if config.eval.data:
+        hook = EvaluationHook(config, run, judges=main)
         step = state.step if state is not None else 0
-        if not hook.file(step).exists() and (step == 0 or hook.due(step)):
+        if main and not hook.file(step).exists() and (step == 0 or hook.due(step)):
             hook.judge(step, method)  # before training, or lost when the run was killed
         hooks += (hook,)
     loop = LoopConfig(
@@ -394,9 +394,10 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
 class EvaluationHook:
     """Evaluation in training: every ``eval.every`` steps and after the last, of the network that is handed on."""
 
-    def __init__(self, config: RunConfig, run: Path) -> None:
+    def __init__(self, config: RunConfig, run: Path, judges: bool) -> None:
         self.config = config
         self.run = run
+        self.judges = judges  # one process does; the others know when, since all read the finite check together
 
     def due(self, step: int) -> bool:
         """Every ``eval.every`` steps and after the last."""
@@ -405,6 +406,8 @@ class EvaluationHook:
 
     def __call__(self, step: int, method: Method) -> float | None:
         """Judge; returns the headline of the first protocol."""
+        if not self.judges:
+            return None
         results = self.judge(step, method)
         return results[0].headline[1] if results else None
 

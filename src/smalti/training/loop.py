@@ -68,7 +68,8 @@ class Hook(Protocol):
     """Something to do after some of the steps: evaluation in training."""
 
     def due(self, step: int) -> bool:
-        """Whether to call it when ``step`` steps are made; the finite check is read before."""
+        """Whether to call it when ``step`` steps are made, the same in all processes: the finite check is read before,
+        by all of them together."""
 
     def __call__(self, step: int, method: Method) -> float | None:
         """Do it; a number returned is a score, and the best step's checkpoint stays."""
@@ -158,7 +159,7 @@ def train(
         if to_log or to_save or due:
             reading = health.read()
             if reading.bad:
-                state = _go_back(checkpoints, state, reading.bad, reading.means, listeners)
+                state = _go_back(checkpoints, state, reading.bad, listeners)
                 accelerator.wait_for_everyone()
                 batches = make_batches(state.step * optim.accumulate)
                 clock.start(state.step)
@@ -189,7 +190,6 @@ def _go_back(
     checkpoints: Checkpoints,
     state: TrainingState,
     bad: dict[str, int],
-    means: dict[str, float],
     listeners: tuple[Listener, ...],
 ) -> TrainingState:
     """Return to the last checkpoint with half the learning rate.
