@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.folders import SPLITS, ImageSample, ImageSet, open_images, read_image
 from smalti.data.images import PILLOW_ERRORS, image_size
-from smalti.data.loader import epoch_order, start_worker
+from smalti.data.loader import epoch_order, start_worker, unchanged
 from smalti.data.views import Skipped
 from smalti.errors import DataError
 
@@ -262,7 +262,7 @@ def eval_batches(
         batch_size=None,
         sampler=range(len(batches)),
         num_workers=num_workers,
-        collate_fn=_unchanged,
+        collate_fn=unchanged,
         worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),  # leaves torch's own generator alone
     )
@@ -298,7 +298,3 @@ class _EvalBatches(Dataset[tuple[Tensor, list[int], list[Skipped]]]):
         if any(array.dtype != np.uint8 for array in arrays):
             arrays = [array if array.dtype != np.uint8 else array / np.float32(255) for array in arrays]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), places, skipped
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

@@ -26,7 +26,8 @@ from smalti.data.views import MultiCrop, SampleViews, Skipped, Views, collate
 from smalti.errors import DataError, RunError
 
 _MAX_TRIES = 32
-_MAX_UNREADABLE = 0.1
+MAX_UNREADABLE = 0.1
+"""Share of unreadable images above which training stops."""
 _HEADER = ("path", "reason")
 _GOLDEN, _MIX_A, _MIX_B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -108,7 +109,7 @@ class TrainLoader:
             batch_size=None,
             sampler=_Steps(self.start_step),
             num_workers=self.num_workers,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             worker_init_fn=start_worker,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
@@ -209,7 +210,8 @@ def _cached_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return epoch_order(seed, epoch, n)
 
 
-def _unchanged(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
+    """A collate function, for data that come as batches; a name, so that workers can be given it."""
     return batch
 
 
@@ -250,7 +252,7 @@ class UnreadableLog:
         self._read()  # what other processes found since
         self._append([(path, reason) for path, reason in seen.items() if path not in self._reasons])
         self._reasons |= {path: reason for path, reason in seen.items() if path not in self._reasons}
-        if self.count > self.total * _MAX_UNREADABLE:
+        if self.count > self.total * MAX_UNREADABLE:
             path, reason = next(iter(self._reasons.items()))
             raise DataError(
                 f"{self.count} of {self.total} images can't be read, more than a tenth; the first: {path}: {reason}; "

@@ -20,14 +20,13 @@ import torch
 
 from smalti.config import to_tree
 from smalti.data.folders import open_images
+from smalti.data.loader import MAX_UNREADABLE
 from smalti.data.scan import ScanReport, scan_images
 from smalti.errors import ConfigError
 from smalti.study.machine import describe_machine, package_version
 
 MARGIN = 0.1
 """Share of the free memory that stays free: what a step needs varies."""
-MAX_UNREADABLE = 0.1
-"""Share of unreadable images from which training stops."""
 _EXTRAS = {"samples": "scikit-image", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
