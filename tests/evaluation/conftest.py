@@ -11,6 +11,7 @@ from torch import nn
 
 from smalti.data.labelled import open_labelled
 from smalti.evaluation.features import Features
+from smalti.evaluation.protocol import open_unlabelled
 from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
 
 STEP = 40
@@ -111,6 +112,7 @@ def features_of() -> Callable[..., Features]:
     """Features of an encoder in eval mode on labelled data."""
 
     def make(encoder: Encoder, data: Path, need: str, **settings) -> Features:
-        return Features(encoder.eval(), open_labelled(data, need=need), **settings)
+        labelled = open_unlabelled(str(data)) if need == "images" else open_labelled(data, need=need)
+        return Features(encoder.eval(), labelled, **settings)
 
     return make

@@ -72,10 +72,10 @@ def test_e16_learning_rate_falls_once():
 
 def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    assert choose_recipe(features, EvalConfig(preset="leopart")) == Recipe(448, 100, 25, 128, True, "zero", (0.01,))
+    assert choose_recipe(features, EvalConfig(preset="paper")) == Recipe(448, 100, 25, 128, True, "zero", (0.01,))
     assert choose_recipe(features, EvalConfig()) == Recipe(32, 32, 300, 16, False, "skip", GRID)  # an epoch is one step
     changed = EvalConfig(
-        preset="leopart", augment=False, epochs=3, mask_size=50, absent="skip", image_size=64, learning_rate=1
+        preset="paper", augment=False, epochs=3, mask_size=50, absent="skip", image_size=64, learning_rate=1
     )
     assert choose_recipe(features, changed) == Recipe(64, 50, 3, 128, False, "skip", (1.0,))
 
@@ -123,6 +123,7 @@ def test_judged_images_choose_no_learning_rate(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
     chosen = linear_segmentation(features, EvalConfig(epochs=5)).settings
     assert chosen["learning_rates_tried"].keys() == {f"{rate:g}" for rate in GRID}
+    features = features_of(tiny, scenes, "masks")
     few = dataclasses.replace(features.data.test, samples=features.data.test.samples[:1])
     features.data = dataclasses.replace(features.data, test=few)
     assert linear_segmentation(features, EvalConfig(epochs=5)).settings == chosen
@@ -152,7 +153,7 @@ def test_order_of_judged_images_batch_size_and_cache_do_not_matter(tiny, scenes,
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_another_head(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
     first, again = (linear_segmentation(features, EvalConfig(epochs=3)) for _ in range(2))
-    assert first == again
+    assert first[:3] == again[:3]
     assert linear_segmentation(features, EvalConfig(epochs=3, seed=1)).metrics != first.metrics
 
 
@@ -160,7 +161,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_another_head(tiny
 def test_augmentation_depends_on_seed_epoch_and_image_only(tiny, scenes, features_of, num_workers):
     def run(**settings):
         features = features_of(tiny, scenes, "masks", **settings)
-        return linear_segmentation(features, EvalConfig(preset="leopart", image_size=32, mask_size=16, epochs=2))
+        return linear_segmentation(features, EvalConfig(preset="paper", image_size=32, mask_size=16, epochs=2))
 
     whole = run()
     assert run(num_workers=num_workers, batch_size=5).metrics == pytest.approx(whole.metrics, abs=2e-3)

@@ -15,6 +15,7 @@ from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import class_iou
 from smalti.evaluation.protocol import (
     PLANNED,
+    SHARE,
     EvalConfig,
     Result,
     evaluate,
@@ -26,14 +27,16 @@ from smalti.evaluation.protocol import (
     write_results,
 )
 
-LABELS, MASKS = ("knn", "linear-probe"), ("linear-segmentation",)
-QUICK = {"epochs": 2}
+NAMES = protocol_names()
+QUICK: dict[str, object] = {"epochs": 2}
+"""Settings that make any protocol end in a moment, given to those that heed them."""
 
 
 @pytest.fixture
-def data(scenes, greys):
+def data(scenes, greys, photos):
     """What each protocol needs."""
-    return {**dict.fromkeys(LABELS, str(greys)), **dict.fromkeys(MASKS, str(scenes))}
+    folders = {"labels": str(greys), "masks": str(scenes), "images": str(photos)}
+    return {name: folders[find_protocol(name).need] for name in NAMES}
 
 
 def quick(name, **settings):
@@ -41,25 +44,26 @@ def quick(name, **settings):
     return EvalConfig(protocols=(name,), **{k: v for k, v in QUICK.items() if k in heeds}, **settings)
 
 
-def test_names_and_what_fits_the_data(data):
-    assert protocol_names() == LABELS + MASKS
-    assert fitting_protocols(data["knn"]) == LABELS
-    assert fitting_protocols(data["linear-segmentation"]) == MASKS
-    assert not set(PLANNED) & set(protocol_names())
+def test_names_and_what_fits_the_data(scenes, greys, photos):
+    for folder, need in ((greys, "labels"), (scenes, "masks"), (photos, "images")):
+        fitting = fitting_protocols(str(folder))
+        assert {find_protocol(name).need for name in fitting} <= {need}
+        assert set(fitting) == {n for n in NAMES if find_protocol(n).need == need and find_protocol(n).by_default}
+    assert not set(PLANNED) & set(NAMES)
 
 
-def test_images_without_labels_fit_no_protocol(photos):
-    with pytest.raises(DataError, match="read as 'folder', which has no labels to judge by"):
-        fitting_protocols(str(photos))
-
-
-@pytest.mark.parametrize("name", LABELS + MASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_results_are_scores_with_their_settings(name, tiny, data):
     ours, baseline = evaluate(tiny, "mine", data[name], quick(name))
     assert (ours.protocol, ours.encoder, ours.data) == (name, "mine", data[name])
     for result in (ours, baseline):
-        assert all(0 <= value <= 1 for value in result.metrics.values())
         assert set(result.units) == set(result.metrics)
+        assert all(0 <= value <= 1 for name, value in result.metrics.items() if result.units[name] == SHARE)
+        assert set(result.details.tallies) <= set(result.metrics)
+        assert result.headline[0] in result.details.tallies
+        for metric, tally in result.details.tallies.items():
+            assert len(tally) == len(result.details.images)
+            assert math.isclose(tally.score(), result.metrics[metric], rel_tol=1e-6), metric
         assert {"architecture", "split", "num_train", "num_test", "seed", "image_size"} <= set(result.settings)
         assert result.headline[0] == next(iter(result.metrics))
         json.dumps(result.to_json(), allow_nan=False)
@@ -68,7 +72,7 @@ def test_results_are_scores_with_their_settings(name, tiny, data):
     assert baseline.settings["baseline_of"] == "mine"
 
 
-@pytest.mark.parametrize("name", LABELS + MASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_encoder_comes_back_as_it_was_and_no_global_randomness_is_drawn(name, tiny, data):
     tiny.train()
     tiny.vit.blocks[0].eval()
@@ -84,7 +88,7 @@ def test_the_encoder_comes_back_as_it_was_and_no_global_randomness_is_drawn(name
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
 
 
-@pytest.mark.parametrize("name", LABELS + MASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_batch_size_and_workers_do_not_change_the_numbers(name, tiny, data):
     (whole,) = evaluate(tiny, "mine", data[name], quick(name, baseline=False))
     (parts,) = evaluate(tiny, "mine", data[name], quick(name, baseline=False, batch_size=5, num_workers=1))
@@ -143,7 +147,7 @@ def test_progress_is_told_to_the_end(tiny, data):
         ("knnn", "no protocol 'knnn'; did you mean 'knn'"),
         ("linear-segmentatoin", "did you mean 'linear-segmentation'"),
         ("xyz", "no protocol 'xyz'; there are: knn, linear-probe, linear-segmentation"),
-        ("in-context", "protocol 'in-context' is not in this version of Smalti; it has: knn"),
+        ("detection", "protocol 'detection' is not in this version of Smalti; it has: knn"),
     ],
 )
 def test_unknown_protocols(name, line, tiny, data):

@@ -3,9 +3,11 @@
 Letters: n images, N patches an image, D embed_dim.
 """
 
+import abc
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -19,6 +21,23 @@ from smalti.models.encoder import Encoder, PatchFeatures, pool_features
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``."""
 Split = Literal["train", "test"]
+DENSE_SIZE = 448
+"""Side of the images of dense protocols in pixels, at most, where none is chosen: that of the papers."""
+NUM_SHOWN = 8
+"""Test images whose predictions are kept for figures."""
+T = TypeVar("T")
+
+
+class Observer(abc.ABC):
+    """Watches the encoder while all test images pass through it once, in their order, for :meth:`Features.tokens`."""
+
+    @abc.abstractmethod
+    def watch(self, encoder: Encoder, size: int) -> contextlib.AbstractContextManager[object]:
+        """Begin anew; entered before the first image and left behind the last."""
+
+    @abc.abstractmethod
+    def saw(self, places: Sequence[int]) -> None:
+        """A batch has passed: the places of its images in the test set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +48,8 @@ class ImageFeatures:
     """Mean patch as the only patch, prefix tokens as they are."""
     labels: Int[Tensor, " n"]
     """Class of each image that could be read."""
+    places: tuple[int, ...]
+    """Their places in the split."""
     has_class_token: bool
     auto: str
     """The encoder's own pooling."""
@@ -49,7 +70,8 @@ class PatchTokens:
     measured.
     """
 
-    def __init__(self, features: "Features", images: ImageSet, size: int, what: str, keep: bool) -> None:
+    def __init__(self, features: "Features", images: ImageSet, size: int, what: str, keep: bool, split: Split) -> None:
+        self._split: Split = split
         self._features = features
         self._images = images
         self._size = size
@@ -101,8 +123,12 @@ class PatchTokens:
 
     def _compute(self, order: Sequence[int], batch_size: int, what: str) -> Iterator[tuple[Tensor, list[int]]]:
         chosen = dataclasses.replace(self._images, samples=tuple(self._images.samples[i] for i in order))
-        for features, positions in self._features.encode(chosen, self._size, "squash", batch_size, what):
-            yield self._features.round(features.patches), [order[position] for position in positions]
+        is_whole = self._split == "test" and list(order) == list(range(len(self._images)))
+        with self._features.observing(self._size if is_whole else None) as saw:
+            for features, positions in self._features.encode(chosen, self._size, "squash", batch_size, what):
+                places = [order[position] for position in positions]
+                saw(places)
+                yield self._features.round(features.patches), places
 
 
 class Features:
@@ -116,6 +142,7 @@ class Features:
         cache_dtype: precision of patch tokens, ``float16`` or ``float32``.
         cache_mib: patch tokens beyond this size in all are computed again for each pass.
         progress: called as ``progress(what, done, total)``.
+        observers: what else watches the test images pass, by name.
     """
 
     def __init__(
@@ -128,6 +155,7 @@ class Features:
         cache_dtype: str = "float16",
         cache_mib: int = 2048,
         progress: Progress | None = None,
+        observers: Mapping[str, Observer] | None = None,
     ) -> None:
         self.encoder = encoder
         self.data = data
@@ -141,6 +169,55 @@ class Features:
         self._bytes_left = cache_mib * 2**20
         self._image_level: dict[tuple[Split, int], ImageFeatures] = {}
         self._tokens: dict[tuple[Split, int], PatchTokens] = {}
+        self._observers = dict(observers or {})
+        self._observed: set[tuple[str, int]] = set()
+        self._memo: dict[Hashable, Any] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Test images, relative to the data set where they lie in it."""
+        root = self.data.test.root
+        paths = self.data.test.paths
+        return tuple((path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths)
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """Places of the test images whose predictions are kept for figures: a few, spread evenly."""
+        number = len(self.data.test)
+        return tuple(sorted({i * number // NUM_SHOWN for i in range(NUM_SHOWN)})) if number else ()
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What several protocols need, computed for the first of them."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
+
+    def observed(self, name: str, size: int) -> Observer:
+        """The observer of that name, when all test images of that size have passed it.
+
+        They pass while another protocol takes :meth:`tokens`, else they pass now.
+        """
+        if (name, size) not in self._observed:
+            for _ in self.tokens("test", size).batches(batch_size=self.batch_size):
+                pass
+        assert (name, size) in self._observed, name
+        return self._observers[name]
+
+    @contextlib.contextmanager
+    def observing(self, size: int | None) -> Iterator[Callable[[Sequence[int]], None]]:
+        """Let observers that haven't seen this size watch; None: nobody watches."""
+        names = [name for name in self._observers if size is not None and (name, size) not in self._observed]
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                stack.enter_context(self._observers[name].watch(self.encoder, size or 0))
+
+            def saw(places: Sequence[int]) -> None:
+                for name in names:
+                    self._observers[name].saw(places)
+
+            yield saw
+        # A pass that was broken off doesn't come here.
+        self._observed.update((name, size or 0) for name in names)
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +238,18 @@ class Features:
         self.encoder.check_size(size, size)
         return size
 
+    def dense_size(self, wanted: int | None) -> int:
+        """The side of the images of a dense protocol: what is wanted, else the encoder's own or 448, the smaller.
+
+        Raises:
+            ConfigError: if the encoder's own size isn't square and none is given.
+            ShapeError: if the patch size does not divide it.
+        """
+        if wanted is not None:
+            return self.image_size(wanted)
+        own, step = self.image_size(None), max(self.encoder.patch_size)
+        return min(own, max(step, DENSE_SIZE // step * step))
+
     def image_level(self, split: Split, size: int) -> ImageFeatures:
         """One vector an image, of images whose short side was resized and whose middle was cropped.
 
@@ -170,16 +259,19 @@ class Features:
         key = (split, size)
         if key not in self._image_level:
             images = self._split(split)
-            patches, prefix, labels = [], [], []
+            patches, prefix, places = [], [], list[int]()
             for features, positions in self.encode(images, size, "crop", self.batch_size, f"{split} images"):
                 patches.append(features.patches.mean(1, keepdim=True).float().cpu())
                 prefix.append(features.prefix.float().cpu())
-                labels += [images.samples[position].label for position in positions]
-            if not labels:
+                places += positions
+            if not places:
                 raise DataError(f"{images.root}: none of the {len(images)} {split} images can be read")
             self._image_level[key] = ImageFeatures(
                 PatchFeatures(torch.cat(patches), torch.cat(prefix), (1, 1)),
-                torch.tensor(labels),
+                torch.tensor(
+                    [-1 if images.samples[place].label is None else images.samples[place].label for place in places]
+                ),
+                tuple(places),
                 self.encoder.has_class_token,
                 self.encoder.pool,
             )
@@ -199,7 +291,7 @@ class Features:
             height, width = self.encoder.check_size(size, size)
             needed = len(images) * height * width * self.encoder.embed_dim * self.dtype.itemsize
             fits = keep and needed <= self._bytes_left
-            tokens = PatchTokens(self, images, size, f"{split} tokens", fits)
+            tokens = PatchTokens(self, images, size, f"{split} tokens", fits, split)
             if not fits:
                 return tokens
             self._bytes_left -= needed

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.tally import tally_labels
 
 TEMPERATURE = 0.07
+DEFAULT_K = 20
 EXTRA_K = (10, 20, 100)
 """Numbers of neighbours that are reported beside the chosen one."""
 _CHUNK = 2**24  # similarities held at a time
@@ -59,7 +61,8 @@ def knn(features: Features, config: EvalConfig) -> Scores:
     size = features.image_size(config.image_size)
     train, test = features.image_level("train", size), features.image_level("test", size)
     num_train, num_classes = len(train.labels), len(features.data.classes)
-    k = min(config.k, num_train)
+    wanted = config.k or DEFAULT_K
+    k = min(wanted, num_train)
     more = [other for other in EXTRA_K if other <= num_train and other != k]
     device = features.device
     sims, indices = nearest(test.pool(config.pool).to(device), train.pool(config.pool).to(device), max(k, *more, 0))
@@ -80,13 +83,17 @@ def knn(features: Features, config: EvalConfig) -> Scores:
         metrics[f"top1_k{other}"] = accuracy(judge(other)[1].matrix)
     settings = {
         "k": k,
-        **(
-            {"k_wanted": config.k, "k_note": "all training images vote: there are fewer than k"} if k < config.k else {}
-        ),
+        **({"k_wanted": wanted, "k_note": "all training images vote: there are fewer than k"} if k < wanted else {}),
         "temperature": TEMPERATURE,
         "pool": train.auto if config.pool == "auto" else config.pool,
         "image_size": size,
         "resize": "short side, then centre crop",
     }
     recall = class_recall(confusion.matrix).tolist()
-    return Scores(metrics, settings, {"recall": dict(zip(features.data.classes, recall, strict=True))})
+    return Scores(
+        metrics,
+        settings,
+        {"recall": dict(zip(features.data.classes, recall, strict=True))},
+        tallies=tally_labels(test.labels, shares.argmax(1), num_classes, test.places, len(features.data.test)),
+        confusion=confusion.matrix.numpy(),
+    )

@@ -22,6 +22,7 @@ from smalti.errors import DataError
 from smalti.evaluation.features import Features, ImageFeatures, Progress
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.tally import tally_labels
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 """The grid; each is multiplied by head_batch_size / 256."""
@@ -162,7 +163,8 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
     )
     judged = ((_grid(test)[0].to(device) - mean) / std)[:, chosen]
     confusion = ConfusionMatrix(num_classes)
-    confusion.update(test.labels, head.logits(judged, num_classes)[:, 0].argmax(1).cpu())
+    preds = head.logits(judged, num_classes)[:, 0].argmax(1).cpu()
+    confusion.update(test.labels, preds)
     settings = {
         "form": "fast: frozen features of whole images, no augmentation",
         "features": names[combination],
@@ -181,7 +183,13 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
     }
     metrics = {"top1": accuracy(confusion.matrix), "balanced_top1": balanced_accuracy(confusion.matrix)}
     recall = class_recall(confusion.matrix).tolist()
-    return Scores(metrics, settings, {"recall": dict(zip(features.data.classes, recall, strict=True))})
+    return Scores(
+        metrics,
+        settings,
+        {"recall": dict(zip(features.data.classes, recall, strict=True))},
+        tallies=tally_labels(test.labels, preds, num_classes, test.places, len(features.data.test)),
+        confusion=confusion.matrix.numpy(),
+    )
 
 
 def _grid(images: ImageFeatures) -> tuple[Float[Tensor, "n D"], Bool[Tensor, "F D"], list[str]]:

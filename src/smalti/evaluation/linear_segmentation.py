@@ -30,6 +30,7 @@ from smalti.errors import DataError
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import IGNORE, Absent, ConfusionMatrix, accuracy, class_iou, mean_iou
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.tally import PixelTally
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
 GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -126,11 +127,12 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         ConfigError: if the encoder's own image size isn't square and none is given.
         ShapeError: if the patch size does not divide the image size.
     """
-    if config.preset == "leopart":
+    if config.preset != "small":
         size = features.image_size(config.image_size or 448)
-        recipe = Recipe(size, 100, 25, 128, True, "zero", (LEARNING_RATE,))
+        absent: Absent = "zero" if config.preset == "paper" else "skip"
+        recipe = Recipe(size, 100, 25, 128, True, absent, (LEARNING_RATE,))
     else:
-        size = features.image_size(config.image_size)
+        size = features.dense_size(config.image_size)
         batch_size = config.head_batch_size or 16
         epochs = max(20, math.ceil(FEWEST_STEPS / math.ceil(len(features.data.train) / batch_size)))
         recipe = Recipe(size, min(100, size), epochs, batch_size, False, "skip", GRID)
@@ -269,13 +271,24 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
         rate, reached = choose_learning_rate(features, recipe, train_masks, config.seed)
     everything = range(len(features.data.train))
     heads = train_heads(features, recipe, [rate], everything, train_masks, config.seed, "linear-segmentation")
-    test = features.tokens("test", recipe.image_size, keep=False)
-    (matrix,) = _judge(heads, features, test.batches(batch_size=features.batch_size), masks)
+    tally = PixelTally(len(classes), len(images), ignore, features.device)
+    predictions: dict[int, np.ndarray] = {}
+    for tokens, positions in features.tokens("test", recipe.image_size).batches(batch_size=_AT_ONCE):
+        target = masks[torch.tensor(positions)].to(tokens.device)
+        pred = heads[0].logits(tokens).argmax(-1)
+        tally.update(target, pred, positions)
+        predictions |= {
+            place: one.cpu().numpy().astype(np.int32)
+            for place, one in zip(positions, pred, strict=True)
+            if place in features.shown
+        }
+    matrix = tally.confusion.matrix
     settings = {
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
         if config.preset == "small"
-        else "Leopart's and NeCo's settings, as far as none was changed",
+        else "Leopart's and NeCo's settings, as far as none was changed"
+        + ("" if config.preset == "paper" else "; absent classes skipped"),
         "image_size": recipe.image_size,
         "resize": "to a square, aspect ratio ignored",
         "mask_size": recipe.mask_size,
@@ -298,7 +311,14 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
     }
     iou = dict(zip(classes, class_iou(matrix).tolist(), strict=True))
     metrics = {"miou": mean_iou(matrix, recipe.absent), "pixel_accuracy": accuracy(matrix)}
-    return Scores(metrics, settings, {"iou": iou})
+    return Scores(
+        metrics,
+        settings,
+        {"iou": iou},
+        tallies={"miou": tally.iou(recipe.absent), "pixel_accuracy": tally.pixel_accuracy()},
+        confusion=matrix.cpu().numpy(),
+        predictions=predictions,
+    )
 
 
 def ignored_value(num_classes: int) -> int:

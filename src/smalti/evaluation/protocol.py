@@ -14,27 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field
 
 from smalti.config import settings, write_atomically
 from smalti.data.folders import open_images
 from smalti.data.labelled import LabelledData, open_labelled
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.features import Features, Progress
+from smalti.evaluation.features import Features, Observer, Progress
 from smalti.evaluation.metrics import Absent
+from smalti.evaluation.tally import Tally
 from smalti.models.encoder import Encoder, build_encoder, eval_mode
 
-Need = Literal["labels", "masks"]
+Need = Literal["labels", "masks", "images"]
+"""What the data must have; ``images`` are enough for what needs no labels."""
+Preset = Literal["small", "full", "paper"]
 Count = Annotated[int, Field(ge=1)]
 CountFromZero = Annotated[int, Field(ge=0)]
 
 SHARE = "share of 1, higher is better"
 """Unit of accuracies and IoUs."""
 
-PLANNED = (
-    *("finetune", "knn-patch", "segmenter", "in-context", "overclustering"),
-    *("retrieval", "attention", "detection", "keep-curve", "generation"),
-)
+PLANNED = ("detection", "keep-curve", "generation")
 """Names that are settled, of protocols that this version does not have."""
 
 
@@ -65,23 +66,43 @@ class EvalConfig:
     baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
     pool: Literal["auto", "cls", "avg"] = "auto"
-    """knn: what stands for an image: cls token, avg of the patches, or auto: what the encoder hands on."""
-    k: Count = 20
-    """knn: number of neighbours that vote in the headline."""
-    preset: Literal["small", "leopart"] = "small"
-    """linear-segmentation: small ends in minutes on a CPU; leopart is the published protocol."""
+    """knn, rank: what stands for an image: cls token, avg of the patches, or auto: what the encoder hands on."""
+    preset: Preset = "small"
+    """Sizes and conventions: small ends in minutes on a CPU; full has the published sizes and our conventions; paper
+    has the published code's conventions, too, for numbers beside published ones."""
+    k: Count | None = None
+    """knn, knn-patch, in-context, retrieval: number of neighbours; None takes the protocol's own."""
+    memory_size: CountFromZero | None = None
+    """knn-patch, in-context, retrieval: training patches that are kept, at most; 0 keeps all; None: the preset's."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """knn-patch, in-context: of the softmax over neighbours; None takes the protocol's own."""
+    void: Literal["ignore", "class0"] | None = None
+    """in-context: pixels without a label in the memory count for nothing, or as class 0; None: the preset's."""
+    matching: Literal["direct", "hungarian"] | None = None
+    """in-context: predicted classes as they are, or matched to the true ones; None: the preset's."""
+    clusters: tuple[Count, ...] = ()
+    """overclustering: numbers of clusters; empty: as many as classes, 300 and 500, where there are enough patches."""
+    repeats: Count | None = None
+    """overclustering: clusterings with seeds of their own, whose scores are averaged; None: the preset's."""
+    parity: bool = False
+    """attention: void pixels and objects as the published code has them."""
+    num_images: Count = 64
+    """attention, rank, equivariance: images that are looked at where all would be too many."""
     epochs: Count | None = None
-    """linear-probe, linear-segmentation: passes over the training images; None takes the protocol's own."""
+    """Heads and fine-tuning: passes over the training images; None takes the protocol's own."""
     head_batch_size: Count | None = None
-    """linear-probe, linear-segmentation: images a step of the head; None takes the protocol's own."""
+    """Heads and fine-tuning: images a step; None takes the protocol's own."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """linear-segmentation: of the head; None: 0.01 in leopart, chosen on held-out training images in small."""
+    """linear-segmentation, finetune, segmenter: highest learning rate; None takes the protocol's own (in the small
+    preset of linear-segmentation: chosen on held-out training images)."""
+    iters: Count | None = None
+    """segmenter: training steps; None takes the preset's."""
     augment: bool | None = None
-    """linear-segmentation: crop and flip the training images; None takes the preset's."""
+    """linear-probe, linear-segmentation, in-context: crop and flip the training images; None takes the preset's."""
     mask_size: Count | None = None
-    """linear-segmentation: side of the masks in pixels, for training and judging; None takes the preset's."""
+    """linear-segmentation, overclustering, in-context: side of the masks in pixels; None takes the preset's."""
     absent: Absent | None = None
-    """linear-segmentation: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
+    """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
 
 SHARED = frozenset(
@@ -108,6 +129,8 @@ class Result:
     """Everything that determined the numbers: preset, split, sizes, seeds, conventions, counts."""
     per_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metric name -> class name -> value; NaN where a class does not occur."""
+    details: "Details | None" = field(default=None, compare=False, repr=False)
+    """What stands behind the numbers, image by image; not part of the JSON."""
 
     @property
     def headline(self) -> tuple[str, float]:
@@ -121,7 +144,26 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None, as JSON has none."""
-        return _plain(dataclasses.asdict(self))
+        plain = dataclasses.asdict(dataclasses.replace(self, details=None))
+        del plain["details"]
+        return _plain(plain)
+
+
+@dataclass(frozen=True)
+class Details:
+    """What stands behind the numbers of a result."""
+
+    images: tuple[str, ...]
+    """Test images, relative to their data set; the n of the tallies."""
+    classes: tuple[str, ...]
+    tallies: Mapping[str, Tally]
+    """Metric name -> what each test image contributed; metrics that have no such form are left out."""
+    confusion: np.ndarray | None = None
+    """``(G, G)`` int64 pixels or images, ground truth down, prediction across."""
+    predictions: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Place of a test image -> ``(M, M)`` class of each pixel, of the few images that are shown."""
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Name -> a number a layer, or a step, for figures."""
 
 
 class Scores(NamedTuple):
@@ -133,6 +175,16 @@ class Scores(NamedTuple):
     """What determined the numbers, beyond what all protocols share."""
     per_class: dict[str, dict[str, float]]
     """Metric name -> class name -> value."""
+    units: Mapping[str, str] = {}
+    """Units of metrics that are not :data:`SHARE`."""
+    tallies: Mapping[str, Tally] = {}
+    """See :class:`Details`."""
+    confusion: np.ndarray | None = None
+    """See :class:`Details`."""
+    predictions: Mapping[int, np.ndarray] = {}
+    """See :class:`Details`; for the places in ``features.shown``."""
+    curves: Mapping[str, Sequence[float]] = {}
+    """See :class:`Details`."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +199,22 @@ class Protocol:
     run: Callable[[Features, EvalConfig], Scores]
     summary: str
     """One line for help texts."""
+    by_default: bool = True
+    """Whether it runs where no protocol is named and the data fits."""
+    observer: Callable[[EvalConfig], Observer] | None = None
+    """Makes what watches the encoder while test images pass through it, for whom tokens are not enough."""
 
 
 _REGISTRY: dict[str, Protocol] = {}
 
 
 def register_protocol(
-    name: str, *, need: Need, heeds: Sequence[str] = ()
+    name: str,
+    *,
+    need: Need,
+    heeds: Sequence[str] = (),
+    by_default: bool = True,
+    observer: Callable[[EvalConfig], Observer] | None = None,
 ) -> Callable[[Callable[[Features, EvalConfig], Scores]], Callable[[Features, EvalConfig], Scores]]:
     """Decorator that makes a function a protocol; the first line of its docstring is the summary.
 
@@ -161,13 +222,15 @@ def register_protocol(
         name: as the command line spells it.
         need: what the data must have.
         heeds: fields of :class:`EvalConfig` that it heeds, beside :data:`SHARED`.
+        by_default: whether it runs where no protocol is named and the data fits.
+        observer: makes what watches the encoder while test images pass through it; ``features.observed[name]``.
     """
     unknown = set(heeds) - {item.name for item in dataclasses.fields(EvalConfig)}
     assert name not in _REGISTRY and not unknown, (name, unknown)
 
     def register(run: Callable[[Features, EvalConfig], Scores]) -> Callable[[Features, EvalConfig], Scores]:
         summary = (run.__doc__ or "").strip().splitlines()[0]
-        _REGISTRY[name] = Protocol(name, need, frozenset(heeds) | SHARED, run, summary)
+        _REGISTRY[name] = Protocol(name, need, frozenset(heeds) | SHARED, run, summary, by_default, observer)
         return run
 
     return register
@@ -195,10 +258,9 @@ def find_protocol(name: str) -> Protocol:
 
 
 def fitting_protocols(data: str) -> tuple[str, ...]:
-    """Names of the protocols that the layout of the data allows, in the order of their registration.
+    """Names of the protocols that the layout of the data allows and that end in minutes, in registration order.
 
-    Raises:
-        DataError: if the data has neither labels nor masks.
+    Data with neither labels nor masks get those that need none.
     """
     images = open_images(data)
     has: set[Need] = set()
@@ -206,13 +268,8 @@ def fitting_protocols(data: str) -> tuple[str, ...]:
         has.add("labels")
     if any(sample.mask is not None or sample.instances is not None for sample in images.samples):
         has.add("masks")
-    names = tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has)
-    if not names:
-        raise DataError(
-            f"{data}: read as '{images.layout}', which has no labels to judge by; "
-            "bring class folders (CLASS/image) or images/ with masks/"
-        )
-    return names
+    has = has or {"images"}
+    return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has and protocol.by_default)
 
 
 def evaluate(
@@ -261,15 +318,28 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
         DataError: if the data lacks what a protocol needs.
     """
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
+    needs = dict.fromkeys(protocol.need for protocol in protocols)
     sets = {
-        need: open_labelled(data, split=config.split, seed=config.seed, need=need)
-        for need in dict.fromkeys(protocol.need for protocol in protocols)
+        need: open_unlabelled(data, split=config.split)
+        if need == "images"
+        else open_labelled(data, split=config.split, seed=config.seed, need=need)
+        for need in needs
     }
-    for labelled in sets.values():
-        for split, images in (("train", labelled.train), ("test", labelled.test)):
+    for need, labelled in sets.items():
+        for split, images in (("train", labelled.train), ("test", labelled.test))[need == "images" :]:
             if not len(images):
                 raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
     return sets
+
+
+def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
+    """Images for protocols that need no labels: a split (val or test where there is one), or all of them."""
+    images = open_images(data)
+    held_out = [name for name in ("val", "test") if name in images.splits]
+    name = split or (held_out[0] if held_out else None)
+    judged = images.subset(name) if name else images
+    nothing = dataclasses.replace(images, samples=())
+    return LabelledData(nothing, judged, (), f"no labels needed: {name or 'all images'} ({len(judged)})")
 
 
 def random_twin(encoder: Encoder, seed: int) -> Encoder:
@@ -340,6 +410,11 @@ def _judge(
                 cache_dtype=config.cache_dtype,
                 cache_mib=config.cache_mib,
                 progress=progress,
+                observers={
+                    protocol.name: protocol.observer(config)
+                    for protocol in protocols
+                    if protocol.observer is not None and protocol.need == need
+                },
             )
             for need, labelled in sets.items()
         }
@@ -362,9 +437,17 @@ def _judge(
                     encoder=name,
                     data=data,
                     metrics=scores.metrics,
-                    units=dict.fromkeys(scores.metrics, SHARE),
+                    units={**dict.fromkeys(scores.metrics, SHARE), **scores.units},
                     settings={**shared, **scores.settings},
                     per_class=scores.per_class,
+                    details=Details(
+                        images=source.names,
+                        classes=source.data.classes,
+                        tallies=scores.tallies,
+                        confusion=scores.confusion,
+                        predictions=scores.predictions,
+                        curves=scores.curves,
+                    ),
                 )
             )
     return results

@@ -1,0 +1,142 @@
+"""What each image contributes to a score, so that intervals can be drawn over images.
+
+Letters: n images, G groups (classes, mostly), S repetitions (clusterings with other seeds, say), R resamplings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from torch import Tensor
+
+from smalti.evaluation.metrics import IGNORE, Absent, ConfusionMatrix
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A score as the mean over groups of sums over images: ``mean_g sum_n part / sum_n whole``.
+
+    Accuracy has one group, parts 0 or 1 and wholes 1; balanced accuracy a group a class; mIoU has intersections and
+    unions in pixels; the mean of a number that each image has is that number over 1.
+    """
+
+    part: np.ndarray
+    """``(n, G)`` or ``(n, S, G)`` numerators."""
+    whole: np.ndarray
+    """Denominators of the same shape; 0 where an image says nothing about a group."""
+    absent: Absent = "skip"
+    """What a group without any whole counts: nothing (``skip``), or ``zero``."""
+
+    def __post_init__(self) -> None:
+        assert self.part.shape == self.whole.shape and self.part.ndim in (2, 3), (self.part.shape, self.whole.shape)
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def score(self) -> float:
+        """The score over all images."""
+        return float(self.scores(np.ones((1, len(self))))[0])
+
+    def scores(self, weights: np.ndarray) -> np.ndarray:
+        """``(R,)`` scores, where image n counts ``weights[r, n]`` times; NaN where nothing is left to be scored.
+
+        Args:
+            weights: ``(R, n)`` counts, such as those of a bootstrap.
+        """
+        shape = (len(weights), *self.part.shape[1:])
+        part = (weights @ self.part.reshape(len(self), -1)).reshape(shape)
+        whole = (weights @ self.whole.reshape(len(self), -1)).reshape(shape)
+        counts = whole > 0
+        ratio = np.divide(part, whole, out=np.zeros(shape), where=counts)
+        if self.absent == "zero":
+            means = ratio.mean(-1)
+        else:
+            number = counts.sum(-1)
+            means = np.divide(ratio.sum(-1), number, out=np.full(shape[:-1], np.nan), where=number > 0)
+        return means if means.ndim == 1 else means.mean(-1)
+
+
+def tally_mean(values: Sequence[float] | np.ndarray | Tensor) -> Tally:
+    """The plain mean of one number an image; NaN says nothing."""
+    numbers = np.asarray(values, dtype=np.float64)[:, None]
+    known = np.isfinite(numbers)
+    return Tally(np.where(known, numbers, 0.0), known.astype(np.float64))
+
+
+def tally_labels(
+    target: Integer[Tensor, " r"], pred: Integer[Tensor, " r"], num_classes: int, places: Sequence[int], num_images: int
+) -> dict[str, Tally]:
+    """``top1`` and ``balanced_top1``, the mean of each class's recall.
+
+    Args:
+        target: classes of the images that could be read.
+        pred: likewise.
+        num_classes: G.
+        places: of those images, 0..num_images-1.
+        num_images: n; the others say nothing.
+    """
+    whole, part = np.zeros((2, num_images, num_classes))
+    whole[list(places), target.cpu().numpy()] = 1
+    part[list(places), target.cpu().numpy()] = (target == pred).cpu().numpy()
+    top1 = Tally(part.sum(1, keepdims=True), whole.sum(1, keepdims=True))
+    return {"top1": top1, "balanced_top1": Tally(part, whole)}
+
+
+class PixelTally:
+    """Confusion matrix of a segmentation and, for each image, intersection and union of each class.
+
+    Args:
+        num_classes: G.
+        num_images: n, images that may come.
+        ignore: ground-truth value that counts nowhere.
+        device: where the batches are.
+    """
+
+    def __init__(
+        self, num_classes: int, num_images: int, ignore: int = IGNORE, device: torch.device | str = "cpu"
+    ) -> None:
+        self.confusion = ConfusionMatrix(num_classes, ignore=ignore, device=device)
+        self._intersection = torch.zeros(num_images, num_classes, dtype=torch.int64)
+        self._union = torch.zeros(num_images, num_classes, dtype=torch.int64)
+        self._pixels = torch.zeros(num_images, dtype=torch.int64)
+
+    def update(
+        self, target: Integer[Tensor, "B M1 M2"], pred: Integer[Tensor, "B M1 M2"], places: Sequence[int]
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            target: classes, 0..G-1 or ``ignore``.
+            pred: classes, 0..G-1.
+            places: of the images, 0..n-1; each comes once.
+
+        Raises:
+            DataError: if a value lies outside its range.
+        """
+        for truth, guess, place in zip(target, pred, places, strict=True):
+            one = ConfusionMatrix(self.confusion.num_classes, ignore=self.confusion.ignore, device=truth.device)
+            one.update(truth, guess)
+            self.confusion.matrix += one.matrix
+            matrix = one.matrix.cpu()
+            self._intersection[place] = matrix.diagonal()
+            self._union[place] = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+            self._pixels[place] = matrix.sum()
+
+    def iou(self, absent: Absent) -> Tally:
+        """Mean IoU."""
+        return Tally(self._intersection.double().numpy(), self._union.double().numpy(), absent)
+
+    def pixel_accuracy(self) -> Tally:
+        """Share of the labelled pixels that is right."""
+        return Tally(self._intersection.sum(1, keepdim=True).double().numpy(), self._pixels[:, None].double().numpy())
+
+
+def join_repetitions(tallies: Sequence[Tally]) -> Tally:
+    """Mean over repetitions of one score on the same images: ``(n, G)`` each -> ``(n, S, G)``."""
+    return Tally(
+        np.stack([tally.part for tally in tallies], axis=1),
+        np.stack([tally.whole for tally in tallies], axis=1),
+        tallies[0].absent,
+    )
