@@ -63,6 +63,8 @@ class EvalConfig:
     """Precision to which patch tokens are rounded, whether they are kept or computed again."""
     seed: int = 0
     """Of the split (where the data has none), the heads' initial weights, their order of images, and the baseline."""
+    split_seed: int | None = None
+    """Of the split alone, where the data has none; None takes ``seed``."""
     baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
     pool: Literal["auto", "cls", "avg"] = "auto"
@@ -106,7 +108,7 @@ class EvalConfig:
 
 
 SHARED = frozenset(
-    {"data", "protocols", "split", "every", "image_size", "batch_size", "num_workers", "seed", "baseline"}
+    {"data", "protocols", "split", "split_seed", "every", "image_size", "batch_size", "num_workers", "seed", "baseline"}
 )
 """Settings that every protocol heeds."""
 
@@ -319,10 +321,11 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
     """
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
     needs = dict.fromkeys(protocol.need for protocol in protocols)
+    seed = config.seed if config.split_seed is None else config.split_seed
     sets = {
         need: open_unlabelled(data, split=config.split)
         if need == "images"
-        else open_labelled(data, split=config.split, seed=config.seed, need=need)
+        else open_labelled(data, split=config.split, seed=seed, need=need)
         for need in needs
     }
     for need, labelled in sets.items():

@@ -30,7 +30,7 @@ from smalti.evaluation.protocol import (
     write_results,
 )
 from smalti.methods.base import Method, get_method
-from smalti.models.encoder import build_encoder, encoder_from_config
+from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
 from smalti.models.loading import encoder_description, latest_checkpoint, load
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
@@ -161,28 +161,36 @@ def build_method(
         description: of the encoder, from a checkpoint that will fill in the weights; ``init`` isn't needed then.
         quiet: don't print how many tensors of ``init`` matched.
     """
-    data = config.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.init:
-            encoder = encoder_from_config(description) if description else load(config.init, quiet=quiet)
-            encoder.pretrained = True
-            if encoder.in_chans != data.channels:
-                raise ConfigError(
-                    f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}"
-                )
-        else:
-            arguments = {"name": config.encoder} if isinstance(config.encoder, str) else dict(config.encoder or {})
-            name = str(arguments.pop("name", DEFAULT_ENCODER))
-            encoder = build_encoder(
-                name, img_size=data.image_size, in_chans=data.channels, seed=config.seed, **arguments
-            )
-        encoder.check_size(data.image_size, data.image_size)
-        if data.mean or data.std:
-            encoder.set_normalization(data.mean or encoder.mean, data.std or encoder.std)
+        encoder = starting_encoder(config, description, quiet)
         encoder.set_drop_path(config.drop_path)
-        encoder.set_pool(config.pool)
         return get_method(config.method["name"])(encoder, own)
+
+
+def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = None, quiet: bool = True) -> Encoder:
+    """The encoder of a run before its first step, on the CPU: random weights from the seed, or those of ``init``.
+
+    Args:
+        config: the run's settings.
+        description: of the encoder, from a checkpoint that will fill in the weights; ``init`` isn't needed then.
+        quiet: don't print how many tensors of ``init`` matched.
+    """
+    data = config.data
+    if config.init:
+        encoder = encoder_from_config(description) if description else load(config.init, quiet=quiet)
+        encoder.pretrained = True
+        if encoder.in_chans != data.channels:
+            raise ConfigError(f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}")
+    else:
+        arguments = {"name": config.encoder} if isinstance(config.encoder, str) else dict(config.encoder or {})
+        name = str(arguments.pop("name", DEFAULT_ENCODER))
+        encoder = build_encoder(name, img_size=data.image_size, in_chans=data.channels, seed=config.seed, **arguments)
+    encoder.check_size(data.image_size, data.image_size)
+    if data.mean or data.std:
+        encoder.set_normalization(data.mean or encoder.mean, data.std or encoder.std)
+    encoder.set_pool(config.pool)
+    return encoder
 
 
 def train(
@@ -498,20 +506,26 @@ def _absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Paths in settings so that they still hold when the run is resumed or reported from another folder."""
     result = dict(tree)
     if isinstance(result.get("init"), str):
-        result["init"] = _absolute(result["init"])
+        result["init"] = absolute(result["init"])
     for group, key in (("data", "path"), ("eval", "data")):
         inner = result.get(group)
         if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
-            result[group] = {**inner, key: _absolute(inner[key])}
+            result[group] = {**inner, key: absolute(inner[key])}
     return result
 
 
-def _absolute(text: str) -> str:
-    """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH`` with the path made absolute, if there is something."""
+def absolute(text: str, beside: Path | None = None) -> str:
+    """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH`` with the path made absolute, if there is something.
+
+    Args:
+        text: as a user gives it.
+        beside: a folder in which to look, too, for what isn't there.
+    """
     for mark in ("", "@" if text.startswith("timm:") else "="):
         head, found, path = text.rpartition(mark) if mark else ("", "", text)
-        if (found or not mark) and Path(path).expanduser().exists():
-            return f"{head}{found}{Path(path).expanduser().resolve()}"
+        for folder in (Path(), *([beside] if beside is not None else [])):
+            if (found or not mark) and (folder / Path(path).expanduser()).exists():
+                return f"{head}{found}{(folder / Path(path).expanduser()).resolve()}"
     return text
 
 

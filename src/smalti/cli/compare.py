@@ -1,0 +1,65 @@
+"""``smalti compare``: arms and seeds under one budget, one table with intervals."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from smalti.cli.options import Debug, Out, Quiet, needed
+from smalti.errors import RunError
+
+if TYPE_CHECKING:
+    from smalti.study.compare import Comparison
+
+NAME = "compare"
+
+
+def command(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="What is compared with what.", show_default=False)],
+    out: Out = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods and checkpoints on your own images, under one budget, with seeds and intervals.
+
+    A plan is YAML: data: DIR, evaluate: [{data: DIR, protocols: [knn]}], budget: {steps: 2000} (or images, or minutes),
+    seeds: [0, 1, 2], settings: {encoder: ...} for all arms, arms: {NAME: {method: mae, method.mask_ratio: 0.6}, OTHER:
+    {load: timm:NAME@FILE}, CONTROL: {load: random}}; load: random is the encoder of settings before training.
+    Differences are against the first arm. The same command goes on where a comparison was stopped.
+    """
+    folder = needed(out, "--out", "DIR")
+
+    from smalti.study.compare import compare
+
+    comparison = compare(plan, folder, quiet=quiet)
+    _print(comparison)
+    print(f"tables: {folder / 'comparison.md'}, {folder / 'comparison.parquet'}")
+    if comparison.failures:
+        broken = "; ".join(f"{arm}: {error}" for arm, error in comparison.failures.items())
+        number, all_arms = len(comparison.failures), len(comparison.plan.arms)
+        raise RunError(f"{number} of {all_arms} arms broke, the others are finished; {broken}")
+
+
+def _print(comparison: "Comparison") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from smalti.study.compare import COST_COLUMNS, cost_cells, table_cells
+
+    console = Console()
+    first = next(iter(comparison.plan.arms))
+    for title, rows in comparison.table():
+        table = Table(title=f"{title} ({rows[0].unit})", title_justify="left")
+        for name in ("arm", "mean", f"difference to {first}", ""):
+            table.add_column(name)
+        for cells in table_cells(rows):
+            arm, mean, _, gap, verdict = cells
+            table.add_row(arm, mean, gap, verdict)
+        console.print(table)
+    costs = Table(title="cost, mean over seeds", title_justify="left")
+    for name in ("arm", *COST_COLUMNS):
+        costs.add_column(name)
+    for arm, cost in comparison.costs.items():
+        costs.add_row(arm, *cost_cells(cost))
+    console.print(costs)
+    console.print(f"In brackets: {comparison.info['intervals']}.", highlight=False, markup=False)
