@@ -119,10 +119,10 @@ def _read_one(folder: Path, entry: dict[str, Any]) -> Details:
     if (folder / CONFUSION).is_file():
         with (folder / CONFUSION).open(encoding="utf-8", newline="") as file:
             confusion = np.array([row[1:] for row in csv.reader(file)][1:], dtype=np.int64)
-    predictions = {
-        int(path.stem): np.asarray(Image.open(path)).astype(np.int32)
-        for path in sorted((folder / PREDICTIONS).glob("*.png"))
-    }
+    predictions = {}
+    for path in sorted((folder / PREDICTIONS).glob("*.png")):
+        with Image.open(path) as image:
+            predictions[int(path.stem)] = np.asarray(image).astype(np.int32)
     return Details(
         images=tuple(entry["images"]),
         classes=tuple(entry["classes"]),

@@ -1,0 +1,60 @@
+"""Details survive their folder."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from smalti.errors import DataError
+from smalti.evaluation.details import palette, read_details, write_details
+from smalti.evaluation.protocol import EvalConfig, evaluate
+from smalti.evaluation.tally import Tally, join_repetitions
+
+
+def test_details_survive_their_folder(tiny, scenes, greys, tmp_path):
+    config = {"baseline": False, "epochs": 2}
+    results = evaluate(tiny, "a", str(scenes), EvalConfig(protocols=("linear-segmentation",), **config))
+    results += evaluate(tiny, "a", str(greys), EvalConfig(protocols=("knn",), baseline=False))
+    write_details(tmp_path, results)
+    for before, after in zip(results, read_details(tmp_path, results), strict=True):
+        old, new = before.details, after.details
+        assert (old.images, old.classes, dict(old.curves)) == (new.images, new.classes, dict(new.curves))
+        assert old.tallies.keys() == new.tallies.keys()
+        for metric, tally in old.tallies.items():
+            assert_array_equal(tally.part, new.tallies[metric].part)
+            assert_array_equal(tally.whole, new.tallies[metric].whole)
+            assert tally.absent == new.tallies[metric].absent
+        assert_array_equal(old.confusion, new.confusion)
+        assert old.predictions.keys() == new.predictions.keys()
+        for place, classes in old.predictions.items():
+            assert_array_equal(classes, new.predictions[place])
+
+
+def test_repetitions_and_many_classes_survive(tiny, greys, tmp_path):
+    (result,) = evaluate(tiny, "a", str(greys), EvalConfig(protocols=("knn",), baseline=False))
+    rng = np.random.default_rng(0)
+    number = len(result.details.images)
+    tally = join_repetitions([Tally(rng.random((number, 4)), np.ones((number, 4)), "zero") for _ in range(3)])
+    maps = {0: np.array([[0, 700], [3, 65_000]])}
+    details = dataclasses.replace(result.details, tallies={"x": tally}, predictions=maps)
+    write_details(tmp_path, [dataclasses.replace(result, details=details)])
+    (again,) = read_details(tmp_path, [result])
+    assert_array_equal(again.details.tallies["x"].part, tally.part)
+    assert again.details.tallies["x"].absent == "zero"
+    assert_array_equal(again.details.predictions[0], maps[0])
+
+
+def test_predictions_open_in_any_viewer_with_distinct_colours(tiny, scenes, tmp_path):
+    config = EvalConfig(protocols=("linear-segmentation",), baseline=False, epochs=1)
+    write_details(tmp_path, evaluate(tiny, "a", str(scenes), config))
+    with Image.open(next(tmp_path.glob("*/predictions/*.png"))) as image:
+        assert image.mode == "P"
+    colours = palette(256)
+    assert len({tuple(colour) for colour in colours[:60]}) == 60
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    with pytest.raises(DataError, match="not a folder of details"):
+        read_details(tmp_path, [])
