@@ -1,5 +1,7 @@
 """Protocols that say what an encoder knows; importing this registers them."""
 
+from smalti.evaluation import finetune as finetune
 from smalti.evaluation import knn as knn
 from smalti.evaluation import linear_probe as linear_probe
 from smalti.evaluation import linear_segmentation as linear_segmentation
+from smalti.evaluation import segmenter as segmenter

@@ -1,0 +1,232 @@
+"""Training an encoder end to end on labels: what finetune and segmenter share.
+
+It is always a copy of the encoder that is trained. Which images a step sees, and every random number of their
+augmentation, are functions of (seed, epoch, image), as in training; dropped paths and mixed images are drawn from
+generators that are given back as they were.
+Letters: B images a step, n training images, T steps.
+"""
+
+import contextlib
+import functools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from smalti.data.loader import epoch_order, sample_key, start_worker, unchanged
+from smalti.data.views import Skipped
+from smalti.errors import DataError, RunError, SmaltiError
+from smalti.evaluation.features import Features
+from smalti.models.encoder import Encoder, clone_encoder
+
+Example = tuple[Tensor, Tensor]
+"""An image as the network takes it, and its class or mask."""
+_CHECK_EVERY = 50  # reading a loss waits for the GPU
+_CURVE_POINTS = 100
+
+
+def trainable_copy(encoder: Encoder, drop_path: float) -> Encoder:
+    """A copy with everything in it trainable, positions too; stochastic depth as asked for, and no dropout.
+
+    Args:
+        encoder: stays as it is.
+        drop_path: rate of the last block, in [0, 1).
+    """
+    copy = clone_encoder(encoder)
+    for parameter in copy.parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    for part in copy.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    copy.set_drop_path(drop_path)
+    return copy
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Python's, NumPy's and torch's own random numbers follow from the seed; afterwards they go on as if unused.
+
+    For libraries that can't be given a generator.
+
+    Args:
+        seed: any integer.
+        device: whose generator is meant, beside that of the CPU.
+    """
+    device = torch.device(device)
+    on_cuda = [device] if device.type == "cuda" else []
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=on_cuda):
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would reach other devices, too
+            for one in on_cuda:
+                with torch.cuda.device(one):
+                    torch.cuda.manual_seed(seed % 2**63)
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def normalized(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "C H W"]:
+    """``(C, H, W)`` float32, ``(x - mean) / std``.
+
+    Args:
+        pixels: ``(H, W, C)`` uint8, or float32 in 0..1.
+        mean: per channel, of images in 0..1.
+        std: likewise.
+    """
+    scaled = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
+    image = (scaled - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def warm_cosine(step: int, num_steps: int, *, peak: float, least: float, num_warmup: int) -> float:
+    """Learning rate: in equal strides to ``peak`` in ``num_warmup`` steps, then half a cosine to ``least``.
+
+    Source: He et al., MAE, arXiv:2111.06377v3, Table 9; there the first step's is 0.
+    """
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    share = (step - num_warmup) / max(num_steps - num_warmup, 1)
+    return least + (peak - least) * (1 + math.cos(math.pi * share)) / 2
+
+
+def warm_poly(
+    step: int, num_steps: int, *, peak: float, least: float, num_warmup: int = 0, power: float = 0.9
+) -> float:
+    """Learning rate: as :func:`warm_cosine` to ``peak``, then ``(peak - least) (1 - t)^power + least``, t in [0, 1).
+
+    Source: Strudel et al., Segmenter, arXiv:2105.05633, Sec. 4.1.
+    """
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    share = (step - num_warmup) / max(num_steps - num_warmup, 1)
+    return (peak - least) * (1 - share) ** power + least
+
+
+class _Steps(Dataset[Any]):
+    """The batch of a step; errors are returned, so that they cross from a worker as they are."""
+
+    def __init__(
+        self, make: Callable[[int, int], Example | Skipped], num_images: int, batch_size: int, seed: int
+    ) -> None:
+        self._make, self._num_images, self._batch_size, self._seed = make, num_images, batch_size, seed
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[Skipped]] | SmaltiError:
+        skipped: list[Skipped] = []
+        first = step * self._batch_size
+        try:
+            made = [self._example(position, skipped) for position in range(first, first + self._batch_size)]
+        except SmaltiError as error:
+            return error
+        return torch.stack([image for image, _ in made]), torch.stack([target for _, target in made]), skipped
+
+    def _example(self, position: int, skipped: list[Skipped]) -> Example:
+        """The image at a place of the endless row of epochs, or the next that can be read."""
+        epoch, offset = divmod(position, self._num_images)
+        order = _cached_order(self._seed, epoch, self._num_images)
+        key = sample_key(self._seed, epoch, int(order[offset]))  # also a replacement's: it has a turn of its own
+        failed: list[Skipped] = []
+        for attempt in range(self._num_images):
+            example = self._make(int(order[(offset + attempt) % self._num_images]), key)
+            if not isinstance(example, Skipped):
+                skipped += failed
+                return example
+            failed.append(example)
+        raise DataError(f"none of the {len(failed)} train images can be read, the first: {failed[0].path}")
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    return epoch_order(seed, epoch, num_images)
+
+
+def stream(items: Dataset[Any], count: int, num_workers: int) -> Iterator[Any]:
+    """``items[0]`` to ``items[count - 1]`` in order, made by worker processes where there are any.
+
+    Raises:
+        SmaltiError: if an item is one.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        items,
+        batch_size=None,
+        sampler=range(count),
+        num_workers=num_workers,
+        collate_fn=unchanged,
+        worker_init_fn=start_worker,
+        generator=torch.Generator().manual_seed(0),  # leaves torch's own generator alone
+    )
+    for item in loader:
+        if isinstance(item, SmaltiError):
+            raise item
+        yield item
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    features: Features,
+    make: Callable[[int, int], Example | Skipped],
+    loss_of: Callable[[Tensor, Tensor], Float[Tensor, ""]],
+    rate: Callable[[int], float],
+    *,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    what: str,
+) -> list[float]:
+    """Fit a model to the training images; it ends in eval mode.
+
+    Every batch is full: epochs run into one another, and an image that can't be read is replaced by the next. In
+    bfloat16 where there is a CUDA device.
+
+    Args:
+        model: on the device of the encoder.
+        optimizer: of its parameters; ``lr_scale`` of a group multiplies its learning rate.
+        features: the training images, and who hears of progress.
+        make: ``make(place, key)``: the image at a place of the training set, augmented as the key says.
+        loss_of: ``loss_of(images, targets)`` of a batch.
+        rate: learning rate of a step, 0..num_steps-1.
+        num_steps: T.
+        batch_size: B.
+        seed: of the order of images, and their keys.
+        what: named in the progress, and in errors.
+
+    Returns:
+        The loss, as means over at most 100 spans of equal length.
+
+    Raises:
+        DataError: if no image can be read, or a target can't.
+        RunError: if the loss is not finite.
+    """
+    device = features.device
+    steps = _Steps(make, len(features.data.train), batch_size, seed)
+    losses: list[Tensor] = []
+    model.train()
+    with torch.enable_grad():
+        for step, (images, targets, skipped) in enumerate(stream(steps, num_steps, features.num_workers)):
+            features.skipped.update({str(item.path): item.reason for item in skipped})
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step) * group.get("lr_scale", 1.0)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = loss_of(images.to(device), targets.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            losses.append(loss.detach())
+            if step % _CHECK_EVERY == 0 or step + 1 == num_steps:
+                if not torch.stack(losses[-_CHECK_EVERY:]).isfinite().all():
+                    raise RunError(f"{what}: the loss is not finite at step {step}; lower eval.learning_rate")
+                features.progress(what, step + 1, num_steps)
+    model.eval()
+    spans = torch.stack(losses).float().cpu().tensor_split(min(_CURVE_POINTS, len(losses)))
+    return [float(span.mean()) for span in spans]
