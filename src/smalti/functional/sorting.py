@@ -1,0 +1,455 @@
+"""Differentiable sorting networks, and NeCo's loss on the order of neighbours in a form that keeps almost nothing.
+
+Papers: Petersen et al., "Differentiable Sorting Networks for Scalable Sorting and Ranking Supervision",
+arXiv:2105.04019v1 (relaxed comparators), and "Monotonic Differentiable Sorting Networks", arXiv:2203.09630v1 (Cauchy);
+Pariza et al., NeCo, arXiv:2408.11054v3, Sec. 3 (the loss on permutation matrices).
+Letters: Q rows to sort, R numbers a row, K the power of two at or above R, W wires, a comparator's wires a and b.
+
+A relaxed comparator moves a share ``gamma`` of the difference: ``a -= gamma (a - b)``, ``b += gamma (a - b)``, where
+gamma is the probability that the two are in the wrong order, ``F(beta (a - b))`` for a distribution function F.
+The matrix of weights is moved by the same gammas, which depend on the numbers alone. So the numbers are sorted first;
+then, for a few rows at a time, matrix, loss and gradient are formed together and only the gradient for the numbers is
+kept. Matrices grow with the network: before two runs of n wires are merged, a wire of one has no weight on the inputs
+of the other.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.errors import ConfigError, ShapeError
+
+NETWORKS = ("bitonic", "odd_even")
+DISTRIBUTIONS = ("cauchy", "logistic", "gaussian", "reciprocal")
+SMALLEST = 1e-30
+"""Weights below this count as this in the logarithm: odd-even networks and light tails underflow."""
+_MATRIX_ELEMENTS = 2**19  # of a chunk's matrices: what a processor's cache holds
+_FEWEST_ROWS = 16  # below, vector units idle
+_ROWS_AT_ONCE = 256  # whose gates are in memory
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Comparators that act at the same time, as a view of the wires: ``(groups, 2, width)`` from wire ``start`` on."""
+
+    start: int
+    groups: int
+    width: int
+    merge: bool
+    """Whether it is the first layer of a bitonic merge, before which its wires have no inputs in common."""
+    sign: Tensor | None
+    """``(groups, width)``: 1 where wire a takes the smaller, -1 where it takes the larger, 0 for no comparator; None
+    for all 1."""
+
+    def split(self, wires: Tensor) -> tuple[Tensor, Tensor]:
+        """Wires a and b, ``(groups, width, ...)`` each, as views of ``(W, ...)``."""
+        stop = self.start + 2 * self.groups * self.width
+        pairs = wires[self.start : stop].view(self.groups, 2, self.width, *wires.shape[1:])
+        return pairs[:, 0], pairs[:, 1]
+
+
+@functools.lru_cache(maxsize=64)
+def network_layers(network: str, size: int) -> tuple[Layer, ...]:
+    """The comparators of a network, in order.
+
+    Args:
+        network: ``bitonic``: log^2 layers; wires are thought padded to K and the first ``K - size`` have no
+            comparators. ``odd_even``: ``size`` layers of neighbours.
+        size: R, from 2 on.
+
+    Raises:
+        ConfigError: for another name, fewer than 2 numbers, or a size for which the pruned bitonic network does not
+            sort, as for 22, 38, 42 to 46 and 54.
+
+    Source: Batcher, "Sorting networks and their applications", 1968; the pruning is that of Petersen et al.'s code.
+    """
+    if network not in NETWORKS:
+        raise ConfigError(f"network={network!r}: one of {', '.join(NETWORKS)} is needed")
+    if size < 2:
+        raise ConfigError(f"{size} numbers can't be put into order; at least 2 are needed")
+    layers = _odd_even(size) if network == "odd_even" else _bitonic(size)
+    if network == "bitonic" and not _sorts(layers, size):
+        raise ConfigError(
+            f"the bitonic network for {size} numbers does not sort; take network='odd_even', or a power of two"
+        )
+    return layers
+
+
+def _odd_even(size: int) -> tuple[Layer, ...]:
+    return tuple(Layer(number % 2, (size - number % 2) // 2, 1, False, None) for number in range(size))
+
+
+def _bitonic(size: int) -> tuple[Layer, ...]:
+    padded = 1 << (size - 1).bit_length()
+    wires = torch.arange(padded)
+    layers = []
+    for block in range(padded.bit_length() - 1):
+        for width in (1 << shift for shift in range(block, -1, -1)):
+            first = wires.view(-1, 2, width)[:, 0]
+            sign = 1 - 2 * ((first >> (block + 1)) & 1)  # every other run is sorted downwards
+            sign = torch.where(first < padded - size, 0, sign)
+            layers.append(Layer(0, padded // (2 * width), width, width == 1 << block, sign))
+    return tuple(layers)
+
+
+def _sorts(layers: tuple[Layer, ...], size: int) -> bool:
+    """Whether hard comparators sort: exactly, by the 0-1 principle, where that is cheap; else on fixed random rows."""
+    g = torch.Generator().manual_seed(size)
+    if size <= 16:
+        rows = ((torch.arange(2**size)[None] >> torch.arange(size)[:, None]) & 1).float()
+    else:
+        shares = torch.rand(1, 4096, generator=g)
+        rows = (torch.rand(size, 4096, generator=g) < shares).float()
+    padded = 2 * max(layer.start + layer.groups * layer.width for layer in layers[:1])
+    wires = torch.cat([torch.full((padded - size, rows.shape[1]), -1.0), rows]) if padded > size else rows
+    wires = wires.clone()
+    for layer in layers:
+        a, b = layer.split(wires)
+        sign = torch.ones(a.shape[:2]) if layer.sign is None else layer.sign
+        swap = (sign[..., None] * (a - b)) > 0
+        delta = (a - b) * swap
+        a -= delta
+        b += delta
+    alive = wires[padded - size :] if padded > size else wires
+    return bool((alive[1:] >= alive[:-1]).all())
+
+
+def _share(difference: Tensor, steepness: float, distribution: str, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """``F(steepness * difference)`` and, if wanted, its derivative by the difference."""
+    scaled = difference * steepness
+    slope: Tensor | None = None
+    if distribution == "cauchy":
+        share = scaled.atan().div_(math.pi).add_(0.5)
+        if want_slope:
+            slope = scaled.square_().add_(1).reciprocal_().mul_(steepness / math.pi)
+    elif distribution == "logistic":
+        share = scaled.sigmoid()
+        if want_slope:
+            slope = share * (1 - share) * steepness
+    elif distribution == "gaussian":
+        share = torch.special.ndtr(scaled)
+        if want_slope:
+            slope = scaled.square_().mul_(-0.5).exp_().mul_(steepness / math.sqrt(2 * math.pi))
+    else:
+        share = scaled / (scaled.abs() + 2) / 2 + 0.5
+        if want_slope:
+            slope = scaled.abs_().add_(2).square_().reciprocal_().mul_(steepness)
+    return share, slope
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """What a layer does to some rows: everything ``(groups, width, Q)``."""
+
+    gamma: Tensor
+    delta: Tensor | None
+    """``a - b`` before the layer; with its slope only where gradients are wanted."""
+    slope: Tensor | None
+    """Derivative of gamma by delta."""
+
+
+def _sort_numbers(
+    wires: Float[Tensor, "W Q"],
+    layers: tuple[Layer, ...],
+    steepness: float,
+    distribution: str,
+    want_grad: bool,
+) -> list[_Gates]:
+    """Sort in place; the gates of each layer."""
+    gates = []
+    for layer in layers:
+        a, b = layer.split(wires)
+        delta = a - b
+        if layer.sign is None:
+            gamma, slope = _share(delta, steepness, distribution, want_grad)
+        else:
+            sign = layer.sign.to(delta)[..., None]
+            gamma, slope = _share(delta * sign, steepness, distribution, want_grad)
+            gamma *= sign.abs()  # no comparator moves nothing
+            if slope is not None:
+                slope *= sign
+        a.addcmul_(gamma, delta, value=-1)
+        b.addcmul_(gamma, delta)
+        gates.append(_Gates(gamma, delta if want_grad else None, slope))
+    return gates
+
+
+def _sort_matrix(
+    layers: tuple[Layer, ...],
+    gates: list[_Gates],
+    rows: slice,
+    size: int,
+    kept: list[Tensor] | None,
+) -> Float[Tensor, "W I q"]:
+    """Weights of the inputs on the sorted wires, for some rows.
+
+    Args:
+        layers: of the network.
+        gates: from :func:`_sort_numbers`.
+        rows: which.
+        size: R.
+        kept: takes what the backward pass needs of each layer; None keeps nothing.
+
+    Returns:
+        ``(W, I, q)``; a bitonic network has W = I = K, where the first K - R of both mean nothing.
+    """
+    first = gates[0].gamma[..., rows]
+    number = first.shape[-1]
+    if layers[0].merge:
+        padded = 2 * layers[0].groups
+        matrix = first.new_ones(padded, 1, number)  # each wire has all weight on its own input
+    else:
+        matrix = torch.eye(size, dtype=first.dtype, device=first.device)[..., None].repeat(1, 1, number)
+    for layer, gate in zip(layers, gates, strict=True):
+        gamma = gate.gamma[..., rows].unsqueeze(2)  # (groups, width, 1, q)
+        if layer.merge:
+            width = layer.width
+            half = matrix.view(layer.groups, 2, width, width, number)
+            a, b = half[:, 0], half[:, 1]
+            grown = matrix.new_empty(layer.groups, 2, width, 2, width, number)
+            torch.mul(gamma, a, out=grown[:, 1, :, 0])
+            torch.mul(gamma, b, out=grown[:, 0, :, 1])
+            torch.sub(a, grown[:, 1, :, 0], out=grown[:, 0, :, 0])
+            torch.sub(b, grown[:, 0, :, 1], out=grown[:, 1, :, 1])
+            if kept is not None:
+                kept.append(matrix)
+            matrix = grown.view(layer.groups * 2 * width, 2 * width, number)
+            continue
+        a, b = layer.split(matrix)
+        difference = a - b
+        a.addcmul_(gamma, difference, value=-1)
+        b.addcmul_(gamma, difference)
+        if kept is not None:
+            kept.append(difference)
+    return matrix
+
+
+def _matrix_backward(
+    layers: tuple[Layer, ...], gates: list[_Gates], rows: slice, kept: list[Tensor], grad: Float[Tensor, "W I q"]
+) -> list[Tensor]:
+    """Gradients of the gammas, layer by layer, from that of the matrix, which is overwritten."""
+    number = grad.shape[-1]
+    result: list[Tensor] = [grad] * len(layers)
+    for place in range(len(layers) - 1, -1, -1):
+        layer, gamma, before = layers[place], gates[place].gamma[..., rows].unsqueeze(2), kept[place]
+        if layer.merge:
+            width = layer.width
+            parts = grad.view(layer.groups, 2, width, 2, width, number)
+            half = before.view(layer.groups, 2, width, width, number)
+            of_a = parts[:, 0, :, 0] - parts[:, 1, :, 0]
+            of_b = parts[:, 1, :, 1] - parts[:, 0, :, 1]
+            shrunk = grad.new_empty(layer.groups, 2, width, width, number)
+            torch.addcmul(parts[:, 0, :, 0], gamma, of_a, value=-1, out=shrunk[:, 0])
+            torch.addcmul(parts[:, 1, :, 1], gamma, of_b, value=-1, out=shrunk[:, 1])
+            of_a.mul_(half[:, 0]).addcmul_(of_b, half[:, 1])
+            result[place] = of_a.sum(2).neg_()
+            grad = shrunk.view(layer.groups * 2 * width, width, number)
+            continue
+        a, b = layer.split(grad)
+        difference = a - b
+        a.addcmul_(gamma, difference, value=-1)
+        b.addcmul_(gamma, difference)
+        result[place] = difference.mul_(before).sum(2).neg_()
+    return result
+
+
+def _numbers_backward(layers: tuple[Layer, ...], gates: list[_Gates], of_gammas: list[Tensor], wires: Tensor) -> None:
+    """Gradient of the numbers, in place of ``wires``, which come as zeros: the loss doesn't see the sorted numbers."""
+    for place in range(len(layers) - 1, -1, -1):
+        gate = gates[place]
+        assert gate.delta is not None and gate.slope is not None
+        a, b = layers[place].split(wires)
+        difference = a - b  # a' = a - gamma delta, b' = b + gamma delta
+        of_gamma = of_gammas[place].addcmul_(gate.delta, difference, value=-1)
+        of_delta = of_gamma.mul_(gate.slope).addcmul_(gate.gamma, difference, value=-1)
+        a += of_delta
+        b -= of_delta
+
+
+class _OrderLoss(torch.autograd.Function):
+    """Cross-entropy between two soft orders; the gradient is formed in the forward pass, a few rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor | None,
+        layers: tuple[Layer, ...],
+        distribution: str,
+        steepness: tuple[float, float],
+        chunk: int | None,
+    ) -> Tensor:
+        number, size = student.shape
+        want_grad = ctx.needs_input_grad[0]
+        padded = 2 * layers[0].groups if layers[0].merge else size
+        dead = padded - size
+        count = number * size
+        rows_in_cache = max(_FEWEST_ROWS, _MATRIX_ELEMENTS // (padded * padded)) if chunk is None else chunk
+        total = student.new_zeros((), dtype=torch.float64)
+        gradient = torch.empty_like(student) if want_grad else None
+        rows_at_once = max(_ROWS_AT_ONCE, rows_in_cache)
+        for start in range(0, number, rows_at_once):
+            here = slice(start, min(start + rows_at_once, number))
+            wires, gates = [], []
+            for numbers, beta, keep in ((student, steepness[0], want_grad), (teacher, steepness[1], False)):
+                one = numbers.new_zeros(padded, here.stop - here.start)
+                one[dead:] = numbers[here].T
+                wires.append(one)
+                gates.append(_sort_numbers(one, layers, beta, distribution, keep))
+            of_gammas = [torch.empty_like(gate.gamma) for gate in gates[0]] if want_grad else []
+            for first in range(0, here.stop - here.start, rows_in_cache):
+                rows = slice(first, min(first + rows_in_cache, here.stop - here.start))
+                target = _sort_matrix(layers, gates[1], rows, size, None)
+                kept: list[Tensor] | None = [] if want_grad else None
+                pred = _sort_matrix(layers, gates[0], rows, size, kept)
+                alive = pred[dead:, dead:].clamp_(min=SMALLEST)
+                wanted = target[dead:, dead:]
+                if weights is not None:
+                    wanted *= weights[here][rows].T  # (I, q): every rank of an input counts alike
+                total -= torch.mul(wanted, alive.log()).sum(dtype=torch.float64)
+                if kept is not None:
+                    torch.div(wanted, alive, out=alive)
+                    if dead:
+                        pred[:dead].zero_()
+                        pred[:, :dead].zero_()
+                    for place, one in enumerate(_matrix_backward(layers, gates[0], rows, kept, pred)):
+                        of_gammas[place][..., rows] = one
+            if gradient is not None:
+                wires[0].zero_()
+                _numbers_backward(layers, gates[0], of_gammas, wires[0])
+                gradient[here] = wires[0][dead:].T
+        scale = 1.0 if weights is not None else 1 / count
+        if gradient is not None:
+            ctx.save_for_backward(gradient.mul_(-scale))
+        return (total * scale).to(student.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * incoming, None, None, None, None, None, None
+
+
+def neco_loss(
+    student_sims: Float[Tensor, "Q R"],
+    teacher_sims: Float[Tensor, "Q R"],
+    network: str = "bitonic",
+    steepness_student: float = 100.0,
+    steepness_teacher: float = 100.0,
+    *,
+    distribution: str = "cauchy",
+    weights: Float[Tensor, "Q R"] | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, ""]:
+    """Cross-entropy between the soft orders into which student and teacher put the same references.
+
+    ``- mean over rows q and inputs i of  sum over ranks j of  Q[q, i, j] log P[q, i, j]``, where P and Q are the
+    weights of input i at rank j in the student's and the teacher's differentiable sort, ascending.
+
+    Args:
+        student_sims: ``(Q, R)`` similarities of Q queries to their R references; any float, computed in float32
+            (float64 if they are), also under autocast.
+        teacher_sims: ``(Q, R)`` likewise, the references in the same order, since a network is not equivariant to it;
+            no gradient flows here.
+        network: ``bitonic`` or ``odd_even``.
+        steepness_student: beta of the student's comparators, above 0.
+        steepness_teacher: beta of the teacher's.
+        distribution: of the comparators: ``cauchy`` (NeCo's), ``logistic``, ``gaussian`` or ``reciprocal``.
+        weights: ``(Q, R)`` weights of the inputs, for a weighted **sum** in place of the mean; None: ``1 / (Q R)``.
+        chunk: rows whose matrices are in memory; None fits them to a processor's cache. The result is the same.
+
+    Returns:
+        The loss; a uniform order costs ``log R``. Time grows as ``Q R^2 log^2 R`` (bitonic) or ``Q R^3``; the memory
+        that is kept is one gradient of ``(Q, R)``.
+
+    Raises:
+        ConfigError: for an unknown name, a steepness that isn't above 0, or an R that the network does not sort.
+        ShapeError: if the two differ in shape.
+
+    Example:
+        >>> round(neco_loss(torch.tensor([[0.2, 0.5]]), torch.tensor([[0.4, 0.1]]), "bitonic", 10.0, 10.0).item(), 4)
+        2.0564
+
+    Source: Pariza et al., NeCo, arXiv:2408.11054v3, Sec. 3; ours is the layout.
+    """
+    if student_sims.shape != teacher_sims.shape:
+        raise ShapeError(
+            f"student_sims is {tuple(student_sims.shape)}, teacher_sims {tuple(teacher_sims.shape)}; "
+            "both are (queries, references), the same ones in the same order"
+        )
+    _check(distribution, steepness_student, steepness_teacher)
+    layers = network_layers(network, student_sims.shape[1])
+    dtype = torch.float64 if student_sims.dtype == torch.float64 else torch.float32
+    with torch.autocast(student_sims.device.type, enabled=False):
+        return _OrderLoss.apply(
+            student_sims.to(dtype),
+            teacher_sims.detach().to(dtype),
+            None if weights is None else weights.to(dtype),
+            layers,
+            distribution,
+            (steepness_student, steepness_teacher),
+            chunk,
+        )
+
+
+def soft_sort(
+    numbers: Float[Tensor, "Q R"],
+    network: str = "bitonic",
+    steepness: float = 100.0,
+    distribution: str = "cauchy",
+) -> tuple[Float[Tensor, "Q R"], Float[Tensor, "Q R R"]]:
+    """Rows softly sorted in ascending order, and the weight of each input at each rank.
+
+    Plain tensor operations under autograd: for looking and for small rows. :func:`neco_loss` is the lean form.
+
+    Args:
+        numbers: ``(Q, R)``.
+        network: ``bitonic`` or ``odd_even``.
+        steepness: beta, above 0; large ones sort hard.
+        distribution: of the comparators.
+
+    Returns:
+        ``(Q, R)`` sorted values and ``(Q, R, R)`` weights P: ``P[q, i, j]`` that of input i at rank j; rows and columns
+        sum to 1, and ``values = numbers @ P``.
+
+    Raises:
+        ConfigError: as :func:`neco_loss`.
+    """
+    _check(distribution, steepness)
+    size = numbers.shape[1]
+    layers = network_layers(network, size)
+    padded = 2 * layers[0].groups if layers[0].merge else size
+    dead = padded - size
+    eye = torch.eye(padded, dtype=numbers.dtype, device=numbers.device)[..., None].expand(-1, -1, len(numbers))
+    values = torch.nn.functional.pad(numbers, (dead, 0)).T
+    matrix = eye
+    for layer in layers:
+        stop = layer.start + 2 * layer.groups * layer.width
+        sign = None if layer.sign is None else layer.sign.to(numbers)[..., None]
+        a, b = layer.split(values)
+        delta = a - b
+        gamma, _ = _share(delta if sign is None else delta * sign, steepness, distribution, False)
+        gamma = gamma if sign is None else gamma * sign.abs()
+
+        def move(wires: Tensor, share: Tensor, layer: Layer = layer, stop: int = stop) -> Tensor:
+            a, b = layer.split(wires)
+            step = share * (a - b)
+            moved = torch.stack([a - step, b + step], dim=1).flatten(0, 2)
+            return torch.cat([wires[: layer.start], moved, wires[stop:]])
+
+        values, matrix = move(values, gamma), move(matrix, gamma.unsqueeze(2))
+    return values[dead:].T, matrix[dead:, dead:].permute(2, 1, 0)
+
+
+def _check(distribution: str, *steepness: float) -> None:
+    if distribution not in DISTRIBUTIONS:
+        raise ConfigError(f"distribution={distribution!r}: one of {', '.join(DISTRIBUTIONS)} is needed")
+    for beta in steepness:
+        if not beta > 0:
+            raise ConfigError(f"steepness={beta}: a number above 0 is needed")
