@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 from smalti.data.loader import epoch_order
 from smalti.errors import DataError
-from smalti.evaluation.linear_probe import LEARNING_RATES, linear_probe, stratified_fifth, train_heads
+from smalti.evaluation.linear_probe import LEARNING_RATES, LastBlocks, linear_probe, stratified_fifth, train_heads
 from smalti.evaluation.protocol import EvalConfig
+from smalti.models.encoder import build_encoder
 
 RATES = torch.tensor([0.01, 0.1, 0.5])
 SEES = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [True] * 6])
@@ -109,3 +110,46 @@ def test_one_image_a_class_is_too_few_to_choose_by(tiny, greys, features_of):
     features.data = dataclasses.replace(features.data, train=lonely)
     with pytest.raises(DataError, match="5 training images, one of each class"):
         linear_probe(features, EvalConfig())
+
+
+@pytest.mark.parametrize(("width", "depth"), [(192, 3), (768, 2)])
+def test_dinos_features_are_the_normed_class_tokens_of_the_last_blocks(width, depth):
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, depth=depth, embed_dim=width, num_heads=3, reg_tokens=2, seed=0
+    ).eval()
+    read, images = LastBlocks(encoder), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        layers = encoder.vit.forward_intermediates(
+            images, norm=True, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC"
+        )
+        found = read(images)
+    if width < 768:
+        expected = torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
+    else:
+        expected = torch.cat([layers[-1][1][:, 0], layers[-1][0].mean(1)], dim=1)
+    assert found.shape == (2, read.width)
+    assert_close(found, expected)
+
+
+def test_dinos_form_learns_and_leaves_the_encoder_alone(tiny, greys, features_of):
+    before = {key: value.clone() for key, value in tiny.state_dict().items()}
+    config = EvalConfig(preset="paper", image_size=32, epochs=40, head_batch_size=8)
+    features = features_of(tiny, greys, "labels")
+    scores = linear_probe(features, config)
+    assert scores.curves["loss"][-1] < scores.curves["loss"][0]
+    assert scores.metrics["top1"] > 0.5 and scores.metrics["top5"] == 1.0
+    assert scores.settings["learning_rate"] == 0.001 * 8 / 256 and scores.settings["steps"] == 160
+    assert all(torch.equal(value, before[key]) for key, value in tiny.state_dict().items())
+    again = linear_probe(features_of(tiny, greys, "labels", batch_size=3, num_workers=1), config)
+    assert again.metrics == scores.metrics
+    assert again.curves["loss"] == pytest.approx(scores.curves["loss"], rel=1e-5)
+
+
+def test_dinos_form_for_an_encoder_without_a_class_token(features_of, greys):
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, depth=1, class_token=False, global_pool="avg", seed=0
+    ).eval()
+    assert_close(
+        LastBlocks(encoder)(torch.ones(1, 3, 32, 32)), encoder.encode(torch.ones(1, 3, 32, 32)).patches.mean(1)
+    )
+    assert "mean patch" in str(LastBlocks(encoder))

@@ -23,20 +23,25 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.data.folders import ImageSample, read_image
-from smalti.data.labelled import eval_batches
-from smalti.data.views import Skipped, random_resized_crop, resize
+from smalti.data.folders import ImageSample
+from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features
-from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
-from smalti.evaluation.tally import Tally, tally_labels
-from smalti.evaluation.tuning import Example, normalized, seeded, train, trainable_copy, warm_cosine
+from smalti.evaluation.tuning import (
+    Example,
+    judge_labels,
+    normalized,
+    random_view,
+    seeded,
+    train,
+    trainable_copy,
+    warm_cosine,
+)
 from smalti.models.encoder import Encoder
 
 FEWEST_STEPS = 200
 """The small preset goes through few images more often, until it has made so many steps."""
-CROP_ASPECT, FLIP_PROB = (3 / 4, 4 / 3), 0.5
 BETAS = (0.9, 0.999)
 _LARGE = 24  # blocks of a ViT-L; a ViT-H has 32
 
@@ -163,18 +168,10 @@ class Augmented:
 
     def __call__(self, place: int, key: int) -> Example | Skipped:
         """``(C, S, S)`` normalised, and its class."""
-        sample, size = self.samples[place], self.recipe.image_size
-        try:
-            image = read_image(sample.path, len(self.mean))
-        except DataError as error:
-            return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
-        rng = np.random.default_rng(key)
-        top, left, height, width = random_resized_crop(
-            rng, image.shape[0], image.shape[1], self.recipe.crop_area, CROP_ASPECT
-        )
-        view = resize(image[top : top + height, left : left + width], size).reshape(size, size, -1)
-        if rng.random() < FLIP_PROB:
-            view = view[:, ::-1]
+        sample = self.samples[place]
+        view = random_view(sample, len(self.mean), self.recipe.image_size, self.recipe.crop_area, key)
+        if isinstance(view, Skipped):
+            return view
         if not self.recipe.rand_augment:
             return normalized(view, self.mean, self.std), torch.tensor(sample.label)
         with seeded(key):  # timm draws from Python's, NumPy's and torch's own generators
@@ -254,19 +251,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
             seed=config.seed,
             what="finetune",
         )
-        logits, places = _judge(model, features, recipe.image_size)
-    labels = torch.tensor([features.data.test.samples[place].label for place in places])
-    preds = logits.argmax(1)
-    confusion = ConfusionMatrix(num_classes)
-    confusion.update(labels, preds)
-    metrics = {"top1": accuracy(confusion.matrix), "balanced_top1": balanced_accuracy(confusion.matrix)}
-    tallies = tally_labels(labels, preds, num_classes, places, len(features.data.test))
-    if num_classes >= 5:
-        found = (logits.topk(5, dim=1).indices == labels[:, None]).any(1)
-        part, whole = np.zeros((2, len(features.data.test), 1))
-        part[places, 0], whole[places] = found.numpy(), 1
-        tallies["top5"] = Tally(part, whole)
-        metrics["top5"] = tallies["top5"].score()
+        metrics, per_class, tallies, confusion = judge_labels(model, features, recipe.image_size)
     settings = {
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
@@ -293,34 +278,6 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
         "precision": "bfloat16 in training" if features.device.type == "cuda" else "float32",
         "reported": "last epoch",
     }
-    recall = class_recall(confusion.matrix).tolist()
     return Scores(
-        metrics,
-        settings,
-        {"recall": dict(zip(features.data.classes, recall, strict=True))},
-        tallies=tallies,
-        confusion=confusion.matrix.numpy(),
-        curves={"loss": curve},
+        metrics, settings, per_class, tallies=tallies, confusion=confusion.matrix.numpy(), curves={"loss": curve}
     )
-
-
-def _judge(model: Classifier, features: Features, size: int) -> tuple[Float[Tensor, "n K"], list[int]]:
-    """Class scores of the test images that can be read, and their places.
-
-    Raises:
-        DataError: if there is none.
-    """
-    images, encoder = features.data.test, features.encoder
-    batches = eval_batches(
-        images, size, encoder.in_chans, mode="crop", batch_size=features.batch_size, num_workers=features.num_workers
-    )
-    logits, places = [], list[int]()
-    for pixels, positions, skipped in batches:
-        features.skipped.update({str(item.path): item.reason for item in skipped})
-        if positions:
-            with torch.no_grad():
-                logits.append(model(encoder.normalize(pixels.to(features.device))).cpu())
-            places += positions
-    if not places:
-        raise DataError(f"{images.root}: none of the {len(images)} test images can be read")
-    return torch.cat(logits), places

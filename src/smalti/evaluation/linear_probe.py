@@ -1,8 +1,8 @@
 """Linear classification of frozen features, with a grid of learning rates trained at once.
 
-Source: Oquab et al., DINOv2, arXiv:2304.07193, the linear evaluation of their code: 13 learning rates times choices of
-features, all heads on the same batches. Features are standardised as in He et al., MAE, arXiv:2111.06377v3, App. A.1
-(a batch norm without affine part), here with mean and deviation of all training images.
+Presets small and full: Oquab et al., DINOv2, arXiv:2304.07193, the linear evaluation of their code: 13 learning rates
+times choices of features, all heads on the same batches. Features are standardised as in He et al., MAE,
+arXiv:2111.06377v3, App. A.1 (a batch norm without affine part), here with mean and deviation of all training images.
 Differs from both: features of the last block only, as class token and as class token with mean patch; they are
 computed once, of whole images, without augmentation; and the best of the grid is chosen on a fifth of the *training*
 images, then fitted again on all of them, so the judged images choose nothing.
@@ -10,19 +10,24 @@ Letters: n images, D features, K classes, H heads.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.data.folders import ImageSample
 from smalti.data.loader import epoch_order
+from smalti.data.views import Skipped
 from smalti.errors import DataError
 from smalti.evaluation.features import Features, ImageFeatures, Progress
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import tally_labels
+from smalti.evaluation.tuning import Example, judge_labels, normalized, random_view, seeded, train
+from smalti.models.encoder import Encoder
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 """The grid; each is multiplied by head_batch_size / 256."""
@@ -30,6 +35,10 @@ MOMENTUM = 0.9
 BATCH_SIZE, EPOCHS = 256, 100
 FEWEST_STEPS, MOST_STEPS = 500, 12_500  # few images still need steps; DINOv2 stops at 12 500
 HELD_OUT = 0.2
+DINO_RATE, DINO_BATCH_SIZE, DINO_CROP_AREA = 0.001, 1024, (0.08, 1.0)
+"""The learning rate is for 256 images; the batch is eight GPUs' 128."""
+WIDE = 768
+"""From this width on one block's class token is taken, not four's: that of a ViT-B."""
 
 
 class Heads(NamedTuple):
@@ -111,10 +120,121 @@ def stratified_fifth(labels: Int[Tensor, " n"], seed: int) -> Bool[Tensor, " n"]
     return held_out
 
 
-@register_protocol("linear-probe", need="labels", heeds=("epochs", "head_batch_size"))
+@dataclass(frozen=True)
+class LastBlocks:
+    """DINO's features of an image: class tokens of the last blocks, each through the final norm.
+
+    Four blocks of a ViT-S; of wider encoders the last one, with its mean patch, which is as wide.
+    """
+
+    encoder: Encoder
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks whose class tokens are taken."""
+        return min(4, self.encoder.depth) if self.encoder.embed_dim < WIDE else 1
+
+    @property
+    def has_mean_patch(self) -> bool:
+        """Whether the mean patch of the last block is taken, too."""
+        return self.encoder.embed_dim >= WIDE and self.encoder.has_class_token
+
+    @property
+    def width(self) -> int:
+        """Features in all."""
+        return self.encoder.embed_dim * (self.num_blocks + self.has_mean_patch)
+
+    def __str__(self) -> str:
+        token = "class token" if self.encoder.has_class_token else "mean patch (there is no class token)"
+        return f"{token} of the last {self.num_blocks} blocks" + (", mean patch" if self.has_mean_patch else "")
+
+    def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """Features of normalised images."""
+        encoder, first = self.encoder, self.encoder.num_prefix_tokens
+        tokens, grid = encoder.embed_patches(images)
+        sequence = encoder.assemble(tokens, encoder.positions(grid))
+        layers = encoder.forward_layers(sequence, range(-self.num_blocks, 0))
+        parts = [layer[:, 0] if encoder.has_class_token else layer[:, first:].mean(1) for layer in layers]
+        if self.has_mean_patch:
+            parts.append(layers[-1][:, first:].mean(1))
+        return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class _Cropped:
+    """Makes the training image at a place of the set; see :func:`~smalti.evaluation.tuning.train`."""
+
+    samples: tuple[ImageSample, ...]
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, place: int, key: int) -> Example | Skipped:
+        sample = self.samples[place]
+        view = random_view(sample, len(self.mean), self.size, DINO_CROP_AREA, key)
+        if isinstance(view, Skipped):
+            return view
+        return normalized(view, self.mean, self.std), torch.tensor(sample.label)
+
+
+def dino_probe(features: Features, config: EvalConfig) -> Scores:
+    """The linear probe in DINO's form."""
+    encoder, num_classes = features.encoder, len(features.data.classes)
+    size = features.image_size(config.image_size or 224)
+    epochs, batch_size = config.epochs or EPOCHS, config.head_batch_size or DINO_BATCH_SIZE
+    num_images, peak = len(features.data.train), DINO_RATE * batch_size / BATCH_SIZE
+    num_steps = math.ceil(epochs * num_images / batch_size)
+    read = LastBlocks(encoder)
+
+    def frozen(images: Tensor) -> Tensor:
+        # float32 although the loop trains in bfloat16: nothing but a linear layer is trained
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            return torch.cat([read(part) for part in torch.split(images, features.batch_size)])
+
+    with seeded(config.seed):
+        head = nn.Linear(read.width, num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+    head.to(features.device)
+    curve = train(
+        head,
+        torch.optim.SGD(head.parameters(), peak, MOMENTUM),
+        features,
+        _Cropped(features.data.train.samples, size, encoder.mean, encoder.std),
+        lambda images, labels: F.cross_entropy(head(frozen(images)), labels),
+        lambda step: peak * (1 + math.cos(math.pi * (step * batch_size // num_images) / epochs)) / 2,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        seed=config.seed,
+        what="linear-probe",
+    )
+    metrics, per_class, tallies, confusion = judge_labels(lambda images: head(read(images)), features, size)
+    settings = {
+        "preset": config.preset,
+        "form": "DINO's: cropped and flipped images, one learning rate",
+        "comparable": "DINO's settings, as far as none was changed, but the last epoch instead of the best",
+        "features": str(read),
+        "learning_rate": peak,
+        "optimiser": f"SGD, momentum {MOMENTUM}, cosine to 0 by epochs",
+        "epochs": epochs,
+        "steps": num_steps,
+        "head_batch_size": batch_size,
+        "augmentation": f"random resized crop of {DINO_CROP_AREA[0]:g}-{DINO_CROP_AREA[1]:g} of the area, flip",
+        "image_size": size,
+        "resize": "short side, then centre crop",
+        "reported": "last epoch",
+    }
+    return Scores(
+        metrics, settings, per_class, tallies=tallies, confusion=confusion.matrix.numpy(), curves={"loss": curve}
+    )
+
+
+@register_protocol("linear-probe", need="labels", heeds=("preset", "epochs", "head_batch_size"))
 @torch.no_grad()
 def linear_probe(features: Features, config: EvalConfig) -> Scores:
     """Image classes by a linear head on frozen features; needs class folders."""
+    if config.preset == "paper":
+        return dino_probe(features, config)
     size = features.image_size(config.image_size)
     train, test = features.image_level("train", size), features.image_level("test", size)
     num_classes, device = len(features.data.classes), features.device
@@ -166,6 +286,7 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
     preds = head.logits(judged, num_classes)[:, 0].argmax(1).cpu()
     confusion.update(test.labels, preds)
     settings = {
+        "preset": config.preset,
         "form": "fast: frozen features of whole images, no augmentation",
         "features": names[combination],
         "learning_rate": LEARNING_RATES[rate] * batch_size / BATCH_SIZE,

@@ -1,6 +1,6 @@
-"""Training an encoder end to end on labels: what finetune and segmenter share.
+"""Training on augmented images: what finetune, segmenter and the linear probe in DINO's form share.
 
-It is always a copy of the encoder that is trained. Which images a step sees, and every random number of their
+An encoder that is trained is always a copy. Which images a step sees, and every random number of their
 augmentation, are functions of (seed, epoch, image), as in training; dropped paths and mixed images are drawn from
 generators that are given back as they were.
 Letters: B images a step, n training images, T steps.
@@ -19,14 +19,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from smalti.data.folders import ImageSample, read_image
+from smalti.data.labelled import eval_batches
 from smalti.data.loader import epoch_order, sample_key, start_worker, unchanged
-from smalti.data.views import Skipped
+from smalti.data.views import Skipped, random_resized_crop, resize
 from smalti.errors import DataError, RunError, SmaltiError
 from smalti.evaluation.features import Features
+from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
+from smalti.evaluation.tally import Tally, tally_labels
 from smalti.models.encoder import Encoder, clone_encoder
 
 Example = tuple[Tensor, Tensor]
 """An image as the network takes it, and its class or mask."""
+CROP_ASPECT, FLIP_PROB = (3 / 4, 4 / 3), 0.5
 _CHECK_EVERY = 50  # reading a loss waits for the GPU
 _CURVE_POINTS = 100
 
@@ -87,6 +92,28 @@ def normalized(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) 
     scaled = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
     image = (scaled - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def random_view(
+    sample: ImageSample, channels: int, size: int, area: tuple[float, float], key: int
+) -> np.ndarray | Skipped:
+    """``(size, size, C)``: a random resized crop of an image, mirrored half of the time.
+
+    Args:
+        sample: the image.
+        channels: C.
+        size: side in pixels.
+        area: smallest and largest share of the image's area.
+        key: of the randomness.
+    """
+    try:
+        image = read_image(sample.path, channels)
+    except DataError as error:
+        return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
+    rng = np.random.default_rng(key)
+    top, left, height, width = random_resized_crop(rng, image.shape[0], image.shape[1], area, CROP_ASPECT)
+    view = resize(image[top : top + height, left : left + width], size).reshape(size, size, -1)
+    return view[:, ::-1] if rng.random() < FLIP_PROB else view
 
 
 def warm_cosine(step: int, num_steps: int, *, peak: float, least: float, num_warmup: int) -> float:
@@ -230,3 +257,50 @@ def train(
     model.eval()
     spans = torch.stack(losses).float().cpu().tensor_split(min(_CURVE_POINTS, len(losses)))
     return [float(span.mean()) for span in spans]
+
+
+def judge_labels(
+    model: Callable[[Tensor], Tensor], features: Features, size: int
+) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Tally], ConfusionMatrix]:
+    """How well a classifier tells the test images: short side resized, central square.
+
+    Args:
+        model: ``(B, C, S, S)`` normalised images -> ``(B, K)`` class scores.
+        features: the test images.
+        size: S in pixels.
+
+    Returns:
+        ``top1``, ``balanced_top1`` and, from five classes on, ``top5``; the recall of each class; what each image
+        contributes to each score; the confusion matrix.
+
+    Raises:
+        DataError: if no image can be read.
+    """
+    images, encoder, classes = features.data.test, features.encoder, features.data.classes
+    batches = eval_batches(
+        images, size, encoder.in_chans, mode="crop", batch_size=features.batch_size, num_workers=features.num_workers
+    )
+    parts, places = list[Tensor](), list[int]()
+    for pixels, positions, skipped in batches:
+        features.skipped.update({str(item.path): item.reason for item in skipped})
+        if positions:
+            with torch.no_grad():
+                parts.append(model(encoder.normalize(pixels.to(features.device))).cpu())
+            places += positions
+    if not places:
+        raise DataError(f"{images.root}: none of the {len(images)} test images can be read")
+    logits = torch.cat(parts)
+    preds = logits.argmax(1)
+    labels = torch.tensor([images.samples[place].label for place in places])
+    confusion = ConfusionMatrix(len(classes))
+    confusion.update(labels, preds)
+    metrics = {"top1": accuracy(confusion.matrix), "balanced_top1": balanced_accuracy(confusion.matrix)}
+    tallies = tally_labels(labels, preds, len(classes), places, len(images))
+    if len(classes) >= 5:
+        part, whole = np.zeros((2, len(images), 1))
+        part[places, 0] = (logits.topk(5, dim=1).indices == labels[:, None]).any(1).numpy()
+        whole[places] = 1
+        tallies["top5"] = Tally(part, whole)
+        metrics["top5"] = tallies["top5"].score()
+    recall = dict(zip(classes, class_recall(confusion.matrix).tolist(), strict=True))
+    return metrics, {"recall": recall}, tallies, confusion
