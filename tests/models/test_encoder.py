@@ -81,6 +81,20 @@ def test_chosen_layers_end_with_the_encoder_s_output() -> None:
         encoder.forward_layers(sequence, [2])
 
 
+@pytest.mark.parametrize("kind", ["class token", "registers", "LayerScale, five channels", "pre-norm"])
+def test_attention_is_what_the_last_block_multiplies_values_with(kind: str) -> None:
+    encoder = small(**KINDS[kind])
+    images = torch.randn(2, encoder.in_chans, *encoder.img_size)
+    with torch.no_grad():
+        features, attention = encoder.encode_with_attention(images)
+        assert_close(features.patches, encoder.encode(images).patches)
+        attn = encoder.vit.blocks[-1].attn
+        attn.fused_attn, seen = False, []
+        attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        encoder.encode(images)
+    assert_close(attention, seen[0][:, :, 0, encoder.num_prefix_tokens :])
+
+
 def test_uint8_images_are_normalised_by_encode() -> None:
     encoder = small("vit_tiny_patch16_224")
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
@@ -135,6 +149,8 @@ def test_drop_path_grows_from_block_to_block() -> None:
 
 
 def test_mistakes_are_one_line_each() -> None:
+    with pytest.raises(ConfigError, match="has no class token"):
+        small("vit_medium_patch16_reg4_gap_256").encode_with_attention(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ConfigError, match="did you mean 'vit_small_patch16_224'"):
         build_encoder("vit_smal_patch16_224")
     with pytest.raises(ConfigError, match="timm's 'resnet18' is not a VisionTransformer"):

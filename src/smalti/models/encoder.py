@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models import is_model_in_modules
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from smalti.config import unknown_key
@@ -198,6 +198,32 @@ class Encoder(nn.Module):
         tokens, grid = self.embed_patches(images)
         sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid)))
         return PatchFeatures(sequence[:, self.num_prefix_tokens :], sequence[:, : self.num_prefix_tokens], grid)
+
+    def encode_with_attention(self, images: Num[Tensor, "B C H W"]) -> tuple[PatchFeatures, Float[Tensor, "B heads N"]]:
+        """As :meth:`encode`, and how the class token's attention in the last block falls on the patches.
+
+        Recomputed from queries and keys, since fused attention keeps no weights; a head's row sums to 1 less what goes
+        to the prefix tokens.
+
+        Raises:
+            ConfigError: without a class token, or for blocks that aren't timm's plain ones.
+        """
+        if not self.has_class_token or type(self.vit.blocks[-1]) is not Block:
+            raise ConfigError(f"{self.name} has no class token, or no plain last block, whose attention could be read")
+        if images.dtype == torch.uint8:
+            images = self.normalize(images)
+        tokens, grid = self.embed_patches(images)
+        sequence = self.vit.norm_pre(self.assemble(tokens, self.positions(grid)))
+        for block in self.vit.blocks[:-1]:
+            sequence = block(sequence)
+        last, num_prefix = self.vit.blocks[-1], self.num_prefix_tokens
+        attn = last.attn
+        qkv = attn.qkv(last.norm1(sequence)).reshape(*sequence.shape[:2], 3, attn.num_heads, -1)
+        queries, keys, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
+        logits = attn.q_norm(queries[:, :, :1]) * attn.scale @ attn.k_norm(keys).mT
+        attention = logits.float().softmax(-1)[:, :, 0, num_prefix:]
+        sequence = self.vit.norm(last(sequence))
+        return PatchFeatures(sequence[:, num_prefix:], sequence[:, :num_prefix], grid), attention
 
     def set_pool(self, pool: str) -> None:
         """Choose the vector that stands for an image: ``cls`` the class token, ``avg`` the mean patch, ``auto`` the
