@@ -340,3 +340,53 @@ def test_training_gets_better_than_predicting_each_patch_s_mean(photos: Path, tm
     losses = [float(row["loss"]) for row in read_csv(run / "log.csv")]
     assert losses[0] > losses[-1]
     assert losses[-1] < 191 / 192  # what a prediction of zero costs, with 192 standardised values a patch
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_encoder_keeps_its_bits_and_has_no_momenta_while_the_head_learns(
+    method: str, photos: Path, tmp_path: Path
+) -> None:
+    optim = {"freeze_encoder_share": 0.5, "weight_decay": 0.3, "warmup_share": 0.0}
+    run = train(tmp_path / "a", photos, method, optim=optim, checkpoint={"every": 1, "keep": 9}, drop_path=0.2)
+    stages = [load_file(run / "checkpoints" / f"step_{n:08d}" / "weights.safetensors") for n in (0, 4, 5)]
+    trained = {name: p for name, p in pretrain_parameters(run).items() if p.requires_grad}
+    inside = [name for name in stages[0] if "encoder.vit." in f".{name}"]
+    heads = [name for name in trained if name not in inside]
+    assert inside and heads
+    assert all(torch.equal(stages[0][name], stages[1][name]) for name in inside)
+    assert any(not torch.equal(stages[0][name], stages[1][name]) for name in heads)
+    assert all(not torch.equal(stages[1][name], stages[2][name]) for name in inside if name in trained)
+    counts = []
+    for number in (4, 5):
+        file = run / "checkpoints" / f"step_{number:08d}" / "optimizer.pt"
+        counts.append([entry["step"].item() for entry in torch.load(file, weights_only=True)["state"].values()])
+    assert len(counts[0]) == len(heads)  # none of the encoder's
+    assert len(counts[1]) == len(trained) and counts[1].count(1.0) == len(trained) - len(heads)
+
+
+def test_a_run_killed_in_a_freeze_resumes_to_the_same_bits(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"optim": {"freeze_encoder_share": 0.6}}
+    undisturbed = weights(train(tmp_path / "a", photos, "dino", **more))
+    original = pretrain.get_method("dino").after_step
+
+    def stop(self: Any, progress: float) -> None:
+        original(self, progress)
+        if progress >= 0.5:
+            raise Killed
+
+    monkeypatch.setattr(pretrain.get_method("dino"), "after_step", stop)
+    with pytest.raises(Killed):
+        train(tmp_path / "b", photos, "dino", **more)
+    monkeypatch.undo()
+    pretrain.resume(tmp_path / "b", quiet=True)
+    assert same(undisturbed, weights(tmp_path / "b"))
+
+
+def test_a_freeze_needs_something_beside_the_encoder(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MAE, "networks", lambda self: {"encoder": self})
+    with pytest.raises(ConfigError, match=r"freeze_encoder_share=0.1: mae trains nothing beside its encoder"):
+        train(tmp_path / "a", photos, optim={"freeze_encoder_share": 0.1})

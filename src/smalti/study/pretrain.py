@@ -289,6 +289,7 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet, quiet: 
     method = build_method(config, own, quiet=quiet)
     views = method.make_views(config.data.image_size)
     build_optimizer(method.param_groups(), config.optim)
+    _check_freeze(method, config.optim)
     if config.eval.data and config.eval.image_size:
         method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
     trouble: DataError | None = None
@@ -300,6 +301,21 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet, quiet: 
             trouble = error
     if trouble is not None:
         raise trouble
+
+
+def _check_freeze(method: Method, config: OptimConfig) -> None:
+    """Something must be left to learn while the encoder stays as it is.
+
+    Raises:
+        ConfigError: if there is nothing beside it.
+    """
+    inside = {parameter for encoder in method.networks().values() for parameter in encoder.parameters()}
+    beside = any(parameter.requires_grad and parameter not in inside for parameter in method.parameters())
+    if config.freeze_encoder_share and not beside:
+        raise ConfigError(
+            f"optim.freeze_encoder_share={config.freeze_encoder_share}: {method.name} trains nothing beside its "
+            "encoder; leave it at 0"
+        )
 
 
 def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:

@@ -17,7 +17,7 @@ from smalti.errors import RunError
 from smalti.methods.base import Method
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
 from smalti.training.health import Health, feature_health
-from smalti.training.optim import OptimConfig, apply_schedules, clip_gradients, peak_lr
+from smalti.training.optim import OptimConfig, apply_schedules, clip_gradients, freeze, peak_lr
 
 MAX_SETBACKS = 3
 HEALTH_IMAGES = 32
@@ -121,6 +121,7 @@ def train(
     health, clock = Health(), Clock(images_per_step)
     batches = make_batches(state.step * optim.accumulate)
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
     method.train()
     clock.start(state.step)
     for listener in listeners:
@@ -145,6 +146,7 @@ def train(
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients()
                     method.after_backward(progress)
+                    freeze(encoders, optim, progress)
                     grad_norm = clip_gradients(parameters, optim)
                 prepared.step()
                 prepared.zero_grad(set_to_none=True)

@@ -41,6 +41,9 @@ class OptimConfig:
     """Whether ``clip_norm`` holds for all gradients together or for each tensor alone (DINO's way)."""
     accumulate: PositiveInt = 1
     """Batches whose gradients are added up before a step."""
+    freeze_encoder_share: Share = 0.0
+    """Share of training, from its start, in which the encoder stays as it is and only what is beside it learns (heads,
+    prototypes, decoders): for fresh heads on an encoder that is trained already."""
 
 
 def peak_lr(config: OptimConfig, images_per_step: int) -> float:
@@ -86,6 +89,16 @@ def apply_schedules(
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = decay * group["weight_decay_scale"]
     return lr, decay
+
+
+def freeze(parameters: Iterable[Tensor], config: OptimConfig, progress: float) -> None:
+    """Drop the gradients of an encoder's parameters in the first ``freeze_encoder_share`` of training.
+
+    AdamW passes over what has no gradient: no decay, no momenta, and its count of steps starts when the freeze ends.
+    """
+    if progress < config.freeze_encoder_share:
+        for parameter in parameters:
+            parameter.grad = None
 
 
 @torch.no_grad()
