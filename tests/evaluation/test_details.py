@@ -8,9 +8,10 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from smalti.errors import DataError
-from smalti.evaluation.details import palette, read_details, write_details
+from smalti.evaluation.details import read_details, write_details
 from smalti.evaluation.protocol import EvalConfig, evaluate
 from smalti.evaluation.tally import Tally, join_repetitions
+from smalti.functional.colours import palette
 
 
 def test_details_survive_their_folder(tiny, scenes, greys, tmp_path):
@@ -53,6 +54,32 @@ def test_predictions_open_in_any_viewer_with_distinct_colours(tiny, scenes, tmp_
         assert image.mode == "P"
     colours = palette(256)
     assert len({tuple(colour) for colour in colours[:60]}) == 60
+
+
+def test_what_pages_show_is_kept_once_for_all_protocols_of_an_encoder(tiny, scenes, tmp_path):
+    config = EvalConfig(protocols=("linear-segmentation",), epochs=1)
+    ours, twin = evaluate(tiny, "a", str(scenes), config, figures=True)
+    shown = ours.details.shown
+    height, width = shown.grid
+    assert shown.places == tuple(ours.details.predictions) == twin.details.shown.places
+    assert shown.coordinates.shape[:2] == (len(shown.places), height * width)
+    assert set(shown.pictures) == set(shown.truths) == set(shown.places)
+    write_details(tmp_path, [ours, dataclasses.replace(ours), twin])
+    assert len(list(tmp_path.glob("shown_*"))) == 2
+    for before, result in zip((ours, ours, twin), read_details(tmp_path, [ours, ours, twin]), strict=True):
+        after, before = result.details.shown, before.details.shown
+        assert_array_equal(after.coordinates.numpy(), before.coordinates.numpy())
+        assert (after.places, after.aspects, after.grid) == (before.places, before.aspects, before.grid)
+        for place, truth in before.truths.items():
+            assert_array_equal(after.truths[place], truth)
+        assert after.pictures[shown.places[0]].shape == before.pictures[shown.places[0]].shape
+
+
+def test_pages_show_nothing_that_was_not_asked_for(tiny, greys):
+    (result,) = evaluate(tiny, "a", str(greys), EvalConfig(protocols=("knn",), baseline=False))
+    assert result.details.shown is None
+    (result,) = evaluate(tiny, "a", str(greys), EvalConfig(protocols=("knn",), baseline=False), figures=True)
+    assert result.details.shown.places and not result.details.shown.truths
 
 
 def test_a_folder_of_something_else_is_named(tmp_path):

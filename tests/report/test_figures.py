@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smalti.errors import ConfigError
+from smalti.functional.components import reduce_patches
 from smalti.report.figures import (
     crop_images,
     hero_figure,
@@ -15,38 +16,21 @@ from smalti.report.figures import (
     patch_tokens,
     pca_maps,
     quantise,
-    reduce_patches,
     telling_patch,
 )
-
-
-def test_principal_components_are_those_of_the_singular_value_decomposition():
-    patches = torch.randn(3, 16, 10, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 11)
-    coordinates, share = reduce_patches(patches, 4)
-    flat = patches.flatten(0, 1).double()
-    u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    torch.testing.assert_close(coordinates.flatten(0, 1).abs(), (u * s)[:, :4].abs().float(), atol=1e-4, rtol=1e-4)
-    assert share == pytest.approx((s[:4].square().sum() / s.square().sum()).item())
-
-
-def test_the_sign_of_a_component_does_not_depend_on_the_order_of_the_images():
-    patches = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(1))
-    there, _ = reduce_patches(patches, 3)
-    back, _ = reduce_patches(patches.flip(0), 3)
-    torch.testing.assert_close(there, back.flip(0), atol=1e-5, rtol=1e-5)
 
 
 def test_two_materials_get_two_colours():
     patches = torch.zeros(1, 16, 5)
     patches[0, 8:, 2] = 3.0
-    colours = pca_maps(reduce_patches(patches)[0], (4, 4))
+    colours = pca_maps(reduce_patches(patches, 3)[0], (4, 4))
     assert colours.shape == (1, 4, 4, 3)
     assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 2
     assert (colours[0, :2] == colours[0, 0, 0]).all() and (colours[0, 2:] == colours[0, 3, 3]).all()
 
 
 def test_equal_patches_are_grey_and_give_no_nan():
-    coordinates, share = reduce_patches(torch.ones(2, 4, 3))
+    coordinates, share = reduce_patches(torch.ones(2, 4, 3), 3)
     assert share == 1.0 and (pca_maps(coordinates, (2, 2)) == 128).all()
     assert not quantise(coordinates).any()
 

@@ -68,6 +68,17 @@ def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
     return _to_range(_to_channels(image, channels))
 
 
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """Any channels and depth as uint8 RGB; float images are stretched: microscopes leave most of the range unused."""
+    if image.dtype != np.uint8:
+        low, high = np.quantile(image, (0.002, 0.998))
+        image = ((image - low) / max(high - low, 1e-6) * 255).clip(0, 255).astype(np.uint8)
+    channels = image.shape[2]
+    if channels == 2:
+        return np.dstack([image, image[..., :1]])
+    return np.repeat(image, 3, axis=2) if channels == 1 else np.ascontiguousarray(image[..., :3])
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image file as :func:`read_image` gives it, from its header alone.
 

@@ -1,34 +1,43 @@
 """Details of results on disk: Parquet for what each image contributed, PNG for predictions, CSV for confusion.
 
 Layout of a folder: ``details.json`` and, a folder a result, ``NUMBER_PROTOCOL/per_image.parquet``, ``confusion.csv``
-and ``predictions/PLACE.png`` (palette images whose values are classes).
+and ``predictions/PLACE.png`` (palette images whose values are classes). What pages show of a few images lies in
+``shown_NUMBER/``, once for all results that share it: ``PLACE.jpg``, ``PLACE_mask.png`` (65535 where a pixel counts for
+nothing) and ``tokens.safetensors``.
 """
 
-import colorsys
 import csv
 import dataclasses
 import io
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
 from PIL import Image
 
 from smalti.config import write_atomically
 from smalti.errors import DataError
 from smalti.evaluation.protocol import Details, Result
+from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
+from smalti.functional.colours import palette
 
 INDEX, PER_IMAGE, CONFUSION, PREDICTIONS = "details.json", "per_image.parquet", "confusion.csv", "predictions"
+TOKENS = "tokens.safetensors"
+_VOID = 65535
 
 
 def write_details(folder: Path, results: Sequence[Result]) -> None:
     """Write the details of results; those without any are left out. The index comes last: a folder with it is whole."""
     index = []
+    shown: dict[int, str] = {}
     for number, result in enumerate(results):
         details = result.details
         if details is None:
@@ -39,10 +48,14 @@ def write_details(folder: Path, results: Sequence[Result]) -> None:
             write_atomically(folder / name / CONFUSION, _confusion_csv(details))
         for place, classes in details.predictions.items():
             write_atomically(folder / name / PREDICTIONS / f"{place:06d}.png", _png(classes))
+        if details.shown is not None and id(details.shown) not in shown:
+            shown[id(details.shown)] = f"shown_{number:02d}"
+            _write_shown(folder / shown[id(details.shown)], details.shown)
         index.append(
             {
                 "number": number,
                 "folder": name,
+                "shown": _index_of(details.shown, shown[id(details.shown)]) if details.shown is not None else None,
                 "protocol": result.protocol,
                 "classes": list(details.classes),
                 "images": list(details.images),
@@ -64,23 +77,60 @@ def read_details(folder: Path, results: Sequence[Result]) -> list[Result]:
     """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        found = {entry["number"]: _read_one(folder / entry["folder"], entry) for entry in index}
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        once = cache(lambda text: _read_shown(folder, json.loads(text)))  # several results share one
+        found = {}
+        for entry in index:
+            shown = once(json.dumps(entry["shown"])) if entry.get("shown") else None
+            found[entry["number"]] = dataclasses.replace(_read_one(folder / entry["folder"], entry), shown=shown)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid, safetensors.SafetensorError) as error:
         raise DataError(f"{folder}: not a folder of details ({type(error).__name__}: {error})") from error
     return [dataclasses.replace(result, details=found.get(number)) for number, result in enumerate(results)]
 
 
-def palette(num_classes: int) -> np.ndarray:
-    """``(num_classes, 3)`` uint8 colours that people tell apart: hues a golden angle apart, at three brightnesses.
+def _index_of(shown: Shown, folder: str) -> dict[str, Any]:
+    return {
+        "folder": folder,
+        "places": list(shown.places),
+        "aspects": list(shown.aspects),
+        "masks": sorted(shown.truths),
+        "share": shown.share,
+        "grid": list(shown.grid),
+        "image_size": shown.image_size,
+    }
 
-    Class 0, mostly the background, is a dark grey.
-    """
-    colours = [(70, 70, 70)]
-    for number in range(1, num_classes):
-        hue, value = number * 0.618034 % 1, (0.95, 0.75, 0.55)[number % 3]
-        red, green, blue = colorsys.hsv_to_rgb(hue, (0.75, 0.55, 0.9)[number // 3 % 3], value)
-        colours.append((round(red * 255), round(green * 255), round(blue * 255)))
-    return np.array(colours[:num_classes], dtype=np.uint8)
+
+def _write_shown(folder: Path, shown: Shown) -> None:
+    for place, picture in shown.pictures.items():
+        data = io.BytesIO()
+        Image.fromarray(picture).save(data, format="JPEG", quality=88)
+        write_atomically(folder / f"{place:06d}.jpg", data.getvalue())
+    for place, truth in shown.truths.items():
+        write_atomically(folder / f"{place:06d}_mask.png", _png(np.where(truth < 0, _VOID, truth)))
+    write_atomically(folder / TOKENS, safetensors.torch.save({"coordinates": shown.coordinates.contiguous()}))
+
+
+def _read_shown(folder: Path, entry: dict[str, Any]) -> Shown:
+    folder = folder / entry["folder"]
+    truths = {place: _read_classes(folder / f"{place:06d}_mask.png") for place in entry["masks"]}
+    pictures = {}
+    for place in entry["places"]:
+        with Image.open(folder / f"{place:06d}.jpg") as image:
+            pictures[place] = np.array(image.convert("RGB"))
+    return Shown(
+        places=tuple(entry["places"]),
+        aspects=tuple(entry["aspects"]),
+        pictures=pictures,
+        truths={place: np.where(truth == _VOID, -1, truth) for place, truth in truths.items()},
+        coordinates=safetensors.torch.load_file(folder / TOKENS)["coordinates"],
+        share=entry["share"],
+        grid=(entry["grid"][0], entry["grid"][1]),
+        image_size=entry["image_size"],
+    )
+
+
+def _read_classes(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(np.int32)
 
 
 def _write_tallies(path: Path, details: Details) -> None:
@@ -119,10 +169,7 @@ def _read_one(folder: Path, entry: dict[str, Any]) -> Details:
     if (folder / CONFUSION).is_file():
         with (folder / CONFUSION).open(encoding="utf-8", newline="") as file:
             confusion = np.array([row[1:] for row in csv.reader(file)][1:], dtype=np.int64)
-    predictions = {}
-    for path in sorted((folder / PREDICTIONS).glob("*.png")):
-        with Image.open(path) as image:
-            predictions[int(path.stem)] = np.asarray(image).astype(np.int32)
+    predictions = {int(path.stem): _read_classes(path) for path in sorted((folder / PREDICTIONS).glob("*.png"))}
     return Details(
         images=tuple(entry["images"]),
         classes=tuple(entry["classes"]),

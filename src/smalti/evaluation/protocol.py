@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from smalti.data.labelled import LabelledData, open_labelled
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress
 from smalti.evaluation.metrics import Absent
+from smalti.evaluation.shown import Shown, show
 from smalti.evaluation.tally import Tally
 from smalti.models.encoder import Encoder, build_encoder, eval_mode
 
@@ -166,6 +168,8 @@ class Details:
     """Place of a test image -> ``(M, M)`` class of each pixel, of the few images that are shown."""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Name -> a number a layer, or a step, for figures."""
+    shown: Shown | None = None
+    """Pictures, masks and patch tokens of the images of ``predictions``; where :func:`evaluate` was asked for them."""
 
 
 class Scores(NamedTuple):
@@ -275,7 +279,13 @@ def fitting_protocols(data: str) -> tuple[str, ...]:
 
 
 def evaluate(
-    encoder: Encoder, name: str, data: str, config: EvalConfig, *, progress: Progress | None = None
+    encoder: Encoder,
+    name: str,
+    data: str,
+    config: EvalConfig,
+    *,
+    progress: Progress | None = None,
+    figures: bool = False,
 ) -> list[Result]:
     """What the protocols find about an encoder, and about its randomly initialised twin.
 
@@ -288,6 +298,7 @@ def evaluate(
         data: labelled images, as in ``EvalConfig.data``, which is not read here.
         config: settings of all protocols.
         progress: called as ``progress(what, done, total)`` from time to time.
+        figures: also keep what pages show of a few images, in ``details.shown``.
 
     Returns:
         One result a protocol in the order of ``config.protocols``, each followed by that of the baseline, if there
@@ -301,11 +312,11 @@ def evaluate(
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
-    results = [_judge(encoder, name, data, protocols, sets, config, progress)]
+    results = [_judge(encoder, name, data, protocols, sets, config, progress, figures)]
     if config.baseline:
         twin = random_twin(encoder, config.seed)
         twin_name = f"random:{encoder.name}"
-        judged = _judge(twin, twin_name, data, protocols, sets, config, progress)
+        judged = _judge(twin, twin_name, data, protocols, sets, config, progress, figures)
         results.append(
             [dataclasses.replace(r, settings={**r.settings, "baseline_of": name}) for r in judged],
         )
@@ -400,6 +411,7 @@ def _judge(
     sets: Mapping[Need, LabelledData],
     config: EvalConfig,
     progress: Progress | None,
+    figures: bool,
 ) -> list[Result]:
     """One result a protocol; features are computed once for all of them."""
     results = []
@@ -450,6 +462,7 @@ def _judge(
                         confusion=scores.confusion,
                         predictions=scores.predictions,
                         curves=scores.curves,
+                        shown=source.once("shown", partial(show, source, config.image_size)) if figures else None,
                     ),
                 )
             )

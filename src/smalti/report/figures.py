@@ -15,7 +15,6 @@ from typing import Any
 import cv2
 import matplotlib
 import numpy as np
-import scipy.linalg
 import torch
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
@@ -23,6 +22,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from smalti.config import write_atomically
+from smalti.data.images import as_picture
+from smalti.functional.components import reduce_patches
 from smalti.models.encoder import Encoder, eval_mode
 
 EXPLORER_DIMS = 32
@@ -57,7 +58,7 @@ def crop_images(names: Sequence[str], images: Sequence[np.ndarray], size: tuple[
         crop = _centre(image, size[1] / size[0])
         inputs.append(_resize(crop, size))
         scale = max(1.0, min(view_px, max(crop.shape[:2])) / max(size))
-        pictures.append(_as_picture(_resize(crop, (round(size[0] * scale), round(size[1] * scale)))))
+        pictures.append(as_picture(_resize(crop, (round(size[0] * scale), round(size[1] * scale)))))
     return ShownImages(tuple(names), tuple(inputs), tuple(pictures))
 
 
@@ -82,31 +83,6 @@ def patch_tokens(encoder: Encoder, inputs: Sequence[np.ndarray], batch_size: int
             tokens.append(features.patches.float().cpu())
             grid = features.grid
     return torch.cat(tokens), grid
-
-
-def reduce_patches(
-    patches: Float[Tensor, "B N D"], num_components: int = EXPLORER_DIMS
-) -> tuple[Float[Tensor, "B N K"], float]:
-    """Patch tokens less their mean over all images, along their directions of largest variance.
-
-    The sign of a direction, which PCA leaves open, makes its largest entry positive, so that a page comes out the same
-    each time.
-
-    Returns:
-        ``(B, N, K)`` coordinates with ``K = min(num_components, D)``, largest variance first; the share of the variance
-        that they hold, 1 where there is no variance.
-    """
-    features = patches.flatten(0, 1)
-    centred = (features - features.mean(0)).double()
-    scatter = (centred.T @ centred).numpy()
-    dim = scatter.shape[0]
-    values, vectors = scipy.linalg.eigh(scatter, subset_by_index=[max(dim - num_components, 0), dim - 1])  # ascending
-    basis = np.ascontiguousarray(vectors[:, ::-1])
-    largest = np.take_along_axis(basis, np.abs(basis).argmax(0, keepdims=True), axis=0)
-    basis *= np.where(largest < 0, -1.0, 1.0)
-    total = float(np.trace(scatter))
-    share = float(values.clip(min=0).sum()) / total if total > 0 else 1.0
-    return (centred @ torch.from_numpy(basis)).float().view(*patches.shape[:2], -1), share
 
 
 def pca_maps(coordinates: Float[Tensor, "B N K"], grid: tuple[int, int]) -> np.ndarray:
@@ -269,7 +245,7 @@ def hero_figure(
     """
     shown = crop_images([""] * len(images), images, size or encoder.img_size, view_px=448)
     patches, grid = patch_tokens(encoder, shown.inputs)
-    coordinates, _ = reduce_patches(patches)
+    coordinates, _ = reduce_patches(patches, EXPLORER_DIMS)
     colours = pca_maps(coordinates, grid)
     codes = quantise(coordinates)
     unit = torch.nn.functional.normalize(coordinates, dim=-1)
@@ -342,17 +318,6 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     planes = [cv2.resize(image[..., c], size[::-1], interpolation=way) for c in range(image.shape[2])]  # any number
     resized = np.stack(planes, axis=-1)
     return resized if resized.dtype == np.uint8 else resized.clip(0, 1)
-
-
-def _as_picture(image: np.ndarray) -> np.ndarray:
-    """Any channels and depth as uint8 RGB; float images are stretched: microscopes leave most of the range unused."""
-    if image.dtype != np.uint8:
-        low, high = np.quantile(image, (0.002, 0.998))
-        image = ((image - low) / max(high - low, 1e-6) * 255).clip(0, 255).astype(np.uint8)
-    channels = image.shape[2]
-    if channels == 2:
-        return np.dstack([image, image[..., :1]])
-    return np.repeat(image, 3, axis=2) if channels == 1 else np.ascontiguousarray(image[..., :3])
 
 
 def _to_float(image: np.ndarray) -> np.ndarray:

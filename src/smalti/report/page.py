@@ -16,9 +16,11 @@ from smalti.config import flatten, write_atomically
 from smalti.data.folders import ImageSet, open_images, read_image
 from smalti.errors import ConfigError, DataError, SmaltiError
 from smalti.evaluation.protocol import Result, random_twin
+from smalti.functional.components import reduce_patches
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
 from smalti.report.figures import (
+    EXPLORER_DIMS,
     ShownImages,
     crop_images,
     explorer_data,
@@ -27,7 +29,6 @@ from smalti.report.figures import (
     patch_tokens,
     pca_maps,
     quantise,
-    reduce_patches,
 )
 from smalti.report.rundir import RunFiles, read_run
 
@@ -484,7 +485,7 @@ def _features(shown: ShownImages, where: str, encoder: Encoder, baseline: Encode
     grid = encoder.check_size(*shown.inputs[0].shape[:2])
     maps, codes = {}, {}
     for name, one in encoders.items():
-        coordinates, share = reduce_patches(patch_tokens(one, shown.inputs)[0])
+        coordinates, share = reduce_patches(patch_tokens(one, shown.inputs)[0], EXPLORER_DIMS)
         maps[name] = pca_maps(coordinates, grid)
         codes[name] = quantise(coordinates), share
     uris = [image_uri(picture) for picture in shown.pictures]

@@ -131,7 +131,7 @@ def run_cell(job: Job) -> None:
         started, cpu = time.perf_counter(), cpu_seconds()
         config = build(EvalConfig, {**entry["settings"], "seed": job.seed, "baseline": False}, "evaluate")
         progress = None if job.quiet else _say(job.name)
-        results = evaluate(encoder, job.name, entry["data"], config, progress=progress)
+        results = evaluate(encoder, job.name, entry["data"], config, progress=progress, figures=True)
         cost = {"wall_s": time.perf_counter() - started, "cpu_s": cpu_seconds() - cpu, "peak_mib": peak_mib()}
         cost["parameters"] = num_parameters(encoder)
         shutil.rmtree(target, ignore_errors=True)

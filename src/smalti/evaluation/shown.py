@@ -1,0 +1,90 @@
+"""The few test images that pages show: as people see them, their masks, and what the encoder's patches say of them.
+
+Kept with the details of a result, so that a page can be drawn when neither data nor weights are there any more.
+Letters: B images, N = h*w patches, K components kept.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float16
+from torch import Tensor
+
+from smalti.data.images import as_picture, image_size
+from smalti.data.labelled import eval_image, eval_mask, read_mask
+from smalti.errors import DataError
+from smalti.evaluation.features import Features
+from smalti.functional.components import reduce_patches
+
+PICTURE_PX = 224
+"""Side of the pictures and masks that are kept, in pixels."""
+COMPONENTS = 16
+"""Principal components kept of a patch token, at most."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A few test images, resized to a square as dense protocols do."""
+
+    places: tuple[int, ...]
+    """In the test set; the B of the tokens."""
+    aspects: tuple[float, ...]
+    """Width over height of each image before it was made square."""
+    pictures: Mapping[int, np.ndarray]
+    """Place -> ``(224, 224, 3)`` uint8 RGB."""
+    truths: Mapping[int, np.ndarray]
+    """Place -> ``(224, 224)`` int32 class of each pixel, -1 where it counts for nothing; empty without masks."""
+    coordinates: Float16[Tensor, "B N K"]
+    """Patch tokens in their first principal components over these images; see ``reduce_patches``."""
+    share: float
+    """Of the tokens' variance, that these components hold."""
+    grid: tuple[int, int]
+    """``(h, w)``."""
+    image_size: int
+    """Side in pixels of the images that the encoder was given."""
+
+
+def show(features: Features, wanted: int | None) -> Shown | None:
+    """What pages show of the encoder on ``features.shown``; one more pass over these few images.
+
+    Args:
+        features: of one encoder on one data set.
+        wanted: side of the images in pixels; None takes that of dense protocols. An encoder whose own size isn't
+            square is given squares of its longer side.
+
+    Returns:
+        None if none of the images can be read, or the encoder gives them fewer than two patches.
+    """
+    encoder, images = features.encoder, features.data.test
+    size = wanted or max(encoder.img_size)
+    if wanted is None and encoder.img_size[0] == encoder.img_size[1]:
+        size = features.dense_size(None)
+    if size % encoder.patch_size[0] or size % encoder.patch_size[1]:
+        return None
+    grid = encoder.check_size(size, size)
+    subset = dataclasses.replace(images, samples=tuple(images.samples[place] for place in features.shown))
+    tokens, places = [], list[int]()
+    for found, positions in features.encode(subset, size, "squash", features.batch_size, "images to show"):
+        tokens.append(found.patches.float().cpu())
+        places += [features.shown[position] for position in positions]
+    if not places or grid[0] * grid[1] < 2:
+        return None
+    coordinates, share = reduce_patches(torch.cat(tokens), COMPONENTS)
+    longest = coordinates.abs().max().clamp(min=1e-30)  # float16 holds coordinates of any encoder at length 1
+    pictures, truths, aspects = {}, {}, []
+    num_classes = len(features.data.classes)
+    for place in places:
+        sample = images.samples[place]
+        pictures[place] = as_picture(eval_image(sample.path, PICTURE_PX, encoder.in_chans, "squash"))
+        height, width = image_size(sample.path)
+        aspects.append(width / height)
+        if num_classes and (sample.mask is not None or sample.instances is not None):
+            try:
+                truth = eval_mask(read_mask(sample, num_classes), PICTURE_PX).astype(np.int32)
+            except DataError:  # a protocol that needs it says so; a page goes without
+                continue
+            truths[place] = np.where(truth >= num_classes, -1, truth)  # 255 is ignored where it is no class
+    return Shown(tuple(places), tuple(aspects), pictures, truths, (coordinates / longest).half(), share, grid, size)
