@@ -4,4 +4,5 @@ from smalti.evaluation import finetune as finetune
 from smalti.evaluation import knn as knn
 from smalti.evaluation import linear_probe as linear_probe
 from smalti.evaluation import linear_segmentation as linear_segmentation
+from smalti.evaluation import overclustering as overclustering
 from smalti.evaluation import segmenter as segmenter

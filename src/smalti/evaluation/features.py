@@ -32,8 +32,8 @@ class Observer(abc.ABC):
     """Watches the encoder while all test images pass through it once, in their order, for :meth:`Features.tokens`."""
 
     @abc.abstractmethod
-    def watch(self, encoder: Encoder, size: int) -> contextlib.AbstractContextManager[object]:
-        """Begin anew; entered before the first image and left behind the last."""
+    def watch(self, encoder: Encoder, size: int, num_images: int) -> contextlib.AbstractContextManager[object]:
+        """Begin anew, before the first of ``num_images`` test images of that size; left behind the last."""
 
     @abc.abstractmethod
     def saw(self, places: Sequence[int]) -> None:
@@ -209,7 +209,7 @@ class Features:
         names = [name for name in self._observers if size is not None and (name, size) not in self._observed]
         with contextlib.ExitStack() as stack:
             for name in names:
-                stack.enter_context(self._observers[name].watch(self.encoder, size or 0))
+                stack.enter_context(self._observers[name].watch(self.encoder, size or 0, len(self.data.test)))
 
             def saw(places: Sequence[int]) -> None:
                 for name in names:

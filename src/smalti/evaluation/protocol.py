@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from smalti.config import settings, write_atomically
-from smalti.data.folders import open_images
+from smalti.data.folders import ImageSet, open_images
 from smalti.data.labelled import LabelledData, open_labelled
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress
@@ -209,6 +209,8 @@ class Protocol:
     """Whether it runs where no protocol is named and the data fits."""
     observer: Callable[[EvalConfig], Observer] | None = None
     """Makes what watches the encoder while test images pass through it, for whom tokens are not enough."""
+    prefers: tuple[Need, ...] = ()
+    """What it takes where the data has it, though ``need`` is enough: it then says more, or shares a pass."""
 
 
 _REGISTRY: dict[str, Protocol] = {}
@@ -221,6 +223,7 @@ def register_protocol(
     heeds: Sequence[str] = (),
     by_default: bool = True,
     observer: Callable[[EvalConfig], Observer] | None = None,
+    prefers: tuple[Need, ...] = (),
 ) -> Callable[[Callable[[Features, EvalConfig], Scores]], Callable[[Features, EvalConfig], Scores]]:
     """Decorator that makes a function a protocol; the first line of its docstring is the summary.
 
@@ -229,14 +232,15 @@ def register_protocol(
         need: what the data must have.
         heeds: fields of :class:`EvalConfig` that it heeds, beside :data:`SHARED`.
         by_default: whether it runs where no protocol is named and the data fits.
-        observer: makes what watches the encoder while test images pass through it; ``features.observed[name]``.
+        observer: makes what watches the encoder while test images pass through it; ``features.observed(name, size)``.
+        prefers: what it takes where the data has it, though ``need`` is enough.
     """
     unknown = set(heeds) - {item.name for item in dataclasses.fields(EvalConfig)}
     assert name not in _REGISTRY and not unknown, (name, unknown)
 
     def register(run: Callable[[Features, EvalConfig], Scores]) -> Callable[[Features, EvalConfig], Scores]:
         summary = (run.__doc__ or "").strip().splitlines()[0]
-        _REGISTRY[name] = Protocol(name, need, frozenset(heeds) | SHARED, run, summary, by_default, observer)
+        _REGISTRY[name] = Protocol(name, need, frozenset(heeds) | SHARED, run, summary, by_default, observer, prefers)
         return run
 
     return register
@@ -268,13 +272,7 @@ def fitting_protocols(data: str) -> tuple[str, ...]:
 
     Data with neither labels nor masks get those that need none.
     """
-    images = open_images(data)
-    has: set[Need] = set()
-    if any(sample.label is not None for sample in images.samples):
-        has.add("labels")
-    if any(sample.mask is not None or sample.instances is not None for sample in images.samples):
-        has.add("masks")
-    has = has or {"images"}
+    has = _has(open_images(data)) or {"images"}
     return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has and protocol.by_default)
 
 
@@ -331,7 +329,10 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
         DataError: if the data lacks what a protocol needs.
     """
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
-    needs = dict.fromkeys(protocol.need for protocol in protocols)
+    images = open_images(data) if any(protocol.prefers for protocol in protocols) else None
+    # without a train split or class names, what is only preferred can't be opened
+    has = _has(images) if images and images.classes and (not images.splits or "train" in images.splits) else ()
+    needs = dict.fromkeys(_source(protocol, has) for protocol in protocols)
     seed = config.seed if config.split_seed is None else config.split_seed
     sets = {
         need: open_unlabelled(data, split=config.split)
@@ -344,6 +345,21 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
             if not len(images):
                 raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
     return sets
+
+
+def _has(images: ImageSet) -> set[Need]:
+    """What there is beyond images."""
+    has: set[Need] = set()
+    if any(sample.label is not None for sample in images.samples):
+        has.add("labels")
+    if any(sample.mask is not None or sample.instances is not None for sample in images.samples):
+        has.add("masks")
+    return has
+
+
+def _source(protocol: Protocol, has: Collection[Need]) -> Need:
+    """Which data a protocol takes, of what there is."""
+    return next((need for need in protocol.prefers if need in has), protocol.need)
 
 
 def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
@@ -428,18 +444,19 @@ def _judge(
                 observers={
                     protocol.name: protocol.observer(config)
                     for protocol in protocols
-                    if protocol.observer is not None and protocol.need == need
+                    if protocol.observer is not None and _source(protocol, sets) == need
                 },
             )
             for need, labelled in sets.items()
         }
         for protocol in protocols:
-            source = features[protocol.need]
+            need = _source(protocol, sets)
+            source = features[need]
             scores = protocol.run(source, config)
             shared = {
                 "architecture": encoder.name,
                 "weights": encoder.source or "as given",
-                "split": sets[protocol.need].note,
+                "split": sets[need].note,
                 "num_train": len(source.data.train),
                 "num_test": len(source.data.test),
                 "num_unreadable": len(source.skipped),
