@@ -20,3 +20,78 @@ def normalize_boxes(boxes: Float[Tensor, "VB 4"], source_size: Int[Tensor, "B 2"
     num_views = boxes.shape[0] // source_size.shape[0]
     size = source_size.flip(1).to(boxes.dtype)  # (B, 2): width, height
     return boxes / torch.cat([size, size], dim=1).repeat(num_views, 1)
+
+
+def overlaps(boxes: Float[Tensor, "V B 4"], num_anchors: int) -> Float[Tensor, "G V B 4"]:
+    """Intersection of each of the first G views with every view, in pixels of the source image.
+
+    Boxes that don't meet come out empty or turned inside out; whoever draws views must see that they meet.
+    """
+    anchors = boxes[:num_anchors, None]
+    return torch.cat(
+        [torch.maximum(anchors[..., :2], boxes[None, ..., :2]), torch.minimum(anchors[..., 2:], boxes[None, ..., 2:])],
+        dim=-1,
+    )
+
+
+def in_view(
+    boxes: Float[Tensor, "*S 4"], view: Float[Tensor, "*#S 4"], height: float, width: float
+) -> Float[Tensor, "*S 4"]:
+    """Boxes in the coordinates of a view that shows part of the image.
+
+    Args:
+        boxes: in pixels of the source image.
+        view: the view's own box there; leading axes broadcast.
+        height: of the view, in the unit wanted (pixels, tokens).
+        width: likewise.
+    """
+    x = (boxes[..., 0::2] - view[..., 0:1]) / (view[..., 2:3] - view[..., 0:1]) * width
+    y = (boxes[..., 1::2] - view[..., 1:2]) / (view[..., 3:4] - view[..., 1:2]) * height
+    return torch.stack([x, y], dim=-1).flatten(-2)  # (..., [x0 x1]), (..., [y0 y1]) -> (..., [x0 y0 x1 y1])
+
+
+def roi_weights(low: Float[Tensor, "*B"], high: Float[Tensor, "*B"], length: int, out: int) -> Float[Tensor, "*B P H"]:
+    """RoI-Align along one axis as a matrix: how much each of H tokens counts for each of P bins between two edges.
+
+    Args:
+        low: edges in tokens, 0..H.
+        high: likewise, at or above ``low``.
+        length: H.
+        out: P.
+
+    Returns:
+        ``(..., P, H)``; rows sum to 1 for edges inside.
+
+    Source: He et al., Mask R-CNN, arXiv:1703.06870v3, Sec. 3, with the half-pixel shift (``aligned``) and
+    ``ceil(extent / P)`` samples a bin, as torchvision's ``roi_align`` with ``sampling_ratio=-1``.
+    """
+    low, high = (edge[..., None, None] - 0.5 for edge in (low, high))
+    bin_size = (high - low) / out
+    most = max(1, -(-length // out))  # edges inside have no more; rounding may say otherwise
+    samples = bin_size.ceil().clamp(1, most)
+    i = torch.arange(most, device=low.device)
+    bins = torch.arange(out, device=low.device)[:, None]
+    y = low + (bins + (i + 0.5) / samples) * bin_size  # (..., P, most)
+    counts = (i < samples) & (y >= -1) & (y <= length)
+    y = y.clamp(0, length - 1)
+    tokens = torch.arange(length, device=low.device)
+    near = (1 - (y[..., None] - tokens).abs()).clamp(min=0)  # bilinear: (..., P, most, H)
+    return (near * counts[..., None]).sum(-2) / samples
+
+
+def roi_align(maps: Float[Tensor, "B h w E"], boxes: Float[Tensor, "A B 4"], out: int) -> Float[Tensor, "A B P P E"]:
+    """The parts of each map that some boxes show, on a grid of ``out`` x ``out`` cells.
+
+    Args:
+        maps: ``(B, h, w, E)``.
+        boxes: ``(A, B, 4)`` x0 y0 x1 y1 in tokens of the map, A for each; no gradient flows to them.
+        out: P.
+
+    Returns:
+        ``(A, B, P, P, E)``, rows first: two small products a map, equal to torchvision's ``roi_align``.
+    """
+    height, width = maps.shape[1:3]
+    across = roi_weights(boxes[..., 0], boxes[..., 2], width, out)
+    down = roi_weights(boxes[..., 1], boxes[..., 3], height, out)
+    narrow = torch.einsum("abpw,bhwe->abhpe", across, maps)
+    return torch.einsum("abqh,abhpe->abqpe", down, narrow)
