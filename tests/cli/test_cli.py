@@ -19,6 +19,7 @@ TINY = (
     "data.image_size=32 batch_size=4 optim.lr=1e-3 checkpoint.every=4 log.every=2"
 ).split()
 MAE = "method.decoder_dim=16 method.decoder_depth=1 method.decoder_num_heads=2".split()
+NECO = "method.roi_size=3 method.hidden_dim=32 method.out_dim=16 method.num_local_views=2 method.local_size=16".split()
 DINO = "method.num_prototypes=16 method.hidden_dim=32 method.bottleneck_dim=8 method.num_local_views=2".split()
 
 
@@ -69,9 +70,18 @@ def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, 
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("method", ["mae", "dino"])
-def test_two_processes_equal_one_with_the_double_batch(method: str, photos: Path, tmp_path: Path) -> None:
-    own = {"mae": MAE, "dino": [*DINO, "drop_path=0"]}[method]
+TWO_PROCESSES = {
+    "mae": MAE,
+    "dino": [*DINO, "drop_path=0"],
+    "neco": [*NECO, "drop_path=0"],
+    "neco queue": [*NECO, "drop_path=0", "method.references=queue", "method.queue_size=200"],
+    "neco foreground": [*NECO, "drop_path=0", "method.loss_mask=fg", "method.exclude_self=true"],
+}
+
+
+@pytest.mark.parametrize("kind", TWO_PROCESSES)
+def test_two_processes_equal_one_with_the_double_batch(kind: str, photos: Path, tmp_path: Path) -> None:
+    own, method = TWO_PROCESSES[kind], kind.split()[0]
     # a larger epsilon: keys' biases have no gradient but rounding, which Adam would blow up to full steps
     common = ["train", method, "--data", photos, "steps=4", "optim.eps=1e-4", *TINY, *own, "--quiet"]
     smalti(*common, "--out", tmp_path / "two", "devices=2")
