@@ -55,6 +55,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     return out
 
 
+def test_settings_of_load_go_from_weights_through_a_run_to_its_export(photos: Path, tmp_path: Path) -> None:
+    smalti(
+        "export", "random:vit_tiny_patch16_224", "--out", tmp_path / "e", "load.img_size=64", "load.pos_mode=bilinear"
+    )
+    start = tmp_path / "e" / "model.safetensors"
+    words = "load.pos_antialias=false load.pos_offset=0.1 data.image_size=32 steps=1 batch_size=2".split()
+    smalti("train", "mae", "--init", start, "--data", photos, "--out", tmp_path / "r", "--quiet", *words, *MAE)
+    done = smalti("export", tmp_path / "r", "--out", tmp_path / "x", "--debug")
+    assert "unused: none" in done.stderr
+    kept = json.loads((tmp_path / "x" / "config.json").read_text())["smalti"]
+    assert (kept["pos_mode"], kept["pos_antialias"], kept["pos_offset"]) == ("bilinear", False, 0.1)
+    assert kept["model_args"]["img_size"] == [64, 64]
+    fails("load.* fits the weights of --init", "train", "mae", "--data", photos, "--out", tmp_path / "y", words[0])
+    fails("did you mean 'pos_offset'?", "export", start, "--out", tmp_path / "y", "load.pos_ofset=0.1")
+
+
 def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, tmp_path: Path) -> None:
     words = ["train", "mae", "--data", photos, "--out", tmp_path / "b", "steps=8", *TINY, *MAE, "checkpoint.every=1"]
     process = subprocess.Popen([sys.executable, "-m", "smalti", *map(str, words)], stderr=subprocess.DEVNULL)

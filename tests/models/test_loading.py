@@ -12,8 +12,9 @@ from torch.testing import assert_close
 import smalti
 from smalti.errors import WeightsError
 from smalti.models.encoder import build_encoder
+from smalti.models.layouts import to_timm_names
 from smalti.models.loading import load
-from smalti.models.weights import flatten, load_vit, read_tensors, to_timm_names
+from smalti.models.weights import load_vit, read_tensors, unwrap
 
 NAME = "vit_tiny_patch16_224"
 
@@ -144,7 +145,7 @@ def test_other_mistakes_are_one_line_each(tmp_path: Path, file: Path) -> None:
         load(tmp_path / "nothing")
     with pytest.raises(WeightsError, match="holds no finished checkpoint"):
         load(tmp_path)
-    with pytest.raises(WeightsError, match=r"config.json is needed beside it; for bare weights use timm:NAME@"):
+    with pytest.raises(WeightsError, match=r"without a config.json beside them.*try timm:vit_tiny_patch16_224@"):
         load(file)
     with pytest.raises(WeightsError, match="does not exist"):
         load(f"timm:{NAME}@{tmp_path / 'no.pth'}")
@@ -158,7 +159,7 @@ def test_other_mistakes_are_one_line_each(tmp_path: Path, file: Path) -> None:
     with pytest.raises(WeightsError, match="no vision transformer found"):
         load(f"timm:{NAME}@{tmp_path / 'a.safetensors'}")
     with pytest.raises(WeightsError, match="not tensors by name"):
-        flatten([1])
+        unwrap([1])
 
 
 def test_two_networks_in_one_file_are_refused(state: dict[str, torch.Tensor]) -> None:

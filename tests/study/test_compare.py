@@ -107,6 +107,19 @@ def test_a_broken_arm_does_not_hold_up_the_others(plan, tmp_path, capsys):
     assert "**Arm typo broke**" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+def test_an_arm_that_is_taken_as_it_is_says_how_its_weights_are_fitted(plan, tmp_path):
+    spec = "random:vit_tiny_patch16_224"
+    plan = {key: plan[key] for key in ("evaluate",)} | {"seeds": [0]}
+    plan["arms"] = {"timm": {"load": spec}, "dino": {"load": spec, "load.pos_antialias": False}}
+    plan["arms"]["typo"] = {"load": spec, "load.pos_antialas": False}
+    result = run(plan, tmp_path / "out")
+    assert list(result.failures) == ["typo"]
+    assert "load has no field 'pos_antialas'; did you mean 'pos_antialias'?" in result.failures["typo"]
+    written = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").rglob("*.json")]
+    results = [one for content in written for one in content.get("results", []) if not one["encoder"].endswith("twin")]
+    assert {one["settings"]["pos_resampling"]["antialias"] for one in results} == {True, False}
+
+
 def test_no_arm_that_comes_through_is_an_error(plan, tmp_path):
     plan["arms"] = {"typo": {"method": "mea"}}
     with pytest.raises(RunError, match="no arm came through; typo: there is no method 'mea'"):

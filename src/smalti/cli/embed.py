@@ -1,6 +1,6 @@
 """``smalti embed``: features of a folder of images as a table."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import PositiveInt
@@ -25,6 +25,8 @@ class EmbedConfig:
     """Pixels; None takes the encoder's own."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the numbers in the file."""
+    load: dict[str, Any] | None = None
+    """Group: how weights of others are fitted, such as load.pos_antialias."""
 
 
 def command(
@@ -39,17 +41,19 @@ def command(
 ) -> None:
     """Write features of all images, as .parquet or .npz.
 
-    Settings: weights, pool, batch_size, image_size, dtype (float32 or float16).
+    Settings: weights, pool, batch_size, image_size, dtype (float32 or float16), load.* (see docs/weights.md).
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "features.parquet")
     given = take(words, EmbedConfig)
 
-    from smalti.cli.options import load_encoder
+    from smalti.cli.options import best_device, load_encoder
     from smalti.data.folders import open_images
     from smalti.export.embeddings import embed
 
     images = open_images(data)
-    model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial)
+    model = load_encoder(
+        encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug
+    ).to(best_device())
     written = embed(
         model,
         images,

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from smalti.cli.options import Data, Debug, EncoderSpec, Json, Partial, Quiet, Settings, needed
+from smalti.cli.options import Data, Debug, EncoderSpec, Json, Partial, Quiet, Settings, group, needed
 from smalti.config import merge, parse_overrides, unknown_key
 from smalti.errors import ConfigError
 
 NAME = "evaluate"
-PLAIN = ("seed", "batch_size", "pool", "weights")
+PLAIN, GROUPS = ("seed", "batch_size", "pool", "weights"), ("eval", "load")
 
 
 def command(
@@ -30,25 +30,27 @@ def command(
 ) -> None:
     """Judge an encoder on labelled images, with its randomly initialised twin beside it.
 
-    Settings: eval.* (eval.split eval.image_size eval.k eval.preset eval.baseline ...), seed, batch_size, pool, weights.
+    Settings: eval.* (eval.split eval.image_size eval.k eval.preset eval.baseline ...), seed, batch_size, pool, weights,
+    load.* (how weights of others are fitted: load.pos_antialias load.registers ..., see docs/weights.md).
     """
     data = needed(data, "--data", "DIR")
     tree = parse_overrides(words or [])
     for name in tree:
-        if name not in (*PLAIN, "eval"):
-            raise ConfigError(unknown_key(name, (*PLAIN, "eval")))
-    weights = tree.pop("weights", None)
+        if name not in (*PLAIN, *GROUPS):
+            raise ConfigError(unknown_key(name, (*PLAIN, *GROUPS)))
+    weights, fit = tree.pop("weights", None), group(tree, "load")
     settings = merge({name: tree[name] for name in PLAIN if name in tree}, tree.get("eval", {}))
     if protocol:
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
 
-    from smalti.cli.options import load_encoder, print_results
+    from smalti.cli.options import best_device, load_encoder, print_results
     from smalti.config import build, check_writable
     from smalti.evaluation.protocol import EvalConfig, evaluate, open_sets, write_results
 
     config = build(EvalConfig, settings, "eval")
     open_sets(str(data), config)
-    model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial)
+    model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial, load=fit, debug=debug)
+    model = model.to(best_device())
     if json:
         check_writable(json)
     results = evaluate(model, encoder, str(data), config, progress=None if quiet else _show)

@@ -1,17 +1,29 @@
 """``smalti export``: hand the encoder on."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from smalti.cli.options import Debug, EncoderSpec, Out, Partial, needed
+from smalti.cli.options import Debug, EncoderSpec, Out, Partial, Settings, needed, take
+from smalti.config import settings
 from smalti.errors import ConfigError
 
 NAME = "export"
 
 
+@settings
+class ExportConfig:
+    """What is handed on."""
+
+    weights: str | None = None
+    """Network of a run or a file: student or teacher."""
+    load: dict[str, Any] | None = None
+    """Group: how weights of others are fitted, such as load.img_size."""
+
+
 def command(
     encoder: EncoderSpec,
+    words: Settings = None,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="timm: safetensors and config.json.")] = "timm",
     out: Out = None,
     weights: Annotated[
@@ -20,14 +32,20 @@ def command(
     partial: Partial = False,
     debug: Debug = False,
 ) -> None:
-    """Write an encoder as a plain timm model; it is loaded again and compared before it gets its name."""
+    """Write an encoder as a plain timm model; it is loaded again and compared before it gets its name.
+
+    Settings: weights (as --weights), load.* (how weights of others are fitted, see docs/weights.md).
+    """
     out = needed(out, "--out", "exported")
     if to != "timm":
         raise ConfigError(f"--to {to}: this version exports to timm")
 
-    from smalti.export.timm import export_timm
-    from smalti.models.loading import load
+    given = take(words, ExportConfig)
 
-    written = export_timm(load(encoder, network=weights, partial=partial), out)
+    from smalti.cli.options import load_encoder
+    from smalti.export.timm import export_timm
+
+    model = load_encoder(encoder, weights=weights or given.weights, partial=partial, load=given.load, debug=debug)
+    written = export_timm(model, out)
     print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
     print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')

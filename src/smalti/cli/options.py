@@ -1,6 +1,8 @@
 """Arguments and options that several commands share, and the small things they print."""
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -48,6 +50,18 @@ def needed(value: Any, option: str, example: str) -> Any:
     return value
 
 
+def group(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A group of settings taken out of a tree; empty where it isn't there.
+
+    Raises:
+        ConfigError: for a single value in its place.
+    """
+    found = tree.pop(name, {})
+    if not isinstance(found, dict) or "name" in found:
+        raise ConfigError(f"{name} is a group of settings; write {name}.KEY=VALUE")
+    return found
+
+
 T = TypeVar("T")
 
 
@@ -61,15 +75,26 @@ def take(words: list[str] | None, cls: type[T]) -> T:
 
 
 def load_encoder(
-    spec: str, *, weights: str | None = None, pool: str | None = None, seed: int = 0, partial: bool = False
+    spec: str,
+    *,
+    weights: str | None = None,
+    pool: str | None = None,
+    seed: int = 0,
+    partial: bool = False,
+    load: Mapping[str, Any] | None = None,
+    debug: bool = False,
 ) -> "Encoder":
-    """An encoder on the best device of this machine."""
-    from smalti.models.loading import load
+    """An encoder on the CPU, by its name and the settings of the group ``load``; ``debug`` lists every tensor."""
+    from smalti.models.loading import open_encoder
+    from smalti.models.weights import LoadConfig
 
-    encoder = load(spec, network=weights, seed=seed, partial=partial)
+    config = build(LoadConfig, {**(load or {}), **({"weights": weights} if weights else {})}, group="load")
+    encoder = open_encoder(spec, config, seed=seed, partial=partial)
+    if debug and encoder.report is not None:
+        print(encoder.report.details(), file=sys.stderr)
     if pool:
         encoder.set_pool(pool)
-    return encoder.to(best_device())
+    return encoder
 
 
 def best_device() -> "torch.device":

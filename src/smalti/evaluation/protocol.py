@@ -382,7 +382,7 @@ def random_twin(encoder: Encoder, seed: int) -> Encoder:
         std=description["std"],
         **description["model_args"],
     )
-    twin.pos_antialias = encoder.pos_antialias
+    twin.set_pos_resampling(*encoder.pos_resampling)
     twin.set_pool(encoder.pool)
     return twin.to(next(encoder.parameters()).device)
 
@@ -456,6 +456,8 @@ def _judge(
             shared = {
                 "architecture": encoder.name,
                 "weights": encoder.source or "as given",
+                "fitted": [] if encoder.report is None else [*encoder.report.resampled, *encoder.report.notes],
+                "pos_resampling": encoder.pos_resampling._asdict(),
                 "split": sets[need].note,
                 "num_train": len(source.data.train),
                 "num_test": len(source.data.test),

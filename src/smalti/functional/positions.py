@@ -1,10 +1,73 @@
-"""Fixed position embeddings."""
+"""Fixed position embeddings, and position tables at another grid."""
+
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from smalti.errors import ShapeError
+from smalti.errors import ConfigError, ShapeError
+
+
+class Resampling(NamedTuple):
+    """How a table of positions is brought to another grid; the default is timm's way."""
+
+    mode: str = "bicubic"
+    """``bicubic`` or ``bilinear``."""
+    antialias: bool = True
+    """Smooth before shrinking; it also changes the cubic coefficient from -0.75 to -0.5, so enlarging differs, too."""
+    offset: float = 0.0
+    """Patches added to the new grid in the scale factor ``(n + offset) / m`` alone; the official DINO, iBOT and DINOv2
+    code has 0.1."""
+
+    def check(self) -> "Resampling":
+        """Itself.
+
+        Raises:
+            ConfigError: for another mode, or an offset outside 0..1 (1 excluded).
+        """
+        if self.mode not in ("bicubic", "bilinear"):
+            raise ConfigError(f"pos_mode={self.mode!r}: bicubic or bilinear is needed")
+        if not 0 <= self.offset < 1:
+            raise ConfigError(f"pos_offset={self.offset}: a part of a patch in 0..1 (1 excluded) is needed")
+        return self
+
+
+def resample_positions(
+    pos_embed: Float[Tensor, "1 T D"],
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    num_prefix: int = 0,
+    how: Resampling = Resampling(),
+) -> Float[Tensor, "1 S D"]:
+    """A position table at another grid; rows in front (class token, registers) stay, an equal grid changes nothing.
+
+    Args:
+        pos_embed: ``(1, P + h*w, D)``, P = ``num_prefix``, patches in raster order.
+        old_grid: ``(h, w)`` of the table.
+        new_grid: ``(h, w)`` wanted.
+        num_prefix: rows that aren't patches.
+        how: interpolation; computed in float32.
+
+    Returns:
+        ``(1, P + h*w, D)`` with the new h and w.
+
+    Source: Caron et al., DINO, official code, for the offset; timm for the rest.
+    """
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    if not how.offset:
+        return resample_abs_pos_embed(
+            pos_embed, list(new_grid), list(old_grid), num_prefix, interpolation=how.mode, antialias=how.antialias
+        )
+    prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
+    scale = [(new + how.offset) / old for new, old in zip(new_grid, old_grid, strict=True)]
+    plane = patches.float().mT.reshape(1, -1, *old_grid)  # (1, h*w, D) -> (1, D, h, w)
+    # By scale, not by size: torch then samples at steps of 1 / scale, where a size gives steps of old / new.
+    plane = F.interpolate(plane, scale_factor=scale, mode=how.mode, antialias=how.antialias)
+    return torch.cat([prefix, plane.flatten(2).mT.to(patches.dtype)], dim=1)
 
 
 def sincos_positions(embed_dim: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:

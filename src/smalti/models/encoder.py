@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
-from timm.layers import DropPath, resample_abs_pos_embed
+from timm.layers import DropPath
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from smalti.config import unknown_key
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
+from smalti.functional.positions import Resampling, resample_positions
+from smalti.models.weights import LoadReport
 
 MODULES = ("vision_transformer", "deit")
 """timm's files of models that are plain ``VisionTransformer``s."""
@@ -53,8 +55,10 @@ class Encoder(nn.Module):
         mean: per channel, of images in 0..1; a single number serves all channels.
         std: likewise.
         pretrained: whether the weights come from training; methods then leave positions and weights as they are.
-        pos_antialias: antialias the bicubic resampling of positions. True is timm's way; False is that of the
+        pos_antialias: antialias the resampling of positions. True is timm's way; False is that of the
             official DINO, iBOT and DINOv2 code, and changes DINOv2 features a lot away from the native grid.
+        pos_mode: interpolation of positions, ``bicubic`` or ``bilinear``.
+        pos_offset: see :class:`smalti.functional.positions.Resampling`; 0.1 in the official DINO, iBOT, DINOv2 code.
     """
 
     _mean: Tensor
@@ -69,18 +73,22 @@ class Encoder(nn.Module):
         std: Sequence[float] = IMAGENET_STD,
         pretrained: bool = False,
         pos_antialias: bool = True,
+        pos_mode: str = "bicubic",
+        pos_offset: float = 0.0,
     ) -> None:
         super().__init__()
         self.vit = vit
         self.name = name
         self.model_args = dict(model_args)
         self.pretrained = pretrained
-        self.pos_antialias = pos_antialias
+        self.pos_mode, self.pos_antialias, self.pos_offset = Resampling(pos_mode, pos_antialias, pos_offset).check()
         self.pool = "auto"
         self.fixed_positions = False
         """Whether positions are a fixed table, which a method that goes on from these weights may keep fixed."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
+        self.report: LoadReport | None = None
+        """What became of each tensor of the file that the weights were loaded from."""
         self.register_buffer("_mean", torch.empty(1, vit.in_chans, 1, 1), persistent=False)
         self.register_buffer("_std", torch.empty(1, vit.in_chans, 1, 1), persistent=False)
         self.set_normalization(mean, std)
@@ -98,6 +106,26 @@ class Encoder(nn.Module):
             raise ConfigError(f"std={list(self.std)}: standard deviations must be above 0")
         self._mean.copy_(torch.tensor(self.mean).view(1, -1, 1, 1))
         self._std.copy_(torch.tensor(self.std).view(1, -1, 1, 1))
+
+    def set_pos_resampling(
+        self, mode: str | None = None, antialias: bool | None = None, offset: float | None = None
+    ) -> None:
+        """Choose how positions are brought to another grid than the native one; None leaves a part as it is.
+
+        Raises:
+            ConfigError: for a mode or an offset that can't be used.
+        """
+        given = Resampling(
+            self.pos_mode if mode is None else mode,
+            self.pos_antialias if antialias is None else antialias,
+            self.pos_offset if offset is None else offset,
+        )
+        self.pos_mode, self.pos_antialias, self.pos_offset = given.check()
+
+    @property
+    def pos_resampling(self) -> Resampling:
+        """How positions are brought to another grid."""
+        return Resampling(self.pos_mode, self.pos_antialias, self.pos_offset)
 
     @property
     def embed_dim(self) -> int:
@@ -148,7 +176,9 @@ class Encoder(nn.Module):
             "model_args": {**self.model_args, "img_size": list(self.img_size), "in_chans": self.in_chans},
             "mean": list(self.mean),
             "std": list(self.std),
+            "pos_mode": self.pos_mode,
             "pos_antialias": self.pos_antialias,
+            "pos_offset": self.pos_offset,
             "pool": self.pool,
             "fixed_positions": self.fixed_positions,
         }
@@ -271,13 +301,7 @@ class Encoder(nn.Module):
         if pos_embed is None:
             return None
         num_prefix = 0 if self.vit.no_embed_class else self.num_prefix_tokens
-        pos_embed = resample_abs_pos_embed(
-            pos_embed,
-            new_size=list(grid),
-            old_size=list(self.vit.patch_embed.grid_size),
-            num_prefix_tokens=num_prefix,
-            antialias=self.pos_antialias,
-        )
+        pos_embed = resample_positions(pos_embed, self.vit.patch_embed.grid_size, grid, num_prefix, self.pos_resampling)
         return pos_embed[:, num_prefix:], pos_embed[:, :num_prefix] if num_prefix else None
 
     def assemble(
@@ -458,8 +482,8 @@ def build_encoder(
     return encoder
 
 
-def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
-    """The architecture that :meth:`Encoder.config` describes, with random weights.
+def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:
+    """The architecture that :meth:`Encoder.config` describes, with random weights from a seed.
 
     Raises:
         ConfigError: if a part of the description is missing or timm can't build it.
@@ -468,9 +492,13 @@ def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
     if missing:
         raise ConfigError(f"the encoder's description lacks {', '.join(sorted(missing))}")
     encoder = build_encoder(
-        config["architecture"], seed=0, mean=config["mean"], std=config["std"], **dict(config["model_args"])
+        config["architecture"], seed=seed, mean=config["mean"], std=config["std"], **dict(config["model_args"])
     )
-    encoder.pos_antialias = bool(config.get("pos_antialias", True))
+    encoder.set_pos_resampling(
+        str(config.get("pos_mode", "bicubic")),
+        bool(config.get("pos_antialias", True)),
+        float(config.get("pos_offset", 0.0)),
+    )
     encoder.set_pool(config.get("pool", "auto"))
     encoder.fixed_positions = bool(config.get("fixed_positions", False))
     return encoder

@@ -6,6 +6,7 @@ import socket
 import sys
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import huggingface_hub
 import huggingface_hub.constants
 import timm
 
-from smalti.errors import SmaltiError, WeightsError
+from smalti.config import build
+from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
-from smalti.models.weights import LoadReport, load_vit, read_tensors, to_timm_names
+from smalti.models.layouts import ForeignViT, describe, fold_layer_scale, likely_names, to_timm_names
+from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
 
 FORMS = "RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME"
 CHECKPOINTS = "checkpoints"
@@ -30,62 +33,157 @@ def load(
     img_size: int | None = None,
     in_chans: int | None = None,
     partial: bool = False,
+    registers: str = "keep",
+    fold_layer_scale: bool = False,
+    patch_size: int | None = None,
+    patch_resample: str = "pinv",
+    pos_mode: str | None = None,
     pos_antialias: bool | None = None,
+    pos_offset: float | None = None,
     quiet: bool = False,
 ) -> Encoder:
     """An encoder, in eval mode on the CPU, by any of its five names.
 
     Args:
         spec: ``RUN`` (a run directory or one of its checkpoints), ``FILE.safetensors`` (an export, its config.json
-            beside it), ``timm:NAME`` (pretrained weights from the hub), ``timm:NAME@FILE`` (local weights) or
-            ``random:NAME`` (seeded random weights).
+            beside it), ``timm:NAME`` (pretrained weights from the hub), ``timm:NAME@FILE`` (local weights, also of
+            other projects) or ``random:NAME`` (seeded random weights).
         seed: of ``random:``.
-        network: which network of a run: ``student`` or ``teacher``; None takes the one that its method hands on.
-        img_size: native image size for ``timm:`` and ``random:``, in pixels; None takes the architecture's own.
-        in_chans: input channels for ``random:``.
+        network: which network of a run or a file: ``student`` or ``teacher``; None takes the one that its method
+            hands on.
+        img_size: native image size in pixels; None takes the architecture's own.
+        in_chans: input channels for ``random:`` and ``timm:``.
         partial: allow weights that fill only a part of the model.
-        pos_antialias: how positions are resampled away from the native grid, see :class:`Encoder`.
+        registers: ``drop`` leaves register tokens out of the model; these and the following as in :class:`LoadConfig`.
+        fold_layer_scale: multiply LayerScale into the layers before it.
+        patch_size: resample the patch embedding to patches of this side, in pixels.
+        patch_resample: how, ``pinv`` or ``bicubic``.
+        pos_mode: how positions are resampled away from the native grid: ``bicubic`` or ``bilinear``.
+        pos_antialias: antialias it (timm does, the DINO family's code doesn't).
+        pos_offset: see :class:`smalti.functional.positions.Resampling`.
         quiet: don't print how many tensors matched to stderr.
 
     Raises:
         WeightsError: if there is no such run or file, or its weights can't be read or don't fit.
-        ConfigError: if timm has no such architecture.
+        ConfigError: if timm has no such architecture, or a setting can't be used.
     """
+    config = build(
+        LoadConfig,
+        {
+            "weights": network,
+            "img_size": img_size,
+            "registers": registers,
+            "fold_layer_scale": fold_layer_scale,
+            "patch_size": patch_size,
+            "patch_resample": patch_resample,
+            "pos_mode": pos_mode,
+            "pos_antialias": pos_antialias,
+            "pos_offset": pos_offset,
+        },
+        group="load",
+    )
+    return open_encoder(spec, config, seed=seed, in_chans=in_chans, partial=partial, quiet=quiet)
+
+
+def open_encoder(
+    spec: str | Path,
+    config: LoadConfig,
+    *,
+    seed: int = 0,
+    in_chans: int | None = None,
+    partial: bool = False,
+    quiet: bool = False,
+) -> Encoder:
+    """As :func:`load`, with its settings as one object."""
     text = str(spec)
     kind, _, rest = text.partition(":")
-    report: LoadReport | None = None
     if kind == "random" and rest:
-        encoder = build_encoder(rest, seed=seed, img_size=img_size, in_chans=in_chans or 3)
-    elif kind == "timm" and rest:
+        for name in ("weights", "patch_size"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"load.{name}: {text} has no weights that it could apply to; leave it out")
+        arguments = _arguments(config)
+        encoder = build_encoder(rest, seed=seed, img_size=config.img_size, in_chans=in_chans or 3, **arguments)
+        encoder.set_pos_resampling(config.pos_mode, config.pos_antialias, config.pos_offset)
+        return encoder.eval()
+    if kind == "timm" and rest:
         name, at, file = rest.partition("@")
-        encoder = build_encoder(name, seed=seed, img_size=img_size, in_chans=in_chans or 3)
-        report = (
-            _fill(encoder, name, Path(file).expanduser(), partial) if at else _fill_from_hub(encoder, name, partial)
-        )
-        encoder.pretrained = True
-        encoder.source = report.source
+        foreign, source = _from_file(Path(file).expanduser(), config) if at else _from_hub(name, config)
+        arguments = {"in_chans": in_chans or 3}
+        description = {"architecture": name.split(".")[0], "model_args": arguments, "mean": None, "std": None}
+        encoder = _fill(description, foreign, source, config, seed, partial)
+        if not at or "." in name:  # a tag (vit_..._224.augreg_in21k) says how the weights want images normalised
+            _normalize_as_published(encoder, name)
     else:
         path = Path(text).expanduser()
-        encoder, report = _load_file(path, partial) if path.suffix == ".safetensors" else _load_run(path, network)
-        encoder.pretrained = True
-        encoder.source = report.source
-    if pos_antialias is not None:
-        encoder.pos_antialias = pos_antialias
-    if report is not None and not quiet:
-        print(f"{report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
+        if path.suffix in SUFFIXES and not path.is_dir():
+            description, foreign = _exported(path, config.weights)
+            encoder = _fill(description, foreign, str(path), config, seed, partial, path.with_name("config.json"))
+        else:
+            description, foreign, folder, name = _in_run(path, config.weights)
+            encoder = _fill(description, foreign, f"{folder} ({name})", config, where=folder / STATE_FILE)
+    encoder.pretrained = True
+    if encoder.report is not None and not quiet:
+        print(f"{encoder.report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
     return encoder.eval()
 
 
-def _fill(encoder: Encoder, name: str, file: Path, partial: bool) -> LoadReport:
-    """Local weights; a tag in the name (``vit_..._224.augreg_in21k``) says how they want images normalised."""
+def _arguments(config: LoadConfig) -> dict[str, Any]:
+    """What the settings change in the architecture."""
+    arguments: dict[str, Any] = {"reg_tokens": 0} if config.registers == "drop" else {}
+    arguments |= {"init_values": 0.0} if config.fold_layer_scale else {}  # timm takes None for not given
+    return arguments | ({"patch_size": config.patch_size} if config.patch_size else {})
+
+
+def _fill(
+    description: Mapping[str, Any],
+    foreign: ForeignViT,
+    source: str,
+    config: LoadConfig,
+    seed: int = 0,
+    partial: bool = False,
+    where: Path | None = None,
+) -> Encoder:
+    """An encoder as a description, a file and the settings want it, with the file's weights.
+
+    Args:
+        description: as :meth:`Encoder.config` gives it, or a part of it.
+        foreign: the file's network.
+        source: what to call the file.
+        config: the settings.
+        seed: of what the file doesn't fill.
+        partial: allow weights that fill only a part.
+        where: the file with the description, to be named if it is of no use.
+    """
+    arguments = {**(description.get("model_args") or {}), **foreign.model_args, **_arguments(config)}
+    arguments |= {"img_size": config.img_size} if config.img_size else {}
+    whole = {**description, "model_args": arguments} if "model_args" in description else description
     try:
-        tensors = to_timm_names(read_tensors(file))
+        encoder = encoder_from_config(whole, seed)
+    except SmaltiError as error:
+        if where is not None:
+            raise WeightsError(f"{where}: {error}") from error
+        if isinstance(error, ShapeError):
+            raise ConfigError(f"{source}: {error}; load.img_size, in pixels, chooses the native size") from error
+        raise
+    encoder.set_pos_resampling(config.pos_mode, config.pos_antialias, config.pos_offset)
+    if config.fold_layer_scale:
+        folded = fold_layer_scale(foreign.tensors)
+        note = "LayerScale folded" if len(folded) < len(foreign.tensors) else "no LayerScale to fold"
+        foreign = replace(foreign, tensors=folded, notes=(*foreign.notes, note))
+    encoder.report = load_vit(encoder.vit, foreign, source, partial, config, encoder.pos_resampling)
+    encoder.source = source
+    return encoder
+
+
+def _from_file(file: Path, config: LoadConfig) -> tuple[ForeignViT, str]:
+    """The network in a local file of any layout."""
+    try:
+        held = read_checkpoint(file, config.weights)
+        wanted = config.weights if held.network is None else None
+        foreign = to_timm_names(held.tensors, wanted, held.beside)
     except WeightsError as error:
-        text = str(error)
-        raise WeightsError(text if text.startswith(str(file)) else f"{file}: {text}") from error
-    if "." in name:
-        _normalize_as_published(encoder, name)
-    return load_vit(encoder.vit, tensors, str(file), partial)
+        raise WeightsError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
+    return foreign, f"{file} ({held.network})" if held.network else str(file)
 
 
 def _normalize_as_published(encoder: Encoder, name: str) -> None:
@@ -95,8 +193,10 @@ def _normalize_as_published(encoder: Encoder, name: str) -> None:
         encoder.set_normalization(settings.mean, settings.std)
 
 
-def _fill_from_hub(encoder: Encoder, name: str, partial: bool) -> LoadReport:
+def _from_hub(name: str, config: LoadConfig) -> tuple[ForeignViT, str]:
     """Pretrained weights by timm's own door; only a user who names ``timm:NAME`` comes here."""
+    if config.weights is not None:
+        raise ConfigError(f"weights={config.weights}: timm:{name} has one network; leave it out")
     try:
         with _hub_cache_only_when_unreachable():
             source = timm.create_model(name, pretrained=True, num_classes=0)
@@ -106,8 +206,7 @@ def _fill_from_hub(encoder: Encoder, name: str, partial: bool) -> LoadReport:
             f"timm:{name}: its pretrained weights could not be fetched ({reason[:200]}); "
             f"give a local file as timm:{name}@FILE, or take random weights with random:{name}"
         ) from error
-    _normalize_as_published(encoder, name)
-    return load_vit(encoder.vit, to_timm_names(source.state_dict()), f"timm:{name}", partial)
+    return to_timm_names(source.state_dict()), f"timm:{name}"
 
 
 @contextlib.contextmanager
@@ -125,16 +224,39 @@ def _hub_cache_only_when_unreachable() -> Iterator[None]:
         huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
-def _load_file(path: Path, partial: bool) -> tuple[Encoder, LoadReport]:
+def _exported(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT]:
     """An exported encoder: ``FILE.safetensors`` with ``config.json`` beside it."""
-    tensors = read_tensors(path)
     config_path = path.with_name("config.json")
-    config = _read_json(
-        config_path, f"{path}: its config.json is needed beside it; for bare weights use timm:NAME@{path}"
+    if path.suffix != ".safetensors" or not config_path.is_file():
+        raise WeightsError(_bare(path))
+    config = _read_json(config_path, "")
+    try:
+        foreign = to_timm_names(read_tensors(path), network)
+    except WeightsError as error:
+        raise WeightsError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    return config.get("smalti") or _from_timm_config(config), foreign
+
+
+def _bare(path: Path) -> str:
+    """What to say of weights that come without a description: the name that timm probably has for them."""
+    try:
+        tensors = to_timm_names(read_checkpoint(path).tensors).tensors
+        network = ""
+    except WeightsError as error:
+        if "choose weights=" not in str(error):
+            return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+        tensors = to_timm_names(read_checkpoint(path).tensors, "student").tensors
+        network = " weights=student"
+    known = [name for name in likely_names(tensors) if timm.is_model(name)]
+    name = known[0] if known else "NAME"
+    extras = " load.registers=drop" if "reg_token" in tensors and known and "_reg" not in name else ""
+    if "blocks.0.ls1.gamma" in tensors and known and "dinov2" not in name:
+        extras += " load.fold_layer_scale=true"
+    which = "try" if known else "its proportions have no name that Smalti knows in timm; if timm has one:"
+    return (
+        f"{path}: weights without a config.json beside them don't say their architecture; it is {describe(tensors)}: "
+        f"{which} timm:{name}@{path}{network}{extras}"
     )
-    description = config.get("smalti") or _from_timm_config(config)
-    encoder = _described(description, config_path)
-    return encoder, load_vit(encoder.vit, to_timm_names(tensors), str(path), partial)
 
 
 def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +275,7 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_run(path: Path, network: str | None) -> tuple[Encoder, LoadReport]:
+def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT, Path, str]:
     """The encoder in a run's newest checkpoint, or in the checkpoint given."""
     if not path.exists():
         raise WeightsError(f"{path}: no such run or file; an encoder is named by {FORMS}")
@@ -165,9 +287,9 @@ def _load_run(path: Path, network: str | None) -> tuple[Encoder, LoadReport]:
     name = network or state.get("export_network", "")
     if name not in networks:
         raise WeightsError(f"{folder}: has no network '{name}'; it has {', '.join(networks) or 'none'}")
-    encoder = _described(state.get("encoder") or {}, folder / STATE_FILE)
+    description = state.get("encoder") or {}
     tensors = read_tensors(folder / WEIGHTS_FILE, prefix=f"{networks[name]}.vit.")
-    return encoder, load_vit(encoder.vit, tensors, f"{folder} ({name})")
+    return description, ForeignViT(tensors), folder, name
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -189,13 +311,6 @@ def encoder_description(checkpoint: Path) -> dict[str, Any]:
     return (
         _read_json(checkpoint / STATE_FILE, f"{checkpoint}: the checkpoint lacks its {STATE_FILE}").get("encoder") or {}
     )
-
-
-def _described(description: Mapping[str, Any], where: Path) -> Encoder:
-    try:
-        return encoder_from_config(description)
-    except SmaltiError as error:
-        raise WeightsError(f"{where}: {error}") from error
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

@@ -8,26 +8,57 @@ import argparse
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from smalti.config import settings
 from smalti.errors import WeightsError
+from smalti.functional.positions import Resampling, resample_positions
+from smalti.models.layouts import ForeignViT, Tensors, describe, fuse_part_attention, some
 
-Tensors = dict[str, Tensor]
 CONTAINERS = ("state_dict", "model", "ema_state_dict", "module")
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.")
-DROPPED = re.compile(
-    r"(^|\.)(.*head.*|prototypes.*|decoder_.*|mask_token|masked_embed|relation_blocks.*|dist_token)(\.|$)"
-)
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+NETWORKS = {
+    "student": ("student", "params", "model"),
+    "teacher": ("teacher", "ema_params", "model_ema", "ema_state_dict"),
+}
+"""Keys under which training checkpoints keep the two networks of a method."""
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")
+
+
+@settings
+class LoadConfig:
+    """How the weights of a file are fitted into an encoder."""
+
+    weights: str | None = None
+    """``student`` or ``teacher``, where a file or run holds both; None takes the one that its project hands on."""
+    img_size: int | None = None
+    """Native image size in pixels, to whose grid positions are resampled; None takes the architecture's own."""
+    registers: Literal["keep", "drop"] = "keep"
+    """``drop`` loads a file with register tokens into a model without them (NeCo's "XR" models)."""
+    fold_layer_scale: bool = False
+    """Multiply LayerScale into the layers before it: the same outputs from a model without LayerScale."""
+    patch_size: int | None = None
+    """Patch side in pixels, other than the file's: its patch embedding is resampled; None takes the architecture's."""
+    patch_resample: Literal["pinv", "bicubic"] = "pinv"
+    """``pinv`` keeps the response to a patch that is enlarged (FlexiViT, timm); ``bicubic`` resizes the kernel."""
+    pos_mode: Literal["bicubic", "bilinear"] | None = None
+    """Interpolation of positions at other grids; None takes the encoder's own, which is bicubic."""
+    pos_antialias: bool | None = None
+    """Antialias it; None takes the encoder's own, which is true (timm), where the DINO family's code has false."""
+    pos_offset: float | None = None
+    """Patches added to the grid in its scale factor; None takes the encoder's own, 0 (DINO, iBOT, DINOv2: 0.1)."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +73,39 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     """Tensors of the model that the file does not have."""
     unused: tuple[str, ...] = ()
-    """Tensors of the file that the model does not take, heads and decoders left aside."""
+    """Tensors of the file that the model does not take, beside those dropped."""
     resampled: tuple[str, ...] = ()
     """Tensors that were resampled to the model's grid."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of the file left aside on purpose: heads, decoders, mask tokens, networks not asked for."""
+    notes: tuple[str, ...] = ()
+    """What was changed beside names, in words."""
+    used: tuple[str, ...] = ()
+    """Tensors of the model that got their values from the file, by name."""
 
     def __str__(self) -> str:
         notes = [f"resampled {', '.join(self.resampled)}"] if self.resampled else []
-        notes += [f"missing {_some(self.missing)}"] if self.missing else []
-        notes += [f"not used {_some(self.unused)}"] if self.unused else []
+        notes += [f"missing {some(self.missing)}"] if self.missing else []
+        notes += [f"not used {some(self.unused)}"] if self.unused else []
+        notes += [f"dropped {some(self.dropped, 2)}"] if self.dropped else []
+        notes += self.notes
         return f"{self.source}: {self.matched} of {self.total} tensors matched" + "".join(f"; {note}" for note in notes)
+
+    def details(self) -> str:
+        """Every tensor by name, one kind a line."""
+        kinds = ("used", "missing", "unused", "dropped")
+        return "\n".join(f"{kind}: {', '.join(getattr(self, kind)) or 'none'}" for kind in kinds)
+
+
+class Container(NamedTuple):
+    """The tensors of one network in a checkpoint."""
+
+    tensors: Tensors
+    """By their names in the file."""
+    network: str | None = None
+    """The key that held them, where there were several networks."""
+    beside: tuple[str, ...] = ()
+    """The file's other keys."""
 
 
 def read_tensors(path: Path, prefix: str = "") -> Tensors:
@@ -64,6 +119,8 @@ def read_tensors(path: Path, prefix: str = "") -> Tensors:
         raise WeightsError(f"{path}: {what}; a weights file is needed ({', '.join(SUFFIXES)})")
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path}: not a known kind of weights file; needed: one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".npz":
+        return _read_arrays(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -72,7 +129,38 @@ def read_tensors(path: Path, prefix: str = "") -> Tensors:
             raise WeightsError(
                 f"{path}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"
             ) from error
-    return flatten(read_torch(path))
+    return unwrap(read_torch(path)).tensors
+
+
+def read_checkpoint(path: Path, network: str | None = None) -> Container:
+    """The tensors of one network in a checkpoint of any kind that :func:`read_tensors` opens.
+
+    Args:
+        path: the file.
+        network: ``student`` or ``teacher``, of a torch file that keeps both under keys of their own; in other files
+            it is told by the names (:func:`smalti.models.layouts.to_timm_names`).
+
+    Raises:
+        WeightsError: as :func:`read_tensors`, and if the network isn't there.
+    """
+    if path.is_file() and path.suffix in SUFFIXES and path.suffix not in (".safetensors", ".npz"):
+        return unwrap(read_torch(path), network)
+    return Container(read_tensors(path))
+
+
+def _read_arrays(path: Path) -> Tensors:
+    """Arrays by name, such as a Flax tree that was saved with numpy under joined names."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        reason = "it holds Python objects" if "allow_pickle" in str(error) else str(error).splitlines()[0]
+        raise WeightsError(f"{path}: not a whole npz file of plain arrays ({reason})") from error
+    numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "fiub"}
+    strange = next((name for name in arrays if arrays[name].dtype.kind == "V"), None)
+    if strange is not None:
+        raise WeightsError(f"{path}: '{strange}' is of no number type of numpy's (bfloat16?); save it as float32")
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in numbers.items()}
 
 
 def read_torch(path: Path) -> Any:
@@ -84,144 +172,187 @@ def read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(
             [argparse.Namespace]
-        ):  # plain attributes; old checkpoints keep their args
+        ):  # plain attributes: MAE, DINO, PART keep their args
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({found.group(1)})" if found else ""
         raise WeightsError(
-            f"{path}: holds pickled Python objects{what}, which can run code when loaded; Smalti reads tensors only: "
-            "save its state dict as safetensors where you trust it"
+            f"{path}: holds pickled Python objects{what}, which can run code when loaded; Smalti reads tensors only; "
+            f'where you trust the file, write its tensors alone: torch.save(torch.load("{path.name}", '
+            'weights_only=False)["state_dict"], "tensors.pth") (or its key "model", "teacher")'
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{path}: damaged or not a torch file ({str(error).splitlines()[0]})") from error
 
 
-def flatten(content: Any, network: str | None = None) -> Tensors:
+def unwrap(content: Any, network: str | None = None) -> Container:
     """The flat ``{name: tensor}`` inside a training checkpoint: unwraps containers, ``teacher`` before ``student``.
 
+    Args:
+        content: what a torch file holds; nested mappings of tensors are joined with dots.
+        network: ``student`` or ``teacher``; None takes the teacher, which DINO and its descendants hand on.
+
     Raises:
-        WeightsError: if there are no tensors by name, or not the ``network`` asked for.
+        WeightsError: if there are no tensors by name.
     """
     if not isinstance(content, Mapping):
         raise WeightsError(f"the file holds a {type(content).__name__}, not tensors by name")
-    for key in (network,) if network else ("teacher", "student"):
-        if isinstance(content.get(key), Mapping):
-            return flatten(content[key])
+    groups = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
+    for key in NETWORKS.get(network, (network,)) if network else ("teacher", "student"):
+        if key in groups:
+            inner = unwrap(content[key])
+            return Container(inner.tensors, key, tuple(map(str, content)))
     for key in CONTAINERS:
-        if isinstance(content.get(key), Mapping):
-            return flatten(content[key], network)
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        if key in groups:
+            inner = unwrap(content[key], network)
+            return inner._replace(beside=(*map(str, content), *inner.beside))
+    tensors = _leaves(content)
     if not tensors:
         raise WeightsError(f"no tensors found under the keys {', '.join(map(str, content)) or '(none)'}")
-    return tensors
+    return Container(tensors)
 
 
-def to_timm_names(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Names as timm's ``VisionTransformer`` has them: wrappers and prefixes stripped, heads and decoders dropped.
-
-    Handles the layouts of DINO, iBOT, DINOv2 (registers, chunked blocks, SwiGLU), MAE and their kin; source:
-    the key tables of the projects' released checkpoints.
-
-    Raises:
-        WeightsError: if two networks (``model.`` and ``teacher.``) stand in one file, or no ViT is found.
-    """
-    names = {key: key for key in tensors}
-    for wrapper in WRAPPERS:
-        names = {key: name.replace(wrapper, "") if name.startswith(wrapper) else name for key, name in names.items()}
-    anchor = "patch_embed.proj.weight"
-    prefixes = sorted({name.removesuffix(anchor) for name in names.values() if name.endswith(anchor)}, key=len)
-    if not prefixes:
-        raise WeightsError(
-            f"no vision transformer found: no tensor is called '{anchor}' (the file has {_some(tuple(tensors))})"
-        )
-    if len(prefixes) > 1:
-        raise WeightsError(
-            f"the file holds {len(prefixes)} vision transformers ({', '.join(repr(p) for p in prefixes)}); "
-            "save the one you want alone"
-        )
-    result: Tensors = {}
-    for key, name in names.items():
-        name = name.removeprefix(prefixes[0]) if name.startswith(prefixes[0]) else ""
-        if not name or DROPPED.search(name):
-            continue
-        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # chunked DINOv2: the inner number is global
-        name = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
-        name = (
-            name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2.").replace("register_tokens", "reg_token")
-        )
-        name = re.sub(r"^fc_norm\.", "norm.", name)
-        result[name] = tensors[key].float() if tensors[key].is_floating_point() else tensors[key]
-    registers, positions, cls_token = (result.get(k) for k in ("reg_token", "pos_embed", "cls_token"))
-    if registers is not None and positions is not None and cls_token is not None and _has_class_row(positions):
-        result["cls_token"] = cls_token + positions[:, :1]  # DINOv2 with registers: timm keeps no position for these
-        result["pos_embed"] = positions[:, 1:]
-    return result
+def _leaves(content: Mapping[Any, Any]) -> Tensors:
+    """Tensors by name; where there are none, those of the groups inside, names joined with dots."""
+    own = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    groups = {str(key): _leaves(value) for key, value in content.items() if isinstance(value, Mapping) and not own}
+    return own or {f"{key}.{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
 
 
-def load_vit(vit: VisionTransformer, tensors: Mapping[str, Tensor], source: str, partial: bool = False) -> LoadReport:
-    """Copy tensors into a timm ViT; positions of another grid are resampled, bicubic and antialiased as timm does.
+def load_vit(
+    vit: VisionTransformer,
+    foreign: ForeignViT | Mapping[str, Tensor],
+    source: str,
+    partial: bool = False,
+    config: LoadConfig | None = None,
+    resampling: Resampling = Resampling(),
+) -> LoadReport:
+    """Copy tensors into a timm ViT; what differs in form only is fitted.
+
+    Positions go to the model's grid and to its rows (a class token's row is added to the token where the model has no
+    such row, which is the same function); queries and PART's keys and values are fused.
 
     Args:
         vit: the model to fill.
-        tensors: with timm's names (:func:`to_timm_names`).
+        foreign: from :func:`smalti.models.layouts.to_timm_names`, or tensors with timm's names.
         source: what to call the file.
         partial: take what matches; otherwise every tensor of the model must be filled.
+        config: whether registers may be dropped and patches resampled; None allows neither.
+        resampling: how positions are brought to the model's grid.
 
     Raises:
         WeightsError: if shapes don't fit (names both architectures), or something is missing and not ``partial``.
     """
+    foreign = foreign if isinstance(foreign, ForeignViT) else ForeignViT(dict(foreign))
+    config = config or LoadConfig()
     own = vit.state_dict()
-    found = dict(tensors)
-    resampled: tuple[str, ...] = ()
-    positions = found.get("pos_embed")
-    if positions is not None and "pos_embed" in own and positions.shape[-1] == own["pos_embed"].shape[-1]:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        num_old = positions.shape[1] - prefix
-        if positions.shape != own["pos_embed"].shape and num_old > 0 and math.isqrt(num_old) ** 2 == num_old:
-            grid = list(vit.patch_embed.grid_size)
-            found["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
-            resampled = (f"pos_embed from {math.isqrt(num_old)}x{math.isqrt(num_old)} to {grid[0]}x{grid[1]}",)
+    num_heads = vit.blocks[0].attn.num_heads
+    if foreign.num_heads not in (None, num_heads):
+        raise WeightsError(f"{source}: was made with {foreign.num_heads} attention heads, the model has {num_heads}")
+    foreign = replace(foreign, tensors=fuse_part_attention(foreign.tensors, num_heads))
+    foreign, resampled = _fit_positions(vit, foreign, resampling)
+    found, notes, dropped = dict(foreign.tensors), foreign.notes, foreign.dropped
+    if config.registers == "drop":
+        count = found.pop("reg_token").shape[1] if "reg_token" in found else 0
+        notes += (f"{count} registers dropped" if count else "no registers to drop",)
+    kernel = found.get("patch_embed.proj.weight")
+    size = vit.patch_embed.patch_size
+    if config.patch_size and kernel is not None and kernel.ndim == 4 and tuple(kernel.shape[-2:]) != tuple(size):
+        found["patch_embed.proj.weight"] = resample_patches(kernel, size, config.patch_resample)
+        resampled += (f"patch embedding from {kernel.shape[-1]} to {size[1]} px ({config.patch_resample})",)
     misfits = [key for key in own if key in found and found[key].shape != own[key].shape]
     if misfits:
         key = misfits[0]
+        same = key == "patch_embed.proj.weight" and found[key].shape[:2] == own[key].shape[:2]
         raise WeightsError(
-            f"{source}: holds {_architecture(found)}, the model is {_architecture(own)}; "
+            f"{source}: holds {describe(found)}, the model is {describe(own)}; "
             f"'{key}' is {tuple(found[key].shape)} and must be {tuple(own[key].shape)}"
+            + (f"; load.patch_size={size[1]} resamples it" if same else "")
         )
+    used = tuple(key for key in own if key in found)
     missing = tuple(key for key in own if key not in found)
     unused = tuple(key for key in found if key not in own)
-    report = LoadReport(source, len(own) - len(missing), len(own), missing, unused, resampled)
+    report = LoadReport(source, len(used), len(own), missing, unused, resampled, dropped, notes, used)
     if (missing or unused) and not partial:
         raise WeightsError(
-            f"{report}; the file holds {_architecture(found)}, the model is {_architecture(own)}; "
-            "name the fitting architecture, or allow a partial match (--partial, partial=True)"
+            f"{report}; the file holds {describe(found)}, the model is {describe(own)}; {_remedy(missing, unused)}"
         )
-    vit.load_state_dict({key: value for key, value in found.items() if key in own}, strict=False)
+    vit.load_state_dict({key: found[key] for key in used}, strict=False)
     return report
 
 
-def _architecture(tensors: Mapping[str, Tensor]) -> str:
-    """A ViT's proportions in words, read off its tensors."""
-    kernel = tensors.get("patch_embed.proj.weight")
-    depth = 1 + max((int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", key) for key in tensors) if m), default=-1)
-    if kernel is None or kernel.ndim != 4:
-        return f"a network of {depth} blocks"
-    extras = [
-        text for key, text in (("reg_token", "registers"), ("blocks.0.ls1.gamma", "LayerScale")) if key in tensors
-    ]
-    extras += [] if "cls_token" in tensors else ["no class token"]
-    return (
-        f"a ViT {kernel.shape[0]} wide, {depth} deep, patch {kernel.shape[-1]}, {kernel.shape[1]} channels"
-        + "".join(f", {extra}" for extra in extras)
-    )
+def resample_patches(
+    kernel: Float[Tensor, "D C p q"], size: tuple[int, int], how: str = "pinv"
+) -> Float[Tensor, "D C r s"]:
+    """A patch embedding for patches of another size.
+
+    Args:
+        kernel: ``(D, C, p, q)`` weights of the patch convolution.
+        size: ``(r, s)`` of the new patch in pixels.
+        how: ``pinv`` keeps the response to a patch that is enlarged with its kernel; ``bicubic`` resizes the kernel
+            like an image, and the response to a constant patch grows with its area, by (16 / 14)**2 = 1.306, say.
+
+    Source: Beyer et al., FlexiViT, arXiv:2212.08013v2, Sec. 3.4, for ``pinv``, in timm's form.
+    """
+    if how == "pinv":
+        return resample_patch_embed(kernel, list(size))
+    return F.interpolate(kernel, size=size, mode="bicubic")
 
 
-def _has_class_row(positions: Tensor) -> bool:
-    """Whether a position table has one row more than a square grid."""
-    rows = positions.shape[1]
-    return math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1
+def _fit_positions(
+    vit: VisionTransformer, foreign: ForeignViT, resampling: Resampling
+) -> tuple[ForeignViT, tuple[str, ...]]:
+    """The position table with the model's rows and grid, where the file's can be understood; and what to say of it.
+
+    The table's rows before the patches are none, the class token's, or the class token's and the registers'.
+    """
+    tensors = dict(foreign.tensors)
+    table, own = tensors.get("pos_embed"), vit.pos_embed
+    if table is None or own is None or table.shape == own.shape or table.ndim != 3 or table.shape[-1] != own.shape[-1]:
+        return foreign, ()
+    tokens = [name for name in ("cls_token", "reg_token") if name in tensors]
+    counts = [tensors[name].shape[1] for name in tokens]
+    grid = (int(vit.patch_embed.grid_size[0]), int(vit.patch_embed.grid_size[1]))
+    num_class = counts[0] if "cls_token" in tokens else 0
+    for num_rows in dict.fromkeys((sum(counts), num_class, 0)):
+        old = foreign.grid or _grid(table.shape[1] - num_rows, grid)
+        if old is not None and old[0] * old[1] == table.shape[1] - num_rows:
+            break
+    else:
+        return foreign, ()
+    prefix = table.new_zeros(1, sum(counts), table.shape[-1])
+    prefix[:, :num_rows] = table[:, :num_rows]
+    notes = foreign.notes
+    if vit.no_embed_class:
+        for name, rows in zip(tokens, torch.split(prefix, counts, dim=1), strict=True):
+            tensors[name] = tensors[name] + rows
+        prefix = prefix[:, :0]
+        notes += ("position of the class token added to it",) if num_rows else ()
+    elif num_rows == 0 and "reg_token" not in tensors:
+        return foreign, ()  # a class token without a position, or one that was never used: no telling
+    else:
+        prefix = prefix[:, : vit.num_prefix_tokens]
+    table = torch.cat([prefix, table[:, num_rows:]], dim=1)
+    tensors["pos_embed"] = resample_positions(table, old, grid, prefix.shape[1], resampling)
+    said = (f"pos_embed from {old[0]}x{old[1]} to {grid[0]}x{grid[1]}",) if old != grid else ()
+    return replace(foreign, tensors=tensors, notes=notes), said
 
 
-def _some(names: tuple[str, ...], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _grid(num_patches: int, preferred: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of a table: the model's own where the number fits, else a square one."""
+    if num_patches == preferred[0] * preferred[1]:
+        return preferred
+    side = math.isqrt(max(num_patches, 0))
+    return (side, side) if side and side * side == num_patches else None
+
+
+def _remedy(missing: tuple[str, ...], unused: tuple[str, ...]) -> str:
+    """What to do about tensors that are left over."""
+    if "reg_token" in unused:
+        return "name an architecture with registers (vit_..._reg4_...), or load.registers=drop leaves them out"
+    if any(name.endswith(".ls1.gamma") for name in unused):
+        return "name an architecture with LayerScale (vit_..._dinov2), or load.fold_layer_scale=true folds it in"
+    if any(".rpe_" in name for name in unused):
+        return "its attention has relative position tables (LoMaR, iRPE), which timm's VisionTransformer can't compute"
+    return "name the fitting architecture, or allow a partial match (--partial, partial=True)"

@@ -28,6 +28,7 @@ from smalti.errors import ConfigError, RunError, ShapeError, SmaltiError
 from smalti.evaluation.details import read_details
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval, Resampled, difference, interval, resample
 from smalti.evaluation.protocol import SHARE, EvalConfig, Result, find_protocol, open_sets, read_results
+from smalti.models.weights import LoadConfig
 from smalti.study.catalogue import find_recipe
 from smalti.study.cell import (
     DETAILS,
@@ -59,7 +60,7 @@ class Plan:
     arms: dict[str, dict[str, Any]]
     """Name -> ``{method: NAME, KEY: VALUE ...}`` or ``{recipe: FILE, ...}``, which are trained, or ``{load: ENCODER}``,
     which is taken as it is, ``{load: random}`` being the plan's own encoder before training. Differences are taken
-    against the first. ``eval.KEY`` holds for this arm's evaluations."""
+    against the first. ``eval.KEY`` holds for this arm's evaluations, ``load.KEY`` says how its weights are fitted."""
     evaluate: tuple[dict[str, Any], ...]
     """``{data: PATH, protocols: [...]}`` each, and any setting of an evaluation, such as ``image_size``."""
     data: str | None = None
@@ -200,7 +201,7 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
         raise ConfigError(f"{where}: evaluate is empty; give what to judge by, such as [{{data: DIR}}]")
     if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
         raise ConfigError(f"{where}: seeds={list(plan.seeds)}: different numbers are needed, at least one")
-    trained = [name for name, arm in plan.arms.items() if "load" not in arm]
+    trained = [name for name, arm in plan.arms.items() if _taken(arm) is None]
     if trained and not plan.data:
         raise ConfigError(f"{where}: arm '{trained[0]}' is to be trained, but no images are named; give data: DIR")
     if trained and (len(plan.budget) != 1 or next(iter(plan.budget)) not in BUDGETS):
@@ -303,7 +304,7 @@ def _prepare(
                     for entry, one in zip(evaluations, evaluated, strict=True)
                 ),
             }
-            if "load" in arm:
+            if _taken(arm) is not None:
                 jobs.append(_load_job(arm, seed, out, plan, what))
             else:
                 assert images is not None
@@ -313,13 +314,25 @@ def _prepare(
         return _Arm((), str(error))
 
 
+def _taken(arm: Mapping[str, Any]) -> str | None:
+    """The encoder that an arm takes as it is; None: it trains one, and ``load.*`` fits the weights of its ``init``."""
+    spec = arm.get("load")
+    spec = spec.get("name") if isinstance(spec, Mapping) else spec
+    return None if spec is None else str(spec)
+
+
 def _load_job(arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, what: Mapping[str, Any]) -> Job:
     for key in arm:
         if key not in LOAD_KEYS:
             line = unknown_key(key, LOAD_KEYS).removeprefix("settings has ")
             raise ConfigError(f"an arm with load is taken as it is and has {line}")
-    spec = str(arm["load"])
-    options = {name: arm[key] for key, name in (("weights", "network"), ("pool", "pool")) if key in arm}
+    spec = str(_taken(arm))
+    fit = dict(arm["load"]) if isinstance(arm["load"], Mapping) else {}
+    fit = {key: value for key, value in {**fit, "weights": arm.get("weights")}.items() if key != "name"}
+    if build(LoadConfig, fit, group="load") != LoadConfig() and spec == RANDOM:
+        raise ConfigError("load: random has no weights that load.* or weights could apply to; leave them out")
+    fit["network"] = fit.pop("weights")
+    options = {key: value for key, value in {**fit, "pool": arm.get("pool")}.items() if value is not None}
     parts: list[Any] = [weights_digest(spec), options, smalti.__version__]
     tree: dict[str, Any] = {}
     if spec == RANDOM:
@@ -628,10 +641,14 @@ def _short(data: str, plan: Plan) -> str:
 
 
 def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    return {
+    result: dict[str, Any] = {
         key: absolute(value, folder) if key in ("load", "init", "recipe") and isinstance(value, str) else value
         for key, value in tree.items()
     }
+    fit = result.get("load")
+    if isinstance(fit, Mapping) and isinstance(fit.get("name"), str):
+        result["load"] = {**fit, "name": absolute(fit["name"], folder)}
+    return result
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,8 @@ from smalti.evaluation.protocol import (
 )
 from smalti.methods.base import Method, get_method
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
-from smalti.models.loading import encoder_description, latest_checkpoint, load
+from smalti.models.loading import encoder_description, latest_checkpoint, open_encoder
+from smalti.models.weights import LoadConfig
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
@@ -87,6 +88,8 @@ class RunConfig:
     ``VisionTransformer``; None: vit_small_patch16_224, or what ``init`` brings."""
     init: str | None = None
     """Weights to start from: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None starts from random ones."""
+    load: LoadConfig = LoadConfig()
+    """How the weights of ``init`` are fitted."""
     steps: int = 10_000
     """Optimiser steps."""
     batch_size: int = 64
@@ -144,6 +147,8 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
             raise ConfigError(f"{where}: {name}={value}: at least 1 is needed")
     if config.init and config.encoder:
         raise ConfigError(f"{where}: init={config.init} brings its own architecture; leave encoder= out")
+    if config.load != LoadConfig() and not config.init:
+        raise ConfigError(f"{where}: load.* fits the weights of --init, which is not given")
     for name in config.eval.protocols:
         find_protocol(name)
     check_trackers(config.log.trackers)
@@ -178,7 +183,9 @@ def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = 
     """
     data = config.data
     if config.init:
-        encoder = encoder_from_config(description) if description else load(config.init, quiet=quiet)
+        encoder = (
+            encoder_from_config(description) if description else open_encoder(config.init, config.load, quiet=quiet)
+        )
         encoder.pretrained = True
         if encoder.in_chans != data.channels:
             raise ConfigError(f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}")
