@@ -140,7 +140,7 @@ def _candidates(sims: Float[Tensor, "Q M"], k: int, first: int) -> Int[Tensor, "
     ranks = _LAST_PLACE - torch.arange(first, first + sims.shape[1], device=sims.device)
     if num_blocks <= 2 * k:
         return _pack(sims, ranks)
-    whole = sims[:, : num_blocks * _BLOCK].unflatten(1, (num_blocks, _BLOCK))
+    whole = sims[:, : num_blocks * _BLOCK].view(len(sims), num_blocks, _BLOCK)
     maxima = _pack(whole.amax(2), ranks[: num_blocks * _BLOCK : _BLOCK])
     blocks = (_place_of(maxima.topk(k, dim=1).values) - first) // _BLOCK  # (Q, k)
     inside = whole.gather(1, blocks[:, :, None].expand(-1, -1, _BLOCK))
