@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Integer
+from jaxtyping import Int, Integer
 from torch import Tensor
 
-from smalti.evaluation.metrics import IGNORE, Absent, ConfusionMatrix
+from smalti.evaluation.metrics import IGNORE, Absent, ConfusionMatrix, fold
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ class PixelTally:
         self, num_classes: int, num_images: int, ignore: int = IGNORE, device: torch.device | str = "cpu"
     ) -> None:
         self.confusion = ConfusionMatrix(num_classes, ignore=ignore, device=device)
-        self._intersection = torch.zeros(num_images, num_classes, dtype=torch.int64)
-        self._union = torch.zeros(num_images, num_classes, dtype=torch.int64)
-        self._pixels = torch.zeros(num_images, dtype=torch.int64)
+        self._num_images = num_images
+        self._counts: dict[int, Tensor] = {}  # sparse: an image has few of all pairs of classes
 
     def update(
         self, target: Integer[Tensor, "B M1 M2"], pred: Integer[Tensor, "B M1 M2"], places: Sequence[int]
@@ -119,18 +118,37 @@ class PixelTally:
             one = ConfusionMatrix(self.confusion.num_classes, ignore=self.confusion.ignore, device=truth.device)
             one.update(truth, guess)
             self.confusion.matrix += one.matrix
-            matrix = one.matrix.cpu()
-            self._intersection[place] = matrix.diagonal()
-            self._union[place] = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-            self._pixels[place] = matrix.sum()
+            self._counts[place] = one.matrix.cpu().to_sparse()
+
+    def renamed(self, mapping: Int[Tensor, " G"]) -> "PixelTally":
+        """The tally of the predictions ``mapping[pred]``, for a mapping that is known only when all were counted."""
+        tally = PixelTally(self.confusion.num_classes, self._num_images, self.confusion.ignore)
+        tally.confusion.matrix = fold(self.confusion.matrix, mapping)
+        tally._counts = {place: fold(matrix.to_dense(), mapping).to_sparse() for place, matrix in self._counts.items()}
+        return tally
 
     def iou(self, absent: Absent) -> Tally:
         """Mean IoU."""
-        return Tally(self._intersection.double().numpy(), self._union.double().numpy(), absent)
+        intersection, target, pred = self._sums()
+        return Tally(intersection, target + pred - intersection, absent)
+
+    def recall(self) -> Tally:
+        """Mean over the classes that occur of the share of their pixels that is right."""
+        intersection, target, _ = self._sums()
+        return Tally(intersection, target)
 
     def pixel_accuracy(self) -> Tally:
         """Share of the labelled pixels that is right."""
-        return Tally(self._intersection.sum(1, keepdim=True).double().numpy(), self._pixels[:, None].double().numpy())
+        intersection, target, _ = self._sums()
+        return Tally(intersection.sum(1, keepdims=True), target.sum(1, keepdims=True))
+
+    def _sums(self) -> np.ndarray:
+        """``(3, n, G)`` pixels of each class that are right, that there are, and that were predicted."""
+        sums = np.zeros((3, self._num_images, self.confusion.num_classes))
+        for place, sparse in self._counts.items():
+            matrix = sparse.to_dense()
+            sums[:, place] = torch.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)]).numpy()
+        return sums
 
 
 def join_repetitions(tallies: Sequence[Tally]) -> Tally:
