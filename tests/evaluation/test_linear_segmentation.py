@@ -172,7 +172,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(tiny, scenes, feature
 def test_a_crop_shows_the_same_part_of_image_and_mask(seed, height, width):
     rows, columns = np.mgrid[:height, :width]
     mask = (rows * 4 + columns * 2).astype(np.uint8)
-    pixels, labels = crop_and_flip(mask[..., None], mask, 16, 16, np.random.default_rng(seed))
+    pixels, labels = crop_and_flip(mask[..., None], mask, size=16, mask_size=16, rng=np.random.default_rng(seed))
     assert pixels.shape == (16, 16, 1) and labels.shape == (16, 16)
     assert np.abs(pixels[..., 0].astype(int) - labels.astype(int)).max() <= 40  # smooth ramps: resampling aside
 

@@ -10,9 +10,10 @@ Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, K classes
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ HELD_OUT = 0.2
 FEWEST_STEPS = 300
 """The small preset goes through few images more often, until its head has made so many steps."""
 CROP_AREA, CROP_ASPECT, FLIP_PROB = (0.8, 1.0), (3 / 4, 4 / 3), 0.5
+Alter = Callable[..., tuple[np.ndarray, np.ndarray]]
+"""``alter(image (H, W, C), mask (H, W), rng=...)`` -> an image ``(S, S, C)`` and a mask ``(M, M)``."""
 _AT_ONCE = 16  # images whose pixels' logits are in memory
 
 
@@ -183,7 +186,9 @@ def train_heads(
         order = [chosen[i] for i in epoch_order(seed, epoch, len(chosen))]
         batches: Iterator[tuple[Tensor, Tensor]]
         if tokens is None:
-            batches = _augmented(features, replace(recipe, mask_size=size), order, seed, epoch)
+            crop = partial(crop_and_flip, size=recipe.image_size, mask_size=size)
+            made = augmented_tokens(features, order, recipe.batch_size, seed, epoch, crop)
+            batches = ((x, target) for x, target, _ in made)
         else:
             batches = ((x, masks[torch.tensor(at)]) for x, at in tokens.batches(order, recipe.batch_size))
         for inputs, target in batches:
@@ -352,41 +357,50 @@ def _mask_of_readable(sample: ImageSample, num_classes: int) -> np.ndarray | Non
         raise
 
 
-def _augmented(
-    features: Features, recipe: Recipe, order: Sequence[int], seed: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and masks of cropped and flipped training images; each image's luck depends on (seed, epoch, image)."""
+def augmented_tokens(
+    features: Features, order: Sequence[int], batch_size: int, seed: int, epoch: int, alter: Alter
+) -> Iterator[tuple[Float[Tensor, "B N D"], Integer[Tensor, "B M M"], list[int]]]:
+    """Tokens and masks of altered training images, and their places; an image's luck depends on (seed, epoch, image).
+
+    Args:
+        features: of the training images, which are encoded in any case.
+        order: places of the images in the split.
+        batch_size: images a batch; images that can't be read are left out.
+        seed: of the alterations.
+        epoch: likewise.
+        alter: makes image and mask ready: ``alter(image, mask, rng=...)``.
+    """
     images, num_classes = features.data.train, len(features.data.classes)
     channels = features.encoder.in_chans
 
-    def make(position: int) -> tuple[Tensor, Tensor] | Skipped:
+    def make(position: int) -> tuple[Tensor, Tensor, int] | Skipped:
         sample = images.samples[position]
         try:
             image = read_image(sample.path, channels)
         except DataError as error:
             return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
         mask = read_mask(sample, num_classes)
-        rng = np.random.default_rng(sample_key(seed, epoch, position))
-        pixels, mask = crop_and_flip(image, mask, recipe.image_size, recipe.mask_size, rng)
+        pixels, mask = alter(image, mask, rng=np.random.default_rng(sample_key(seed, epoch, position)))
         scaled = torch.from_numpy(pixels).permute(2, 0, 1).float()
-        return scaled / 255 if pixels.dtype == np.uint8 else scaled, torch.from_numpy(mask)
+        return scaled / 255 if pixels.dtype == np.uint8 else scaled, torch.from_numpy(mask), position
 
     with ThreadPoolExecutor(max(1, features.num_workers)) as pool:
-        for start in range(0, len(order), recipe.batch_size):
-            made = list(pool.map(make, order[start : start + recipe.batch_size]))
+        for start in range(0, len(order), batch_size):
+            made = list(pool.map(make, order[start : start + batch_size]))
             features.skipped.update({str(item.path): item.reason for item in made if isinstance(item, Skipped)})
-            pairs = [item for item in made if not isinstance(item, Skipped)]
-            if not pairs:
+            whole = [item for item in made if not isinstance(item, Skipped)]
+            if not whole:
                 continue
             parts = [
-                features.patches(torch.stack([pixels for pixels, _ in pairs[i : i + features.batch_size]]))
-                for i in range(0, len(pairs), features.batch_size)
+                features.patches(torch.stack([pixels for pixels, _, _ in whole[i : i + features.batch_size]]))
+                for i in range(0, len(whole), features.batch_size)
             ]
-            yield torch.cat(parts).float(), torch.stack([mask for _, mask in pairs])
+            masks, places = torch.stack([mask for _, mask, _ in whole]), [place for _, _, place in whole]
+            yield torch.cat(parts).float(), masks, places
 
 
 def crop_and_flip(
-    image: np.ndarray, mask: np.ndarray, size: int, mask_size: int, rng: np.random.Generator
+    image: np.ndarray, mask: np.ndarray, *, size: int, mask_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same random part of an image and its mask, mirrored half of the time.
 
