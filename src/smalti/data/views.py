@@ -239,7 +239,7 @@ class MultiCrop:
                 if flips[place]:
                     view = cv2.flip(view, 1)
                 if spec.color is not None:
-                    view = _recolor(view, spec.color, rng)
+                    view = recolor(view, spec.color, rng)
                 if rng.random() < blur_probs[i]:
                     low, high = spec.blur_sigma
                     view = blur(view, low + (high - low) * rng.random())
@@ -322,7 +322,8 @@ def _turn_hue(turns: float) -> np.ndarray:
     return np.array([[keep, a, b], [b, keep, a], [a, b, keep]])
 
 
-def _recolor(view: np.ndarray, config: ColorConfig, rng: np.random.Generator) -> np.ndarray:
+def recolor(view: np.ndarray, config: ColorConfig, rng: np.random.Generator) -> np.ndarray:
+    """An image ``(H, W, C)`` through a random :func:`color_map`, in its type; OpenCV drops a single channel's axis."""
     channels = 1 if view.ndim == 2 else view.shape[2]
     mean = np.array(cv2.mean(view)[:channels]) if channels <= 4 else view.mean(axis=(0, 1), dtype=np.float64)
     affine = color_map(config, mean, rng)

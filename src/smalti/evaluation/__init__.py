@@ -6,3 +6,9 @@ from smalti.evaluation import linear_probe as linear_probe
 from smalti.evaluation import linear_segmentation as linear_segmentation
 from smalti.evaluation import overclustering as overclustering
 from smalti.evaluation import segmenter as segmenter
+
+# isort: split
+# Imports register protocols, which run and are printed in this order.
+from smalti.evaluation import in_context as in_context
+from smalti.evaluation import knn_patch as knn_patch
+from smalti.evaluation import retrieval as retrieval

@@ -339,13 +339,13 @@ def read_masks(images: ImageSet, num_classes: int, size: int) -> Integer[Tensor,
     """
     masks = torch.zeros(len(images), size, size, dtype=torch.uint8 if num_classes <= IGNORE else torch.int64)
     for place, sample in enumerate(images.samples):
-        mask = _mask_of_readable(sample, num_classes)
+        mask = mask_of_readable(sample, num_classes)
         if mask is not None:
             masks[place] = torch.from_numpy(eval_mask(mask, size))
     return masks
 
 
-def _mask_of_readable(sample: ImageSample, num_classes: int) -> np.ndarray | None:
+def mask_of_readable(sample: ImageSample, num_classes: int) -> np.ndarray | None:
     """The mask, or None where it is the image that can't be read."""
     try:
         return read_mask(sample, num_classes)

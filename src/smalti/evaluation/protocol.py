@@ -81,7 +81,8 @@ class EvalConfig:
     temperature: Annotated[float, Field(gt=0)] | None = None
     """knn-patch, in-context: of the softmax over neighbours; None takes the protocol's own."""
     void: Literal["ignore", "class0"] | None = None
-    """in-context: pixels without a label in the memory count for nothing, or as class 0; None: the preset's."""
+    """knn-patch, in-context, retrieval: pixels without a label in the memory count for nothing, or as class 0; None
+    takes the preset's."""
     matching: Literal["direct", "hungarian"] | None = None
     """in-context: predicted classes as they are, or matched to the true ones; None: the preset's."""
     clusters: tuple[Count, ...] = ()
@@ -102,7 +103,8 @@ class EvalConfig:
     iters: Count | None = None
     """segmenter: training steps; None takes the preset's."""
     augment: bool | None = None
-    """linear-probe, linear-segmentation, in-context: crop and flip the training images; None takes the preset's."""
+    """linear-probe, linear-segmentation, knn-patch, in-context, retrieval: crop and alter the training images; None
+    takes the preset's."""
     mask_size: Count | None = None
     """linear-segmentation, overclustering, in-context: side of the masks in pixels; None takes the preset's."""
     absent: Absent | None = None

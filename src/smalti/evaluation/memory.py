@@ -1,0 +1,383 @@
+"""The memory of labelled patches that protocols of nearest neighbours ask: unit tokens of the training images.
+
+Source: Balazevic et al., "Towards in-context scene understanding", arXiv:2306.01667, in the form of the public code
+open-hummingbird-eval: class shares of patches, augmented training images, and a bounded memory into which patches with
+the image's rare classes come first.
+Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, M patches in memory, C classes, K neighbours.
+"""
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+from torch.nn import functional as F
+
+from smalti.data.folders import ImageSet
+from smalti.data.labelled import eval_mask
+from smalti.data.loader import epoch_order, sample_key
+from smalti.data.views import ColorConfig, random_resized_crop, recolor
+from smalti.errors import DataError
+from smalti.evaluation.features import Features
+from smalti.evaluation.linear_segmentation import augmented_tokens, ignored_value, mask_of_readable, read_masks
+from smalti.evaluation.protocol import EvalConfig
+from smalti.functional.neighbours import nearest, patch_counts
+from smalti.functional.random import sample_uniform
+from smalti.models.encoder import Encoder
+
+HEEDS = ("preset", "k", "memory_size", "void", "augment", "cache_mib", "cache_dtype")
+"""Settings that the memory and the search in it depend on."""
+PAPER_SIZE = 512
+"""Side of the images in pixels, at most; 504 for patches of 14 pixels."""
+PAPER_MEMORY, SMALL_MEMORY = 10_240_000, 50_000
+DEFAULT_K = 30
+FEW_KEYS, FEW_K = 5_000, 10
+"""The small preset takes fewer neighbours of a memory with fewer keys."""
+LABEL_K = 20
+"""Neighbours that vote on a patch's class, or are looked at in retrieval; as in k-NN of images."""
+CROP_AREA, CROP_ASPECT = (0.5, 2.0), (3 / 4, 4 / 3)
+JITTER, JITTER_PROB = 0.1, 0.5
+IMAGENET_STD, HBIRD_STD = (0.229, 0.224, 0.225), (0.229, 0.224, 0.255)
+"""What is meant, and what the public code divides by."""
+_AT_ONCE = 16  # images whose patches are searched for at a time
+_KEPT_BYTES = 2**26  # neighbours up to this size are kept for the next protocol
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset with the settings that the user changed."""
+
+    image_size: int
+    memory_size: int
+    """Patches at most; 0 keeps all."""
+    void: Literal["ignore", "class0"]
+    augment: bool
+    epochs: int
+    """Passes through the training images; more than one only makes sense with augmentation."""
+    std: Literal["encoder", "hbird"]
+
+
+class PatchMemory(NamedTuple):
+    """Patches of the training images."""
+
+    keys: Float[Tensor, "M D"]
+    """Unit tokens; float16 on a GPU, else float32."""
+    counts: Integer[Tensor, "M C"]
+    """Pixels of each class; no row is empty."""
+    num_images: int
+    """Training images that it is made of."""
+
+    @property
+    def classes(self) -> Int[Tensor, " M"]:
+        """Class of most pixels of each patch; of equals the lowest."""
+        return self.counts.argmax(1)
+
+
+def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
+    """The preset with what the user changed.
+
+    Raises:
+        ConfigError: if the encoder's own image size isn't square and none is given.
+        ShapeError: if the patch size does not divide the image size.
+    """
+    if config.preset == "small":
+        size = features.dense_size(config.image_size)
+        recipe = Recipe(size, SMALL_MEMORY, "ignore", False, 1, "encoder")
+    else:
+        step = max(features.encoder.patch_size)
+        size = features.image_size(config.image_size or PAPER_SIZE // step * step)
+        recipe = Recipe(size, PAPER_MEMORY, "ignore", True, 1, "encoder")
+        if config.preset == "paper":
+            recipe = dataclasses.replace(recipe, void="class0", epochs=2, std="hbird")
+    changed: dict[str, Any] = {"memory_size": config.memory_size, "void": config.void, "augment": config.augment}
+    recipe = dataclasses.replace(recipe, **{name: value for name, value in changed.items() if value is not None})
+    if not recipe.augment:  # a second pass would say the same again
+        recipe = dataclasses.replace(recipe, epochs=1)
+    if not _has_imagenet_std(features.encoder):
+        recipe = dataclasses.replace(recipe, std="encoder")
+    return recipe
+
+
+def choose_k(config: EvalConfig, default: int, num_keys: int) -> tuple[int, dict[str, Any]]:
+    """Number of neighbours, and what the settings of a result say about it."""
+    if config.k is None and config.preset == "small" and num_keys < FEW_KEYS:
+        default = min(default, FEW_K)
+    wanted = config.k or default
+    if wanted <= num_keys:
+        return wanted, {"k": wanted}
+    return num_keys, {
+        "k": num_keys,
+        "k_wanted": wanted,
+        "k_note": f"the whole memory: it has {num_keys} patches, fewer than k",
+    }
+
+
+def patch_memory(features: Features, recipe: Recipe, seed: int) -> PatchMemory:
+    """The memory, made for the first protocol that asks.
+
+    Raises:
+        DataError: if no training image can be read, a mask is wrong, or no patch has a label.
+    """
+    return features.once(("memory", recipe, seed), partial(_make_memory, features, recipe, seed))
+
+
+def neighbours(
+    features: Features, recipe: Recipe, seed: int, k: int
+) -> Iterator[tuple[Float[Tensor, "B N K"], Int[Tensor, "B N K"], list[int]]]:
+    """Cosine similarities in falling order, the places in memory, and the test images whose patches have them.
+
+    The search is done once, for as many neighbours as any protocol wants by itself, where what it finds is not too
+    large to be kept.
+    """
+    memory = patch_memory(features, recipe, seed)
+    h, w = features.encoder.check_size(recipe.image_size, recipe.image_size)
+    most = min(max(k, DEFAULT_K), len(memory.keys))
+    if len(features.data.test) * h * w * most * 8 > _KEPT_BYTES:
+        found: Iterable[tuple[Tensor, Tensor, list[int]]] = _search(features, recipe, memory, k)
+    else:
+        found = features.once(
+            ("neighbours", recipe, seed, most),
+            lambda: [
+                (sims.cpu(), places.int().cpu(), images)
+                for sims, places, images in _search(features, recipe, memory, most)
+            ],
+        )
+    done = 0
+    for sims, places, images in found:
+        yield sims[..., :k].to(features.device), places[..., :k].long().to(features.device), images
+        done += len(images)
+    if not done:
+        judged = features.data.test
+        raise DataError(f"{judged.root}: none of the {len(judged)} test images can be read")
+
+
+def unlabelled_places(features: Features) -> frozenset[int]:
+    """Places of the test images whose masks have no labelled pixel: they are left out, with a warning.
+
+    All masks of the test images are looked at, so that mistakes in them are found before anything is encoded.
+
+    Raises:
+        DataError: if a mask is wrong, or no test image has a label.
+    """
+
+    def look() -> frozenset[int]:
+        images, num_classes = features.data.test, len(features.data.classes)
+        ignore = ignored_value(num_classes)
+        empty = []
+        for place, sample in enumerate(images.samples):
+            mask = mask_of_readable(sample, num_classes)
+            if mask is not None and (mask == ignore).all():
+                empty.append(place)
+        if len(empty) == len(images):
+            raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} test images")
+        _warn_unlabelled(images, empty, "test")
+        return frozenset(empty)
+
+    return features.once("unlabelled test images", look)
+
+
+def masks_of(images: ImageSet, places: Sequence[int], num_classes: int, size: int) -> Integer[Tensor, "B M M"]:
+    """Masks of some of the images by nearest pixel, as :func:`read_masks` gives them."""
+    chosen = dataclasses.replace(images, samples=tuple(images.samples[place] for place in places))
+    return read_masks(chosen, num_classes, size)
+
+
+def patch_classes(features: Features, recipe: Recipe, places: Sequence[int]) -> Int[Tensor, "B N"]:
+    """Class of most labelled pixels of each patch of test images, of equals the lowest; ``ignore`` without any."""
+    num_classes = len(features.data.classes)
+    ignore = ignored_value(num_classes)
+    masks = masks_of(features.data.test, places, num_classes, recipe.image_size)
+    counts = patch_counts(masks, features.encoder.patch_size, num_classes, ignore)
+    return counts.argmax(2).masked_fill(counts.sum(2) == 0, ignore)
+
+
+def memory_settings(features: Features, recipe: Recipe, memory: PatchMemory, config: EvalConfig) -> dict[str, Any]:
+    """What a result says about how the memory was made."""
+    half = memory.keys.dtype != torch.float32
+    return {
+        "preset": config.preset,
+        "image_size": recipe.image_size,
+        "resize": "to a square, aspect ratio ignored",
+        "memory_size": len(memory.keys),
+        "memory_size_limit": recipe.memory_size or "none",
+        "memory_images": memory.num_images,
+        "memory_sampling": "as many patches of each image, those with rare classes of the image first"
+        if recipe.memory_size
+        else "all patches",
+        "void": recipe.void,
+        "augment": recipe.augment,
+        "augment_epochs": recipe.epochs,
+        "std": "blue divided by 0.255, as in the public code" if recipe.std == "hbird" else "the encoder's own",
+        "search": f"exact, cosine; {'float16, the best 2k again in float32' if half else 'float32'}",
+        "num_unlabelled": len(unlabelled_places(features)),
+        "cache_dtype": config.cache_dtype,
+    }
+
+
+def comparable(config: EvalConfig, ours: str) -> str:
+    """Whether numbers may stand beside published ones; ``ours`` names what differs in ``preset=full``."""
+    if config.preset == "small":
+        return "small preset: not comparable with published numbers"
+    known = "open-hummingbird-eval's settings, as far as none was changed"
+    return known if config.preset == "paper" else f"{known}; {ours}"
+
+
+def patch_scores(counts: Integer[Tensor, "B N C"], noise: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """How early a patch goes: the smallest scores are kept, so patches with rare classes of their image stay.
+
+    Args:
+        counts: ``(B, N, C)`` pixels of each class.
+        noise: ``(B, N)``, uniform in 0..1.
+
+    Returns:
+        For each patch, the sum over its classes of the number of the image's patches that have this class, times the
+        noise; infinite for a patch without any class.
+    """
+    has = (counts > 0).float()
+    frequency = has.sum(1)  # (B, C)
+    scores = torch.einsum("bnc,bc->bn", has, frequency) * noise
+    return scores.masked_fill(~has.any(2), math.inf)
+
+
+def jitter_and_crop(
+    image: np.ndarray, mask: np.ndarray, *, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A recoloured part of an image, and the same part of its mask; neither is mirrored.
+
+    Brightness, contrast, saturation and hue change by up to a tenth, each in half of the images. Areas of more than the
+    whole image can't be had, so crops show half of it to all of it.
+
+    Args:
+        image: ``(H, W, C)``.
+        mask: ``(H, W)``.
+        size: side of what comes out; bilinear and antialiased, the mask by nearest pixel.
+        rng: source of randomness.
+    """
+    strengths = [JITTER if rng.random() < JITTER_PROB else 0.0 for _ in range(4)]
+    names = ("brightness", "contrast", "saturation", "hue")
+    colors = ColorConfig(**dict(zip(names, strengths, strict=True)), jitter_prob=1.0, gray_prob=0.0)
+    image = recolor(image, colors, rng).reshape(image.shape)  # OpenCV drops a single channel's axis
+    top, left, height, width = random_resized_crop(rng, mask.shape[0], mask.shape[1], CROP_AREA, CROP_ASPECT)
+    window = np.s_[top : top + height, left : left + width]
+    pixels = torch.from_numpy(np.ascontiguousarray(image[window])).permute(2, 0, 1)[None]
+    resized = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
+    return resized.permute(1, 2, 0).numpy(), eval_mask(mask[window], size)
+
+
+def _make_memory(features: Features, recipe: Recipe, seed: int) -> PatchMemory:
+    encoder, images, device = features.encoder, features.data.train, features.device
+    num_classes = len(features.data.classes)
+    ignore = ignored_value(num_classes)
+    grid = encoder.check_size(recipe.image_size, recipe.image_size)
+    num_patches = grid[0] * grid[1]
+    order: Sequence[int] = range(len(images))
+    num_kept = num_patches
+    if recipe.memory_size:
+        most = max(1, recipe.memory_size // recipe.epochs)
+        if most < len(images):
+            order = sorted(epoch_order(seed, 0, len(images))[:most].tolist())
+        num_kept = min(num_patches, most // len(order))
+    room = recipe.epochs * len(order) * num_kept
+    half = device.type == "cuda"
+    keys = torch.empty(room, encoder.embed_dim, dtype=torch.float16 if half else torch.float32, device=device)
+    counts = torch.empty(0, device=device)
+    size, empty, seen = 0, set[int](), set[int]()
+    for epoch in range(recipe.epochs):
+        for tokens, masks, places in _train_batches(features, recipe, order, seed, epoch):
+            if recipe.void == "class0":
+                masks = masks.where(masks != ignore, 0)
+            found = patch_counts(masks.to(device), encoder.patch_size, num_classes, ignore)
+            if not size:
+                counts = torch.empty(room, num_classes, dtype=found.dtype, device=device)
+            luck = torch.tensor([sample_key(seed, epoch, place) for place in places], device=device)
+            scores = patch_scores(found, sample_uniform(luck, num_patches, stream=1))
+            for one, truth, score, place in zip(tokens, found, scores, places, strict=True):
+                best = score.argsort(stable=True)[:num_kept]
+                best = best[score[best].isfinite()].sort().values
+                keys[size : size + len(best)] = F.normalize(one[best], dim=1)
+                counts[size : size + len(best)] = truth[best]
+                size += len(best)
+                seen.add(place)
+                if not len(best):
+                    empty.add(place)
+    if not seen:
+        raise DataError(f"{images.root}: none of the {len(order)} train images can be read")
+    if not size:
+        raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(seen)} training images")
+    _warn_unlabelled(images, sorted(empty), "training")
+    return PatchMemory(keys[:size], counts[:size], len(seen) - len(empty))
+
+
+def _train_batches(
+    features: Features, recipe: Recipe, order: Sequence[int], seed: int, epoch: int
+) -> Iterator[tuple[Float[Tensor, "B N D"], Integer[Tensor, "B S S"], list[int]]]:
+    """Tokens of training images and their masks, in the size of the images."""
+    images, num_classes = features.data.train, len(features.data.classes)
+    if recipe.augment:
+        alter = partial(jitter_and_crop, size=recipe.image_size)
+        with _normalization(features.encoder, recipe):
+            yield from augmented_tokens(features, order, _AT_ONCE, seed, epoch, alter)
+        return
+    for tokens, places in _batches(features, recipe, "train", order):
+        yield tokens, masks_of(images, places, num_classes, recipe.image_size), places
+
+
+def _batches(
+    features: Features, recipe: Recipe, split: Literal["train", "test"], order: Sequence[int] | None = None
+) -> Iterator[tuple[Float[Tensor, "B N D"], list[int]]]:
+    """Tokens in the normalisation of the recipe; only the encoder's own are shared with other protocols."""
+    if recipe.std == "encoder":
+        yield from features.tokens(split, recipe.image_size).batches(order, _AT_ONCE)
+        return
+    images = features.data.train if split == "train" else features.data.test
+    order = range(len(images)) if order is None else order
+    chosen = dataclasses.replace(images, samples=tuple(images.samples[place] for place in order))
+    with _normalization(features.encoder, recipe):
+        for encoded, positions in features.encode(chosen, recipe.image_size, "squash", _AT_ONCE, f"{split} tokens"):
+            yield features.round(encoded.patches).float(), [order[position] for position in positions]
+
+
+def _search(
+    features: Features, recipe: Recipe, memory: PatchMemory, k: int
+) -> Iterator[tuple[Float[Tensor, "B N K"], Int[Tensor, "B N K"], list[int]]]:
+    done = 0
+    for tokens, places in _batches(features, recipe, "test"):
+        queries = F.normalize(tokens.flatten(0, 1), dim=1)
+        sims, found = nearest(queries, memory.keys, k, dtype=memory.keys.dtype)
+        done += len(places)
+        features.progress("nearest patches", done, len(features.data.test))
+        yield sims.view(*tokens.shape[:2], k), found.view(*tokens.shape[:2], k), places
+
+
+@contextlib.contextmanager
+def _normalization(encoder: Encoder, recipe: Recipe) -> Iterator[None]:
+    """The encoder in the normalisation of the recipe, and as it was afterwards."""
+    own = encoder.std
+    if recipe.std == "hbird":
+        encoder.set_normalization(encoder.mean, HBIRD_STD)
+    try:
+        yield
+    finally:
+        encoder.set_normalization(encoder.mean, own)
+
+
+def _has_imagenet_std(encoder: Encoder) -> bool:
+    return len(encoder.std) == 3 and np.allclose(encoder.std, IMAGENET_STD, atol=5e-4)
+
+
+def _warn_unlabelled(images: ImageSet, places: Sequence[int], which: str) -> None:
+    if places:
+        first = images.samples[places[0]].path.name
+        warnings.warn(
+            f"{images.root}: {len(places)} of {len(images)} {which} images have no labelled pixel and are left out "
+            f"(the first is {first})",
+            stacklevel=2,
+        )
