@@ -107,8 +107,10 @@ def test_a_path_with_an_equals_sign_is_a_path(write, tmp_path, monkeypatch):
 def test_an_unknown_reader_names_the_nearest_and_all(tmp_path):
     with pytest.raises(ConfigError, match="--data has no reader 'foldr'; did you mean 'folder'"):
         open_images(f"foldr={tmp_path}")
-    with pytest.raises(ConfigError, match="no reader 'voc'; it has: classes, folder, list, masks"):
-        open_images(f"voc={tmp_path}")
+    with pytest.raises(
+        ConfigError, match="no reader 'imagenet'; it has: ade20k, ade20k-151, cityscapes, classes, coco, "
+    ):
+        open_images(f"imagenet={tmp_path}")
 
 
 def test_a_list_keeps_its_order_and_finds_files_beside_itself_or_anywhere(write, tmp_path):
@@ -261,4 +263,4 @@ def test_real_folders_are_recognised(shared):
     assert open_images(shared / "dsb2018-nuclei").describe() == (
         "masks: 440 images (train 300, val 60, test 80), 2 classes"
     )
-    assert open_images(shared / "bccd-coco").layout == "folder"
+    assert open_images(shared / "bccd-coco").describe() == "coco: 364 images (train 205, val 87, test 72)"

@@ -1,5 +1,6 @@
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from smalti.data.folders import ImageSample, open_images
-from smalti.data.labelled import eval_batches, eval_image, eval_mask, open_labelled, read_mask
-from smalti.errors import DataError
+from smalti.data.folders import ImageSample, ImageSet, open_images
+from smalti.data.labelled import (
+    LabelledData,
+    draw_training,
+    eval_batches,
+    eval_image,
+    eval_mask,
+    open_labelled,
+    read_mask,
+)
+from smalti.errors import ConfigError, DataError
 
 
 def class_folders(write, counts, split=""):
@@ -156,6 +165,61 @@ def test_a_broken_mask_is_one_line(write, tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError, match=re.escape(f"{path}: can't be read as a mask (")):
         read_mask(open_images(tmp_path).samples[0], 3)
+
+
+def black_and_white(write, root, values=(0, 255), names="background\nobject\n"):
+    scene(write, root, np.resize(np.array(values, np.uint8), (2, 3)), names)
+
+
+def test_masks_of_0_and_255_are_warned_of_once_since_one_class_would_be_all_there_is(write, tmp_path):
+    black_and_white(write, tmp_path)
+    line = (
+        "masks hold only 0 and 255, and 255 is ignored, so nothing but 'background' counts; save the other class as 1"
+    )
+    with pytest.warns(UserWarning, match=line) as caught:
+        open_labelled(tmp_path, need="masks")
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("values", [(0,), (0, 1), (0, 1, 255)])
+def test_masks_that_hold_classes_are_not_warned_of(write, tmp_path, values):
+    black_and_white(write, tmp_path, values)
+    open_labelled(tmp_path, need="masks")
+
+
+def test_a_broken_mask_is_told_when_it_is_read_not_before(write, tmp_path):
+    black_and_white(write, tmp_path)
+    (tmp_path / "masks/a.png").write_bytes(b"no image")
+    data = open_labelled(tmp_path, need="masks")
+    with pytest.raises(DataError, match=r"a.png: can't be read as a mask"):
+        for sample in (*data.train.samples, *data.test.samples):
+            read_mask(sample, 2)
+
+
+@given(total=st.integers(1, 60), seed=st.integers(0, 5), share=st.floats(0.01, 0.99), larger=st.floats(0.01, 0.99))
+def test_draws_of_training_images_are_seeded_and_smaller_ones_are_parts_of_larger(total, seed, share, larger):
+    samples = tuple(ImageSample(Path(f"{i}.png"), label=0) for i in range(total))
+    everything = ImageSet(Path(), "classes", samples, ("a",))
+    data = LabelledData(everything, everything, ("a",), "all")
+    share, larger = sorted((share, larger))
+    drawn, more = draw_training(data, share, seed), draw_training(data, larger, seed)
+    assert len(drawn.train) == max(1, round(share * total)) and drawn.drawn and not data.drawn
+    assert set(drawn.train.samples) <= set(more.train.samples) and drawn.test is data.test
+    assert [sample for sample in samples if sample in drawn.train.samples] == list(drawn.train.samples), "in order"
+    assert drawn == draw_training(data, share, seed) == draw_training(data, len(drawn.train), seed)
+    assert drawn.note == f"all; {len(drawn.train)} of the {total} training images drawn, seed {seed}"
+
+
+def test_a_draw_takes_a_share_or_a_whole_number_that_is_there(write, tmp_path):
+    class_folders(write, {"a": 8, "b": 8}, "train")
+    class_folders(write, {"a": 1, "b": 1}, "val")
+    data = open_labelled(tmp_path, need="labels")
+    assert [len(draw_training(data, size, 0).train) for size in (1 / 8, 1 / 64, 16, 1)] == [2, 1, 16, 1]
+    assert draw_training(data, 4, 0).train != draw_training(data, 4, 1).train
+    with pytest.raises(DataError, match=r"16 training images, eval.train_size=17 asks for more"):
+        draw_training(data, 17, 0)
+    with pytest.raises(ConfigError, match=r"eval.train_size=1.5: give a share below 1, or a whole number of images"):
+        draw_training(data, 1.5, 0)
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (180, 333), (64, 64), (500, 37)])

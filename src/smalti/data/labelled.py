@@ -4,8 +4,9 @@ Unlike in training nothing is random here: the same file gives the same array, r
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.folders import SPLITS, ImageSample, ImageSet, open_images, read_image
+from smalti.data.image_set import IGNORED as IGNORED
+from smalti.data.image_set import REFUSED
 from smalti.data.images import PILLOW_ERRORS, image_size
 from smalti.data.loader import epoch_order, start_worker, unchanged
 from smalti.data.views import Skipped
-from smalti.errors import DataError
+from smalti.errors import ConfigError, DataError
 
-IGNORED = 255
-"""Value of the pixels in a mask that count for nothing, as long as there are at most 255 classes."""
 _TEST_SHARE = 0.2
+_LOOKED_AT = 10  # masks, before an evaluation, for a mistake that would not show in it
 _NEEDED = {
     "labels": "class folders (CLASS/image or SPLIT/CLASS/image)",
     "masks": "masks (images/ with masks/ or instances/, and classes.txt)",
@@ -40,6 +42,8 @@ class LabelledData:
     classes: tuple[str, ...]
     note: str
     """How the two came about, one line for logs and results."""
+    drawn: bool = False
+    """Whether ``train`` is a draw from the training images."""
 
 
 def open_labelled(
@@ -57,13 +61,16 @@ def open_labelled(
         DataError: if the layout hasn't what is needed, a split is missing, or train and test differ in their classes.
     """
     images = open_images(data)
-    layout = "classes" if need == "labels" else "masks"
-    if images.layout != layout:
-        objects = images.root / "objects"
-        hint = f"; there are some in {objects}" if need == "labels" and objects.is_dir() else ""
-        raise DataError(f"{images.root}: found layout '{images.layout}', this needs {_NEEDED[need]}{hint}")
+    found = {"labels": any(sample.label is not None for sample in images.samples)}
+    found["masks"] = any(sample.mask is not None or sample.instances is not None for sample in images.samples)
+    if not found[need]:
+        raise DataError(
+            f"{images.root}: found layout '{images.layout}', this needs {_NEEDED[need]}{_hint(images, need)}"
+        )
     if not images.classes:
         raise DataError(f"{images.root}: no classes.txt; it needs one class name a line, the first for value 0")
+    if need == "masks":
+        _warn_of_black_and_white(images)
     if split is None and set(images.splits) <= {"train"}:
         return _split_by_seed(images, images.classes, seed, by_label=need == "labels")
     if split is not None and SPLITS.get(split, split) == "train":
@@ -75,6 +82,56 @@ def open_labelled(
     return LabelledData(
         train, test, images.classes, f"learned from train ({len(train)}), judged on {test_name} ({len(test)})"
     )
+
+
+def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
+    """The same data with fewer images to learn from, drawn by the seed; smaller draws are parts of larger ones.
+
+    Args:
+        data: with all training images.
+        size: a share below 1, or a number of images from 1 on; at least one image is drawn.
+        seed: of the draw.
+
+    Raises:
+        ConfigError: if ``size`` is above 1 and not whole.
+        DataError: if there are not so many images.
+    """
+    total = len(data.train)
+    if size >= 1 and size != int(size):
+        raise ConfigError(f"eval.train_size={size:g}: give a share below 1, or a whole number of images")
+    count = int(size) if size >= 1 else max(1, round(size * total))
+    if count > total:
+        raise DataError(f"{data.train.root}: {total} training images, eval.train_size={count} asks for more")
+    places = sorted(epoch_order(seed, 0, total)[:count].tolist())
+    train = replace(data.train, samples=tuple(data.train.samples[place] for place in places))
+    note = f"{data.note}; {count} of the {total} training images drawn, seed {seed}"
+    return replace(data, train=train, note=note, drawn=True)
+
+
+def _hint(images: ImageSet, need: Literal["labels", "masks"]) -> str:
+    objects = images.root / "objects"
+    if need == "labels" and objects.is_dir():
+        return f"; there are some in {objects}"
+    if need == "masks" and images.layout == "coco":
+        return f"; COCO's come as coco-stuff={images.root} or coco-things={images.root}"
+    return ""
+
+
+def _warn_of_black_and_white(images: ImageSet) -> None:
+    """Warn once where masks seem to be black and white pictures: 255 is ignored, so one class would be all there is."""
+    masks = [sample.mask for sample in images.samples if sample.mask is not None and sample.label_map is None]
+    values: set[int] = set()
+    for mask in masks[:: max(1, len(masks) // _LOOKED_AT)][:_LOOKED_AT]:
+        try:
+            values.update(np.unique(_read_numbers(mask)).tolist())
+        except DataError:  # told when it is read, if its image can be
+            return
+    if IGNORED in values and values <= {0, IGNORED} and images.classes and len(images.classes) <= IGNORED:
+        warnings.warn(
+            f"{images.root}: masks hold only 0 and {IGNORED}, and {IGNORED} is ignored, so nothing but "
+            f"'{images.classes[0]}' counts; save the other class as 1",
+            stacklevel=3,
+        )
 
 
 def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_label: bool) -> LabelledData:
@@ -93,7 +150,7 @@ def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_lab
         tuple(sample for i, sample in enumerate(images.samples) if (i in judged) == is_test)
         for is_test in (False, True)
     ]
-    train, test = (ImageSet(images.root, images.layout, part, classes) for part in parts)
+    train, test = (replace(images, samples=part, classes=classes) for part in parts)
     note = f"no splits found: a seeded 80/20 split, seed {seed} ({len(train)} and {len(test)} images)"
     return LabelledData(train, test, classes, note)
 
@@ -121,7 +178,8 @@ def _class_folders(images: ImageSet) -> set[str]:
 def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:
     """Class of each pixel: ``(H, W)``, uint8 for up to 255 classes (255 is ignored), else int64.
 
-    Palette masks give their indices. Where there are only instances, 1 is any instance and 0 the rest.
+    Palette masks give their indices; the values of known data sets become classes. Where there are only instances, 1 is
+    any instance and 0 the rest.
 
     Raises:
         DataError: if the mask can't be read, has colours instead of numbers, another size than its image, or a value
@@ -140,6 +198,16 @@ def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:
         )
     if sample.mask is None:
         return (numbers > 0).astype(np.uint8)
+    if sample.label_map is not None:
+        classes = sample.label_map.classes(numbers)
+        is_refused = classes == REFUSED
+        if is_refused.any():
+            value = numbers[is_refused].min()
+            raise DataError(
+                f"{source}: holds the value {value}, which no mask of {sample.label_map.name} has "
+                f"({sample.label_map.note})"
+            )
+        return classes.astype(np.uint8)
     is_wrong = (numbers >= num_classes) | (numbers < 0)
     if num_classes <= IGNORED:
         is_wrong &= numbers != IGNORED

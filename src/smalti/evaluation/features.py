@@ -176,9 +176,7 @@ class Features:
     @property
     def names(self) -> tuple[str, ...]:
         """Test images, relative to the data set where they lie in it."""
-        root = self.data.test.root
-        paths = self.data.test.paths
-        return tuple((path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths)
+        return self.data.test.names
 
     @property
     def shown(self) -> tuple[int, ...]:
