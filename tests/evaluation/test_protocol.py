@@ -1,9 +1,11 @@
 """The contract of all protocols: the encoder comes back as it was, a twin stands beside it, mistakes get one line."""
 
+import dataclasses
 import json
 import math
 import warnings
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -220,3 +222,47 @@ def test_results_survive_their_file(tmp_path):
 def test_the_learning_rate_grid_is_dinov2s():
     assert len(linear_probe_module.LEARNING_RATES) == 13
     assert (min(linear_probe_module.LEARNING_RATES), max(linear_probe_module.LEARNING_RATES)) == (1e-5, 0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if find_protocol(name).need != "images"])
+def test_every_protocol_learns_from_the_drawn_images_alone(name, tiny, data):
+    results = [
+        evaluate(tiny, "mine", data[name], quick(name, seed=seed, baseline=False, train_size=8))[0]
+        for seed in (0, 0, 1)
+    ]
+    drawn = [result.settings["train_images"] for result in results]
+    assert [len(set(names)) for names in drawn] == [8, 8, 8] and drawn[0] == drawn[1] != drawn[2]
+    assert results[0].metrics == results[1].metrics and results[0].settings["num_train"] == 8
+    assert "; 8 of the " in results[0].settings["split"]
+    whole = evaluate(tiny, "mine", data[name], quick(name, baseline=False))[0]
+    assert "train_images" not in whole.settings and whole.settings["num_train"] > 8
+
+
+def test_the_split_seed_draws_the_same_images_for_all_seeds(tiny, greys):
+    config = EvalConfig(protocols=("knn",), split_seed=3, train_size=0.25, baseline=False)
+    one, other = (evaluate(tiny, "", str(greys), dataclasses.replace(config, seed=seed))[0] for seed in (0, 1))
+    assert one.settings["train_images"] == other.settings["train_images"]
+
+
+def test_results_say_what_the_values_of_the_masks_mean(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, stem in (("training", "ADE_train_{}"), ("validation", "ADE_val_{}")):
+        for number in range(4):
+            values = np.kron(rng.choice((0, 1, 150), (4, 4)), np.ones((8, 8))).astype(np.uint8)
+            for folder, ending in (("images", "jpg"), ("annotations", "png")):
+                path = tmp_path / folder / split / f"{stem.format(number)}.{ending}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), values)
+    config = EvalConfig(protocols=("linear-segmentation",), epochs=2, baseline=False, absent="zero")
+    (plain,) = evaluate(tiny, "", str(tmp_path), config)
+    assert plain.settings["layout"] == "ade20k" and plain.settings["num_classes"] == 150
+    assert plain.settings["labels"] == "ADE20K's 150 classes, values less 1; 0 (other) is 255, ignored"
+    assert set(plain.per_class["iou"]) >= {"wall", "flag"} and "other" not in plain.per_class["iou"]
+    (trap,) = evaluate(tiny, "", f"ade20k-151={tmp_path}", config)
+    assert trap.settings["layout"] == "ade20k-151" and trap.settings["num_classes"] == 151
+    assert not trap.per_class["iou"]["other"] > 0, "a class without pixels"
+
+
+def test_masks_of_ones_own_have_their_meaning_in_classes_txt(tiny, scenes):
+    (result,) = evaluate(tiny, "", str(scenes), quick("linear-segmentation", baseline=False))
+    assert result.settings["layout"] == "masks" and "labels" not in result.settings

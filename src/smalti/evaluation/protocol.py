@@ -20,7 +20,7 @@ from pydantic import Field
 
 from smalti.config import settings, write_atomically
 from smalti.data.folders import ImageSet, open_images
-from smalti.data.labelled import LabelledData, open_labelled
+from smalti.data.labelled import LabelledData, draw_training, open_labelled
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress
 from smalti.evaluation.metrics import Absent
@@ -66,7 +66,9 @@ class EvalConfig:
     seed: int = 0
     """Of the split (where the data has none), the heads' initial weights, their order of images, and the baseline."""
     split_seed: int | None = None
-    """Of the split alone, where the data has none; None takes ``seed``."""
+    """Of the split alone, where the data has none, and of the draw of ``train_size``; None takes ``seed``."""
+    train_size: Annotated[float, Field(gt=0)] | None = None
+    """Learn from fewer training images, drawn by the seed: a share below 1, or a number of images; None takes all."""
     baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
     pool: Literal["auto", "cls", "avg"] = "auto"
@@ -112,7 +114,19 @@ class EvalConfig:
 
 
 SHARED = frozenset(
-    {"data", "protocols", "split", "split_seed", "every", "image_size", "batch_size", "num_workers", "seed", "baseline"}
+    {
+        "data",
+        "protocols",
+        "split",
+        "split_seed",
+        "train_size",
+        "every",
+        "image_size",
+        "batch_size",
+        "num_workers",
+        "seed",
+        "baseline",
+    }
 )
 """Settings that every protocol heeds."""
 
@@ -346,6 +360,9 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
         for split, images in (("train", labelled.train), ("test", labelled.test))[need == "images" :]:
             if not len(images):
                 raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
+    if config.train_size is not None:
+        for need in sets.keys() - {"images"}:
+            sets[need] = draw_training(sets[need], config.train_size, seed)
     return sets
 
 
@@ -465,8 +482,13 @@ def _judge(
                 "num_test": len(source.data.test),
                 "num_unreadable": len(source.skipped),
                 "num_classes": len(source.data.classes),
+                "layout": source.data.test.layout,
                 "seed": config.seed,
             }
+            if source.data.test.label_note is not None:
+                shared["labels"] = source.data.test.label_note
+            if source.data.drawn:
+                shared["train_images"] = source.data.train.names
             results.append(
                 Result(
                     protocol=protocol.name,
