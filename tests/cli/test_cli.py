@@ -168,6 +168,8 @@ def test_the_machine_and_the_images_are_looked_at(photos: Path) -> None:
     done = smalti("doctor", photos, "--against", photos, "--method", "mae", "steps=100", *TINY, *MAE)
     for word in ("torch", "24", "duplicate", "GiB", "batch"):
         assert word in done.stdout, done.stdout
+    assert "24" in smalti("doctor", f"folder={photos}").stdout
+    fails("layout 'voc' needs", "doctor", f"voc={photos}")
 
 
 def test_what_there_is_can_be_listed() -> None:

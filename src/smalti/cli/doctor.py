@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Look at this machine, at a folder of images, and at what a run will need in memory, time and disk."""
     words = list(words or [])
-    data = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).exists()) else None
+    data = words.pop(0) if words and _is_data(words[0]) else None
     tree = parse_overrides(words)
 
     import sys
@@ -72,3 +72,12 @@ def command(
     print("\n".join(report.lines()))
     if json:
         write_json(json, report.to_json())
+
+
+def _is_data(word: str) -> bool:
+    """Whether it is ``PATH`` or ``NAME=PATH``, not a setting."""
+    if "=" not in word or Path(word).exists():
+        return True
+    from smalti.data.folders import READERS
+
+    return word.partition("=")[0] in READERS
