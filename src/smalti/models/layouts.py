@@ -107,7 +107,8 @@ def _choose(prefixes: list[str], network: str | None) -> str:
         return next(prefix for prefix in prefixes if roles[prefix] == "student")  # LOCA evaluates its raw weights
     if sorted(roles.values()) == ["student", "teacher"]:
         student, teacher = sorted(prefixes, key=lambda prefix: roles[prefix])
-        choice = f"weights=student ('{student}', what NeCo's own evaluation reads) or weights=teacher ('{teacher}')"
+        why = ", what NeCo's own evaluation reads" if (student, teacher) == ("model.", "teacher.") else ""
+        choice = f"weights=student ('{student}'{why}) or weights=teacher ('{teacher}')"
     else:
         choice = " or ".join(f"weights={prefix.rstrip('.')}" for prefix in prefixes if prefix)
     raise WeightsError(

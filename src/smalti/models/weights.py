@@ -266,7 +266,7 @@ def load_vit(
         key = misfits[0]
         same = key == "patch_embed.proj.weight" and found[key].shape[:2] == own[key].shape[:2]
         raise WeightsError(
-            f"{source}: holds {describe(found)}, the model is {describe(own)}; "
+            f"{source}: holds {describe(foreign.tensors)}, the model is {describe(own)}; "
             f"'{key}' is {tuple(found[key].shape)} and must be {tuple(own[key].shape)}"
             + (f"; load.patch_size={size[1]} resamples it" if same else "")
         )
@@ -276,7 +276,8 @@ def load_vit(
     report = LoadReport(source, len(used), len(own), missing, unused, resampled, dropped, notes, used)
     if (missing or unused) and not partial:
         raise WeightsError(
-            f"{report}; the file holds {describe(found)}, the model is {describe(own)}; {_remedy(missing, unused)}"
+            f"{report}; the file holds {describe(foreign.tensors)}, the model is {describe(own)}; "
+            + _remedy(missing, unused)
         )
     vit.load_state_dict({key: found[key] for key in used}, strict=False)
     return report
