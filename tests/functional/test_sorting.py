@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError, ShapeError
-from smalti.functional.sorting import DISTRIBUTIONS, NETWORKS, neco_loss, network_layers, soft_sort
+from smalti.functional.sorting import DISTRIBUTIONS, NETWORKS, _rows_at_once, neco_loss, network_layers, soft_sort
 
 UNSORTED = (22, 38, 42, 43, 44, 45, 46, 54)
 
@@ -27,7 +27,7 @@ def plain_loss(student, teacher, network="bitonic", beta_s=100.0, beta_t=100.0, 
     return -(target * pred.clamp_min(1e-30).log()).sum(2).mean()
 
 
-def test_two_numbers():
+def test_two_numbers_are_sorted_as_by_hand():
     values, weights = soft_sort(torch.tensor([[0.3, 0.1]]))
     assert_close(values, torch.tensor([[0.103180, 0.296820]]), atol=1e-6, rtol=0)
     assert_close(weights[0], torch.tensor([[0.015902, 0.984098], [0.984098, 0.015902]]), atol=1e-6, rtol=0)
@@ -48,13 +48,13 @@ def test_two_numbers():
         ),
     ],
 )
-def test_three_numbers(network, values, weights):
+def test_three_numbers_are_sorted_as_by_hand(network, values, weights):
     found, matrix = soft_sort(torch.tensor([[0.2, 0.5, 0.1]]), network, 10.0)
     assert_close(found[0], torch.tensor(values), atol=1e-6, rtol=0)
     assert_close(matrix[0], torch.tensor(weights), atol=1e-6, rtol=0)
 
 
-def test_four_numbers():
+def test_four_numbers_are_sorted_as_by_hand():
     values, weights = soft_sort(torch.tensor([[0.2, 0.5, 0.1, 0.4]]), "bitonic", 10.0)
     assert_close(values[0], torch.tensor([0.186360, 0.233613, 0.366387, 0.413640]), atol=1e-6, rtol=0)
     assert_close(weights[0, 0], torch.tensor([0.190645, 0.537682, 0.156761, 0.114913]), atol=1e-6, rtol=0)
@@ -68,7 +68,7 @@ def test_four_numbers():
         ([0.2, 0.5, 0.1], [0.4, 0.1, 0.3], 1.9778461, [-0.566422, 1.472184, -0.905762]),
     ],
 )
-def test_loss_and_gradient_of_a_row(student, teacher, loss, gradient):
+def test_loss_and_gradient_of_a_row_are_those_by_hand(student, teacher, loss, gradient):
     row = torch.tensor([student], requires_grad=True)
     found = neco_loss(row, torch.tensor([teacher]), "bitonic", 10.0, 10.0)
     found.backward()
@@ -147,7 +147,7 @@ def test_other_distributions_equal_the_reference_sorters(distribution):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize(("network", "size"), [("bitonic", 2), ("bitonic", 5), ("bitonic", 8), ("odd_even", 6)])
-def test_gradcheck(network, size, distribution):
+def test_the_loss_has_the_right_gradient(network, size, distribution):
     student, teacher = sims(3, size, dtype=torch.float64)
     weights = torch.rand(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     student.requires_grad_()
@@ -179,6 +179,15 @@ def test_weights_are_doubly_stochastic_and_give_the_values(seed, size, network):
     assert_close((rows[:, None] @ weights)[:, 0], values)
 
 
+def test_float32_weights_sum_to_one_and_give_the_values():
+    rows, _ = sims(200, 49)
+    for network in NETWORKS:
+        values, weights = soft_sort(rows, network)
+        for dim in (1, 2):
+            assert_close(weights.sum(dim), torch.ones(200, 49), rtol=0, atol=5e-7)
+        assert_close((rows[:, None] @ weights)[:, 0], values, rtol=0, atol=5e-7)
+
+
 def test_equal_numbers_leave_an_order_that_is_not_uniform():
     rows = torch.full((2, 49), 0.4, requires_grad=True)
     weights = soft_sort(rows)[1].detach()
@@ -203,15 +212,39 @@ def test_equal_student_and_teacher_cost_the_entropy_and_have_no_gradient():
     assert at_rest.abs().max() < 1e-4 * pulled.abs().max()
 
 
-def test_odd_even_networks_underflow_without_harm():
+@pytest.mark.parametrize("distribution", ["cauchy", "logistic"])
+def test_weights_that_underflow_do_no_harm(distribution):
     student = (torch.arange(60.0)[None] / 10).requires_grad_()
-    loss = neco_loss(student, student.detach().flip(1), "odd_even", 1000.0, 1000.0)
+    loss = neco_loss(student, student.detach().flip(1), "odd_even", 1000.0, 1000.0, distribution=distribution)
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()
 
 
+def test_weights_below_the_smallest_have_no_gradient():
+    student = torch.tensor([[0.0, 0.70]], dtype=torch.float64, requires_grad=True)  # exp(-70) is 4e-31
+    teacher = torch.tensor([[0.01, 0.0]], dtype=torch.float64)
+    loss = neco_loss(student, teacher, distribution="logistic")
+    plain = plain_loss(student, teacher, distribution="logistic")
+    assert_close(loss, plain)
+    (ours,), (theirs,) = (torch.autograd.grad(one, student) for one in (loss, plain))
+    assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+    assert ours.abs().max() < 1e-6
+
+
+def test_a_gpu_takes_as_many_rows_as_fit_into_its_share_of_memory():
+    for network, size in (("bitonic", 49), ("bitonic", 256), ("odd_even", 49)):
+        layers = network_layers(network, size)
+        padded = 2 * layers[0].groups if layers[0].merge else size
+        chunk, rows = _rows_at_once(layers, padded, torch.empty(1, size, device="meta"))
+        assert chunk == rows
+        per_row = 4 * 2**20 if size == 256 else 2**20
+        assert 768 * 2**20 / per_row < chunk < 768 * 2**20 / (4 * 5 * padded**2)
+        double, _ = _rows_at_once(layers, padded, torch.empty(1, size, dtype=torch.float64, device="meta"))
+        assert double == chunk // 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_inside_whatever_the_autocast_says(dtype):
+def test_float32_is_used_whatever_the_autocast_says(dtype):
     student, teacher = sims(30, 49)
     student.requires_grad_()
     expected = neco_loss(student, teacher)
@@ -247,13 +280,13 @@ def test_no_gradient_flows_to_the_teacher():
         ({"steepness_teacher": float("nan")}, "steepness=nan: a number above 0"),
     ],
 )
-def test_settings_that_can_not_be_used(arguments, line):
+def test_settings_that_can_not_be_used_are_refused(arguments, line):
     rows = torch.rand(2, 4)
     with pytest.raises(ConfigError, match=line):
         neco_loss(rows, rows, **arguments)
 
 
-def test_shapes_that_do_not_fit():
+def test_shapes_that_do_not_fit_are_refused():
     jaxtyping.config.update("jaxtyping_disable", True)  # the tests' own check of shapes comes first
     try:
         with pytest.raises(ShapeError, match=r"student_sims is \(2, 4\), teacher_sims \(2, 5\)"):

@@ -15,7 +15,7 @@ of the other.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,9 +28,10 @@ NETWORKS = ("bitonic", "odd_even")
 DISTRIBUTIONS = ("cauchy", "logistic", "gaussian", "reciprocal")
 SMALLEST = 1e-30
 """Weights below this count as this in the logarithm: odd-even networks and light tails underflow."""
-_MATRIX_ELEMENTS = 2**19  # of a chunk's matrices: what a processor's cache holds
+_MATRIX_ELEMENTS = 2**19  # of a chunk's matrices on a CPU: what its cache holds
 _FEWEST_ROWS = 16  # below, vector units idle
-_ROWS_AT_ONCE = 256  # whose gates are in memory
+_ROWS_AT_ONCE = 256  # whose gates are in memory, on a CPU
+_GPU_BYTES = 768 * 2**20  # of everything that a chunk needs on a GPU: few, large kernels
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class Layer:
         stop = self.start + 2 * self.groups * self.width
         pairs = wires[self.start : stop].view(self.groups, 2, self.width, *wires.shape[1:])
         return pairs[:, 0], pairs[:, 1]
+
+
+@functools.lru_cache(maxsize=64)
+def _layers_for(network: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Layer, ...]:
+    """The layers with their signs on a device, copied there once: a copy a step would make the host wait."""
+    return tuple(
+        layer if layer.sign is None else replace(layer, sign=layer.sign.to(device, dtype))
+        for layer in network_layers(network, size)
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,7 +178,7 @@ def _sort_numbers(
         if layer.sign is None:
             gamma, slope = _share(delta, steepness, distribution, want_grad)
         else:
-            sign = layer.sign.to(delta)[..., None]
+            sign = layer.sign[..., None]
             gamma, slope = _share(delta * sign, steepness, distribution, want_grad)
             gamma *= sign.abs()  # no comparator moves nothing
             if slope is not None:
@@ -271,6 +281,26 @@ def _numbers_backward(layers: tuple[Layer, ...], gates: list[_Gates], of_gammas:
         b -= of_delta
 
 
+def _rows_at_once(layers: tuple[Layer, ...], padded: int, rows: Tensor) -> tuple[int, int]:
+    """Rows whose matrices, and rows whose gates, are in memory together.
+
+    On a CPU matrices stay in its cache; elsewhere both share a budget of memory, so that kernels are few and large.
+    """
+    if rows.device.type == "cpu":
+        chunk = max(_FEWEST_ROWS, _MATRIX_ELEMENTS // (padded * padded))
+        return chunk, max(_ROWS_AT_ONCE, chunk)
+    kept, width = 0, 1  # inputs that a wire can have weight on
+    for layer in layers:
+        wires = layer.groups * layer.width * (2 if layer.merge else 1)  # a merge keeps its matrix, others a difference
+        kept += wires * (width if layers[0].merge else padded)
+        width *= 2 if layer.merge else 1
+    gates = 7 * sum(
+        layer.groups * layer.width for layer in layers
+    )  # gamma of both; delta, slope, gradient; two passing
+    number = _GPU_BYTES // (rows.element_size() * (kept + gates + 5 * padded * padded))  # P, Q and three passing
+    return max(1, number), max(1, number)
+
+
 class _OrderLoss(torch.autograd.Function):
     """Cross-entropy between two soft orders; the gradient is formed in the forward pass, a few rows at a time."""
 
@@ -290,10 +320,9 @@ class _OrderLoss(torch.autograd.Function):
         padded = 2 * layers[0].groups if layers[0].merge else size
         dead = padded - size
         count = number * size
-        rows_in_cache = max(_FEWEST_ROWS, _MATRIX_ELEMENTS // (padded * padded)) if chunk is None else chunk
+        chunk, rows_at_once = (chunk, max(_ROWS_AT_ONCE, chunk)) if chunk else _rows_at_once(layers, padded, student)
         total = student.new_zeros((), dtype=torch.float64)
         gradient = torch.empty_like(student) if want_grad else None
-        rows_at_once = max(_ROWS_AT_ONCE, rows_in_cache)
         for start in range(0, number, rows_at_once):
             here = slice(start, min(start + rows_at_once, number))
             wires, gates = [], []
@@ -303,8 +332,8 @@ class _OrderLoss(torch.autograd.Function):
                 wires.append(one)
                 gates.append(_sort_numbers(one, layers, beta, distribution, keep))
             of_gammas = [torch.empty_like(gate.gamma) for gate in gates[0]] if want_grad else []
-            for first in range(0, here.stop - here.start, rows_in_cache):
-                rows = slice(first, min(first + rows_in_cache, here.stop - here.start))
+            for first in range(0, here.stop - here.start, chunk):
+                rows = slice(first, min(first + chunk, here.stop - here.start))
                 target = _sort_matrix(layers, gates[1], rows, size, None)
                 kept: list[Tensor] | None = [] if want_grad else None
                 pred = _sort_matrix(layers, gates[0], rows, size, kept)
@@ -314,7 +343,8 @@ class _OrderLoss(torch.autograd.Function):
                     wanted *= weights[here][rows].T  # (I, q): every rank of an input counts alike
                 total -= torch.mul(wanted, alive.log()).sum(dtype=torch.float64)
                 if kept is not None:
-                    torch.div(wanted, alive, out=alive)
+                    is_clamped = alive == SMALLEST
+                    torch.div(wanted, alive, out=alive).masked_fill_(is_clamped, 0)
                     if dead:
                         pred[:dead].zero_()
                         pred[:, :dead].zero_()
@@ -362,7 +392,8 @@ def neco_loss(
         steepness_teacher: beta of the teacher's.
         distribution: of the comparators: ``cauchy`` (NeCo's), ``logistic``, ``gaussian`` or ``reciprocal``.
         weights: ``(Q, R)`` weights of the inputs, for a weighted **sum** in place of the mean; None: ``1 / (Q R)``.
-        chunk: rows whose matrices are in memory; None fits them to a processor's cache. The result is the same.
+        chunk: rows whose matrices are in memory; None fits them to a processor's cache, or to a GPU's memory (all of it
+            stays below 1 GB). The result is the same.
 
     Returns:
         The loss; a uniform order costs ``log R``. Time grows as ``Q R^2 log^2 R`` (bitonic) or ``Q R^3``; the memory
@@ -384,8 +415,8 @@ def neco_loss(
             "both are (queries, references), the same ones in the same order"
         )
     _check(distribution, steepness_student, steepness_teacher)
-    layers = network_layers(network, student_sims.shape[1])
     dtype = torch.float64 if student_sims.dtype == torch.float64 else torch.float32
+    layers = _layers_for(network, student_sims.shape[1], student_sims.device, dtype)
     with torch.autocast(student_sims.device.type, enabled=False):
         return _OrderLoss.apply(
             student_sims.to(dtype),
@@ -423,7 +454,7 @@ def soft_sort(
     """
     _check(distribution, steepness)
     size = numbers.shape[1]
-    layers = network_layers(network, size)
+    layers = _layers_for(network, size, numbers.device, numbers.dtype)
     padded = 2 * layers[0].groups if layers[0].merge else size
     dead = padded - size
     eye = torch.eye(padded, dtype=numbers.dtype, device=numbers.device)[..., None].expand(-1, -1, len(numbers))
@@ -431,7 +462,7 @@ def soft_sort(
     matrix = eye
     for layer in layers:
         stop = layer.start + 2 * layer.groups * layer.width
-        sign = None if layer.sign is None else layer.sign.to(numbers)[..., None]
+        sign = None if layer.sign is None else layer.sign[..., None]
         a, b = layer.split(values)
         delta = a - b
         gamma, _ = _share(delta if sign is None else delta * sign, steepness, distribution, False)
