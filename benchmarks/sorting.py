@@ -3,8 +3,8 @@
     python benchmarks/sorting.py            # R in 16, 49, 64, 128, 256; both networks
 
 Goals: at 784 rows of 49 (bitonic) at most 0.16 of diffsort's time; at 256 references at most 0.08; there at most 80 MiB
-above the inputs, growing at most 1.3 times when the rows grow 8 times; loss within 1e-6 and gradient within 1e-5 (L2) of
-float64. diffsort needs 16 GiB at 784 rows of 256: where rows are many for it, or odd-even networks long, fewer are
+above the inputs, growing at most 1.3 times when the rows grow 8 times; loss within 1e-6 and gradient within 1e-5 (L2)
+of float64. diffsort needs 16 GiB at 784 rows of 256: where rows are many for it, or odd-even networks long, fewer are
 sorted and the time scaled, as said beside; both are linear in the rows. Memory is the growth of the resident set's
 peak, with an allocator that returns what is freed.
 """
