@@ -12,3 +12,4 @@ from smalti.evaluation import segmenter as segmenter
 from smalti.evaluation import in_context as in_context
 from smalti.evaluation import knn_patch as knn_patch
 from smalti.evaluation import retrieval as retrieval
+from smalti.evaluation import attention as attention

@@ -28,12 +28,17 @@ NUM_SHOWN = 8
 T = TypeVar("T")
 
 
+def spread(number: int, few: int) -> tuple[int, ...]:
+    """At most ``few`` of the places 0..number-1, spread evenly, in rising order."""
+    return tuple(sorted({i * number // few for i in range(few)})) if number else ()
+
+
 class Observer(abc.ABC):
     """Watches the encoder while all test images pass through it once, in their order, for :meth:`Features.tokens`."""
 
     @abc.abstractmethod
-    def watch(self, encoder: Encoder, size: int, num_images: int) -> contextlib.AbstractContextManager[object]:
-        """Begin anew, before the first of ``num_images`` test images of that size; left behind the last."""
+    def watch(self, encoder: Encoder, size: int, images: ImageSet) -> contextlib.AbstractContextManager[object]:
+        """Begin anew; entered before the first of these images, resized to ``size``, and left behind the last."""
 
     @abc.abstractmethod
     def saw(self, places: Sequence[int]) -> None:
@@ -181,8 +186,7 @@ class Features:
     @property
     def shown(self) -> tuple[int, ...]:
         """Places of the test images whose predictions are kept for figures: a few, spread evenly."""
-        number = len(self.data.test)
-        return tuple(sorted({i * number // NUM_SHOWN for i in range(NUM_SHOWN)})) if number else ()
+        return spread(len(self.data.test), NUM_SHOWN)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What several protocols need, computed for the first of them."""
@@ -207,7 +211,7 @@ class Features:
         names = [name for name in self._observers if size is not None and (name, size) not in self._observed]
         with contextlib.ExitStack() as stack:
             for name in names:
-                stack.enter_context(self._observers[name].watch(self.encoder, size or 0, len(self.data.test)))
+                stack.enter_context(self._observers[name].watch(self.encoder, size or 0, self.data.test))
 
             def saw(places: Sequence[int]) -> None:
                 for name in names:
