@@ -9,7 +9,9 @@ from smalti.evaluation import segmenter as segmenter
 
 # isort: split
 # Imports register protocols, which run and are printed in this order.
+from smalti.evaluation import attention as attention
+from smalti.evaluation import equivariance as equivariance
 from smalti.evaluation import in_context as in_context
 from smalti.evaluation import knn_patch as knn_patch
+from smalti.evaluation import rank as rank
 from smalti.evaluation import retrieval as retrieval
-from smalti.evaluation import attention as attention

@@ -27,6 +27,7 @@ from smalti.evaluation.linear_segmentation import ignored_value, read_masks
 from smalti.evaluation.metrics import MATCHINGS, Absent, ConfusionMatrix, Matching, class_iou
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import PixelTally, Tally, join_repetitions
+from smalti.functional.spectra import sum_moments
 
 MORE_CLUSTERS = (300, 500)
 """Numbers of clusters beside the number of classes."""
@@ -52,32 +53,25 @@ class Recipe:
 
 
 def fit_projection(
-    batches: Iterable[Float[Tensor, "B N D"]], num_dims: int
+    batches: Iterable[Float[Tensor, "... D"]], num_dims: int
 ) -> tuple[Float[Tensor, " D"], Float[Tensor, "D d"]]:
     """Standardisation and PCA as one affine map: ``(tokens - mean) @ basis``.
 
     Args:
-        batches: tokens, in one pass; their order changes nothing but rounding.
+        batches: ``(..., D)`` tokens, in one pass; their order changes nothing but rounding.
         num_dims: d, at most D.
 
     Returns:
         float64, on the CPU: ``(D,)`` mean, and ``(D, d)`` principal axes of the tokens that were divided by their
         standard deviation (population; a dimension that never changes is left alone). No whitening.
     """
-    total = torch.zeros(0, dtype=torch.float64)
-    square, count = total, 0
-    for batch in batches:
-        tokens = batch.flatten(0, 1).cpu().double()  # float64: one pass, the mean may be large
-        if not count:
-            total, square = tokens.new_zeros(tokens.shape[1]), tokens.new_zeros(tokens.shape[1], tokens.shape[1])
-        total, square, count = total + tokens.sum(0), square + tokens.T @ tokens, count + len(tokens)
-    mean = total / count
-    covariance = square / count - mean[:, None] * mean
-    variance = covariance.diagonal()
+    moments = sum_moments(batches)
+    covariance = moments.covariance
+    variance, mean_square = covariance.diagonal(), moments.square.diagonal() / moments.count
     # what is left of a constant dimension is rounding of its square
-    sigma = torch.where(variance > 1e-12 * (square.diagonal() / count), variance, 1.0).sqrt()
+    sigma = torch.where(variance > 1e-12 * mean_square, variance, 1.0).sqrt()
     axes = torch.linalg.eigh(covariance / (sigma[:, None] * sigma)).eigenvectors  # eigenvalues rise
-    return mean, axes.flip(1)[:, :num_dims] / sigma[:, None]
+    return moments.mean, axes.flip(1)[:, :num_dims] / sigma[:, None]
 
 
 def cluster(

@@ -1,0 +1,67 @@
+"""Rank: how many dimensions patch tokens and image features fill. No labels, nothing learned.
+
+Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007; Garrido et al., RankMe, arXiv:2210.02885v3.
+A low rank shows a collapse; a high one is no proof of good features (noise has the highest), so it compares runs of one
+method, which is what RankMe was made for.
+Differs from RankMe: encoder features alone, where the paper also takes the projector's; patch tokens, which it doesn't
+look at; far fewer images than its 25,600, unless ``num_images`` says so.
+Letters: n images, N = h*w patches, D embed_dim.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from smalti.errors import DataError
+from smalti.evaluation.features import Features, spread
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.tally import tally_mean
+from smalti.functional.spectra import effective_rank, rankme, singular_values, sum_moments
+from smalti.models.encoder import pool_features
+
+UNIT = "dimensions, 1 to the width of a token"
+
+
+@register_protocol("rank", need="images", heeds=("num_images", "pool"))
+@torch.no_grad()
+def rank(features: Features, config: EvalConfig) -> Scores:
+    """Dimensions that patch tokens and image features fill; needs no labels."""
+    size = features.dense_size(config.image_size)
+    encoder, images = features.encoder, features.data.test
+    pool = encoder.pool if config.pool == "auto" else config.pool
+    chosen = spread(len(images), config.num_images)
+    few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
+    all_patches, pooled = sum_moments([]), []
+    within = np.full(len(images), np.nan)
+    for found, positions in features.encode(few, size, "squash", features.batch_size, "rank"):
+        for tokens, position in zip(found.patches, positions, strict=True):
+            moments = sum_moments([tokens.float()])
+            within[chosen[position]] = effective_rank(singular_values(moments, centred=True))
+            all_patches = all_patches.plus(moments)
+        pooled.append(pool_features(found, pool, encoder.has_class_token).float())
+    if not pooled:
+        raise DataError(f"{images.root}: none of the {len(few)} test images can be read")
+    all_images = sum_moments(pooled)
+    metrics = {}
+    for name, moments in (("patches", all_patches), ("images", all_images)):
+        metrics[f"rankme_{name}"] = rankme(singular_values(moments, centred=False))
+        metrics[f"effective_rank_{name}"] = effective_rank(singular_values(moments, centred=True))
+    tally = tally_mean(within)
+    metrics["effective_rank_within_image"] = tally.score()
+    settings = {
+        "image_size": size,
+        "resize": "to a square, aspect ratio ignored",
+        "num_images": all_images.count,
+        "num_patches": all_patches.count,
+        "embed_dim": encoder.embed_dim,
+        "pool": pool,
+        "images_note": f"{all_images.count} images can't fill more than {all_images.count} dimensions; "
+        "set a greater eval.num_images"
+        if all_images.count < 2 * encoder.embed_dim
+        else "",
+        "centred": "effective_rank: yes; rankme: no",
+    }
+    return Scores(
+        metrics, settings, {}, units=dict.fromkeys(metrics, UNIT), tallies={"effective_rank_within_image": tally}
+    )
