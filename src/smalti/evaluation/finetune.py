@@ -33,6 +33,7 @@ from smalti.evaluation.tuning import (
     judge_labels,
     normalized,
     random_view,
+    rate_fresh_positions,
     seeded,
     train,
     trainable_copy,
@@ -225,6 +226,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
             layer_decay=recipe.layer_decay,
             betas=BETAS,
         )
+        rate_fresh_positions(optimizer, encoder, model.encoder)
         mix = (
             Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes)
             if recipe.mixup
@@ -257,7 +259,8 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
         "comparable": "small preset: not comparable with published numbers"
         if config.preset == "small"
         else "MAE's fine-tuning recipe, as far as none of it was changed",
-        "trained": "a copy of the whole encoder, positions too",
+        "trained": "a copy of the whole encoder, positions too"
+        + (", which are new: it was trained without" if encoder.position_free else ""),
         "pool": "mean patch, then layer norm; the encoder's own final norm is left out",
         "image_size": recipe.image_size,
         "resize": "short side, then centre crop",

@@ -403,6 +403,8 @@ def random_twin(encoder: Encoder, seed: int) -> Encoder:
     )
     twin.set_pos_resampling(*encoder.pos_resampling)
     twin.set_pool(encoder.pool)
+    if encoder.position_free:
+        twin.drop_positions()
     return twin.to(next(encoder.parameters()).device)
 
 

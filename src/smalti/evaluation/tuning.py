@@ -39,11 +39,14 @@ _CURVE_POINTS = 100
 def trainable_copy(encoder: Encoder, drop_path: float) -> Encoder:
     """A copy with everything in it trainable, positions too; stochastic depth as asked for, and no dropout.
 
+    Weights that were trained without positions get fresh ones, drawn from torch's generator.
+
     Args:
         encoder: stays as it is.
         drop_path: rate of the last block, in [0, 1).
     """
     copy = clone_encoder(encoder)
+    copy.draw_positions()
     for parameter in copy.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
@@ -52,6 +55,24 @@ def trainable_copy(encoder: Encoder, drop_path: float) -> Encoder:
             part.p = 0.0
     copy.set_drop_path(drop_path)
     return copy
+
+
+def rate_fresh_positions(optimizer: torch.optim.Optimizer, encoder: Encoder, copy: Encoder) -> None:
+    """Positions that were just drawn learn at the full rate, whatever the layers' decay; without weight decay.
+
+    Args:
+        optimizer: of the copy, its groups with an ``lr_scale``.
+        encoder: the original: nothing happens unless it is without positions.
+        copy: from :func:`trainable_copy`.
+
+    Source: PART, arXiv:2506.03682, released code.
+    """
+    positions = copy.vit.pos_embed
+    if not encoder.position_free or positions is None:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter is not positions]
+    optimizer.add_param_group({"params": [positions], "lr_scale": 1.0, "weight_decay": 0.0})
 
 
 @contextlib.contextmanager

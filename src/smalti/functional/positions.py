@@ -90,8 +90,29 @@ def sincos_positions(embed_dim: int, grid: tuple[int, int]) -> Float[Tensor, "N 
     """
     if embed_dim % 4:
         raise ShapeError(f"embed_dim={embed_dim} has no 2-D sine-cosine positions; a multiple of 4 is needed")
-    quarter = embed_dim // 4
-    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    halves = [torch.outer(axis.flatten(), frequencies) for axis in (columns, rows)]
-    return torch.cat([part for half in halves for part in (half.sin(), half.cos())], dim=1).float()
+    return sincos_at(torch.stack([columns.flatten(), rows.flatten()], dim=1), embed_dim)
+
+
+def sincos_at(coordinates: Float[Tensor, "*B A"], embed_dim: int) -> Float[Tensor, "*B D"]:
+    """Sine-cosine code of any places: each axis has an equal part of the dimensions, [sin | cos].
+
+    At columns and rows of a grid this is :func:`sincos_positions`.
+
+    Args:
+        coordinates: ``(..., A)`` real numbers, x first.
+        embed_dim: D, a multiple of 2*A.
+
+    Returns:
+        ``(..., D)`` float32 in -1..1, on the device of ``coordinates``.
+
+    Raises:
+        ShapeError: if ``2 * A`` does not divide ``embed_dim``.
+    """
+    axes = coordinates.shape[-1]
+    if embed_dim % (2 * axes):
+        raise ShapeError(f"embed_dim={embed_dim}: a code of {axes} coordinates needs a multiple of {2 * axes}")
+    count = embed_dim // (2 * axes)
+    frequencies = 10000.0 ** (-torch.arange(count, dtype=torch.float64, device=coordinates.device) / count)
+    angles = coordinates.double()[..., None] * frequencies  # (..., A, count)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2).float()

@@ -31,6 +31,11 @@ def sample_uniform(keys: Int[Tensor, " B"], count: int, stream: int = 0) -> Floa
     return _shift(bits, 40).float() * 2.0**-24
 
 
+def fork_keys(keys: Int[Tensor, " B"], branch: int) -> Int[Tensor, " B"]:
+    """Keys of their own for a second view of the same samples; branch 0 is the keys themselves."""
+    return keys if branch == 0 else _mix(keys + _mix(torch.full_like(keys, branch)))
+
+
 def _mix(z: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _MIX_A
     z = (z ^ _shift(z, 27)) * _MIX_B

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from timm.layers import DropPath
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -85,6 +85,8 @@ class Encoder(nn.Module):
         self.pool = "auto"
         self.fixed_positions = False
         """Whether positions are a fixed table, which a method that goes on from these weights may keep fixed."""
+        self.position_free = False
+        """Whether the weights were trained without positions: the table is zero; who trains them on draws one."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.report: LoadReport | None = None
@@ -181,6 +183,7 @@ class Encoder(nn.Module):
             "pos_offset": self.pos_offset,
             "pool": self.pool,
             "fixed_positions": self.fixed_positions,
+            **({"position_free": True} if self.position_free else {}),
         }
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
@@ -289,8 +292,34 @@ class Encoder(nn.Module):
         if ids_keep is None:
             return embed(images).flatten(1, 2), grid
         pixels = patchify(images, self.patch_size)
-        pixels = pixels.gather(1, ids_keep[..., None].expand(-1, -1, pixels.shape[-1]))
-        return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias)), grid
+        return self._embed_values(pixels.gather(1, ids_keep[..., None].expand(-1, -1, pixels.shape[-1]))), grid
+
+    def embed_crops(self, crops: Float[Tensor, "B N C P Q"]) -> Float[Tensor, "B N D"]:
+        """Linear embedding of patches from anywhere, any number of them; ``(B, N, C, ph, pw)`` normalised pixels."""
+        return self._embed_values(crops.flatten(2))
+
+    def _embed_values(self, values: Float[Tensor, "B L P"]) -> Float[Tensor, "B L D"]:
+        """The patch projection as a matrix; values ordered as :func:`patchify` does."""
+        embed = self.vit.patch_embed
+        return embed.norm(F.linear(values, embed.proj.weight.flatten(1), embed.proj.bias))
+
+    @torch.no_grad()
+    def drop_positions(self) -> None:
+        """Set positions to zero and remember that these weights know none."""
+        if self.vit.pos_embed is not None:
+            self.vit.pos_embed.zero_()
+        self.position_free, self.fixed_positions = True, False
+
+    @torch.no_grad()
+    def draw_positions(self) -> None:
+        """Give position-free weights fresh ones to learn: truncated normal, 0.02; nothing happens to others.
+
+        Source: PART, arXiv:2506.03682: fine-tuning begins with random, learned positions on the grid.
+        """
+        if self.position_free and self.vit.pos_embed is not None:
+            nn.init.trunc_normal_(self.vit.pos_embed, std=0.02)
+            self.vit.pos_embed.requires_grad_(True)
+        self.position_free = False
 
     def positions(self, grid: tuple[int, int]) -> tuple[Float[Tensor, "1 N D"], Float[Tensor, "1 R D"] | None] | None:
         """Learned (or fixed) positions at a grid: of the patches, and of the prefix tokens (None: they have none).
@@ -331,11 +360,18 @@ class Encoder(nn.Module):
             prefix = prefix + prefix_pos
         return self.vit.pos_drop(torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1))
 
-    def forward_tokens(self, sequence: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Run the blocks and the final norm over an assembled sequence of any length T."""
+    def forward_tokens(
+        self, sequence: Float[Tensor, "B T D"], is_key: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Run the blocks and the final norm over an assembled sequence of any length T.
+
+        Args:
+            sequence: from :meth:`assemble`.
+            is_key: ``(B, T)`` True where a token may be looked at, in every block; None: everywhere. All tokens look.
+        """
         sequence = self.vit.norm_pre(sequence)
         for block in self.vit.blocks:
-            sequence = block(sequence)
+            sequence = block(sequence) if is_key is None else block(sequence, attn_mask=is_key[:, None, None])
         return self.vit.norm(sequence)
 
     def forward_layers(
@@ -501,6 +537,8 @@ def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:
     )
     encoder.set_pool(config.get("pool", "auto"))
     encoder.fixed_positions = bool(config.get("fixed_positions", False))
+    if config.get("position_free", False):
+        encoder.drop_positions()
     return encoder
 
 

@@ -169,6 +169,7 @@ def build_method(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = starting_encoder(config, description, quiet)
+        encoder.draw_positions()  # a method that wants none drops them again
         encoder.set_drop_path(config.drop_path)
         return get_method(config.method["name"])(encoder, own)
 
