@@ -1,13 +1,13 @@
-"""Does post-training help? NeCo, NeCo without its sorting, and DINO continued, from the same weights on the same images.
+"""Does post-training help? NeCo, NeCo without its sorting, DINO continued: from the same weights, on the same images.
 
     python evidence/neco_posttrain.py --ccp CCP --weights WEIGHTS.safetensors --out runs/neco
     python evidence/neco_posttrain.py --ccp CCP --clothing CLOTHING_SMALL --run runs/dino --out runs/neco-own
 
 The first form starts from weights that others trained and learns from CCP's training and unlabelled photographs at 224
-px; the second starts from a DINO run of our own, made by ``smalti train --recipe dino_tiny64.yaml``, and learns from the
-photographs that run saw. Both are judged on CCP's validation masks. What was fixed before the first run: all that
-stands below, and no choice of checkpoints. It is the form for a CPU: 300 steps (the second form 200)
-where the paper has tens of thousands. ``--out`` may hold what an earlier run finished; that is not done again.
+px; the second starts from a DINO run of our own, made by ``smalti train --recipe dino_tiny64.yaml``, and learns from
+the photographs which that run saw. Both are judged on CCP's validation masks. What was fixed before the first run: all
+that stands below, and no choice of checkpoints. It is the form for a CPU: 200 steps where the paper has tens of
+thousands. ``--out`` may hold what an earlier run finished; that is not done again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def plan(images: Path, ccp: Path, start: str, form: dict[str, Any]) -> dict[str,
     neco = {"method": "neco", "method.num_local_views": 2, "init": start, **form["neco"]}
     return {
         "data": str(images),
-        "evaluate": [{"data": str(ccp), "protocols": PROTOCOLS, "image_size": form["dense_size"]}],
+        "evaluate": [{"data": str(ccp), "protocols": PROTOCOLS, "image_size": form["dense_size"], "epochs": 7}],
         "budget": {"images": form["images"]},
         "seeds": SEEDS,
         "settings": {"batch_size": form["batch_size"], "checkpoint.every": 50, **form["settings"]},
@@ -39,11 +39,11 @@ def plan(images: Path, ccp: Path, start: str, form: dict[str, Any]) -> dict[str,
 
 
 LOANED = {  # ViT-S/14 at 224 px
-    "images": 1200,
+    "images": 800,
     "batch_size": 4,
     "dense_size": 224,
     "settings": {"data.image_size": 224, "precision": "bf16"},
-    "neco": {},
+    "neco": {"method.hidden_dim": 1024},
     "dino": {"method.num_local_views": 2, "method.num_prototypes": 4096},
 }
 OWN = {  # six blocks of ViT-Ti/16 at 64 px, as the DINO run they start from
