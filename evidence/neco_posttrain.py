@@ -42,7 +42,13 @@ LOANED = {  # ViT-S/14 at 224 px
     "images": 800,
     "batch_size": 4,
     "dense_size": 224,
-    "settings": {"data.image_size": 224, "precision": "bf16"},
+    "settings": {
+        "data.image_size": 224,
+        "precision": "bf16",
+        "optim.lr": 3e-5,  # of all arms' encoders: three times NeCo's, for a hundredth of its steps
+        "optim.warmup_share": 0.0,
+        "optim.freeze_encoder_share": 0.1,
+    },
     "neco": {"method.hidden_dim": 1024},
     "dino": {"method.num_local_views": 2, "method.num_prototypes": 4096},
 }
@@ -50,14 +56,18 @@ OWN = {  # six blocks of ViT-Ti/16 at 64 px, as the DINO run they start from
     "images": 6400,
     "batch_size": 32,
     "dense_size": 224,
-    "settings": {"data.image_size": 64},
-    "neco": {"method.roi_size": 4, "method.hidden_dim": 512, "optim.lr": 1e-4},
+    "settings": {
+        "data.image_size": 64,
+        "optim.lr": 1e-4,
+        "optim.warmup_share": 0.0,
+        "optim.freeze_encoder_share": 0.1,
+    },
+    "neco": {"method.roi_size": 4, "method.hidden_dim": 512, "method.local_size": 32},
     "dino": {
         "method.num_prototypes": 1024,
         "method.hidden_dim": 512,
         "method.num_local_views": 2,
         "method.momentum": 0.99,
-        "optim.lr": 1e-4,
     },
 }
 
