@@ -22,7 +22,7 @@ PROTOCOLS = ["in-context", "linear-segmentation", "overclustering"]
 
 def plan(images: Path, ccp: Path, start: str, form: dict[str, Any]) -> dict[str, Any]:
     """Arms of one plan."""
-    neco = {"method": "neco", "method.num_local_views": 2, "init": start, **form["neco"]}
+    neco = {"method": "neco", "method.num_local_views": 2, "init": start, **form["load"], **form["neco"]}
     return {
         "data": str(images),
         "evaluate": [{"data": str(ccp), "protocols": PROTOCOLS, "image_size": form["dense_size"], "epochs": 7}],
@@ -30,10 +30,10 @@ def plan(images: Path, ccp: Path, start: str, form: dict[str, Any]) -> dict[str,
         "seeds": SEEDS,
         "settings": {"batch_size": form["batch_size"], "checkpoint.every": 50, **form["settings"]},
         "arms": {
-            "no training": {"load": start},
+            "no training": {"load": start, **form["load"]},
             "neco": neco,
             "neco without sorting": {**neco, "method.network": "none"},
-            "dino continued": {"method": "dino", "init": start, **form["dino"]},
+            "dino continued": {"method": "dino", "init": start, **form["load"], **form["dino"]},
         },
     }
 
@@ -42,6 +42,7 @@ LOANED = {  # ViT-S/14 at 224 px
     "images": 800,
     "batch_size": 4,
     "dense_size": 224,
+    "load": {"load.pos_antialias": False},  # as DINOv2 reads its positions
     "settings": {
         "data.image_size": 224,
         "precision": "bf16",
@@ -56,6 +57,7 @@ OWN = {  # six blocks of ViT-Ti/16 at 64 px, as the DINO run they start from
     "images": 6400,
     "batch_size": 32,
     "dense_size": 224,
+    "load": {},
     "settings": {
         "data.image_size": 64,
         "optim.lr": 1e-4,
