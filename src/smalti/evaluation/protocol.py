@@ -183,7 +183,8 @@ class Details:
     predictions: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Place of a test image -> ``(M, M)`` class of each pixel, of the few images that are shown."""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Name -> a number a layer, or a step, for figures."""
+    """Name -> numbers for figures: of each step, where the name begins with ``loss``; else of each layer, first to
+    last."""
     shown: Shown | None = None
     """Pictures, masks and patch tokens of the images of ``predictions``; where :func:`evaluate` was asked for them."""
 

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,28 @@ import cv2
 import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from smalti.config import write_atomically
 from smalti.data.images import as_picture
+from smalti.functional.colours import palette
 from smalti.functional.components import reduce_patches
 from smalti.models.encoder import Encoder, eval_mode
 
 EXPLORER_DIMS = 32
 """Components kept of a patch token in the page's data, at most."""
 _INK = "#010203"  # stands for the page's own text colour, see line_chart
+_PAPER = "#010204"  # stands for the page's background
 _SERIES = tuple(f"#0a0b{number:02x}" for number in range(1, 7))  # stand for the page's variables --c1..--c6
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))  # for more lines than colours
+_CELL = (52, 128, 196)
+"""Full cells of a confusion matrix: dark and light text are legible on it."""
+_FEW_CLASSES = 12
+_LONGEST_NAME = 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +187,11 @@ def line_chart(
         points: draw the single values, for few of them.
         smooth: draw a running mean over a noisy line that is long enough.
     """
-    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8, "path.simplify": True}
-    with matplotlib.rc_context(style):
+    with _svg_style(title):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for number, (name, (steps, values)) in enumerate(lines.items()):
-            colour = _SERIES[number % len(_SERIES)]
+            colour, dashes = _SERIES[number % len(_SERIES)], _DASHES[number // len(_SERIES) % len(_DASHES)]
             x, y = _with_gaps(steps, values)
             drawn_points = points or len(y) < 3
             is_smoothed = smooth and len(y) > 60
@@ -192,29 +200,196 @@ def line_chart(
                 y,
                 color=colour,
                 linewidth=0.7 if is_smoothed else 1.4,
+                linestyle=dashes,
                 alpha=0.35 if is_smoothed else 1,
                 marker="o" if drawn_points else None,
                 markersize=3,
                 label=None if is_smoothed else name,
             )
             if is_smoothed:
-                axes.plot(x, _running_mean(y), color=colour, linewidth=1.5, label=name)
+                axes.plot(x, _running_mean(y), color=colour, linewidth=1.5, linestyle=dashes, label=name)
             if levels and name in levels:
                 axes.axhline(levels[name], color=colour, linewidth=1.1, linestyle=(0, (4, 3)))
         for mark in marks:
             axes.axvline(mark, color=_INK, linewidth=0.8, linestyle=(0, (1, 2)), alpha=0.6)
         if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=7.5, labelcolor=_INK, handlelength=1.2)
+            axes.legend(frameon=False, labelcolor=_INK, handlelength=1.2)
         axes.margins(x=0.01, y=0.12)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=False)
         axes.yaxis.get_offset_text().set_color(_INK)
         axes.locator_params(axis="both", nbins=5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set(color=_INK, alpha=0.35)
-        axes.tick_params(colors=_INK, length=2.5, width=0.6)
+        _plain_axes(axes)
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
-        drawn = StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return _as_svg(figure, title)
+
+
+def confusion_chart(title: str, matrix: Int[np.ndarray, "G P"], names: Sequence[str]) -> str:
+    """Shares of each true class, as inline SVG: blue by how much of the row is there; numbers up to a dozen classes.
+
+    Args:
+        title: for readers who can't see it.
+        matrix: counts, ground truth down, prediction across. A row without counts stays empty.
+        names: of the classes; numbers stand in for those that are missing.
+    """
+    rows, columns = matrix.shape
+    total = matrix.sum(1, keepdims=True)
+    share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
+    picture = np.empty((rows, columns, 4))
+    picture[..., :3], picture[..., 3] = np.array(_CELL) / 255, share
+    labels = [names[i] if i < len(names) else str(i) for i in range(max(rows, columns))]
+    labels = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in labels]
+    few = max(rows, columns) <= _FEW_CLASSES
+    side = 0.42 if few else max(0.125, min(0.3, 7.2 / max(rows, columns)))  # of a cell, in inches
+    margin = 0.075 * max(map(len, labels)) + 0.5
+    with _svg_style(title):
+        figure = Figure(figsize=(side * columns + margin, side * rows + margin), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(picture, interpolation="none", aspect="equal")
+        axes.set_xticks(range(columns), labels[:columns], rotation=90)
+        axes.set_yticks(range(rows), labels[:rows])
+        axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.set_xlabel("prediction", color=_INK, alpha=0.7)
+        axes.set_ylabel("truth", color=_INK, alpha=0.7)
+        _plain_axes(axes)
+        axes.tick_params(length=0, labelsize=8 if side > 0.14 else 7)
+        axes.spines[:].set_visible(False)
+        for edges, line in ((rows, axes.axhline), (columns, axes.axvline)):
+            for place in range(edges + 1) if max(rows, columns) <= _FEW_CLASSES else (0, edges):
+                line(place - 0.5, color=_INK, alpha=0.15, linewidth=0.5)
+        if few:
+            for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
+                axes.text(column, row, f"{share[row, column] * 100:.0f}", ha="center", va="center", color=_INK)
+        return _as_svg(figure, title)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForestRow:
+    """A line of :func:`forest_chart`; NaN where there is nothing to draw."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    points: tuple[float, ...] = ()
+    """Single values, such as the seeds'."""
+    difference: float = math.nan
+    difference_low: float = math.nan
+    difference_high: float = math.nan
+
+
+def forest_chart(title: str, rows: Sequence[ForestRow], reference: str) -> str:
+    """Means with intervals at the left, differences to the reference at the right, as inline SVG.
+
+    A difference whose interval holds zero has a hollow mark, the others a filled one.
+
+    Args:
+        title: for readers who can't see it.
+        rows: from top to bottom, the reference included.
+        reference: what the differences are against.
+    """
+    with _svg_style(title):
+        figure = Figure(figsize=(9.2, 0.62 + 0.27 * len(rows)), layout="constrained")
+        means, gaps = figure.subplots(1, 2, sharey=True)
+        for number, row in enumerate(rows):
+            colour = _SERIES[number % len(_SERIES)]
+            for axes, mean, low, high, is_full in (
+                (means, row.mean, row.low, row.high, True),
+                (gaps, row.difference, row.difference_low, row.difference_high, _excludes_zero(row)),
+            ):
+                if math.isfinite(low) and math.isfinite(high):
+                    axes.plot([low, high], [number, number], color=colour, linewidth=1.8, solid_capstyle="round")
+                if math.isfinite(mean):
+                    face = colour if is_full else "none"
+                    axes.plot([mean], [number], "o", color=colour, markerfacecolor=face, markersize=6.5)
+                    if not is_full:  # the interval would show through
+                        axes.plot([mean], [number], "o", color=_PAPER, markersize=4.2)
+            means.plot(row.points, [number + 0.27] * len(row.points), "|", color=colour, markersize=4.5)
+        means.set_yticks(range(len(rows)), [row.name for row in rows])
+        means.set_ylim(len(rows) - 0.4, -0.6)
+        gaps.axvline(0, color=_INK, alpha=0.5, linewidth=0.8, linestyle=(0, (4, 3)))
+        for axes, label in ((means, "mean; ticks: seeds"), (gaps, f"difference to {reference}")):
+            _plain_axes(axes)
+            axes.locator_params(axis="x", nbins=5)
+            axes.margins(x=0.06)
+            axes.set_xlabel(label, color=_INK, alpha=0.7)
+            axes.grid(axis="x", color=_INK, alpha=0.12, linewidth=0.6)
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        gaps.tick_params(axis="y", labelleft=False)
+        return _as_svg(figure, title)
+
+
+def _excludes_zero(row: ForestRow) -> bool:
+    return row.difference_low > 0 or row.difference_high < 0
+
+
+def overlay(picture: UInt8[np.ndarray, "H W 3"], classes: Int[np.ndarray, "M1 M2"]) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture in grey under the colours of its classes, with the picture's own brightness and lines between them.
+
+    Args:
+        picture: RGB.
+        classes: of each pixel, by nearest pixel where the size differs; -1 counts for nothing and stays grey.
+    """
+    height, width = picture.shape[:2]
+    rows, columns = (np.arange(side) * classes.shape[axis] // side for axis, side in enumerate((height, width)))
+    classes = classes[rows[:, None], columns[None, :]]
+    colours = palette(int(classes.max(initial=0)) + 1)
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
+    known = (classes >= 0)[..., None]
+    mixed = np.where(known, 0.3 * grey + 0.7 * colours[classes.clip(0)], 0.6 * grey + 100)
+    edges = np.zeros(classes.shape, bool)
+    edges[1:] |= classes[1:] != classes[:-1]
+    edges[:, 1:] |= classes[:, 1:] != classes[:, :-1]
+    mixed[edges] = 255
+    return mixed.clip(0, 255).astype(np.uint8)
+
+
+def similarity_picture(
+    picture: UInt8[np.ndarray, "H W 3"], coordinates: Float[Tensor, "N K"], grid: tuple[int, int], query: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Cosine similarity of each patch to one of them, from dark (0 or less) to pale (1), over the picture.
+
+    Args:
+        picture: RGB.
+        coordinates: of the image's patches, from :func:`~smalti.functional.components.reduce_patches`.
+        grid: ``(h, w)``.
+        query: number of the patch, which gets a frame.
+    """
+    unit = torch.nn.functional.normalize(coordinates.float(), dim=-1)
+    sims = (unit @ unit[query]).view(grid).clamp(0, 1).numpy()
+    height, width = picture.shape[:2]
+    heat = matplotlib.colormaps["magma"](sims)[..., :3] * 255
+    heat = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None]
+    mixed = (0.2 * grey + 0.8 * heat).clip(0, 255).astype(np.uint8)
+    return _framed(mixed, grid, query)
+
+
+def _framed(picture: np.ndarray, grid: tuple[int, int], query: int) -> np.ndarray:
+    down, across = divmod(query, grid[1])
+    height, width = picture.shape[:2]
+    top, bottom = (down * height // grid[0], (down + 1) * height // grid[0] - 1)
+    left, right = (across * width // grid[1], (across + 1) * width // grid[1] - 1)
+    cv2.rectangle(picture, (left, top), (right, bottom), (0, 0, 0), 4)
+    cv2.rectangle(picture, (left, top), (right, bottom), (255, 255, 255), 2)
+    return picture
+
+
+def _svg_style(title: str) -> AbstractContextManager[None]:
+    return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8, "path.simplify": True})
+
+
+def _plain_axes(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set(color=_INK, alpha=0.35)
+    axes.tick_params(colors=_INK, length=2.5, width=0.6)
+
+
+def _as_svg(figure: Figure, title: str) -> str:
+    """A figure as SVG without what a page doesn't need, in the page's own colours."""
+    drawn = StringIO()
+    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
@@ -222,7 +397,7 @@ def line_chart(
     svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor")
+    svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor").replace(_PAPER, "var(--card)")
     for number, colour in enumerate(_SERIES, 1):
         svg = svg.replace(colour, f"var(--c{number})")
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -2,11 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from smalti.evaluation.protocol import Result, random_twin
 from smalti.functional.components import reduce_patches
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
+from smalti.report.details import RANDOM_INIT, Judged, class_bars, detail_sections
 from smalti.report.figures import (
     EXPLORER_DIMS,
     ShownImages,
@@ -30,8 +29,25 @@ from smalti.report.figures import (
     pca_maps,
     quantise,
 )
+from smalti.report.html import (
+    Html,
+    as_float,
+    chart_figure,
+    decimals,
+    duration,
+    fact_boxes,
+    join,
+    missing,
+    settings_table,
+    tag,
+    text_table,
+    verdict_box,
+    whole_page,
+)
 from smalti.report.rundir import RunFiles, read_run
 
+NUM_IMAGES = 12
+"""Images whose patch tokens are shown."""
 VIEW_PX = 256
 """Longer side of a picture on the page, in pixels."""
 SAME = 0.005
@@ -52,38 +68,6 @@ _CURVES = {
 }
 _NO_CURVE = ("step", "progress", "elapsed_s", "loss")
 _NOISY = ("grad_norm", "images_per_s")
-_LOGO = (
-    '<svg viewBox="0 0 8 8" aria-hidden="true"><path fill="#b9472a" d="M0 0h2.4v2.4H0z"/>'
-    '<path fill="#e8a33d" d="M2.8 0h2.4v2.4H2.8z"/><path fill="#2a6f97" d="M5.6 0H8v2.4H5.6zM0 2.8h2.4v2.4H0z"/>'
-    '<path fill="#7fb069" d="M2.8 2.8h2.4v2.4H2.8z"/><path fill="#b9472a" d="M5.6 2.8H8v2.4H5.6z"/>'
-    '<path fill="#e8a33d" d="M0 5.6h2.4V8H0z"/><path fill="#13496b" d="M2.8 5.6h2.4V8H2.8z"/>'
-    '<path fill="#7fb069" d="M5.6 5.6H8V8H5.6z"/></svg>'
-)
-
-
-class Html(str):
-    """Text that is markup already; every other text is escaped by :func:`tag`."""
-
-
-def tag(name: str, /, *content: Any, **attributes: Any) -> Html:
-    """An element; content and attributes are escaped unless they are :class:`Html`, None is left out.
-
-    Example:
-        >>> tag("p", "a < b", class_="lead")
-        '<p class="lead">a &lt; b</p>'
-    """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    inside = join(content)
-    return Html(f"<{name}{written}>" if name in ("img", "meta", "link") else f"<{name}{written}>{inside}</{name}>")
-
-
-def join(content: Iterable[Any]) -> Html:
-    """Pieces one after the other, escaped where they aren't :class:`Html`."""
-    return Html("".join(p if isinstance(p, Html) else escape(str(p)) for p in content if p is not None))
 
 
 @dataclass(frozen=True)
@@ -113,7 +97,7 @@ def write_report(
     run: Path,
     *,
     out: Path | None = None,
-    num_images: int = 12,
+    num_images: int = NUM_IMAGES,
     encoder: Encoder | None = None,
     baseline: Encoder | None = None,
     images: ImageSet | None = None,
@@ -185,7 +169,7 @@ def verdict(comparisons: Sequence[Comparison]) -> tuple[str, str]:
             return "unknown", "Not evaluated: nothing says yet whether these features are better than random ones."
         metric, value = comparisons[0].trained.headline
         return "unknown", (
-            f"No comparison with random initialisation: {comparisons[0].name} is {_number(_float(value))}, "
+            f"No comparison with random initialisation: {comparisons[0].name} is {decimals(as_float(value))}, "
             f"and without the baseline {metric} alone does not say whether training helped."
         )
     first = measured[0]
@@ -196,8 +180,8 @@ def verdict(comparisons: Sequence[Comparison]) -> tuple[str, str]:
     word = f"slightly {word}" if SAME <= abs(gain) < SLIGHT else word
     trained, baseline = first.values(metric)
     sentence = (
-        f"{word.capitalize()} than random initialisation: {first.name} is {_number(trained)}, "
-        f"against {_number(baseline)} ({_signed(gain, first)})"
+        f"{word.capitalize()} than random initialisation: {first.name} is {decimals(trained)}, "
+        f"against {decimals(baseline)} ({_signed(gain, first)})"
     )
     if len(measured) > 1:
         improved = sum(pair.gain(pair.trained.headline[0]) >= SAME for pair in measured)
@@ -213,59 +197,26 @@ def _signed(gain: float, pair: Comparison) -> str:
 def _page(files: RunFiles, shown: tuple[Html, Html] | str) -> str:
     comparisons = compare(files.judged)
     kind, sentence = verdict(comparisons)
-    maps, nearest = (_missing(shown), None) if isinstance(shown, str) else shown
+    maps, nearest = (missing(shown), None) if isinstance(shown, str) else shown
+    details = detail_sections([judged(pair) for pair in comparisons], tokens=False)
     sections = {
         "results": ("Results", _results(files, comparisons)),
         "curves": ("Curves", _curves(files)),
+        **{name: section for name, section in details.items() if name != "classes"},  # these stand with the results
         "features": ("Feature maps", maps),
         "nearest": ("Nearest patches", nearest),
         "events": ("Events", _events(files)),
         "settings": ("What was run", _settings(files)),
         "reproduce": ("Reproduce", _reproduce(files)),
     }
-    present = {name: section for name, section in sections.items() if section[1] is not None}
-    assets = resources.files("smalti.report")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    icon = f"data:image/svg+xml,{_LOGO.replace('<svg', '<svg xmlns=%22http://www.w3.org/2000/svg%22')}"
-    icon = icon.replace("#", "%23").replace('"', "'").replace("<", "%3C").replace(">", "%3E").replace("%22", "'")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{files.path.resolve().name} · Smalti"),
-        tag("link", rel="icon", href=icon),
-        tag("style", Html((assets / "page.css").read_text(encoding="utf-8"))),
+    return whole_page(
+        files.path.resolve().name,
+        _one_line(files),
+        verdict_box(kind, [sentence], _caution(files) if comparisons else None),
+        sections,
+        facts=_facts(files),
+        script=(resources.files("smalti.report") / "page.js").read_text(encoding="utf-8"),
     )
-    body = tag(
-        "body",
-        tag(
-            "header",
-            tag(
-                "div",
-                Html(_LOGO),
-                tag("div", tag("h1", files.path.resolve().name), tag("div", _one_line(files), class_="muted")),
-                class_="inner",
-            ),
-        ),
-        tag("nav", tag("div", *(tag("a", t, href=f"#{n}") for n, (t, _) in present.items()), class_="inner")),
-        tag(
-            "main",
-            tag(
-                "section",
-                tag("p", sentence),
-                tag("p", _caution(files), class_="small muted") if comparisons else None,
-                id="verdict",
-                class_=f"verdict {kind}",
-            ),
-            _facts(files),
-            *(tag("section", tag("h2", title), content, id=name) for name, (title, content) in present.items()),
-        ),
-        tag("footer", *_footer(files)),
-        tag("div", class_="tip", hidden="hidden"),
-        tag("script", Html((assets / "page.js").read_text(encoding="utf-8"))),
-    )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
 def _one_line(files: RunFiles) -> str:
@@ -293,10 +244,10 @@ def _facts(files: RunFiles) -> Html:
         of = f" / {steps:,}" if isinstance(steps, int) else ""
         facts.append((f"{int(max(log['step'])):,}{of}", "steps, of those asked for" if of else "steps"))
         for column, label, write in (
-            ("loss", "loss at the end", _number),
-            ("effective_rank", "effective rank at the end", _number),
+            ("loss", "loss at the end", decimals),
+            ("effective_rank", "effective rank at the end", decimals),
             ("images_per_s", "images per second, median", lambda v: f"{v:,.0f}" if v >= 10 else f"{v:.2g}"),
-            ("elapsed_s", "training time", _duration),
+            ("elapsed_s", "training time", duration),
             ("memory_mib", "memory, highest", lambda v: f"{v / 1024:.1f} GiB"),
         ):
             values = [value for value in log.get(column, []) if math.isfinite(value)]
@@ -304,14 +255,19 @@ def _facts(files: RunFiles) -> Html:
                 one = {"images_per_s": float(np.median(values)), "memory_mib": max(values)}.get(column, values[-1])
                 facts.append((write(one), label))
     facts.append((str(files.setting("seed", "–")), "seed"))
-    cells = (tag("div", tag("b", value), tag("span", label), class_="fact") for value, label in facts)
-    return tag("div", *cells, class_="facts")
+    return fact_boxes(facts)
 
 
 def _results(files: RunFiles, comparisons: Sequence[Comparison]) -> Html:
     if not comparisons:
         text = f"No results yet. smalti evaluate {files.path} --data DIR --protocol knn measures them."
-        return join((_missing(text), _during(files)))
+        return join((missing(text), _during(files)))
+    bars = map(class_bars, map(judged, comparisons))
+    return join((results_table(comparisons), *bars, _during(files)))
+
+
+def results_table(comparisons: Sequence[Comparison]) -> Html:
+    """All metrics of trained encoders, with random initialisation beside them."""
     rows = []
     for pair in comparisons:
         headline = pair.trained.headline[0]
@@ -327,8 +283,8 @@ def _results(files: RunFiles, comparisons: Sequence[Comparison]) -> Html:
                     tag("td", pair.trained.protocol if is_first else ""),
                     tag("td", pair.trained.data if is_first else "", class_="path"),
                     tag("td", metric, title=pair.trained.units.get(metric)),
-                    tag("td", _number(trained), class_="number"),
-                    tag("td", _number(baseline), class_="number"),
+                    tag("td", decimals(trained), class_="number"),
+                    tag("td", decimals(baseline), class_="number"),
                     tag(
                         "td",
                         f"{change:+.3f}" if math.isfinite(change) else "–",
@@ -346,50 +302,13 @@ def _results(files: RunFiles, comparisons: Sequence[Comparison]) -> Html:
         f"Trained: {encoders}. Scores lie in 0..1 unless the metric says otherwise (hover over its name).",
         class_="lead",
     )
-    return join((lead, tag("div", table, class_="scroll"), *map(_per_class, comparisons), _during(files)))
+    return join((lead, tag("div", table, class_="scroll")))
 
 
-def _per_class(pair: Comparison) -> Html | None:
-    parts = []
-    for metric, classes in pair.trained.per_class.items():
-        values = {name: _float(value) for name, value in classes.items()}
-        others = {
-            name: _float(v) for name, v in (pair.baseline.per_class.get(metric, {}) if pair.baseline else {}).items()
-        }
-        top = max([1e-9, *(v for v in (*values.values(), *others.values()) if math.isfinite(v))])
-        order = sorted(values, key=lambda name: -values[name] if math.isfinite(values[name]) else math.inf)
-        bars = [
-            tag(
-                "div",
-                tag("span", name, class_="name", title=name),
-                tag("span", _bar(values[name], top), _bar(others[name], top) if name in others else None),
-                tag("span", _number(values[name]), class_="value"),
-                class_="bar",
-            )
-            for name in order[:_MAX_LISTED]
-        ]
-        key = tag(
-            "span",
-            tag("i"),
-            "trained",
-            *((tag("i", class_="baseline"), "random init") if others else ()),
-            class_="key muted",
-        )
-        title = f"{pair.trained.protocol} on {pair.trained.data}: {metric} of each class ({len(values)})"
-        parts.append(
-            tag(
-                "details",
-                tag("summary", title),
-                key,
-                tag("div", *bars, class_="bars"),
-                open="open" if len(values) <= 24 else None,
-            )
-        )
-    return join(parts) if parts else None
-
-
-def _bar(value: float, top: float) -> Html:
-    return tag("i", style=f"width:{max(value, 0) / top * 100 if math.isfinite(value) else 0:.1f}%")
+def judged(pair: Comparison) -> Judged:
+    """The two as arms."""
+    beside = {RANDOM_INIT: [pair.baseline]} if pair.baseline else {}
+    return Judged(pair.trained.data, pair.trained.protocol, {"trained": [pair.trained], **beside})
 
 
 def _during(files: RunFiles) -> Html | None:
@@ -410,14 +329,14 @@ def _during(files: RunFiles) -> Html | None:
             levels={"trained": baseline} if has_level else None,
             points=True,
         )
-        charts.append(_chart(title, "in training" + ("; dashed: random init" if has_level else ""), chart))
+        charts.append(chart_figure(title, "in training" + ("; dashed: random init" if has_level else ""), chart))
     return tag("div", *charts, class_="charts", style="margin-top:18px") if charts else None
 
 
 def _curves(files: RunFiles) -> Html:
     log = files.log
     if not log:
-        return _missing("No log.csv to draw from.")
+        return missing("No log.csv to draw from.")
     steps = log["step"]
     marks = [float(e["step"]) for e in files.events if e.get("step", "").isdigit()]
     terms = {key.removeprefix("loss/"): values for key, values in log.items() if key.startswith("loss/")}
@@ -429,20 +348,15 @@ def _curves(files: RunFiles) -> Html:
         drawn = {name: (steps, values) for name, values in losses.items()}
         chart = line_chart("Loss against the step", drawn, size=(9.2, 2.7), marks=marks, smooth=True)
         only = f"its one term: {next(iter(terms))}" if len(terms) == 1 else ""
-        charts.append(_chart("Loss", only, chart, "wide"))
+        charts.append(chart_figure("Loss", only, chart, "wide"))
     for column, values in log.items():
         if column in _NO_CURVE or column.startswith("loss/") or not any(map(math.isfinite, values)):
             continue
         title, meaning = _CURVES.get(column, (column, ""))
         chart = line_chart(f"{title} against the step", {title: (steps, values)}, marks=marks, smooth=column in _NOISY)
-        charts.append(_chart(title, meaning, chart))
+        charts.append(chart_figure(title, meaning, chart))
     lead = "Against the step. Bold: running mean." + (" Dotted: an event, listed below." if marks else "")
     return join((tag("p", lead, class_="lead"), tag("div", *charts, class_="charts")))
-
-
-def _chart(title: str, meaning: str, svg: str, kind: str | None = None) -> Html:
-    caption = tag("figcaption", meaning) if meaning else None
-    return tag("figure", tag("h3", title), Html(svg), caption, class_=kind)
 
 
 def _choose_images(
@@ -576,7 +490,7 @@ def _explorer(shown: ShownImages, uris: Sequence[str], data: Mapping[str, Any], 
 def _events(files: RunFiles) -> Html:
     parts: list[Html] = []
     if files.events:
-        parts.append(_table(("step", "event", "detail"), files.events))
+        parts.append(text_table(("step", "event", "detail"), files.events))
     else:
         parts.append(tag("p", "None: no roll-back, no resumption.", class_="muted"))
     if files.unreadable:
@@ -584,7 +498,7 @@ def _events(files: RunFiles) -> Html:
         more = len(files.unreadable) - len(rows)
         title = f"Unreadable images, skipped: {len(files.unreadable):,}"
         rest = tag("p", f"… and {more:,} more in unreadable.csv", class_="muted") if more else None
-        parts.append(tag("details", tag("summary", title), _table(("path", "reason"), rows), rest))
+        parts.append(tag("details", tag("summary", title), text_table(("path", "reason"), rows), rest))
     else:
         parts.append(tag("p", "No unreadable image was met.", class_="muted"))
     return join(parts)
@@ -592,10 +506,10 @@ def _events(files: RunFiles) -> Html:
 
 def _settings(files: RunFiles) -> Html:
     info = {key: value for key, value in files.info.items() if key != "command"}
-    parts = [_pairs(info) if info else None]
+    parts = [settings_table(info) if info else None]
     parts += [tag("p", note, class_="missing") for note in files.notes]
     parts.append(
-        tag("details", tag("summary", "All settings (config.yaml)"), _pairs(flatten(files.config)), open="open")
+        tag("details", tag("summary", "All settings (config.yaml)"), settings_table(flatten(files.config)), open="open")
     )
     return join(parts)
 
@@ -603,55 +517,12 @@ def _settings(files: RunFiles) -> Html:
 def _reproduce(files: RunFiles) -> Html:
     command = files.command
     if not command:
-        return _missing("The command isn't known, as run.json doesn't hold it; config.yaml above holds every setting.")
+        return missing("The command isn't known, as run.json doesn't hold it; config.yaml above holds every setting.")
     commit = next((value for key, value in flatten(files.info).items() if key.rpartition(".")[2] == "commit"), None)
     from_commit = f" at commit {commit}" if commit else ""
     lead = f"With Smalti{from_commit} and the same data; one process on a CPU gives the same bits."
     return join((tag("p", lead, class_="lead"), tag("pre", command)))
 
 
-def _footer(files: RunFiles) -> tuple[Html, ...]:
-    return (tag("span", f"Smalti {version('smalti')} · this page holds everything it shows and asks no network."),)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Html:
-    head = tag("thead", tag("tr", *(tag("th", column) for column in columns)))
-    body = (tag("tr", *(tag("td", row.get(column, ""), class_="path") for column in columns)) for row in rows)
-    return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
-
-
-def _pairs(values: Mapping[str, Any]) -> Html:
-    rows = (tag("tr", tag("td", tag("code", key)), tag("td", _plain(value))) for key, value in values.items())
-    return tag("div", tag("table", tag("tbody", *rows), class_="pairs"), class_="scroll")
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "–"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(one)}" for key, one in value.items()) or "–"
-    return "–" if value is None else str(value)
-
-
-def _missing(text: str) -> Html:
-    return tag("p", text, class_="missing")
-
-
-def _float(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
 def _value(result: Result | None, metric: str) -> float:
-    return _float(result.metrics.get(metric)) if result else math.nan
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return as_float(result.metrics.get(metric)) if result else math.nan

@@ -9,6 +9,7 @@ from typing import Any
 
 from smalti.config import Tree, read_yaml
 from smalti.errors import RunError, SmaltiError
+from smalti.evaluation.details import INDEX, read_details
 from smalti.evaluation.protocol import Result, read_results
 from smalti.training.logs import read_csv
 
@@ -123,6 +124,8 @@ def _read_all_results(folder: Path, notes: list[str]) -> tuple[list[Result], lis
     for file in files:
         try:
             results = read_results(file)
+            if (file.with_suffix("") / INDEX).is_file():
+                results = read_details(file.with_suffix(""), results)
         except SmaltiError as error:
             notes.append(f"{error}.")
             continue
