@@ -1,5 +1,6 @@
 """``smalti evaluate``: what an encoder's tokens know."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from smalti.cli.options import Data, Debug, EncoderSpec, Json, Partial, Quiet, Settings, group, needed
+from smalti.cli.options import Data, Debug, EncoderSpec, Json, Out, Partial, Quiet, Settings, group, needed
 from smalti.config import merge, parse_overrides, unknown_key
 from smalti.errors import ConfigError
 
@@ -23,12 +24,16 @@ def command(
         str | None,
         typer.Option("--protocol", metavar="A,B", help="Protocols; without it, those that fit the data."),
     ] = None,
+    out: Out = None,
     json: Json = None,
     partial: Partial = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Judge an encoder on labelled images, with its randomly initialised twin beside it.
+
+    --out DIR also writes results, what stands behind them and a page with figures; of a run, smalti report RUN shows
+    them, too.
 
     Settings: eval.* (eval.split eval.image_size eval.k eval.preset eval.baseline ...), seed, batch_size, pool, weights,
     load.* (how weights of others are fitted: load.pos_antialias load.registers ..., see docs/weights.md).
@@ -45,19 +50,28 @@ def command(
 
     from smalti.cli.options import best_device, load_encoder, print_results
     from smalti.config import build, check_writable
+    from smalti.evaluation.details import write_details
     from smalti.evaluation.protocol import EvalConfig, evaluate, open_sets, write_results
+    from smalti.report.evaluation import RESULTS_FILE, check_free, save_evaluation
 
     config = build(EvalConfig, settings, "eval")
+    if out:
+        check_free(out)
+        check_writable(out / RESULTS_FILE)
     open_sets(str(data), config)
     model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial, load=fit, debug=debug)
     model = model.to(best_device())
     if json:
         check_writable(json)
-    results = evaluate(model, encoder, str(data), config, progress=None if quiet else _show)
+    results = evaluate(model, encoder, str(data), config, progress=None if quiet else _show, figures=True)
     run = Path(encoder).expanduser()
     if (run / "config.yaml").is_file():
-        write_results(run / "results" / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}.json", results)
+        file = run / "results" / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}.json"
+        write_details(file.with_suffix(""), results)
+        write_results(file, results)
     print_results(results, json)
+    if out:
+        print(f"report: {save_evaluation(out, results, shlex.join(['smalti', *sys.argv[1:]]))}")
 
 
 def _show(what: str, done: int, total: int) -> None:

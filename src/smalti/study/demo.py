@@ -9,6 +9,7 @@ from typing import Any
 from smalti.config import merge, read_yaml
 from smalti.data.samples import write_samples
 from smalti.errors import ConfigError
+from smalti.evaluation.details import write_details
 from smalti.evaluation.protocol import EvalConfig, Result, evaluate, write_results
 from smalti.models.loading import load
 from smalti.study.pretrain import CONFIG_FILE, RESULTS, train
@@ -85,6 +86,7 @@ def run_demo(out: Path, overrides: Mapping[str, Any] | None = None, *, quiet: bo
         (samples, EvalConfig(protocols=("linear-segmentation",), seed=seed, epochs=EPOCHS)),
     ]
     for data, config in judged:
-        results += evaluate(encoder, str(run), str(data), config)
+        results += evaluate(encoder, str(run), str(data), config, figures=True)
+    write_details(run / RESULTS / "evaluate_demo", results)
     write_results(run / RESULTS / "evaluate_demo.json", results)
     return Demo(samples, run, results, time.perf_counter() - start)
