@@ -136,11 +136,13 @@ def test_a_run_is_evaluated_reported_exported_and_embedded(
     results = json.loads((tmp_path / "r.json").read_text())["results"]
     assert [r["protocol"] for r in results] == ["knn", "knn", "linear-probe", "linear-probe"]
     assert all(0 <= value <= 1 for r in results for value in r["metrics"].values())
-    assert list((run / "results").glob("evaluate_*.json"))
+    (written,) = (run / "results").glob("evaluate_*.json")
+    assert (written.with_suffix("") / "details.json").is_file()
 
     page = smalti("report", run, "--out", tmp_path / "page.html")
     assert "written" in page.stdout
-    assert "<html" in (tmp_path / "page.html").read_text()[:200]
+    text = (tmp_path / "page.html").read_text()
+    assert "<html" in text[:200] and "Confusion of trained, knn" in text
 
     smalti("export", run, "--to", "timm", "--out", tmp_path / "exported")
     code = (
@@ -149,10 +151,15 @@ def test_a_run_is_evaluated_reported_exported_and_embedded(
         "print(model(torch.zeros(1, 3, 32, 32)).shape)"
     )
     assert "24" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    again = smalti(
-        "evaluate", tmp_path / "exported" / "model.safetensors", "--data", class_folders, "--protocol", "knn"
-    )
-    assert "tensors matched" in again.stderr
+    spec, judged = tmp_path / "exported" / "model.safetensors", tmp_path / "judged"
+    again = smalti("evaluate", spec, "--data", class_folders, "--protocol", "knn", "--out", judged)
+    assert "tensors matched" in again.stderr and str(judged / "report.html") in again.stdout
+    assert "PCA map" in (judged / "report.html").read_text()
+    (judged / "report.html").unlink()
+    assert str(judged / "report.html") in smalti("report", judged).stdout
+    assert "PCA map" in (judged / "report.html").read_text()
+    fails("leave out --data, --images", "report", judged, "--images", "3")
+    fails("holds no evaluation; choose another --out", "evaluate", spec, "--data", class_folders, "--out", run)
 
     smalti("embed", run, "--data", photos, "--level", "patch", "--out", tmp_path / "f.parquet")
     smalti("embed", run, "--data", photos, "--level", "image", "--out", tmp_path / "f.npz")

@@ -29,11 +29,13 @@ def command(
     """
     folder = needed(out, "--out", "DIR")
 
+    from smalti.report.comparison import write_comparison
     from smalti.study.compare import compare
 
     comparison = compare(plan, folder, quiet=quiet)
     _print(comparison)
     print(f"tables: {folder / 'comparison.md'}, {folder / 'comparison.parquet'}")
+    print(f"report: {write_comparison(comparison)}")
     if comparison.failures:
         broken = "; ".join(f"{arm}: {error}" for arm, error in comparison.failures.items())
         number, all_arms = len(comparison.failures), len(comparison.plan.arms)

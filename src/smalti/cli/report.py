@@ -1,4 +1,4 @@
-"""``smalti report``: a run as one page."""
+"""``smalti report``: a run, a comparison or an evaluation as one page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,22 +6,44 @@ from typing import Annotated
 import typer
 
 from smalti.cli.options import Debug, Out
+from smalti.errors import ConfigError
 
 NAME = "report"
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="What --out named: of train, compare or evaluate.", show_default=False)
+    ],
     data: Annotated[
         str | None, typer.Option("--data", metavar="DIR", help="Images to show; without it, those it was trained on.")
     ] = None,
     out: Out = None,
-    images: Annotated[int, typer.Option("--images", help="How many images are shown.")] = 12,
+    images: Annotated[
+        int | None, typer.Option("--images", help="How many images of a run are shown.", show_default="12")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write one self-contained HTML page about a run: curves, feature maps, a patch to click, results."""
+    """Write one self-contained HTML page: of a run (curves, feature maps, a patch to click, results), of a comparison
+    (what smalti compare wrote) or of an evaluation (what smalti evaluate --out wrote).
+    """
     from smalti.data.folders import open_images
-    from smalti.report.page import write_report
+    from smalti.report.comparison import write_comparison
+    from smalti.report.evaluation import RESULTS_FILE, write_evaluation
+    from smalti.report.page import NUM_IMAGES, write_report
+    from smalti.study.compare import SUMMARY
 
-    shown = open_images(data) if data else None
-    print(f"written: {write_report(run, out=out, num_images=images, images=shown)}")
+    is_comparison, is_evaluation = (run / SUMMARY).is_file(), (run / RESULTS_FILE).is_file()
+    if (is_comparison or is_evaluation) and (data or images is not None):
+        kind = "a comparison" if is_comparison else "an evaluation"
+        raise ConfigError(
+            f"{run}: is {kind}, whose page shows the images that it was judged on; leave out --data, --images"
+        )
+    if is_comparison:
+        page = write_comparison(run, out)
+    elif is_evaluation:
+        page = write_evaluation(run, out)
+    else:
+        number = NUM_IMAGES if images is None else images
+        page = write_report(run, out=out, num_images=number, images=open_images(data) if data else None)
+    print(f"written: {page}")

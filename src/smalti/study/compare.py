@@ -48,6 +48,8 @@ from smalti.study.pretrain import absolute, resolve
 from smalti.training.launch import resolve_devices
 
 PLAN_FILE, CELLS, TABLE, MARKDOWN, SUMMARY = "plan.yaml", "cells", "comparison.parquet", "comparison.md", "compare.json"
+PAGE = "report.html"
+"""What :mod:`smalti.report.comparison` makes of it all."""
 BUDGETS = ("steps", "images", "minutes")
 LOAD_KEYS = ("load", "weights", "pool", "eval")
 """What an arm that is not trained may say."""
@@ -139,11 +141,16 @@ class Cell:
     @property
     def results(self) -> list[Result]:
         """Everything that was measured, with its details."""
-        found: list[Result] = []
-        for key in self.evaluations:
-            target = self.folder / key
-            found += read_details(target / DETAILS, read_results(target / RESULTS_FILE))
-        return found
+        return [result for number in range(len(self.evaluations)) for result in self.results_of(number)]
+
+    def results_of(self, number: int) -> list[Result]:
+        """What an evaluation of the plan measured, by its place.
+
+        Raises:
+            DataError: if it isn't there any more.
+        """
+        target = self.folder / self.evaluations[number]
+        return read_details(target / DETAILS, read_results(target / RESULTS_FILE))
 
 
 @dataclass(frozen=True)
@@ -274,6 +281,46 @@ def compare(
     result = Comparison(folder, plan, tuple(rows), tuple(cells), failures, costs, info)
     _write(result)
     return result
+
+
+def read_comparison(out: str | Path) -> Comparison:
+    """What :func:`compare` left in a folder, from its summary: cells may have been removed since.
+
+    Raises:
+        RunError: if there is no finished comparison in it.
+    """
+    folder = Path(out).expanduser()
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        plan = build(Plan, read_yaml(folder / PLAN_FILE), str(folder / PLAN_FILE))
+        return Comparison(
+            out=folder,
+            plan=plan,
+            rows=tuple(_read_row(row) for row in summary["rows"]),
+            cells=tuple(
+                Cell(cell["arm"], cell["seed"], folder / CELLS / cell["folder"], tuple(cell["evaluations"]))
+                for cell in summary["cells"]
+            ),
+            failures=summary["failures"],
+            costs={arm: Cost(**cost) for arm, cost in summary["costs"].items()},
+            info=summary["info"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise RunError(f"{folder}: holds no finished comparison ({problem}); smalti compare makes one") from error
+
+
+def _read_row(row: Mapping[str, Any]) -> Row:
+    values = {key: value for key, value in row.items() if key != "verdict"}
+    values["score"] = _read_interval(row["score"])
+    values["difference"] = _read_interval(row["difference"]) if row["difference"] else None
+    values["seeds"] = {int(seed): math.nan if score is None else score for seed, score in row["seeds"].items()}
+    return Row(**values)
+
+
+def _read_interval(value: Mapping[str, Any]) -> Interval:
+    ends = {key: math.nan if value[key] is None else float(value[key]) for key in ("mean", "low", "high")}
+    return Interval(**ends, over=value["over"])
 
 
 def _prepare(
@@ -431,9 +478,8 @@ def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
     """Every metric of every arm, with intervals; differences against the plan's first arm."""
     found: dict[tuple[int, str, str], dict[str, dict[int, Result]]] = {}
     for cell in cells:
-        for number, key in enumerate(cell.evaluations):
-            target = cell.folder / key
-            for result in read_details(target / DETAILS, read_results(target / RESULTS_FILE)):
+        for number in range(len(cell.evaluations)):
+            for result in cell.results_of(number):
                 for metric in result.metrics:
                     place = found.setdefault((number, result.protocol, metric), {})
                     place.setdefault(cell.arm, {})[cell.seed] = result
@@ -449,7 +495,7 @@ def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
                 against = _difference(by_arm[arm], by_arm[first], metric, drawn, resampled[first])
             rows.append(
                 Row(
-                    data=_short(plan.evaluate[number]["data"], plan),
+                    data=short_name(plan.evaluate[number]["data"], plan),
                     protocol=protocol,
                     metric=metric,
                     unit=one.units[metric],
@@ -630,7 +676,7 @@ def _with_interval(value: Interval, sign: str) -> str:
     return f"{value.mean:{sign}.3f}{span}"
 
 
-def _short(data: str, plan: Plan) -> str:
+def short_name(data: str, plan: Plan) -> str:
     """The last parts of a path that tell the plan's evaluation sets apart."""
     parts = [Path(str(entry["data"])).parts for entry in plan.evaluate]
     mine = Path(data).parts

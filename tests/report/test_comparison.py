@@ -1,0 +1,143 @@
+"""The page of a comparison and of an evaluation: verdict first, everything inside, and what is gone is said to be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from htmlpage import check_page
+from smalti.errors import ConfigError, RunError
+from smalti.evaluation.intervals import Interval
+from smalti.evaluation.protocol import EvalConfig, evaluate
+from smalti.report.comparison import sentences, write_comparison
+from smalti.report.evaluation import save_evaluation, write_evaluation
+from smalti.study.compare import Cell, Comparison, Cost, Plan, Row, compare, read_comparison
+
+ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def folder(photos, class_folders, tmp_path_factory):
+    """A comparison of three arms, one of them broken, evaluated in training, too."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    plan = {
+        "data": str(photos),
+        "evaluate": [{"data": str(class_folders), "protocols": ["knn"], "image_size": 32}],
+        "budget": {"steps": 2},
+        "seeds": [0, 1],
+        "settings": {
+            **{"encoder": ENCODER, "batch_size": 4, "data.image_size": 32, "data.num_workers": 0},
+            **{"eval.data": str(class_folders), "eval.every": 1, "eval.protocols": ["knn"], "log.every": 1},
+        },
+        "arms": {
+            "start": {"load": "random"},
+            EVIL: {"method": "mae", "method.decoder_depth": 1},
+            "typo": {"method": "mea"},
+        },
+    }
+    compare(plan, out, quiet=True, isolate=False)
+    return out
+
+
+def test_a_comparison_read_from_its_folder_is_the_one_that_was_written(folder):
+    read = read_comparison(folder)
+    again = compare(read.plan, folder, quiet=True, isolate=False)
+    assert read.rows == again.rows and read.costs == again.costs and read.failures == again.failures
+    assert [(c.arm, c.seed, c.folder, c.evaluations) for c in read.cells] == [
+        (c.arm, c.seed, c.folder, c.evaluations) for c in again.cells
+    ]
+
+
+def test_the_page_tells_the_comparison(folder):
+    page = check_page(write_comparison(folder))
+    assert write_comparison(folder) == folder / "report.html"
+    for words in (
+        f"{EVIL} and start in knn top1",
+        "typo broke and has no results: there is no method 'mea'; did you mean 'mae'?",
+        "Every method has a loss of its own",
+        "Scores in training, mean over seeds",
+        "recall of each class (2)",
+        "images seen",
+        "Intervals of 95 %",
+        "budget.steps",
+    ):
+        assert words in page.text, words
+    labels = page.attributes("aria-label")
+    for start in ("Confusion of start", f"Confusion of {EVIL}", f"Loss of {EVIL}", "knn top1 on"):
+        assert any(label.startswith(start) for label in labels), start
+    assert any("means and differences" in label for label in labels)
+    alts = page.attributes("alt")
+    assert any(alt.startswith("PCA map") and alt.endswith(f"by {EVIL}") for alt in alts)
+    assert not page.attributes("onerror") and not any(tag == "script" for tag, _ in page.elements)
+
+
+def test_a_cell_that_was_removed_leaves_the_rest(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    before = read_comparison(tmp_path / "out")
+    shutil.rmtree(next(cell.folder for cell in before.cells if cell.arm == EVIL and cell.seed == 1))
+    page = check_page(write_comparison(tmp_path / "out"))
+    assert f"Removed since, so numbers stand in the tables and figures are without: {EVIL}, seed 1." in page.text
+    assert f"{before.rows[-1].score.mean:.3f}" in page.text
+    shutil.rmtree(tmp_path / "out" / "cells")
+    page = check_page(write_comparison(tmp_path / "out", tmp_path / "bare.html"))
+    assert f"start, seed 0; {EVIL}, seed 0; start, seed 1; {EVIL}, seed 1." in page.text and not page.attributes("alt")
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    with pytest.raises(RunError, match="holds no finished comparison"):
+        write_comparison(tmp_path)
+    (tmp_path / "compare.json").write_text("[]")
+    with pytest.raises(RunError, match="holds no finished comparison"):
+        write_comparison(tmp_path)
+
+
+def said(*gaps: Interval | None, unit: str = "share of 1, higher is better", failures=()) -> tuple[str, list[str]]:
+    score = Interval(0.5, 0.4, 0.6, "images and seeds")
+    arms = {"first": {"load": "random"}, **{f"arm{n}": {"load": "random"} for n in range(len(gaps))}}
+    rows = [Row("d", "knn", "top1", unit, "first", score, {0: 0.5}, None, True)]
+    rows += [Row("d", "knn", "top1", unit, f"arm{n}", score, {0: 0.5}, gap, True) for n, gap in enumerate(gaps)]
+    cells = [Cell(row.arm, 0, Path(), ()) for row in rows]
+    plan = Plan(arms=arms, evaluate=({"data": "d"},))
+    return sentences(Comparison(Path(), plan, tuple(rows), tuple(cells), dict(failures), {"first": Cost()}, {}))
+
+
+def test_the_sentences_follow_the_intervals():
+    up, down, none = (Interval((a + b) / 2, a, b, "images") for a, b in ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)))
+    nothing = Interval(0.1, float("nan"), float("nan"), "nothing")
+    assert said(up) == ("better", ["arm0 is better than first in knn top1 on d (+0.200 [+0.100, +0.300])."])
+    assert (
+        said(down)[0] == "worse" and said(up, down)[0] == "better" and said(down, unit="lower is better")[0] == "better"
+    )
+    assert said(none) == (
+        "same",
+        ["No difference found between arm0 and first in knn top1 on d (+0.050 [-0.100, +0.200])."],
+    )
+    assert said(nothing)[0] == "unknown" and "nothing can be said" in said(nothing)[1][0]
+    kind, lines = said(None, failures={"arm0": "seed 1: out of memory"})
+    assert (
+        kind == "unknown" and lines[0].startswith("arm0 broke at some of its seeds") and "can be compared" in lines[1]
+    )
+
+
+def test_an_evaluation_has_a_page_with_figures(encoder, class_folders, tmp_path):
+    config = EvalConfig(protocols=("knn",), image_size=64)
+    results = evaluate(encoder, EVIL, str(class_folders), config, figures=True)
+    page = check_page(save_evaluation(tmp_path / "ev", results, "smalti evaluate <x>"))
+    for words in ("random initialisation: knn top1", "recall of each class (2)", "smalti evaluate <x>", EVIL):
+        assert words in page.text, words
+    assert any(alt.startswith("PCA map") for alt in page.attributes("alt")) and not page.attributes("onerror")
+    assert json.loads((tmp_path / "ev" / "results.json").read_text())["results"]
+    check_page(save_evaluation(tmp_path / "ev", results[:1]))
+    assert len(list((tmp_path / "ev" / "details").glob("*_knn"))) == 1
+    (tmp_path / "ev" / "details" / "details.json").write_text("{")
+    assert "No figures" in check_page(write_evaluation(tmp_path / "ev", tmp_path / "x.html")).text
+
+
+def test_an_evaluation_leaves_other_folders_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match="is not empty and holds no evaluation"):
+        save_evaluation(tmp_path, [])
+    with pytest.raises(RunError, match="holds no evaluation"):
+        write_evaluation(tmp_path)
