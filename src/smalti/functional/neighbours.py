@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smalti.errors import ConfigError, ShapeError
 
-_QUERIES_AT_ONCE, _KEYS_AT_ONCE = 256, 32768
+_QUERIES_AT_ONCE, _KEYS_AT_ONCE = 256, 20480
 _BLOCK = 32  # similarities of which only the greatest is looked at first
 _LAST_PLACE = 2**32 - 1
 _RERANKED = 2  # times K: what half precision hands on to be compared in float32
