@@ -15,6 +15,7 @@ from torch import Tensor
 from smalti.errors import ConfigError, ShapeError
 
 _QUERIES_AT_ONCE, _KEYS_AT_ONCE = 256, 20480
+_MIXED_AT_ONCE = 128  # queries whose neighbours' labels are in memory: small enough to stay in the cache
 _BLOCK = 32  # similarities of which only the greatest is looked at first
 _LAST_PLACE = 2**32 - 1
 _RERANKED = 2  # times K: what half precision hands on to be compared in float32
@@ -112,9 +113,13 @@ def mix_labels(
         places: ``(Q, K)`` of the neighbours among the M.
         counts: ``(M, C)`` pixels of each class; a row without any contributes nothing.
     """
-    chosen = counts.index_select(0, places.flatten()).view(*places.shape, -1).float()
-    shares = weights / chosen.sum(2).clamp(min=1)
-    return torch.einsum("qk,qkc->qc", shares, chosen)
+    mixed = torch.empty(len(places), counts.shape[1], device=weights.device)
+    for first in range(0, len(places), _MIXED_AT_ONCE):
+        part = slice(first, first + _MIXED_AT_ONCE)
+        chosen = counts.index_select(0, places[part].flatten()).view(-1, places.shape[1], counts.shape[1]).float()
+        shares = weights[part] / chosen.sum(2).clamp(min=1)
+        mixed[part] = torch.einsum("qk,qkc->qc", shares, chosen)
+    return mixed
 
 
 def _best(
