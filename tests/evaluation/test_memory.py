@@ -198,7 +198,8 @@ def test_images_without_a_label_are_counted_and_those_without_any_are_refused(ti
         blank(f"val{number}.png")
     with pytest.raises(DataError, match="no labelled pixel in the masks of all 6 test images"):
         unlabelled_places(features_of(tiny, tmp_path, "masks"))
+    features = features_of(tiny, tmp_path, "masks")
     for number in (*range(3), *range(4, 16)):
         blank(f"train{number}.png")
     with pytest.raises(DataError, match="no labelled pixel in the masks of all 16 training images"):
-        patch_memory(features_of(tiny, tmp_path, "masks"), SMALL, 0)
+        patch_memory(features, SMALL, 0)
