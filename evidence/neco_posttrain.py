@@ -39,8 +39,8 @@ def plan(images: Path, ccp: Path, start: str, form: dict[str, Any]) -> dict[str,
 
 
 LOANED = {  # ViT-S/14 at 224 px
-    "images": 800,
-    "batch_size": 4,
+    "images": 400,
+    "batch_size": 2,
     "dense_size": 224,
     "load": {"load.pos_antialias": False},  # as DINOv2 reads its positions
     "settings": {
@@ -50,7 +50,7 @@ LOANED = {  # ViT-S/14 at 224 px
         "optim.warmup_share": 0.0,
         "optim.freeze_encoder_share": 0.1,
     },
-    "neco": {"method.hidden_dim": 1024},
+    "neco": {"method.hidden_dim": 1024, "method.references": "queue"},
     "dino": {"method.num_local_views": 2, "method.num_prototypes": 4096},
 }
 OWN = {  # six blocks of ViT-Ti/16 at 64 px, as the DINO run they start from
