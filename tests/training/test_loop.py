@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 import smalti
 from smalti.config import read_yaml
 from smalti.errors import ConfigError, DataError, RunError, WeightsError
+from smalti.evaluation.protocol import SHARE, Result, write_results
 from smalti.methods.mae import MAE
 from smalti.models.loading import latest_checkpoint
 from smalti.study import pretrain
 from smalti.study.catalogue import find_recipe, recipe_files
+from smalti.training.checkpoint import Checkpoints
 from smalti.training.logs import read_csv
 
 TINY: dict[str, Any] = {
@@ -269,6 +271,8 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     fails("did you mean 'warmup_share'", optim={"warmup_shar": 0.5})
     fails("steps=0: at least 1", steps=0)
     fails("eval.every=5 needs labelled images", eval={"every": 5})
+    fails("eval.patience=5 needs labelled images", eval={"patience": 5})
+    fails("eval.patience=2 counts evaluations in training", eval={"data": str(class_folders), "patience": 2})
     fails("precision='int8'", precision="int8")
     fails("devices=0", devices=0)
     fails("weights=teacher: mae has encoder", weights="teacher")
@@ -390,3 +394,86 @@ def test_a_freeze_needs_something_beside_the_encoder(
     monkeypatch.setattr(MAE, "networks", lambda self: {"encoder": self})
     with pytest.raises(ConfigError, match=r"freeze_encoder_share=0.1: mae trains nothing beside its encoder"):
         train(tmp_path / "a", photos, optim={"freeze_encoder_share": 0.1})
+
+
+class Scores:
+    """In place of an evaluation: scores by step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+        self.asked: list[int] = []
+
+        def judge(hook: pretrain.EvaluationHook, step: int, method: Any) -> list[Result]:
+            self.asked.append(step)
+            value = scores[step // 2]
+            results = [Result("knn", "e", "d", {"top1": value}, {"top1": SHARE}, {})]
+            write_results(hook.file(step), results)
+            return results
+
+        monkeypatch.setattr(pretrain.EvaluationHook, "judge", judge)
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    return json.loads((latest_checkpoint(run) / "state.json").read_text())["state"]
+
+
+def test_patience_ends_a_run_early_and_changes_no_step_before_its_end(
+    photos: Path, class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "a", photos, checkpoint={"every": 1, "keep": 9})
+    scores = Scores(monkeypatch, 0.1, 0.5, 0.4, 0.5, 0.9)
+    evaluation = {"data": str(class_folders), "every": 2, "patience": 2}
+    run = train(tmp_path / "b", photos, checkpoint={"every": 4}, eval=evaluation)
+    assert scores.asked == [0, 2, 4, 6]  # an equal score is no new best
+    state = state_of(run)
+    assert (state["step"], state["best_step"], state["best_score"], state["without_best"]) == (6, 2, 0.5, 2)
+    assert same(load_file(whole / "checkpoints" / "step_00000006" / "weights.safetensors"), weights(run))
+    events = [(row["step"], row["event"], row["detail"]) for row in read_csv(run / "events.csv")]
+    assert events == [("6", "stopped early", "no evaluation was better than that of step 2 in the last 2")]
+    best = smalti.load(run / "best", quiet=True)
+    stored = load_file(whole / "checkpoints" / "step_00000002" / "weights.safetensors")
+    assert torch.equal(best.vit.cls_token, stored["encoder.vit.cls_token"])
+    pretrain.resume(run, quiet=True)  # stays where it ended
+    assert (state_of(run), scores.asked) == (state, [0, 2, 4, 6])
+    pretrain.resume(run, {"eval": {"patience": 0}}, quiet=True)
+    assert state_of(run)["step"] == 8 and same(weights(whole), weights(run))
+
+
+@pytest.mark.parametrize("killed_before", ["judging", "counting"])
+def test_a_run_killed_around_an_evaluation_stops_where_an_undisturbed_one_does(
+    killed_before: str, photos: Path, class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = {"data": str(class_folders), "every": 2, "patience": 2}
+    more: dict[str, Any] = {"checkpoint": {"every": 2}, "eval": evaluation}
+    Scores(monkeypatch, 0.3, 0.2, 0.4, 0.1, 0.2)
+    undisturbed = train(tmp_path / "a", photos, **more)
+    judge, update = pretrain.EvaluationHook.judge, Checkpoints.update_state
+
+    def killed_judge(hook: pretrain.EvaluationHook, step: int, method: Any) -> list[Result]:
+        if step == 6 and killed_before == "judging":
+            raise Killed
+        return judge(hook, step, method)
+
+    def killed_update(self: Checkpoints, state: Any) -> None:
+        if state.step == 6 and killed_before == "counting":
+            raise Killed
+        update(self, state)
+
+    monkeypatch.setattr(pretrain.EvaluationHook, "judge", killed_judge)
+    monkeypatch.setattr(Checkpoints, "update_state", killed_update)
+    with pytest.raises(Killed):
+        train(tmp_path / "b", photos, **more)
+    monkeypatch.setattr(pretrain.EvaluationHook, "judge", judge)
+    monkeypatch.setattr(Checkpoints, "update_state", update)
+    pretrain.resume(tmp_path / "b", quiet=True)
+    assert state_of(undisturbed) == state_of(tmp_path / "b")
+    assert state_of(undisturbed)["without_best"] == 2 and state_of(undisturbed)["best_step"] == 4
+    assert same(weights(undisturbed), weights(tmp_path / "b"))
+
+
+def test_the_best_weights_have_a_name_everywhere(photos: Path, class_folders: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    with pytest.raises(WeightsError, match=r"a/best: no evaluation in training has chosen a best step"):
+        smalti.load(run / "best")
+    with pytest.raises(WeightsError, match="no such run or file"):
+        smalti.load(tmp_path / "best")
+    assert pretrain.absolute(str(run / "best")) == str(run.resolve() / "best")

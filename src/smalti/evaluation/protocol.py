@@ -53,6 +53,8 @@ class EvalConfig:
     """The split to be judged on, such as val or test; None takes the data's own, or a seeded fifth."""
     every: CountFromZero = 0
     """While training: evaluate every so many steps; 0 evaluates not before the end."""
+    patience: CountFromZero = 0
+    """While training: stop after so many evaluations in a row without a new best; 0 never stops early."""
     image_size: Count | None = None
     """Side of the images in pixels, a multiple of the patch size; None takes the preset's, else the encoder's own."""
     batch_size: Count = 64
@@ -121,6 +123,7 @@ SHARED = frozenset(
         "split_seed",
         "train_size",
         "every",
+        "patience",
         "image_size",
         "batch_size",
         "num_workers",

@@ -1,4 +1,7 @@
-"""The five ways to name an encoder: ``RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME``."""
+"""The five ways to name an encoder: ``RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME``.
+
+``RUN`` is the newest checkpoint of a run, ``RUN/best`` the one that its evaluations in training liked best.
+"""
 
 import contextlib
 import json
@@ -23,6 +26,8 @@ from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoin
 FORMS = "RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE, STATE_FILE = "weights.safetensors", "state.json"
+BEST = "best"
+"""As in ``RUN/best``."""
 
 
 def load(
@@ -45,9 +50,10 @@ def load(
     """An encoder, in eval mode on the CPU, by any of its five names.
 
     Args:
-        spec: ``RUN`` (a run directory or one of its checkpoints), ``FILE.safetensors`` (an export, its config.json
-            beside it), ``timm:NAME`` (pretrained weights from the hub), ``timm:NAME@FILE`` (local weights, also of
-            other projects) or ``random:NAME`` (seeded random weights).
+        spec: ``RUN`` (a run directory, one of its checkpoints, or ``RUN/best``: what its evaluations in training liked
+            best), ``FILE.safetensors`` (an export, its config.json beside it), ``timm:NAME`` (pretrained weights from
+            the hub), ``timm:NAME@FILE`` (local weights, also of other projects) or ``random:NAME`` (seeded random
+            weights).
         seed: of ``random:``.
         network: which network of a run or a file: ``student`` or ``teacher``; None takes the one that its method
             hands on.
@@ -276,10 +282,15 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT, Path, str]:
-    """The encoder in a run's newest checkpoint, or in the checkpoint given."""
-    if not path.exists():
+    """The encoder in a run's newest or best checkpoint, or in the checkpoint given."""
+    folder = find_checkpoint(path)
+    if folder is None and not path.exists():
+        if names_best(path):
+            raise WeightsError(
+                f"{path}: no evaluation in training has chosen a best step (it needs eval.data=LABELLED eval.every=N); "
+                f"take {path.parent}, the newest"
+            )
         raise WeightsError(f"{path}: no such run or file; an encoder is named by {FORMS}")
-    folder = path if (path / STATE_FILE).is_file() else latest_checkpoint(path)
     if folder is None:
         raise WeightsError(f"{path}: holds no finished checkpoint; an encoder is named by {FORMS}")
     state = _read_json(folder / STATE_FILE, f"{folder}: the checkpoint lacks its {STATE_FILE}")
@@ -290,6 +301,23 @@ def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT
     description = state.get("encoder") or {}
     tensors = read_tensors(folder / WEIGHTS_FILE, prefix=f"{networks[name]}.vit.")
     return description, ForeignViT(tensors), folder, name
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path names: itself, the newest of a run, or ``RUN/best``; None where there is none."""
+    if (path / STATE_FILE).is_file():
+        return path
+    if not names_best(path):
+        return latest_checkpoint(path)
+    newest = latest_checkpoint(path.parent)
+    state = {} if newest is None else _read_json(newest / STATE_FILE, "").get("state") or {}
+    best = path.parent / CHECKPOINTS / f"step_{state.get('best_step') or 0:08d}"
+    return best if state.get("best_step") is not None and (best / STATE_FILE).is_file() else None
+
+
+def names_best(path: Path) -> bool:
+    """Whether this is ``RUN/best``, and no folder of that name."""
+    return path.name == BEST and (path.parent / CHECKPOINTS).is_dir() and not path.exists()
 
 
 def latest_checkpoint(run: Path) -> Path | None:

@@ -29,7 +29,7 @@ from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import write_details
 from smalti.evaluation.protocol import EvalConfig, evaluate, write_results
 from smalti.models.encoder import Encoder
-from smalti.models.loading import WEIGHTS_FILE, latest_checkpoint, load
+from smalti.models.loading import WEIGHTS_FILE, find_checkpoint, load
 from smalti.study.doctor import measure_step
 from smalti.study.pretrain import CONFIG_FILE, resolve, resume, starting_encoder, step_maker, train
 from smalti.training.launch import resolve_devices
@@ -39,7 +39,7 @@ RANDOM = "random"
 RUN, TRAINED, FAILED, RESULTS_FILE, DETAILS = "run", "trained.json", "failed.txt", "results.json", "details"
 FREE = ("eval", "checkpoint", "log")
 """Groups of settings that don't change the weights."""
-COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "data", "baseline")
+COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "data", "baseline")
 """Settings of an evaluation that don't change its numbers, or stand elsewhere."""
 
 
@@ -89,9 +89,8 @@ def weights_digest(spec: str) -> str:
         name, at, file = rest.partition("@")
         return f"timm:{name}@{_file_digest(Path(file).expanduser())}" if at else spec
     path = Path(spec).expanduser()
-    if path.is_dir():
-        checkpoint = path if (path / WEIGHTS_FILE).is_file() else latest_checkpoint(path)
-        path = path if checkpoint is None else checkpoint / WEIGHTS_FILE
+    checkpoint = find_checkpoint(path)
+    path = path if checkpoint is None else checkpoint / WEIGHTS_FILE
     return _file_digest(path)
 
 

@@ -410,6 +410,8 @@ def _train_job(
     if kind == "steps":
         tree["steps"] = int(amount)
     config, _ = resolve(tree)
+    if config.eval.patience:
+        raise ConfigError(f"eval.patience={config.eval.patience}: the plan's budget says how long arms train")
     if kind == "images":
         devices = resolve_devices(config.devices)
         tree["steps"] = math.ceil(amount / (config.batch_size * config.optim.accumulate * devices.processes))

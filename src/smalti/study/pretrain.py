@@ -31,7 +31,7 @@ from smalti.evaluation.protocol import (
 )
 from smalti.methods.base import Method, get_method
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
-from smalti.models.loading import encoder_description, latest_checkpoint, open_encoder
+from smalti.models.loading import encoder_description, latest_checkpoint, names_best, open_encoder
 from smalti.models.weights import LoadConfig
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
@@ -387,9 +387,9 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     hooks: tuple[Hook, ...] = ()
     if config.eval.data:
         hook = EvaluationHook(config, run, judges=main)
-        step = state.step if state is not None else 0
-        if main and not hook.file(step).exists() and (step == 0 or hook.due(step)):
-            hook.judge(step, method)  # before training, or lost when the run was killed
+        counted = -1 if state is None else state.judged_step
+        if main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
+            hook.judge(counted, method)  # counted already, but its file is lost
         hooks += (hook,)
     loop = LoopConfig(
         steps=config.steps,
@@ -398,6 +398,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
         optim=config.optim,
         checkpoint=config.checkpoint,
         log=config.log,
+        patience=config.eval.patience,
     )
     started = time.time()
     try:
@@ -424,7 +425,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
 
 
 class EvaluationHook:
-    """Evaluation in training: every ``eval.every`` steps and after the last, of the network that is handed on."""
+    """Evaluation in training: before it, every ``eval.every`` steps and after the last; of the network handed on."""
 
     def __init__(self, config: RunConfig, run: Path, judges: bool) -> None:
         self.config = config
@@ -432,16 +433,19 @@ class EvaluationHook:
         self.judges = judges  # one process does; the others know when, since all read the finite check together
 
     def due(self, step: int) -> bool:
-        """Every ``eval.every`` steps and after the last."""
+        """Before the first step, every ``eval.every`` steps and after the last."""
         every = self.config.eval.every
-        return step == self.config.steps or (every > 0 and step % every == 0)
+        return step in (0, self.config.steps) or (every > 0 and step % every == 0)
 
     def __call__(self, step: int, method: Method) -> float | None:
-        """Judge; returns the headline of the first protocol."""
+        """Judge; returns the headline of the first protocol, with its sign changed where lower is better."""
         if not self.judges:
             return None
         results = self.judge(step, method)
-        return results[0].headline[1] if results else None
+        if not results:
+            return None
+        metric, value = results[0].headline
+        return -value if "lower is better" in results[0].units[metric] else value
 
     def file(self, step: int) -> Path:
         """Where the results of a step are written."""
@@ -469,8 +473,11 @@ def _check_evaluation(config: RunConfig) -> None:
     """
     if config.eval.data:
         open_sets(config.eval.data, config.eval)
-    elif config.eval.every:
-        raise ConfigError(f"eval.every={config.eval.every} needs labelled images; give eval.data=DIR")
+    elif config.eval.every or config.eval.patience:
+        name = "every" if config.eval.every else "patience"
+        raise ConfigError(f"eval.{name}={getattr(config.eval, name)} needs labelled images; give eval.data=DIR")
+    if config.eval.patience and not config.eval.every:
+        raise ConfigError(f"eval.patience={config.eval.patience} counts evaluations in training; give eval.every=STEPS")
     method = get_method(config.method["name"])
     names = ("student", "teacher") if method.export_network == "teacher" else (method.export_network,)
     if config.weights is not None and config.weights not in names:
@@ -548,8 +555,9 @@ def absolute(text: str, beside: Path | None = None) -> str:
     for mark in ("", "@" if text.startswith("timm:") else "="):
         head, found, path = text.rpartition(mark) if mark else ("", "", text)
         for folder in (Path(), *([beside] if beside is not None else [])):
-            if (found or not mark) and (folder / Path(path).expanduser()).exists():
-                return f"{head}{found}{(folder / Path(path).expanduser()).resolve()}"
+            whole = folder / Path(path).expanduser()
+            if (found or not mark) and (whole.exists() or names_best(whole)):
+                return f"{head}{found}{whole.resolve()}"
     return text
 
 

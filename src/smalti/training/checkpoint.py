@@ -45,9 +45,13 @@ class TrainingState:
     setbacks: int = 0
     """How often the run went back."""
     best_score: float | None = None
-    """Highest headline metric of an evaluation in training."""
+    """Highest score of an evaluation in training."""
     best_step: int | None = None
-    """Its step."""
+    """Its step; 0 is before training."""
+    judged_step: int = -1
+    """Step of the newest evaluation that is counted here."""
+    without_best: int = 0
+    """Evaluations since the best one; where they are ``eval.patience``, training stops."""
 
 
 class Checkpoints:

@@ -1,5 +1,6 @@
 """The only training loop. It knows no method; a method knows no loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from smalti.config import settings
 from smalti.data.loader import UnreadableLog, sample_key
@@ -44,6 +46,8 @@ class LoopConfig:
     optim: OptimConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    patience: int = 0
+    """Evaluations without a new best after which training stops; 0 never stops early."""
 
 
 @runtime_checkable
@@ -72,7 +76,8 @@ class Hook(Protocol):
         by all of them together."""
 
     def __call__(self, step: int, method: Method) -> float | None:
-        """Do it; a number returned is a score, and the best step's checkpoint stays."""
+        """Do it; a number returned is a score, higher is better, and the best step's checkpoint stays. In the main
+        process only; the others take its number."""
 
 
 def train(
@@ -88,7 +93,7 @@ def train(
     listeners: tuple[Listener, ...] = (),
     unreadable: UnreadableLog | None = None,
 ) -> TrainingState:
-    """Train until ``config.steps``.
+    """Train until ``config.steps``, or until ``config.patience`` scores of hooks brought no new best.
 
     Args:
         method: on the accelerator's device, not wrapped.
@@ -98,7 +103,7 @@ def train(
         config: the settings that matter here.
         run: the run directory.
         state: where a resumed run stands, its weights already restored; None starts afresh.
-        hooks: called after each step.
+        hooks: called after the steps at which they are due, step 0 included.
         listeners: told about rows and events.
         unreadable: told about images that could not be read.
 
@@ -123,11 +128,13 @@ def train(
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
     method.train()
+    if state.judged_step < state.step:  # before training, or an evaluation that a kill took
+        _judge([hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator)
     clock.start(state.step)
     for listener in listeners:
         listener.started(state.step, config.steps)
 
-    while state.step < config.steps:
+    while state.step < config.steps and not _has_lost_patience(state, config):
         progress = state.step / config.steps
         peak = peak_lr(optim, images_per_step) * state.lr_scale
         lr, decay = apply_schedules(optimizer, optim, peak=peak, progress=progress)
@@ -180,12 +187,45 @@ def train(
             listener.step(state.step)
         if to_save:
             checkpoints.save(state)
-        for hook in due:
-            score = hook(state.step, method)
-            if score is not None and (state.best_score is None or score > state.best_score):
-                state.best_score, state.best_step = score, state.step
-                checkpoints.save(state)
+        if due:
+            _judge(due, method, state, checkpoints, accelerator)
+            if _has_lost_patience(state, config) and not last:
+                if not to_save:
+                    checkpoints.save(state)
+                text = f"no evaluation was better than that of step {state.best_step} in the last {config.patience}"
+                for listener in listeners:
+                    listener.event(state.step, "stopped early", text)
     return state
+
+
+def _judge(
+    hooks: list[Hook], method: Method, state: TrainingState, checkpoints: Checkpoints, accelerator: Accelerator
+) -> None:
+    """Call the hooks and keep count of the best; what is counted is written beside the step's weights, so that a
+    resumed run stops where an undisturbed one does."""
+    if not hooks:
+        return
+    is_best = False
+    for hook in hooks:
+        scores = [hook(state.step, method)]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(scores)  # all stop, or none
+        score = scores[0]
+        if score is None:
+            continue
+        if not math.isnan(score) and (state.best_score is None or score > state.best_score):
+            state.best_score, state.best_step, state.without_best, is_best = score, state.step, 0, True
+        else:
+            state.without_best += 1
+    state.judged_step = state.step
+    if is_best:
+        checkpoints.save(state)
+    elif checkpoints.path(state.step).exists():
+        checkpoints.update_state(state)
+
+
+def _has_lost_patience(state: TrainingState, config: LoopConfig) -> bool:
+    return 0 < config.patience <= state.without_best
 
 
 def _go_back(
