@@ -1,5 +1,6 @@
 """The report of a run: one self-contained HTML page that opens offline."""
 
+import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -205,6 +206,7 @@ def _page(files: RunFiles, shown: tuple[Html, Html] | str) -> str:
         **{name: section for name, section in details.items() if name != "classes"},  # these stand with the results
         "features": ("Feature maps", maps),
         "nearest": ("Nearest patches", nearest),
+        "positions": ("Positions", _positions(files)),
         "events": ("Events", _events(files)),
         "settings": ("What was run", _settings(files)),
         "reproduce": ("Reproduce", _reproduce(files)),
@@ -485,6 +487,23 @@ def _explorer(shown: ShownImages, uris: Sequence[str], data: Mapping[str, Any], 
             tag("script", written, type="application/json", id="patch-data"),
         )
     )
+
+
+def _positions(files: RunFiles) -> Html | None:
+    """What ``smalti probe --what positions`` left in the run directory; None where it did not run."""
+    path, picture = (files.path / "probes" / f"positions.{ending}" for ending in ("json", "png"))
+    try:
+        probe = json.loads(path.read_text(encoding="utf-8"))
+        rows = [
+            {"probe": name, "value": decimals(as_float(value)), "meaning": str(probe["units"].get(name, ""))}
+            for name, value in probe["metrics"].items()
+        ]
+        drawn = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    image = tag("img", src=f"data:image/png;base64,{drawn}", alt="predicted and true offsets", style="max-width:100%")
+    lead = tag("p", "What the encoder and its head know of where patches are, on images as in training.", class_="lead")
+    return join((lead, image if drawn else None, text_table(("probe", "value", "meaning"), rows)))
 
 
 def _events(files: RunFiles) -> Html:
