@@ -90,8 +90,10 @@ class Comparison:
     def gain(self, metric: str) -> float:
         """How much better the trained encoder is, whatever the metric's direction; NaN where it can't be said."""
         trained, baseline = self.values(metric)
-        lower = "lower is better" in self.trained.units.get(metric, "")
-        return baseline - trained if lower else trained - baseline
+        unit = self.trained.units.get(metric, "")
+        if "lower is better" in unit:
+            return baseline - trained
+        return trained - baseline if "higher is better" in unit else math.nan
 
 
 def write_report(
@@ -169,6 +171,11 @@ def verdict(comparisons: Sequence[Comparison]) -> tuple[str, str]:
         if not comparisons:
             return "unknown", "Not evaluated: nothing says yet whether these features are better than random ones."
         metric, value = comparisons[0].trained.headline
+        if "is better" not in comparisons[0].trained.units.get(metric, ""):
+            return "unknown", (
+                f"{comparisons[0].name} is {decimals(as_float(value))}; neither more nor less of it is better, so it "
+                "does not say whether training helped."
+            )
         return "unknown", (
             f"No comparison with random initialisation: {comparisons[0].name} is {decimals(as_float(value))}, "
             f"and without the baseline {metric} alone does not say whether training helped."
