@@ -171,7 +171,7 @@ def verdict(comparisons: Sequence[Comparison]) -> tuple[str, str]:
         if not comparisons:
             return "unknown", "Not evaluated: nothing says yet whether these features are better than random ones."
         metric, value = comparisons[0].trained.headline
-        if "is better" not in comparisons[0].trained.units.get(metric, ""):
+        if comparisons[0].baseline is not None and "is better" not in comparisons[0].trained.units.get(metric, ""):
             return "unknown", (
                 f"{comparisons[0].name} is {decimals(as_float(value))}; neither more nor less of it is better, so it "
                 "does not say whether training helped."
