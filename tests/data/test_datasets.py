@@ -150,7 +150,7 @@ def ade20k(photo, write, parent="", stems=("ADE_{}_00000001", "ADE_{}_00000002")
 
 
 @pytest.mark.parametrize("parent", ["", "ADEChallengeData2016/"])
-def test_ade20k_has_150_classes_and_other_is_ignored(photo, write, tmp_path, parent):
+def test_e19_ade20k_has_150_classes_and_other_is_ignored(photo, write, tmp_path, parent):
     ade20k(photo, write, parent)
     found = open_images(tmp_path)
     assert found.describe() == "ade20k: 4 images (train 2, val 2), 150 classes"
@@ -214,7 +214,7 @@ def cityscapes(photo, write):
     photo("leftImg8bit/test/bonn/bonn_000001_000019_leftImg8bit.png")
 
 
-def test_cityscapes_scores_19_of_its_label_ids(photo, write, tmp_path):
+def test_e19_cityscapes_scores_19_of_its_label_ids(photo, write, tmp_path):
     cityscapes(photo, write)
     found = open_images(tmp_path)
     assert found.describe() == "cityscapes: 3 images (train 2, val 1), 19 classes"
@@ -252,7 +252,7 @@ STUFF_SPELLINGS = [
 
 
 @pytest.mark.parametrize(("images", "pixelmaps"), STUFF_SPELLINGS)
-def test_coco_stuff_has_15_groups_and_no_things(photo, write, tmp_path, images, pixelmaps):
+def test_e19_coco_stuff_has_15_groups_and_no_things(photo, write, tmp_path, images, pixelmaps):
     coco(photo, write, images, pixelmaps, 169, 183, 0, 92, 181, 96)
     for data in (tmp_path, f"coco-stuff={tmp_path}"):
         found = open_images(data)
@@ -286,7 +286,7 @@ def test_the_91_ids_of_stuff_are_in_15_groups_and_those_of_things_in_12():
         ),
     ],
 )
-def test_coco_things_has_12_groups_from_the_table(photo, write, write_list, tmp_path, images, maps, table):
+def test_e19_coco_things_has_12_groups_from_the_table(photo, write, write_list, tmp_path, images, maps, table):
     coco(photo, write, images, maps, 18, 92, 0, 200, 12, 1)
     panoptic(write_list, table)
     found = open_images(tmp_path)

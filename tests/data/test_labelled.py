@@ -251,8 +251,10 @@ def test_masks_are_resized_by_torchs_nearest(height, width, size):
     np.testing.assert_array_equal(eval_mask(mask, size), theirs.numpy())
 
 
-def test_nearest_takes_these_pixels():
+def test_e6_nearest_takes_these_pixels():
     assert eval_mask(np.array([[0, 1], [2, 3]]), 3).tolist() == [[0, 0, 1], [0, 0, 1], [2, 2, 3]]
+    numbers = np.arange(16).reshape(4, 4)
+    assert eval_mask(numbers, 3).tolist() == numbers[:3, :3].tolist()
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

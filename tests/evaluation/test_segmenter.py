@@ -70,7 +70,7 @@ def test_published_recipes(tiny, scenes, features_of):
     assert (recipe.learning_rate, recipe.least_lr) == (1e-3, 1e-4)
 
 
-def test_windows_end_flush_with_the_border():
+def test_e17_windows_end_flush_with_the_border():
     assert window_starts(683, 512, 512) == [0, 171]
     assert window_starts(1000, 512, 480) == [0, 480, 488]
     assert window_starts(512, 512, 341) == [0]

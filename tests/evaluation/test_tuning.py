@@ -26,9 +26,11 @@ from smalti.evaluation.tuning import (
 )
 
 
-def test_the_polynomial_schedule_has_segmenters_values():
-    rates = [warm_poly(step, 160_000, peak=1e-3, least=1e-5) for step in (0, 80_000, 159_999)]
-    assert rates == pytest.approx([1e-3, 5.405280e-4, 1.0021e-5], rel=1e-4)
+def test_e16_the_polynomial_schedule_has_segmenters_values():
+    first, middle, last = (warm_poly(step, 160_000, peak=1e-3, least=1e-5) for step in (0, 80_000, 159_999))
+    assert first == 1e-3
+    assert middle == pytest.approx(9.9e-4 * 0.5**0.9 + 1e-5, rel=1e-9) and round(middle, 9) == 5.40528e-4
+    assert last == pytest.approx(1.0021e-5, abs=1e-9)
 
 
 def test_after_the_warm_up_both_schedules_are_timms():

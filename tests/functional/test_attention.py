@@ -8,7 +8,7 @@ from torchvision.transforms.functional import gaussian_blur
 from smalti.functional.attention import blur_maps, drop_specks, foreground, keep_mass
 
 
-def test_the_patches_with_six_tenths_of_the_attention_stay() -> None:  # known answer
+def test_e12_the_patches_with_six_tenths_of_the_attention_stay() -> None:  # known answer
     attention = torch.tensor([[0.05, 0.30, 0.10, 0.25, 0.02, 0.18, 0.06, 0.03, 0.01]])
     assert keep_mass(attention).nonzero()[:, 1].tolist() == [1, 3, 5]
     assert keep_mass(3 * attention)[0].equal(keep_mass(attention)[0])
@@ -16,7 +16,7 @@ def test_the_patches_with_six_tenths_of_the_attention_stay() -> None:  # known a
     assert keep_mass(torch.ones(2, 10), 1.0).all()
 
 
-def test_diagonal_neighbours_are_one_part() -> None:  # known answer
+def test_e12_diagonal_neighbours_are_one_part() -> None:  # known answer
     mask = torch.zeros(1, 3, 3, dtype=torch.bool)
     mask[0, 0, 1] = mask[0, 1, 0] = mask[0, 1, 2] = True
     assert drop_specks(mask).equal(mask)

@@ -70,11 +70,17 @@ def test_half_precision_with_reranking_finds_what_float32_finds(dtype, stored):
     assert not torch.equal(bare, expected)  # without the second look it doesn't
 
 
-def test_known_answers():
-    keys = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 2.0], [-1.0, 0.0]])  # E10
-    sims, places = nearest(torch.tensor([[6.0, 8.0]]), F.normalize(keys, dim=1), 4)
+def test_e10_keys_have_length_one_and_queries_any():
+    keys = F.normalize(torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 2.0], [-1.0, 0.0]]), dim=1)
+    query = torch.tensor([[6.0, 8.0]])
+    sims, places = nearest(query, keys, 4)
     assert places.tolist() == [[0, 1, 2, 3]]
     assert_close(sims, torch.tensor([[10.0, 9.6, 8.0, -6.0]]))
+    sims, places = nearest(F.normalize(query, dim=1), keys, 2)  # the order is the same, the softmax asks for cosines
+    weights = (sims / 0.02).softmax(1)
+    assert_close(weights, torch.tensor([[0.880797, 0.119203]]), atol=1e-5, rtol=0)
+    counts = torch.tensor([[4, 0, 0], [2, 2, 0], [0, 0, 4], [0, 0, 4]], dtype=torch.uint8)
+    assert_close(mix_labels(weights, places, counts), torch.tensor([[0.940399, 0.059601, 0.0]]), atol=1e-5, rtol=0)
 
 
 def test_equal_keys_come_in_their_order_and_zero_has_no_sign():
