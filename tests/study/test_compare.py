@@ -107,6 +107,31 @@ def test_a_broken_arm_does_not_hold_up_the_others(plan, tmp_path, capsys):
     assert "**Arm typo broke**" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+def test_an_arm_that_breaks_while_it_runs_costs_the_others_nothing(plan, tmp_path, capsys):
+    plan["arms"] |= {
+        "late": {"method": "mae", "method.decoder_depth": 1, "method.mask_ratio": 0.5, "eval.image_size": 33},
+        "unknown": {"method": "mae", "eval.protocols": ["knnn"]},
+    }
+    result = run(plan, tmp_path / "out")
+    assert result.arms == ("start", "mae") and list(result.failures) == ["unknown", "late"]
+    assert result.failures["late"].startswith("seed 0: images are 33x33 pixels")
+    assert "did you mean 'knn'" in result.failures["unknown"]  # before anything is trained
+    assert "arm 'late' broke at seed 1" in capsys.readouterr().err
+    del plan["arms"]["late"]["eval.image_size"]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob(TRAINED)}
+    assert run(plan, tmp_path / "out").arms == ("start", "mae", "late")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob(TRAINED)} == times
+
+
+@pytest.mark.parametrize(
+    ("code", "line"), [(1, "ended with exit code 1"), (-9, r"ended with signal 9 \(out of memory\?\)")]
+)
+def test_a_process_that_ends_without_a_word_is_named(code, line, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    with pytest.raises(RunError, match=line):
+        compare(plan, tmp_path / "out", quiet=True)
+
+
 def test_an_arm_that_is_taken_as_it_is_says_how_its_weights_are_fitted(plan, tmp_path):
     spec = "random:vit_tiny_patch16_224"
     plan = {key: plan[key] for key in ("evaluate",)} | {"seeds": [0]}

@@ -339,7 +339,8 @@ def _prepare(
             {**entry, **own_eval, "split_seed": plan.split_seed, "data": entry["data"]} for entry in plan.evaluate
         ]
         for entry in evaluations:
-            build(EvalConfig, entry, f"arm '{name}': eval")
+            for protocol in build(EvalConfig, entry, f"arm '{name}': eval").protocols:
+                find_protocol(protocol)
         jobs = []
         for seed in plan.seeds:
             what = {
