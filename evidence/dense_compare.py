@@ -15,8 +15,8 @@ import smalti
 
 SEEDS = [0, 1, 2]
 IMAGES_SEEN = 16_000
-SIZE, DENSE_SIZE = 96, 224
-"""Pixels of training, and of judging by masks: a grid of 14 x 14."""
+SIZE, DENSE_SIZE, KNN_SIZE = 96, 224, 112
+"""Pixels of training, of judging by masks (a grid of 14 x 14, or 16 x 16) and of judging by classes."""
 
 
 def plan(clothing: Path, ccp: Path, weights: Path) -> dict[str, Any]:
@@ -29,7 +29,10 @@ def plan(clothing: Path, ccp: Path, weights: Path) -> dict[str, Any]:
     }
     return {
         "data": str(clothing / "train"),
-        "evaluate": [dense, {"data": str(clothing), "split": "test", "protocols": ["knn"]}],
+        "evaluate": [
+            dense,
+            {"data": str(clothing), "split": "test", "protocols": ["knn"], "image_size": KNN_SIZE},
+        ],
         "budget": {"images": IMAGES_SEEN},
         "seeds": SEEDS,
         "settings": {
@@ -51,7 +54,7 @@ def plan(clothing: Path, ccp: Path, weights: Path) -> dict[str, Any]:
                 "optim.lr": 5e-4,
                 "optim.weight_decay_end": 0.1,
             },
-            "imported ViT-S/14": {"load": f"timm:vit_small_patch14_dinov2@{weights}", "eval.image_size": DENSE_SIZE},
+            "imported ViT-S/14": {"load": f"timm:vit_small_patch14_dinov2@{weights}"},
         },
     }
 
