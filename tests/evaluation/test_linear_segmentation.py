@@ -24,7 +24,9 @@ from smalti.evaluation.linear_segmentation import (
     linear_segmentation,
     upsampling,
 )
+from smalti.evaluation.overclustering import overclustering
 from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.segmenter import segmenter
 
 
 def test_e6_bilinear_upsampling_by_half_pixels():
@@ -209,8 +211,10 @@ def test_masks_without_a_labelled_pixel_are_refused_or_counted(tiny, scenes, tmp
         (tmp_path / "masks" / f"val{number}.png").unlink()
         cv2.imwrite(str(tmp_path / "masks" / f"val{number}.png"), void)
         if number == 0:
-            scores = linear_segmentation(features_of(tiny, tmp_path, "masks"), EvalConfig(epochs=1))
-            assert scores.settings["num_unlabelled"] == 1
+            for protocol in (linear_segmentation, overclustering, segmenter):
+                with pytest.warns(UserWarning, match="1 of 6 test images have no labelled pixel and are left out"):
+                    scores = protocol(features_of(tiny, tmp_path, "masks"), EvalConfig(epochs=1, iters=1, repeats=1))
+                assert scores.settings["num_unlabelled"] == 1
     with pytest.raises(DataError, match="no labelled pixel in the masks of all 6 test images"):
         linear_segmentation(features_of(tiny, tmp_path, "masks"), EvalConfig(epochs=1))
 

@@ -10,6 +10,7 @@ Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, K classes
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -268,8 +269,7 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))
     masks = read_masks(images, len(classes), recipe.mask_size)
-    if (masks == ignore).all():
-        raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} test images")
+    unlabelled = unlabelled_of(images, masks, ignore)
     train_masks = read_masks(features.data.train, len(classes), recipe.mask_size)
     rate, reached = recipe.learning_rates[0], dict[str, float]()
     if len(recipe.learning_rates) > 1:
@@ -311,7 +311,7 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
         "absent": recipe.absent,
         "matching": "direct",
         "ignored_value": ignore if ignore >= 0 else None,
-        "num_unlabelled": int((masks == ignore).flatten(1).all(1).sum()),
+        "num_unlabelled": len(unlabelled),
         "cache_dtype": config.cache_dtype,
     }
     iou = dict(zip(classes, class_iou(matrix).tolist(), strict=True))
@@ -343,6 +343,30 @@ def read_masks(images: ImageSet, num_classes: int, size: int) -> Integer[Tensor,
         if mask is not None:
             masks[place] = torch.from_numpy(eval_mask(mask, size))
     return masks
+
+
+def unlabelled_of(images: ImageSet, masks: Integer[Tensor, "n M M"], ignore: int) -> list[int]:
+    """Places of the test images whose masks, as :func:`read_masks` gives them, have no labelled pixel, with a warning.
+
+    Raises:
+        DataError: if none has a label.
+    """
+    places = (masks == ignore).flatten(1).all(1).nonzero()[:, 0].tolist()
+    if len(places) == len(images):
+        raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} test images")
+    warn_unlabelled(images, places, "test")
+    return places
+
+
+def warn_unlabelled(images: ImageSet, places: Sequence[int], which: str) -> None:
+    """One line about images without a labelled pixel; Python says it once, however many protocols find them."""
+    if places:
+        first = images.samples[places[0]].path.name
+        warnings.warn(
+            f"{images.root}: {len(places)} of {len(images)} {which} images have no labelled pixel and are left out "
+            f"(the first is {first})",
+            stacklevel=1,  # the same place for all
+        )
 
 
 def mask_of_readable(sample: ImageSample, num_classes: int) -> np.ndarray | None:

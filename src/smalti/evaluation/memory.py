@@ -9,7 +9,6 @@ Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, M patches
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,13 @@ from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import ColorConfig, random_resized_crop, recolor
 from smalti.errors import DataError
 from smalti.evaluation.features import Features
-from smalti.evaluation.linear_segmentation import augmented_tokens, ignored_value, mask_of_readable, read_masks
+from smalti.evaluation.linear_segmentation import (
+    augmented_tokens,
+    ignored_value,
+    mask_of_readable,
+    read_masks,
+    warn_unlabelled,
+)
 from smalti.evaluation.protocol import EvalConfig
 from smalti.functional.neighbours import nearest, patch_counts
 from smalti.functional.random import sample_uniform
@@ -178,7 +183,7 @@ def unlabelled_places(features: Features) -> frozenset[int]:
                 empty.append(place)
         if len(empty) == len(images):
             raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} test images")
-        _warn_unlabelled(images, empty, "test")
+        warn_unlabelled(images, empty, "test")
         return frozenset(empty)
 
     return features.once("unlabelled test images", look)
@@ -312,7 +317,7 @@ def _make_memory(features: Features, recipe: Recipe, seed: int) -> PatchMemory:
         raise DataError(f"{images.root}: none of the {len(order)} train images can be read")
     if not size:
         raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(seen)} training images")
-    _warn_unlabelled(images, sorted(empty), "training")
+    warn_unlabelled(images, sorted(empty), "training")
     return PatchMemory(keys[:size], counts[:size], len(seen) - len(empty))
 
 
@@ -371,13 +376,3 @@ def _normalization(encoder: Encoder, recipe: Recipe) -> Iterator[None]:
 
 def _has_imagenet_std(encoder: Encoder) -> bool:
     return len(encoder.std) == 3 and np.allclose(encoder.std, IMAGENET_STD, atol=5e-4)
-
-
-def _warn_unlabelled(images: ImageSet, places: Sequence[int], which: str) -> None:
-    if places:
-        first = images.samples[places[0]].path.name
-        warnings.warn(
-            f"{images.root}: {len(places)} of {len(images)} {which} images have no labelled pixel and are left out "
-            f"(the first is {first})",
-            stacklevel=2,
-        )

@@ -23,7 +23,7 @@ from torch import Tensor
 from smalti.data.labelled import eval_mask
 from smalti.errors import DataError
 from smalti.evaluation.features import Features
-from smalti.evaluation.linear_segmentation import ignored_value, read_masks
+from smalti.evaluation.linear_segmentation import ignored_value, read_masks, unlabelled_of
 from smalti.evaluation.metrics import MATCHINGS, Absent, ConfusionMatrix, Matching, class_iou
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import PixelTally, Tally, join_repetitions
@@ -155,8 +155,7 @@ def overclustering(features: Features, config: EvalConfig) -> Scores:
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))
     masks = read_masks(images, len(classes), recipe.mask_size)
-    if (masks == ignore).all():
-        raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} test images")
+    unlabelled = unlabelled_of(images, masks, ignore)
     points, places = _project(features, recipe.image_size)
     num_patches = len(places) * points.shape[1]
     chosen, left_out = choose_clusters(config.clusters, len(classes), num_patches)
@@ -231,7 +230,7 @@ def overclustering(features: Features, config: EvalConfig) -> Scores:
         "shown": "the first clustering: predictions and confusion",
         "absent": recipe.absent,
         "ignored_value": ignore if ignore >= 0 else None,
-        "num_unlabelled": int((targets == ignore).flatten(1).all(1).sum()),
+        "num_unlabelled": len(unlabelled),
         "cache_dtype": config.cache_dtype,
     }
     iou = torch.stack([class_iou(tally.confusion.matrix) for tally in shown]).nanmean(0).tolist()

@@ -27,7 +27,7 @@ from smalti.data.labelled import read_mask
 from smalti.data.views import Box, Skipped
 from smalti.errors import DataError, SmaltiError
 from smalti.evaluation.features import Features
-from smalti.evaluation.linear_segmentation import ignored_value, upsampling
+from smalti.evaluation.linear_segmentation import ignored_value, upsampling, warn_unlabelled
 from smalti.evaluation.metrics import Absent, accuracy, class_iou, mean_iou
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import PixelTally
@@ -367,7 +367,8 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
             seed=config.seed,
             what="segmenter",
         )
-        tally, predictions = _judge(model, features, recipe)
+        tally, predictions, unlabelled = _judge(model, features, recipe)
+    warn_unlabelled(features.data.test, unlabelled, "test")
     matrix = tally.confusion.matrix
     settings = {
         "preset": config.preset,
@@ -398,6 +399,7 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
         "absent": recipe.absent,
         "matching": "direct",
         "ignored_value": ignore if ignore >= 0 else None,
+        "num_unlabelled": len(unlabelled),
     }
     return Scores(
         {"miou": mean_iou(matrix, recipe.absent), "pixel_accuracy": accuracy(matrix)},
@@ -411,8 +413,8 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
 
 
 @torch.no_grad()
-def _judge(model: Segmenter, features: Features, recipe: Recipe) -> tuple[PixelTally, dict[int, np.ndarray]]:
-    """What the test images contribute, in the pixels of their own masks, and the predictions that are shown.
+def _judge(model: Segmenter, features: Features, recipe: Recipe) -> tuple[PixelTally, dict[int, np.ndarray], list[int]]:
+    """What the test images contribute, in the pixels of their own masks; predictions shown; places without a label.
 
     Raises:
         DataError: if no image can be read.
@@ -420,7 +422,7 @@ def _judge(model: Segmenter, features: Features, recipe: Recipe) -> tuple[PixelT
     images, num_classes = features.data.test, len(features.data.classes)
     tally = PixelTally(num_classes, len(images), ignored_value(num_classes))
     predictions: dict[int, np.ndarray] = {}
-    num_read = 0
+    num_read, unlabelled = 0, list[int]()
     items = _TestImages(images, recipe.crop, num_classes, features.encoder)
     for place, item in enumerate(stream(items, len(images), features.num_workers)):
         features.progress("segmenter: test images", place + 1, len(images))
@@ -429,6 +431,8 @@ def _judge(model: Segmenter, features: Features, recipe: Recipe) -> tuple[PixelT
             continue
         num_read += 1
         pixels, mask = item
+        if (mask == ignored_value(num_classes)).all():
+            unlabelled.append(place)
         logits = sliding_logits(model, pixels.to(features.device), recipe.crop, recipe.stride, features.batch_size)
         pred = label_map(logits, (mask.shape[0], mask.shape[1])).cpu()
         tally.update(mask[None], pred[None], [place])
@@ -439,7 +443,7 @@ def _judge(model: Segmenter, features: Features, recipe: Recipe) -> tuple[PixelT
             )
     if not num_read:
         raise DataError(f"{images.root}: none of the {len(images)} test images can be read")
-    return tally, predictions
+    return tally, predictions, unlabelled
 
 
 def _check_labelled(images: ImageSet, split: str, num_classes: int) -> None:
