@@ -359,7 +359,7 @@ def unlabelled_of(images: ImageSet, masks: Integer[Tensor, "n M M"], ignore: int
 
 
 def warn_unlabelled(images: ImageSet, places: Sequence[int], which: str) -> None:
-    """One line about images without a labelled pixel; Python says it once, however many protocols find them."""
+    """One line about images without a labelled pixel, from one place, so that Python can tell repetitions."""
     if places:
         first = images.samples[places[0]].path.name
         warnings.warn(
