@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Num, Shaped
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.config import settings
@@ -29,6 +29,7 @@ from smalti.errors import ConfigError
 from smalti.functional.attention import foreground
 from smalti.functional.boxes import in_view, overlaps, roi_align
 from smalti.functional.precision import at_least_float32
+from smalti.functional.processes import num_processes, of_all_processes
 from smalti.functional.random import sample_uniform
 from smalti.functional.sorting import neco_loss, network_layers
 from smalti.layers.heads import ProjectionHead
@@ -202,17 +203,6 @@ def draw_allowed(
     chosen = torch.where(allowed, noise, -1.0).topk(number, dim=-1).indices  # the allowed ones first
     count = allowed.sum(-1, keepdim=True).clamp(1, number)
     return chosen.gather(-1, (torch.arange(number, device=noise.device) % count).expand_as(chosen))
-
-
-def of_all_processes(x: Shaped[Tensor, "*S"], dim: int) -> Shaped[Tensor, "*T"]:
-    """The tensors of all processes, joined in their order; without gradient."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return x
-    parts = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(torch.distributed.get_world_size())
-    ]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts, dim=dim)
 
 
 @register("neco")
@@ -454,8 +444,7 @@ def row_weights(mask: Bool[Tensor, "P B n"]) -> Float[Tensor, " Q"]:
     The counts are those of all processes, so that the mean of their losses is the joined batch's.
     """
     count = of_all_processes(mask, 1).sum((1, 2))  # (P,)
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    share = processes / (count.clamp(min=1) * (count > 0).sum().clamp(min=1))
+    share = num_processes() / (count.clamp(min=1) * (count > 0).sum().clamp(min=1))
     return (mask * share[:, None, None]).flatten()
 
 
