@@ -89,6 +89,7 @@ def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, 
 TWO_PROCESSES = {
     "mae": MAE,
     "dino": [*DINO, "drop_path=0"],
+    "droppos": [*MAE, "method.ignore_confident=true"],
     "neco": [*NECO, "drop_path=0"],
     "neco queue": [*NECO, "drop_path=0", "method.references=queue", "method.queue_size=200"],
     "neco foreground": [*NECO, "drop_path=0", "method.loss_mask=fg", "method.exclude_self=true"],

@@ -79,3 +79,8 @@ class MaskedDecoder(nn.Module):
 def hidden_ids(mask: Bool[Tensor, "B N"], num_hidden: int) -> Int[Tensor, "B M"]:
     """Raster numbers of the hidden patches, ascending, the same number M in every image; no host synchronisation."""
     return mask.int().argsort(dim=1, descending=True, stable=True)[:, :num_hidden]
+
+
+def decoder_width(embed_dim: int) -> int:
+    """512 for encoders of 768 and more (MAE's), else two thirds of theirs, down to a multiple of 32."""
+    return 512 if embed_dim >= 768 else max(embed_dim * 2 // 3 // 32, 1) * 32

@@ -21,7 +21,7 @@ from smalti.functional.patches import patchify, standardize_patches
 from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
-from smalti.layers.decoder import MaskedDecoder, hidden_ids
+from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
 from smalti.methods.base import Method, register
 from smalti.models.encoder import Encoder
 
@@ -88,7 +88,7 @@ class MAE(Method):
             raise ConfigError(f"method.positions={config.positions!r}: one of sincos, learned is needed")
         self.encoder = encoder
         width = encoder.embed_dim
-        dim = config.decoder_dim or (512 if width >= 768 else max(width * 2 // 3 // 32, 1) * 32)
+        dim = config.decoder_dim or decoder_width(width)
         values = encoder.in_chans * encoder.patch_size[0] * encoder.patch_size[1]
         self.decoder = MaskedDecoder(
             width,
@@ -98,10 +98,10 @@ class MAE(Method):
             values,
             encoder.num_prefix_tokens,
         )
-        _init_weights(self.decoder)
+        init_linear_layers(self.decoder)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
         if not encoder.pretrained:
-            _init_encoder(encoder, fixed_positions=config.positions == "sincos")
+            init_encoder(encoder, fixed_positions=config.positions == "sincos")
         elif encoder.fixed_positions and encoder.vit.pos_embed is not None:
             encoder.vit.pos_embed.requires_grad_(config.positions != "sincos")
 
@@ -130,7 +130,7 @@ class MAE(Method):
         return {"encoder": self.encoder}
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_linear_layers(module: nn.Module) -> None:
     """Xavier uniform for linear layers, biases 0: App. A.1."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -140,10 +140,10 @@ def _init_weights(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _init_encoder(encoder: Encoder, fixed_positions: bool) -> None:
+def init_encoder(encoder: Encoder, fixed_positions: bool) -> None:
     """The paper's initialisation (App. A.1): the patch projection as a matrix, tokens normal 0.02, fixed positions."""
     vit = encoder.vit
-    _init_weights(vit)
+    init_linear_layers(vit)
     nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))
     if vit.cls_token is not None:
         nn.init.normal_(vit.cls_token, std=0.02)
