@@ -1,0 +1,139 @@
+"""MP3: masked patch position prediction.
+
+Paper: Zhai et al., "Position Prediction as an Effective Pretraining Strategy", ICML 2022, arXiv:2207.07611. Its text
+was not at hand: what is said of the code is that of PART, which grew from this method.
+Letters: B images, N patches, M those that are asked about, D embed_dim, K cells of the head.
+Differs from the code: the class token stands first, which a network without positions can't tell; views are cropped,
+flipped and jittered in colour, without RandAugment, whose fills leave frames that show where the border is.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
+
+from smalti.config import settings
+from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
+from smalti.errors import ConfigError
+from smalti.functional.masking import random_mask
+from smalti.functional.positions import matching_cells
+from smalti.functional.precision import at_least_float32
+from smalti.functional.random import sample_uniform
+from smalti.layers.decoder import hidden_ids
+from smalti.layers.relative_encoder import init_linear
+from smalti.methods.base import Method, register
+from smalti.models.encoder import Encoder
+
+
+@settings
+class MP3Config:
+    """Settings of MP3; the released values for CIFAR."""
+
+    key_mask_ratio: float = 0.5
+    """eta: share of patches that no patch may look at, in [0, 1), in training; ``int(N * (1 - eta))`` are looked at."""
+    asked: Literal["all", "hidden"] = "all"
+    """Which patches are asked where they are: all, or those that none may look at."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop, as a share of the image."""
+    color_jitter: float = 0.4
+    """Strength of jitter of brightness, contrast and saturation; 0: none."""
+
+
+def position_loss(logits: Float[Tensor, "B M K"], labels: Int[Tensor, "B M"]) -> Float[Tensor, ""]:
+    """Cross-entropy of the true cells, the mean over images and patches, in float32."""
+    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), labels.flatten())
+
+
+@register("mp3")
+class MP3(Method):
+    """Encode the patches of the grid without a word on where they are; each says which cell is its own."""
+
+    Config = MP3Config
+    title = "each patch's place on the grid, without positions"
+    paper = "Zhai et al. 2022, arXiv:2207.07611"
+    defaults: ClassVar[dict[str, Any]] = {
+        "optim": {
+            "base_lr": 2.5e-4,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.05,
+            "warmup_share": 0.05,
+            "min_lr": 1e-5,
+            "clip_norm": None,
+        },
+        "drop_path": 0.1,
+    }
+
+    def __init__(self, encoder: Encoder, config: MP3Config) -> None:
+        super().__init__(encoder, config)
+        if not 0 <= config.key_mask_ratio < 1:
+            raise ConfigError(f"method.key_mask_ratio={config.key_mask_ratio}: a share in 0..1 (1 excluded) is needed")
+        if config.asked == "hidden" and not config.key_mask_ratio:
+            raise ConfigError("method.asked=hidden asks nobody at method.key_mask_ratio=0; raise it, or use asked=all")
+        if config.color_jitter < 0:
+            raise ConfigError(f"method.color_jitter={config.color_jitter}: a strength of at least 0 is needed")
+        self.encoder = encoder
+        self.head_grid = encoder.check_size(*encoder.img_size)
+        """Grid of the cells that are told apart: the encoder's native one."""
+        self.head = nn.Linear(encoder.embed_dim, self.head_grid[0] * self.head_grid[1])
+        init_linear(self.head)
+        encoder.drop_positions()
+        if encoder.vit.pos_embed is not None:
+            encoder.vit.pos_embed.requires_grad_(False)
+
+    def make_views(self, image_size: int) -> MultiCrop:
+        """A random resized crop, a flip and colour jitter: no padding, no rotation, nothing that leaves a frame."""
+        strength = self.config.color_jitter
+        color = ColorConfig(
+            brightness=strength, contrast=strength, saturation=strength, hue=0.0, jitter_prob=1.0, gray_prob=0.0
+        )
+        view = ViewSpec(
+            count=1,
+            size=image_size,
+            scale=self.config.crop_scale,
+            flip_prob=0.5,
+            color=color if strength else None,
+        )
+        return MultiCrop([view])
+
+    def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
+        """``{"position": ...}``."""
+        encoder = self.encoder
+        images = encoder.normalize(views.global_crops)
+        grid = encoder.check_size(images.shape[-2], images.shape[-1])
+        cells = matching_cells(grid, self.head_grid).to(images.device)
+        mask = self.draw_mask(views, len(cells))
+        tokens = self.encode(images, mask)
+        labels = cells.expand(len(tokens), -1)
+        if mask is not None and self.config.asked == "hidden":
+            hidden = hidden_ids(mask, len(cells) - self._num_keys(len(cells)))
+            tokens = tokens.gather(1, hidden[..., None].expand(-1, -1, tokens.shape[-1]))
+            labels = labels.gather(1, hidden)
+        logits = self.head(tokens)
+        self.observations = {"position_accuracy": (logits.detach().argmax(-1) == labels).float().mean()}
+        return {"position": position_loss(logits, labels)}
+
+    def draw_mask(self, views: Views, num_patches: int) -> Bool[Tensor, "B N"] | None:
+        """Patches that nobody looks at; None: there are none (in eval mode, or with a share of 0)."""
+        if not self.training or not self.config.key_mask_ratio:
+            return None
+        return random_mask(sample_uniform(views.keys, num_patches), self._num_keys(num_patches))[1]
+
+    def encode(self, images: Num[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
+        """Tokens of all patches, in raster order, which the network can't tell.
+
+        Args:
+            images: normalised.
+            mask: True where a patch may not be looked at, in any block; the prefix tokens always may.
+        """
+        tokens, _ = self.encoder.embed_patches(images)
+        num_prefix = self.encoder.num_prefix_tokens
+        is_key = None if mask is None else F.pad(~mask, (num_prefix, 0), value=True)
+        return self.encoder.forward_tokens(self.encoder.assemble(tokens, None), is_key)[:, num_prefix:]
+
+    def networks(self) -> dict[str, Encoder]:
+        """The encoder is all that is handed on: without positions, until it is fine-tuned."""
+        return {"encoder": self.encoder}
+
+    def _num_keys(self, num_patches: int) -> int:
+        return int(num_patches * (1 - self.config.key_mask_ratio))
