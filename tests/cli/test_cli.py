@@ -20,6 +20,7 @@ TINY = (
 ).split()
 MAE = "method.decoder_dim=16 method.decoder_depth=1 method.decoder_num_heads=2".split()
 NECO = "method.roi_size=3 method.hidden_dim=32 method.out_dim=16 method.num_local_views=2 method.local_size=16".split()
+LOCA = "method.num_prototypes=16 method.hidden_dim=32 method.bottleneck_dim=8 method.num_small_queries=2".split()
 DINO = "method.num_prototypes=16 method.hidden_dim=32 method.bottleneck_dim=8 method.num_local_views=2".split()
 
 
@@ -90,6 +91,7 @@ TWO_PROCESSES = {
     "mae": MAE,
     "dino": [*DINO, "drop_path=0"],
     "droppos": [*MAE, "method.ignore_confident=true"],
+    "loca": [*LOCA, "drop_path=0"],
     "neco": [*NECO, "drop_path=0"],
     "neco queue": [*NECO, "drop_path=0", "method.references=queue", "method.queue_size=200"],
     "neco foreground": [*NECO, "drop_path=0", "method.loss_mask=fg", "method.exclude_self=true"],

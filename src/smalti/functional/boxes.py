@@ -1,7 +1,7 @@
 """Boxes: x0 y0 x1 y1, x to the right, y down."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -48,6 +48,42 @@ def in_view(
     x = (boxes[..., 0::2] - view[..., 0:1]) / (view[..., 2:3] - view[..., 0:1]) * width
     y = (boxes[..., 1::2] - view[..., 1:2]) / (view[..., 3:4] - view[..., 1:2]) * height
     return torch.stack([x, y], dim=-1).flatten(-2)  # (..., [x0 x1]), (..., [y0 y1]) -> (..., [x0 y0 x1 y1])
+
+
+def reference_cells(
+    boxes: Float[Tensor, "*S 4"],
+    flips: Bool[Tensor, "*S"],
+    reference: Float[Tensor, "*#S 4"],
+    grid: tuple[int, int],
+    reference_grid: tuple[int, int],
+) -> Int[Tensor, "*S N"]:
+    """For each patch of a view, the patch of a reference view that shows the same place: the one its centre lies in.
+
+    Args:
+        boxes: of the views, in pixels of the source image.
+        flips: True where a view is mirrored left to right.
+        reference: boxes of the reference views, not mirrored; leading axes broadcast.
+        grid: ``(h, w)`` patches of a view, N = h * w.
+        reference_grid: likewise of the reference views.
+
+    Returns:
+        ``(..., N)`` raster numbers in the reference grid, -1 where the reference doesn't show the centre.
+
+    Source: Caron et al., LOCA, arXiv:2212.02400, whose code enlarges, cuts and shrinks a map of numbers instead: equal
+    but for centres within half a source pixel of an edge.
+    """
+    boxes, reference = boxes.double(), reference.double()  # a centre near an edge must not change sides by rounding
+    indices = []
+    for axis, length in ((1, grid[0]), (0, grid[1])):  # rows, columns
+        low, high = boxes[..., axis, None], boxes[..., axis + 2, None]
+        share = (torch.arange(length, device=boxes.device, dtype=torch.float64) + 0.5) / length
+        if axis == 0:
+            share = torch.where(flips[..., None], 1 - share, share)
+        start, end = reference[..., axis, None], reference[..., axis + 2, None]
+        indices.append(((low + share * (high - low) - start) / (end - start) * reference_grid[1 - axis]).floor())
+    rows, columns = indices[0][..., :, None], indices[1][..., None, :]
+    is_shown = (rows >= 0) & (rows < reference_grid[0]) & (columns >= 0) & (columns < reference_grid[1])
+    return torch.where(is_shown, rows * reference_grid[1] + columns, -1.0).long().flatten(-2)
 
 
 def roi_weights(low: Float[Tensor, "*B"], high: Float[Tensor, "*B"], length: int, out: int) -> Float[Tensor, "*B P H"]:

@@ -1,0 +1,315 @@
+"""LOCA against its definition."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from smalti.data.views import Views, collate
+from smalti.errors import ConfigError
+from smalti.functional.boxes import reference_cells
+from smalti.functional.masking import random_mask
+from smalti.functional.random import sample_uniform
+from smalti.functional.transport import sinkhorn
+from smalti.layers.cross_attention import CrossAttentionBlock
+from smalti.methods.loca import LOCA, LOCAConfig, cluster_loss, me_max, position_loss, token_weights
+from smalti.models.encoder import build_encoder
+from smalti.study.pretrain import train
+from smalti.training.logs import LOG_FILE, read_csv
+
+SMALL = {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_small_queries": 2}
+
+
+def tiny(class_token: bool = False, **config: object) -> LOCA:
+    torch.manual_seed(0)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        class_token=class_token,
+        seed=0,
+    )
+    return LOCA(encoder, LOCAConfig(**{**SMALL, **config}))
+
+
+def batch(method: LOCA, count: int = 3, size: int = 32) -> Views:
+    crops, samples = method.make_views(size), []
+    for place in range(count):
+        rng = np.random.default_rng([5, place])
+        samples.append(crops(rng.integers(0, 256, (60, 70, 3), dtype=np.uint8), rng))
+    views = collate(samples)
+    views.keys = torch.arange(count)
+    return views
+
+
+def box(*values: float) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.float32)
+
+
+def test_cells_by_hand() -> None:  # a reference of 4x4 cells of 10 px at (100, 50)
+    reference, plain, mirrored = box(100, 50, 140, 90), torch.tensor([False]), torch.tensor([True])
+    assert reference_cells(reference, plain, reference, (4, 4), (4, 4)).tolist() == [list(range(16))]
+    assert reference_cells(reference, mirrored, reference, (4, 4), (4, 4))[0, :4].tolist() == [3, 2, 1, 0]
+    # half of the query lies left of the reference; its rows are 5 px, so two share one row of cells
+    assert reference_cells(box(80, 60, 120, 80), plain, reference, (4, 4), (4, 4)).reshape(4, 4).tolist() == [
+        [-1, -1, 4, 5],
+        [-1, -1, 4, 5],
+        [-1, -1, 8, 9],
+        [-1, -1, 8, 9],
+    ]
+    assert (reference_cells(box(0, 0, 40, 40), plain, reference, (2, 2), (4, 4)) == -1).all()
+
+
+@given(seed=st.integers(0, 2**31), flip=st.booleans(), size=st.sampled_from([6, 14]))
+def test_cells_are_those_of_the_released_code_s_map(seed: int, flip: bool, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    sides, places = rng.integers(30, 150, (2, 2)), rng.integers(0, 50, (2, 2))
+    (rw, rh), (qw, qh) = sides.tolist()
+    (rx, ry), (qx, qy) = places.tolist()
+    numbers = torch.arange(196.0).reshape(1, 1, 14, 14)
+    image = torch.full((1, 1, 200, 200), -1.0)  # the reference's numbers where it lies, -1 elsewhere
+    image[..., ry : ry + rh, rx : rx + rw] = F.interpolate(numbers, (rh, rw), mode="nearest-exact")
+    query = image[..., qy : qy + qh, qx : qx + qw]
+    by_map = F.interpolate(query, (size, size), mode="nearest-exact")[0, 0]
+    by_map = (by_map.flip(1) if flip else by_map).flatten().long()
+    reference, view = box(rx, ry, rx + rw, ry + rh), box(qx, qy, qx + qw, qy + qh)
+    cells = reference_cells(view, torch.tensor([flip]), reference, (size, size), (14, 14))[0]
+
+    share = (torch.arange(size) + 0.5) / size
+    x, y = qx + (1 - share if flip else share) * qw, qy + share * qh
+    u, v = (x - rx) / rw * 14, (y - ry) / rh * 14
+    near = lambda place, side: (place - place.round()).abs() * side / 14 <= 0.5 + 1e-3  # noqa: E731
+    is_near_edge = near(v, rh)[:, None] | near(u, rw)[None, :]  # within half a source pixel
+    differs = (cells != by_map).reshape(size, size)
+    assert not (differs & ~is_near_edge).any()
+
+
+def test_a_vit_sees_39_reference_70_large_and_36_small_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=224, embed_dim=24, depth=1, num_heads=3, class_token=False, seed=0
+    )
+    method = LOCA(encoder, LOCAConfig(**{**SMALL, "num_small_queries": 9}))
+    crops = method.make_views(224)
+    assert [(spec.count, spec.size, spec.scale) for spec in crops.specs] == [
+        (1, 224, (0.32, 1.0)),
+        (1, 224, (0.32, 1.0)),
+        (9, 96, (0.05, 0.32)),
+    ]
+    seen = []
+    relative = method.relative.forward
+    monkeypatch.setattr(method.relative, "forward", lambda q, r: seen.append((q.shape, r.shape)) or relative(q, r))
+    method(batch(method, 1, 224), 0.0)
+    assert seen == [((1, 70 + 9 * 36, 24), (1, 39, 24))]
+
+
+def test_kept_reference_tokens_are_consecutive_anywhere() -> None:
+    kept = tiny(reference_keep_ratio=0.25)._draw_reference(torch.arange(400), 16)
+    assert (kept.diff(dim=1) == 1).all()
+    assert sorted(set(kept[:, 0].tolist())) == list(range(13))
+
+
+def test_drops_are_shared_redrawn_at_each_step_and_may_be_each_image_s() -> None:
+    method = tiny()
+    views = batch(method)
+    first, again, later = (method._draw_large(method._keys(views, p), 16) for p in (0.0, 0.0, 0.001))
+    assert len(first) == 1 and torch.equal(first, again) and not torch.equal(first, later)
+    own = tiny(per_image=True)
+    assert own._draw_large(own._keys(views, 0.0), 16).shape == (3, 6)
+    assert own(views, 0.0)["position"].isfinite()
+
+
+def test_equal_logits_cost_log_k_over_labelled_tokens_only() -> None:
+    labels = torch.tensor([[0, -1, 3], [-1, -1, 2]])
+    weights = token_weights(labels, "batch")
+    assert weights.tolist() == [[1, 0, 1], [0, 0, 1]]
+    assert_close(position_loss(torch.zeros(2, 3, 4), labels, weights).item(), math.log(4), rtol=1e-6, atol=0)
+    logits = torch.randn(2, 3, 4)
+    terms = [-logits[b, q].log_softmax(-1)[labels[b, q]] for b, q in ((0, 0), (0, 2), (1, 2))]
+    assert_close(position_loss(logits, labels, weights), torch.stack(terms).mean())
+    per_image = position_loss(logits, labels, token_weights(labels, "image"))
+    assert_close(per_image, ((terms[0] + terms[1]) / 2 + terms[2]) / 2)
+    assert position_loss(logits, torch.full((2, 3), -1), torch.zeros(2, 3)) == 0
+
+
+def test_clusters_by_plain_loops() -> None:
+    student, target = torch.randn(2, 3, 5).log_softmax(-1), torch.rand(2, 4, 5)
+    cells = torch.tensor([[3, -1, 0], [1, 1, -1]])
+    terms = [-(target[b, cells[b, q]] * student[b, q]).sum() for b, q in ((0, 0), (0, 2), (1, 0), (1, 1))]
+    assert_close(cluster_loss(student, target, cells, token_weights(cells, "batch")), torch.stack(terms).mean())
+
+
+def test_me_max_is_least_where_all_prototypes_are_used() -> None:
+    one_each = torch.eye(4)[None].clamp(min=1e-30).log()
+    assert_close(me_max(one_each).item(), -math.log(4), rtol=1e-5, atol=0)
+    assert_close(me_max(one_each[:, :1]).item(), 0.0, rtol=0, atol=1e-6)
+
+
+def test_the_losses_have_the_right_gradients() -> None:
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[0, -1, 3], [-1, -1, 2]])
+    weights, target = token_weights(labels, "image").double(), torch.rand(2, 4, 4, dtype=torch.float64)
+    assert gradcheck(lambda x: position_loss(x, labels, weights), logits)
+    assert gradcheck(lambda x: cluster_loss(x.log_softmax(-1), target, labels, weights), logits)
+    assert gradcheck(lambda x: me_max(x.log_softmax(-1)), logits)
+
+
+def test_cross_attention_by_hand() -> None:
+    block = CrossAttentionBlock(8, 2)
+    queries, tokens = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    q_in, kv_in = block.query_norm(queries), block.token_norm(tokens)
+    q, k, v = (
+        F.linear(x, w, b)
+        for x, w, b in zip(
+            (q_in, kv_in, kv_in), block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3), strict=True
+        )
+    )
+    heads = [(q[..., part] @ k[..., part].mT / 2).softmax(-1) @ v[..., part] for part in (slice(0, 4), slice(4, 8))]
+    x = queries + block.attn.out_proj(torch.cat(heads, -1))
+    hidden = F.gelu(block.mlp.fc1(block.mlp_norm(x)), approximate="tanh")
+    assert_close(block(queries, tokens), x + block.mlp.fc2(hidden))
+    with pytest.raises(ConfigError, match="3 heads of the cross-attention do not divide"):
+        CrossAttentionBlock(8, 3)
+
+
+@pytest.mark.parametrize("cluster", [True, False])
+def test_the_step_is_the_papers_computed_the_long_way(cluster: bool) -> None:
+    method = tiny(cluster=cluster).eval()
+    views = batch(method)
+    if cluster:
+        with torch.no_grad():  # a student that no longer equals its teacher
+            for parameter in method.student.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+    losses = method(views, 0.25)
+
+    def encode(network: torch.nn.Module, images: torch.Tensor, ids: torch.Tensor, position: bool) -> torch.Tensor:
+        encoder, vit = network.encoder, network.encoder.vit
+        grid = images.shape[-1] // 8
+        tokens = vit.patch_embed(encoder.normalize(images)).flatten(1, 2)
+        table = vit.pos_embed.mT.reshape(1, 24, 4, 4)
+        if grid != 4:
+            table = F.interpolate(table, (grid, grid), mode="bilinear", antialias=True)
+        tokens = tokens + table.flatten(2).mT if position else tokens
+        return vit.norm(vit.blocks(tokens[:, ids]))
+
+    key = torch.tensor([0.25], dtype=torch.float64).view(torch.int64)
+    start = int(sample_uniform(key, 1, 0) * 14)
+    kept, large = torch.arange(start, start + 3), random_mask(sample_uniform(key, 16, 1), 6)[0][0]
+    everything = torch.arange(16)
+    student, teacher = method.student, method.teacher.module if cluster else None
+    shown = (
+        encode(teacher, views.crops[0], everything, True)[:, kept]
+        if cluster
+        else encode(student, views.crops[0], kept, True)
+    )
+    if cluster:
+        reference = teacher.logits(encode(teacher, views.crops[0], everything, True))
+        target = sinkhorn(reference.flatten(0, 1), 0.05, 3, True).reshape(3, 16, 16)
+    position_costs, cluster_costs, assignments = [], [], []
+    for view, crops in enumerate((views.crops[1], *views.crops[2].split(3)), start=1):
+        ids = large if view == 1 else torch.arange((crops.shape[-1] // 8) ** 2)
+        tokens = encode(student, crops, ids, cluster)
+        logits = method.position_head(method.norm(method.relative(tokens, shown)))
+        side = crops.shape[-1] // 8
+        for b in range(3):
+            where, ref = views.boxes[3 * view + b].tolist(), views.boxes[b].tolist()
+            for place, patch in enumerate(ids.tolist()):
+                u, v = (patch % side + 0.5) / side, (patch // side + 0.5) / side
+                u = 1 - u if views.flips[3 * view + b] else u
+                x, y = where[0] + u * (where[2] - where[0]), where[1] + v * (where[3] - where[1])
+                column = math.floor((x - ref[0]) / (ref[2] - ref[0]) * 4)
+                row = math.floor((y - ref[1]) / (ref[3] - ref[1]) * 4)
+                log_pred = None
+                if cluster:
+                    log_pred = (student.logits(tokens[b, place][None, None])[0, 0] / 0.1).log_softmax(-1)
+                    assignments.append(log_pred.exp())
+                if 0 <= column < 4 and 0 <= row < 4:
+                    position_costs.append(-logits[b, place].log_softmax(-1)[4 * row + column])
+                    if cluster:
+                        cluster_costs.append(-(target[b, 4 * row + column] * log_pred).sum())
+    assert_close(losses["position"], torch.stack(position_costs).mean(), rtol=1e-4, atol=1e-5)
+    if cluster:
+        mean = torch.stack(assignments).mean(0)
+        assert_close(losses["cluster"], torch.stack(cluster_costs).mean(), rtol=1e-4, atol=1e-5)
+        assert_close(losses["me_max"], (mean * mean.log()).sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_cluster_loss_there_is_no_teacher_and_queries_have_no_positions() -> None:
+    method = tiny(cluster=False)
+    assert list(method.networks()) == ["student"] and list(method(batch(method), 0.0)) == ["position"]
+    seen = []
+    positions = method.student.encoder.positions
+    method.student.encoder.positions = lambda grid: seen.append(grid) or positions(grid)
+    method(batch(method), 0.0)
+    assert seen == [(4, 4)]  # the reference's alone
+
+
+def test_both_readings_of_the_blur() -> None:
+    released, intended = (tiny(blur=blur).make_views(32).specs for blur in ("released", "intended"))
+    assert [spec.blur_prob for spec in released] == [0.0, 0.0, 0.0]
+    assert [spec.blur_prob for spec in intended] == [1.0, 0.1, 0.5]
+    assert [spec.flip_prob for spec in released] == [0.0, 0.5, 0.5]
+    assert [spec.solarize_prob for spec in released] == [0.0, 0.2, 0.0]
+    assert len(tiny(num_small_queries=0).make_views(32).specs) == 2
+
+
+def test_positions_are_learned_and_resized_linearly() -> None:
+    encoder = tiny().student.encoder
+    assert encoder.pos_mode == "bilinear" and encoder.vit.pos_embed.requires_grad
+    assert abs(encoder.vit.pos_embed.std().item() - 24**-0.5) < 0.03
+
+
+def test_the_teacher_follows_the_student() -> None:
+    method = tiny(momentum=0.5)
+    before = method.teacher.module.encoder.vit.norm.weight.clone()
+    with torch.no_grad():
+        method.student.encoder.vit.norm.weight += 1
+    method.after_step(0.0)
+    assert_close(method.teacher.module.encoder.vit.norm.weight, before + 0.5)
+
+
+def test_a_short_run_finds_positions(graded_photos: Path, tmp_path: Path) -> None:
+    settings = {
+        "encoder": {
+            "name": "vit_tiny_patch16_224",
+            "patch_size": 8,
+            "embed_dim": 24,
+            "depth": 2,
+            "num_heads": 3,
+            "class_token": False,
+        },
+        "data": {"image_size": 32},
+        "method": {**SMALL, "large_scale": [0.7, 1.0], "reference_keep_ratio": 0.5, "momentum": 0.9},
+        "steps": 60,
+        "batch_size": 16,
+        "drop_path": 0.0,
+        "optim": {"lr": 5e-3},
+        "log": {"every": 10},
+    }
+    rows = read_csv(train("loca", graded_photos, tmp_path / "run", overrides=settings, quiet=True) / LOG_FILE)
+    cost, accuracy = ([float(row[name]) for row in rows] for name in ("loss/position", "position_accuracy"))
+    assert cost[-1] < cost[0] - 0.3
+    assert accuracy[0] < 0.15 and accuracy[-1] > 0.15  # chance is 1/16, the best by rows alone about 1/4
+
+
+def test_mistakes_are_one_line_each() -> None:
+    with pytest.raises(ConfigError, match=r"method.query_keep_ratio=0.0: a share in 0\.\.1"):
+        tiny(query_keep_ratio=0.0)
+    with pytest.raises(ConfigError, match="must be above 0"):
+        tiny(teacher_temp=0.0)
+    with pytest.raises(ConfigError, match=r"it must lie in 0\.\.1"):
+        tiny(momentum=2.0)
+    with pytest.raises(ConfigError, match=r"sinkhorn_iterations must be at least 1"):
+        tiny(sinkhorn_iterations=0)
+    with pytest.raises(ConfigError, match=r"method.reference_keep_ratio=0.01 keeps 0 of 16 patches"):
+        few = tiny(reference_keep_ratio=0.01)
+        few(batch(few), 0.0)
