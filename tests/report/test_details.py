@@ -1,5 +1,7 @@
 """What stands behind the numbers: right pictures, for all arms, from whatever the details hold."""
 
+import base64
+
 import cv2
 import numpy as np
 import pytest
@@ -163,3 +165,16 @@ def test_more_lines_than_colours_are_dashed():
     svg = line_chart("x", {str(n): ([1.0, 2.0, 3.0], [n, n, n]) for n in range(7)})
     assert "stroke-dasharray" in svg
     assert "stroke-dasharray" not in line_chart("x", {str(n): ([1.0, 2.0, 3.0], [n, n, n]) for n in range(6)})
+
+
+def test_a_baseline_is_grey_in_a_chart_and_layers_are_whole_numbers():
+    svg = line_chart("x", {"a": ([1.0, 2.0], [0.0, 1.0]), "b": ([1.0, 2.0], [1.0, 0.0])}, muted="b")
+    assert "var(--none)" in svg and "var(--c1)" in svg and "var(--c2)" not in svg
+    assert "1.25" not in svg
+
+
+def test_small_confusions_among_many_classes_are_seen():
+    matrix = np.full((20, 20), 1) + 80 * np.eye(20, dtype=np.int64)
+    data = confusion_chart("x", matrix, ["y"] * 20).split("data:image/png;base64,")[1].split('"')[0]
+    pixels = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert pixels[..., 3].min() == pytest.approx(0.1 * 255, abs=2)  # the root of one in a hundred

@@ -16,6 +16,7 @@ from smalti.evaluation.shown import Shown
 from smalti.functional.colours import palette
 from smalti.functional.components import align_components
 from smalti.report.figures import (
+    FEW_CLASSES,
     confusion_chart,
     image_uri,
     line_chart,
@@ -219,7 +220,8 @@ def _confusion(judged: Sequence[Judged]) -> Html | None:
         return None
     lead = (
         "Each row is a true class and sums to 100 %: blue is where it went, the diagonal is right. "
-        "Counts of all seeds together; rows of classes that don't occur are empty."
+        "Counts of all seeds together; rows of classes that don't occur are empty. With more than "
+        f"{FEW_CLASSES} classes the blue grows with the square root of the share."
     )
     return join((tag("p", lead, class_="lead"), *parts))
 
@@ -241,7 +243,7 @@ def _curves(judged: Sequence[Judged]) -> Html | None:
             few = max(len(y) for _, y in lines.values()) <= _MANY and not is_loss
             title = f"{one.name}: {name.replace('_', ' ')} against the {'step' if is_loss else 'layer'}"
             meaning = "of what is fitted on the tokens; not a score" if is_loss else "the first block at the left"
-            svg = line_chart(title, lines, points=few, smooth=is_loss)
+            svg = line_chart(title, lines, points=few, smooth=is_loss, muted=RANDOM_INIT)
             charts.append(chart_figure(f"{one.name}: {name.replace('_', ' ')}", meaning, svg))
     return tag("div", *charts, class_="charts") if charts else None
 

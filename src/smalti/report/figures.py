@@ -32,12 +32,14 @@ from smalti.models.encoder import Encoder, eval_mode
 EXPLORER_DIMS = 32
 """Components kept of a patch token in the page's data, at most."""
 _INK = "#010203"  # stands for the page's own text colour, see line_chart
+_MUTED = "#010205"  # stands for the page's grey
 _PAPER = "#010204"  # stands for the page's background
 _SERIES = tuple(f"#0a0b{number:02x}" for number in range(1, 7))  # stand for the page's variables --c1..--c6
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))  # for more lines than colours
 _CELL = (52, 128, 196)
 """Full cells of a confusion matrix: dark and light text are legible on it."""
-_FEW_CLASSES = 12
+FEW_CLASSES = 12
+"""Up to so many classes a confusion matrix has numbers."""
 _LONGEST_NAME = 22
 
 
@@ -175,6 +177,7 @@ def line_chart(
     levels: Mapping[str, float] | None = None,
     points: bool = False,
     smooth: bool = False,
+    muted: str = "",
 ) -> str:
     """A chart as inline SVG that takes its colours from the page, light or dark.
 
@@ -186,12 +189,14 @@ def line_chart(
         levels: name -> a value to compare with, as a dashed level line in the line's colour.
         points: draw the single values, for few of them.
         smooth: draw a running mean over a noisy line that is long enough.
+        muted: name of the line that is grey, such as a baseline.
     """
     with _svg_style(title):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for number, (name, (steps, values)) in enumerate(lines.items()):
-            colour, dashes = _SERIES[number % len(_SERIES)], _DASHES[number // len(_SERIES) % len(_DASHES)]
+            colour = _MUTED if name == muted else _SERIES[number % len(_SERIES)]
+            dashes = _DASHES[number // len(_SERIES) % len(_DASHES)]
             x, y = _with_gaps(steps, values)
             drawn_points = points or len(y) < 3
             is_smoothed = smooth and len(y) > 60
@@ -218,13 +223,17 @@ def line_chart(
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=False)
         axes.yaxis.get_offset_text().set_color(_INK)
         axes.locator_params(axis="both", nbins=5)
+        axes.locator_params(axis="x", integer=True)  # steps and layers
         _plain_axes(axes)
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
         return _as_svg(figure, title)
 
 
 def confusion_chart(title: str, matrix: Int[np.ndarray, "G P"], names: Sequence[str]) -> str:
-    """Shares of each true class, as inline SVG: blue by how much of the row is there; numbers up to a dozen classes.
+    """Shares of each true class, as inline SVG: blue by how much of the row is there.
+
+    Up to a dozen classes have their per cents written in; of more, the blue grows with the square root of the share, so
+    that small confusions are seen.
 
     Args:
         title: for readers who can't see it.
@@ -234,11 +243,11 @@ def confusion_chart(title: str, matrix: Int[np.ndarray, "G P"], names: Sequence[
     rows, columns = matrix.shape
     total = matrix.sum(1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
+    few = max(rows, columns) <= FEW_CLASSES
     picture = np.empty((rows, columns, 4))
-    picture[..., :3], picture[..., 3] = np.array(_CELL) / 255, share
+    picture[..., :3], picture[..., 3] = np.array(_CELL) / 255, share if few else np.sqrt(share)
     labels = [names[i] if i < len(names) else str(i) for i in range(max(rows, columns))]
     labels = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in labels]
-    few = max(rows, columns) <= _FEW_CLASSES
     side = 0.42 if few else max(0.125, min(0.3, 7.2 / max(rows, columns)))  # of a cell, in inches
     margin = 0.075 * max(map(len, labels)) + 0.5
     with _svg_style(title):
@@ -255,7 +264,7 @@ def confusion_chart(title: str, matrix: Int[np.ndarray, "G P"], names: Sequence[
         axes.tick_params(length=0, labelsize=8 if side > 0.14 else 7)
         axes.spines[:].set_visible(False)
         for edges, line in ((rows, axes.axhline), (columns, axes.axvline)):
-            for place in range(edges + 1) if max(rows, columns) <= _FEW_CLASSES else (0, edges):
+            for place in range(edges + 1) if few else (0, edges):
                 line(place - 0.5, color=_INK, alpha=0.15, linewidth=0.5)
         if few:
             for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
@@ -397,7 +406,12 @@ def _as_svg(figure: Figure, title: str) -> str:
     svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor").replace(_PAPER, "var(--card)")
+    svg = (
+        svg.replace("xlink:href", "href")
+        .replace(_INK, "currentColor")
+        .replace(_PAPER, "var(--card)")
+        .replace(_MUTED, "var(--none)")
+    )
     for number, colour in enumerate(_SERIES, 1):
         svg = svg.replace(colour, f"var(--c{number})")
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
