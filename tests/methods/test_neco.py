@@ -542,6 +542,9 @@ def test_a_short_training_run_learns_the_teachers_order(references: str, photos:
         ({"teacher_temp": 0.0}, "must be above 0"),
         ({"momentum": 1.5}, r"must lie in 0\.\.1"),
         ({"min_overlap": 1.0}, r"must lie in 0\.\.1"),
+        ({"sorter": "triton", "network": "odd_even"}, "the bitonic network only, not network='odd_even'"),
+        ({"sorter": "triton", "network": "none"}, "the bitonic network only, not network='none'"),
+        ({"sorter": "triton", "roi_size": 17}, "up to 256 numbers, not 289"),
     ],
     ids=str,
 )

@@ -11,9 +11,12 @@ The matrix of weights is moved by the same gammas, which depend on the numbers a
 then, for a few rows at a time, matrix, loss and gradient are formed together and only the gradient for the numbers is
 kept. Matrices grow with the network: before two runs of n wires are merged, a wire of one has no weight on the inputs
 of the other.
+
+On a GPU a kernel can do what concerns matrices (``backend="triton"``): :mod:`smalti.functional.sorting_kernel`.
 """
 
 import functools
+import importlib.util
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +29,9 @@ from smalti.errors import ConfigError, ShapeError
 
 NETWORKS = ("bitonic", "odd_even")
 DISTRIBUTIONS = ("cauchy", "logistic", "gaussian", "reciprocal")
+BACKENDS = ("torch", "triton")
+LARGEST_KERNEL_SIZE = 256
+"""R of the triton form: above, too little of a row fits into registers."""
 SMALLEST = 1e-30
 """Weights below this count as this in the logarithm: odd-even networks and light tails underflow."""
 _MATRIX_ELEMENTS = 2**19  # of a chunk's matrices on a CPU: what its cache holds
@@ -301,6 +307,43 @@ def _rows_at_once(layers: tuple[Layer, ...], padded: int, rows: Tensor) -> tuple
     return max(1, number), max(1, number)
 
 
+def _add_order_cost(
+    total: Float[Tensor, ""],
+    layers: tuple[Layer, ...],
+    student: list[_Gates],
+    teacher: list[_Gates],
+    weights: Float[Tensor, "q R"] | None,
+    size: int,
+    chunk: int,
+    want_grad: bool,
+) -> list[Tensor]:
+    """Take the sum of ``Q log P`` off a total, in place; its derivatives by the student's gammas, if wanted.
+
+    The matrices of ``chunk`` rows are in memory at a time.
+    """
+    dead, number = (2 * layers[0].groups - size if layers[0].merge else 0), student[0].gamma.shape[-1]
+    of_gammas = [torch.empty_like(gate.gamma) for gate in student] if want_grad else []
+    for first in range(0, number, chunk):
+        rows = slice(first, min(first + chunk, number))
+        target = _sort_matrix(layers, teacher, rows, size, None)
+        kept: list[Tensor] | None = [] if want_grad else None
+        pred = _sort_matrix(layers, student, rows, size, kept)
+        alive = pred[dead:, dead:].clamp_(min=SMALLEST)
+        wanted = target[dead:, dead:]
+        if weights is not None:
+            wanted *= weights[rows].T  # (I, q): every rank of an input counts alike
+        total -= torch.mul(wanted, alive.log()).sum(dtype=torch.float64)
+        if kept is not None:
+            is_clamped = alive == SMALLEST
+            torch.div(wanted, alive, out=alive).masked_fill_(is_clamped, 0)
+            if dead:
+                pred[:dead].zero_()
+                pred[:, :dead].zero_()
+            for place, one in enumerate(_matrix_backward(layers, student, rows, kept, pred)):
+                of_gammas[place][..., rows] = one
+    return of_gammas
+
+
 class _OrderLoss(torch.autograd.Function):
     """Cross-entropy between two soft orders; the gradient is formed in the forward pass, a few rows at a time."""
 
@@ -314,13 +357,21 @@ class _OrderLoss(torch.autograd.Function):
         distribution: str,
         steepness: tuple[float, float],
         chunk: int | None,
+        backend: str,
     ) -> Tensor:
         number, size = student.shape
         want_grad = ctx.needs_input_grad[0]
         padded = 2 * layers[0].groups if layers[0].merge else size
         dead = padded - size
         count = number * size
-        chunk, rows_at_once = (chunk, max(_ROWS_AT_ONCE, chunk)) if chunk else _rows_at_once(layers, padded, student)
+        if backend == "triton":
+            from smalti.functional import sorting_kernel  # here: not everyone has triton
+
+            chunk = rows_at_once = chunk or sorting_kernel.rows_at_once(layers, size, _GPU_BYTES)
+        elif chunk:
+            rows_at_once = max(_ROWS_AT_ONCE, chunk)
+        else:
+            chunk, rows_at_once = _rows_at_once(layers, padded, student)
         total = student.new_zeros((), dtype=torch.float64)
         gradient = torch.empty_like(student) if want_grad else None
         for start in range(0, number, rows_at_once):
@@ -331,25 +382,12 @@ class _OrderLoss(torch.autograd.Function):
                 one[dead:] = numbers[here].T
                 wires.append(one)
                 gates.append(_sort_numbers(one, layers, beta, distribution, keep))
-            of_gammas = [torch.empty_like(gate.gamma) for gate in gates[0]] if want_grad else []
-            for first in range(0, here.stop - here.start, chunk):
-                rows = slice(first, min(first + chunk, here.stop - here.start))
-                target = _sort_matrix(layers, gates[1], rows, size, None)
-                kept: list[Tensor] | None = [] if want_grad else None
-                pred = _sort_matrix(layers, gates[0], rows, size, kept)
-                alive = pred[dead:, dead:].clamp_(min=SMALLEST)
-                wanted = target[dead:, dead:]
-                if weights is not None:
-                    wanted *= weights[here][rows].T  # (I, q): every rank of an input counts alike
-                total -= torch.mul(wanted, alive.log()).sum(dtype=torch.float64)
-                if kept is not None:
-                    is_clamped = alive == SMALLEST
-                    torch.div(wanted, alive, out=alive).masked_fill_(is_clamped, 0)
-                    if dead:
-                        pred[:dead].zero_()
-                        pred[:, :dead].zero_()
-                    for place, one in enumerate(_matrix_backward(layers, gates[0], rows, kept, pred)):
-                        of_gammas[place][..., rows] = one
+            share = None if weights is None else weights[here]
+            if backend == "triton":
+                pred, target = ([gate.gamma for gate in one] for one in gates)
+                of_gammas = sorting_kernel.add_order_cost(total, layers, pred, target, share, size, want_grad)
+            else:
+                of_gammas = _add_order_cost(total, layers, gates[0], gates[1], share, size, chunk, want_grad)
             if gradient is not None:
                 wires[0].zero_()
                 _numbers_backward(layers, gates[0], of_gammas, wires[0])
@@ -363,7 +401,7 @@ class _OrderLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * incoming, None, None, None, None, None, None
+        return gradient * incoming, None, None, None, None, None, None, None
 
 
 def neco_loss(
@@ -376,6 +414,7 @@ def neco_loss(
     distribution: str = "cauchy",
     weights: Float[Tensor, "Q R"] | None = None,
     chunk: int | None = None,
+    backend: str = "torch",
 ) -> Float[Tensor, ""]:
     """Cross-entropy between the soft orders into which student and teacher put the same references.
 
@@ -393,14 +432,17 @@ def neco_loss(
         distribution: of the comparators: ``cauchy`` (NeCo's), ``logistic``, ``gaussian`` or ``reciprocal``.
         weights: ``(Q, R)`` weights of the inputs, for a weighted **sum** in place of the mean; None: ``1 / (Q R)``.
         chunk: rows whose matrices are in memory; None fits them to a processor's cache, or to a GPU's memory (all of it
-            stays below 1 GB). The result is the same.
+            stays below 1 GB). The result is the same. With ``triton``: rows whose gates are in memory.
+        backend: ``torch``, tensor operations, or ``triton``, one kernel for the matrices, whose sums are in another
+            order: for GPUs, bitonic networks and up to 256 references, in float32.
 
     Returns:
         The loss; a uniform order costs ``log R``. Time grows as ``Q R^2 log^2 R`` (bitonic) or ``Q R^3``; the memory
         that is kept is one gradient of ``(Q, R)``.
 
     Raises:
-        ConfigError: for an unknown name, a steepness that isn't above 0, or an R that the network does not sort.
+        ConfigError: for an unknown name, a steepness that isn't above 0, an R that the network does not sort, or a
+            backend that can't be had.
         ShapeError: if the two differ in shape.
 
     Example:
@@ -417,6 +459,7 @@ def neco_loss(
     _check(distribution, steepness_student, steepness_teacher)
     dtype = torch.float64 if student_sims.dtype == torch.float64 else torch.float32
     layers = _layers_for(network, student_sims.shape[1], student_sims.device, dtype)
+    check_backend(backend, network, student_sims.shape[1], student_sims.device, dtype)
     with torch.autocast(student_sims.device.type, enabled=False):
         return _OrderLoss.apply(
             student_sims.to(dtype),
@@ -426,7 +469,49 @@ def neco_loss(
             distribution,
             (steepness_student, steepness_teacher),
             chunk,
+            backend,
         )
+
+
+def check_backend(
+    backend: str, network: str, size: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuse a backend of :func:`neco_loss` that can't be had.
+
+    Args:
+        backend: ``torch``, which always can, or ``triton``.
+        network: to sort with.
+        size: R.
+        device: where the similarities are.
+        dtype: in which they are sorted.
+
+    Raises:
+        ConfigError: for an unknown name; for ``triton`` with another network than the bitonic one, too many numbers,
+            float64, a device that isn't a GPU, or without the package.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r}: one of {', '.join(BACKENDS)} is needed")
+    if backend == "torch":
+        return
+    came = None
+    if network != "bitonic":
+        came = f"the bitonic network only, not network={network!r}"
+    elif size > LARGEST_KERNEL_SIZE:
+        came = f"up to {LARGEST_KERNEL_SIZE} numbers, not {size}"
+    elif dtype != torch.float32:
+        came = f"in float32 only, not in {str(dtype).removeprefix('torch.')}"
+    if came:
+        raise ConfigError(f"the triton form of the sort sorts {came}; take the torch form")
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "the triton form of the sort needs the package triton, which comes with PyTorch's CUDA builds for Linux; "
+            "install one of them, or take the torch form"
+        )
+    if device.type != "cuda":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            raise ConfigError(f"the triton form of the sort needs a GPU, not the device {device}; take the torch form")
 
 
 def soft_sort(

@@ -31,7 +31,7 @@ from smalti.functional.boxes import in_view, overlaps, roi_align
 from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import num_processes, of_all_processes
 from smalti.functional.random import sample_uniform
-from smalti.functional.sorting import neco_loss, network_layers
+from smalti.functional.sorting import check_backend, neco_loss, network_layers
 from smalti.layers.heads import ProjectionHead
 from smalti.methods.base import Method, register
 from smalti.methods.teacher import Teacher, cosine_momentum
@@ -51,6 +51,9 @@ class NeCoConfig:
     """k: the overlap of two views is cut out of both on a grid of k x k cells."""
     network: Literal["bitonic", "odd_even", "none"] = "bitonic"
     """Sorting network; ``none`` is the ablation: cross-entropy of two softmaxes over the references."""
+    sorter: Literal["torch", "triton"] = "torch"
+    """The sort as tensor operations, or its matrices as a Triton kernel (GPU, ``network=bitonic``), whose speed is not
+    yet measured."""
     steepness_student: float = 100.0
     """beta of the student's comparators."""
     steepness_teacher: float = 100.0
@@ -318,6 +321,7 @@ class NeCo(Method):
             config.steepness_student,
             config.steepness_teacher,
             weights=None if inputs is None else inputs / (config.top_k or size),
+            backend=config.sorter,
         )
 
     @torch.no_grad()
@@ -455,6 +459,8 @@ def _check(config: NeCoConfig, encoder: Encoder) -> None:
         raise ConfigError(f"method.roi_size={config.roi_size}: an order needs a grid of at least 2 x 2 cells")
     if config.network != "none":
         network_layers(config.network, size)  # finds sizes that don't sort
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # at best: the method isn't there yet
+    check_backend(config.sorter, config.network, size, device)
     if min(config.steepness_student, config.steepness_teacher, config.student_temp, config.teacher_temp) <= 0:
         raise ConfigError("method.steepness_student, steepness_teacher, student_temp and teacher_temp must be above 0")
     if not 0 <= config.momentum <= 1 or not 0 <= config.min_overlap < 1:

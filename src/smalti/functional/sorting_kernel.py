@@ -1,0 +1,186 @@
+"""The matrices of NeCo's sorting loss as one Triton kernel, for GPUs: they never reach the GPU's memory.
+
+Letters: those of :mod:`smalti.functional.sorting`; L layers of H = K / 2 comparators (each layer of a bitonic network
+has as many), q rows at a time, T inputs a program.
+
+The numbers are sorted as there, by tensor operations on ``(H, q)``, which give the gammas and take back their
+gradients. A program has one row and T of its inputs. Given the gammas, what an input weighs on the wires is moved from
+layer to layer independently of the other inputs, so a program goes all the way alone: the teacher's weights, the
+student's, the loss, and back through the student's layers. It keeps the differences ``a - b`` of each layer in
+registers and writes one gradient for each comparator, summed over its inputs. Programs share nothing, and their sums
+are added in a fixed order: the same input gives the same bits. Blocks of the matrices that are zero before a merge are
+moved, too, unlike there.
+
+With ``TRITON_INTERPRET=1`` in the environment the kernel runs in Triton's interpreter, also on a CPU: so it is tested.
+No GPU has run it yet (``benchmarks/sorting_gpu.py`` measures it).
+"""
+
+from collections.abc import Sequence
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.functional.sorting import SMALLEST, Layer
+
+_KEPT = 96  # differences that a thread holds, of the 255 registers that it can have
+
+
+@triton.jit
+@no_type_check
+def _split(wires, INPUTS: tl.constexpr, WIRES: tl.constexpr, WIDTH: tl.constexpr):
+    """Wires a and b of a layer's comparators: (T, K) -> twice (T, groups, width)."""
+    pairs = tl.reshape(wires, [INPUTS, WIRES // (2 * WIDTH), 2, WIDTH])
+    return tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+
+
+@triton.jit
+@no_type_check
+def _join(a, b, INPUTS: tl.constexpr, WIRES: tl.constexpr):
+    """The inverse: twice (T, groups, width) -> (T, K)."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), [INPUTS, WIRES])
+
+
+@triton.jit
+@no_type_check
+def _gammas(layer_start, WIRES: tl.constexpr, WIDTH: tl.constexpr):
+    """A layer's gammas, for all inputs: (1, groups, width)."""
+    gammas = tl.load(layer_start + tl.arange(0, WIRES // 2))
+    return tl.reshape(gammas, [1, WIRES // (2 * WIDTH), WIDTH])
+
+
+@triton.jit
+@no_type_check
+def _order_kernel(
+    student,  # (q, L, H) gammas
+    teacher,  # (q, L, H)
+    weights,  # (q, R) or None
+    costs,  # (blocks, q)
+    of_gammas,  # (blocks, q, L, H), or None where no gradient is wanted
+    SIZE: tl.constexpr,
+    WIRES: tl.constexpr,
+    WIDTHS: tl.constexpr,  # of the layers' comparators
+    INPUTS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):
+    LAYERS: tl.constexpr = len(WIDTHS)
+    HALF: tl.constexpr = WIRES // 2
+    DEAD: tl.constexpr = WIRES - SIZE
+    row, block = tl.program_id(0), tl.program_id(1)
+    of_row = row * (LAYERS * HALF)
+    place = block * tl.num_programs(0) + row  # among the outputs
+    inputs = block * INPUTS + tl.arange(0, INPUTS)
+    wires = tl.arange(0, WIRES)
+    is_real = (wires[None, :] >= DEAD) & (inputs[:, None] < SIZE)
+    start = tl.where(wires[None, :] == inputs[:, None] + DEAD, 1.0, 0.0)  # all weight on an input's own wire
+
+    wanted = start
+    for layer in tl.static_range(LAYERS):
+        gamma = _gammas(teacher + of_row + layer * HALF, WIRES, WIDTHS[layer])
+        a, b = _split(wanted, INPUTS, WIRES, WIDTHS[layer])
+        moved = gamma * (a - b)
+        wanted = _join(a - moved, b + moved, INPUTS, WIRES)
+    wanted = tl.where(is_real, wanted, 0.0)
+    if weights is not None:
+        of_inputs = tl.load(weights + row * SIZE + inputs, mask=inputs < SIZE, other=0.0)
+        wanted = wanted * of_inputs[:, None]
+
+    pred = start
+    kept = ()
+    for layer in tl.static_range(LAYERS):
+        gamma = _gammas(student + of_row + layer * HALF, WIRES, WIDTHS[layer])
+        a, b = _split(pred, INPUTS, WIRES, WIDTHS[layer])
+        difference = a - b
+        moved = gamma * difference
+        pred = _join(a - moved, b + moved, INPUTS, WIRES)
+        if of_gammas is not None:
+            kept = kept + (difference,)  # noqa: RUF005 (Triton's compiler knows no star)
+    is_clamped = pred <= SMALLEST  # False for nan, which goes on into loss and gradient
+    alive = tl.where(is_clamped, SMALLEST, pred)
+    tl.store(costs + place, tl.sum(tl.sum(wanted * tl.log(alive), axis=1), axis=0))
+
+    if of_gammas is not None:
+        grad = tl.where(is_clamped, 0.0, wanted / alive)
+        for layer in tl.static_range(LAYERS - 1, -1, -1):
+            gamma = _gammas(student + of_row + layer * HALF, WIRES, WIDTHS[layer])
+            a, b = _split(grad, INPUTS, WIRES, WIDTHS[layer])
+            difference = a - b
+            moved = gamma * difference
+            grad = _join(a - moved, b + moved, INPUTS, WIRES)
+            of_gamma = tl.reshape(tl.sum(difference * kept[layer], axis=0), [HALF])
+            tl.store(of_gammas + (place * LAYERS + layer) * HALF + tl.arange(0, HALF), -of_gamma)
+
+
+def program_shape(layers: tuple[Layer, ...]) -> tuple[int, int]:
+    """Inputs of a program, and its warps, such that what it keeps for the way back fits into registers."""
+    wires = 2 * layers[0].groups
+    warps = max(4, wires // 16)
+    kept = len(layers) * wires // 2  # of an input
+    most = _KEPT * 32 * warps // kept
+    return min(wires, 1 << (most.bit_length() - 1)), warps
+
+
+def rows_at_once(layers: tuple[Layer, ...], size: int, budget: int) -> int:
+    """Rows whose gates, and the kernel's parts of their gradients, take ``budget`` bytes at most, at least 1."""
+    comparators = len(layers) * layers[0].groups
+    blocks = triton.cdiv(size, program_shape(layers)[0])
+    gates = 7  # gamma of both; delta, slope, gradient; two passing
+    copies = 5  # gammas of both with rows first, one more on its way there; the parts' sum, and with rows last
+    return max(1, budget // (4 * comparators * (gates + copies + blocks)))
+
+
+def add_order_cost(
+    total: Float[Tensor, ""],
+    layers: tuple[Layer, ...],
+    student: Sequence[Float[Tensor, "_ _ q"]],
+    teacher: Sequence[Float[Tensor, "_ _ q"]],
+    weights: Float[Tensor, "q R"] | None,
+    size: int,
+    want_grad: bool,
+) -> list[Tensor]:
+    """Take the sum of ``Q log P`` of some rows off a total.
+
+    Args:
+        total: float64; changed in place.
+        layers: of a bitonic network.
+        student: gammas of each layer, ``(groups, width, q)``, float32.
+        teacher: likewise.
+        weights: of the inputs; None: all 1.
+        size: R, up to 256.
+        want_grad: whether the gradient is wanted.
+
+    Returns:
+        Derivatives **of the sum** (not of the cost, which is its negative) by the student's gammas; else nothing.
+    """
+    wires, number = 2 * layers[0].groups, student[0].shape[-1]
+    inputs, warps = program_shape(layers)
+    blocks = triton.cdiv(size, inputs)
+    gammas = [_rows_first(one) for one in (student, teacher)]
+    costs = gammas[0].new_empty(blocks, number)
+    parts = gammas[0].new_empty(blocks, *gammas[0].shape) if want_grad else None
+    with torch.cuda.device_of(costs):  # type: ignore[no-untyped-call]  # where Triton launches; nothing on a CPU
+        _order_kernel[(number, blocks)](
+            *gammas,
+            None if weights is None else weights.contiguous(),
+            costs,
+            parts,
+            SIZE=size,
+            WIRES=wires,
+            WIDTHS=tuple(layer.width for layer in layers),
+            INPUTS=inputs,
+            SMALLEST=SMALLEST,
+            num_warps=warps,
+        )
+    total -= costs.sum(dtype=torch.float64)
+    if parts is None:
+        return []
+    of_gammas = parts.sum(0).permute(1, 2, 0).contiguous()  # (L, H, q)
+    return [one.unflatten(0, (layer.groups, layer.width)) for one, layer in zip(of_gammas, layers, strict=True)]
+
+
+def _rows_first(gammas: Sequence[Float[Tensor, "_ _ q"]]) -> Float[Tensor, "q L H"]:
+    """What a program reads, in one piece."""
+    return torch.stack([one.flatten(0, 1) for one in gammas]).permute(2, 0, 1).contiguous()
