@@ -10,6 +10,7 @@ through its references; there it should save 28 % (224 px) to 33 % (518 px) of a
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,10 +28,10 @@ from smalti.models.encoder import build_encoder
 BATCH = 4
 
 
-def make(size: int, images: int = BATCH) -> tuple[NeCo, Views]:
+def make(size: int, images: int = BATCH, sorter: Literal["torch", "triton"] = "torch") -> tuple[NeCo, Views]:
     encoder = build_encoder("vit_small_patch14_dinov2", img_size=518, seed=0)
     encoder.set_drop_path(0.1)
-    method = NeCo(encoder, NeCoConfig()).train()
+    method = NeCo(encoder, NeCoConfig(sorter=sorter)).train()
     crops, samples = method.make_views(size), []
     for place in range(images):
         rng = np.random.default_rng(place)
