@@ -612,6 +612,10 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
 def test_settings_that_can_t_apply_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"load.registers='away'"):
         load(f"random:{PLAIN}", registers="away")
+    with pytest.raises(ConfigError, match=r"load.registers: random:vi.*no weights"):
+        load(f"random:{PLAIN}", registers="drop")
+    with pytest.raises(ConfigError, match=r"load.fold_layer_scale: random:vi.*no weights"):
+        load(f"random:{PLAIN}", fold_layer_scale=True)
     with pytest.raises(ConfigError, match=r"load.patch_size: random:vit_tiny_patch16_224 has no weights"):
         load(f"random:{PLAIN}", patch_size=8)
     with pytest.raises(ConfigError, match=r"pos_offset=2.0: a part of a patch"):

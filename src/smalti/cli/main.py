@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -37,9 +38,23 @@ def main(
     """Options that stand before the verb."""
 
 
+def _warn_in_one_line() -> None:
+    """Warnings as one line each, once, instead of with a place in the code that means nothing to who types a command."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"smalti: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
+    if "--debug" not in words:
+        _warn_in_one_line()
     try:
         sys.exit(app(words, standalone_mode=False) or 0)
     except SmaltiError as error:

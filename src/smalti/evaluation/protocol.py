@@ -331,9 +331,9 @@ def evaluate(
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
     results = [_judge(encoder, name, data, protocols, sets, config, progress, figures)]
-    if config.baseline:
+    twin_name = f"random:{encoder.name}"
+    if config.baseline and name != twin_name:  # which is its own
         twin = random_twin(encoder, config.seed)
-        twin_name = f"random:{encoder.name}"
         judged = _judge(twin, twin_name, data, protocols, sets, config, progress, figures)
         results.append(
             [dataclasses.replace(r, settings={**r.settings, "baseline_of": name}) for r in judged],

@@ -104,8 +104,8 @@ def open_encoder(
     text = str(spec)
     kind, _, rest = text.partition(":")
     if kind == "random" and rest:
-        for name in ("weights", "patch_size"):
-            if getattr(config, name) is not None:
+        for name in ("weights", "patch_size", "registers", "fold_layer_scale"):
+            if getattr(config, name) != getattr(LoadConfig(), name):
                 raise ConfigError(f"load.{name}: {text} has no weights that it could apply to; leave it out")
         arguments = _arguments(config)
         encoder = build_encoder(rest, seed=seed, img_size=config.img_size, in_chans=in_chans or 3, **arguments)
