@@ -226,3 +226,16 @@ def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_
 def test_debug_shows_the_traceback(photos: Path, tmp_path: Path) -> None:
     done = smalti("train", "mea", "--data", photos, "--out", tmp_path / "x", "--debug", code=1)
     assert "Traceback" in done.stderr
+
+
+def test_a_warning_is_one_line_and_comes_once(tmp_path: Path) -> None:
+    code = (
+        "import warnings; from smalti.cli import main\n"
+        "main._warn_in_one_line()\n"
+        "for _ in range(2):\n"
+        "    with warnings.catch_warnings():\n"
+        "        pass\n"  # which makes Python forget what it has shown
+        "    warnings.warn('two images have no mask', stacklevel=1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "smalti: warning: two images have no mask\n"
