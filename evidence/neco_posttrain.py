@@ -16,18 +16,17 @@ from typing import Any
 
 import smalti
 
-SEEDS = [0, 1]
 PROTOCOLS = ["in-context", "linear-segmentation", "overclustering"]
 
 
-def plan(images: Path, ccp: Path, start: str, form: dict[str, Any]) -> dict[str, Any]:
+def plan(images: Path, ccp: Path, start: str, form: dict[str, Any], seeds: int) -> dict[str, Any]:
     """Arms of one plan."""
     neco = {"method": "neco", "method.num_local_views": 2, "init": start, **form["load"], **form["neco"]}
     return {
         "data": str(images),
         "evaluate": [{"data": str(ccp), "protocols": PROTOCOLS, "image_size": form["dense_size"], "epochs": 7}],
         "budget": {"images": form["images"]},
-        "seeds": SEEDS,
+        "seeds": list(range(seeds)),
         "settings": {"batch_size": form["batch_size"], "checkpoint.every": 50, **form["settings"]},
         "arms": {
             "no training": {"load": start, **form["load"]},
@@ -92,16 +91,17 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a DINO run of dino_tiny64.yaml; made on --clothing if it isn't there")
     parser.add_argument("--clothing", type=Path, help="class folders with train")
     parser.add_argument("--out", type=Path, default=Path("runs/neco"), help="where cells and tables lie")
+    parser.add_argument("--seeds", type=int, default=2, help="how many, from 0 on")
     options = parser.parse_args()
     ccp = options.ccp.resolve()
     if options.weights:
         start = f"timm:vit_small_patch14_dinov2@{options.weights.resolve()}"
-        what = plan(ccp_images(ccp, options.out), ccp, start, LOANED)
+        what = plan(ccp_images(ccp, options.out), ccp, start, LOANED, options.seeds)
     elif options.run and options.clothing:
         images = options.clothing.resolve() / "train"
         if not (options.run / "run.json").exists():
             smalti.train(None, images, options.run, recipe="dino_tiny64.yaml")
-        what = plan(images, ccp, str(options.run.resolve()), OWN)
+        what = plan(images, ccp, str(options.run.resolve()), OWN, options.seeds)
     else:
         parser.error("give --weights, or --run and --clothing")
     smalti.compare(what, options.out)

@@ -39,7 +39,7 @@ def main(
 
 
 def _warn_in_one_line() -> None:
-    """Warnings as one line each, once, instead of with a place in the code that means nothing to who types a command."""
+    """Each warning as one line, once, instead of with a place in the code that tells nothing to who types a command."""
     shown: set[str] = set()
 
     def show(message: Warning | str, *place: Any, **more: Any) -> None:
