@@ -18,7 +18,8 @@ from smalti.errors import ConfigError, DataError, RunError
 from smalti.evaluation.intervals import Interval
 from smalti.study import compare as module
 from smalti.study.cell import TRAINED, digest, images_digest, weights_digest
-from smalti.study.compare import Row, compare, read_plan
+from smalti.study.compare import compare, read_plan
+from smalti.study.rows import Row
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
 

@@ -46,7 +46,8 @@ def _print(comparison: "Comparison") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from smalti.study.compare import COST_COLUMNS, cost_cells, table_cells
+    from smalti.study.compare import COST_COLUMNS, cost_cells
+    from smalti.study.rows import table_cells
 
     console = Console()
     first = next(iter(comparison.plan.arms))

@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smalti.cli.options import Data, Debug, Out, Quiet
 from smalti.config import parse_overrides, read_yaml
 from smalti.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smalti.study.posttrain import Verdict
 
 NAME = "train"
 
@@ -63,13 +66,42 @@ def command(
 def _say_what_next(run: Path) -> None:
     from smalti.cli.options import print_results
     from smalti.evaluation.protocol import read_results
+    from smalti.study.posttrain import read_verdict
+    from smalti.training.checkpoint import read_state
 
-    steps = int(read_yaml(run / "config.yaml")["steps"])
-    first, last = (run / "results" / f"step_{step:08d}.json" for step in (0, steps))
-    if last.is_file():
+    state, verdict = read_state(run), read_verdict(run)
+    first, last = (run / "results" / f"step_{step:08d}.json" for step in (0, state.step))
+    if verdict is not None:
+        _print_verdict(verdict)
+    elif last.is_file():
         baselines = [result for result in read_results(first) if result.is_baseline] if first.is_file() else []
         print_results([*read_results(last), *baselines], None)
-    print(f"trained: {run}")
-    print(f"next:    smalti evaluate {run} --data LABELLED")
+    chosen = run
+    if state.best_step is not None and state.best_step != state.step:
+        chosen = run / "best"
+        print(f"trained: {run} (the last step, {state.step}); the best step, {state.best_step}, is {chosen}")
+    else:
+        print(f"trained: {run}")
+    if verdict is None and read_yaml(run / "config.yaml").get("init"):
+        print(f"no verdict yet: smalti train --resume {run} eval.data=LABELLED judges before and after")
+    print(f"next:    smalti evaluate {chosen} --data LABELLED")
     print(f"         smalti report {run}")
-    print(f"         smalti export {run} --to timm --out DIR")
+    print(f"         smalti export {chosen} --to timm --out DIR")
+
+
+def _print_verdict(verdict: "Verdict") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from smalti.study.posttrain import VERDICT_COLUMNS, verdict_cells
+
+    console = Console()
+    table = Table(title=f"{verdict.rows[0].data}: {verdict.images}", title_justify="left")
+    for name in VERDICT_COLUMNS:
+        table.add_column(name)
+    for cells in verdict_cells(verdict):
+        table.add_row(*cells)
+    console.print(table)
+    print(verdict.sentence)
+    for note in verdict.notes:
+        print(f"  {note}")

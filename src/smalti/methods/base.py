@@ -37,6 +37,8 @@ class Method(nn.Module, ABC):
     """Authors, year, arXiv number and version."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Run settings that the paper fixes (``optim`` and such), as a tree; recipes and the user's keys go over them."""
+    posttrain_defaults: ClassVar[Mapping[str, Any]] = {}
+    """What goes over ``defaults`` where training starts from weights (``init``): low rates, time for fresh heads."""
     export_network: ClassVar[str] = "encoder"
     """Which of :meth:`networks` is handed on by default."""
 

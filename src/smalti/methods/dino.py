@@ -121,6 +121,9 @@ class DINO(Method):
         },
         "drop_path": 0.1,
     }
+    posttrain_defaults: ClassVar[dict[str, Any]] = {  # ours: the paper trains from random weights only
+        "optim": {"lr": 1e-5, "weight_decay_end": 0.04, "freeze_encoder_share": 0.1},
+    }
 
     center: Tensor
 

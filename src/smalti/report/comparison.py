@@ -30,12 +30,11 @@ from smalti.study.compare import (
     PAGE,
     Cell,
     Comparison,
-    Row,
     cost_cells,
     read_comparison,
     short_name,
-    table_cells,
 )
+from smalti.study.rows import Row, table_cells
 
 _NO_DIFFERENCE = "no difference found"
 _MAX_SENTENCES = 12

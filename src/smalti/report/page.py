@@ -46,6 +46,7 @@ from smalti.report.html import (
     whole_page,
 )
 from smalti.report.rundir import RunFiles, read_run
+from smalti.study.posttrain import VERDICT_COLUMNS, Verdict, verdict_cells
 
 NUM_IMAGES = 12
 """Images whose patch tokens are shown."""
@@ -221,11 +222,23 @@ def _page(files: RunFiles, shown: tuple[Html, Html] | str) -> str:
     return whole_page(
         files.path.resolve().name,
         _one_line(files),
-        verdict_box(kind, [sentence], _caution(files) if comparisons else None),
+        verdict_box(kind, [sentence], _caution(files) if comparisons else None)
+        if files.verdict is None
+        else _before_and_after(files.verdict),
         sections,
         facts=_facts(files),
         script=(resources.files("smalti.report") / "page.js").read_text(encoding="utf-8"),
     )
+
+
+def _before_and_after(verdict: Verdict) -> Html:
+    """What post-training was worth, said first, with its table."""
+    sentence = f"Post-training: {verdict.sentence}."
+    rows = [dict(zip(VERDICT_COLUMNS, cells, strict=True)) for cells in verdict_cells(verdict)]
+    title = tag("h2", "Before and after")
+    lead = tag("p", f"On {verdict.rows[0].data}, {verdict.images}. In brackets: 95 % intervals.", class_="lead")
+    table = tag("section", title, lead, text_table(VERDICT_COLUMNS, rows), id="before-and-after")
+    return join((verdict_box(verdict.kind, [sentence], " ".join(verdict.notes)), table))
 
 
 def _one_line(files: RunFiles) -> str:

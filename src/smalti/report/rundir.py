@@ -11,6 +11,7 @@ from smalti.config import Tree, read_yaml
 from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details
 from smalti.evaluation.protocol import Result, read_results
+from smalti.study.posttrain import VERDICT_FILE, Verdict, read_verdict
 from smalti.training.logs import read_csv
 
 
@@ -33,6 +34,8 @@ class RunFiles:
     """Evaluations in training and their steps, in order."""
     notes: list[str]
     """What could not be read, a sentence each."""
+    verdict: Verdict | None = None
+    """Of post-training: before against after."""
 
     @property
     def judged(self) -> list[Result]:
@@ -70,6 +73,11 @@ def read_run(path: Path) -> RunFiles:
     if not log:
         notes.append("log.csv is missing or empty: no curves.")
     info = _read_info(path / "run.json", notes)
+    verdict = None
+    try:
+        verdict = read_verdict(path)
+    except SmaltiError as error:
+        notes.append(f"{error}.")
     return RunFiles(
         path=path,
         config=read_yaml(path / "config.yaml"),
@@ -80,6 +88,7 @@ def read_run(path: Path) -> RunFiles:
         results=results,
         during=during,
         notes=notes,
+        verdict=verdict,
     )
 
 
@@ -120,7 +129,8 @@ def _read_info(path: Path, notes: list[str]) -> Tree:
 def _read_all_results(folder: Path, notes: list[str]) -> tuple[list[Result], list[tuple[int, Result]]]:
     final: dict[tuple[str, str, str, str], Result] = {}
     during: list[tuple[int, Result]] = []
-    files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime, file.name))
+    written = (file for file in folder.glob("*.json") if file.name != VERDICT_FILE)
+    files = sorted(written, key=lambda file: (file.stat().st_mtime, file.name))
     for file in files:
         try:
             results = read_results(file)

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 import smalti
 from smalti.config import build, merge, read_yaml, settings, to_tree, unfold, unknown_key, write_atomically, write_yaml
 from smalti.data.folders import ImageSet, open_images, training_images
-from smalti.errors import ConfigError, RunError, ShapeError, SmaltiError
+from smalti.errors import ConfigError, RunError, SmaltiError
 from smalti.evaluation.details import read_details
-from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval, Resampled, difference, interval, resample
-from smalti.evaluation.protocol import SHARE, EvalConfig, Result, find_protocol, open_sets, read_results
+from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval
+from smalti.evaluation.protocol import EvalConfig, Result, find_protocol, open_sets, read_results
 from smalti.models.weights import LoadConfig
 from smalti.study.catalogue import find_recipe
 from smalti.study.cell import (
@@ -45,6 +45,7 @@ from smalti.study.cell import (
 )
 from smalti.study.machine import describe_machine
 from smalti.study.pretrain import absolute, resolve
+from smalti.study.rows import Row, metric_rows, read_row, row_tree, table_cells
 from smalti.training.launch import resolve_devices
 
 PLAN_FILE, CELLS, TABLE, MARKDOWN, SUMMARY = "plan.yaml", "cells", "comparison.parquet", "comparison.md", "compare.json"
@@ -93,39 +94,6 @@ class Cost:
     """Of the encoder."""
     is_partial: bool = False
     """Whether a cell was cut short and resumed: seconds before the last start are not in here."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric of one arm."""
-
-    data: str
-    protocol: str
-    metric: str
-    unit: str
-    arm: str
-    score: Interval
-    seeds: Mapping[int, float]
-    """Seed -> score."""
-    difference: Interval | None
-    """Against the first arm, over the seeds that both have; None for the first arm, or where it broke."""
-    is_headline: bool
-
-    @property
-    def verdict(self) -> str:
-        """What the difference allows to say."""
-        if self.difference is None:
-            return ""
-        if self.difference.over == "nothing":
-            return "no interval: one seed"
-        if self.difference.holds_zero:
-            return "no difference found"
-        up = self.difference.mean > 0
-        if "higher is better" in self.unit:
-            return "better" if up else "worse"
-        if "lower is better" in self.unit:
-            return "worse" if up else "better"
-        return "higher" if up else "lower"
 
 
 @dataclass(frozen=True)
@@ -296,7 +264,7 @@ def read_comparison(out: str | Path) -> Comparison:
         return Comparison(
             out=folder,
             plan=plan,
-            rows=tuple(_read_row(row) for row in summary["rows"]),
+            rows=tuple(read_row(row) for row in summary["rows"]),
             cells=tuple(
                 Cell(cell["arm"], cell["seed"], folder / CELLS / cell["folder"], tuple(cell["evaluations"]))
                 for cell in summary["cells"]
@@ -308,19 +276,6 @@ def read_comparison(out: str | Path) -> Comparison:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise RunError(f"{folder}: holds no finished comparison ({problem}); smalti compare makes one") from error
-
-
-def _read_row(row: Mapping[str, Any]) -> Row:
-    values = {key: value for key, value in row.items() if key != "verdict"}
-    values["score"] = _read_interval(row["score"])
-    values["difference"] = _read_interval(row["difference"]) if row["difference"] else None
-    values["seeds"] = {int(seed): math.nan if score is None else score for seed, score in row["seeds"].items()}
-    return Row(**values)
-
-
-def _read_interval(value: Mapping[str, Any]) -> Interval:
-    ends = {key: math.nan if value[key] is None else float(value[key]) for key in ("mean", "low", "high")}
-    return Interval(**ends, over=value["over"])
 
 
 def _prepare(
@@ -486,67 +441,11 @@ def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
                 for metric in result.metrics:
                     place = found.setdefault((number, result.protocol, metric), {})
                     place.setdefault(cell.arm, {})[cell.seed] = result
-    first = next(iter(plan.arms))
-    rows = []
-    for (number, protocol, metric), by_arm in sorted(found.items(), key=lambda item: item[0][0]):
-        resampled = {arm: _resampled(by_arm[arm], metric) for arm in plan.arms if arm in by_arm}
-        for arm, drawn in resampled.items():
-            results = by_arm[arm]
-            one = next(iter(results.values()))
-            against = None
-            if arm != first and first in by_arm:
-                against = _difference(by_arm[arm], by_arm[first], metric, drawn, resampled[first])
-            rows.append(
-                Row(
-                    data=short_name(plan.evaluate[number]["data"], plan),
-                    protocol=protocol,
-                    metric=metric,
-                    unit=one.units[metric],
-                    arm=arm,
-                    score=_within_range(interval(drawn), one.units[metric]),
-                    seeds={seed: float(result.metrics[metric]) for seed, result in results.items()},
-                    difference=against,
-                    is_headline=one.headline[0] == metric,
-                )
-            )
+    rows: list[Row] = []
+    for (number, _, metric), by_arm in sorted(found.items(), key=lambda item: item[0][0]):
+        ordered = {arm: by_arm[arm] for arm in plan.arms if arm in by_arm}
+        rows += metric_rows(ordered, metric, short_name(plan.evaluate[number]["data"], plan), next(iter(plan.arms)))
     return rows
-
-
-def _within_range(score: Interval, unit: str) -> Interval:
-    """An interval of a share doesn't leave 0..1."""
-    if unit != SHARE:
-        return score
-    low, high = (min(max(end, 0.0), 1.0) if math.isfinite(end) else end for end in (score.low, score.high))
-    return dataclasses.replace(score, low=low, high=high)
-
-
-def _resampled(results: Mapping[int, Result], metric: str) -> Resampled:
-    tallies = [result.details.tallies.get(metric) if result.details else None for result in results.values()]
-    known = [tally for tally in tallies if tally is not None]
-    if len(known) == len(tallies):
-        return resample(known)
-    return Resampled(np.array([result.metrics[metric] for result in results.values()], dtype=np.float64), None)
-
-
-def _difference(
-    ours: Mapping[int, Result], theirs: Mapping[int, Result], metric: str, drawn: Resampled, reference: Resampled
-) -> Interval | None:
-    """Over the seeds that both have, and the images if they are the same."""
-    seeds = [seed for seed in ours if seed in theirs]
-    if not seeds:
-        return None
-    one, other = next(iter(ours.values())).details, next(iter(theirs.values())).details
-    same = one is not None and other is not None and one.images == other.images
-
-    def chosen(source: Resampled, results: Mapping[int, Result]) -> Resampled:
-        rows = [list(results).index(seed) for seed in seeds]
-        keep = source.drawn[rows] if source.drawn is not None and same else None
-        return Resampled(source.measured[rows], keep)
-
-    try:
-        return difference(chosen(drawn, ours), chosen(reference, theirs))
-    except ShapeError:
-        return None
 
 
 def _cost(cells: Sequence[Cell]) -> Cost:
@@ -601,7 +500,7 @@ def _write(comparison: Comparison) -> None:
     write_atomically(comparison.out / TABLE, sink.getvalue().to_pybytes())
     write_atomically(comparison.out / MARKDOWN, markdown(comparison))
     summary = {
-        "rows": [_plain(dataclasses.asdict(row) | {"verdict": row.verdict}) for row in comparison.rows],
+        "rows": [row_tree(row) for row in comparison.rows],
         "failures": dict(comparison.failures),
         "costs": {arm: dataclasses.asdict(cost) for arm, cost in comparison.costs.items()},
         "cells": [
@@ -642,20 +541,6 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Arm, mean with interval, the seeds' scores, difference with interval, verdict: as text."""
-    return [
-        (
-            row.arm,
-            _with_interval(row.score, ""),
-            " ".join(f"{score:.3f}" for score in row.seeds.values()),
-            _with_interval(row.difference, "+") if row.difference else "",
-            row.verdict,
-        )
-        for row in rows
-    ]
-
-
 COST_COLUMNS = ("steps", "images seen", "training", "CPU", "GPU", "peak memory", "evaluation", "parameters")
 
 
@@ -672,11 +557,6 @@ def cost_cells(cost: Cost) -> tuple[str, ...]:
         f"{cost.eval_s:,.0f} s",
         f"{cost.parameters / 1e6:.2f} M",
     )
-
-
-def _with_interval(value: Interval, sign: str) -> str:
-    span = "" if math.isnan(value.low) else f" [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
-    return f"{value.mean:{sign}.3f}{span}"
 
 
 def short_name(data: str, plan: Plan) -> str:
@@ -698,14 +578,6 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
     if isinstance(fit, Mapping) and isinstance(fit.get("name"), str):
         result["load"] = {**fit, "name": absolute(fit["name"], folder)}
     return result
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _note(text: str, quiet: bool) -> None:

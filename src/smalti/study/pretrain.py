@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +32,19 @@ from smalti.evaluation.protocol import (
 )
 from smalti.methods.base import Method, get_method
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
-from smalti.models.loading import encoder_description, latest_checkpoint, names_best, open_encoder
+from smalti.models.loading import (
+    CHECKPOINTS,
+    STATE_FILE,
+    encoder_description,
+    latest_checkpoint,
+    load,
+    names_best,
+    open_encoder,
+)
 from smalti.models.weights import LoadConfig
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
+from smalti.study.posttrain import Judge
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
 from smalti.training.launch import (
     check_trackers,
@@ -45,7 +55,7 @@ from smalti.training.launch import (
     under_launcher,
 )
 from smalti.training.logs import CSVLog, Screen, Trackers
-from smalti.training.loop import Hook, Listener, LogConfig, LoopConfig
+from smalti.training.loop import Listener, LogConfig, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, peak_lr
 
@@ -134,7 +144,11 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
         raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
     method = get_method(str(chosen.pop("name")))
     own: Any = build(method.Config, chosen, where, group="method")
-    config = build(RunConfig, merge(method.defaults, {**tree, "method": {"name": method.name, **to_tree(own)}}), where)
+    defaults = merge(method.defaults, method.posttrain_defaults) if tree.get("init") else dict(method.defaults)
+    optim = tree.get("optim")
+    if isinstance(optim, Mapping) and "base_lr" in optim and "lr" not in optim:  # else the default would win over it
+        defaults = merge(defaults, {"optim": {"lr": None}})
+    config = build(RunConfig, merge(defaults, {**tree, "method": {"name": method.name, **to_tree(own)}}), where)
     for name in ("steps", "batch_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{where}: {name}={getattr(config, name)}: at least 1 is needed")
@@ -153,6 +167,19 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
         find_protocol(name)
     check_trackers(config.log.trackers)
     return config, own
+
+
+def posttrain_note(tree: Mapping[str, Any], config: RunConfig) -> str:
+    """One line about the settings that a run has because it starts from weights; empty where there are none.
+
+    Args:
+        tree: the user's keys, as :func:`resolve` takes them.
+        config: what it made of them.
+    """
+    given, used = flatten(tree), flatten(to_tree(config))
+    special = flatten(get_method(config.method["name"]).posttrain_defaults) if config.init else {}
+    changed = [f"{key}={used[key]}" for key, value in special.items() if key not in given and used[key] == value]
+    return f"starting from weights: {' '.join(changed)}, unless you say otherwise" if changed else ""
 
 
 def build_method(
@@ -246,6 +273,8 @@ def train(
     images = training_images(open_images(config.data.path))
     _check_before_writing(config, own, images, quiet=under_launcher() and not _is_first_process())
     if _is_first_process():
+        if not quiet and (note := posttrain_note(tree, config)):
+            print(note, file=sys.stderr)
         write_yaml(run / CONFIG_FILE, to_tree(config))
         _write_run_file(run, config, images)
     _start(run, config, None, quiet)
@@ -384,13 +413,10 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
         listeners += (Trackers(accelerator),) if main else ()
     if main and state is not None:
         csv_log.event(state.step, "resumed", str(checkpoint))
-    hooks: tuple[Hook, ...] = ()
-    if config.eval.data:
-        hook = EvaluationHook(config, run, judges=main)
-        counted = -1 if state is None else state.judged_step
-        if main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
-            hook.judge(counted, method)  # counted already, but its file is lost
-        hooks += (hook,)
+    hook = EvaluationHook(config, run, judges=main) if config.eval.data else None
+    counted = -1 if state is None else state.judged_step
+    if hook is not None and main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
+        hook.judge(counted, method)  # counted already, but its file is lost
     loop = LoopConfig(
         steps=config.steps,
         batch_size=config.batch_size,
@@ -402,7 +428,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     )
     started = time.time()
     try:
-        run_loop(
+        state = run_loop(
             method,
             optimizer,
             accelerator,
@@ -410,7 +436,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
             loop,
             run,
             state=state,
-            hooks=hooks,
+            hooks=() if hook is None else (hook,),
             listeners=listeners,
             unreadable=UnreadableLog(run / "unreadable.csv", len(images)),
         )
@@ -421,15 +447,33 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
             accelerator.end_training()
     if main:
         _note_end(run, started)
+        if hook is not None and hook.before_and_after is not None:
+            hook.before_and_after.conclude(state.step, state.best_step, partial(_encoder_of, run, config, own))
     accelerator.wait_for_everyone()
 
 
+def _encoder_of(run: Path, config: RunConfig, own: Any, step: int) -> Encoder:
+    """The network that evaluation looks at, as it was after a step; step 0 also where its checkpoint is gone."""
+    network = config.weights or get_method(config.method["name"]).export_network
+    checkpoint = run / CHECKPOINTS / f"step_{step:08d}"
+    if (checkpoint / STATE_FILE).is_file() or step > 0:
+        encoder = load(checkpoint, network=network, quiet=True)
+    else:
+        encoder = build_method(config, own).networks()[network]
+        encoder.source = f"step {step} ({network})"
+    return encoder.to("cpu" if config.devices == "cpu" else resolve_devices("auto").kind)
+
+
 class EvaluationHook:
-    """Evaluation in training: before it, every ``eval.every`` steps and after the last; of the network handed on."""
+    """Evaluation in training: before it, every ``eval.every`` steps and after the last; of the network handed on.
+
+    Where training starts from weights, it also keeps what the verdict of :mod:`smalti.study.posttrain` needs.
+    """
 
     def __init__(self, config: RunConfig, run: Path, judges: bool) -> None:
         self.config = config
         self.run = run
+        self.before_and_after = Judge(run, config.eval) if config.init and judges else None
         self.judges = judges  # one process does; the others know when, since all read the finite check together
 
     def due(self, step: int) -> bool:
@@ -462,6 +506,10 @@ class EvaluationHook:
         config = dataclasses.replace(self.config.eval, protocols=protocols, baseline=baseline)
         results = evaluate(encoder, f"{self.run} (step {step})", data, config)
         write_results(self.file(step), results)
+        if self.before_and_after is not None:
+            self.before_and_after.heard(step, results)
+            if step == 0 and not self.before_and_after.knows(0):
+                self.before_and_after.judge(0, encoder)
         return results
 
 
@@ -473,6 +521,8 @@ def _check_evaluation(config: RunConfig) -> None:
     """
     if config.eval.data:
         open_sets(config.eval.data, config.eval)
+        if config.init:
+            open_sets(config.eval.data, Judge(Path(), config.eval).config)
     elif config.eval.every or config.eval.patience:
         name = "every" if config.eval.every else "patience"
         raise ConfigError(f"eval.{name}={getattr(config.eval, name)} needs labelled images; give eval.data=DIR")

@@ -132,11 +132,7 @@ class Checkpoints:
         Raises:
             WeightsError: if a part is missing, damaged or of another method.
         """
-        try:
-            description = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-            state = TrainingState(**description["state"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{path}: its {STATE_FILE} can't be read ({type(error).__name__}: {error})") from error
+        state = _read_state(path)
         weights = read_tensors(path / WEIGHTS_FILE)
         own = self.method.state_dict()
         misfits = sorted({*weights} ^ {*own}) or [key for key in own if own[key].shape != weights[key].shape]
@@ -180,6 +176,25 @@ class Checkpoints:
         for path in self.folder.glob("step_*"):
             if path not in stay:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(run: Path) -> TrainingState:
+    """Where a run stands: the state of its newest checkpoint.
+
+    Raises:
+        WeightsError: if it has none, or it can't be read.
+    """
+    path = latest_checkpoint(run)
+    if path is None:
+        raise WeightsError(f"{run}: holds no finished checkpoint")
+    return _read_state(path)
+
+
+def _read_state(path: Path) -> TrainingState:
+    try:
+        return TrainingState(**json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: its {STATE_FILE} can't be read ({type(error).__name__}: {error})") from error
 
 
 def _is_disk_trouble(error: Exception) -> bool:

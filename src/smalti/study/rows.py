@@ -1,0 +1,167 @@
+"""Scores of several arms on the same images, side by side: intervals, paired differences, and what they allow to say.
+
+An arm is what the reader compares: a method at some seeds, or an encoder before and after training.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from smalti.errors import ShapeError
+from smalti.evaluation.intervals import Interval, Resampled, difference, interval, resample
+from smalti.evaluation.protocol import SHARE, Result
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one arm."""
+
+    data: str
+    protocol: str
+    metric: str
+    unit: str
+    arm: str
+    score: Interval
+    seeds: Mapping[int, float]
+    """Seed -> score."""
+    difference: Interval | None
+    """Against the first arm, over the seeds that both have; None for the first arm, or where it broke."""
+    is_headline: bool
+
+    @property
+    def verdict(self) -> str:
+        """What the difference allows to say."""
+        if self.difference is None:
+            return ""
+        if self.difference.over == "nothing":
+            return "no interval: one seed"
+        if self.difference.holds_zero:
+            return "no difference found"
+        up = self.difference.mean > 0
+        if "higher is better" in self.unit:
+            return "better" if up else "worse"
+        if "lower is better" in self.unit:
+            return "worse" if up else "better"
+        return "higher" if up else "lower"
+
+
+def metric_rows(
+    by_arm: Mapping[str, Mapping[int, Result]], metric: str, data: str, reference: str | None = None
+) -> list[Row]:
+    """One metric of all arms, in their order.
+
+    Args:
+        by_arm: arm -> seed -> result, all of one protocol.
+        metric: its name.
+        data: how the rows call the images.
+        reference: the arm that differences are taken against; None: the first.
+    """
+    reference = reference or next(iter(by_arm))
+    resampled = {arm: _resampled(results, metric) for arm, results in by_arm.items()}
+    rows = []
+    for arm, results in by_arm.items():
+        one = next(iter(results.values()))
+        against = None
+        if arm != reference and reference in by_arm:
+            against = _difference(results, by_arm[reference], metric, resampled[arm], resampled[reference])
+        rows.append(
+            Row(
+                data=data,
+                protocol=one.protocol,
+                metric=metric,
+                unit=one.units[metric],
+                arm=arm,
+                score=_within_range(interval(resampled[arm]), one.units[metric]),
+                seeds={seed: float(result.metrics[metric]) for seed, result in results.items()},
+                difference=against,
+                is_headline=one.headline[0] == metric,
+            )
+        )
+    return rows
+
+
+def row_tree(row: Row) -> dict[str, Any]:
+    """Plain values for JSON, with the verdict in words; :func:`read_row` takes them back."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(row) | {"verdict": row.verdict})
+    return plain
+
+
+def read_row(row: Mapping[str, Any]) -> Row:
+    values = {key: value for key, value in row.items() if key != "verdict"}
+    values["score"] = _read_interval(row["score"])
+    values["difference"] = _read_interval(row["difference"]) if row["difference"] else None
+    values["seeds"] = {int(seed): math.nan if score is None else score for seed, score in row["seeds"].items()}
+    return Row(**values)
+
+
+def _read_interval(value: Mapping[str, Any]) -> Interval:
+    ends = {key: math.nan if value[key] is None else float(value[key]) for key in ("mean", "low", "high")}
+    return Interval(**ends, over=value["over"])
+
+
+def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Arm, mean with interval, the seeds' scores, difference with interval, verdict: as text."""
+    return [
+        (
+            row.arm,
+            _with_interval(row.score, ""),
+            " ".join(f"{score:.3f}" for score in row.seeds.values()),
+            _with_interval(row.difference, "+") if row.difference else "",
+            row.verdict,
+        )
+        for row in rows
+    ]
+
+
+def _within_range(score: Interval, unit: str) -> Interval:
+    """An interval of a share doesn't leave 0..1."""
+    if unit != SHARE:
+        return score
+    low, high = (min(max(end, 0.0), 1.0) if math.isfinite(end) else end for end in (score.low, score.high))
+    return dataclasses.replace(score, low=low, high=high)
+
+
+def _resampled(results: Mapping[int, Result], metric: str) -> Resampled:
+    tallies = [result.details.tallies.get(metric) if result.details else None for result in results.values()]
+    known = [tally for tally in tallies if tally is not None]
+    if len(known) == len(tallies):
+        return resample(known)
+    return Resampled(np.array([result.metrics[metric] for result in results.values()], dtype=np.float64), None)
+
+
+def _difference(
+    ours: Mapping[int, Result], theirs: Mapping[int, Result], metric: str, drawn: Resampled, reference: Resampled
+) -> Interval | None:
+    """Over the seeds that both have, and the images if they are the same."""
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return None
+    one, other = next(iter(ours.values())).details, next(iter(theirs.values())).details
+    same = one is not None and other is not None and one.images == other.images
+
+    def chosen(source: Resampled, results: Mapping[int, Result]) -> Resampled:
+        rows = [list(results).index(seed) for seed in seeds]
+        keep = source.drawn[rows] if source.drawn is not None and same else None
+        return Resampled(source.measured[rows], keep)
+
+    try:
+        return difference(chosen(drawn, ours), chosen(reference, theirs))
+    except ShapeError:
+        return None
+
+
+def _with_interval(value: Interval, sign: str) -> str:
+    span = "" if math.isnan(value.low) else f" [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+    return f"{value.mean:{sign}.3f}{span}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
