@@ -477,3 +477,17 @@ def test_the_best_weights_have_a_name_everywhere(photos: Path, class_folders: Pa
     with pytest.raises(WeightsError, match="no such run or file"):
         smalti.load(tmp_path / "best")
     assert pretrain.absolute(str(run / "best")) == str(run.resolve() / "best")
+
+
+def test_evaluation_may_look_at_the_network_that_is_not_handed_on(
+    photos: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    own = {"roi_size": 3, "hidden_dim": 16, "out_dim": 8, "num_local_views": 1, "local_size": 16}
+    tree = pretrain.merge(TINY, {"method": own, "steps": 1, "weights": "teacher"})
+    judged = {"eval": {"data": str(class_folders), "protocols": ["knn"], "image_size": 32, "baseline": False}}
+    run = smalti.train("neco", photos, tmp_path / "a", overrides=pretrain.merge(tree, judged), quiet=True)
+    assert list((run / "results").glob("*.json"))
+    few = {"num_prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8, "num_small_queries": 1, "cluster": False}
+    with pytest.raises(ConfigError, match=r"weights=teacher: loca as it is set has student"):
+        smalti.train("loca", photos, tmp_path / "b", overrides={**tree, "method": few}, quiet=True)
+    assert not (tmp_path / "b").exists()

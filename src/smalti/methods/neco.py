@@ -272,7 +272,7 @@ class NeCo(Method):
         boxes = views.boxes.reshape(-1, batch, 4)  # (V, B, 4)
         common = overlaps(boxes, NUM_GLOBAL)
         with torch.autocast(boxes.device.type, enabled=False):
-            # float32 from here on: neighbours differ in the third decimal, which half precision does not resolve
+            # float32 from here on: similarities of neighbours differ in the third decimal; don't round them again
             target_maps = at_least_float32(target_maps)
             target = self._anchor_cells(target_maps, boxes, common)
             student = self._student_cells(student_maps, boxes, common)

@@ -324,6 +324,8 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet, quiet: 
     _check_evaluation(config)
     resolve_precision(config.precision, resolve_devices(config.devices).kind)
     method = build_method(config, own, quiet=quiet)
+    if config.weights is not None and config.weights not in method.networks():
+        raise ConfigError(f"weights={config.weights}: {method.name} as it is set has {', '.join(method.networks())}")
     views = method.make_views(config.data.image_size)
     build_optimizer(method.param_groups(), config.optim)
     _check_freeze(method, config.optim)
@@ -529,7 +531,8 @@ def _check_evaluation(config: RunConfig) -> None:
     if config.eval.patience and not config.eval.every:
         raise ConfigError(f"eval.patience={config.eval.patience} counts evaluations in training; give eval.every=STEPS")
     method = get_method(config.method["name"])
-    names = ("student", "teacher") if method.export_network == "teacher" else (method.export_network,)
+    pair = ("student", "teacher")
+    names = pair if method.export_network in pair else (method.export_network,)
     if config.weights is not None and config.weights not in names:
         raise ConfigError(f"weights={config.weights}: {method.name} has {', '.join(names)}")
 
