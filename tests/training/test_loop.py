@@ -491,3 +491,15 @@ def test_evaluation_may_look_at_the_network_that_is_not_handed_on(
     with pytest.raises(ConfigError, match=r"weights=teacher: loca as it is set has student"):
         smalti.train("loca", photos, tmp_path / "b", overrides={**tree, "method": few}, quiet=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_scores_of_another_evaluation_are_not_compared_with_those_before(
+    photos: Path, class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Scores(monkeypatch, 0.9, 0.5, 0.4, 0.3, 0.35)
+    evaluation = {"data": str(class_folders), "every": 2, "patience": 2}
+    run = train(tmp_path / "a", photos, eval=evaluation)
+    assert (state_of(run)["step"], state_of(run)["best_step"]) == (4, 0)
+    pretrain.resume(run, {"eval": {"patience": 0, "k": 3}}, quiet=True)
+    state = state_of(run)
+    assert (state["step"], state["best_step"], state["best_score"]) == (8, 8, 0.35)

@@ -27,7 +27,8 @@ from smalti.study.rows import Row, metric_rows, read_row, row_tree, table_cells
 VERDICT_FILE = "posttrain.json"
 BEFORE, LAST, BEST = "before", "last", "best"
 _FOLDER, _SETTINGS = "posttrain", "settings.json"
-_COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "baseline")
+COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "baseline")
+"""Settings of an evaluation that don't change its scores."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Judge:
 
     def _settings(self) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(json.dumps(to_tree(self.config)))
-        return {name: value for name, value in plain.items() if name not in _COSTLESS}
+        return {name: value for name, value in plain.items() if name not in COSTLESS}
 
     def _keep(self, step: int, results: Sequence[Result]) -> None:
         folder = self._folder(step)

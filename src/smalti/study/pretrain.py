@@ -44,7 +44,7 @@ from smalti.models.loading import (
 from smalti.models.weights import LoadConfig
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
-from smalti.study.posttrain import Judge
+from smalti.study.posttrain import COSTLESS, Judge
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
 from smalti.training.launch import (
     check_trackers,
@@ -427,6 +427,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
         checkpoint=config.checkpoint,
         log=config.log,
         patience=config.eval.patience,
+        judged_by=_judged_by(config),
     )
     started = time.time()
     try:
@@ -464,6 +465,14 @@ def _encoder_of(run: Path, config: RunConfig, own: Any, step: int) -> Encoder:
         encoder = build_method(config, own).networks()[network]
         encoder.source = f"step {step} ({network})"
     return encoder.to("cpu" if config.devices == "cpu" else resolve_devices("auto").kind)
+
+
+def _judged_by(config: RunConfig) -> str:
+    """What the scores of evaluations in training depend on beside the weights, as text; empty without evaluation."""
+    if not config.eval.data:
+        return ""
+    chosen = {name: value for name, value in to_tree(config.eval).items() if name not in COSTLESS}
+    return json.dumps({**chosen, "weights": config.weights}, sort_keys=True)
 
 
 class EvaluationHook:

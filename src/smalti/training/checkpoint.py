@@ -52,6 +52,8 @@ class TrainingState:
     """Step of the newest evaluation that is counted here."""
     without_best: int = 0
     """Evaluations since the best one; where they are ``eval.patience``, training stops."""
+    judged_by: str = ""
+    """What these scores depend on beside the weights: data and settings of the evaluation."""
 
 
 class Checkpoints:

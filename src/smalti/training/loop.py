@@ -48,6 +48,8 @@ class LoopConfig:
     log: LogConfig
     patience: int = 0
     """Evaluations without a new best after which training stops; 0 never stops early."""
+    judged_by: str = ""
+    """What scores of hooks depend on beside the weights; where it changes, the best score so far counts no more."""
 
 
 @runtime_checkable
@@ -119,8 +121,12 @@ def train(
     world, rank = accelerator.num_processes, accelerator.process_index
     images_per_step = config.batch_size * optim.accumulate * world
     checkpoints = Checkpoints(run, method, optimizer, config.checkpoint, accelerator.is_main_process)
-    if state is None:
-        state = TrainingState()
+    is_new = state is None
+    state = TrainingState() if state is None else state
+    if config.judged_by and state.judged_by != config.judged_by:  # scores of another kind don't compare with these
+        state.best_score, state.best_step, state.without_best = None, None, 0
+        state.judged_by = config.judged_by
+    if is_new:
         checkpoints.save(state)  # somewhere to go back to
 
     health, clock = Health(), Clock(images_per_step)
