@@ -114,6 +114,19 @@ def test_boxes_and_flips_say_where_every_pixel_comes_from(coordinate_images, fli
     assert (views.boxes[:, 2:] <= views.source_size.flip(1).repeat(5, 1)).all()
 
 
+def test_an_image_may_be_mirrored_before_it_is_cropped():
+    image = noise()
+    specs = [ViewSpec(count=3, size=16, flip_prob=0.0)]
+    for seed in range(4):
+        mirrored = MultiCrop(specs, flip_image_prob=1.0)(image, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        rng.random()  # the draw of the mirror
+        plain = MultiCrop(specs)(np.ascontiguousarray(image[:, ::-1]), rng)
+        np.testing.assert_array_equal(mirrored.crops[0], plain.crops[0])
+        np.testing.assert_array_equal(mirrored.boxes, plain.boxes)
+        assert not mirrored.flips.any()
+
+
 def test_resizing_is_pillows_antialiased_bicubic():
     image = 80 + noise(60, 80) // 4  # far from 0 and 255, at which they clip between their two passes
     for crop, size in ((image, 30), (image[10:30, 5:25], 48), (image[:50, :40], 45)):

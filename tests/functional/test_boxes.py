@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from smalti.functional.boxes import in_view, normalize_boxes, overlaps, roi_align
+from smalti.functional.boxes import in_view, normalize_boxes, overlaps, place_in_field, roi_align
 
 
 def test_boxes_become_shares_of_their_own_image():
@@ -15,6 +15,45 @@ def test_boxes_become_shares_of_their_own_image():
     source_size = torch.tensor([[40, 50], [80, 20]])  # height, width
     expected = torch.tensor([[0, 0, 1, 1], [0.5, 0.25, 1, 0.5], [0.5, 0.25, 1, 0.5], [0, 0, 0.25, 1]])
     assert_close(normalize_boxes(boxes, source_size), expected)
+
+
+VIEWS = torch.tensor([[0.1, 0.2, 0.6, 0.8], [0.3, 0.1, 0.9, 0.7], [0.05, 0.5, 0.25, 0.75]])[:, None]
+
+
+def test_views_are_scaled_and_shifted_together():  # known answer
+    placed = place_in_field(VIEWS, 2, torch.tensor([0.35]), torch.tensor([[0.5, 0.25]]))[:, 0]
+    expected = [
+        [0.203536, 0.190707, 0.598821, 0.665049],
+        [0.361650, 0.111650, 0.835992, 0.585992],
+        [0.164008, 0.427878, 0.322122, 0.625520],
+    ]
+    assert_close(placed, torch.tensor(expected), rtol=0, atol=1e-6)
+    size = placed[:2, 2:].amax(0) - placed[:2, :2].amin(0)
+    assert size.prod().item() == pytest.approx(0.35)
+
+
+def test_the_scale_is_cut_where_views_would_not_fit():  # known answer
+    wide = torch.tensor([[0.0, 0.3, 1.0, 0.7], [0.2, 0.4, 0.5, 0.6]])[:, None]
+    placed = place_in_field(wide, 2, torch.tensor([0.9]), torch.tensor([[0.7, 0.0]]))[:, 0]
+    assert_close(placed, torch.tensor([[0.0, 0.0, 1.0, 0.4], [0.2, 0.1, 0.5, 0.3]]), rtol=0, atol=1e-6)
+
+
+def test_the_image_itself_may_be_what_gets_the_area():
+    placed = place_in_field(VIEWS, 2, torch.tensor([0.36]), torch.zeros(1, 2), anchor="image")[:, 0]
+    assert_close(placed[:, 2:] - placed[:, :2], 0.6 * (VIEWS[:, 0, 2:] - VIEWS[:, 0, :2]))
+
+
+@given(seed=st.integers(0, 2**32), anchor=st.sampled_from(["crops", "image"]))
+def test_views_stay_inside_and_keep_their_geometry(seed, anchor):
+    generator = torch.Generator().manual_seed(seed)
+    corner, size = torch.rand(5, 3, 2, generator=generator), torch.rand(5, 3, 2, generator=generator) * 0.9 + 0.1
+    boxes = torch.cat([corner * (1 - size), corner * (1 - size) + size], dim=2)
+    area, shift = 0.2 + 0.8 * torch.rand(3, generator=generator), torch.rand(3, 2, generator=generator)
+    placed = place_in_field(boxes, 2, area, shift, anchor)
+    assert placed.min().item() >= 0 and placed.max().item() <= 1
+    before, after = ((x[..., 2:] - x[..., :2]) for x in (boxes, placed))
+    ratio = after / before  # one scale for all views of an image, on both axes
+    assert_close(ratio, ratio[:1, :, :1].expand_as(ratio), rtol=1e-4, atol=1e-5)
 
 
 def test_overlaps_are_told_in_the_pixels_of_either_view():  # known answer

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError, ShapeError
-from smalti.functional.masking import random_mask, restore_order
+from smalti.functional.masking import cross_mask, random_mask, restore_order
 from smalti.functional.patches import patchify, standardize_patches, unpatchify
 from smalti.functional.positions import sincos_positions
-from smalti.functional.random import sample_uniform
+from smalti.functional.random import sample_beta, sample_uniform
 
 
 @given(b=st.integers(1, 3), c=st.integers(1, 4), h=st.integers(1, 4), w=st.integers(1, 4), p=st.integers(1, 5))
@@ -58,6 +58,48 @@ def test_visible_tokens_return_to_their_places(b: int, n: int, share: float, see
 def test_masking_everything_is_refused() -> None:
     with pytest.raises(ConfigError, match="leaves 0 of 4"):
         random_mask(torch.rand(2, 4), 0)
+
+
+@given(grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), share=st.floats(0, 1), seed=st.integers(0, 2**40))
+def test_crosses_hide_as_many_patches_as_asked(grid: tuple[int, int], share: float, seed: int) -> None:
+    num_patches = grid[0] * grid[1]
+    counts = torch.tensor([int(share * num_patches), num_patches, 0, 1])
+    mask = cross_mask(torch.arange(4) + seed, counts, grid)
+    assert torch.equal(mask.sum(1), counts)
+
+
+@given(seed=st.integers(0, 2**40), crosses=st.integers(1, 4))
+def test_whole_crosses_are_whole_rows_and_columns(seed: int, crosses: int) -> None:  # known answer: 27, 52, 75, 96
+    count = crosses * (28 - crosses)
+    mask = cross_mask(torch.tensor([seed]), torch.tensor([count]), (14, 14))[0].view(14, 14)
+    assert mask.all(0).sum().item() == mask.all(1).sum().item() == crosses
+    assert torch.equal(mask, mask.all(0)[None] | mask.all(1)[:, None])
+
+
+def test_the_last_cross_is_cut_to_a_plus_about_its_centre() -> None:
+    for seed in range(20):
+        mask = cross_mask(torch.tensor([seed]), torch.tensor([9]), (14, 14))[0].view(14, 14)
+        row, column = mask.sum(1).argmax(), mask.sum(0).argmax()
+        y, x = mask.nonzero().T
+        assert ((y == row) | (x == column)).all()
+        dist = (y - row).abs() + (x - column).abs()
+        near = [d for d in (1, 2) if min(row, 13 - row, column, 13 - column) >= d]
+        assert all((dist == d).sum().item() == 4 for d in near)
+    assert len({tuple(cross_mask(torch.tensor([s]), torch.tensor([3]), (5, 5))[0].tolist()) for s in range(30)}) > 20
+
+
+def test_every_patch_is_the_centre_of_a_first_cross_equally_often() -> None:
+    keys = torch.arange(9000)
+    single = cross_mask(keys, torch.ones(9000, dtype=torch.int64), (3, 3))
+    shares = single.float().mean(0)
+    assert (shares - 1 / 9).abs().max().item() < 0.015  # 4.5 standard errors
+
+
+def test_order_statistics_have_the_beta_law() -> None:
+    draws = sample_beta(torch.arange(40_000), 2, 5)
+    assert draws.mean().item() == pytest.approx(2 / 7, abs=0.004)
+    assert draws.std().item() == pytest.approx(math.sqrt(10 / 392), abs=0.003)
+    assert (draws < 0.3).float().mean().item() == pytest.approx(0.579825, abs=0.012)  # 1 - 0.7^6 - 6 * 0.3 * 0.7^5
 
 
 def test_sincos_positions_by_hand() -> None:

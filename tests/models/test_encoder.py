@@ -6,7 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError, ShapeError
-from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
+from smalti.layers.position_field import PositionField
+from smalti.models.encoder import Encoder, build_encoder, clone_encoder, encoder_from_config
 
 KINDS = {
     "class token": {"name": "vit_tiny_patch16_224"},
@@ -168,3 +169,72 @@ def test_mistakes_are_one_line_each() -> None:
         encoder.set_normalization([0.5], [0.2, 0.2])
     with pytest.raises(ConfigError, match="above 0"):
         encoder.set_normalization([0.5], [0.0])
+
+
+FIELDS = {
+    "class token": {"name": "vit_tiny_patch16_224"},
+    "registers": {
+        "name": "vit_small_patch14_reg4_dinov2",
+        "img_size": 28,
+    },  # timm's table has no row before the patches
+    "registers with rows": {"name": "vit_tiny_patch16_224", "reg_tokens": 2},
+    "no class token": {"name": "vit_medium_patch16_reg4_gap_256"},
+    "oblong": {"name": "vit_tiny_patch16_224", "img_size": [32, 48]},
+}
+
+
+def with_field(kind: str) -> Encoder:
+    encoder = small(**FIELDS[kind])
+    encoder.attach_field(PositionField(24, (7, 9), encoder.has_class_token, mode="bilinear"))
+    encoder.position_field.init_normal(1.0)
+    return encoder.eval()
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_field_becomes_a_table_of_a_plain_timm_model_with_equal_outputs(kind: str) -> None:
+    encoder = with_field(kind)
+    images = torch.randn(2, 3, *encoder.img_size)
+    with torch.no_grad():
+        features = encoder.encode(images)
+        expected = torch.cat([features.prefix, features.patches], 1)
+        assert_close(encoder.to_timm().forward_features(images), expected, atol=1e-6, rtol=0)
+        table = clone_encoder(encoder)
+        table.tabulate_field()
+        assert table.position_field is None and table.vit.pos_embed.requires_grad
+        assert_close(table.encode(images).patches, features.patches, atol=1e-6, rtol=0)
+    assert "position_field" not in table.config()
+
+
+def test_a_field_is_read_at_the_grid_of_use() -> None:
+    encoder = with_field("class token")
+    patches, prefix = encoder.positions((5, 3))
+    assert torch.equal(patches, encoder.position_field.whole((5, 3)))
+    assert torch.equal(prefix, encoder.position_field.class_position)
+    half = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
+    crops, _ = encoder.positions((4, 2), half)
+    whole, _ = encoder.positions((4, 4))
+    assert_close(crops.unflatten(1, (4, 2)), whole.unflatten(1, (4, 4))[:, :, :2])
+    with pytest.raises(ConfigError, match="no field"):
+        small("vit_tiny_patch16_224").positions((2, 2), half)
+
+
+def test_a_description_builds_the_field_again() -> None:
+    encoder = with_field("registers")
+    again = encoder_from_config(encoder.config())
+    again.load_state_dict(encoder.state_dict())
+    images = torch.randn(1, 3, 28, 28)
+    assert_close(again.eval().encode(images).patches, encoder.encode(images).patches)
+    with pytest.raises(ConfigError, match="can't be built"):
+        encoder_from_config({**encoder.config(), "position_field": {"grid": [3]}})
+
+
+def test_without_a_table_there_is_no_field() -> None:
+    with pytest.raises(ConfigError, match="no position embedding"):
+        small("vit_tiny_patch16_224", pos_embed="none").attach_field(PositionField(24))
+
+
+def test_weights_that_shall_know_no_positions_lose_their_field() -> None:
+    encoder = with_field("class token")
+    encoder.drop_positions()
+    patches, _ = encoder.positions((2, 2))
+    assert not patches.any()

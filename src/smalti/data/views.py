@@ -189,10 +189,12 @@ class MultiCrop:
     order: flip, colour, blur, solarise.
     """
 
-    def __init__(self, specs: Sequence[ViewSpec]):
+    def __init__(self, specs: Sequence[ViewSpec], flip_image_prob: float = 0.0):
         """
         Args:
             specs: kinds of views, global ones first; those of count 0 are left out.
+            flip_image_prob: share of images that are mirrored before they are cropped, so that all views of an image
+                are or none is; boxes are then those in the mirrored image, and ``flips`` says nothing of it.
 
         Raises:
             ConfigError: if there is no view at all, or a spec holds numbers that don't fit together.
@@ -204,6 +206,7 @@ class MultiCrop:
             _check(spec)
         self._blur = [_per_view(spec, spec.blur_prob, "blur_prob") for spec in self.specs]
         self._solarize = [_per_view(spec, spec.solarize_prob, "solarize_prob") for spec in self.specs]
+        self.flip_image_prob = flip_image_prob
 
     @property
     def num_views(self) -> int:
@@ -226,6 +229,8 @@ class MultiCrop:
             rng: source of all randomness.
         """
         height, width, channels = image.shape
+        if self.flip_image_prob and rng.random() < self.flip_image_prob:  # nothing is drawn where it is off
+            image = cv2.flip(image, 1).reshape(image.shape)
         boxes = self.draw_boxes(rng, height, width)
         flips = np.zeros(len(boxes), dtype=bool)
         crops = []

@@ -491,6 +491,8 @@ def _judge(
                 "layout": source.data.test.layout,
                 "seed": config.seed,
             }
+            if encoder.position_field is not None:
+                shared["position_field"] = encoder.position_field.config()
             if source.data.test.label_note is not None:
                 shared["labels"] = source.data.test.label_note
             if source.data.drawn:

@@ -109,7 +109,8 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
             "first_conv": "patch_embed.proj" if encoder.in_chans == 3 else None,
             "classifier": "head",
         },
-        "smalti": encoder.config(),
+        # What is written is a table: the field, where there is one, at the native grid.
+        "smalti": {key: value for key, value in encoder.config().items() if key != "position_field"},
     }
 
 

@@ -22,6 +22,41 @@ def normalize_boxes(boxes: Float[Tensor, "VB 4"], source_size: Int[Tensor, "B 2"
     return boxes / torch.cat([size, size], dim=1).repeat(num_views, 1)
 
 
+def place_in_field(
+    boxes: Float[Tensor, "V B 4"],
+    num_anchors: int,
+    area: Float[Tensor, " B"],
+    shift: Float[Tensor, "B 2"],
+    anchor: str = "crops",
+) -> Float[Tensor, "V B 4"]:
+    """Scale and shift all views of an image together, as if it were part of a larger one that a field spans.
+
+    A is the smallest rectangle around the anchors; it gets the area that is asked for, or as much of it as leaves all
+    views inside, and is put somewhere where they are.
+
+    Args:
+        boxes: ``(V, B, 4)`` in shares of the image, as :func:`normalize_boxes` gives them, anchors first.
+        num_anchors: views that A is drawn around: the global ones.
+        area: s, of A afterwards, as a share of the field, above 0.
+        shift: where between its leftmost and rightmost (topmost and lowest) place, each in 0..1.
+        anchor: ``crops``, or ``image``: A is the whole image, whatever its crops.
+
+    Returns:
+        ``(V, B, 4)`` in shares of the field, inside 0..1.
+
+    Source: Liu et al., "Intertwined content and positional features", ICML 2025: A, ``sqrt(s / |A|)`` and a uniform
+    shift. That local views must fit as well, and the scale be cut where they don't, is ours.
+    """
+    low, high = (edge(boxes[:num_anchors], dim=0) for edge in (torch.amin, torch.amax))
+    size = high[:, 2:] - low[:, :2]
+    covered = size.prod(1) if anchor == "crops" else torch.ones_like(area)
+    first, last = boxes[..., :2].amin(0), boxes[..., 2:].amax(0)  # (B, 2): Q, around all views
+    scale = torch.minimum((area / covered).sqrt(), (1 / (last - first)).amin(1))[:, None]
+    lowest, highest = -scale * first, 1 - scale * last
+    offset = lowest + (highest - lowest) * shift
+    return (boxes * scale.repeat(1, 4) + offset.repeat(1, 2)).clamp(0, 1)  # rounding alone leads out
+
+
 def overlaps(boxes: Float[Tensor, "V B 4"], num_anchors: int) -> Float[Tensor, "G V B 4"]:
     """Intersection of each of the first G views with every view, in pixels of the source image.
 

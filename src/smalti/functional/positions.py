@@ -1,4 +1,4 @@
-"""Fixed position embeddings, and position tables at another grid."""
+"""Fixed position embeddings, position tables at another grid, and the places at which a field of positions is read."""
 
 from typing import NamedTuple
 
@@ -131,3 +131,65 @@ def matching_cells(grid: tuple[int, int], other: tuple[int, int]) -> Int[Tensor,
     # whole numbers: the centre of cell i is (2 i + 1) / (2 n), and none lies on the wrong side of an edge by rounding
     rows, columns = ((2 * torch.arange(n) + 1) * m // (2 * n) for n, m in zip(grid, other, strict=True))
     return (rows[:, None] * other[1] + columns).flatten()
+
+
+def patch_centres(
+    boxes: Float[Tensor, "M 4"], grid: tuple[int, int]
+) -> tuple[Float[Tensor, "M w"], Float[Tensor, "M h"]]:
+    """Where the centres of a view's patches lie.
+
+    Args:
+        boxes: ``(M, 4)`` x0 y0 x1 y1 of the views, in shares of the image; with x0 and x1 exchanged columns run from
+            right to left, as those of a mirrored view do.
+        grid: ``(h, w)`` patches down and across.
+
+    Returns:
+        ``(M, w)`` x of each column and ``(M, h)`` y of each row, in shares of the image.
+    """
+    x0, y0, x1, y1 = boxes[..., None].unbind(1)  # (M, 1) each
+    down, across = ((torch.arange(n, device=boxes.device, dtype=boxes.dtype) + 0.5) / n for n in grid)
+    return x0 + (x1 - x0) * across, y0 + (y1 - y0) * down
+
+
+_CUBIC = -0.75
+"""torch's cubic coefficient, of ``interpolate`` without antialiasing and of ``grid_sample``."""
+
+
+def interpolation_weights(
+    places: Float[Tensor, "*S n"], length: int, mode: str = "bicubic", align_corners: bool = True
+) -> Float[Tensor, "*S n F"]:
+    """What each of a row of nodes counts at some places between them.
+
+    Args:
+        places: 0..1 along the row; beyond its ends the outermost node is repeated.
+        length: F, number of nodes.
+        mode: ``bicubic`` (four nodes) or ``bilinear`` (two).
+        align_corners: 0 and 1 are the first and the last node; otherwise they lie half a node further out.
+
+    Returns:
+        ``(..., n, F)``; rows sum to 1. Two such matrices, one an axis, are torch's ``grid_sample`` with
+        ``padding_mode="border"``, since the places of a view's patches form a grid.
+    """
+    at = places * (length - 1) if align_corners else places * length - 0.5
+    first = at.floor()
+    t = at - first
+    if mode == "bilinear":
+        taps = [(0, 1 - t), (1, t)]
+    else:
+        taps = [(step, _cubic((t - step).abs())) for step in (-1, 0, 1, 2)]
+    weights = places.new_zeros(*places.shape, length)
+    for step, weight in taps:
+        node = (first.long() + step).clamp(0, length - 1)
+        weights.scatter_add_(-1, node[..., None], weight[..., None])
+    return weights
+
+
+def _cubic(dist: Tensor) -> Tensor:
+    """Weight of a node at a distance of 0..2 nodes.
+
+    Source: Keys, "Cubic convolution interpolation for digital image processing", IEEE TASSP 1981, with a = -0.75.
+    """
+    a = _CUBIC
+    near = ((a + 2) * dist - (a + 3)) * dist * dist + 1
+    far = ((a * dist - 5 * a) * dist + 8 * a) * dist - 4 * a
+    return torch.where(dist <= 1, near, far)

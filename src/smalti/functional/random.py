@@ -31,6 +31,20 @@ def sample_uniform(keys: Int[Tensor, " B"], count: int, stream: int = 0) -> Floa
     return _shift(bits, 40).float() * 2.0**-24
 
 
+def sample_beta(keys: Int[Tensor, " B"], a: int, b: int, stream: int = 0) -> Float[Tensor, " B"]:
+    """A number of the Beta(a, b) law for each sample, in [0, 1): the a-th smallest of ``a + b - 1`` uniform ones.
+
+    Args:
+        keys: as in :func:`sample_uniform`.
+        a: whole, at least 1.
+        b: likewise.
+        stream: as in :func:`sample_uniform`.
+
+    Source: David & Nagaraja, "Order Statistics", 3rd ed., Sec. 2.3.
+    """
+    return sample_uniform(keys, a + b - 1, stream).sort(dim=1).values[:, a - 1]
+
+
 def fork_keys(keys: Int[Tensor, " B"], branch: int) -> Int[Tensor, " B"]:
     """Keys of their own for a second view of the same samples; branch 0 is the keys themselves."""
     return keys if branch == 0 else _mix(keys + _mix(torch.full_like(keys, branch)))

@@ -41,6 +41,8 @@ class Method(nn.Module, ABC):
     """What goes over ``defaults`` where training starts from weights (``init``): low rates, time for fresh heads."""
     export_network: ClassVar[str] = "encoder"
     """Which of :meth:`networks` is handed on by default."""
+    reads_field: ClassVar[bool] = False
+    """Whether crops read their positions out of a field. For all others a field that weights bring becomes a table."""
 
     def __init__(self, encoder: Encoder, config: Any) -> None:
         super().__init__()

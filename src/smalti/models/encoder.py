@@ -24,6 +24,7 @@ from smalti.config import unknown_key
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
 from smalti.functional.positions import Resampling, resample_positions
+from smalti.layers.position_field import PositionField
 from smalti.models.weights import LoadReport
 
 MODULES = ("vision_transformer", "deit")
@@ -87,6 +88,8 @@ class Encoder(nn.Module):
         """Whether positions are a fixed table, which a method that goes on from these weights may keep fixed."""
         self.position_free = False
         """Whether the weights were trained without positions: the table is zero; who trains them on draws one."""
+        self.position_field: PositionField | None = None
+        """Where positions are read, at any grid, in place of a table; see :meth:`attach_field`."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.report: LoadReport | None = None
@@ -184,6 +187,7 @@ class Encoder(nn.Module):
             "pool": self.pool,
             "fixed_positions": self.fixed_positions,
             **({"position_free": True} if self.position_free else {}),
+            **({"position_field": self.position_field.config()} if self.position_field is not None else {}),
         }
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
@@ -306,6 +310,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def drop_positions(self) -> None:
         """Set positions to zero and remember that these weights know none."""
+        self.tabulate_field()
         if self.vit.pos_embed is not None:
             self.vit.pos_embed.zero_()
         self.position_free, self.fixed_positions = True, False
@@ -321,11 +326,65 @@ class Encoder(nn.Module):
             self.vit.pos_embed.requires_grad_(True)
         self.position_free = False
 
-    def positions(self, grid: tuple[int, int]) -> tuple[Float[Tensor, "1 N D"], Float[Tensor, "1 R D"] | None] | None:
+    def attach_field(self, field: PositionField) -> None:
+        """Read positions out of a field from now on; the model's own table goes.
+
+        Raises:
+            ConfigError: if the model has no table, so that a plain timm model of its kind could not be given one.
+        """
+        if self.vit.pos_embed is None and self.position_field is None:
+            raise ConfigError(f"{self.name} has no position embedding, which a field would stand in for")
+        self.vit.pos_embed = None
+        self.position_field = field
+        self.position_free = self.fixed_positions = False
+
+    def tabulate_field(self) -> None:
+        """Put a table in the field's place: what it says at the native grid. Nothing happens without a field."""
+        if self.position_field is None:
+            return
+        self.vit.pos_embed, self.vit.cls_token = (
+            nn.Parameter(value) if value is not None else None for value in self._table()
+        )
+        self.position_field = None
+
+    @torch.no_grad()
+    def _table(self) -> tuple[Tensor, Tensor | None]:
+        """The field as timm's ``pos_embed`` at the native grid, and the class token that goes with it."""
+        positions = self.positions(self.check_size(*self.img_size))
+        assert positions is not None, "there is a field"
+        patches, prefix = positions
+        token = None if self.vit.cls_token is None else self.vit.cls_token.detach().clone()
+        if prefix is None:
+            return patches, token
+        if not self.vit.no_embed_class:
+            return torch.cat([prefix, patches], dim=1), token
+        assert token is not None, "only a class token has a position"
+        return patches, token + prefix[:, :1]  # timm's table has no row for it
+
+    def positions(
+        self, grid: tuple[int, int], boxes: Float[Tensor, "B 4"] | None = None
+    ) -> tuple[Float[Tensor, "#B N D"], Float[Tensor, "1 R D"] | None] | None:
         """Learned (or fixed) positions at a grid: of the patches, and of the prefix tokens (None: they have none).
 
-        Returns None for a model without positions.
+        Args:
+            grid: ``(h, w)``.
+            boxes: ``(B, 4)`` x0 y0 x1 y1 of crops in shares of a field; None: of a whole image.
+
+        Returns:
+            None for a model without positions.
+
+        Raises:
+            ConfigError: for boxes where there is no field.
         """
+        if self.position_field is not None:
+            field = self.position_field
+            patches = field.whole(grid) if boxes is None else field(boxes, grid)
+            if field.class_position is None:
+                return patches, None
+            registers = field.class_position.new_zeros(1, self.num_prefix_tokens - 1, self.embed_dim)
+            return patches, torch.cat([field.class_position, registers], dim=1)
+        if boxes is not None:
+            raise ConfigError(f"{self.name} has a table of positions, no field, from which crops could read theirs")
         pos_embed = self.vit.pos_embed
         if pos_embed is None:
             return None
@@ -414,7 +473,11 @@ class Encoder(nn.Module):
         :meth:`image_features`.
         """
         model = timm.create_model(self.name, **self.timm_args())
-        model.load_state_dict({key: value.detach().cpu() for key, value in self.vit.state_dict().items()}, strict=True)
+        state = self.vit.state_dict()
+        if self.position_field is not None:
+            state["pos_embed"], token = self._table()
+            state |= {} if token is None else {"cls_token": token}
+        model.load_state_dict({key: value.detach().cpu() for key, value in state.items()}, strict=True)
         return model.eval()
 
     def timm_args(self) -> dict[str, Any]:
@@ -539,7 +602,24 @@ def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:
     encoder.fixed_positions = bool(config.get("fixed_positions", False))
     if config.get("position_free", False):
         encoder.drop_positions()
+    if config.get("position_field"):
+        encoder.attach_field(_field_from_config(config["position_field"], encoder))
     return encoder
+
+
+def _field_from_config(config: Any, encoder: Encoder) -> PositionField:
+    """The field that :meth:`PositionField.config` describes."""
+    try:
+        return PositionField(
+            encoder.embed_dim,
+            (int(config["grid"][0]), int(config["grid"][1])),
+            encoder.has_class_token,
+            str(config["mode"]),
+            bool(config["align_corners"]),
+            bool(config["separable"]),
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ConfigError(f"the encoder's description has a position field that can't be built ({error})") from error
 
 
 def clone_encoder(encoder: Encoder) -> Encoder:

@@ -20,7 +20,7 @@ import timm
 from smalti.config import build
 from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
-from smalti.models.layouts import ForeignViT, describe, fold_layer_scale, likely_names, to_timm_names
+from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
 from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
 
 FORMS = "RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME"
@@ -28,6 +28,7 @@ CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE, STATE_FILE = "weights.safetensors", "state.json"
 BEST = "best"
 """As in ``RUN/best``."""
+_FIELD = "position_field."
 
 
 def load(
@@ -125,8 +126,9 @@ def open_encoder(
             description, foreign = _exported(path, config.weights)
             encoder = _fill(description, foreign, str(path), config, seed, partial, path.with_name("config.json"))
         else:
-            description, foreign, folder, name = _in_run(path, config.weights)
+            description, foreign, field, folder, name = _in_run(path, config.weights)
             encoder = _fill(description, foreign, f"{folder} ({name})", config, where=folder / STATE_FILE)
+            _fill_field(encoder, field, config)
     encoder.pretrained = True
     if encoder.report is not None and not quiet:
         print(f"{encoder.report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
@@ -179,6 +181,31 @@ def _fill(
     encoder.report = load_vit(encoder.vit, foreign, source, partial, config, encoder.pos_resampling)
     encoder.source = source
     return encoder
+
+
+def _fill_field(encoder: Encoder, tensors: Tensors, config: LoadConfig) -> None:
+    """The weights of a position field, which is read at the grid of use: no table is resampled.
+
+    Raises:
+        ConfigError: for a setting that says how it should be.
+        WeightsError: if the tensors aren't those of the field that the description has.
+    """
+    if encoder.position_field is None:
+        return
+    for name in ("pos_mode", "pos_antialias", "pos_offset"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"load.{name}: {encoder.source} reads its positions from a field, nothing is resampled; leave it out"
+            )
+    own = encoder.position_field.state_dict()
+    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in tensors.items()}:
+        raise WeightsError(f"{encoder.source}: the weights of its position field don't fit its description")
+    encoder.position_field.load_state_dict(tensors)
+    if encoder.report is not None:
+        rows, columns = encoder.position_field.grid
+        encoder.report = replace(
+            encoder.report, notes=(*encoder.report.notes, f"positions from a field of {rows}x{columns}")
+        )
 
 
 def _from_file(file: Path, config: LoadConfig) -> tuple[ForeignViT, str]:
@@ -281,8 +308,9 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT, Path, str]:
-    """The encoder in a run's newest or best checkpoint, or in the checkpoint given."""
+def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT, Tensors, Path, str]:
+    """The encoder in a run's newest or best checkpoint, or in the checkpoint given, and the tensors of its position
+    field, where it has one."""
     folder = find_checkpoint(path)
     if folder is None and not path.exists():
         if names_best(path):
@@ -299,8 +327,10 @@ def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT
     if name not in networks:
         raise WeightsError(f"{folder}: has no network '{name}'; it has {', '.join(networks) or 'none'}")
     description = state.get("encoder") or {}
-    tensors = read_tensors(folder / WEIGHTS_FILE, prefix=f"{networks[name]}.vit.")
-    return description, ForeignViT(tensors), folder, name
+    tensors = read_tensors(folder / WEIGHTS_FILE, prefix=f"{networks[name]}.")
+    vit = {key.removeprefix("vit."): value for key, value in tensors.items() if key.startswith("vit.")}
+    field = {key.removeprefix(_FIELD): value for key, value in tensors.items() if key.startswith(_FIELD)}
+    return description, ForeignViT(vit), field, folder, name
 
 
 def find_checkpoint(path: Path) -> Path | None:

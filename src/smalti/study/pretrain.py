@@ -215,6 +215,8 @@ def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = 
             encoder_from_config(description) if description else open_encoder(config.init, config.load, quiet=quiet)
         )
         encoder.pretrained = True
+        if not get_method(config.method["name"]).reads_field:
+            encoder.tabulate_field()
         if encoder.in_chans != data.channels:
             raise ConfigError(f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}")
     else:
