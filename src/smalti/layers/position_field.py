@@ -91,7 +91,7 @@ class PositionField(nn.Module):
         places = (2 * torch.stack([x, y], dim=-1) - 1).reshape(1, num_views * height, width, 2)
         values = F.grid_sample(self.field, places, self.mode, "border", self.align_corners)
         # (1, D, M*h, w) -> (M, h*w, D)
-        return values[0].unflatten(1, (num_views, height)).permute(1, 2, 3, 0).flatten(1, 2)
+        return values[0].reshape(-1, num_views, height, width).permute(1, 2, 3, 0).flatten(1, 2)
 
     def _product(self, across: Float[Tensor, "M w"], down: Float[Tensor, "M h"]) -> Float[Tensor, "M N D"]:
         """Rows, then columns."""
@@ -127,7 +127,7 @@ class PositionField(nn.Module):
             table: ``(1, N, D)`` raster order, without rows of prefix tokens.
             grid: ``(h, w)`` of the table.
         """
-        plane = table.mT.unflatten(2, grid).to(self.field)  # (1, D, h, w)
+        plane = table.mT.reshape(1, -1, *grid).to(self.field)  # (1, N, D) -> (1, D, h, w)
         rows, columns = (
             # a table's entries are the middles of its cells
             interpolation_weights(self._nodes(length), cells, "bicubic", align_corners=False)
