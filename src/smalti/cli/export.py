@@ -17,6 +17,8 @@ class ExportConfig:
 
     weights: str | None = None
     """Network of a run or a file: student or teacher."""
+    pool: str | None = None
+    """The vector that stands for an image, other than the encoder's own: auto, cls, avg or prr."""
     load: dict[str, Any] | None = None
     """Group: how weights of others are fitted, such as load.img_size."""
 
@@ -34,7 +36,8 @@ def command(
 ) -> None:
     """Write an encoder as a plain timm model; it is loaded again and compared before it gets its name.
 
-    Settings: weights (as --weights), load.* (how weights of others are fitted, see docs/weights.md).
+    Settings: weights (as --weights), pool (the vector that stands for an image, see docs/pooling.md), load.* (how weights
+    of others are fitted, see docs/weights.md).
     """
     out = needed(out, "--out", "exported")
     if to != "timm":
@@ -45,7 +48,9 @@ def command(
     from smalti.cli.options import load_encoder
     from smalti.export.timm import export_timm
 
-    model = load_encoder(encoder, weights=weights or given.weights, partial=partial, load=given.load, debug=debug)
+    model = load_encoder(
+        encoder, weights=weights or given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug
+    )
     written = export_timm(model, out)
     print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
     print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')

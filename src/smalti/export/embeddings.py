@@ -24,7 +24,7 @@ from smalti.data.folders import ImageSet
 from smalti.data.labelled import eval_batches
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError
-from smalti.models.encoder import Encoder, check_pool, pool_features
+from smalti.models.encoder import Encoder, check_pool
 
 LEVELS, DTYPES, ENDINGS = ("image", "patch"), ("float32", "float16"), (".parquet", ".npz")
 _ROW_GROUP_BYTES = 32 * 2**20
@@ -78,7 +78,7 @@ def embed(
         images: what to read.
         out: a file whose ending says the format; an existing one is replaced once the new one is whole.
         level: ``image`` or ``patch``.
-        pool: ``cls``, ``avg`` or ``auto``, for ``level="image"``.
+        pool: ``auto`` (the encoder's own), ``cls``, ``avg``, ``map`` or ``prr``, for ``level="image"``.
         image_size: side in pixels; None takes the encoder's own.
         batch_size: images at a time.
         num_workers: processes that read images; 0 reads in this one.
@@ -144,7 +144,7 @@ def _features(encoder: Encoder, pixels: torch.Tensor, pool: str, is_patches: boo
     """``(B, N, D)`` or ``(B, D)`` float32."""
     device = next(encoder.parameters()).device
     features = encoder.encode(encoder.normalize(pixels.to(device)))
-    chosen = features.patches if is_patches else pool_features(features, pool, encoder.has_class_token)
+    chosen = features.patches if is_patches else encoder.pooled(features, pool)
     return chosen.float().cpu().numpy()
 
 

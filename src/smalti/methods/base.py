@@ -39,6 +39,8 @@ class Method(nn.Module, ABC):
     """Run settings that the paper fixes (``optim`` and such), as a tree; recipes and the user's keys go over them."""
     posttrain_defaults: ClassVar[Mapping[str, Any]] = {}
     """What goes over ``defaults`` where training starts from weights (``init``): low rates, time for fresh heads."""
+    pools_images: ClassVar[bool] = False
+    """Whether the loss reads one vector an image from the encoder, so that a pooling with parameters learns."""
     export_network: ClassVar[str] = "encoder"
     """Which of :meth:`networks` is handed on by default."""
     reads_field: ClassVar[bool] = False

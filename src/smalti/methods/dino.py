@@ -107,6 +107,7 @@ class DINO(Method):
     Config = DINOConfig
     title = "self-distillation of the image token across crops"
     paper = "Caron et al. 2021, arXiv:2104.14294v2"
+    pools_images = True
     export_network = "teacher"
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {

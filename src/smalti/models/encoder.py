@@ -9,6 +9,7 @@ import copy
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import timm
@@ -20,15 +21,18 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from smalti.config import unknown_key
+from smalti.config import build, to_tree, unknown_key
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
 from smalti.functional.positions import Resampling, resample_positions
+from smalti.layers.pooling import PRRConfig, PRRPool
 from smalti.layers.position_field import PositionField
 from smalti.models.weights import LoadReport
 
 MODULES = ("vision_transformer", "deit")
 """timm's files of models that are plain ``VisionTransformer``s."""
+POOLS = ("auto", "cls", "avg", "map", "prr")
+"""The vectors that can stand for an image, see :meth:`Encoder.set_pool`."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -84,6 +88,8 @@ class Encoder(nn.Module):
         self.pretrained = pretrained
         self.pos_mode, self.pos_antialias, self.pos_offset = Resampling(pos_mode, pos_antialias, pos_offset).check()
         self.pool = "auto"
+        self.prr = PRRConfig()
+        """Of ``pool=prr``."""
         self.fixed_positions = False
         """Whether positions are a fixed table, which a method that goes on from these weights may keep fixed."""
         self.position_free = False
@@ -185,6 +191,7 @@ class Encoder(nn.Module):
             "pos_antialias": self.pos_antialias,
             "pos_offset": self.pos_offset,
             "pool": self.pool,
+            **({"prr": to_tree(self.prr)} if self.prr != PRRConfig() else {}),
             "fixed_positions": self.fixed_positions,
             **({"position_free": True} if self.position_free else {}),
             **({"position_field": self.position_field.config()} if self.position_field is not None else {}),
@@ -220,12 +227,13 @@ class Encoder(nn.Module):
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images
         return (scaled - self._mean) / self._std
 
-    def encode(self, images: Num[Tensor, "B C H W"]) -> PatchFeatures:
-        """Patch tokens of whole images.
+    def encode(self, images: Num[Tensor, "B C H W"], norm: bool = True) -> PatchFeatures:
+        """Patch tokens of whole images, never refined by the pooling.
 
         Args:
             images: ``(B, C, H, W)`` on the encoder's device; uint8 is normalised here, float must be already
                 (:meth:`normalize`). H and W are multiples of the patch size.
+            norm: whether tokens go through the final norm, as methods and :meth:`pooled` want them.
 
         Raises:
             ShapeError: if the patch size does not divide the images, or the channels don't fit.
@@ -233,7 +241,7 @@ class Encoder(nn.Module):
         if images.dtype == torch.uint8:
             images = self.normalize(images)
         tokens, grid = self.embed_patches(images)
-        sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid)))
+        sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid)), norm=norm)
         return PatchFeatures(sequence[:, self.num_prefix_tokens :], sequence[:, : self.num_prefix_tokens], grid)
 
     def encode_with_attention(self, images: Num[Tensor, "B C H W"]) -> tuple[PatchFeatures, Float[Tensor, "B heads N"]]:
@@ -262,19 +270,69 @@ class Encoder(nn.Module):
         sequence = self.vit.norm(last(sequence))
         return PatchFeatures(sequence[:, num_prefix:], sequence[:, :num_prefix], grid), attention
 
-    def set_pool(self, pool: str) -> None:
-        """Choose the vector that stands for an image: ``cls`` the class token, ``avg`` the mean patch, ``auto`` the
-        class token where there is one.
+    def set_pool(self, pool: str, prr: PRRConfig | None = None, fresh: bool = False) -> None:
+        """Choose the vector that stands for an image, made of tokens behind the final norm.
+
+        ``cls`` the class token, ``avg`` the mean patch, ``auto`` the class token where there is one; ``prr`` as
+        ``auto`` after parameter-free attention among all tokens (:class:`~smalti.layers.pooling.PRRPool`; without a
+        class token the mean is over all tokens); ``map`` timm's attention pooling of the patches by a learned query.
+        What has parameters (``map``, ``prr`` with norms) is a part of the network: a teacher, the optimiser and
+        checkpoints have it, too.
+
+        Args:
+            pool: one of :data:`POOLS`.
+            prr: settings of ``prr``; None takes the ones it has.
+            fresh: allow drawing parameters that are to be trained, from torch's generator.
 
         Raises:
-            ConfigError: for another name, or ``cls`` without a class token.
+            ConfigError: for another name, ``cls`` without a class token, settings that don't fit, or parameters that
+                nobody has trained.
         """
+        prr = prr or (self.prr if pool == self.pool else PRRConfig())
+        if pool != "prr" and prr != PRRConfig():
+            raise ConfigError(f"prr.* is about pool=prr, and pool={pool}; leave one of them out")
+        if (pool, prr) == (self.pool, self.prr):
+            return  # what is trained stays
+        self.vit.attn_pool = self._make_pool(pool, prr, fresh)
+        self.pool, self.prr = pool, prr
+
+    def _make_pool(self, pool: str, prr: PRRConfig, fresh: bool = False) -> nn.Module | None:
+        """The module of a pooling; None where it needs none."""
         check_pool(pool, self.has_class_token)
-        self.pool = pool
+        if pool not in ("map", "prr"):
+            return None
+        if not fresh and (pool == "map" or prr.pre_norm or prr.post_norm):
+            raise ConfigError(
+                f"pool={pool} has parameters, and {self.name} comes without trained ones; choose another pool, or "
+                f"train an encoder with pool={pool}"
+            )
+        if pool == "prr":
+            made: nn.Module = PRRPool(self.embed_dim, self.num_heads, self.num_prefix_tokens, self.has_class_token, prr)
+        else:  # timm knows how it builds its own
+            made = timm.create_model(self.name, **{**self.timm_args("map"), "depth": 1}).attn_pool
+        return made.to(self._mean.device)
+
+    def pooled(self, features: PatchFeatures, pool: str = "auto") -> Float[Tensor, "B D"]:
+        """One vector an image from what :meth:`encode` gave.
+
+        Args:
+            features: tokens of this encoder.
+            pool: as :meth:`set_pool` takes it; ``auto`` is what was set there.
+
+        Raises:
+            ConfigError: as :meth:`set_pool`.
+        """
+        pool = self.pool if pool == "auto" else pool
+        if pool not in ("map", "prr"):
+            return pool_features(features, pool, self.has_class_token)
+        module: Any = self.vit.attn_pool if pool == self.pool else self._make_pool(pool, PRRConfig())
+        if pool == "map":  # timm's way: no prefix tokens
+            return module(features.patches)
+        return module(torch.cat([features.prefix, features.patches], dim=1))
 
     def image_features(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
         """One vector an image, from :meth:`encode`, as :meth:`set_pool` says."""
-        return pool_features(self.encode(images), self.pool, self.has_class_token)
+        return self.pooled(self.encode(images))
 
     # The lower door, for methods.
 
@@ -420,18 +478,19 @@ class Encoder(nn.Module):
         return self.vit.pos_drop(torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1))
 
     def forward_tokens(
-        self, sequence: Float[Tensor, "B T D"], is_key: Bool[Tensor, "B T"] | None = None
+        self, sequence: Float[Tensor, "B T D"], is_key: Bool[Tensor, "B T"] | None = None, norm: bool = True
     ) -> Float[Tensor, "B T D"]:
         """Run the blocks and the final norm over an assembled sequence of any length T.
 
         Args:
             sequence: from :meth:`assemble`.
             is_key: ``(B, T)`` True where a token may be looked at, in every block; None: everywhere. All tokens look.
+            norm: False leaves the final norm out.
         """
         sequence = self.vit.norm_pre(sequence)
         for block in self.vit.blocks:
             sequence = block(sequence) if is_key is None else block(sequence, attn_mask=is_key[:, None, None])
-        return self.vit.norm(sequence)
+        return self.vit.norm(sequence) if norm else sequence
 
     def forward_layers(
         self, sequence: Float[Tensor, "B T D"], layers: Sequence[int], norm: bool = True
@@ -471,6 +530,9 @@ class Encoder(nn.Module):
 
         ``forward_features`` equals the tokens of :meth:`encode` (prefix first) at the native size, ``forward`` equals
         :meth:`image_features`.
+
+        Raises:
+            ConfigError: for settings of ``pool=prr`` that timm's models don't have.
         """
         model = timm.create_model(self.name, **self.timm_args())
         state = self.vit.state_dict()
@@ -480,21 +542,41 @@ class Encoder(nn.Module):
         model.load_state_dict({key: value.detach().cpu() for key, value in state.items()}, strict=True)
         return model.eval()
 
-    def timm_args(self) -> dict[str, Any]:
-        """Arguments with which ``timm.create_model(name, ...)`` builds the plain model of :meth:`to_timm`."""
+    def timm_args(self, pool: str | None = None) -> dict[str, Any]:
+        """Arguments with which ``timm.create_model(name, ...)`` builds the plain model of :meth:`to_timm`.
+
+        Args:
+            pool: another pooling than the encoder's.
+
+        Raises:
+            ConfigError: as :meth:`to_timm`.
+        """
+        pool = pool or self.pool
+        own = replace(self.prr, num_heads=None) if self.prr.num_heads == self.num_heads else self.prr
+        if pool == "prr" and own != PRRConfig():
+            raise ConfigError(
+                "timm's models know PRR pooling with the backbone's heads, no norms and all tokens only; this encoder "
+                f"has {', '.join(f'prr.{name}={value}' for name, value in to_tree(self.prr).items())}; "
+                "pool=auto hands on the same tokens"
+            )
         arguments = {
             **self.model_args,
             "img_size": list(self.img_size),
             "in_chans": self.in_chans,
             "num_classes": 0,
             "fc_norm": False,
-            "global_pool": "token" if self.has_class_token and self.pool != "avg" else "avg",
+            "global_pool": pool
+            if pool in ("map", "prr")
+            else "token"
+            if self.has_class_token and pool != "avg"
+            else "avg",
         }
         return {key: value for key, value in arguments.items() if key != "drop_path_rate"}
 
 
 def pool_features(features: PatchFeatures, pool: str, has_class_token: bool) -> Float[Tensor, "B D"]:
-    """One vector an image: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` where there is one).
+    """One vector an image without parameters or attention: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` where
+    there is one).
 
     Raises:
         ConfigError: for another ``pool``, or ``cls`` without a class token.
@@ -507,10 +589,10 @@ def check_pool(pool: str, has_class_token: bool) -> None:
     """Refuse a pooling that an encoder can't do.
 
     Raises:
-        ConfigError: for another name than auto, cls, avg, or ``cls`` without a class token.
+        ConfigError: for another name than :data:`POOLS`, or ``cls`` without a class token.
     """
-    if pool not in ("auto", "cls", "avg"):
-        raise ConfigError(f"pool={pool!r}: one of auto, cls, avg is needed")
+    if pool not in POOLS:
+        raise ConfigError(f"pool={pool!r}: one of {', '.join(POOLS)} is needed")
     if pool == "cls" and not has_class_token:
         raise ConfigError("pool=cls needs a class token, which this encoder does not have; use pool=avg")
 
@@ -554,6 +636,8 @@ def build_encoder(
     for argument in model_args:
         if argument not in known_args:
             raise ConfigError(unknown_key(argument, known_args - {"self"}, "encoder"))
+    if model_args.get("global_pool") in ("map", "prr"):
+        raise ConfigError(f"encoder.global_pool={model_args['global_pool']}: write pool={model_args['global_pool']}")
     arguments = {**model_args, "in_chans": in_chans}
     if img_size is not None:
         arguments["img_size"] = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
@@ -598,7 +682,9 @@ def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:
         bool(config.get("pos_antialias", True)),
         float(config.get("pos_offset", 0.0)),
     )
-    encoder.set_pool(config.get("pool", "auto"))
+    with torch.random.fork_rng(devices=[]):  # a pooling with parameters is drawn from the seed, too
+        torch.default_generator.manual_seed(seed % 2**63)
+        encoder.set_pool(config.get("pool", "auto"), build(PRRConfig, config.get("prr", {}), group="prr"), fresh=True)
     encoder.fixed_positions = bool(config.get("fixed_positions", False))
     if config.get("position_free", False):
         encoder.drop_positions()

@@ -300,11 +300,13 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in ("num_classes", "global_pool", "fc_norm", "dynamic_img_size")
     }
     normalization = config.get("pretrained_cfg") or {}
+    pool = (config.get("model_args") or {}).get("global_pool") or config.get("global_pool")
     return {
         "architecture": config.get("architecture", ""),
         "model_args": arguments,
         "mean": normalization.get("mean"),
         "std": normalization.get("std"),
+        "pool": pool if pool in ("map", "prr") else "auto",
     }
 
 

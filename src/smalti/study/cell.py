@@ -98,6 +98,8 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
     """What determines a cell's weights: its settings, the budget, the images, where it starts, and Smalti's version."""
     config, _ = resolve(tree)
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
+    if plain["prr"] is None:
+        del plain["prr"]  # cells from before it was a setting are the same
     plain["data"] = {name: value for name, value in plain["data"].items() if name not in ("path", "num_workers")}
     start = weights_digest(config.init) if config.init else None
     return digest(plain, dict(budget), images_digest(images), start, smalti.__version__)

@@ -30,6 +30,7 @@ from smalti.evaluation.protocol import (
     open_sets,
     write_results,
 )
+from smalti.layers.pooling import PRRConfig
 from smalti.methods.base import Method, get_method
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
 from smalti.models.loading import (
@@ -114,8 +115,12 @@ class RunConfig:
     """Compile the transformer blocks with torch.compile."""
     weights: str | None = None
     """Which network evaluation in training looks at: student or teacher; None: the one the method hands on."""
-    pool: Literal["auto", "cls", "avg"] = "auto"
-    """The vector that stands for an image: class token, mean patch, or ``auto``: the class token where there is one."""
+    pool: Literal["auto", "cls", "avg", "map", "prr"] = "auto"
+    """The vector that stands for an image, in methods that learn from one, too: ``cls`` class token, ``avg`` mean
+    patch, ``auto`` the class token where there is one, ``prr`` the same behind parameter-free attention among all
+    tokens, ``map`` timm's attention pooling of the patches, which is trained."""
+    prr: PRRConfig | None = None
+    """Of ``pool=prr``: ``num_heads pre_norm post_norm include_prefix``; None: as the paper has it."""
     drop_path: float = 0.0
     """Stochastic depth of the trained network, highest rate."""
     optim: OptimConfig = OptimConfig()
@@ -226,7 +231,7 @@ def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = 
     encoder.check_size(data.image_size, data.image_size)
     if data.mean or data.std:
         encoder.set_normalization(data.mean or encoder.mean, data.std or encoder.std)
-    encoder.set_pool(config.pool)
+    encoder.set_pool(config.pool, config.prr, fresh=True)
     return encoder
 
 
@@ -331,6 +336,7 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet, quiet: 
     views = method.make_views(config.data.image_size)
     build_optimizer(method.param_groups(), config.optim)
     _check_freeze(method, config.optim)
+    _check_pool(method, config)
     if config.eval.data and config.eval.image_size:
         method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
     trouble: DataError | None = None
@@ -356,6 +362,20 @@ def _check_freeze(method: Method, config: OptimConfig) -> None:
         raise ConfigError(
             f"optim.freeze_encoder_share={config.freeze_encoder_share}: {method.name} trains nothing beside its "
             "encoder; leave it at 0"
+        )
+
+
+def _check_pool(method: Method, config: RunConfig) -> None:
+    """A pooling with parameters must be read by the method's loss, or it would be handed on as it was drawn.
+
+    Raises:
+        ConfigError: if it isn't.
+    """
+    pool = next(iter(method.networks().values())).vit.attn_pool
+    if pool is not None and any(True for _ in pool.parameters()) and not method.pools_images:
+        raise ConfigError(
+            f"pool={config.pool}: {method.name} learns from patches alone, so the parameters of this pooling would "
+            "stay as they were drawn; choose auto, cls, avg, or prr without norms"
         )
 
 

@@ -1,0 +1,71 @@
+"""One vector an image out of its tokens, by attention without parameters.
+
+Letters: B images, T tokens (R of the prefix first, then patches), D embed_dim.
+"""
+
+from jaxtyping import Float
+from timm.layers import AttentionPoolPrr
+from torch import Tensor
+
+from smalti.config import settings
+from smalti.errors import ConfigError
+from smalti.functional.refinement import check_heads, prr_refine, prr_token
+
+
+@settings
+class PRRConfig:
+    """Settings of PRR pooling; as they are, it is the paper's and timm's ``global_pool='prr'``."""
+
+    num_heads: int | None = None
+    """H; None: the backbone's own."""
+    pre_norm: bool = False
+    """A layer norm of its own in front, beside the backbone's final norm."""
+    post_norm: bool = False
+    """A layer norm of its own behind, in front of the pooling."""
+    include_prefix: bool = True
+    """Without a class token: whether the mean is over all tokens, registers too (timm's way), or over patches only."""
+
+
+class PRRPool(AttentionPoolPrr):  # type: ignore[misc]  # timm has no types
+    """timm's PRR pooling: tokens refined by :func:`~smalti.functional.refinement.prr_refine`, of which one vector is
+    read: the class token, or the mean where there is none.
+
+    Differs from timm's class: only what is read is computed, so a class token costs ``2 T D`` and not ``2 T^2 D``;
+    timm's switch for fused attention needn't be set before this is built; ``include_prefix``.
+
+    Args:
+        width: D.
+        num_heads: the backbone's heads, for ``config.num_heads=None``.
+        num_prefix: R, tokens before the patches.
+        has_class_token: whether the first of them is a class token.
+        config: the settings.
+
+    Raises:
+        ConfigError: if the heads don't divide D, or ``include_prefix=False`` with a class token, which is read alone.
+
+    Source: Hajimiri et al., arXiv:2603.04892.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, num_prefix: int, has_class_token: bool, config: PRRConfig = PRRConfig()
+    ) -> None:
+        num_heads = num_heads if config.num_heads is None else config.num_heads
+        check_heads(width, num_heads)
+        if has_class_token and not config.include_prefix:
+            raise ConfigError(
+                "prr.include_prefix=false is about the mean over tokens; this encoder has a class token, which is read "
+                "alone; leave it out"
+            )
+        super().__init__(
+            width, num_heads, "token" if has_class_token else "avg", config.pre_norm, config.post_norm, norm_layer=None
+        )
+        self.config = config
+        self.num_skipped = 0 if config.include_prefix else num_prefix
+        """Refined tokens that are left out of the mean."""
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B D"]:
+        """The pooled vector of tokens that went through the final norm."""
+        x = self.pre_norm(x)
+        if self.pool == "token":
+            return self.post_norm(prr_token(x, self.num_heads))
+        return self.post_norm(prr_refine(x, self.num_heads))[:, self.num_skipped :].mean(1)
