@@ -14,7 +14,7 @@ from evaluation.conftest import STEP, tiny_encoder, write_image
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.finetune import Augmented, Classifier, choose_recipe, finetune
 from smalti.evaluation.protocol import EvalConfig
-from smalti.evaluation.tuning import trainable_copy
+from smalti.evaluation.tuning import seeded, trainable_copy
 from smalti.models.encoder import clone_encoder
 
 
@@ -130,3 +130,32 @@ def test_mistakes_are_told_in_one_line(tiny, greys, features_of):
         finetune(features, EvalConfig(preset="full", head_batch_size=3))
     with pytest.raises(ShapeError, match="images are 30x30 pixels, which patch_size=8 does not divide"):
         finetune(features, EvalConfig(image_size=30))
+
+
+@pytest.mark.parametrize(("pool", "theirs"), [("cls", "token"), ("map", "map"), ("prr", "prr")])
+def test_the_classifier_is_timms_with_other_pooling(pool, theirs):
+    with seeded(0):
+        model = Classifier(trainable_copy(tiny_encoder(), 0.0), 3, pool).eval()
+    torch.nn.init.normal_(model.encoder.vit.head.weight)
+    plain = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=3, global_pool=theirs
+    ).eval()
+    plain.load_state_dict(model.encoder.vit.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    assert_close(model(images), plain(images))
+    optimizer = create_optimizer_v2(model.encoder.vit, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(scale[id(p)] == 1.0 for p in (model.encoder.vit.attn_pool or torch.nn.Identity()).parameters())
+
+
+def test_pooling_is_chosen_and_reported(tiny, greys, features_of):
+    before = {key: value.clone() for key, value in tiny.state_dict().items()}
+    found = {}
+    for pool in ("auto", "avg", "cls", "prr", "map"):
+        scores = finetune(features_of(tiny, greys, "labels"), EvalConfig(epochs=2, head_batch_size=8, pool=pool))
+        found[pool] = scores.curves["loss"]
+        assert scores.settings["pool"].startswith("mean patch" if pool in ("auto", "avg") else pool)
+    assert found["auto"] == found["avg"]
+    assert len({tuple(curve) for curve in found.values()}) == 4
+    assert tiny.pool == "auto" and tiny.vit.attn_pool is None
+    assert all(torch.equal(value, before[key]) for key, value in tiny.state_dict().items())

@@ -100,7 +100,7 @@ def test_e18_order_of_judged_images_batches_and_cache_do_not_matter(protocol, ti
 def test_training_images_are_encoded_once_for_all_three(tiny, scenes, monkeypatch):
     seen = []
     encode = Features.encode
-    monkeypatch.setattr(Features, "encode", lambda self, *a: (seen.append(a[-1]), encode(self, *a))[1])
+    monkeypatch.setattr(Features, "encode", lambda self, *a, **k: (seen.append(a[-1]), encode(self, *a, **k))[1])
     evaluate(tiny, "mine", str(scenes), EvalConfig(protocols=tuple(PROTOCOLS), baseline=False, cache_mib=0))
     assert seen == ["train tokens", "test tokens"]  # memory and neighbours are shared, though no token is kept
 

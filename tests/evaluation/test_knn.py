@@ -95,3 +95,15 @@ def test_pool_cls_needs_a_class_token(greys, features_of):
     )
     with pytest.raises(ConfigError, match="pool=cls needs a class token"):
         knn(features_of(bare, greys, "labels"), EvalConfig(pool="cls"))
+
+
+def test_prr_pools_each_image_alone_and_map_needs_training(tiny, greys, features_of):
+    features = features_of(tiny, greys, "labels", batch_size=5)
+    level = features.image_level("test", 32, "prr")
+    encoded = [found for found, _ in features.encode(features.data.test, 32, "crop", 7, "images")]
+    assert_close(level.pool("prr"), torch.cat([tiny.pooled(found, "prr") for found in encoded]))
+    assert knn(features, EvalConfig(pool="prr")).settings["pool"] == "prr"
+    with pytest.raises(ConfigError, match="pool=map has parameters"):
+        knn(features, EvalConfig(pool="map"))
+    tiny.set_pool("map", fresh=True)
+    assert knn(features_of(tiny, greys, "labels"), EvalConfig()).settings["pool"] == "map"

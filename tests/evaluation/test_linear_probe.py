@@ -10,9 +10,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from smalti.data.loader import epoch_order
-from smalti.errors import DataError
+from smalti.errors import ConfigError, DataError
 from smalti.evaluation.linear_probe import LEARNING_RATES, LastBlocks, linear_probe, stratified_fifth, train_heads
 from smalti.evaluation.protocol import EvalConfig
+from smalti.functional.refinement import prr_refine
 from smalti.models.encoder import build_encoder
 
 RATES = torch.tensor([0.01, 0.1, 0.5])
@@ -153,3 +154,33 @@ def test_dinos_form_for_an_encoder_without_a_class_token(features_of, greys):
         LastBlocks(encoder)(torch.ones(1, 3, 32, 32)), encoder.encode(torch.ones(1, 3, 32, 32)).patches.mean(1)
     )
     assert "mean patch" in str(LastBlocks(encoder))
+
+
+def test_the_pooling_that_an_encoder_hands_on_takes_the_place_of_the_class_token(tiny, greys, features_of):
+    def features(pool="auto"):
+        scores = linear_probe(features_of(tiny, greys, "labels"), EvalConfig(epochs=1, pool=pool))
+        return scores.settings["grid"].partition(" x ")[2]
+
+    assert features() == features("cls") == "cls | cls+avg"
+    assert features("avg") == "avg" and features("prr") == "prr | prr+avg"
+    tiny.set_pool("prr")
+    assert features() == "prr | prr+avg" and features("cls") == "cls | cls+avg"
+
+
+@pytest.mark.parametrize("width", [192, 768])
+def test_dinos_form_refines_each_block_only_when_it_is_told_to(width, greys, features_of):
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=width, num_heads=3, reg_tokens=2, seed=0
+    ).eval()
+    encoder.set_pool("prr")
+    images = torch.rand(2, 3, 32, 32)
+    tokens, grid = encoder.embed_patches(images)
+    layers = encoder.forward_layers(encoder.assemble(tokens, encoder.positions(grid)), range(-3, 0))
+    plain, refined = LastBlocks(encoder), LastBlocks(encoder, "prr")
+    assert_close(plain(images)[:, :width], layers[0 if width < 768 else -1][:, 0])
+    chosen = layers if width < 768 else layers[-1:]
+    expected = torch.cat([prr_refine(layer, 3)[:, 0] for layer in chosen], 1)
+    assert_close(refined(images)[:, : expected.shape[1]], expected)
+    assert "PRR" in str(refined) and "class token" in str(plain)
+    with pytest.raises(ConfigError, match=r"eval\.pool=map: eval\.preset=paper reads several blocks"):
+        linear_probe(features_of(encoder, greys, "labels"), EvalConfig(preset="paper", pool="map"))

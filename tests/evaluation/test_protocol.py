@@ -267,3 +267,31 @@ def test_results_say_what_the_values_of_the_masks_mean(tiny, tmp_path):
 def test_masks_of_ones_own_have_their_meaning_in_classes_txt(tiny, scenes):
     (result,) = evaluate(tiny, "", str(scenes), quick("linear-segmentation", baseline=False))
     assert result.settings["layout"] == "masks" and "labels" not in result.settings
+
+
+@pytest.mark.parametrize("protocol", ["knn-patch", "in-context", "retrieval", "linear-segmentation", "overclustering"])
+def test_dense_tokens_are_never_refined_and_lose_the_norm_only_when_told_to(protocol, tiny, scenes):
+    def judge(**more):
+        config = EvalConfig(protocols=(protocol,), baseline=False, epochs=2 if "linear" in protocol else None, **more)
+        [result] = evaluate(tiny, "mine", str(scenes), config)
+        return result
+
+    plain = judge()
+    assert plain.settings["tokens"] == "behind the final norm"
+    with torch.no_grad():  # a norm that says nothing of the tokens: scores with it can only be a constant's
+        tiny.vit.norm.weight.zero_()
+    raw, silenced = judge(norm=False), judge()
+    assert raw.settings["tokens"] == "of the last block, without final norm"
+    assert raw.metrics != silenced.metrics
+    torch.nn.init.ones_(tiny.vit.norm.weight)
+    tiny.set_pool("prr")
+    assert judge().metrics == plain.metrics
+
+
+def test_the_twin_of_an_encoder_with_a_trained_pooling_has_a_random_one(tiny, greys):
+    tiny.set_pool("map", fresh=True)
+    one, two = random_twin(tiny, 1), random_twin(tiny, 1)
+    assert torch.equal(one.vit.attn_pool.latent, two.vit.attn_pool.latent)
+    assert not torch.equal(one.vit.attn_pool.latent, tiny.vit.attn_pool.latent)
+    results = evaluate(tiny, "mine", str(greys), EvalConfig(protocols=("knn",)))
+    assert [result.settings["pool"] for result in results] == ["map", "map"]

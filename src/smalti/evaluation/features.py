@@ -23,6 +23,8 @@ Progress = Callable[[str, int, int], None]
 Split = Literal["train", "test"]
 DENSE_SIZE = 448
 """Side of the images of dense protocols in pixels, at most, where none is chosen: that of the papers."""
+ATTENTIVE = ("map", "prr")
+"""Poolings that need all tokens of an image."""
 NUM_SHOWN = 8
 """Test images whose predictions are kept for figures."""
 T = TypeVar("T")
@@ -47,7 +49,7 @@ class Observer(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures:
-    """One vector an image, pooled in every way that the encoder allows."""
+    """One vector an image, pooled in every way that needs no more than the mean patch, and in one that needs all."""
 
     pooled: PatchFeatures
     """Mean patch as the only patch, prefix tokens as they are."""
@@ -58,14 +60,21 @@ class ImageFeatures:
     has_class_token: bool
     auto: str
     """The encoder's own pooling."""
+    attended: tuple[str, Float[Tensor, "n D"]] | None = None
+    """``prr`` or ``map``, and the vectors, where they were asked for."""
 
     def pool(self, pool: str) -> Float[Tensor, "n D"]:
-        """``cls``, ``avg`` (mean patch), or ``auto``: what the encoder hands on for an image.
+        """``cls``, ``avg`` (mean patch), the one that was asked for of ``prr`` and ``map``, or ``auto``: what the
+        encoder hands on for an image.
 
         Raises:
             ConfigError: for ``cls`` without a class token.
         """
-        return pool_features(self.pooled, self.auto if pool == "auto" else pool, self.has_class_token)
+        pool = self.auto if pool == "auto" else pool
+        if pool not in ATTENTIVE:
+            return pool_features(self.pooled, pool, self.has_class_token)
+        assert self.attended is not None and self.attended[0] == pool, pool
+        return self.attended[1]
 
 
 class PatchTokens:
@@ -130,7 +139,8 @@ class PatchTokens:
         chosen = dataclasses.replace(self._images, samples=tuple(self._images.samples[i] for i in order))
         is_whole = self._split == "test" and list(order) == list(range(len(self._images)))
         with self._features.observing(self._size if is_whole else None) as saw:
-            for features, positions in self._features.encode(chosen, self._size, "squash", batch_size, what):
+            encoded = self._features.encode(chosen, self._size, "squash", batch_size, what, norm=self._features.norm)
+            for features, positions in encoded:
                 places = [order[position] for position in positions]
                 saw(places)
                 yield self._features.round(features.patches), places
@@ -146,6 +156,7 @@ class Features:
         num_workers: processes that read images.
         cache_dtype: precision of patch tokens, ``float16`` or ``float32``.
         cache_mib: patch tokens beyond this size in all are computed again for each pass.
+        norm: whether patch tokens of dense protocols go through the encoder's final norm; see ``EvalConfig``.
         progress: called as ``progress(what, done, total)``.
         observers: what else watches the test images pass, by name.
     """
@@ -159,6 +170,7 @@ class Features:
         num_workers: int = 0,
         cache_dtype: str = "float16",
         cache_mib: int = 2048,
+        norm: bool = True,
         progress: Progress | None = None,
         observers: Mapping[str, Observer] | None = None,
     ) -> None:
@@ -166,13 +178,14 @@ class Features:
         self.data = data
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.norm = norm
         self.progress = progress or (lambda what, done, total: None)
         self.skipped: dict[str, str] = {}
         """Images that could not be read so far: path -> reason."""
         self.dtype = {"float16": torch.float16, "float32": torch.float32}[cache_dtype]
         """To which patch tokens are rounded."""
         self._bytes_left = cache_mib * 2**20
-        self._image_level: dict[tuple[Split, int], ImageFeatures] = {}
+        self._image_level: dict[tuple[Split, int, str], ImageFeatures] = {}
         self._tokens: dict[tuple[Split, int], PatchTokens] = {}
         self._observers = dict(observers or {})
         self._observed: set[tuple[str, int]] = set()
@@ -252,19 +265,30 @@ class Features:
         own, step = self.image_size(None), max(self.encoder.patch_size)
         return min(own, max(step, DENSE_SIZE // step * step))
 
-    def image_level(self, split: Split, size: int) -> ImageFeatures:
+    def image_level(self, split: Split, size: int, pool: str = "auto") -> ImageFeatures:
         """One vector an image, of images whose short side was resized and whose middle was cropped.
 
+        Args:
+            split: ``train`` or ``test``.
+            size: side of the images in pixels.
+            pool: which vector will be asked for, beside ``cls`` and ``avg``, which are always there.
+
         Raises:
+            ConfigError: if the encoder doesn't have it.
             DataError: if no image of the split can be read.
         """
-        key = (split, size)
+        pool = self.encoder.pool if pool == "auto" else pool
+        pool = pool if pool in ATTENTIVE else ""
+        key = (split, size, pool)
         if key not in self._image_level:
             images = self._split(split)
-            patches, prefix, places = [], [], list[int]()
+            patches, prefix, places, attended = [], [], list[int](), list[Tensor]()
             for features, positions in self.encode(images, size, "crop", self.batch_size, f"{split} images"):
                 patches.append(features.patches.mean(1, keepdim=True).float().cpu())
                 prefix.append(features.prefix.float().cpu())
+                if pool:
+                    with torch.no_grad():
+                        attended.append(self.encoder.pooled(features, pool).float().cpu())
                 places += positions
             if not places:
                 raise DataError(f"{images.root}: none of the {len(images)} {split} images can be read")
@@ -276,6 +300,7 @@ class Features:
                 tuple(places),
                 self.encoder.has_class_token,
                 self.encoder.pool,
+                (pool, torch.cat(attended)) if pool else None,
             )
         return self._image_level[key]
 
@@ -301,9 +326,16 @@ class Features:
         return self._tokens[key]
 
     def encode(
-        self, images: ImageSet, size: int, mode: Literal["crop", "squash"], batch_size: int, what: str
+        self,
+        images: ImageSet,
+        size: int,
+        mode: Literal["crop", "squash"],
+        batch_size: int,
+        what: str,
+        norm: bool = True,
     ) -> Iterator[tuple[PatchFeatures, list[int]]]:
-        """Features batch by batch on the encoder's device, without gradients, and the places of their images."""
+        """Features batch by batch on the encoder's device, without gradients, and the places of their images; behind
+        the final norm if ``norm``."""
         batches = eval_batches(
             images, size, self.encoder.in_chans, mode=mode, batch_size=batch_size, num_workers=self.num_workers
         )
@@ -312,12 +344,13 @@ class Features:
             self.skipped.update({str(item.path): item.reason for item in skipped})
             done += len(positions) + len(skipped)
             if len(positions):
-                yield self._encode(pixels), positions
+                yield self._encode(pixels, norm), positions
             self.progress(what, done, len(images))
 
     def patches(self, pixels: Num[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
-        """Patch tokens of images as they were read, without gradients, rounded to ``dtype``."""
-        return self.round(self._encode(pixels).patches)
+        """Patch tokens of images as they were read, without gradients, rounded to ``dtype``, with or without the final
+        norm as ``norm`` says."""
+        return self.round(self._encode(pixels, self.norm).patches)
 
     def round(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Tokens in ``dtype``.
@@ -333,9 +366,10 @@ class Features:
             )
         return rounded
 
-    def _encode(self, pixels: Num[Tensor, "B C S S"]) -> PatchFeatures:
+    def _encode(self, pixels: Num[Tensor, "B C S S"], norm: bool) -> PatchFeatures:
         with torch.no_grad():
-            features = self.encoder.encode(self.encoder.normalize(pixels.to(self.device)))
+            images = self.encoder.normalize(pixels.to(self.device))
+            features = self.encoder.encode(images) if norm else self.encoder.encode(images, norm=False)
         if not features.patches.isfinite().all() or not features.prefix.isfinite().all():
             raise RunError(
                 f"{self.encoder.name}: features are not finite; its weights are damaged, or training went wrong"

@@ -1,4 +1,5 @@
-"""Fine-tuning: a copy of the encoder and a classifier on its mean patch, trained end to end on class labels.
+"""Fine-tuning: a copy of the encoder and a classifier on its mean patch (or what ``eval.pool`` says), trained end to
+end on class labels.
 
 Source: He et al., MAE, arXiv:2111.06377v3, App. A.1 and Table 9, in the settings of their code for each size.
 Differs from it: a step warms up to its share of the learning rate, where theirs begins at 0; epochs run into one
@@ -133,20 +134,25 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
 class Classifier(nn.Module):
     """The encoder without its final norm, the mean of its patches, a layer norm, and a linear layer.
 
-    These are the copy's own ``fc_norm`` and ``head``, so that it is a timm classifier and timm knows its layers.
+    With another pooling the final norm stays where it is, and the linear layer reads the pooled vector. Either way
+    these are the copy's own ``fc_norm`` and ``head``, so that it is a timm classifier and timm knows its layers.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+    def __init__(self, encoder: Encoder, num_classes: int, pool: str = "avg") -> None:
         """
         Args:
             encoder: a copy, which is changed.
             num_classes: K.
+            pool: ``avg``, or another one of :meth:`~smalti.models.encoder.Encoder.set_pool`; one that has parameters
+                is drawn from torch's generator, unless the encoder brings it.
         """
         super().__init__()
         self.encoder = encoder
         device = next(encoder.parameters()).device
-        encoder.vit.norm = nn.Identity()
-        encoder.vit.fc_norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6, device=device)
+        encoder.set_pool(pool, fresh=True)
+        if pool == "avg":
+            encoder.vit.norm = nn.Identity()
+            encoder.vit.fc_norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6, device=device)
         head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.trunc_normal_(head.weight, std=2e-5)
         nn.init.zeros_(head.bias)
@@ -154,8 +160,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Class scores of normalised images."""
-        pooled = self.encoder.encode(images).patches.mean(1)
-        return self.encoder.vit.head(self.encoder.vit.fc_norm(pooled))
+        return self.encoder.vit.head(self.encoder.vit.fc_norm(self.encoder.image_features(images)))
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ class Augmented:
 @register_protocol(
     "finetune",
     need="labels",
-    heeds=("preset", "epochs", "head_batch_size", "learning_rate"),
+    heeds=("preset", "epochs", "head_batch_size", "learning_rate", "pool"),
     by_default=False,
 )
 def finetune(features: Features, config: EvalConfig) -> Scores:
@@ -216,8 +221,9 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
     num_steps = recipe.num_steps(num_images)
     num_warmup = math.ceil(recipe.warmup_share * num_steps)
     encoder = features.encoder
+    pool = "avg" if config.pool == "auto" else config.pool
     with seeded(config.seed, features.device):
-        model = Classifier(trainable_copy(encoder, recipe.drop_path), num_classes)
+        model = Classifier(trainable_copy(encoder, recipe.drop_path), num_classes, pool)
         optimizer = create_optimizer_v2(
             model.encoder.vit,
             "adamw",
@@ -258,10 +264,13 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
         if config.preset == "small"
-        else "MAE's fine-tuning recipe, as far as none of it was changed",
+        else "MAE's fine-tuning recipe, as far as none of it was changed"
+        + ("" if pool == "avg" else "; its pooling is the mean patch"),
         "trained": "a copy of the whole encoder, positions too"
         + (", which are new: it was trained without" if encoder.position_free else ""),
-        "pool": "mean patch, then layer norm; the encoder's own final norm is left out",
+        "pool": "mean patch, then layer norm; the encoder's own final norm is left out"
+        if pool == "avg"
+        else f"{pool}, of tokens behind the encoder's own final norm",
         "image_size": recipe.image_size,
         "resize": "short side, then centre crop",
         "epochs": recipe.epochs,

@@ -59,7 +59,7 @@ def vote(
 def knn(features: Features, config: EvalConfig) -> Scores:
     """Image classes by a vote of the nearest training images; needs class folders."""
     size = features.image_size(config.image_size)
-    train, test = features.image_level("train", size), features.image_level("test", size)
+    train, test = (features.image_level(split, size, config.pool) for split in ("train", "test"))
     num_train, num_classes = len(train.labels), len(features.data.classes)
     wanted = config.k or DEFAULT_K
     k = min(wanted, num_train)

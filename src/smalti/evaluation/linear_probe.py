@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from smalti.data.folders import ImageSample
 from smalti.data.loader import epoch_order
 from smalti.data.views import Skipped
-from smalti.errors import DataError
-from smalti.evaluation.features import Features, ImageFeatures, Progress
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.features import ATTENTIVE, Features, ImageFeatures, Progress
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import tally_labels
 from smalti.evaluation.tuning import Example, judge_labels, normalized, random_view, seeded, train
-from smalti.models.encoder import Encoder
+from smalti.models.encoder import Encoder, PatchFeatures, check_pool, pool_features
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 """The grid; each is multiplied by head_batch_size / 256."""
@@ -128,6 +128,9 @@ class LastBlocks:
     """
 
     encoder: Encoder
+    pool: str = "auto"
+    """``prr`` pools the tokens of each block by it, as the linear evaluation of the paper's DINO variant does
+    (arXiv:2603.04892, released code); ``avg`` takes mean patches alone."""
 
     @property
     def num_blocks(self) -> int:
@@ -137,7 +140,7 @@ class LastBlocks:
     @property
     def has_mean_patch(self) -> bool:
         """Whether the mean patch of the last block is taken, too."""
-        return self.encoder.embed_dim >= WIDE and self.encoder.has_class_token
+        return self.encoder.embed_dim >= WIDE and self.encoder.has_class_token and self.pool != "avg"
 
     @property
     def width(self) -> int:
@@ -146,6 +149,8 @@ class LastBlocks:
 
     def __str__(self) -> str:
         token = "class token" if self.encoder.has_class_token else "mean patch (there is no class token)"
+        if self.pool in ("avg", "prr"):
+            token = {"avg": "mean patch", "prr": "tokens pooled by PRR"}[self.pool]
         return f"{token} of the last {self.num_blocks} blocks" + (", mean patch" if self.has_mean_patch else "")
 
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
@@ -154,7 +159,13 @@ class LastBlocks:
         tokens, grid = encoder.embed_patches(images)
         sequence = encoder.assemble(tokens, encoder.positions(grid))
         layers = encoder.forward_layers(sequence, range(-self.num_blocks, 0))
-        parts = [layer[:, 0] if encoder.has_class_token else layer[:, first:].mean(1) for layer in layers]
+        pool = "auto" if self.pool == "cls" else self.pool
+        parts = [
+            pool_features(PatchFeatures(layer[:, first:], layer[:, :first], grid), pool, encoder.has_class_token)
+            if pool != "prr"
+            else encoder.pooled(PatchFeatures(layer[:, first:], layer[:, :first], grid), pool)
+            for layer in layers
+        ]
         if self.has_mean_patch:
             parts.append(layers[-1][:, first:].mean(1))
         return torch.cat(parts, dim=1)
@@ -184,7 +195,10 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
     epochs, batch_size = config.epochs or EPOCHS, config.head_batch_size or DINO_BATCH_SIZE
     num_images, peak = len(features.data.train), DINO_RATE * batch_size / BATCH_SIZE
     num_steps = math.ceil(epochs * num_images / batch_size)
-    read = LastBlocks(encoder)
+    if config.pool == "map":
+        raise ConfigError("eval.pool=map: eval.preset=paper reads several blocks, whose pooling nobody trained")
+    check_pool(config.pool, encoder.has_class_token)
+    read = LastBlocks(encoder, config.pool)
 
     def frozen(images: Tensor) -> Tensor:
         # float32 although the loop trains in bfloat16: nothing but a linear layer is trained
@@ -229,14 +243,14 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
     )
 
 
-@register_protocol("linear-probe", need="labels", heeds=("preset", "epochs", "head_batch_size"))
+@register_protocol("linear-probe", need="labels", heeds=("preset", "epochs", "head_batch_size", "pool"))
 @torch.no_grad()
 def linear_probe(features: Features, config: EvalConfig) -> Scores:
     """Image classes by a linear head on frozen features; needs class folders."""
     if config.preset == "paper":
         return dino_probe(features, config)
     size = features.image_size(config.image_size)
-    train, test = features.image_level("train", size), features.image_level("test", size)
+    train, test = (features.image_level(split, size, config.pool) for split in ("train", "test"))
     num_classes, device = len(features.data.classes), features.device
     batch_size = config.head_batch_size or BATCH_SIZE
     held_out = stratified_fifth(train.labels, config.seed)
@@ -245,7 +259,7 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
             f"{features.data.train.root}: {len(train.labels)} training images, one of each class; linear-probe chooses "
             "its learning rate on a part of them and needs a class with two"
         )
-    inputs, sees, names = _grid(train)
+    inputs, sees, names = _grid(train, config.pool)
     labels, inputs, sees = train.labels.to(device), inputs.to(device), sees.to(device)
     rates = torch.tensor(LEARNING_RATES) * (batch_size / BATCH_SIZE)
     heads_rates, heads_sees = rates.repeat(len(sees)), sees.repeat_interleave(len(rates), dim=0)
@@ -281,7 +295,7 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
         seed=config.seed,
         progress=features.progress,
     )
-    judged = ((_grid(test)[0].to(device) - mean) / std)[:, chosen]
+    judged = ((_grid(test, config.pool)[0].to(device) - mean) / std)[:, chosen]
     confusion = ConfusionMatrix(num_classes)
     preds = head.logits(judged, num_classes)[:, 0].argmax(1).cpu()
     confusion.update(test.labels, preds)
@@ -313,15 +327,19 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
     )
 
 
-def _grid(images: ImageFeatures) -> tuple[Float[Tensor, "n D"], Bool[Tensor, "F D"], list[str]]:
-    """All features side by side, which of them each of the F combinations reads, and the combinations' names."""
+def _grid(images: ImageFeatures, pool: str) -> tuple[Float[Tensor, "n D"], Bool[Tensor, "F D"], list[str]]:
+    """All features side by side, which of them each of the F combinations reads, and the combinations' names.
+
+    ``auto`` takes the class token, where there is one; ``prr`` or ``map`` where the encoder hands that on.
+    """
     avg = images.pool("avg")
-    if not images.has_class_token:
+    if pool == "auto":
+        pool = images.auto if images.auto in ATTENTIVE else "cls" if images.has_class_token else "avg"
+    if pool == "avg":
         return avg, torch.ones(1, avg.shape[1], dtype=torch.bool), ["avg"]
-    cls = images.pool("cls")
     sees = torch.ones(2, 2 * avg.shape[1], dtype=torch.bool)
     sees[0, avg.shape[1] :] = False
-    return torch.cat([cls, avg], dim=1), sees, ["cls", "cls+avg"]
+    return torch.cat([images.pool(pool), avg], dim=1), sees, [pool, f"{pool}+avg"]
 
 
 def _choose(logits: Float[Tensor, "n H K"], labels: Int[Tensor, " n"]) -> tuple[int, float]:

@@ -260,6 +260,7 @@ def _judge(
         "learning_rate",
         "cache_mib",
         "cache_dtype",
+        "norm",
     ),
 )
 @torch.no_grad()

@@ -38,7 +38,7 @@ from smalti.functional.neighbours import nearest, patch_counts
 from smalti.functional.random import sample_uniform
 from smalti.models.encoder import Encoder
 
-HEEDS = ("preset", "k", "memory_size", "void", "augment", "cache_mib", "cache_dtype")
+HEEDS = ("preset", "k", "memory_size", "void", "augment", "cache_mib", "cache_dtype", "norm")
 """Settings that the memory and the search in it depend on."""
 PAPER_SIZE = 512
 """Side of the images in pixels, at most; 504 for patches of 14 pixels."""
@@ -346,7 +346,9 @@ def _batches(
     order = range(len(images)) if order is None else order
     chosen = dataclasses.replace(images, samples=tuple(images.samples[place] for place in order))
     with _normalization(features.encoder, recipe):
-        for encoded, positions in features.encode(chosen, recipe.image_size, "squash", _AT_ONCE, f"{split} tokens"):
+        for encoded, positions in features.encode(
+            chosen, recipe.image_size, "squash", _AT_ONCE, f"{split} tokens", norm=features.norm
+        ):
             yield features.round(encoded.patches).float(), [order[position] for position in positions]
 
 

@@ -146,7 +146,7 @@ def choose_clusters(wanted: Sequence[int], num_classes: int, num_patches: int) -
 @register_protocol(
     "overclustering",
     need="masks",
-    heeds=("preset", "clusters", "repeats", "mask_size", "absent", "cache_mib", "cache_dtype"),
+    heeds=("preset", "clusters", "repeats", "mask_size", "absent", "cache_mib", "cache_dtype", "norm"),
 )
 @torch.no_grad()
 def overclustering(features: Features, config: EvalConfig) -> Scores:

@@ -26,7 +26,7 @@ from smalti.evaluation.features import Features, Observer, Progress
 from smalti.evaluation.metrics import Absent
 from smalti.evaluation.shown import Shown, show
 from smalti.evaluation.tally import Tally
-from smalti.models.encoder import Encoder, build_encoder, eval_mode
+from smalti.models.encoder import Encoder, encoder_from_config, eval_mode
 
 Need = Literal["labels", "masks", "images"]
 """What the data must have; ``images`` are enough for what needs no labels."""
@@ -73,8 +73,12 @@ class EvalConfig:
     """Learn from fewer training images, drawn by the seed: a share below 1, or a number of images; None takes all."""
     baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
-    pool: Literal["auto", "cls", "avg"] = "auto"
-    """knn, rank: what stands for an image: cls token, avg of the patches, or auto: what the encoder hands on."""
+    pool: Literal["auto", "cls", "avg", "map", "prr"] = "auto"
+    """knn, rank, linear-probe, finetune: what stands for an image: cls token, avg of the patches, prr: the same after
+    attention without parameters, map: learned attention pooling, or auto: what the encoder hands on (linear-probe:
+    class token, and prr or map only where the encoder hands them on; finetune: the mean patch)."""
+    norm: bool = True
+    """Protocols with patch tokens: take them behind the encoder's final norm, or as its last block leaves them."""
     preset: Preset = "small"
     """Sizes and conventions: small ends in minutes on a CPU; full has the published sizes and our conventions; paper
     has the published code's conventions, too, for numbers beside published ones."""
@@ -397,18 +401,10 @@ def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
 
 def random_twin(encoder: Encoder, seed: int) -> Encoder:
     """An encoder of the same architecture and normalisation with random weights, on the same device."""
-    description = encoder.config()
-    twin = build_encoder(
-        description["architecture"],
-        seed=seed,
-        mean=description["mean"],
-        std=description["std"],
-        **description["model_args"],
-    )
-    twin.set_pos_resampling(*encoder.pos_resampling)
-    twin.set_pool(encoder.pool)
-    if encoder.position_free:
-        twin.drop_positions()
+    shape = {
+        key: value for key, value in encoder.config().items() if key not in ("fixed_positions", "position_field")
+    }
+    twin = encoder_from_config(shape, seed)
     return twin.to(next(encoder.parameters()).device)
 
 
@@ -465,6 +461,7 @@ def _judge(
                 num_workers=config.num_workers,
                 cache_dtype=config.cache_dtype,
                 cache_mib=config.cache_mib,
+                norm=config.norm,
                 progress=progress,
                 observers={
                     protocol.name: protocol.observer(config)
@@ -493,6 +490,8 @@ def _judge(
             }
             if encoder.position_field is not None:
                 shared["position_field"] = encoder.position_field.config()
+            if "norm" in protocol.heeds:
+                shared["tokens"] = "behind the final norm" if config.norm else "of the last block, without final norm"
             if source.data.test.label_note is not None:
                 shared["labels"] = source.data.test.label_note
             if source.data.drawn:

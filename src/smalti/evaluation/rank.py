@@ -18,7 +18,6 @@ from smalti.evaluation.features import Features, spread
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.spectra import effective_rank, rankme, singular_values, sum_moments
-from smalti.models.encoder import pool_features
 
 UNIT = "dimensions, 1 to the width of a token"
 
@@ -39,7 +38,7 @@ def rank(features: Features, config: EvalConfig) -> Scores:
             moments = sum_moments([tokens.float()])
             within[chosen[position]] = effective_rank(singular_values(moments, centred=True))
             all_patches = all_patches.plus(moments)
-        pooled.append(pool_features(found, pool, encoder.has_class_token).float())
+        pooled.append(encoder.pooled(found, pool).float())
     if not pooled:
         raise DataError(f"{images.root}: none of the {len(few)} test images can be read")
     all_images = sum_moments(pooled)

@@ -67,7 +67,9 @@ def show(features: Features, wanted: int | None) -> Shown | None:
     grid = encoder.check_size(size, size)
     subset = dataclasses.replace(images, samples=tuple(images.samples[place] for place in features.shown))
     tokens, places = [], list[int]()
-    for found, positions in features.encode(subset, size, "squash", features.batch_size, "images to show"):
+    for found, positions in features.encode(
+        subset, size, "squash", features.batch_size, "images to show", norm=features.norm
+    ):
         tokens.append(found.patches.float().cpu())
         places += [features.shown[position] for position in positions]
     if not places or grid[0] * grid[1] < 2:
