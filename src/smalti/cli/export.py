@@ -36,8 +36,8 @@ def command(
 ) -> None:
     """Write an encoder as a plain timm model; it is loaded again and compared before it gets its name.
 
-    Settings: weights (as --weights), pool (the vector that stands for an image, see docs/pooling.md), load.* (how weights
-    of others are fitted, see docs/weights.md).
+    Settings: weights (as --weights), pool (the vector of an image, see docs/pooling.md), load.* (how weights of others
+    are fitted, see docs/weights.md).
     """
     out = needed(out, "--out", "exported")
     if to != "timm":

@@ -401,9 +401,7 @@ def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
 
 def random_twin(encoder: Encoder, seed: int) -> Encoder:
     """An encoder of the same architecture and normalisation with random weights, on the same device."""
-    shape = {
-        key: value for key, value in encoder.config().items() if key not in ("fixed_positions", "position_field")
-    }
+    shape = {key: value for key, value in encoder.config().items() if key not in ("fixed_positions", "position_field")}
     twin = encoder_from_config(shape, seed)
     return twin.to(next(encoder.parameters()).device)
 
