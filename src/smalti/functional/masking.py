@@ -1,11 +1,17 @@
 """Which patches are hidden."""
 
+import itertools
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smalti.errors import ConfigError
 from smalti.functional.random import sample_uniform
+
+_ROUNDS = 16  # tries of the box sampler that are drawn at once
+_ASPECT = 0.3
 
 
 def random_mask(
@@ -78,3 +84,94 @@ def cross_mask(
         order = (down + across + ties).masked_fill(~is_member, torch.inf).argsort(1).argsort(1)
         mask |= is_member & (order < (counts - mask.sum(1))[:, None])
     return mask
+
+
+def block_mask(
+    keys: Int[Tensor, " M"],
+    counts: Int[Tensor, " M"],
+    grid: tuple[int, int],
+    *,
+    smallest: float,
+    largest: int | None = None,
+    tries: int = 10,
+    stream: int = 0,
+) -> Bool[Tensor, "M N"]:
+    """Hide patches by rectangles: each as large as drawn and not larger than what is still to hide, until enough are
+    hidden or ``tries`` in a row bring nothing.
+
+    A rectangle's area is uniform between ``smallest`` and what is left, the logarithm of its height / width uniform
+    between those of 0.3 and 1 / 0.3. It is smaller than the grid in both directions, and taken if it hides at least one
+    new patch and not too many. So a mask may fall short of its count, and never exceeds it.
+
+    Args:
+        keys: one a mask; where masks don't need the device, keys on the CPU spare a wait for it at each try.
+        counts: how many patches to hide, 0..N.
+        grid: ``(h, w)``, N = h * w.
+        smallest: area in patches: ``(min(h, w) // 3) ** 2`` in iBOT, 4 in DINOv2. Where less than it is left, areas lie
+            between both, too.
+        largest: most patches of one rectangle; None: no bound but what is left.
+        tries: draws in a row after which a mask stays as it is.
+        stream: as for :func:`smalti.functional.random.sample_uniform`; the numbers from here to 1000 more are used.
+
+    Returns:
+        ``(M, N)`` True where a patch is hidden, on the device of ``keys``.
+
+    Source: Bao et al., BEiT, arXiv:2106.08254v2, Alg. 1; Zhou et al., iBOT, arXiv:2111.07832v3; Oquab et al., DINOv2,
+        arXiv:2304.07193v2, with the numbers of their released code.
+    """
+    height, width = grid
+    mask = torch.zeros(len(keys), height, width, dtype=torch.bool, device=keys.device)
+    left = counts.clone()
+    misses = torch.zeros_like(left)
+    rows, columns = (torch.arange(n, device=keys.device) for n in grid)
+    bound = height * width if largest is None else largest
+    for number in itertools.count():
+        active = (left > 0) & (misses < tries)
+        if not active.any():
+            return mask.flatten(1)
+        if number % _ROUNDS == 0:
+            draws = sample_uniform(keys, 4 * _ROUNDS, stream + number // _ROUNDS).reshape(len(keys), _ROUNDS, 4)
+        size, shape, y, x = draws[:, number % _ROUNDS].double().unbind(1)
+        area = smallest + size * (left.clamp(max=bound) - smallest)
+        ratio = torch.exp((2 * shape - 1) * math.log(_ASPECT))
+        h, w = (area * ratio).clamp(min=0).sqrt().round(), (area / ratio).clamp(min=0).sqrt().round()
+        top, start = (y * (height - h + 1)).floor(), (x * (width - w + 1)).floor()
+        is_row = (rows >= top[:, None]) & (rows < (top + h)[:, None])  # (M, h)
+        is_column = (columns >= start[:, None]) & (columns < (start + w)[:, None])
+        box = is_row[:, :, None] & is_column[:, None, :]
+        new = (box & ~mask).sum((1, 2))
+        taken = active & (h < height) & (w < width) & (new > 0) & (new <= left)
+        mask |= box & taken[:, None, None]
+        left -= new * taken
+        misses = torch.where(taken, 0, misses + 1)
+    raise AssertionError("count has no end")
+
+
+def stratified_counts(
+    noise: Float[Tensor, "M 2"],
+    num_masked: int,
+    ratios: tuple[float, float],
+    num_patches: int,
+    from_end: bool = False,
+) -> Int[Tensor, " M"]:
+    """How many patches to hide in each of M views: in ``num_masked`` of them, one from each of as many equal strata.
+
+    The i-th of the masked views draws its ratio between edges i and i + 1 of ``linspace(*ratios, num_masked + 1)`` and
+    hides ``int(N * ratio)`` patches, so that a batch has about the same number of hidden patches as any other.
+
+    Args:
+        noise: uniform in 0..1; the first number puts the views into a random order, the second draws in the stratum.
+        num_masked: 0..M.
+        ratios: smallest and largest share of patches.
+        num_patches: N.
+        from_end: mask the last views of the order, not the first: two calls that mask M views or fewer together never
+            mask the same one.
+
+    Source: Oquab et al., DINOv2, arXiv:2304.07193v2, released code.
+    """
+    rank = noise[:, 0].argsort(stable=True).argsort(stable=True)
+    if from_end:
+        rank = len(rank) - 1 - rank
+    low, high = ratios
+    ratio = low + (high - low) * (rank + noise[:, 1].double()) / max(num_masked, 1)
+    return torch.where(rank < num_masked, (num_patches * ratio).long(), 0)
