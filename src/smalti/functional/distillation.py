@@ -1,0 +1,117 @@
+"""Cross-entropy between a teacher's and a student's assignments to very many prototypes, without holding them.
+
+Letters: n student rows, m teacher rows, E width of the bottleneck, K prototypes, G teacher rows that a student row is
+compared with.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smalti.functional.precision import at_least_float32
+
+_CHUNK_ELEMENTS = 1 << 24  # of a chunk of logits, 64 MiB in float32
+
+
+class Distillation(NamedTuple):
+    """What :func:`distill` returns."""
+
+    loss: Tensor
+    """Scalar."""
+    usage: Tensor
+    """``(K,)`` mean of the targets, without gradient; zeros where there are no rows."""
+    target_entropy: Tensor
+    """Mean entropy of the targets, without gradient; 0 where there are no rows."""
+
+
+def distill(
+    student: Float[Tensor, "n E"],
+    prototypes: Float[Tensor, "K E"],
+    teacher_logits: Float[Tensor, "m K"],
+    offsets: Float[Tensor, " K"],
+    weights: Float[Tensor, " n"],
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    sources: Int[Tensor, "n G"] | None = None,
+    chunk: int | None = None,
+) -> Distillation:
+    """``sum_i weights_i H(target_i, softmax(student_i . prototypes / student_temp))``.
+
+    A target is the mean over its sources of ``softmax(teacher_logits / teacher_temp - offsets)``. The student's logits
+    are made, turned into their share of the gradient and forgotten a chunk at a time: three matrix products, as without
+    chunks, and no ``(n, K)`` tensor. Memory beside the arguments: ``chunk * K``, and one ``(K, E)`` for the gradient.
+
+    Args:
+        student: bottleneck vectors.
+        prototypes: their matrix, gains included.
+        teacher_logits: without gradient, any float type.
+        offsets: centre / teacher_temp (DINO), or :func:`smalti.functional.transport.sinkhorn_offsets`.
+        weights: of the rows, without gradient.
+        student_temp: above 0.
+        teacher_temp: above 0.
+        sources: which teacher rows a student row is compared with, on average; None: row i with row i.
+        chunk: student rows at a time; None: as many as make 2**24 logits.
+
+    Source: the loss is that of Caron et al., DINO, arXiv:2104.14294v2, Eq. (1) and (2).
+    """
+    rows = chunk or max(1, _CHUNK_ELEMENTS // len(prototypes))
+    return Distillation(
+        *_Distill.apply(
+            student, prototypes, teacher_logits, offsets, weights, sources, student_temp, teacher_temp, rows
+        )
+    )
+
+
+class _Distill(torch.autograd.Function):
+    """Loss and gradients in one go; gradients wait for the loss's own, a scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        prototypes: Tensor,
+        teacher_logits: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        sources: Tensor | None,
+        student_temp: float,
+        teacher_temp: float,
+        rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_student, wants_prototypes = ctx.needs_input_grad[:2]
+        usage = torch.zeros_like(offsets)
+        loss, entropy = usage.new_zeros(()), usage.new_zeros(())
+        grad_student = torch.zeros_like(student) if wants_student else None
+        grad_prototypes = torch.zeros_like(prototypes) if wants_prototypes else None
+        for start in range(0, len(student), rows):
+            here = slice(start, start + rows)
+            if sources is None:
+                target = (at_least_float32(teacher_logits[here]) / teacher_temp - offsets).softmax(-1)
+            else:
+                logits = at_least_float32(teacher_logits[sources[here].T])  # (G, rows, K)
+                target = (logits / teacher_temp - offsets).softmax(-1).mean(0)
+            weight = weights[here, None]
+            log_pred = (at_least_float32(F.linear(student[here], prototypes)) / student_temp).log_softmax(-1)
+            loss -= (weight * target * log_pred).sum()
+            usage += target.sum(0)
+            entropy += torch.special.entr(target).sum()
+            if wants_student or wants_prototypes:
+                grad = log_pred.exp_().sub_(target).mul_(weight / student_temp)  # of the products
+                if grad_student is not None:
+                    grad_student[here] = F.linear(grad, prototypes.T)
+                if grad_prototypes is not None:
+                    grad_prototypes += F.linear(grad.T, student[here].T)
+        ctx.save_for_backward(grad_student, grad_prototypes)
+        usage /= max(len(student), 1)
+        entropy /= max(len(student), 1)
+        ctx.mark_non_differentiable(usage, entropy)
+        return loss, usage, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        scaled = (None if one is None else one * grad.to(one.dtype) for one in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None, None, None)
