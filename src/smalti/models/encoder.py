@@ -25,6 +25,7 @@ from smalti.config import build, to_tree, unknown_key
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
 from smalti.functional.positions import Resampling, resample_positions
+from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig, PRRPool
 from smalti.layers.position_field import PositionField
 from smalti.models.weights import LoadReport
@@ -491,6 +492,18 @@ class Encoder(nn.Module):
         for block in self.vit.blocks:
             sequence = block(sequence) if is_key is None else block(sequence, attn_mask=is_key[:, None, None])
         return self.vit.norm(sequence) if norm else sequence
+
+    def forward_chosen(self, sequence: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:
+        """What :meth:`forward_tokens` says at some tokens; the last block and the final norm see no others.
+
+        Args:
+            sequence: from :meth:`assemble`.
+            chosen: which tokens, prefix tokens counted.
+        """
+        sequence = self.vit.norm_pre(sequence)
+        for block in self.vit.blocks[:-1]:
+            sequence = block(sequence)
+        return self.vit.norm(block_at(self.vit.blocks[-1], sequence, chosen))
 
     def forward_layers(
         self, sequence: Float[Tensor, "B T D"], layers: Sequence[int], norm: bool = True
