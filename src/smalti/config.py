@@ -183,8 +183,17 @@ def field_names(cls: type) -> list[str]:
 def field_docs(cls: type) -> dict[str, tuple[Any, str]]:
     """``{name: (default, meaning)}`` of a settings class, for help texts and method cards."""
     documented = getattr(cls, "__pydantic_fields__", {})
+    inherited = {
+        name: info.description
+        for base in reversed(cls.__mro__)  # pydantic reads the strings of a class's own fields only
+        for name, info in getattr(base, "__pydantic_fields__", {}).items()
+        if info.description
+    }
     return {
-        name: (info.get_default(call_default_factory=True) if not info.is_required() else None, info.description or "")
+        name: (
+            info.get_default(call_default_factory=True) if not info.is_required() else None,
+            info.description or inherited.get(name, ""),
+        )
         for name, info in documented.items()
     }
 

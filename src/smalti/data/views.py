@@ -115,6 +115,13 @@ class Views:
     """``(B,)`` int64, a hash of (seed, epoch, index): the sample's own randomness."""
     skipped: tuple[Skipped, ...] = ()
     """Unreadable images that were replaced while this batch was made."""
+    host_keys: Tensor | None = None
+    """``keys`` where they were before :meth:`to`: on the CPU, for draws that need no device."""
+
+    @property
+    def cpu_keys(self) -> Tensor:
+        """``keys`` on the CPU; without a wait for the device, if the batch came from there."""
+        return self.keys.cpu() if self.keys.device.type == "cpu" or self.host_keys is None else self.host_keys
 
     @property
     def batch_size(self) -> int:
@@ -141,6 +148,7 @@ class Views:
             source_size=self.source_size.to(device, non_blocking=non_blocking),
             index=self.index.to(device, non_blocking=non_blocking),
             keys=self.keys.to(device, non_blocking=non_blocking),
+            host_keys=self.keys if self.keys.device.type == "cpu" else self.host_keys,
         )
 
     def pin_memory(self) -> "Views":
@@ -212,6 +220,11 @@ class MultiCrop:
     def num_views(self) -> int:
         """Views per image, of all sizes."""
         return sum(spec.count for spec in self.specs)
+
+    @property
+    def effective_views(self) -> float:
+        """Pixels of all views of an image, in those of one of the first size: how many plain epochs one is worth."""
+        return sum(spec.count * (spec.size / self.specs[0].size) ** 2 for spec in self.specs)
 
     def draw_boxes(self, rng: np.random.Generator, height: int, width: int) -> list[Box]:
         """Where the views come from, in the order of the specs; a method that wants overlapping ones overrides this."""

@@ -20,7 +20,9 @@ class OptimConfig:
     """AdamW and its schedules; a method's own defaults stand in its file, these are for what it leaves open."""
 
     base_lr: NonNegativeFloat = 5e-4
-    """Peak learning rate for 256 images a step; the rate used is this times images a step / 256."""
+    """Peak learning rate for 256 images a step (1024 with ``lr_scaling=sqrt``); the rate used grows with the images."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """``linear``: ``base_lr`` times images a step / 256; ``sqrt``: times the root of images a step / 1024 (DINOv2)."""
     lr: NonNegativeFloat | None = None
     """Peak learning rate as it is, in place of ``base_lr``."""
     min_lr: NonNegativeFloat = 0.0
@@ -47,11 +49,15 @@ class OptimConfig:
 
 
 def peak_lr(config: OptimConfig, images_per_step: int) -> float:
-    """The highest learning rate of a run: ``lr``, or ``base_lr`` scaled linearly with the images of a step.
+    """The highest learning rate of a run: ``lr``, or ``base_lr`` scaled with the images of a step.
 
-    Source: Goyal et al., arXiv:1706.02677v2, Sec. 2.1 (linear scaling).
+    Source: Goyal et al., arXiv:1706.02677v2, Sec. 2.1 (linear scaling); Oquab et al., DINOv2, arXiv:2304.07193v2,
+        released code (square root).
     """
-    return config.lr if config.lr is not None else config.base_lr * images_per_step / 256
+    if config.lr is not None:
+        return config.lr
+    sqrt = config.lr_scaling == "sqrt"
+    return config.base_lr * ((images_per_step / 1024) ** 0.5 if sqrt else images_per_step / 256)
 
 
 def learning_rate(config: OptimConfig, *, peak: float, progress: float) -> float:
