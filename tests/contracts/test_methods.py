@@ -19,24 +19,30 @@ from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 SMALL: dict[str, dict[str, object]] = {
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "dino": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
+    "dinov2": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "droppos": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "ibot": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "loca": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_small_queries": 2},
     "neco": {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16},
 }
 """Settings that make a method small; a method that needs none needn't be here."""
 FIXED_TARGETS: dict[str, dict[str, object]] = {
     "dino": {"momentum": 1.0, "center_momentum": 1.0},
+    "dinov2": {"momentum": 1.0},
+    "ibot": {"momentum": 1.0, "center_momentum": 1.0, "patch_center_momentum": 1.0},
     "loca": {"momentum": 1.0},
     "neco": {"momentum": 1.0},
 }
 """Settings that keep a teacher's targets where they are, so that a falling loss means learning."""
 ONE_BY_ONE: dict[str, dict[str, object]] = {
+    "dinov2": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
     "neco": {"references": "queue", "queue_size": 64},
     "droppos": {"attentive": False},
     "loca": {"cluster": False, "token_mean": "image"},
 }
 """Settings with which images don't meet in the loss; by design NeCo's references from the batch are all its images',
-DropPos' weights share one sum, LOCA's targets spread over all tokens (two processes are held against one for each)."""
+DropPos' weights share one sum, LOCA's and DINOv2's targets spread over all tokens
+(two processes are held against one for each)."""
 NAMES = method_names()
 
 

@@ -52,6 +52,33 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(nn.Linear(in_dim, num_prototypes, bias=False).weight.detach().clone())
         self.gain = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=train_gain)
 
+    def matrix(self) -> Float[Tensor, "K E"]:
+        """Unit prototypes times their gains."""
+        return F.normalize(self.weight, dim=-1) * self.gain
+
     def forward(self, x: Float[Tensor, "*B E"]) -> Float[Tensor, "*B K"]:
         """Logits, ``(..., num_prototypes)``."""
-        return F.linear(x, F.normalize(self.weight, dim=-1) * self.gain)
+        return F.linear(x, self.matrix())
+
+
+class PrototypeHead(nn.Module):
+    """A projection head and prototypes, for those who want unit vectors and logits apart.
+
+    Args:
+        in_dim: width of the tokens.
+        hidden_dim: as for :class:`ProjectionHead`.
+        bottleneck_dim: width of the unit vectors.
+        num_prototypes: K.
+        train_gain: as for :class:`Prototypes`.
+    """
+
+    def __init__(
+        self, in_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, train_gain: bool = False
+    ) -> None:
+        super().__init__()
+        self.projection = ProjectionHead(in_dim, hidden_dim, bottleneck_dim)
+        self.prototypes = Prototypes(bottleneck_dim, num_prototypes, train_gain)
+
+    def forward(self, tokens: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
+        """Logits, ``(..., num_prototypes)``."""
+        return self.prototypes(self.projection(tokens))

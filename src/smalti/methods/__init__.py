@@ -1,6 +1,19 @@
 """One paper, one file. Importing this package fills the registry."""
 
-from smalti.methods import dino, droppos, loca, mae, mp3, neco, part
+from smalti.methods import dino, dinov2, droppos, ibot, loca, mae, mp3, neco, part
 from smalti.methods.base import Method, get_method, method_names
 
-__all__ = ["Method", "dino", "droppos", "get_method", "loca", "mae", "method_names", "mp3", "neco", "part"]
+__all__ = [
+    "Method",
+    "dino",
+    "dinov2",
+    "droppos",
+    "get_method",
+    "ibot",
+    "loca",
+    "mae",
+    "method_names",
+    "mp3",
+    "neco",
+    "part",
+]

@@ -1,0 +1,170 @@
+"""DINOv2: iBOT with heads apart, Sinkhorn's assignments, images kept apart, and masks dealt out over the batch.
+
+Paper: Oquab et al., "DINOv2: Learning robust visual features without supervision", 2023, arXiv:2304.07193v2, Sec. 4;
+numbers that the paper leaves open are those of the released code's configuration for ImageNet. Registers: Darcet et
+al., arXiv:2309.16588v2 (``encoder.reg_tokens=4``).
+Letters: B images, M = 2 B global crops (view-major), N patches of a global crop, K prototypes, D width of a token.
+Differs from the code: see the table in ``docs/methods/dinov2.md``; the defaults of ``num_prototypes`` and
+``targets`` are for tens of thousands of images on one device (the recipes have the published ones).
+"""
+
+from collections import defaultdict
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from smalti.config import settings
+from smalti.errors import ConfigError, ShapeError
+from smalti.functional.masking import block_mask, stratified_counts
+from smalti.functional.precision import at_least_float32
+from smalti.functional.random import sample_uniform
+from smalti.methods.base import register
+from smalti.methods.ibot import BLOCK_STREAM, IBOT, NUM_GLOBAL, PATCH, RATIO_STREAM, IBOTConfig, crop_keys
+from smalti.models.encoder import Encoder
+
+SMALLEST_BLOCK = 4
+
+
+@settings
+class DINOv2Config(IBOTConfig):
+    """Settings of DINOv2: iBOT's, some with other defaults, and its own."""
+
+    num_prototypes: int = 4096
+    """K; the paper's is 65536 for ImageNet-1k, 131072 for more."""
+    separate_heads: bool = True
+    """A head of their own for patches (the paper's large models); otherwise image and patches share one."""
+    targets: Literal["centering", "sinkhorn"] = "sinkhorn"
+    """How targets stay spread: DINO's centre, or Sinkhorn's rounds over the batch of all processes."""
+    patch_center: Literal["all", "masked"] = "masked"
+    """Whose mean the centre of patches follows: that of all patches of the global views, or of the masked ones."""
+    momentum: float = 0.992
+    """Teacher momentum at the start; a half cosine takes it to 1."""
+    koleo_weight: float = 0.1
+    """Of the KoLeo term, which is summed over both global views."""
+    mask_dealing: Literal["stratified", "independent"] = "stratified"
+    """``stratified``: just ``mask_share`` of a batch's global crops are masked, each with a ratio of its own stratum;
+    ``independent``: each crop draws for itself, as in iBOT, so that a sample's masks don't depend on its batch."""
+    num_local_views: int = 8
+    """Local views an image."""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    """Area of a global view, as a share of the image."""
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    """Area of a local view."""
+    dinov2_compat_blur: bool = False
+    """The released blur, whose probabilities are ``1 - blur_prob``: never the first view, 0.9 of the second."""
+    dinov2_compat_blocks: bool = False
+    """The released cap of one block, ``(h // 2) * w`` patches: less than half of a grid with an odd number of rows."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block to the one below; 0.9 as published."""
+    patch_embed_lr_scale: float = 1.0
+    """Further factor of the patch embedding's learning rate; 0.2 as published."""
+
+
+def koleo(tokens: Float[Tensor, "B D"], eps: float = 1e-8) -> Float[Tensor, ""]:
+    """Mean of ``-log`` of the distance between each unit vector and its nearest neighbour: Sec. 4, "KoLeo".
+
+    Args:
+        tokens: at least two, of any length; computed in float32.
+        eps: added to the distance.
+
+    Raises:
+        ShapeError: for fewer than two.
+
+    Source: Sablayrolles et al., arXiv:1806.03198v3, Eq. (2); DINOv2 for the unit vectors.
+    """
+    if len(tokens) < 2:
+        raise ShapeError(f"KoLeo of {len(tokens)} image; it needs batch_size >= 2 a device, or method.koleo_weight=0")
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = F.normalize(at_least_float32(tokens), dim=-1)
+        with torch.no_grad():
+            sim = unit @ unit.T
+            nearest = sim.fill_diagonal_(-1).argmax(dim=1)
+        return -((unit - unit[nearest]).norm(dim=-1) + eps).log().mean()
+
+
+@register("dinov2")
+class DINOv2(IBOT):
+    """iBOT's two losses and KoLeo."""
+
+    Config = DINOv2Config
+    title = "iBOT with separate heads, Sinkhorn's targets and images kept apart"
+    paper = "Oquab et al. 2023, arXiv:2304.07193v2"
+    defaults: ClassVar[dict[str, Any]] = {
+        "optim": {
+            "base_lr": 4e-3,
+            "lr_scaling": "sqrt",
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.04,
+            "weight_decay_end": 0.4,
+            "warmup_share": 0.1,
+            "min_lr": 1e-6,
+            "clip_norm": 3.0,
+        },
+        "drop_path": 0.1,
+    }
+
+    def __init__(self, encoder: Encoder, config: DINOv2Config) -> None:
+        super().__init__(encoder, config)
+        for name in ("layer_decay", "patch_embed_lr_scale"):
+            if not 0 < getattr(config, name) <= 1:
+                raise ConfigError(f"method.{name}={getattr(config, name)}: a factor in 0..1 (0 excluded) is needed")
+
+    def blur_probs(self) -> tuple[float, float, float]:
+        """As they are set, or as the released code has them."""
+        first, second, local = self.config.blur_prob
+        return (1 - first, 1 - second, 1 - local) if self.config.dinov2_compat_blur else (first, second, local)
+
+    def draw_masks(self, keys: Int[Tensor, " B"], grid: tuple[int, int]) -> dict[str, Bool[Tensor, "M N"]]:
+        """What is hidden in the global crops, on the CPU: ``mask_share`` of them, with ratios dealt out over the batch.
+
+        Args:
+            keys: the images', on the CPU.
+            grid: of a global crop.
+        """
+        if self.config.mask_dealing == "independent":
+            counts = self.counts_each(keys, grid)
+        else:
+            counts = self.counts_dealt(keys, int(NUM_GLOBAL * len(keys) * self.config.mask_share), grid)
+        return {PATCH: self.blocks(keys, counts, grid)}
+
+    def counts_dealt(
+        self, keys: Int[Tensor, " B"], num_masked: int, grid: tuple[int, int], from_end: bool = False
+    ) -> Int[Tensor, " M"]:
+        """How many patches to hide in each global crop, in ``num_masked`` of them; a variant that hides something else
+        in others takes those ``from_end`` of the crops' random order."""
+        noise = sample_uniform(crop_keys(keys), 2, RATIO_STREAM)
+        return stratified_counts(noise, num_masked, self.config.mask_ratio, grid[0] * grid[1], from_end)
+
+    def blocks(self, keys: Int[Tensor, " B"], counts: Int[Tensor, " M"], grid: tuple[int, int]) -> Bool[Tensor, "M N"]:
+        """Masks of rectangles, each at most half of the grid."""
+        largest = grid[0] // 2 * grid[1] if self.config.dinov2_compat_blocks else grid[0] * grid[1] // 2
+        return block_mask(crop_keys(keys), counts, grid, smallest=SMALLEST_BLOCK, largest=largest, stream=BLOCK_STREAM)
+
+    def regularizers(self, image_tokens: Float[Tensor, "M D"]) -> dict[str, Tensor]:
+        """KoLeo in each global view, over the images of this process."""
+        if not self.config.koleo_weight:
+            return {}
+        terms = [koleo(view) for view in image_tokens.chunk(NUM_GLOBAL)]
+        return {"koleo": self.config.koleo_weight * torch.stack(terms).sum()}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As in :class:`~smalti.methods.base.Method`, with lower rates below (``layer_decay``): what comes before the
+        first block counts as a layer, final norm and heads have the full rate."""
+        encoder, config = self.student.encoder, self.config
+        scales: dict[nn.Parameter, float] = {self.student.mask_token: config.layer_decay ** (encoder.depth + 1)}
+        scales |= {parameter: config.layer_decay ** (encoder.depth + 1) for parameter in encoder.parameters()}
+        for number, block in enumerate(encoder.vit.blocks):
+            scales |= {parameter: config.layer_decay ** (encoder.depth - number) for parameter in block.parameters()}
+        scales |= {parameter: 1.0 for parameter in encoder.vit.norm.parameters()}
+        for parameter in encoder.vit.patch_embed.parameters():
+            scales[parameter] *= config.patch_embed_lr_scale
+        groups = []
+        for group in super().param_groups():
+            members: dict[float, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                members[scales.get(parameter, 1.0)].append(parameter)
+            groups += [{**group, "params": params, "lr_scale": scale} for scale, params in members.items()]
+        return groups
