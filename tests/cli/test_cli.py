@@ -1,5 +1,6 @@
 """The command line, as a stranger types it: in processes of its own."""
 
+import csv
 import json
 import os
 import signal
@@ -117,6 +118,16 @@ def test_two_processes_are_judged_at_steps_of_their_own(photos: Path, class_fold
     smalti(*words, "--out", tmp_path / "two")  # steps 3 and 6: the first is neither logged nor saved
     results = sorted(path.name for path in (tmp_path / "two" / "results").iterdir())
     assert results == [f"step_{step:08d}.json" for step in (0, 3, 6, 8)]
+
+
+def test_two_processes_stop_early_together(photos: Path, class_folders: Path, tmp_path: Path) -> None:
+    judged = [f"eval.data={class_folders}", "eval.every=1", "eval.patience=1", "eval.protocols=[knn]"]
+    words = ["train", "mae", "--data", photos, "steps=40", *TINY, *MAE, *judged, "eval.image_size=32", "devices=2"]
+    smalti(*words, "--out", tmp_path / "two", "--quiet")  # ends within its time limit: neither process waits forever
+    with (tmp_path / "two" / "events.csv").open() as file:
+        (event,) = csv.DictReader(file)
+    assert event["event"] == "stopped early" and int(event["step"]) < 40
+    assert (tmp_path / "two" / "checkpoints" / f"step_{int(event['step']):08d}").is_dir()
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from smalti.study.probe import (
     boxes_overlap,
     composition,
     effective_rank,
+    fit_by_distance,
     measure,
+    overfit,
     probe_positions,
     reconstruction_error,
     write_probe,
@@ -79,10 +81,35 @@ def test_nothing_leaks_from_a_position_free_encoder(config: dict[str, object]) -
     for name in ("leak_blank", "leak_noise", "leak_border"):
         assert probe.metrics[name] <= 0.01, name
     assert math.isnan(probe.metrics["leak_size"]) == (not config)
-    assert {name for name in UNITS if name not in probe.metrics} == set()
+    assert {name for name in UNITS if name not in probe.metrics} == {"overfit"}  # asked for on its own
 
 
-def test_a_run_is_probed_and_its_report_shows_it(tmp_path: Path, photos: Path) -> None:
+def test_the_fit_of_tenths_by_hand() -> None:
+    angle = torch.linspace(0, 2 * math.pi, 101)[:-1]
+    length = torch.arange(10).repeat_interleave(10)  # ten pairs of each length 1..10
+    truth = torch.stack([angle.cos(), angle.sin()], -1)[torch.arange(100) % 10 * 10] * (length + 1)[:, None]
+    order = torch.randperm(100, generator=generator())
+    offsets = truth * (length < 5)[:, None]  # the nearer half is known, of the others nothing is said
+    distances, fits = fit_by_distance(offsets[order][None], truth[order][None])
+    assert_close(distances, torch.arange(1.0, 11.0))
+    assert_close(fits, torch.tensor([1.0] * 5 + [0.0] * 5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 0.0, 0.3), (True, 0.5, 1.2)])
+def test_learning_by_heart_tells_right_wiring_from_wrong(
+    shuffled: bool, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    part = PART(encoder, PARTConfig(num_patches=6, head="pairwise_linear"))
+    if shuffled:  # each pair is asked about another pair's offset
+        true = part.target
+        places = torch.randperm(36, generator=generator())
+        monkeypatch.setattr(part, "target", lambda *words: (t := true(*words))._replace(values=t.values[:, places]))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator())
+    assert low <= overfit(part, images, steps=150) <= high
+
+
+def test_a_run_is_probed_and_its_report_shows_it(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train("part", photos, tmp_path / "run", overrides=SMALL, quiet=True)
     assert 'id="positions"' not in write_report(run, num_images=0).read_text()
     probe = probe_positions(run, num_images=4)
@@ -94,6 +121,10 @@ def test_a_run_is_probed_and_its_report_shows_it(tmp_path: Path, photos: Path) -
     assert 'id="positions"' in page and "data:image/png" in page and "antisymmetry" in page
     again = probe_positions(run, num_images=4)
     assert str(again.metrics) == str(probe.metrics)
+    monkeypatch.setattr("smalti.study.probe.OVERFIT_STEPS", 2)
+    made: list[tuple[int, int]] = []
+    heart = probe_positions(run, num_images=4, learn_by_heart=True, progress=lambda *steps: made.append(steps))
+    assert made == [(1, 2), (2, 2)] and 0 < heart.metrics["overfit"] < 3
     with pytest.raises(ConfigError, match="num_images=2: at least 4"):
         probe_positions(run, num_images=2)
 

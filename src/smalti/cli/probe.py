@@ -20,6 +20,9 @@ def command(
     ] = "positions",
     data: Data = None,
     images: Annotated[int, typer.Option("--images", help="How many images are looked at.")] = 32,
+    overfit: Annotated[
+        bool, typer.Option("--overfit", help="Also learn 8 images by heart, from the start: 1,000 steps.")
+    ] = False,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -27,6 +30,7 @@ def command(
     if what not in KINDS:
         raise ConfigError(unknown_key(what, KINDS).replace("settings has no field", "there is no probe"))
     from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 
     from smalti.cli.options import write_json
@@ -36,7 +40,13 @@ def command(
 
     if json:
         check_writable(json)
-    probe = probe_positions(run, data, images)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("learning by heart", total=None, visible=overfit)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        probe = probe_positions(run, data, images, learn_by_heart=overfit, progress=progress)
     path = write_probe(run, probe)
     draw_positions(probe, path.with_suffix(".png"))
     table = Table("probe", "value", "meaning", title=f"positions of {run}", title_justify="left")

@@ -1,23 +1,31 @@
 """The picture of a probe of positions: offsets predicted and true, patches put where they are said to be."""
 
+import math
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smalti.config import write_atomically
-from smalti.study.probe import PositionProbe
+from smalti.study.probe import GATES, PositionProbe
 
 _POINTS = 2000
+_LEAST = 1e-8  # where bars begin
 
 
 def draw_positions(probe: PositionProbe, path: Path) -> None:
     """Write a PNG: a row for each image, with tables of x offsets (predicted, true; patches sorted by x), all offsets
-    against the truth, and the patches at their true places and where the offsets from the first one put them."""
+    against the truth, and the patches at their true places and where the offsets from the first one put them. Above
+    them what leaks, and how well offsets fit by distance."""
     rows = len(probe.boxes)
-    figure = Figure(figsize=(15, 3 * rows), layout="constrained")
-    axes = figure.subplots(rows, 5, squeeze=False)
+    figure = Figure(figsize=(15, 3 * rows + 2.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(2.6, 3 * rows))
+    leaks, distances = above.subplots(1, 2, width_ratios=(3, 2))
+    _draw_leaks(leaks, probe)
+    _draw_distances(distances, probe)
+    axes = below.subplots(rows, 5, squeeze=False)
     for row in range(rows):
         boxes, predicted, truth = probe.boxes[row], probe.predicted[row], probe.truth[row]
         order = boxes[:, 0].argsort()
@@ -50,3 +58,24 @@ def draw_positions(probe: PositionProbe, path: Path) -> None:
     file = BytesIO()
     figure.savefig(file, format="png", dpi=70)
     write_atomically(path, file.getvalue())
+
+
+def _draw_leaks(ax: Axes, probe: PositionProbe) -> None:
+    """A bar for each leak on a logarithmic axis, red above its gate; what has no gate is grey."""
+    names = [name for name in probe.metrics if name.startswith("leak_") and not math.isnan(probe.metrics[name])]
+    for place, name in enumerate(names):
+        value, gate = probe.metrics[name], GATES.get(name)
+        colour = "0.6" if gate is None else "#3a7d44" if value <= gate else "#b3261e"
+        ax.barh(place, max(value, _LEAST), color=colour, height=0.6)
+        if gate is not None:
+            ax.plot([gate, gate], [place - 0.45, place + 0.45], color="0.1", linewidth=1.5)
+        ax.text(1.2, place, f"{value:.2g}", va="center", fontsize=8)
+    ax.set_yticks(range(len(names)), [name.removeprefix("leak_") for name in names])
+    ax.set(xscale="log", xlim=(_LEAST, 1), title="leaks; the line is the most there may be, red is above it")
+    ax.invert_yaxis()
+
+
+def _draw_distances(ax: Axes, probe: PositionProbe) -> None:
+    ax.plot(probe.distances.numpy(), probe.fits.numpy(), "o-", color="#2a6f97", markersize=4)
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set(title="fit of tenths of the pairs, by distance", xlabel="true distance (px)", ylabel="R²")
