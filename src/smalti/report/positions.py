@@ -21,7 +21,7 @@ def draw_positions(probe: PositionProbe, path: Path) -> None:
     them what leaks, and how well offsets fit by distance."""
     rows = len(probe.boxes)
     figure = Figure(figsize=(15, 3 * rows + 2.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(2.6, 3 * rows))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.6, 3 * rows))[:, 0]
     leaks, distances = above.subplots(1, 2, width_ratios=(3, 2))
     _draw_leaks(leaks, probe)
     _draw_distances(distances, probe)

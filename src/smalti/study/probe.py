@@ -170,7 +170,7 @@ def overfit(
             prediction = part.head(part.encode(patches, keys)[0], pairs)
             loss = pair_loss(prediction, target).mean()
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             error = float(loss.detach() / floor)
             if progress is not None:
