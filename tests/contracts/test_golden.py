@@ -33,6 +33,7 @@ def curve(name: str) -> list[float]:
             samples.append(crops(noise, rng))
         views = collate(samples)
         views.keys = torch.arange(4) + 10 * number
+        views.labels = torch.arange(4)
         apply_schedules(optimizer, config, peak=1e-3, progress=number / 6)
         losses.append(step(method, views, optimizer, number / 6))
     return losses

@@ -23,6 +23,7 @@ SMALL: dict[str, dict[str, object]] = {
     "droppos": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "ibot": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "loca": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_small_queries": 2},
+    "supervised": {"num_classes": 4},
     "neco": {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16},
 }
 """Settings that make a method small; a method that needs none needn't be here."""
@@ -56,7 +57,9 @@ def build(name: str, img_size: int = 32, seed: int = 0, **config: object) -> Met
 
 
 def batch(method: Method, photos: Path, size: int = 32, count: int = 4) -> Views:
-    return next(iter(TrainLoader(open_images(photos), method.make_views(size), batch_size=count, seed=0)))
+    views = next(iter(TrainLoader(open_images(photos), method.make_views(size), batch_size=count, seed=0)))
+    views.labels = views.index % 4  # for methods that learn from classes; the others don't look
+    return views
 
 
 def step(method: Method, views: Views, optimizer: torch.optim.Optimizer, progress: float) -> float:
@@ -141,6 +144,7 @@ def _part(views: Views, rows: slice) -> Views:
         index=views.index[rows],
         keys=views.keys[rows],
         skipped=(),
+        labels=None if views.labels is None else views.labels[rows],
     )
 
 

@@ -157,6 +157,8 @@ class _Batches(Dataset[Views | DataError]):
         if not len(images):
             raise DataError(f"{images.root}: no images to train on")
         self.paths = _Paths(images.paths)
+        known = [sample.label for sample in images.samples if sample.label is not None]
+        self.labels = np.array(known, dtype=np.int64) if len(known) == len(images) else None
         self.views = views
         self.batch_size, self.seed, self.channels = batch_size, seed, channels
         self.rank, self.world_size = rank, world_size
@@ -184,6 +186,7 @@ class _Batches(Dataset[Views | DataError]):
                 continue
             sample = self.views(image, np.random.Generator(np.random.Philox(key=key)))
             sample.index, sample.key = index, key
+            sample.label = None if self.labels is None else int(self.labels[index])
             skipped.extend(failed)
             return sample
         path, reason = failed[0]

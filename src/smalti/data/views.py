@@ -95,6 +95,8 @@ class SampleViews:
     """Place in the image set."""
     key: int = 0
     """The sample's own randomness."""
+    label: int | None = None
+    """Its class, where the layout has one."""
 
 
 @dataclass
@@ -115,6 +117,8 @@ class Views:
     """``(B,)`` int64, a hash of (seed, epoch, index): the sample's own randomness."""
     skipped: tuple[Skipped, ...] = ()
     """Unreadable images that were replaced while this batch was made."""
+    labels: Tensor | None = None
+    """``(B,)`` int64, class of each image; None where the layout has none."""
     host_keys: Tensor | None = None
     """``keys`` where they were before :meth:`to`: on the CPU, for draws that need no device."""
 
@@ -149,6 +153,7 @@ class Views:
             index=self.index.to(device, non_blocking=non_blocking),
             keys=self.keys.to(device, non_blocking=non_blocking),
             host_keys=self.keys if self.keys.device.type == "cpu" else self.host_keys,
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Views":
@@ -161,6 +166,7 @@ class Views:
             source_size=self.source_size.pin_memory(),
             index=self.index.pin_memory(),
             keys=self.keys.pin_memory(),
+            labels=None if self.labels is None else self.labels.pin_memory(),
         )
 
 
@@ -386,6 +392,7 @@ def collate(samples: Sequence[SampleViews], skipped: Sequence[Skipped] = ()) -> 
         crops.append(stack.permute(0, 3, 1, 2))
     boxes = np.stack([sample.boxes for sample in samples], axis=1)  # (V, B, 4)
     flips = np.stack([sample.flips for sample in samples], axis=1)
+    labels = [sample.label for sample in samples if sample.label is not None]
     return Views(
         crops=tuple(crops),
         boxes=torch.from_numpy(boxes.reshape(-1, 4)),
@@ -394,6 +401,7 @@ def collate(samples: Sequence[SampleViews], skipped: Sequence[Skipped] = ()) -> 
         index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         keys=torch.tensor([sample.key for sample in samples], dtype=torch.int64),
         skipped=tuple(skipped),
+        labels=torch.tensor(labels, dtype=torch.int64) if len(labels) == batch else None,
     )
 
 

@@ -41,6 +41,8 @@ class Method(nn.Module, ABC):
     """What goes over ``defaults`` where training starts from weights (``init``): low rates, time for fresh heads."""
     pools_images: ClassVar[bool] = False
     """Whether the loss reads one vector an image from the encoder, so that a pooling with parameters learns."""
+    needs_labels: ClassVar[bool] = False
+    """Whether ``views.labels`` must be there; the run then fills in ``num_classes`` of the settings."""
     export_network: ClassVar[str] = "encoder"
     """Which of :meth:`networks` is handed on by default."""
     reads_field: ClassVar[bool] = False

@@ -174,6 +174,35 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     return config, own
 
 
+def count_classes(config: RunConfig, own: Any, images: ImageSet | None) -> tuple[RunConfig, Any]:
+    """The settings with ``method.num_classes`` as the images have them, where the method learns from labels.
+
+    Args:
+        config: the run's settings.
+        own: the method's.
+        images: what will be read; None: nothing.
+
+    Raises:
+        DataError: if the images have no classes, or more than the settings say.
+    """
+    method = get_method(config.method["name"])
+    if not method.needs_labels:
+        return config, own
+    if images is None:
+        raise DataError(f"{method.name} learns from class labels; give --data with class folders (CLASS/image)")
+    if not images.classes or any(sample.label is None for sample in images.samples):
+        raise DataError(
+            f"{images.root}: found layout '{images.layout}', {method.name} needs class folders "
+            "(CLASS/image or SPLIT/CLASS/image)"
+        )
+    found = len(images.classes)
+    count = found if own.num_classes is None else own.num_classes
+    if count < found:
+        raise DataError(f"{images.root}: has {found} classes, method.num_classes={count}; leave it out")
+    own = dataclasses.replace(own, num_classes=count)
+    return dataclasses.replace(config, method={**config.method, "num_classes": count}), own
+
+
 def posttrain_note(tree: Mapping[str, Any], config: RunConfig) -> str:
     """One line about the settings that a run has because it starts from weights; empty where there are none.
 
@@ -278,6 +307,7 @@ def train(
     if run.is_dir() and any(run.iterdir()) and _is_first_process():
         raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
     images = training_images(open_images(config.data.path))
+    config, own = count_classes(config, own, images)
     _check_before_writing(config, own, images, quiet=under_launcher() and not _is_first_process())
     if _is_first_process():
         if not quiet and (note := posttrain_note(tree, config)):
@@ -654,6 +684,7 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
         ConfigError, DataError, WeightsError: as :func:`train` does.
     """
     images = training_images(open_images(config.data.path)) if config.data.path else None
+    config, own = count_classes(config, own, images)
     precision = resolve_precision(config.precision, device.type)
     dtype = torch.bfloat16 if precision == "bf16" else None
     whole = build_method(config, own)

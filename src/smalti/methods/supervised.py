@@ -1,0 +1,155 @@
+"""Supervised: image classes, told by one vector an image.
+
+Paper: Touvron et al., "Training data-efficient image transformers", DeiT, 2020, arXiv:2012.12877v2, Table 9 for the
+recipe, without distillation; in the form in which Hajimiri et al., arXiv:2603.04892, train LocAtViT.
+Letters: B images, D embed_dim, K classes.
+Differs from both: no RandAugment, random erasing or repeated augmentation: crops, flips and colour jitter are this
+library's views; the learning rate falls along half a cosine, as DeiT's (LocAtViT's is linear).
+"""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from smalti.config import settings
+from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
+from smalti.errors import ConfigError
+from smalti.functional.precision import at_least_float32
+from smalti.methods.base import Method, register
+from smalti.models.encoder import Encoder
+
+
+@settings
+class SupervisedConfig:
+    """Settings of supervised pretraining; which vector the classes are told by is the run's ``pool``."""
+
+    num_classes: int | None = None
+    """K; None: as many as the data has."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread evenly over all classes, in [0, 1)."""
+    mixup: float = 0.0
+    """Parameter of the Beta law by which pairs of images are mixed, 0.8 in the papers; 0: none."""
+    cutmix: float = 0.0
+    """The same for pasting a part of the other image, 1.0 in the papers; with both, each has half of the batches."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop, as a share of the image."""
+    flip_prob: float = 0.5
+    """Share of views that are mirrored left to right."""
+    color_jitter: float = 0.4
+    """Strength of jitter of brightness, contrast and saturation; 0: none."""
+
+
+def class_loss(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], smoothing: float) -> Float[Tensor, ""]:
+    """Cross-entropy with smoothed labels, the mean over images, in float32.
+
+    Args:
+        logits: ``(B, K)``.
+        labels: ``(B,)`` in 0..K-1.
+        smoothing: share of the target that all K classes, the true one too, have in equal parts.
+    """
+    return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=smoothing)
+
+
+@register("supervised")
+class Supervised(Method):
+    """Tell each image's class by a linear layer on the vector that stands for it."""
+
+    Config = SupervisedConfig
+    title = "image classes by one vector an image, for labelled data"
+    paper = "Touvron et al. 2020, arXiv:2012.12877v2"
+    pools_images = True
+    needs_labels = True
+    defaults: ClassVar[dict[str, Any]] = {
+        "optim": {
+            "base_lr": 2.5e-4,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.05,
+            "warmup_share": 0.067,
+            "min_lr": 1e-7,
+            "clip_norm": 5.0,
+        },
+        "drop_path": 0.1,
+    }
+
+    def __init__(self, encoder: Encoder, config: SupervisedConfig) -> None:
+        super().__init__(encoder, config)
+        if config.num_classes is None or config.num_classes < 2:
+            raise ConfigError(f"method.num_classes={config.num_classes}: supervised needs at least 2 classes")
+        if not 0 <= config.label_smoothing < 1:
+            raise ConfigError(
+                f"method.label_smoothing={config.label_smoothing}: a share in 0..1 (1 excluded) is needed"
+            )
+        for name in ("mixup", "cutmix", "color_jitter"):
+            if getattr(config, name) < 0:
+                raise ConfigError(f"method.{name}={getattr(config, name)}: a number of at least 0 is needed")
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.embed_dim, config.num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.mix: Mixup | None = None
+        if config.mixup or config.cutmix:
+            self.mix = Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=config.num_classes
+            )
+
+    def make_views(self, image_size: int) -> MultiCrop:
+        """A random resized crop, a flip and colour jitter."""
+        config, strength = self.config, self.config.color_jitter
+        color = ColorConfig(
+            brightness=strength, contrast=strength, saturation=strength, hue=0.0, jitter_prob=1.0, gray_prob=0.0
+        )
+        view = ViewSpec(
+            count=1,
+            size=image_size,
+            scale=config.crop_scale,
+            flip_prob=config.flip_prob,
+            color=color if strength else None,
+        )
+        return MultiCrop([view])
+
+    def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
+        """``{"class": ...}``."""
+        labels = views.labels
+        assert labels is not None, "the run has seen to it that there are labels"
+        images = self.encoder.normalize(views.global_crops)
+        if self.mix is not None and self.training:
+            mixed, targets = self.mixed(images, labels, views.keys)
+            logits = self.head(self.encoder.image_features(mixed))
+            loss = SoftTargetCrossEntropy()(at_least_float32(logits), targets)
+            labels = targets.argmax(-1)  # the class that has more of the image
+        else:
+            logits = self.head(self.encoder.image_features(images))
+            loss = class_loss(logits, labels, self.config.label_smoothing)
+        self.observations = {"train_top1": (logits.detach().argmax(-1) == labels).float().mean()}
+        return {"class": loss}
+
+    def mixed(
+        self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"], keys: Int[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
+        """Images mixed with those of the batch in reverse order, and what share of which class each then is.
+
+        timm draws from NumPy's own generator, so that is seeded by the samples' keys, and goes on as if unused.
+
+        Raises:
+            ConfigError: for an odd number of images.
+        """
+        if len(images) % 2:
+            raise ConfigError(f"batch_size={len(images)}: mixup and cutmix mix pairs of images; make it even")
+        assert self.mix is not None
+        state = np.random.get_state()  # noqa: NPY002
+        try:
+            np.random.seed(int(keys.sum()) % 2**32)  # noqa: NPY002
+            mixed, targets = self.mix(images.clone(memory_format=torch.contiguous_format), labels)
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+        return mixed, targets
+
+    def networks(self) -> dict[str, Encoder]:
+        """The encoder; its patch tokens are handed on as they are, whatever the pooling."""
+        return {"encoder": self.encoder}
