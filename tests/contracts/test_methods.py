@@ -11,6 +11,7 @@ from smalti.config import field_docs
 from smalti.data.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views
+from smalti.layers.pooling import PRRConfig
 from smalti.methods.base import Method, get_method, method_names
 from smalti.models.encoder import build_encoder
 from smalti.study.catalogue import recipe_files
@@ -47,11 +48,14 @@ DropPos' weights share one sum, LOCA's and DINOv2's targets spread over all toke
 NAMES = method_names()
 
 
-def build(name: str, img_size: int = 32, seed: int = 0, **config: object) -> Method:
+def build(
+    name: str, img_size: int = 32, seed: int = 0, pool: str = "auto", prr: PRRConfig | None = None, **config: object
+) -> Method:
     torch.manual_seed(seed)
     encoder = build_encoder(
         "vit_tiny_patch16_224", img_size=img_size, patch_size=8, embed_dim=24, depth=2, num_heads=3, seed=seed
     )
+    encoder.set_pool(pool, prr, fresh=True)
     cls = get_method(name)
     return cls(encoder, cls.Config(**SMALL.get(name, {}), **config)).train()
 

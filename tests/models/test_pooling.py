@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from smalti.errors import ConfigError
 from smalti.functional.refinement import prr_refine
+from smalti.layers.last_block import Chosen
 from smalti.layers.pooling import PRRConfig, PRRPool
 from smalti.methods.teacher import Teacher
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
@@ -125,6 +126,22 @@ def test_earlier_layers_are_read_without_losing_the_pool_and_never_refined() -> 
     ):
         assert torch.equal(ours, theirs)
     assert isinstance(encoder.vit.attn_pool, PRRPool)
+
+
+@pytest.mark.parametrize("pool", ["avg", "map", "prr"])
+def test_chosen_tokens_are_unrefined_but_the_first_stands_for_the_image(pool: str) -> None:
+    encoder = small(reg_tokens=2)
+    tokens, grid = encoder.embed_patches(images())
+    sequence = encoder.assemble(tokens, encoder.positions(grid))
+    wanted = torch.zeros(sequence.shape[:2], dtype=torch.bool)
+    wanted[:, [0, 5, 7]] = True
+    chosen = Chosen.where(wanted)
+    plain = encoder.forward_chosen(sequence, chosen).unflatten(0, (2, 3))
+    encoder.set_pool(pool, fresh=True)
+    found = encoder.forward_chosen(sequence, chosen).unflatten(0, (2, 3))
+    assert_close(found[:, 1:], plain[:, 1:])
+    assert_close(found[:, 0], encoder.image_features(images()))
+    assert not torch.allclose(found[:, 0], plain[:, 0], atol=1e-3)
 
 
 def test_timms_switch_for_fused_attention_may_come_later() -> None:

@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from test_methods import batch, build
 from torch.testing import assert_close
 
 import smalti
 from smalti.config import read_yaml
 from smalti.errors import ConfigError
 from smalti.export.timm import export_timm
+from smalti.layers.pooling import PRRConfig
 from smalti.methods.base import get_method, method_names
 from smalti.study import pretrain
-from training.test_loop import METHODS, TINY, Killed, same, train, weights
+from training.test_loop import Killed, same, train, weights
 
 NORMS = {"pre_norm": True, "post_norm": True}
 
@@ -61,10 +63,10 @@ def test_a_stopped_run_goes_on_to_the_bit(
     loader = pretrain.TrainLoader.__iter__
 
     def stopping(self: Any) -> Any:
-        for number, batch in enumerate(loader(self)):
+        for number, views in enumerate(loader(self)):
             if number == 5:
                 raise Killed
-            yield batch
+            yield views
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(pretrain.TrainLoader, "__iter__", stopping)
@@ -74,16 +76,20 @@ def test_a_stopped_run_goes_on_to_the_bit(
     assert read_yaml(part / "config.yaml")["pool"] == pool["pool"]
 
 
-def test_all_parameters_of_a_pooling_are_trained_by_methods_that_say_so() -> None:
-    asked = [name for name in method_names() if get_method(name).pools_images]
-    assert "dino" in asked
-    for name in asked:
-        chosen = {"method": {"name": name, **METHODS.get(name, {})}, "pool": "prr", "prr": NORMS}
-        method = pretrain.build_method(*pretrain.resolve(pretrain.merge(TINY, chosen)))
-        names = {key for key, _ in method.named_parameters() if "attn_pool" in key}
-        grouped = {id(parameter) for group in method.param_groups() for parameter in group["params"]}
-        assert {id(p) for key, p in method.named_parameters() if key in names and p.requires_grad} <= grouped
-        assert len(names) >= 4, name
+@pytest.mark.parametrize("name", [name for name in method_names() if get_method(name).pools_images])
+@pytest.mark.parametrize(("pool", "prr"), [("prr", PRRConfig(**NORMS)), ("map", None)])
+def test_every_parameter_of_a_pooling_is_trained_by_methods_that_read_it(
+    name: str, pool: str, prr: PRRConfig | None, photos: Path
+) -> None:
+    method = build(name, pool=pool, prr=prr)
+    torch.stack(list(method(batch(method, photos), 0.5).values())).sum().backward()
+    names = {key for key, _ in method.named_parameters() if "attn_pool" in key}
+    grouped = {id(parameter) for group in method.param_groups() for parameter in group["params"]}
+    trained = {key: p for key, p in method.named_parameters() if key in names and p.requires_grad}
+    assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    assert {id(p) for p in trained.values()} <= grouped
+    if "teacher" in method.networks():
+        assert len(names) == 2 * len(trained)  # the teacher's own
 
 
 def test_prr_in_a_method_that_learns_from_patches_changes_what_is_handed_on_and_not_what_is_learned(
@@ -121,4 +127,4 @@ def test_weights_with_one_pooling_may_be_trained_on_with_another(photos: Path, t
     assert torch.equal(smalti.load(again).vit.attn_pool.latent, smalti.load(first).vit.attn_pool.latent)
     assert smalti.load(train(tmp_path / "prr", photos, "dino", **kept, pool="prr")).pool == "prr"
     with pytest.raises(ConfigError, match="pool=prr has parameters"):
-        smalti.load(first).set_pool("prr", pretrain.PRRConfig(post_norm=True))
+        smalti.load(first).set_pool("prr", PRRConfig(post_norm=True))

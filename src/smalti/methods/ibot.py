@@ -248,6 +248,7 @@ class IBOT(Method):
     Config = IBOTConfig
     title = "self-distillation of the image token across crops and of masked patches"
     paper = "Zhou et al. 2021, arXiv:2111.07832v3"
+    pools_images = True
     export_network = "teacher"
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {

@@ -496,10 +496,18 @@ class Encoder(nn.Module):
     def forward_chosen(self, sequence: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:
         """What :meth:`forward_tokens` says at some tokens; the last block and the final norm see no others.
 
+        With another pooling than the class token (:meth:`set_pool`), the vector of the whole sequence stands in that
+        token's place, and the last block sees all tokens, since they are pooled.
+
         Args:
-            sequence: from :meth:`assemble`.
+            sequence: from :meth:`assemble`, with a class token if it is pooled.
             chosen: which tokens, prefix tokens counted.
         """
+        if self.pool not in ("auto", "cls"):
+            first = self.num_prefix_tokens
+            tokens = self.forward_tokens(sequence)
+            features = PatchFeatures(tokens[:, first:], tokens[:, :first], (1, tokens.shape[1] - first))
+            return chosen.pick(torch.cat([self.pooled(features)[:, None], tokens[:, 1:]], dim=1))
         sequence = self.vit.norm_pre(sequence)
         for block in self.vit.blocks[:-1]:
             sequence = block(sequence)
