@@ -1,13 +1,15 @@
 """``smalti samples``: the embedded scenes as ordinary folders."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from smalti.cli.options import Debug, Out, Quiet, Settings, needed, take
-from smalti.config import settings, to_tree
+from smalti.config import settings
 
 NAME = "samples"
+SCENES = ("num_train", "num_val", "num_objects_train", "num_objects_val", "size", "seed")
+"""Settings of scenes."""
 
 
 @settings
@@ -24,18 +26,42 @@ class SamplesConfig:
     """The same for evaluation."""
     size: Annotated[int, Field(ge=16, le=4096)] = 96
     """Side of the images in pixels."""
+    kind: Literal["scenes", "sleep"] = "scenes"
+    """What is written: ``sleep`` is synthetic nights of EEG with their stages."""
+    num_nights_train: PositiveInt = 24
+    """``sleep``: nights for training, a subject each."""
+    num_nights_val: PositiveInt = 8
+    """``sleep``: nights for evaluation."""
+    epochs: PositiveInt = 60
+    """``sleep``: windows of 30 s in a night."""
+    num_channels: Annotated[int, Field(ge=1, le=6)] = 1
+    """``sleep``: EEG channels."""
     seed: int = 0
     """Of everything."""
 
 
 def command(words: Settings = None, out: Out = None, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Write scenes on real photographs with exact masks, instances, boxes and classes.
+    """Write scenes on real photographs with exact masks, instances, boxes and classes; or synthetic nights of EEG.
 
-    Settings: num_train, num_val, num_objects_train, num_objects_val, size (pixels), seed.
+    Settings: num_train, num_val, num_objects_train, num_objects_val, size (pixels), seed; kind=sleep with
+    num_nights_train, num_nights_val, epochs, num_channels.
     """
     out = needed(out, "--out", "samples")
     given = take(words, SamplesConfig)
+    if given.kind == "sleep":
+        from smalti.data.sleep_samples import write_nights
 
-    from smalti.data.samples import write_samples
+        written = write_nights(
+            out,
+            num_train=given.num_nights_train,
+            num_test=given.num_nights_val,
+            epochs=given.epochs,
+            num_channels=given.num_channels,
+            seed=given.seed,
+        )
+    else:
+        from smalti.data.samples import write_samples
 
-    print(f"written: {write_samples(out, **to_tree(given))}")
+        scenes = {name: getattr(given, name) for name in SCENES}
+        written = write_samples(out, **scenes)
+    print(f"written: {written}")

@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smalti.data.folders import ImageSet, read_image
-from smalti.data.views import MultiCrop, SampleViews, Skipped, Views, collate
+from smalti.data.views import SampleViews, Skipped, ViewMaker, Views, collate
 from smalti.errors import DataError, RunError
 
 _MAX_TRIES = 32
@@ -61,13 +61,31 @@ def default_workers(device_type: str) -> int:
     return 0 if device_type == "cpu" else min(8, cores)
 
 
+@runtime_checkable
+class Source(Protocol):
+    """What is read one by one: windows of signals, say. Sent to the workers, so it must be picklable."""
+
+    @property
+    def root(self) -> Path:
+        """Where it lies."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def path(self, index: int) -> Path:
+        """The file that one is from."""
+
+    def read(self, index: int) -> np.ndarray:
+        """``(H, W, C)``; raises DataError if it can't be read."""
+
+
 class TrainLoader:
     """Iterates for ever over batches of :class:`Views`."""
 
     def __init__(
         self,
-        images: ImageSet,
-        views: MultiCrop,
+        images: ImageSet | Source,
+        views: ViewMaker,
         *,
         batch_size: int,
         seed: int,
@@ -80,7 +98,7 @@ class TrainLoader:
     ):
         """
         Args:
-            images: what to read.
+            images: what to read: image files, or whatever gives its samples itself.
             views: how an image becomes a sample; it is sent to the workers, so it must be picklable.
             batch_size: images a step of this process; epochs run into one another, no image is dropped.
             seed: of order and augmentation.
@@ -146,8 +164,8 @@ class _Batches(Dataset[Views | DataError]):
 
     def __init__(
         self,
-        images: ImageSet,
-        views: MultiCrop,
+        images: ImageSet | Source,
+        views: ViewMaker,
         batch_size: int,
         seed: int,
         channels: int,
@@ -156,11 +174,12 @@ class _Batches(Dataset[Views | DataError]):
     ):
         if not len(images):
             raise DataError(f"{images.root}: no images to train on")
-        self.paths = _Paths(images.paths)
-        known = [sample.label for sample in images.samples if sample.label is not None]
+        self.source: Source = _Files(images, channels) if isinstance(images, ImageSet) else images
+        samples = images.samples if isinstance(images, ImageSet) else ()
+        known = [sample.label for sample in samples if sample.label is not None]
         self.labels = np.array(known, dtype=np.int64) if len(known) == len(images) else None
         self.views = views
-        self.batch_size, self.seed, self.channels = batch_size, seed, channels
+        self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
 
     def __getitem__(self, step: int) -> Views | DataError:
@@ -172,7 +191,7 @@ class _Batches(Dataset[Views | DataError]):
             return error
 
     def _sample(self, position: int, skipped: list[Skipped]) -> SampleViews:
-        num_images = len(self.paths)
+        num_images = len(self.source)
         epoch, offset = divmod(position, num_images)
         order = _cached_order(self.seed, epoch, num_images)
         key = sample_key(self.seed, epoch, int(order[offset]))  # also a replacement's: it has a turn of its own
@@ -180,9 +199,10 @@ class _Batches(Dataset[Views | DataError]):
         for attempt in range(min(_MAX_TRIES, num_images)):
             index = int(order[(offset + attempt) % num_images])
             try:
-                image = read_image(self.paths[index], self.channels)
+                image = self.source.read(index)
             except DataError as error:
-                failed.append(Skipped(self.paths[index], str(error).removeprefix(f"{self.paths[index]}: ")))
+                path = self.source.path(index)
+                failed.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
                 continue
             sample = self.views(image, np.random.Generator(np.random.Philox(key=key)))
             sample.index, sample.key = index, key
@@ -191,6 +211,27 @@ class _Batches(Dataset[Views | DataError]):
             return sample
         path, reason = failed[0]
         raise DataError(f"{len(failed)} images in a row can't be read, the first: {path}: {reason}")
+
+
+class _Files:
+    """Image files as a :class:`Source`."""
+
+    def __init__(self, images: ImageSet, channels: int):
+        self._root, self._channels = images.root, channels
+        self._paths = _Paths(images.paths)
+
+    @property
+    def root(self) -> Path:
+        return self._root
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> Path:
+        return self._paths[index]
+
+    def read(self, index: int) -> np.ndarray:
+        return read_image(self._paths[index], self._channels)
 
 
 class _Paths:

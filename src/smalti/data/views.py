@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -168,6 +168,18 @@ class Views:
             keys=self.keys.pin_memory(),
             labels=None if self.labels is None else self.labels.pin_memory(),
         )
+
+
+@runtime_checkable
+class ViewMaker(Protocol):
+    """How an image, or a window of a signal, becomes a training sample; it is sent to workers, so it is picklable."""
+
+    @property
+    def num_views(self) -> int:
+        """Views per image, of all sizes."""
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> SampleViews:
+        """The views of one image, all randomness from ``rng``."""
 
 
 def random_resized_crop(
