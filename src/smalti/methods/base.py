@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from smalti.config import unknown_key
-from smalti.data.views import MultiCrop, Views
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.models.encoder import Encoder
 
@@ -43,6 +43,10 @@ class Method(nn.Module, ABC):
     """Whether the loss reads one vector an image from the encoder, so that a pooling with parameters learns."""
     needs_labels: ClassVar[bool] = False
     """Whether ``views.labels`` must be there; the run then fills in ``num_classes`` of the settings."""
+    takes_signals: ClassVar[bool] = False
+    """Whether it learns from windows of signals, too: ``(B, C, 1, T)``."""
+    signal_defaults: ClassVar[Mapping[str, Any]] = {}
+    """What goes over ``defaults`` where the data are signals; may hold settings of the method under ``method``."""
     export_network: ClassVar[str] = "encoder"
     """Which of :meth:`networks` is handed on by default."""
     reads_field: ClassVar[bool] = False
@@ -55,7 +59,7 @@ class Method(nn.Module, ABC):
         """Scalars of the last forward worth watching (entropies, say), detached and on the device; logged."""
 
     @abstractmethod
-    def make_views(self, image_size: int) -> MultiCrop:
+    def make_views(self, image_size: int) -> ViewMaker:
         """How an image becomes a training sample, with main crops of ``image_size`` pixels."""
 
     @abstractmethod

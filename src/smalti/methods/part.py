@@ -7,7 +7,8 @@ Letters: B images, V views, N patches, D embed_dim, K pairs, C channels of a tar
 pair (i, j), i is the patch of reference.
 Differs from the paper's code: offsets in the scale mode keep their fractions; sizes are log ratios by default; a weight
 of a channel never changes the scale of the others; which pairs are asked follows from the progress of training, so that
-all processes ask the same; views are cropped, flipped and jittered in colour, without RandAugment.
+all processes ask the same; views are cropped, flipped and jittered in colour, without RandAugment. Signals are images
+of one row: patches are drawn along time alone, all channels together, and there is one offset.
 """
 
 import math
@@ -20,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
+from smalti.data.signals import SignalViews
+from smalti.data.views import ColorConfig, MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.offgrid import Patches, PatchSampler
@@ -136,6 +138,10 @@ class PARTConfig:
     """Area of the random crop, as a share of the image."""
     color_jitter: float = 0.4
     """Strength of jitter of brightness, contrast and saturation; 0: none."""
+    channel_dropout: float = 0.1
+    """Signals: chance that a channel is zero."""
+    amplitude: tuple[float, float] = (0.8, 1.2)
+    """Signals: smallest and largest factor of a window."""
 
 
 class Target(NamedTuple):
@@ -193,6 +199,13 @@ class PART(Method):
         "drop_path": 0.1,
     }
 
+    takes_signals: ClassVar[bool] = True
+    signal_defaults: ClassVar[dict[str, Any]] = {
+        "method": {"normalize": "image"},  # in patches, offsets of half a second's would have a variance of hundreds
+        "optim": {"base_lr": 2.5e-4, "warmup_share": 0.05, "min_lr": 0.0},
+        "drop_path": 0.0,
+    }
+
     channel_weights: Tensor
     target_variance: Tensor
 
@@ -200,8 +213,9 @@ class PART(Method):
         super().__init__(encoder, config)
         _check(config, encoder)
         self.encoder = encoder
+        self.is_signal = encoder.takes_signals
         self.sampler = PatchSampler(
-            encoder.patch_size,
+            encoder.patch_size[1:] if self.is_signal else encoder.patch_size,
             config.sampling,
             num_patches=config.num_patches,
             shuffle=config.shuffle,
@@ -216,7 +230,7 @@ class PART(Method):
             mode=config.resample,
         )
         self.is_turned = config.angles == "quad" or config.max_angle > 0
-        self.channels = _channels(self.sampler.has_sizes, self.is_turned and config.supervise_angles)
+        self.channels = _channels(self.sampler.has_sizes, self.is_turned and config.supervise_angles, self.is_signal)
         if config.channel_weights is not None and len(config.channel_weights) != len(self.channels):
             raise ConfigError(
                 f"method.channel_weights has {len(config.channel_weights)} values for the channels "
@@ -239,8 +253,11 @@ class PART(Method):
         """V: two where class tokens are compared."""
         return 2 if self.config.contrastive else 1
 
-    def make_views(self, image_size: int) -> MultiCrop:
-        """Random resized crops, flips and colour jitter: no padding, no rotation, nothing that leaves a frame."""
+    def make_views(self, image_size: int) -> ViewMaker:
+        """Random resized crops, flips and colour jitter: no padding, no rotation, nothing that leaves a frame. Of
+        signals: channels dropped, amplitude changed."""
+        if self.is_signal:
+            return SignalViews(self.config.channel_dropout, self.config.amplitude, self.num_views)
         strength = self.config.color_jitter
         color = ColorConfig(
             brightness=strength, contrast=strength, saturation=strength, hue=0.0, jitter_prob=1.0, gray_prob=0.0
@@ -262,10 +279,11 @@ class PART(Method):
         config = self.config
         images = self.encoder.normalize(views.global_crops)  # (V * B, C, S, S)
         keys = torch.cat([fork_keys(views.keys, view) for view in range(self.num_views)])
-        patches = self.sampler(keys, images)
+        source = images.squeeze(-2) if self.is_signal else images  # (V * B, C, T) of signals
+        patches = self.sampler(keys, source)
         tokens, prefix = self.encode(patches, keys)
         pairs = self.draw_pairs(keys, tokens.shape[1], progress)
-        target = self.target(patches, pairs, images.shape[-2:])
+        target = self.target(patches, pairs, source.shape[2:])
         asked = torch.cat([pairs, pairs.flip(-1)], dim=1) if config.symmetry else pairs
         prediction = at_least_float32(self.head(tokens, asked))
         count = pairs.shape[1]
@@ -288,7 +306,7 @@ class PART(Method):
             patches: from the sampler, of normalised images.
             keys: ``(B,)``, for the masking of keys in training.
         """
-        tokens = self.encoder.embed_crops(patches.pixels)
+        tokens = self.encoder.embed_crops(patches.pixels.unsqueeze(-2) if self.is_signal else patches.pixels)
         if self.config.positions == "sincos":
             tokens = tokens + self._box_code(patches.boxes).to(tokens.dtype)
         num_prefix, is_key = self.encoder.num_prefix_tokens, None
@@ -326,7 +344,7 @@ class PART(Method):
         Args:
             patches: boxes and angles are looked at.
             pairs: from :meth:`draw_pairs`.
-            size: of the images, ``(H, W)``.
+            size: of the images, ``(H, W)``, or of signals ``(T,)``.
         """
         config, boxes = self.config, patches.boxes.float()
         units = offset_units(boxes, pairs, config.normalize, tuple(size))
@@ -412,21 +430,24 @@ class PART(Method):
     @torch.no_grad()
     def _observe(self, prediction: Tensor, target: Tensor, pairs: Tensor) -> None:
         """``r2`` of the offsets, of each channel, and what the best constant would pay for the offsets."""
-        scores = r_squared(prediction, target)
-        floor = target[..., :2].flatten(0, 1).var(0, correction=0).mean()
-        self.observations = {"r2": scores[:2].mean(), "mean_predictor_mse": floor}
+        scores, axes = r_squared(prediction, target), len(self.sampler.patch_size)
+        floor = target[..., :axes].flatten(0, 1).var(0, correction=0).mean()
+        self.observations = {"r2": scores[:axes].mean(), "mean_predictor_mse": floor}
         self.observations |= {f"r2_{name}": score for name, score in zip(self.channels, scores.unbind(), strict=True)}
         if self.config.sampling == "hierarchical" and len(pairs) == 1:
             is_whole = pairs[0] < self.config.num_wholes  # (K, 2)
             for name, number in (("whole_whole", 2), ("part_whole", 1), ("part_part", 0)):
                 chosen = is_whole.sum(-1) == number
-                errors = (prediction - target)[..., :2].square() * chosen[:, None]
-                spread = (target - target.mean((0, 1)))[..., :2].square() * chosen[:, None]
+                errors = (prediction - target)[..., :axes].square() * chosen[:, None]
+                spread = (target - target.mean((0, 1)))[..., :axes].square() * chosen[:, None]
                 self.observations[f"r2_{name}"] = 1 - errors.sum() / spread.sum()
 
-    def _box_code(self, boxes: Float[Tensor, "B N 4"]) -> Float[Tensor, "B N D"]:
+    def _box_code(self, boxes: Float[Tensor, "B N E"]) -> Float[Tensor, "B N D"]:
         """Sine-cosine code of where the centre of a box is, in patches: on the grid, that of the cell."""
         ph, pw = self.encoder.patch_size
+        if self.is_signal:  # in one row
+            start, end = boxes.unbind(-1)
+            boxes = torch.stack([start, torch.zeros_like(start), end, torch.ones_like(end)], dim=-1)
         centres = (boxes[..., :2] + boxes[..., 2:]) / 2
         return sincos_at(centres / torch.tensor([pw, ph], device=boxes.device) - 0.5, self.encoder.embed_dim)
 
@@ -444,11 +465,13 @@ class PART(Method):
             encoder.position_free, encoder.fixed_positions = False, True
 
 
-_OFFSETS, _SIZES, _ANGLES = ("x", "y"), ("width", "height"), ("cos", "sin")
+_OFFSETS, _SIZES, _ANGLES = ("x", "y", "time"), ("width", "height", "duration"), ("cos", "sin")
 
 
-def _channels(has_sizes: bool, has_angles: bool) -> tuple[str, ...]:
-    return (*_OFFSETS, *(_SIZES if has_sizes else ()), *(_ANGLES if has_angles else ()))
+def _channels(has_sizes: bool, has_angles: bool, is_signal: bool = False) -> tuple[str, ...]:
+    """Names of what is asked: two offsets and two sizes of images, the last of each of signals."""
+    axes = slice(2, None) if is_signal else slice(2)
+    return (*_OFFSETS[axes], *(_SIZES[axes] if has_sizes else ()), *(_ANGLES if has_angles else ()))
 
 
 def _make_head(config: PARTConfig, dim: int, num_outputs: int) -> nn.Module:

@@ -181,6 +181,11 @@ class Encoder(nn.Module):
         """Whether the first prefix token is a class token."""
         return self.vit.cls_token is not None
 
+    @property
+    def takes_signals(self) -> bool:
+        """Whether images have one row: windows of signals, ``(B, C, 1, T)``."""
+        return self.img_size[0] == 1 and self.patch_size[0] == 1
+
     def config(self) -> dict[str, Any]:
         """Plain values from which :func:`encoder_from_config` builds the same architecture."""
         return {

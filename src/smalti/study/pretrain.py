@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block
 
-from smalti.config import build, flatten, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
+from smalti.config import Tree, build, flatten, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
 from smalti.data.folders import ImageSet, open_images, read_image, training_images
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
+from smalti.data.signals import SignalConfig, SignalSet, check_window, is_signals, open_signals, training_signals
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.protocol import (
@@ -31,7 +32,7 @@ from smalti.evaluation.protocol import (
     write_results,
 )
 from smalti.layers.pooling import PRRConfig
-from smalti.methods.base import Method, get_method
+from smalti.methods.base import Method, get_method, method_names
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
 from smalti.models.loading import (
     CHECKPOINTS,
@@ -62,6 +63,8 @@ from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer,
 
 CONFIG_FILE, RUN_FILE, RESULTS = "config.yaml", "run.json", "results"
 DEFAULT_ENCODER = "vit_small_patch16_224"
+SIGNAL_ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 50, "embed_dim": 256, "depth": 8, "num_heads": 8}
+"""Where the data are signals: timm's plain vision transformer with these arguments, patches in samples."""
 FIRST_LOOK = 20
 """Images of which one must be readable before a run is begun."""
 MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "data.num_workers")
@@ -77,7 +80,9 @@ class DataConfig:
     image_size: int = 224
     """Side of the main crop in pixels, a multiple of the patch size."""
     channels: int = 3
-    """Channels of an image, 1..N."""
+    """Channels of an image, 1..N; of signals as many as are read."""
+    signal: SignalConfig | None = None
+    """How signals are read; set where the data are some."""
     mean: tuple[float, ...] | None = None
     """Normalisation per channel, of images in 0..1; None: the encoder's own."""
     std: tuple[float, ...] | None = None
@@ -148,8 +153,17 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     if "name" not in chosen:
         raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
     method = get_method(str(chosen.pop("name")))
-    own: Any = build(method.Config, chosen, where, group="method")
+    data = tree.get("data")
+    of_signals = isinstance(data, Mapping) and data.get("signal") is not None
+    if of_signals and not method.takes_signals:
+        raise ConfigError(
+            f"{where}: {method.name} learns from images, these are signals; there is: {_signal_methods()}"
+        )
     defaults = merge(method.defaults, method.posttrain_defaults) if tree.get("init") else dict(method.defaults)
+    if of_signals:
+        defaults = merge(defaults, {key: value for key, value in method.signal_defaults.items() if key != "method"})
+        chosen = {**method.signal_defaults.get("method", {}), **chosen}
+    own: Any = build(method.Config, chosen, where, group="method")
     optim = tree.get("optim")
     if isinstance(optim, Mapping) and "base_lr" in optim and "lr" not in optim:  # else the default would win over it
         defaults = merge(defaults, {"optim": {"lr": None}})
@@ -174,7 +188,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     return config, own
 
 
-def count_classes(config: RunConfig, own: Any, images: ImageSet | None) -> tuple[RunConfig, Any]:
+def count_classes(config: RunConfig, own: Any, images: ImageSet | SignalSet | None) -> tuple[RunConfig, Any]:
     """The settings with ``method.num_classes`` as the images have them, where the method learns from labels.
 
     Args:
@@ -188,7 +202,7 @@ def count_classes(config: RunConfig, own: Any, images: ImageSet | None) -> tuple
     method = get_method(config.method["name"])
     if not method.needs_labels:
         return config, own
-    if images is None:
+    if images is None or isinstance(images, SignalSet):
         raise DataError(f"{method.name} learns from class labels; give --data with class folders (CLASS/image)")
     if not images.classes or any(sample.label is None for sample in images.samples):
         raise DataError(
@@ -253,15 +267,84 @@ def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = 
             encoder.tabulate_field()
         if encoder.in_chans != data.channels:
             raise ConfigError(f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}")
+    elif data.signal is not None:
+        encoder = _signal_encoder(config, data.signal)
     else:
         arguments = {"name": config.encoder} if isinstance(config.encoder, str) else dict(config.encoder or {})
         name = str(arguments.pop("name", DEFAULT_ENCODER))
         encoder = build_encoder(name, img_size=data.image_size, in_chans=data.channels, seed=config.seed, **arguments)
-    encoder.check_size(data.image_size, data.image_size)
+    if data.signal is None:
+        encoder.check_size(data.image_size, data.image_size)
+    elif not encoder.takes_signals or encoder.img_size[1] != data.signal.window:
+        raise ConfigError(
+            f"init={config.init} takes images of {encoder.img_size[0]}x{encoder.img_size[1]}, these are windows of "
+            f"{data.signal.window} samples; start from an encoder of such signals, or without --init"
+        )
     if data.mean or data.std:
         encoder.set_normalization(data.mean or encoder.mean, data.std or encoder.std)
     encoder.set_pool(config.pool, config.prr, fresh=True)
     return encoder
+
+
+def _signal_encoder(config: RunConfig, signal: SignalConfig) -> Encoder:
+    """A vision transformer over windows of signals: an image of one row, patches of one row. Raw values go in."""
+    given = {"name": config.encoder} if isinstance(config.encoder, str) else dict(config.encoder or {})
+    arguments = {**SIGNAL_ENCODER, **given}
+    name, patch = str(arguments.pop("name")), arguments.pop("patch_size")
+    length = patch[-1] if isinstance(patch, (list, tuple)) else patch
+    if not isinstance(length, int) or length < 1 or (isinstance(patch, (list, tuple)) and patch[0] != 1):
+        raise ConfigError(f"encoder.patch_size={patch}: of signals it is a number of samples, at least 1")
+    check_window(signal, length)
+    return build_encoder(
+        name,
+        img_size=(1, signal.window),
+        in_chans=config.data.channels,
+        patch_size=[1, length],
+        seed=config.seed,
+        mean=(0.0,),
+        std=(1.0,),
+        **arguments,
+    )
+
+
+def _signal_methods() -> str:
+    return ", ".join(name for name in method_names() if get_method(name).takes_signals)
+
+
+def open_training(config: RunConfig) -> ImageSet | SignalSet:
+    """What a run learns from: the images, or windows of signals, of the train split where there are splits.
+
+    Raises:
+        ConfigError, DataError: as the readers do.
+    """
+    path = str(config.data.path)
+    if config.data.signal is None:
+        return training_images(open_images(path))
+    signals = training_signals(open_signals(path, config.data.signal))
+    if config.data.channels != len(signals.channels):
+        raise ConfigError(
+            f"data.channels={config.data.channels}: the signals have {len(signals.channels)} "
+            f"({', '.join(signals.channels)}); leave it out, and name them with data.signal.channels=A,B"
+        )
+    return signals
+
+
+def _with_signals(tree: Tree) -> Tree:
+    """The tree with what follows from the data, where these are signals: channels by name and number; the evaluation
+    reads as training does."""
+    data = tree.get("data")
+    if not isinstance(data, Mapping) or not data.get("path") or not is_signals(str(data["path"])):
+        if isinstance(data, Mapping) and data.get("signal") is not None:
+            raise ConfigError(f"data.signal.* is for signals, {data.get('path')} is none; write signals=PATH if it is")
+        return tree
+    signal = build(SignalConfig, data.get("signal") or {}, group="data.signal")
+    channels = open_signals(str(data["path"]), signal).channels
+    known = to_tree(dataclasses.replace(signal, channels=channels))
+    tree = merge({"data": {"channels": len(channels)}}, merge(tree, {"data": {"signal": known}}))
+    evaluated = tree.get("eval")
+    if isinstance(evaluated, Mapping) and evaluated.get("data"):
+        tree = merge({"eval": {"signal": known}}, tree)
+    return tree
 
 
 def train(
@@ -295,7 +378,7 @@ def train(
     given: dict[str, Any] = {"method": {"name": method}} if method else {}
     given |= {"data": {"path": str(data)}} if data else {}
     given |= {"init": init} if init else {}
-    tree = _absolute_paths(merge(merge(tree, given), overrides or {}))
+    tree = _with_signals(_absolute_paths(merge(merge(tree, given), overrides or {})))
     config, own = resolve(tree, str(recipe) if recipe else "settings")
     if not config.data.path:
         raise ConfigError("no images are named; give --data DIR")
@@ -306,7 +389,7 @@ def train(
         raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
     if run.is_dir() and any(run.iterdir()) and _is_first_process():
         raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
-    images = training_images(open_images(config.data.path))
+    images = open_training(config)
     config, own = count_classes(config, own, images)
     _check_before_writing(config, own, images, quiet=under_launcher() and not _is_first_process())
     if _is_first_process():
@@ -344,7 +427,7 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
             )
     config, _ = resolve(merge(before, _absolute_paths(overrides)), str(path))
     _check_evaluation(config)
-    _check_same_images(run, training_images(open_images(str(config.data.path))))
+    _check_same_images(run, open_training(config))
     checkpoint = latest_checkpoint(run)
     if checkpoint is None and _is_first_process():
         print(f"{run}: has no checkpoint yet; it starts from step 0", file=sys.stderr)
@@ -352,7 +435,7 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
     return run
 
 
-def _check_before_writing(config: RunConfig, own: Any, images: ImageSet, quiet: bool) -> None:
+def _check_before_writing(config: RunConfig, own: Any, images: ImageSet | SignalSet, quiet: bool) -> None:
     """Find mistakes while there is nothing to clean up.
 
     Raises:
@@ -367,6 +450,9 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet, quiet: 
     build_optimizer(method.param_groups(), config.optim)
     _check_freeze(method, config.optim)
     _check_pool(method, config)
+    if isinstance(images, SignalSet):  # all of them are read already
+        views(images.read(0), np.random.default_rng(0))
+        return
     if config.eval.data and config.eval.image_size:
         method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
     trouble: DataError | None = None
@@ -426,7 +512,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     accelerator = make_accelerator(
         kind, resolve_precision(config.precision, kind), config.optim.accumulate, config.log.trackers, run
     )
-    images = training_images(open_images(str(config.data.path)))
+    images = open_training(config)
     description = None if checkpoint is None else encoder_description(checkpoint)
     method = build_method(config, own, description).to(accelerator.device)
     if config.compile:
@@ -598,7 +684,7 @@ def _check_evaluation(config: RunConfig) -> None:
         raise ConfigError(f"weights={config.weights}: {method.name} has {', '.join(names)}")
 
 
-def _write_run_file(run: Path, config: RunConfig, images: ImageSet) -> None:
+def _write_run_file(run: Path, config: RunConfig, images: ImageSet | SignalSet) -> None:
     content = {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -610,8 +696,11 @@ def _write_run_file(run: Path, config: RunConfig, images: ImageSet) -> None:
     write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
 
 
-def _names_digest(images: ImageSet) -> str:
-    """A number for the names of the images and their order."""
+def _names_digest(images: ImageSet | SignalSet) -> str:
+    """A number for the names of the images and their order; of signals, also for how long they are."""
+    if isinstance(images, SignalSet):
+        listed = "\n".join(f"{one.name} {one.signal.shape[1]}" for one in images.recordings)
+        return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()[:16]
     names = "\n".join(
         path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else str(path)
         for path in images.paths
@@ -619,7 +708,7 @@ def _names_digest(images: ImageSet) -> str:
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def _check_same_images(run: Path, images: ImageSet) -> None:
+def _check_same_images(run: Path, images: ImageSet | SignalSet) -> None:
     """A resumed run must see the images that it saw: their order follows from their names.
 
     Raises:
@@ -683,7 +772,7 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
     Raises:
         ConfigError, DataError, WeightsError: as :func:`train` does.
     """
-    images = training_images(open_images(config.data.path)) if config.data.path else None
+    images = open_training(config) if config.data.path else None
     config, own = count_classes(config, own, images)
     precision = resolve_precision(config.precision, device.type)
     dtype = torch.bfloat16 if precision == "bf16" else None

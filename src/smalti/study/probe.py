@@ -124,8 +124,10 @@ def probe_positions(
     if not isinstance(method, PART):
         raise ConfigError(f"{run}: probes of positions are for part, this is {method.name}")
     config = read_yaml(run / CONFIG_FILE)
-    images = _held_out(open_images(data or str(config["data"]["path"])))
     views = method.make_views(int(config["data"]["image_size"]))
+    if not isinstance(views, MultiCrop):
+        raise ConfigError(f"{run}: probes of positions are for images; of signals, r2_time in the log tells the fit")
+    images = _held_out(open_images(data or str(config["data"]["path"])))
     channels = method.encoder.in_chans
     batch = next(iter(TrainLoader(images, views, batch_size=num_images, seed=seed, channels=channels)))
     crops = batch.global_crops[:num_images]
