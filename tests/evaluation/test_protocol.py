@@ -29,7 +29,8 @@ from smalti.evaluation.protocol import (
     write_results,
 )
 
-NAMES = protocol_names()
+NAMES = tuple(name for name in protocol_names() if find_protocol(name).need != "stages")
+"""Those of images; what judges signals is tested in test_sleep_staging.py."""
 QUICK: dict[str, object] = {"epochs": 2, "iters": 2}
 """Settings that make any protocol end in a moment, given to those that heed them."""
 

@@ -4,12 +4,12 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from smalti.cli.options import Data, Debug, EncoderSpec, Json, Out, Partial, Quiet, Settings, group, needed
-from smalti.config import merge, parse_overrides, unknown_key
+from smalti.config import merge, parse_overrides, read_yaml, unknown_key
 from smalti.errors import ConfigError
 
 NAME = "evaluate"
@@ -45,6 +45,7 @@ def command(
             raise ConfigError(unknown_key(name, (*PLAIN, *GROUPS)))
     weights, fit = tree.pop("weights", None), group(tree, "load")
     settings = merge({name: tree[name] for name in PLAIN if name in tree}, tree.get("eval", {}))
+    settings = _as_trained(encoder, str(data), settings)
     if protocol:
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
 
@@ -72,6 +73,20 @@ def command(
     print_results(results, json)
     if out:
         print(f"report: {save_evaluation(out, results, shlex.join(['smalti', *sys.argv[1:]]))}")
+
+
+def _as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Signals are read as the run read them, but for what the user says."""
+    from smalti.data.signals import is_signals
+
+    if not is_signals(data):
+        return settings
+    run = Path(encoder).expanduser()
+    for folder in (run, run.parent, run.parent.parent):  # RUN, RUN/best, RUN/checkpoints/step_...
+        if (folder / "config.yaml").is_file():
+            known = (read_yaml(folder / "config.yaml").get("data") or {}).get("signal")
+            return merge({"signal": known} if known else {}, settings)
+    return settings
 
 
 def _show(what: str, done: int, total: int) -> None:

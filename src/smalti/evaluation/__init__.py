@@ -6,6 +6,7 @@ from smalti.evaluation import linear_probe as linear_probe
 from smalti.evaluation import linear_segmentation as linear_segmentation
 from smalti.evaluation import overclustering as overclustering
 from smalti.evaluation import segmenter as segmenter
+from smalti.evaluation import sleep_staging as sleep_staging
 
 # isort: split
 # Imports register protocols, which run and are printed in this order.

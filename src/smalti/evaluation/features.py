@@ -7,7 +7,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smalti.data.folders import ImageSet
 from smalti.data.labelled import LabelledData, eval_batches
+from smalti.data.signals import LabelledSignals
 from smalti.errors import ConfigError, DataError, RunError
 from smalti.models.encoder import Encoder, PatchFeatures, pool_features
 
@@ -164,7 +165,7 @@ class Features:
     def __init__(
         self,
         encoder: Encoder,
-        data: LabelledData,
+        data: LabelledData | LabelledSignals,
         *,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -175,7 +176,7 @@ class Features:
         observers: Mapping[str, Observer] | None = None,
     ) -> None:
         self.encoder = encoder
-        self.data = data
+        self.data = cast(LabelledData, data)  # protocols for signals take :attr:`signals`
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.norm = norm
@@ -190,6 +191,12 @@ class Features:
         self._observers = dict(observers or {})
         self._observed: set[tuple[str, int]] = set()
         self._memo: dict[Hashable, Any] = {}
+
+    @property
+    def signals(self) -> LabelledSignals:
+        """The recordings, where the data are signals."""
+        assert isinstance(self.data, LabelledSignals), type(self.data)
+        return self.data
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -151,6 +151,30 @@ def balanced_accuracy(matrix: Int[Tensor, "G G"]) -> float:
     return _mean(class_recall(matrix), "skip")
 
 
+def class_f1(matrix: Int[Tensor, "G G"]) -> Float[Tensor, " G"]:
+    """F1 of each class, 2 tp / (2 tp + fp + fn), float64; NaN for a class in neither ground truth nor prediction."""
+    return 2 * matrix.diagonal().double() / (matrix.sum(0) + matrix.sum(1))  # 0 / 0 is NaN
+
+
+def macro_f1(matrix: Int[Tensor, "G G"]) -> float:
+    """Mean of :func:`class_f1` over the classes that occur."""
+    return _mean(class_f1(matrix), "skip")
+
+
+def cohen_kappa(matrix: Int[Tensor, "*R G G"]) -> Float[Tensor, "*R"]:
+    """Agreement beyond chance, (p_o - p_e) / (1 - p_e), of one or many confusion matrices, float64, at most 1.
+
+    NaN where nothing was counted, or one class is all there is in ground truth and prediction.
+
+    Source: Cohen, Educational and Psychological Measurement 20(1), 1960, Eq. (1).
+    """
+    total = matrix.sum((-2, -1)).double()
+    observed = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / total
+    expected = (matrix.sum(-1).double() * matrix.sum(-2)).sum(-1) / total.square()
+    beyond = 1 - expected
+    return torch.where(beyond > 0, (observed - expected) / beyond, torch.nan)
+
+
 def _mean(values: Float[Tensor, " G"], absent: Absent) -> float:
     return float(values.nanmean() if absent == "skip" else values.nan_to_num(0.0).mean())
 

@@ -21,6 +21,7 @@ from pydantic import Field
 from smalti.config import settings, write_atomically
 from smalti.data.folders import ImageSet, open_images
 from smalti.data.labelled import LabelledData, draw_training, open_labelled
+from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress
 from smalti.evaluation.metrics import Absent
@@ -28,8 +29,9 @@ from smalti.evaluation.shown import Shown, show
 from smalti.evaluation.tally import Tally
 from smalti.models.encoder import Encoder, encoder_from_config, eval_mode
 
-Need = Literal["labels", "masks", "images"]
-"""What the data must have; ``images`` are enough for what needs no labels."""
+Need = Literal["labels", "masks", "images", "stages"]
+"""What the data must have; ``images`` are enough for what needs no labels, ``stages`` are those of signals."""
+Labelled = LabelledData | LabelledSignals
 Preset = Literal["small", "full", "paper"]
 Count = Annotated[int, Field(ge=1)]
 CountFromZero = Annotated[int, Field(ge=0)]
@@ -96,7 +98,13 @@ class EvalConfig:
     clusters: tuple[Count, ...] = ()
     """overclustering: numbers of clusters; empty: as many as classes, 300 and 500, where there are enough patches."""
     repeats: Count | None = None
-    """overclustering: clusterings with seeds of their own, whose scores are averaged; None: the preset's."""
+    """overclustering: clusterings with seeds of their own, whose scores are averaged; None: the preset's.
+    sleep-staging: fits with seeds of their own, each on subjects of its own; None: 1."""
+    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """sleep-staging: shares of the training subjects whose labels are learned from, each anew; empty: all of them."""
+    signal: SignalConfig | None = None
+    """sleep-staging: how recordings are read, as ``data.signal`` in training; None: as the run was trained, or the
+    defaults."""
     parity: bool = False
     """attention: void pixels and objects as the published code has them."""
     num_images: Count = 64
@@ -109,7 +117,7 @@ class EvalConfig:
     """linear-segmentation, finetune, segmenter: highest learning rate; None takes the protocol's own (in the small
     preset of linear-segmentation: chosen on held-out training images)."""
     iters: Count | None = None
-    """segmenter: training steps; None takes the preset's."""
+    """segmenter, sleep-staging: training steps; None takes the preset's."""
     augment: bool | None = None
     """linear-probe, linear-segmentation, knn-patch, in-context, retrieval: crop and alter the training images; None
     takes the preset's."""
@@ -296,6 +304,8 @@ def fitting_protocols(data: str) -> tuple[str, ...]:
 
     Data with neither labels nor masks get those that need none.
     """
+    if is_signals(data):
+        return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need == "stages")
     has = _has(open_images(data)) or {"images"}
     return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has and protocol.by_default)
 
@@ -345,7 +355,7 @@ def evaluate(
     return [result for beside in zip(*results, strict=True) for result in beside]
 
 
-def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
+def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
     """The labelled images that the protocols of ``config`` need; also finds mistakes before there is an encoder.
 
     Raises:
@@ -353,15 +363,29 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
         DataError: if the data lacks what a protocol needs.
     """
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
+    of_signals = is_signals(data)
+    for protocol in protocols:
+        if (protocol.need == "stages") != of_signals:
+            wanted, there = ("signals", "images") if protocol.need == "stages" else ("images", "signals")
+            raise DataError(
+                f"{data}: protocol {protocol.name} needs {wanted}, these are {there}"
+                + ("; signals=PATH forces them to be read as such" if not of_signals else "")
+            )
+    if of_signals:
+        if config.train_size is not None:
+            raise ConfigError("eval.train_size is for images; of signals, eval.fractions draws shares of the subjects")
+        split_seed = config.seed if config.split_seed is None else config.split_seed
+        signal = config.signal or SignalConfig()
+        return {"stages": open_labelled_signals(data, signal, split=config.split, seed=split_seed)}
     images = open_images(data) if any(protocol.prefers for protocol in protocols) else None
     # without a train split or class names, what is only preferred can't be opened
     has = _has(images) if images and images.classes and (not images.splits or "train" in images.splits) else ()
     needs = dict.fromkeys(_source(protocol, has) for protocol in protocols)
     seed = config.seed if config.split_seed is None else config.split_seed
-    sets = {
+    sets: dict[Need, LabelledData] = {
         need: open_unlabelled(data, split=config.split)
         if need == "images"
-        else open_labelled(data, split=config.split, seed=seed, need=need)
+        else open_labelled(data, split=config.split, seed=seed, need="masks" if need == "masks" else "labels")
         for need in needs
     }
     for need, labelled in sets.items():
@@ -371,7 +395,7 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, LabelledData]:
     if config.train_size is not None:
         for need in sets.keys() - {"images"}:
             sets[need] = draw_training(sets[need], config.train_size, seed)
-    return sets
+    return {**sets}
 
 
 def _has(images: ImageSet) -> set[Need]:
@@ -443,7 +467,7 @@ def _judge(
     name: str,
     data: str,
     protocols: Sequence[Protocol],
-    sets: Mapping[Need, LabelledData],
+    sets: Mapping[Need, Labelled],
     config: EvalConfig,
     progress: Progress | None,
     figures: bool,
@@ -510,7 +534,9 @@ def _judge(
                         confusion=scores.confusion,
                         predictions=scores.predictions,
                         curves=scores.curves,
-                        shown=source.once("shown", partial(show, source, config.image_size)) if figures else None,
+                        shown=source.once("shown", partial(show, source, config.image_size))
+                        if figures and need != "stages"
+                        else None,
                     ),
                 )
             )

@@ -231,6 +231,7 @@ def train(
     batch_size: int,
     seed: int,
     what: str,
+    num_images: int | None = None,
 ) -> list[float]:
     """Fit a model to the training images; it ends in eval mode.
 
@@ -248,6 +249,7 @@ def train(
         batch_size: B.
         seed: of the order of images, and their keys.
         what: named in the progress, and in errors.
+        num_images: of the training set, where it is a part of that of ``features``.
 
     Returns:
         The loss, as means over at most 100 spans of equal length.
@@ -257,7 +259,7 @@ def train(
         RunError: if the loss is not finite.
     """
     device = features.device
-    steps = _Steps(make, len(features.data.train), batch_size, seed)
+    steps = _Steps(make, num_images or len(features.data.train), batch_size, seed)
     losses: list[Tensor] = []
     model.train()
     with torch.enable_grad():

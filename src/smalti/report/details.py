@@ -17,19 +17,24 @@ from smalti.functional.colours import palette
 from smalti.functional.components import align_components
 from smalti.report.figures import (
     FEW_CLASSES,
+    SweepPoint,
     confusion_chart,
+    hypnogram_chart,
     image_uri,
     line_chart,
     overlay,
     pca_maps,
     quantise,
     similarity_picture,
+    sweep_chart,
     telling_patch,
 )
 from smalti.report.html import Html, as_float, chart_figure, decimals, join, missing, tag
 
 RANDOM_INIT = "random init"
 """Name of the arm that is drawn in grey: a baseline, not a competitor."""
+STAGING = "sleep-staging"
+"""Protocol whose predictions are hypnograms."""
 _MAX_CLASSES = 500
 _OPEN_CLASSES = 24
 _LOSS = "loss"
@@ -80,6 +85,8 @@ def detail_sections(judged: Sequence[Judged], *, tokens: bool = True) -> dict[st
         tokens: also PCA maps of the patches and similarities among them.
     """
     sections: dict[str, tuple[str, Html | None]] = {
+        "labels": ("Fewer labels", _label_sweeps(judged)),
+        "hypnograms": ("Hypnograms", _hypnograms(judged)),
         "classes": ("Per class", _some(class_bars(one) for one in judged)),
         "predictions": ("Predictions", _predictions(judged)),
         "confusion": ("Confusion", _confusion(judged)),
@@ -152,7 +159,7 @@ def _predictions(judged: Sequence[Judged]) -> Html | None:
     parts = []
     for one in judged:
         details = {arm: found for arm, found in one.details.items() if found.predictions}
-        if not details:
+        if not details or one.protocol == STAGING:
             continue
         drawn = {arm: {d.images[place]: p for place, p in d.predictions.items()} for arm, d in details.items()}
         classes = next(iter(details.values())).classes
@@ -176,6 +183,43 @@ def _predictions(judged: Sequence[Judged]) -> Html | None:
         lead = tag("p", f"Classes of pixels on test images, by seed {_seed(one)}.{hidden}", class_="lead")
         parts.append(join((tag("h3", one.name), lead, _blocks(blocks))))
     return join(parts) if parts else None
+
+
+def _label_sweeps(judged: Sequence[Judged]) -> Html | None:
+    """Kappa against the share of the subjects that was learned from, with intervals over the test recordings."""
+    parts = []
+    for one in judged:
+        lines: dict[str, list[SweepPoint]] = {}
+        for arm, results in one.arms.items():
+            sweep = results[0].settings.get("label_sweep") if results else None
+            if one.protocol == STAGING and isinstance(sweep, Sequence) and len(sweep) > 1:
+                values = ((as_float(point.get(key)) for key in ("share", "mean", "low", "high")) for point in sweep)
+                lines[arm] = [SweepPoint(*point) for point in values]
+        if lines:
+            svg = sweep_chart(f"{one.name}: kappa against the share of labelled subjects", lines, muted=RANDOM_INIT)
+            meaning = (
+                "against the share of the training subjects, on a logarithmic scale; bands: 95 % over the test "
+                "recordings. The grey line starts from random weights: training from scratch."
+            )
+            parts.append(chart_figure(f"{one.name}: kappa with fewer labels", meaning, svg, "wide"))
+    return tag("div", *parts, class_="charts") if parts else None
+
+
+def _hypnograms(judged: Sequence[Judged]) -> Html | None:
+    """Scored and predicted stages of a few test recordings, one below the other."""
+    parts = []
+    for one in judged:
+        details = {arm: found for arm, found in one.details.items() if found.predictions}
+        if not details or one.protocol != STAGING:
+            continue
+        first = next(iter(details.values()))
+        for place in sorted(first.predictions):
+            name = first.images[place]
+            lines = {"scored": first.predictions[place][0]}
+            lines |= {arm: d.predictions[place][1] for arm, d in details.items() if place in d.predictions}
+            svg = hypnogram_chart(f"Stages of {name}, {one.name}", lines, first.classes, muted=RANDOM_INIT)
+            parts.append(chart_figure(name, f"{one.name}; against the number of the window", svg, "wide"))
+    return tag("div", *parts, class_="charts") if parts else None
 
 
 def _seed(judged: Judged) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import matplotlib
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from smalti.config import write_atomically
@@ -226,6 +227,76 @@ def line_chart(
         axes.locator_params(axis="x", integer=True)  # steps and layers
         _plain_axes(axes)
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+        return _as_svg(figure, title)
+
+
+class SweepPoint(NamedTuple):
+    """A point of :func:`sweep_chart`."""
+
+    share: float
+    """Above 0."""
+    value: float
+    low: float
+    """NaN where there is no interval."""
+    high: float
+
+
+def sweep_chart(title: str, lines: Mapping[str, Sequence[SweepPoint]], *, muted: str = "") -> str:
+    """Scores against shares of the labels on a logarithmic scale, with their intervals as bands, as inline SVG.
+
+    Args:
+        title: for readers who can't see it.
+        lines: name -> points.
+        muted: name of the line that is grey, such as a baseline.
+    """
+    with _svg_style(title):
+        figure = Figure(figsize=(9.2, 2.7), layout="constrained")
+        axes = figure.subplots()
+        for number, (name, points) in enumerate(lines.items()):
+            colour = _MUTED if name == muted else _SERIES[number % len(_SERIES)]
+            shares = [point.share for point in points]
+            axes.plot(
+                shares, [p.value for p in points], color=colour, linewidth=1.4, marker="o", markersize=3, label=name
+            )
+            axes.fill_between(
+                shares, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0
+            )
+        axes.set_xscale("log")
+        shares = sorted({point.share for points in lines.values() for point in points})
+        axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.legend(frameon=False, labelcolor=_INK, handlelength=1.2)
+        axes.margins(x=0.02, y=0.12)
+        _plain_axes(axes)
+        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+        return _as_svg(figure, title)
+
+
+def hypnogram_chart(
+    title: str, lines: Mapping[str, Int[np.ndarray, " n"]], names: Sequence[str], *, muted: str = ""
+) -> str:
+    """Stages over a night as steps, a panel each, as inline SVG; what has no stage is a gap.
+
+    Args:
+        title: for readers who can't see it.
+        lines: name -> stage of each window; numbers beyond ``names`` are no stage.
+        names: of the stages; drawn downwards, the last (REM) below the first (W), as sleep laboratories do.
+        muted: name of the line that is grey, such as a baseline.
+    """
+    order = [0, len(names) - 1, *range(1, len(names) - 1)]
+    height = {stage: len(names) - 1 - place for place, stage in enumerate(order)}
+    with _svg_style(title):
+        figure = Figure(figsize=(9.2, 1.1 * len(lines)), layout="constrained")
+        panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
+        for number, (axes, (name, stages)) in enumerate(zip(panels, lines.items(), strict=True)):
+            colour = _MUTED if name == muted else _INK if number == 0 else _SERIES[(number - 1) % len(_SERIES)]
+            levels = np.array([height.get(int(stage), np.nan) for stage in stages], dtype=np.float64)
+            axes.step(np.arange(len(levels)), levels, where="mid", color=colour, linewidth=1.1)
+            axes.set_yticks(range(len(names)), [names[stage] for stage in reversed(order)])
+            axes.set_ylim(-0.4, len(names) - 0.6)
+            axes.set_title(name, loc="left", color=_INK, fontsize=8)
+            axes.margins(x=0.01)
+            _plain_axes(axes)
         return _as_svg(figure, title)
 
 

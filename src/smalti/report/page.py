@@ -135,7 +135,9 @@ def write_report(
         raise ConfigError(f"{out}: is a folder, the report needs a file name such as {out / 'report.html'}")
     files = read_run(run)
     shown: tuple[Html, Html] | str = "No images were asked for."
-    if num_images:
+    if files.setting("data.signal.window_s"):
+        shown = "Feature maps and nearest patches are of images; this run learned from signals."
+    elif num_images:
         try:
             encoder = encoder or load(run, quiet=True)
             chosen, where = _choose_images(files, images, num_images, encoder.in_chans)
@@ -245,7 +247,8 @@ def _one_line(files: RunFiles) -> str:
     method, architecture = files.setting("method", "a method"), files.setting("encoder", "an encoder")
     steps, batch = files.setting("steps"), files.setting("batch_size")
     length = f", {steps:,} steps" if isinstance(steps, int) else ""
-    length += f" of {batch:,} images" if isinstance(steps, int) and isinstance(batch, int) else ""
+    kind = "windows" if files.setting("data.signal.window_s") else "images"
+    length += f" of {batch:,} {kind}" if isinstance(steps, int) and isinstance(batch, int) else ""
     data = files.setting("data.path")
     return f"{method} on {architecture}{length}{f' from {data}' if data else ''}"
 
