@@ -23,6 +23,13 @@ SMALL: dict[str, dict[str, object]] = {
     "dinov2": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "droppos": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "ibot": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
+    "intertwined": {
+        "num_prototypes": 16,
+        "hidden_dim": 32,
+        "bottleneck_dim": 8,
+        "num_local_views": 2,
+        "field_grid": (9, 9),
+    },
     "loca": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_small_queries": 2},
     "supervised": {"num_classes": 4},
     "neco": {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16},
@@ -32,12 +39,14 @@ FIXED_TARGETS: dict[str, dict[str, object]] = {
     "dino": {"momentum": 1.0, "center_momentum": 1.0},
     "dinov2": {"momentum": 1.0},
     "ibot": {"momentum": 1.0, "center_momentum": 1.0, "patch_center_momentum": 1.0},
+    "intertwined": {"momentum": 1.0},
     "loca": {"momentum": 1.0},
     "neco": {"momentum": 1.0},
 }
 """Settings that keep a teacher's targets where they are, so that a falling loss means learning."""
 ONE_BY_ONE: dict[str, dict[str, object]] = {
     "dinov2": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
+    "intertwined": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
     "neco": {"references": "queue", "queue_size": 64},
     "droppos": {"attentive": False},
     "loca": {"cluster": False, "token_mean": "image"},
@@ -170,7 +179,7 @@ def test_every_trained_parameter_is_in_one_group(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_says_what_it_is(name: str) -> None:
     method = get_method(name)
-    assert method.title and "arXiv:" in method.paper
+    assert method.title and any(place in method.paper for place in ("arXiv:", "PMLR"))
     assert method.export_network in build(name).networks()
     assert all(meaning for _, meaning in field_docs(method.Config).values())
     assert any(path.stem.split("_")[0] == name for path in recipe_files()), "a method has a recipe"

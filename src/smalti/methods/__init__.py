@@ -1,6 +1,6 @@
 """One paper, one file. Importing this package fills the registry."""
 
-from smalti.methods import dino, dinov2, droppos, ibot, loca, mae, mp3, neco, part, supervised
+from smalti.methods import dino, dinov2, droppos, ibot, intertwined, loca, mae, mp3, neco, part, supervised
 from smalti.methods.base import Method, get_method, method_names
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "droppos",
     "get_method",
     "ibot",
+    "intertwined",
     "loca",
     "mae",
     "method_names",

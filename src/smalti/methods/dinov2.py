@@ -154,8 +154,9 @@ class DINOv2(IBOT):
         """As in :class:`~smalti.methods.base.Method`, with lower rates below (``layer_decay``): what comes before the
         first block counts as a layer, final norm and heads have the full rate."""
         encoder, config = self.student.encoder, self.config
-        scales: dict[nn.Parameter, float] = {self.student.mask_token: config.layer_decay ** (encoder.depth + 1)}
-        scales |= {parameter: config.layer_decay ** (encoder.depth + 1) for parameter in encoder.parameters()}
+        heads = set(self.student.heads.parameters())
+        below = [parameter for parameter in self.student.parameters() if parameter not in heads]
+        scales = dict.fromkeys(below, config.layer_decay ** (encoder.depth + 1))
         for number, block in enumerate(encoder.vit.blocks):
             scales |= {parameter: config.layer_decay ** (encoder.depth - number) for parameter in block.parameters()}
         scales |= {parameter: 1.0 for parameter in encoder.vit.norm.parameters()}

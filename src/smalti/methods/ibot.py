@@ -266,7 +266,7 @@ class IBOT(Method):
     posttrain_defaults: ClassVar[dict[str, Any]] = {  # ours: the paper trains from random weights only
         "optim": {"lr": 1e-5, "weight_decay_end": 0.04, "freeze_encoder_share": 0.1},
     }
-    token_heads: ClassVar[tuple[str, ...]] = (PATCH,)
+    token_heads: tuple[str, ...] = (PATCH,)
     """What is asked of patch tokens; the names of heads, masks and loss terms."""
 
     def __init__(self, encoder: Encoder, config: IBOTConfig) -> None:

@@ -1,0 +1,274 @@
+"""Intertwined content and positional features: DINOv2 whose crops know where in the image they lie.
+
+Paper: Liu, Suganuma & Okatani, "Self-Supervised Learning of Intertwined Content and Positional Features for Object
+Detection", ICML 2025, PMLR 267:39552-39567. The text at hand was the review version; there is no public code.
+Letters: B images, V views, M = 2 B global crops (view-major), N = h*w patches of a crop, D width of a token, P the
+field of positions, A the rectangle around an image's global crops, s its share of the field.
+Differs from the paper, or is left open there (the whole table: ``docs/methods/intertwined.md``): tokens that are masked
+are judged, not all; local crops must fit into the field, too; a mirrored crop keeps the positions of the unmirrored one
+(``flip``); the cross-shaped mask's rule. The defaults of ``num_prototypes``, ``targets`` and ``koleo_weight`` are for
+tens of thousands of images on one device (the recipes have the published ones).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
+
+from smalti.config import settings
+from smalti.data.views import MultiCrop, Views
+from smalti.errors import ConfigError
+from smalti.functional.boxes import normalize_boxes, place_in_field
+from smalti.functional.masking import cross_mask, stratified_counts
+from smalti.functional.random import sample_beta, sample_uniform
+from smalti.layers.position_field import PositionField
+from smalti.methods.base import register
+from smalti.methods.dinov2 import DINOv2, DINOv2Config
+from smalti.methods.ibot import NUM_GLOBAL, RATIO_STREAM, MaskedNetwork, crop_keys
+from smalti.models.encoder import Encoder
+
+CONTENT, POSITION = "content", "position"
+SCALE_STREAM, SHIFT_STREAM, CROSS_STREAM = 2, 3, 4
+_BETA = (2, 5)
+
+
+@settings
+class IntertwinedConfig(DINOv2Config):
+    """Settings: DINOv2's, some with other defaults, and its own. ``mask_share`` is f_c, the share of global crops whose
+    content is masked; the others' positions are."""
+
+    field: bool = True
+    """Crops read their positions out of a field over the image; otherwise every crop has the same table."""
+    position_loss: bool = True
+    """Mask positions in the crops whose content isn't masked, and match the teacher there; otherwise these crops are
+    not masked."""
+    field_grid: tuple[int, int] = (50, 50)
+    """Nodes of the field down and across."""
+    field_mode: Literal["bicubic", "bilinear"] = "bicubic"
+    """Interpolation between nodes."""
+    field_align_corners: bool = True
+    """The outermost nodes lie on the borders of the image; otherwise half a node inside."""
+    field_reading: Literal["sampled", "separable"] = "sampled"
+    """``separable``: equal numbers, and gradients that are the same bits each time on a GPU, for more memory."""
+    field_frozen: bool = False
+    """The field stays as it starts."""
+    scale_law: Literal["beta", "uniform", "const"] = "beta"
+    """How s is drawn: Beta(2, 5) or uniformly over ``scale_range``; ``const``: crops are read where they lie."""
+    scale_range: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest s."""
+    anchor: Literal["crops", "image"] = "crops"
+    """What gets the area s: A, or the whole image."""
+    flip: Literal["box", "image", "field"] = "box"
+    """``box``: a crop's pixels are mirrored, its positions not; ``image``: all crops of an image are mirrored, or none;
+    ``field``: a crop's positions are mirrored with it."""
+    position_mask: Literal["cross", "box"] = "cross"
+    """Shape of position masks; content masks are boxes."""
+    position_mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Smallest and largest share of positions that are masked."""
+    loss_tokens: Literal["masked", "all"] = "masked"
+    """Which tokens of a masked crop are judged; the paper's formulas can be read as ``all``."""
+    norm_last_layer: bool = True
+    """Keep the gain of each prototype at 1."""
+    teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax on images, constant."""
+    warmup_teacher_temp: float = 0.04
+    """At the start."""
+    patch_teacher_temp: float = 0.04
+    """Likewise on patches, of content and of position."""
+    warmup_patch_teacher_temp: float = 0.04
+    """At the start."""
+    koleo_weight: float = 0.1
+    """Of the KoLeo term, which is summed over both global views; the paper's is 1."""
+
+
+class IntertwinedNetwork(MaskedNetwork):
+    """A :class:`MaskedNetwork` that keeps what a patch shows and where it lies apart until both are masked.
+
+    Args:
+        encoder: with positions.
+        config: of the method.
+        token_heads: as for :class:`MaskedNetwork`.
+    """
+
+    def __init__(self, encoder: Encoder, config: IntertwinedConfig, token_heads: tuple[str, ...]) -> None:
+        super().__init__(encoder, config, token_heads)
+        self.position_token = nn.Parameter(torch.zeros(1, encoder.embed_dim)) if config.position_loss else None
+
+    def embed(
+        self, images: Num[Tensor, "V C H W"], masks: Mapping[str, Tensor], boxes: Float[Tensor, "V 4"] | None
+    ) -> Float[Tensor, "V T D"]:
+        """The sequence that goes into the blocks: content plus position, each with its own mask token where hidden.
+
+        Args:
+            images: as views have them.
+            masks: ``(V, N)`` by name, ``content`` and ``position``, or nothing.
+            boxes: of the crops, in shares of the field; None: all read the whole of it, or the table.
+        """
+        encoder = self.encoder
+        tokens, grid = encoder.embed_patches(encoder.normalize(images))
+        positions = encoder.positions(grid, boxes)
+        assert positions is not None, "refused when the method was built"
+        places, prefix = positions
+        if CONTENT in masks:
+            tokens = torch.where(masks[CONTENT][..., None], self.mask_token.to(tokens.dtype), tokens)
+        if POSITION in masks:
+            assert self.position_token is not None, "positions are masked for their loss alone"
+            places = torch.where(masks[POSITION][..., None], self.position_token.to(places.dtype), places)
+        return encoder.assemble(tokens, (places, prefix))
+
+
+@register("intertwined")
+class Intertwined(DINOv2):
+    """DINOv2 with a field of positions that crops read, and positions that are hidden and predicted."""
+
+    Config = IntertwinedConfig
+    title = "positions read out of a field where a crop lies; masked content, or masked positions"
+    paper = "Liu et al. 2025, ICML (PMLR 267)"
+    reads_field = True
+    defaults: ClassVar[dict[str, Any]] = {
+        "optim": {
+            "base_lr": 2e-3,
+            "lr_scaling": "sqrt",
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.04,
+            "weight_decay_end": 0.4,
+            "warmup_share": 0.1,
+            "min_lr": 1e-6,
+            "clip_norm": 3.0,
+        },
+        "drop_path": 0.1,
+    }
+
+    def __init__(self, encoder: Encoder, config: IntertwinedConfig) -> None:
+        _check(config, encoder)
+        self.token_heads = (CONTENT, POSITION) if config.position_loss else (CONTENT,)
+        super().__init__(encoder, config)
+
+    def make_network(self, encoder: Encoder) -> IntertwinedNetwork:
+        """The student; the teacher is its copy, field and all."""
+        return IntertwinedNetwork(encoder, self.config, self.token_heads)
+
+    def make_views(self, image_size: int) -> MultiCrop:
+        """DINOv2's; with ``flip=image`` an image is mirrored before it is cropped, not each crop."""
+        views = super().make_views(image_size)
+        if self.config.flip != "image":
+            return views
+        return MultiCrop([replace(spec, flip_prob=0.0) for spec in views.specs], flip_image_prob=0.5)
+
+    def view_boxes(self, views: Views) -> list[Tensor | None]:
+        """Where the crops of each size lie in the field; one scale and one shift for all views of an image."""
+        if not self.config.field:
+            return [None] * len(views.crops)
+        boxes = self.field_boxes(views)
+        return list(torch.split(boxes, [len(crops) for crops in views.crops]))
+
+    def field_boxes(self, views: Views) -> Float[Tensor, "VB 4"]:
+        """Boxes of all views in shares of the field, in their order; x0 and x1 exchanged where columns are mirrored."""
+        config = self.config
+        boxes = normalize_boxes(views.boxes, views.source_size)
+        if config.scale_law != "const":
+            draw = sample_beta(views.keys, *_BETA, stream=SCALE_STREAM)
+            if config.scale_law == "uniform":
+                draw = sample_uniform(views.keys, 1, SCALE_STREAM)[:, 0]
+            low, high = config.scale_range
+            shift = sample_uniform(views.keys, 2, SHIFT_STREAM)
+            by_view = boxes.reshape(-1, views.batch_size, 4)
+            boxes = place_in_field(by_view, NUM_GLOBAL, low + (high - low) * draw, shift, config.anchor).flatten(0, 1)
+        if config.flip == "field":
+            boxes = torch.where(views.flips[:, None], boxes[:, [2, 1, 0, 3]], boxes)
+        return boxes
+
+    def draw_masks(self, keys: Int[Tensor, " B"], grid: tuple[int, int]) -> dict[str, Bool[Tensor, "M N"]]:
+        """What is hidden in the global crops, on the CPU: the content of ``mask_share`` of them, the others' positions,
+        never both in one.
+
+        Args:
+            keys: the images', on the CPU.
+            grid: of a global crop.
+        """
+        content, position = self.mask_counts(keys, grid)
+        masks = {CONTENT: self.blocks(keys, content, grid)}
+        if self.config.position_loss:
+            if self.config.position_mask == "cross":
+                masks[POSITION] = cross_mask(crop_keys(keys), position, grid, stream=CROSS_STREAM)
+            else:
+                masks[POSITION] = self.blocks(keys, position, grid)
+        return masks
+
+    def mask_counts(
+        self, keys: Int[Tensor, " B"], grid: tuple[int, int]
+    ) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
+        """How many patches of each global crop lose their content, and how many their position."""
+        config, num_patches = self.config, grid[0] * grid[1]
+        noise = sample_uniform(crop_keys(keys), 2, RATIO_STREAM)
+        if config.mask_dealing == "independent":
+            counts = [
+                ((low + (high - low) * noise[:, 1].double()) * num_patches).long()
+                for low, high in (config.mask_ratio, config.position_mask_ratio)
+            ]
+            is_content = noise[:, 0] < config.mask_share
+            return torch.where(is_content, counts[0], 0), torch.where(is_content, 0, counts[1])
+        num_content = int(len(noise) * config.mask_share)
+        content = stratified_counts(noise, num_content, config.mask_ratio, num_patches)
+        position = stratified_counts(
+            noise, len(noise) - num_content, config.position_mask_ratio, num_patches, from_end=True
+        )
+        return content, position
+
+    def compared(self, masks: dict[str, Bool[Tensor, "M N"]]) -> dict[str, Bool[Tensor, "M N"]]:
+        """Which tokens the content head and the position head judge."""
+        if self.config.loss_tokens == "masked":
+            return masks
+        return {name: mask.any(1, keepdim=True).expand_as(mask) for name, mask in masks.items()}
+
+    @torch.no_grad()
+    def _draw_weights(self) -> None:
+        """DINOv2's start; then the field takes the place of the table, as it is or as sines and cosines of its size."""
+        super()._draw_weights()
+        encoder, config = self.student.encoder, self.config
+        if not config.field:
+            encoder.tabulate_field()
+            return
+        if encoder.position_field is None:
+            encoder.attach_field(self._field_from_table(encoder))
+        field = encoder.position_field
+        assert field is not None, "attached above"
+        field.field.requires_grad_(not config.field_frozen)
+
+    def _field_from_table(self, encoder: Encoder) -> PositionField:
+        """A field that starts as the encoder's own table does, or from that table if it was trained."""
+        config, grid = self.config, encoder.check_size(*encoder.img_size)
+        field = PositionField(
+            encoder.embed_dim,
+            config.field_grid,
+            encoder.has_class_token,
+            config.field_mode,
+            config.field_align_corners,
+            separable=config.field_reading == "separable",
+        )
+        positions = encoder.positions(grid)
+        assert positions is not None, "refused when the method was built"
+        patches, prefix = positions
+        if encoder.pretrained:
+            field.init_table(patches, grid)
+        elif config.position_init == "sincos":
+            field.init_sincos(grid)
+            field.set_rms(patches.square().mean().sqrt().item())
+        if field.class_position is not None and prefix is not None:
+            field.class_position.copy_(prefix[:, :1])
+        return field
+
+
+def _check(config: IntertwinedConfig, encoder: Encoder) -> None:
+    """Settings that can't be used, before anything is built."""
+    if encoder.vit.pos_embed is None and encoder.position_field is None:
+        raise ConfigError(f"{encoder.name} has no position embedding, which this method is about")
+    low, high = config.position_mask_ratio
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"method.position_mask_ratio=({low:g}, {high:g}): it needs 0 <= smallest <= largest <= 1")
+    low, high = config.scale_range
+    if not 0 < low <= high <= 1:
+        raise ConfigError(f"method.scale_range=({low:g}, {high:g}): it needs 0 < smallest <= largest <= 1")
