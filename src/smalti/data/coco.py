@@ -3,13 +3,15 @@
 Source: Lin et al., COCO, arXiv:1405.0312; the data format on its site.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smalti.data.image_set import read_json
+from smalti.data.image_set import ImageSample, ImageSet, read_json
 from smalti.errors import DataError
 
 
@@ -107,3 +109,96 @@ def _object(item: Mapping[str, Any], label: int) -> CocoObject:
         area=float(item.get("area", width * height)),
         outline=item.get("segmentation"),
     )
+
+
+def with_objects(images: ImageSet) -> ImageSet:
+    """The images that their files of annotations list, with the classes of these files.
+
+    Images that no file lists are left out with a warning, as nobody knows what is in them. Boxes that reach over the
+    border by more than a pixel are told in a warning; who uses them clips them.
+
+    Raises:
+        DataError: if there are no annotations, the files have other categories or none, a file lists an image that
+            isn't there, or a box lies outside its image.
+    """
+    files = tuple(dict.fromkeys(sample.annotations for sample in images.samples if sample.annotations is not None))
+    if not files:
+        raise DataError(f"{images.root}: has no annotations; boxes come in annotations/instances_SPLIT.json")
+    tables = {path: _read_once(path) for path in files}
+    first = tables[files[0]]
+    for path, table in tables.items():
+        if not table.classes:
+            raise DataError(f"{path}: 'categories' is empty; it needs id and name of each class")
+        if (table.classes, table.category_ids) != (first.classes, first.category_ids):
+            raise DataError(
+                f"{path}: its categories aren't those of {files[0].name} ({len(table.classes)} and "
+                f"{len(first.classes)}); all splits need the same ids and names"
+            )
+        _check_boxes(table)
+    kept, unlisted, seen = list[ImageSample](), list[Path](), dict[tuple[Path, str], Path]()
+    for sample in images.samples:
+        name = _listed_name(sample)
+        if sample.annotations is None or name is None:
+            unlisted.append(sample.path)
+            continue
+        if (other := seen.setdefault((sample.annotations, name), sample.path)) != sample.path:
+            raise DataError(f"{sample.annotations}: '{name}' may be {other} or {sample.path}; write its folder, too")
+        kept.append(sample)
+    for path, table in tables.items():
+        if missing := [name for name in table.images if (path, name) not in seen]:
+            raise DataError(
+                f"{path}: {len(missing):,} of {len(table.images):,} images don't exist, the first: {missing[0]}"
+            )
+    if unlisted:
+        warnings.warn(
+            f"{images.root}: {len(unlisted):,} of {len(images):,} images are in no file of annotations and are left "
+            f"out, the first: {unlisted[0].name}",
+            stacklevel=3,
+        )
+    return replace(images, samples=tuple(kept), classes=first.classes)
+
+
+def annotated_image(sample: ImageSample) -> CocoImage:
+    """What the file of annotations says about one of the images of :func:`with_objects`."""
+    name = _listed_name(sample)
+    assert sample.annotations is not None and name is not None, sample.path
+    return _read_once(sample.annotations).images[name]
+
+
+def _read_once(path: Path) -> CocoAnnotations:
+    """A file of annotations, read again only when it has changed."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror or error})") from None
+    return _read_cached(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_cached(path: Path, changed_ns: int, size: int) -> CocoAnnotations:
+    return read_annotations(path)
+
+
+def _listed_name(sample: ImageSample) -> str | None:
+    """How its file of annotations names the image: by as many of its folders as the file writes."""
+    if sample.annotations is None:
+        return None
+    names, parts = _read_once(sample.annotations).images, sample.path.parts
+    return next((name for i in range(len(parts)) if (name := "/".join(parts[i:])) in names), None)
+
+
+def _check_boxes(table: CocoAnnotations) -> None:
+    over = 0
+    for name, image in table.images.items():
+        if min(image.height, image.width) < 1:
+            raise DataError(f"{table.path}: image '{name}' has {image.width}x{image.height} pixels")
+        for number, item in enumerate(image.objects):
+            x0, y0, x1, y1 = item.box
+            if x0 >= image.width or y0 >= image.height or x1 < 0 or y1 < 0:
+                raise DataError(
+                    f"{table.path}: object {number} of image '{name}' has the box x {x0:g}..{x1:g}, y {y0:g}..{y1:g}, "
+                    f"outside of its {image.width}x{image.height} pixels; boxes are left, top, width and height"
+                )
+            over += x0 < -1 or y0 < -1 or x1 > image.width + 1 or y1 > image.height + 1
+    if over:
+        warnings.warn(f"{table.path}: {over:,} boxes reach over the border of their image; clipped", stacklevel=4)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from smalti.data.coco import with_objects
 from smalti.data.folders import SPLITS, ImageSample, ImageSet, open_images, read_image
 from smalti.data.image_set import IGNORED as IGNORED
 from smalti.data.image_set import REFUSED
@@ -30,7 +31,9 @@ _LOOKED_AT = 10  # masks, before an evaluation, for a mistake that would not sho
 _NEEDED = {
     "labels": "class folders (CLASS/image or SPLIT/CLASS/image)",
     "masks": "masks (images/ with masks/ or instances/, and classes.txt)",
+    "boxes": "boxes (COCO's annotations/instances_SPLIT.json beside images/)",
 }
+Kind = Literal["labels", "masks", "boxes"]
 
 
 @dataclass(frozen=True)
@@ -46,27 +49,29 @@ class LabelledData:
     """Whether ``train`` is a draw from the training images."""
 
 
-def open_labelled(
-    data: str | Path, *, split: str | None = None, seed: int = 0, need: Literal["labels", "masks"]
-) -> LabelledData:
+def open_labelled(data: str | Path, *, split: str | None = None, seed: int = 0, need: Kind) -> LabelledData:
     """The labelled images at a path, in two parts.
 
     Args:
         data: as for :func:`~smalti.data.folders.open_images`.
         split: what to judge on; None takes val, else test, else a fifth of the images, chosen by the seed.
         seed: of that choice.
-        need: class labels or masks.
+        need: class labels, masks, or boxes of objects.
 
     Raises:
-        DataError: if the layout hasn't what is needed, a split is missing, or train and test differ in their classes.
+        DataError: if the layout hasn't what is needed, a split is missing, train and test differ in their classes, or
+            a file of boxes contradicts itself or the images.
     """
     images = open_images(data)
     found = {"labels": any(sample.label is not None for sample in images.samples)}
     found["masks"] = any(sample.mask is not None or sample.instances is not None for sample in images.samples)
+    found["boxes"] = any(sample.annotations is not None for sample in images.samples)
     if not found[need]:
         raise DataError(
             f"{images.root}: found layout '{images.layout}', this needs {_NEEDED[need]}{_hint(images, need)}"
         )
+    if need == "boxes":
+        images = with_objects(images)
     if not images.classes:
         raise DataError(f"{images.root}: no classes.txt; it needs one class name a line, the first for value 0")
     if need == "masks":
@@ -108,7 +113,9 @@ def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
     return replace(data, train=train, note=note, drawn=True)
 
 
-def _hint(images: ImageSet, need: Literal["labels", "masks"]) -> str:
+def _hint(images: ImageSet, need: Kind) -> str:
+    if need == "boxes" and any(images.root.glob("annotations/instances_*.json")):
+        return f"; COCO's files there are read with coco={images.root}"
     objects = images.root / "objects"
     if need == "labels" and objects.is_dir():
         return f"; there are some in {objects}"
