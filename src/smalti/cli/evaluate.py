@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from smalti.errors import ConfigError
 
 NAME = "evaluate"
 PLAIN, GROUPS = ("seed", "batch_size", "pool", "weights"), ("eval", "load")
+_TELL_EVERY_S = 60.0
 
 
 def command(
@@ -64,7 +66,7 @@ def command(
     model = model.to(best_device())
     if json:
         check_writable(json)
-    results = evaluate(model, encoder, str(data), config, progress=None if quiet else _show, figures=True)
+    results = evaluate(model, encoder, str(data), config, progress=None if quiet else _Show(), figures=True)
     run = Path(encoder).expanduser()
     if (run / "config.yaml").is_file():
         file = run / "results" / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -89,7 +91,23 @@ def _as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, 
     return settings
 
 
-def _show(what: str, done: int, total: int) -> None:
-    end = "\n" if done >= total else "\r" if sys.stderr.isatty() else ""
-    if end:
-        print(f"{what}: {done} of {total}   ", file=sys.stderr, end=end, flush=True)
+class _Show:
+    """Tells how far it is, the rate and the time left: in place on a terminal, elsewhere a line a minute."""
+
+    def __init__(self) -> None:
+        self._what, self._done, self._first = "", 0, 0
+        self._began = self._told = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what or done <= self._done:
+            self._what, self._first, self._began, self._told = what, done, now, now
+        self._done = done
+        is_terminal, is_end = sys.stderr.isatty(), done >= total
+        if not (is_terminal or is_end or now - self._told >= _TELL_EVERY_S):
+            return
+        self._told = now
+        rate = (done - self._first) / (now - self._began) if now > self._began else 0.0
+        left = f", {rate:.3g}/s, {timedelta(seconds=round((total - done) / rate))} left" if rate and not is_end else ""
+        end = "\n" if is_end or not is_terminal else "\r"
+        print(f"{what}: {done} of {total}{left}   ", file=sys.stderr, end=end, flush=True)
