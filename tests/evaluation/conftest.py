@@ -1,5 +1,6 @@
 """Labelled scenes whose pixels tell their class, and encoders about which theory says what they must score."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,60 @@ def greys(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 grey = np.clip(label * STEP + noise, 0, 255).astype(np.uint8)
                 write_image(root / split / f"grey{label}" / f"{number}.png", grey)
     return root
+
+
+def write_shapes(root: Path, counts: dict[str, int], side: int = 64, seed: int = 0) -> Path:
+    """COCO's format: bright rectangles (id 3) and less bright diamonds (id 8) on dark noise, one or two an image.
+
+    Ids are in no order, one image of each split has no object, and one object of each split is a crowd.
+    """
+    rng = np.random.default_rng(seed)
+    for split, count in counts.items():
+        images, annotations = [], []
+        for number in rng.permutation(count).tolist():
+            name = f"{split}{number}.png"
+            grey = rng.integers(0, 60, (side, side), dtype=np.uint8)
+            images.append({"id": 100 + number, "file_name": name, "height": side, "width": side})
+            for half in range(0 if number == 0 else int(rng.integers(1, 3))):  # one in each half, so that none overlap
+                width, height = (int(value) for value in rng.integers(side // 4, side // 2 - 2, 2))
+                x0 = half * side // 2 + int(rng.integers(side // 2 - width))
+                y0 = int(rng.integers(side - height))
+                is_rectangle = bool(rng.random() < 0.5)
+                x1, y1 = x0 + width, y0 + height
+                corners = [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
+                if not is_rectangle:
+                    x, y = (x0 + x1) // 2, (y0 + y1) // 2
+                    corners = [[x, y0], [x1, y], [x, y1], [x0, y]]
+                cv2.fillPoly(grey, [np.array(corners)], 240 if is_rectangle else 150)
+                annotations.append(
+                    {
+                        "id": 1000 - len(annotations),
+                        "image_id": 100 + number,
+                        "category_id": 3 if is_rectangle else 8,
+                        "bbox": [x0, y0, width, height],
+                        "area": width * height if is_rectangle else width * height / 2,
+                        "iscrowd": 0,
+                        "segmentation": [[value for corner in corners for value in corner]],
+                    }
+                )
+            write_image(root / "images" / name, grey)
+        mask = np.zeros((side, side), int)
+        mask[:2, :2] = 1
+        flips = np.flatnonzero(np.diff(np.r_[0, mask.T.ravel(), 0]))
+        crowd = {"size": [side, side], "counts": np.diff(np.r_[0, flips, side * side]).tolist()}
+        first = {"id": 1, "image_id": 100, "category_id": 3, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 1}
+        annotations.append({**first, "segmentation": crowd})
+        categories = [{"id": 8, "name": "diamond"}, {"id": 3, "name": "rectangle"}]
+        path = root / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 images to train and 5 to judge on of :func:`write_shapes`, 64x64 pixels."""
+    return write_shapes(tmp_path_factory.mktemp("shapes"), {"train": 12, "val": 5})
 
 
 @pytest.fixture

@@ -36,9 +36,9 @@ QUICK: dict[str, object] = {"epochs": 2, "iters": 2}
 
 
 @pytest.fixture
-def data(scenes, greys, photos):
+def data(scenes, greys, photos, shapes):
     """What each protocol needs."""
-    folders = {"labels": str(greys), "masks": str(scenes), "images": str(photos)}
+    folders = {"labels": str(greys), "masks": str(scenes), "images": str(photos), "boxes": str(shapes)}
     return {name: folders[find_protocol(name).need] for name in NAMES}
 
 
@@ -63,7 +63,7 @@ def test_results_are_scores_with_their_settings(name, tiny, data):
         assert set(result.units) == set(result.metrics)
         assert all(0 <= value <= 1 for name, value in result.metrics.items() if result.units[name] == SHARE)
         assert set(result.details.tallies) <= set(result.metrics)
-        # a rank is of all images together, no mean over them
+        # a rank is of all images together, and so is an average precision: no mean over them
         assert result.headline[0] in result.details.tallies or result.units[result.headline[0]] != SHARE
         for metric, tally in result.details.tallies.items():
             assert len(tally) == len(result.details.images)
@@ -151,7 +151,7 @@ def test_progress_is_told_to_the_end(tiny, data):
         ("knnn", "no protocol 'knnn'; did you mean 'knn'"),
         ("linear-segmentatoin", "did you mean 'linear-segmentation'"),
         ("xyz", "no protocol 'xyz'; there are: .*knn, linear-probe, linear-segmentation"),
-        ("detection", "protocol 'detection' is not in this version of Smalti; it has: .*knn"),
+        ("generation", "protocol 'generation' is not in this version of Smalti; it has: .*knn"),
     ],
 )
 def test_unknown_protocols(name, line, tiny, data):

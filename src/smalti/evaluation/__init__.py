@@ -11,6 +11,7 @@ from smalti.evaluation import sleep_staging as sleep_staging
 # isort: split
 # Imports register protocols, which run and are printed in this order.
 from smalti.evaluation import attention as attention
+from smalti.evaluation import detection as detection
 from smalti.evaluation import equivariance as equivariance
 from smalti.evaluation import in_context as in_context
 from smalti.evaluation import knn_patch as knn_patch

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from smalti.config import settings, write_atomically
 from smalti.data.folders import ImageSet, open_images
-from smalti.data.labelled import LabelledData, draw_training, open_labelled
+from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
 from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress
@@ -29,8 +29,9 @@ from smalti.evaluation.shown import Shown, show
 from smalti.evaluation.tally import Tally
 from smalti.models.encoder import Encoder, encoder_from_config, eval_mode
 
-Need = Literal["labels", "masks", "images", "stages"]
+Need = Literal["labels", "masks", "boxes", "images", "stages"]
 """What the data must have; ``images`` are enough for what needs no labels, ``stages`` are those of signals."""
+_KINDS: Mapping[Need, Kind] = {"labels": "labels", "masks": "masks", "boxes": "boxes"}
 Labelled = LabelledData | LabelledSignals
 Preset = Literal["small", "full", "paper"]
 Count = Annotated[int, Field(ge=1)]
@@ -39,7 +40,7 @@ CountFromZero = Annotated[int, Field(ge=0)]
 SHARE = "share of 1, higher is better"
 """Unit of accuracies and IoUs."""
 
-PLANNED = ("detection", "keep-curve", "generation")
+PLANNED = ("keep-curve", "generation")
 """Names that are settled, of protocols that this version does not have."""
 
 
@@ -114,10 +115,16 @@ class EvalConfig:
     head_batch_size: Count | None = None
     """Heads and fine-tuning: images a step; None takes the protocol's own."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """linear-segmentation, finetune, segmenter: highest learning rate; None takes the protocol's own (in the small
-    preset of linear-segmentation: chosen on held-out training images)."""
+    """linear-segmentation, finetune, segmenter, detection: highest learning rate; None takes the protocol's own (in the
+    small preset of linear-segmentation: chosen on held-out training images)."""
     iters: Count | None = None
-    """segmenter, sleep-staging: training steps; None takes the preset's."""
+    """segmenter, detection, sleep-staging: training steps; None takes the preset's."""
+    masks: bool | None = None
+    """detection: also learn and judge outlines; None does so where the annotations have more than boxes."""
+    frozen_blocks: CountFromZero = 0
+    """detection: so many of the encoder's first blocks, and what comes before them, stay as they are."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """detection: of the products in training; auto is bf16 on CUDA devices, else fp32."""
     augment: bool | None = None
     """linear-probe, linear-segmentation, knn-patch, in-context, retrieval: crop and alter the training images; None
     takes the preset's."""
@@ -185,6 +192,18 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Boxes:
+    """Objects in one image, as pages draw them."""
+
+    boxes: np.ndarray
+    """``(n, 4)`` x0 y0 x1 y1 as shares of the image's width and height."""
+    labels: np.ndarray
+    """``(n,)`` class of each."""
+    scores: np.ndarray
+    """``(n,)`` in 0..1; of true objects 1, of crowds 0."""
+
+
+@dataclass(frozen=True)
 class Details:
     """What stands behind the numbers of a result."""
 
@@ -197,6 +216,8 @@ class Details:
     """``(G, G)`` int64 pixels or images, ground truth down, prediction across."""
     predictions: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Place of a test image -> ``(M, M)`` class of each pixel, of the few images that are shown."""
+    found: Mapping[int, tuple[Boxes, Boxes]] = field(default_factory=dict)
+    """Place of a test image -> true objects and those that were found, of the few images that are shown."""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Name -> numbers for figures: of each step, where the name begins with ``loss``; else of each layer, first to
     last."""
@@ -223,6 +244,8 @@ class Scores(NamedTuple):
     """See :class:`Details`; for the places in ``features.shown``."""
     curves: Mapping[str, Sequence[float]] = {}
     """See :class:`Details`."""
+    found: Mapping[int, tuple[Boxes, Boxes]] = {}
+    """See :class:`Details`; for the places in ``features.shown``."""
 
 
 @dataclass(frozen=True)
@@ -385,7 +408,7 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
     sets: dict[Need, LabelledData] = {
         need: open_unlabelled(data, split=config.split)
         if need == "images"
-        else open_labelled(data, split=config.split, seed=seed, need="masks" if need == "masks" else "labels")
+        else open_labelled(data, split=config.split, seed=seed, need=_KINDS[need])
         for need in needs
     }
     for need, labelled in sets.items():
@@ -533,6 +556,7 @@ def _judge(
                         tallies=scores.tallies,
                         confusion=scores.confusion,
                         predictions=scores.predictions,
+                        found=scores.found,
                         curves=scores.curves,
                         shown=source.once("shown", partial(show, source, config.image_size))
                         if figures and need != "stages"

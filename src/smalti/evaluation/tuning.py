@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,10 +30,11 @@ from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accura
 from smalti.evaluation.tally import Tally, tally_labels
 from smalti.models.encoder import Encoder, clone_encoder
 
-Example = tuple[Tensor, Tensor]
-"""An image as the network takes it, and its class or mask."""
+Example = tuple[Tensor, Any]
+"""An image as the network takes it, and its class or mask, or a dictionary of tensors."""
 CROP_ASPECT, FLIP_PROB = (3 / 4, 4 / 3), 0.5
 _CHECK_EVERY = 50  # reading a loss waits for the GPU
+_TELL_EVERY_S = 10.0
 _CURVE_POINTS = 100
 
 
@@ -161,6 +163,26 @@ def warm_poly(
     return (peak - least) * (1 - share) ** power + least
 
 
+def warm_steps(
+    step: int, num_steps: int, *, peak: float, num_warmup: int, milestones: tuple[float, ...], factor: float = 0.1
+) -> float:
+    """Learning rate: as :func:`warm_cosine` to ``peak``, then ``factor`` times as much from each milestone on.
+
+    Args:
+        step: 0..num_steps-1.
+        num_steps: T.
+        peak: the highest.
+        num_warmup: steps of the warm-up.
+        milestones: as shares of all steps.
+        factor: of each milestone.
+
+    Source: Li et al., ViTDet, arXiv:2203.16527, App. A.2.
+    """
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    return peak * factor ** sum(step >= share * num_steps for share in milestones)
+
+
 class _Steps(Dataset[Any]):
     """The batch of a step; errors are returned, so that they cross from a worker as they are."""
 
@@ -169,14 +191,16 @@ class _Steps(Dataset[Any]):
     ) -> None:
         self._make, self._num_images, self._batch_size, self._seed = make, num_images, batch_size, seed
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[Skipped]] | SmaltiError:
+    def __getitem__(self, step: int) -> tuple[Tensor, Any, list[Skipped]] | SmaltiError:
         skipped: list[Skipped] = []
         first = step * self._batch_size
         try:
             made = [self._example(position, skipped) for position in range(first, first + self._batch_size)]
         except SmaltiError as error:
             return error
-        return torch.stack([image for image, _ in made]), torch.stack([target for _, target in made]), skipped
+        targets = [target for _, target in made]
+        stacked = torch.stack(targets) if isinstance(targets[0], Tensor) else targets
+        return torch.stack([image for image, _ in made]), stacked, skipped
 
     def _example(self, position: int, skipped: list[Skipped]) -> Example:
         """The image at a place of the endless row of epochs, or the next that can be read."""
@@ -224,7 +248,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     features: Features,
     make: Callable[[int, int], Example | Skipped],
-    loss_of: Callable[[Tensor, Tensor], Float[Tensor, ""]],
+    loss_of: Callable[[Tensor, Any], Float[Tensor, ""]],
     rate: Callable[[int], float],
     *,
     num_steps: int,
@@ -232,24 +256,25 @@ def train(
     seed: int,
     what: str,
     num_images: int | None = None,
+    bf16: bool | None = None,
 ) -> list[float]:
     """Fit a model to the training images; it ends in eval mode.
 
-    Every batch is full: epochs run into one another, and an image that can't be read is replaced by the next. In
-    bfloat16 where there is a CUDA device.
+    Every batch is full: epochs run into one another, and an image that can't be read is replaced by the next.
 
     Args:
         model: on the device of the encoder.
         optimizer: of its parameters; ``lr_scale`` of a group multiplies its learning rate.
         features: the training images, and who hears of progress.
         make: ``make(place, key)``: the image at a place of the training set, augmented as the key says.
-        loss_of: ``loss_of(images, targets)`` of a batch.
+        loss_of: ``loss_of(images, targets)`` of a batch; targets are stacked, or a list where they are dictionaries.
         rate: learning rate of a step, 0..num_steps-1.
         num_steps: T.
         batch_size: B.
         seed: of the order of images, and their keys.
         what: named in the progress, and in errors.
         num_images: of the training set, where it is a part of that of ``features``.
+        bf16: whether products are in bfloat16; None: where there is a CUDA device.
 
     Returns:
         The loss, as means over at most 100 spans of equal length.
@@ -260,15 +285,17 @@ def train(
     """
     device = features.device
     steps = _Steps(make, num_images or len(features.data.train), batch_size, seed)
+    bf16 = device.type == "cuda" if bf16 is None else bf16
     losses: list[Tensor] = []
+    told = time.monotonic()
     model.train()
     with torch.enable_grad():
         for step, (images, targets, skipped) in enumerate(stream(steps, num_steps, features.num_workers)):
             features.skipped.update({str(item.path): item.reason for item in skipped})
             for group in optimizer.param_groups:
                 group["lr"] = rate(step) * group.get("lr_scale", 1.0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = loss_of(images.to(device), targets.to(device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(images.to(device), _to(device, targets))
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
@@ -276,10 +303,19 @@ def train(
             if step % _CHECK_EVERY == 0 or step + 1 == num_steps:
                 if not torch.stack(losses[-_CHECK_EVERY:]).isfinite().all():
                     raise RunError(f"{what}: the loss is not finite at step {step}; lower eval.learning_rate")
+                told = -math.inf
+            if time.monotonic() - told > _TELL_EVERY_S:
+                told = time.monotonic()
                 features.progress(what, step + 1, num_steps)
     model.eval()
     spans = torch.stack(losses).float().cpu().tensor_split(min(_CURVE_POINTS, len(losses)))
     return [float(span.mean()) for span in spans]
+
+
+def _to(device: torch.device, targets: Any) -> Any:
+    if isinstance(targets, Tensor):
+        return targets.to(device)
+    return [{name: value.to(device) for name, value in target.items()} for target in targets]
 
 
 def judge_labels(
