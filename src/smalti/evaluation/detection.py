@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
 
-class PatchAnchors(AnchorGenerator):
+class PatchAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision has no types
     """Anchors of a pyramid over patches of any size, whose strides needn't be whole pixels.
 
     Args:
@@ -200,7 +200,7 @@ class Backbone(nn.Module):
     def forward(self, images: Float[Tensor, "B C S S"]) -> dict[str, Tensor]:
         """Maps by name, the finest first."""
         patches, _, (h, w) = self.encoder.encode(images)
-        tokens = patches.mT.unflatten(2, (h, w))  # (B, N, D) -> (B, D, h, w)
+        tokens = patches.mT.reshape(len(images), -1, h, w)  # (B, N, D) -> (B, D, h, w)
         return OrderedDict(zip(_BY_PROPOSALS, self.pyramid(tokens), strict=True))
 
 
@@ -435,7 +435,8 @@ def detection(features: Features, config: EvalConfig) -> Scores:
         truth, found, shown = _judge(model, features, recipe)
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
-    for kind, prefix in (("bbox", ""), ("segm", "mask_"))[: 1 + masks]:
+    kinds: dict[Literal["bbox", "segm"], str] = {"bbox": "", **({"segm": "mask_"} if masks else {})}
+    for kind, prefix in kinds.items():
         scores, of_class = average_precision(truth, found, len(classes), kind)
         metrics |= {prefix + name: value for name, value in scores.items()}
         per_class |= {
