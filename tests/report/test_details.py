@@ -1,6 +1,7 @@
 """What stands behind the numbers: right pictures, for all arms, from whatever the details hold."""
 
 import base64
+import dataclasses
 
 import cv2
 import numpy as np
@@ -8,13 +9,15 @@ import pytest
 import torch
 
 from htmlpage import Page, check_page
-from smalti.evaluation.protocol import Details, Result
+from smalti.evaluation.details import read_details, write_details
+from smalti.evaluation.protocol import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.colours import palette
 from smalti.report.details import RANDOM_INIT, Judged, class_bars, detail_sections
 from smalti.report.figures import (
     ForestRow,
+    boxes_picture,
     confusion_chart,
     forest_chart,
     line_chart,
@@ -128,6 +131,41 @@ def test_an_overlay_shows_the_colours_of_its_classes_and_void_stays_grey():
         colour = picture[row * 20 + 10, column * 20 + 10].astype(int)
         wanted = 0.3 * 120 + 0.7 * palette(3)[value].astype(float) if value >= 0 else np.full(3, 0.6 * 120 + 100)
         assert np.abs(colour - wanted).max() <= 1
+
+
+def test_frames_lie_around_their_objects_in_the_colours_of_their_classes():
+    boxes = np.array([[0.1, 0.2, 0.5, 0.6], [0.6, 0.6, 1.0, 1.0]])
+    picture = boxes_picture(np.full((50, 100, 3), 120, np.uint8), boxes, np.array([0, 2]))
+    assert picture.shape == (100, 200, 3)
+    for (x0, y0, x1, y1), label in zip(boxes * np.array([199, 99, 199, 99]), (0, 2), strict=True):
+        for row, column in ((y0, (x0 + x1) / 2), (y1, (x0 + x1) / 2), ((y0 + y1) / 2, x0), ((y0 + y1) / 2, x1)):
+            assert picture[round(row), round(column)].tolist() == palette(4)[label + 1].tolist()
+        assert len(set(picture[round((y0 + y1) / 2), round((x0 + x1) / 2)].tolist())) == 1
+    empty = boxes_picture(np.zeros((8, 8, 3), np.uint8), np.zeros((0, 4)), np.zeros(0, np.int64))
+    assert empty.shape == (16, 16, 3) and np.ptp(empty) == 0
+
+
+def test_objects_found_stand_beside_the_true_ones_also_when_read_from_disk(tmp_path):
+    true = Boxes(np.array([[0.1, 0.2, 0.5, 0.6]]), np.array([1]), np.ones(1))
+    nothing = Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0))
+    results = []
+    for seed, found in ((0, true), (1, nothing)):
+        plain = result(seed)
+        details = dataclasses.replace(plain.details, predictions={}, found={0: (true, found), 2: (nothing, nothing)})
+        results.append(dataclasses.replace(plain, protocol="detection", details=details))
+    write_details(tmp_path / "details", results)
+    again = read_details(tmp_path / "details", results)
+    for old, new in zip(results, again, strict=True):
+        assert old.details.found.keys() == new.details.found.keys()
+        for pair, other in zip(old.details.found.values(), new.details.found.values(), strict=True):
+            for one, two in zip(pair, other, strict=True):
+                assert np.array_equal(one.boxes, two.boxes) and np.array_equal(one.labels, two.labels)
+                assert np.array_equal(one.scores, two.scores)
+    arms = {"ours": [again[0]], RANDOM_INIT: [again[1]]}
+    page = page_of({"predictions": detail_sections([Judged("d", "detection", arms)])["predictions"]}, tmp_path)
+    alts = [alt for alt in page.attributes("alt") if alt.endswith("a.png")]
+    assert sorted(alts) == ["ours: a.png", "random init: a.png", "truth: a.png"]
+    assert EVIL in page.text
 
 
 def test_the_framed_patch_is_most_similar_to_itself():

@@ -1,9 +1,9 @@
 """Details of results on disk: Parquet for what each image contributed, PNG for predictions, CSV for confusion.
 
 Layout of a folder: ``details.json`` and, a folder a result, ``NUMBER_PROTOCOL/per_image.parquet``, ``confusion.csv``
-and ``predictions/PLACE.png`` (palette images whose values are classes). What pages show of a few images lies in
-``shown_NUMBER/``, once for all results that share it: ``PLACE.jpg``, ``PLACE_mask.png`` (65535 where a pixel counts for
-nothing) and ``tokens.safetensors``.
+and ``predictions/PLACE.png`` (palette images whose values are classes); true and found boxes stand in the index. What
+pages show of a few images lies in ``shown_NUMBER/``, once for all results that share it: ``PLACE.jpg``,
+``PLACE_mask.png`` (65535 where a pixel counts for nothing) and ``tokens.safetensors``.
 """
 
 import csv
@@ -24,7 +24,7 @@ from PIL import Image
 
 from smalti.config import write_atomically
 from smalti.errors import DataError
-from smalti.evaluation.protocol import Details, Result
+from smalti.evaluation.protocol import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
 from smalti.functional.colours import palette
@@ -60,6 +60,7 @@ def write_details(folder: Path, results: Sequence[Result]) -> None:
                 "classes": list(details.classes),
                 "images": list(details.images),
                 "curves": {key: list(map(float, values)) for key, values in details.curves.items()},
+                "found": {place: [_plain(true), _plain(found)] for place, (true, found) in details.found.items()},
                 "tallies": {
                     metric: {"shape": list(tally.part.shape[1:]), "absent": tally.absent}
                     for metric, tally in details.tallies.items()
@@ -177,6 +178,23 @@ def _read_one(folder: Path, entry: dict[str, Any]) -> Details:
         confusion=confusion,
         predictions=predictions,
         curves=entry["curves"],
+        found={int(place): (_boxes(true), _boxes(found)) for place, (true, found) in entry.get("found", {}).items()},
+    )
+
+
+def _plain(boxes: Boxes) -> dict[str, Any]:
+    return {
+        "boxes": boxes.boxes.round(5).tolist(),
+        "labels": boxes.labels.tolist(),
+        "scores": boxes.scores.round(4).tolist(),
+    }
+
+
+def _boxes(entry: dict[str, Any]) -> Boxes:
+    return Boxes(
+        np.array(entry["boxes"], np.float64).reshape(-1, 4),
+        np.array(entry["labels"], np.int64),
+        np.array(entry["scores"], np.float64),
     )
 
 

@@ -18,6 +18,7 @@ from smalti.functional.components import align_components
 from smalti.report.figures import (
     FEW_CLASSES,
     SweepPoint,
+    boxes_picture,
     confusion_chart,
     hypnogram_chart,
     image_uri,
@@ -88,7 +89,7 @@ def detail_sections(judged: Sequence[Judged], *, tokens: bool = True) -> dict[st
         "labels": ("Fewer labels", _label_sweeps(judged)),
         "hypnograms": ("Hypnograms", _hypnograms(judged)),
         "classes": ("Per class", _some(class_bars(one) for one in judged)),
-        "predictions": ("Predictions", _predictions(judged)),
+        "predictions": ("Predictions", _some(part for part in (_predictions(judged), _objects(judged)))),
         "confusion": ("Confusion", _confusion(judged)),
         "layers": ("Curves of the evaluations", _curves(judged)),
     }
@@ -220,6 +221,38 @@ def _hypnograms(judged: Sequence[Judged]) -> Html | None:
             svg = hypnogram_chart(f"Stages of {name}, {one.name}", lines, first.classes, muted=RANDOM_INIT)
             parts.append(chart_figure(name, f"{one.name}; against the number of the window", svg, "wide"))
     return tag("div", *parts, class_="charts") if parts else None
+
+
+def _objects(judged: Sequence[Judged]) -> Html | None:
+    """Frames around true objects and around those that each arm found."""
+    parts = []
+    for one in judged:
+        details = {arm: found for arm, found in one.details.items() if found.found}
+        pictures = _pictures([one])
+        if not details or not pictures:
+            continue
+        classes = next(iter(details.values())).classes
+        by_name = {arm: {d.images[place]: both for place, both in d.found.items()} for arm, d in details.items()}
+        blocks = []
+        for name in dict.fromkeys(name for of_arm in by_name.values() for name in of_arm if name in pictures):
+            picture = pictures[name]
+            drawn = {arm: of_arm[name] for arm, of_arm in by_name.items() if name in of_arm}
+            true = next(iter(drawn.values()))[0]
+            rows = {"truth": true, **{arm: found for arm, (_, found) in drawn.items()}}
+            cells = [
+                (arm, image_uri(boxes_picture(picture.pixels, objects.boxes, objects.labels)), f"{arm}: {name}")
+                for arm, objects in rows.items()
+            ]
+            labels = [objects.labels + 1 for objects in rows.values()]
+            blocks.append(_block(name, cells, picture.aspect, _legend(labels, ("", *classes))))
+        lead = tag(
+            "p",
+            f"Objects on test images by seed {_seed(one)}: true ones, crowds among them, and those found with a score "
+            "of 0.3 or more.",
+            class_="lead",
+        )
+        parts.append(join((tag("h3", one.name), lead, _blocks(blocks))))
+    return join(parts) if parts else None
 
 
 def _seed(judged: Judged) -> str:

@@ -425,6 +425,26 @@ def overlay(picture: UInt8[np.ndarray, "H W 3"], classes: Int[np.ndarray, "M1 M2
     return mixed.clip(0, 255).astype(np.uint8)
 
 
+def boxes_picture(
+    picture: UInt8[np.ndarray, "H W 3"], boxes: Float[np.ndarray, "n 4"], labels: Int[np.ndarray, " n"]
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """A pale picture twice as large, with a frame around each object in the colour of its class.
+
+    Args:
+        picture: RGB.
+        boxes: x0 y0 x1 y1 as shares of the picture's sides.
+        labels: of each; class 0 has the palette's second colour, as the first is for backgrounds.
+    """
+    height, width = (2 * side for side in picture.shape[:2])
+    pale = (0.65 * cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR) + 60).astype(np.uint8)
+    colours = palette(int(labels.max(initial=0)) + 2)
+    corners = (boxes.clip(0, 1) * np.array([width - 1, height - 1] * 2)).round().astype(int)
+    for (x0, y0, x1, y1), label in zip(corners.tolist(), labels.tolist(), strict=True):
+        for colour, thickness in (((20, 20, 20), 5), (tuple(colours[label + 1].tolist()), 3)):  # a rim on any picture
+            cv2.rectangle(pale, (x0, y0), (x1, y1), colour, thickness)
+    return pale
+
+
 def similarity_picture(
     picture: UInt8[np.ndarray, "H W 3"], coordinates: Float[Tensor, "N K"], grid: tuple[int, int], query: int
 ) -> UInt8[np.ndarray, "H W 3"]:
