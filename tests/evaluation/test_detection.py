@@ -305,6 +305,7 @@ def test_images_without_annotations_are_left_out_and_boxes_over_the_border_clipp
     assert len(data.train) == 2 and data.classes == ("rectangle", "diamond")
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with NumPy 2
 def test_real_coco_is_read_whole_with_its_crowds(shared):
     data = open_labelled(shared / "data/coco-tiny", need="boxes")
     assert (len(data.train), len(data.test), len(data.classes)) == (32, 6, 80)

@@ -96,7 +96,7 @@ def test_the_encoder_comes_back_as_it_was_and_no_global_randomness_is_drawn(name
 def test_batch_size_and_workers_do_not_change_the_numbers(name, tiny, data):
     (whole,) = evaluate(tiny, "mine", data[name], quick(name, baseline=False))
     (parts,) = evaluate(tiny, "mine", data[name], quick(name, baseline=False, batch_size=5, num_workers=1))
-    assert parts.metrics == pytest.approx(whole.metrics, abs=2e-3)
+    assert parts.metrics == pytest.approx(whole.metrics, abs=2e-3, nan_ok=True)  # no large objects, no AP of them
     assert parts.settings == whole.settings or name == "linear-probe"  # held-out ties may fall the other way
 
 
