@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 import smalti
 from smalti.cli.train import command
@@ -18,6 +19,7 @@ from smalti.config import merge, read_yaml
 from smalti.errors import DataError
 from smalti.evaluation.intervals import Interval
 from smalti.evaluation.protocol import SHARE, EvalConfig, Result, read_results
+from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.report.page import write_report
 from smalti.study import pretrain
@@ -36,7 +38,7 @@ TINY: dict[str, Any] = {
 
 
 def write_masks(folder: Path, **splits: int) -> Path:
-    """``images/`` and ``masks/``: noise whose left part is brighter, in two classes."""
+    """``images/`` and ``masks/``: noise whose left part is a little brighter, in two classes: no encoder tells all."""
     rng = np.random.default_rng(3)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
@@ -47,7 +49,7 @@ def write_masks(folder: Path, **splits: int) -> Path:
         for name in names:
             mask = np.zeros((32, 32), dtype=np.uint8)
             mask[:, : int(rng.integers(8, 24))] = 1
-            image = rng.integers(0, 90, (32, 32, 3)).astype(np.uint8) + 120 * mask[..., None]
+            image = rng.integers(0, 90, (32, 32, 3)).astype(np.uint8) + 8 * mask[..., None]
             cv2.imwrite(str(folder / "images" / f"{name}.png"), image)
             cv2.imwrite(str(folder / "masks" / f"{name}.png"), mask)
     return folder
@@ -93,9 +95,12 @@ def test_the_best_step_is_chosen_on_val_and_judged_on_test(
     photos: Path, start: Path, with_test: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose(monkeypatch, 0.1, 0.9, 0.5)
-    run = post_train(tmp_path / "a", photos, start, eval=evaluation(with_test), optim={"lr": 1e-2})
+    more = {"optim": {"lr": 3e-2}, "method": {"momentum": 0.0}}  # a teacher that moves
+    run = post_train(tmp_path / "a", photos, start, eval=evaluation(with_test), **more)
     verdict = read_verdict(run)
     assert verdict is not None
+    headlines = {row.arm: row.score.mean for row in verdict.rows if row.is_headline}
+    assert len({round(score, 3) for score in headlines.values()}) == 3, "arms that are swapped can be told"
     assert (verdict.judged, dict(verdict.steps)) == ("best", {"before": 0, "last": 4, "best": 2})
     assert "judged on test (5)" in verdict.images and "Step 2 was chosen on val" in verdict.notes[0]
     assert {
@@ -155,6 +160,83 @@ def test_pretraining_from_random_weights_has_no_verdict(photos: Path, with_test:
     more = {"encoder": ENCODER, "eval": evaluation(with_test, every=0)}
     run = smalti.train("dino", photos, tmp_path / "a", overrides=merge(TINY, more), quiet=True)
     assert read_verdict(run) is None
+
+
+class Blind(Encoder):
+    """Says the same of every patch."""
+
+    def encode(self, images: torch.Tensor, norm: bool = True) -> PatchFeatures:
+        found = super().encode(images, norm)
+        return found._replace(patches=torch.ones_like(found.patches))
+
+
+class Seeing(Encoder):
+    """Says how bright a patch is."""
+
+    def encode(self, images: torch.Tensor, norm: bool = True) -> PatchFeatures:
+        found = super().encode(images, norm)
+        bright = F.avg_pool2d(images.mean(1, keepdim=True), self.patch_size).flatten(2).mT
+        return found._replace(patches=torch.cat([bright, 1 - bright, torch.zeros_like(found.patches)[..., 2:]], -1))
+
+
+def double(cls: type[Encoder]) -> Encoder:
+    built = build_encoder(img_size=32, seed=0, **ENCODER)
+    return cls(built.vit, built.name, built.model_args, mean=(0.0,), std=(1.0,)).eval()
+
+
+def test_before_is_what_training_began_from_and_after_what_it_came_to(
+    with_test: Path, without_test: Path, tmp_path: Path
+) -> None:
+    blind, seeing = double(Blind), double(Seeing)
+
+    def conclude(data: Path, best: int | None, **steps: Encoder) -> Verdict:
+        config = EvalConfig(data=str(data), protocols=("knn-patch",), image_size=32)
+        judge = Judge(tmp_path / f"{data.name}-{best}-{steps['s0'] is blind}", config)
+        return judge.conclude(4, best, lambda step: steps[f"s{step}"])
+
+    for data, best, judged in ((with_test, 2, "best"), (without_test, 2, "last"), (with_test, None, "last")):
+        better = conclude(data, best, s0=blind, s2=seeing if judged == "best" else blind, s4=seeing)
+        worse = conclude(data, best, s0=seeing, s2=blind if judged == "best" else seeing, s4=blind)
+        assert (better.kind, better.judged, worse.kind, worse.judged) == ("better", judged, "worse", judged)
+        before, gap = better.rows[0], better.headline.difference
+        assert before.arm == "before" and gap is not None and gap.mean > 0.2
+        assert better.headline.score.mean == pytest.approx(before.score.mean + gap.mean)
+        assert worse.rows[0].score.mean == pytest.approx(better.headline.score.mean)
+        assert f"{before.score.mean:.3f} -> {better.headline.score.mean:.3f}" in better.sentence
+        assert better.sentence.startswith("better by ") and worse.sentence.startswith("not better, worse by ")
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_of_one_score_nothing_is_chosen(
+    apart: bool, photos: Path, start: Path, with_test: Path, without_test: Path, tmp_path: Path
+) -> None:
+    run = post_train(tmp_path / "a", photos, start)
+    data = with_test if apart else without_test
+    pretrain.resume(run, {"eval": evaluation(data)}, quiet=True)
+    verdict = read_verdict(run)
+    assert verdict is not None
+    assert (verdict.judged, verdict.best_step, dict(verdict.steps)) == ("last", None, {"before": 0, "last": 4})
+    assert verdict.notes[0] == "Only the last step was scored, so none was chosen; the verdict is about it."
+    assert not any("chosen on" in note or "chose the best" in note for note in verdict.notes)
+
+
+def test_the_sentence_names_a_network_that_is_not_handed_on(
+    photos: Path, start: Path, with_test: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"optim": {"lr": 3e-2}, "eval": evaluation(with_test, every=0)}
+    run = post_train(tmp_path / "a", photos, start, weights="student", **more)
+    verdict = read_verdict(run)
+    assert verdict is not None
+    assert "of the student; unless told weights=student, export hands on the teacher" in verdict.sentence
+    config = EvalConfig(protocols=("knn-patch",), image_size=32, baseline=False, split="test")
+    student = smalti.evaluate(smalti.load(run, network="student", quiet=True), "again", str(with_test), config)[0]
+    assert verdict.headline.score.mean == pytest.approx(student.headline[1])
+    capsys.readouterr()
+    command(resume=run, quiet=True)
+    lines = capsys.readouterr().out
+    assert "--to timm --out DIR weights=student" in lines and "--data LABELLED weights=student" in lines
+    plain = read_verdict(post_train(tmp_path / "b", photos, start, **more))
+    assert plain is not None and "student" not in plain.sentence and plain.network == "teacher"
 
 
 def verdict_of(gap: Interval, judged: str = "last", best: int | None = 10, unit: str = SHARE) -> Verdict:

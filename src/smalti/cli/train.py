@@ -82,11 +82,14 @@ def _say_what_next(run: Path) -> None:
         print(f"trained: {run} (the last step, {state.step}); the best step, {state.best_step}, is {chosen}")
     else:
         print(f"trained: {run}")
-    if verdict is None and read_yaml(run / "config.yaml").get("init"):
+    config = read_yaml(run / "config.yaml")
+    if verdict is None and config.get("init"):
         print(f"no verdict yet: smalti train --resume {run} eval.data=LABELLED judges before and after")
-    print(f"next:    smalti evaluate {chosen} --data LABELLED")
+    weights = config.get("weights")
+    also = f" weights={weights}" if weights else ""  # else another network than the one that was judged
+    print(f"next:    smalti evaluate {chosen} --data LABELLED{also}")
     print(f"         smalti report {run}")
-    print(f"         smalti export {chosen} --to timm --out DIR")
+    print(f"         smalti export {chosen} --to timm --out DIR{also}")
 
 
 def _print_verdict(verdict: "Verdict") -> None:

@@ -27,6 +27,7 @@ from smalti.study.rows import Row, metric_rows, read_row, row_tree, table_cells
 VERDICT_FILE = "posttrain.json"
 BEFORE, LAST, BEST = "before", "last", "best"
 _FOLDER, _SETTINGS = "posttrain", "settings.json"
+_PLAIN = ("judged", "steps", "best_step", "images", "network", "handed_on")
 COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "baseline")
 """Settings of an evaluation that don't change its scores."""
 
@@ -42,11 +43,15 @@ class Verdict:
     judged: str
     """Which of these the sentence is about."""
     best_step: int | None
-    """What evaluation in training chose; 0: the weights that training began from."""
+    """What evaluation in training chose; 0: the weights that training began from; None: nothing was chosen."""
     images: str
     """What the verdict was measured on."""
     notes: tuple[str, ...]
     """What must be known to read the numbers, a sentence each."""
+    network: str = ""
+    """Which network was judged."""
+    handed_on: str = ""
+    """Which one is handed on by default."""
 
     @property
     def headline(self) -> Row:
@@ -70,6 +75,10 @@ class Verdict:
             f"{row.protocol} {row.metric} {before.score.mean:.3f} -> {row.score.mean:.3f} ({gap.mean:+.3f}{span}) "
             f"at step {self.steps[self.judged]}"
         )
+        if self.network != self.handed_on:
+            numbers += (
+                f", of the {self.network}; unless told weights={self.network}, export hands on the {self.handed_on}"
+            )
         if self.kind == "better":
             return f"better by {abs(gap.mean):.3f}: {numbers}"
         word = f"not better, worse by {abs(gap.mean):.3f}" if self.kind == "worse" else "not better"
@@ -84,11 +93,14 @@ class Judge:
     Args:
         run: the run directory.
         config: settings of evaluation in training; ``data`` is given.
+        network: which network is judged, by name.
+        handed_on: which one is handed on by default.
     """
 
-    def __init__(self, run: Path, config: EvalConfig) -> None:
+    def __init__(self, run: Path, config: EvalConfig, network: str = "encoder", handed_on: str = "encoder") -> None:
         data = str(config.data)
         self.run, self.data = run, data
+        self.network, self.handed_on = network, handed_on
         self.chosen_on, self.is_apart = _splits(data, config)
         self.config = dataclasses.replace(
             config,
@@ -118,7 +130,8 @@ class Judge:
 
         Args:
             last: the step at which training ended.
-            best: the step that evaluation in training chose; 0: the weights that training began from.
+            best: the step that evaluation in training chose; 0: the weights that training began from; None: there was
+                nothing to choose from.
             encoder_of: gives a step's encoder, for what isn't judged yet; it is asked for 0, ``last`` and ``best``.
         """
         steps = {BEFORE: 0, LAST: last}
@@ -137,11 +150,12 @@ class Judge:
             rows = [dataclasses.replace(row, difference=None) if row.arm == BEST else row for row in rows]
         judged = BEST if self.is_apart and BEST in steps else LAST
         images = str(results[BEFORE][0].settings["split"])
-        verdict = Verdict(tuple(rows), steps, judged, best, images, tuple(self._notes(steps, last, best)))
+        notes = tuple(self._notes(steps, best))
+        verdict = Verdict(tuple(rows), steps, judged, best, images, notes, self.network, self.handed_on)
         tree = {
             "sentence": verdict.sentence,
             "kind": verdict.kind,
-            **{name: getattr(verdict, name) for name in ("judged", "steps", "best_step", "images", "notes")},
+            **{name: getattr(verdict, name) for name in (*_PLAIN, "notes")},
             "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of the images, paired",
             "rows": [row_tree(row) for row in rows],
         }
@@ -151,13 +165,12 @@ class Judge:
                 shutil.rmtree(folder, ignore_errors=True)
         return verdict
 
-    def _notes(self, steps: Mapping[str, int], last: int, best: int | None) -> list[str]:
+    def _notes(self, steps: Mapping[str, int], best: int | None) -> list[str]:
         notes = []
-        if self.is_apart:
-            if best is not None:
-                notes.append(
-                    f"Step {best} was chosen on {self.chosen_on}; the verdict is about test, which chose none."
-                )
+        if best is None:
+            notes.append("Only the last step was scored, so none was chosen; the verdict is about it.")
+        elif self.is_apart:
+            notes.append(f"Step {best} was chosen on {self.chosen_on}; the verdict is about test, which chose none.")
         else:
             notes.append(
                 "The data has no test split beside the images that chose the best step, so the verdict is about the "
@@ -208,7 +221,7 @@ def read_verdict(run: Path) -> Verdict | None:
         return Verdict(
             rows=tuple(read_row(row) for row in tree["rows"]),
             notes=tuple(tree["notes"]),
-            **{name: tree[name] for name in ("judged", "steps", "best_step", "images")},
+            **{name: tree[name] for name in _PLAIN if name in tree or name not in ("network", "handed_on")},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a verdict ({type(error).__name__}: {error})") from error

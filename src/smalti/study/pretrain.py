@@ -589,7 +589,8 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     if main:
         _note_end(run, started)
         if hook is not None and hook.before_and_after is not None:
-            hook.before_and_after.conclude(state.step, state.best_step, partial(_encoder_of, run, config, own))
+            best = state.best_step if state.num_judged > 1 else None  # of one score nothing is chosen
+            hook.before_and_after.conclude(state.step, best, partial(_encoder_of, run, config, own))
     accelerator.wait_for_everyone()
 
 
@@ -622,7 +623,10 @@ class EvaluationHook:
     def __init__(self, config: RunConfig, run: Path, judges: bool) -> None:
         self.config = config
         self.run = run
-        self.before_and_after = Judge(run, config.eval) if config.init and judges else None
+        handed_on = get_method(config.method["name"]).export_network
+        self.before_and_after = (
+            Judge(run, config.eval, config.weights or handed_on, handed_on) if config.init and judges else None
+        )
         self.judges = judges  # one process does; the others know when, since all read the finite check together
 
     def due(self, step: int) -> bool:

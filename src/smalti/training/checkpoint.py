@@ -50,6 +50,8 @@ class TrainingState:
     """Its step; 0 is before training."""
     judged_step: int = -1
     """Step of the newest evaluation that is counted here."""
+    num_judged: int = 0
+    """Evaluations among which the best one was chosen."""
     without_best: int = 0
     """Evaluations since the best one; where they are ``eval.patience``, training stops."""
     judged_by: str = ""
@@ -194,7 +196,10 @@ def read_state(run: Path) -> TrainingState:
 
 def _read_state(path: Path) -> TrainingState:
     try:
-        return TrainingState(**json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["state"])
+        known = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["state"]
+        if "num_judged" not in known and known.get("best_step") is not None:
+            known["num_judged"] = 2  # from before they were counted: more than one, as far as anyone knows
+        return TrainingState(**known)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path}: its {STATE_FILE} can't be read ({type(error).__name__}: {error})") from error
 

@@ -124,7 +124,7 @@ def train(
     is_new = state is None
     state = TrainingState() if state is None else state
     if config.judged_by and state.judged_by != config.judged_by:  # scores of another kind don't compare with these
-        state.best_score, state.best_step, state.without_best = None, None, 0
+        state.best_score, state.best_step, state.without_best, state.num_judged = None, None, 0, 0
         state.judged_by = config.judged_by
     if is_new:
         checkpoints.save(state)  # somewhere to go back to
@@ -219,6 +219,7 @@ def _judge(
         score = scores[0]
         if score is None:
             continue
+        state.num_judged += not math.isnan(score)
         if not math.isnan(score) and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_step, state.without_best, is_best = score, state.step, 0, True
         else:
