@@ -15,6 +15,7 @@ from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.offgrid import PatchSampler, cut_windows, offgrid_boxes
 from smalti.functional.pairs import offset_floor, select_pairs
 from smalti.layers.relative_encoder import RelativeEncoder
+from smalti.methods.mae import MAE, MAEConfig
 from smalti.methods.part import PART, PARTConfig, pair_loss
 from smalti.models.encoder import Encoder, build_encoder, eval_mode
 from smalti.models.loading import latest_checkpoint, load
@@ -194,6 +195,21 @@ def test_a_run_learns_from_the_training_nights_and_says_what_it_read(nights, tmp
     assert_close(vit.normalize(window), window)
 
 
+def test_mae_learns_from_signals_as_they_are(nights, tmp_path):
+    decoder = {"method": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}}
+    run = train("mae", nights, tmp_path / "run", overrides={**SETTINGS, **decoder}, quiet=True)
+    vit = load(run, quiet=True)
+    assert vit.takes_signals and not vit.position_free and vit.fixed_positions
+    assert float(read_csv(run / "log.csv")[-1]["loss/reconstruction"]) > 0
+    method = MAE(encoder(), MAEConfig(decoder_dim=16, decoder_depth=1, decoder_num_heads=2))
+    window = np.random.default_rng(0).normal(size=(1, 200, 2)).astype(np.float32)
+    assert_close(method.make_views(0)(window, np.random.default_rng(1)).crops[0][0], window)
+    losses = method(batch(), 0.0)
+    losses["reconstruction"].backward()
+    idle = [name for name, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == []
+
+
 def test_a_stopped_run_goes_on_with_the_same_bits(nights, tmp_path):
     whole = train("part", nights, tmp_path / "whole", overrides=SETTINGS, quiet=True)
     run = train("part", nights, tmp_path / "stopped", overrides=SETTINGS, quiet=True)
@@ -211,7 +227,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(nights, tmp_path):
 @pytest.mark.parametrize(
     ("method", "overrides", "error", "match"),
     [
-        ("mae", {}, ConfigError, "mae learns from images, these are signals; there is: part"),
+        ("dino", {}, ConfigError, "dino learns from images, these are signals; there is: mae, part"),
         ("part", {"encoder": {"patch_size": 70}}, ShapeError, "windows are 3000 samples .* patches of 70"),
         ("part", {"encoder": {"patch_size": [16, 16]}}, ConfigError, "it is a number of samples"),
         ("part", {"data": {"channels": 2}}, ConfigError, r"data.channels=2: the signals have 1 \(C3-M2\)"),

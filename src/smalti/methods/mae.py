@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.views import MultiCrop, Views, ViewSpec
+from smalti.data.signals import SignalViews
+from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.patches import patchify, standardize_patches
@@ -69,6 +70,7 @@ class MAE(Method):
     Config = MAEConfig
     title = "masked autoencoder: pixels of hidden patches"
     paper = "He et al. 2021, arXiv:2111.06377v3"
+    takes_signals: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 1.5e-4,
@@ -105,8 +107,10 @@ class MAE(Method):
         elif encoder.fixed_positions and encoder.vit.pos_embed is not None:
             encoder.vit.pos_embed.requires_grad_(config.positions != "sincos")
 
-    def make_views(self, image_size: int) -> MultiCrop:
-        """One random resized crop and a flip, nothing else: Table 8 of the paper."""
+    def make_views(self, image_size: int) -> ViewMaker:
+        """One random resized crop and a flip, nothing else: Table 8 of the paper. Windows of signals as they are."""
+        if self.encoder.takes_signals:
+            return SignalViews(channel_dropout=0.0, amplitude=(1.0, 1.0))
         return MultiCrop([ViewSpec(count=1, size=image_size, scale=self.config.crop_scale, flip_prob=0.5)])
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
