@@ -179,6 +179,14 @@ def test_stages_in_edf_annotations_and_tables(tmp_path):
     assert_array_equal(read_scoring(tmp_path / "y.txt", 5.0).windows(7, 5.0), [0, 4, 1, 2, 3, 3, -1])
 
 
+def test_labels_of_a_text_are_as_long_as_fits_the_recording(tmp_path):
+    np.save(tmp_path / "a.npy", noise(300))
+    (tmp_path / "a_hypnogram.txt").write_text("W\nN1\nN2\nN2\nN3\nREM\nREM\nW\nW\nN1\n")
+    assert_array_equal(open_signals(tmp_path, SignalConfig(rate_hz=100)).stages, [0, 1, 2, 2, 3, 4, 4, 0, 0, 1])
+    with pytest.warns(UserWarning, match="lasts 300 s, its stages 50 s"):
+        open_signals(tmp_path, SignalConfig(rate_hz=100, stage_s=5))
+
+
 def test_sleep_edf_names_give_pairs_and_subjects(tmp_path):
     for night in (1, 2):
         write_edf(tmp_path / f"SC401{night}E0-PSG.edf", {"EEG Fpz-Cz": noise(60)[0]}, 100)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score, f1_score
 from torch.testing import assert_close
 
-from smalti.config import read_yaml
+from smalti.cli.evaluate import as_trained
+from smalti.config import build, read_yaml, write_yaml
 from smalti.data.recordings import STAGES
 from smalti.data.signals import SignalConfig, open_labelled_signals, open_signals
 from smalti.data.sleep_samples import write_nights
@@ -202,9 +203,15 @@ def test_encoders_that_do_not_fit_are_refused(nights):
         evaluate(two, "x", str(nights), EvalConfig(**FAST))
 
 
-def test_bad_shares_are_refused():
-    from smalti.config import build
+def test_recordings_are_read_as_the_run_read_them_in_windows_of_a_stage(nights, tmp_path):
+    write_yaml(tmp_path / "config.yaml", {"data": {"signal": {"resample_hz": 50, "high_hz": 20, "window_s": 2}}})
+    for name in (tmp_path, tmp_path / "best"):
+        signal = as_trained(str(name), str(nights), {"signal": {"high_hz": 15}})["signal"]
+        assert build(SignalConfig, signal) == SignalConfig(resample_hz=50, high_hz=15, window_s=30)
+    assert as_trained(str(tmp_path), str(tmp_path), {"k": 3}) == {"k": 3}  # no signals there
 
+
+def test_bad_shares_are_refused():
     with pytest.raises(ConfigError, match="fractions"):
         build(EvalConfig, {"fractions": [0.0, 0.5]}, "eval")
 

@@ -7,6 +7,7 @@ import typer
 
 from smalti.cli.options import Debug, Json, write_json
 from smalti.config import merge, parse_overrides
+from smalti.errors import ConfigError
 
 NAME = "doctor"
 
@@ -41,18 +42,19 @@ def command(
     import sys
 
     from smalti.config import read_yaml
+    from smalti.data.signals import is_signals
     from smalti.study.doctor import doctor, measure_step
 
     step = None
     if method or recipe or tree:
         from smalti.cli.options import best_device
         from smalti.study.catalogue import find_recipe
-        from smalti.study.pretrain import resolve, step_maker
+        from smalti.study.pretrain import resolve, step_maker, with_signals
 
         given = read_yaml(find_recipe(recipe)) if recipe else {}
         given = merge(given, {"method": {"name": method}} if method else {})
         given = merge(given, {"data": {"path": data}} if data else {})
-        config, own = resolve(merge(given, tree), str(recipe) if recipe else "settings")
+        config, own = resolve(with_signals(merge(given, tree)), str(recipe) if recipe else "settings")
         device = best_device()
         make_step, checkpoint_mib = step_maker(config, own, device)
         step = measure_step(
@@ -63,6 +65,11 @@ def command(
             checkpoint_mib=checkpoint_mib,
             keep=config.checkpoint.keep,
         )
+
+    if data is not None and is_signals(data):
+        if step is None:
+            raise ConfigError(f"{data}: signals are not scanned; add --method part to measure a training step on them")
+        data = None
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty() and (done == total or done % 100 == 0):

@@ -47,7 +47,7 @@ def command(
             raise ConfigError(unknown_key(name, (*PLAIN, *GROUPS)))
     weights, fit = tree.pop("weights", None), group(tree, "load")
     settings = merge({name: tree[name] for name in PLAIN if name in tree}, tree.get("eval", {}))
-    settings = _as_trained(encoder, str(data), settings)
+    settings = as_trained(encoder, str(data), settings)
     if protocol:
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
 
@@ -77,9 +77,9 @@ def command(
         print(f"report: {save_evaluation(out, results, shlex.join(['smalti', *sys.argv[1:]]))}")
 
 
-def _as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Signals are read as the run read them, but for what the user says."""
-    from smalti.data.signals import is_signals
+def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Signals are read as the run read them, but for the window, and for what the user says."""
+    from smalti.data.signals import as_read, is_signals
 
     if not is_signals(data):
         return settings
@@ -87,7 +87,7 @@ def _as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, 
     for folder in (run, run.parent, run.parent.parent):  # RUN, RUN/best, RUN/checkpoints/step_...
         if (folder / "config.yaml").is_file():
             known = (read_yaml(folder / "config.yaml").get("data") or {}).get("signal")
-            return merge({"signal": known} if known else {}, settings)
+            return merge({"signal": as_read(known)} if known else {}, settings)
     return settings
 
 

@@ -1,11 +1,12 @@
 """``smalti samples``: the embedded scenes as ordinary folders."""
 
+import warnings
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from smalti.cli.options import Debug, Out, Quiet, Settings, needed, take
-from smalti.config import settings
+from smalti.config import parse_overrides, settings
 
 NAME = "samples"
 SCENES = ("num_train", "num_val", "num_objects_train", "num_objects_val", "size", "seed")
@@ -48,6 +49,9 @@ def command(words: Settings = None, out: Out = None, quiet: Quiet = False, debug
     """
     out = needed(out, "--out", "samples")
     given = take(words, SamplesConfig)
+    named = set(parse_overrides(words or [])) - {"kind", "seed"}
+    if idle := sorted(named - set(SCENES) if given.kind == "scenes" else named & set(SCENES)):
+        warnings.warn(f"{', '.join(idle)}: no effect on kind={given.kind}", stacklevel=2)
     if given.kind == "sleep":
         from smalti.data.sleep_samples import write_nights
 

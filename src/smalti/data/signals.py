@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,7 @@ _SHARES = {"test": 0.2, "val": 0.1}
 _MAD_OF_NORMAL = 0.6744897501960817
 """Median absolute deviation of a standard normal variable."""
 _FILTER_ORDER = 4
+_LABELS_S = (5.0, 10.0, 20.0, 30.0)
 
 Names = Annotated[
     tuple[str, ...], BeforeValidator(lambda v: tuple(map(str.strip, v.split(","))) if isinstance(v, str) else v)
@@ -81,7 +83,7 @@ class SignalConfig:
     window_s: PositiveFloat = 30.0
     """Seconds of a window: what gets one stage."""
     stage_s: PositiveFloat | None = None
-    """Seconds of a label in files that don't say; None: 30, or 5 for text files."""
+    """Seconds of a label in files that don't say; None: 30, or for text files what fits the recording, else 5."""
 
     @property
     def window(self) -> int:
@@ -443,11 +445,19 @@ def _prepared(root: Path, row: Mapping[str, Any], channels: Sequence[str], confi
     raw = read_signal(path, channels)
     scoring = raw.scoring
     if row["stages"] is not None:
-        scoring = read_scoring(row["stages"], config.stage_s or (5.0 if row["stages"].suffix == ".txt" else 30.0))
+        known = raw.rate_hz or row["rate_hz"] or config.rate_hz
+        seconds = raw.values.shape[1] / known if known else None
+        scoring = read_scoring(row["stages"], config.stage_s or _label_seconds(row["stages"], seconds))
     rate_hz = _rate(path, raw.values.shape[1], raw.rate_hz, row["rate_hz"], scoring, config)
     seconds = raw.values.shape[1] / rate_hz
     if seconds + 1e-9 < config.window_s:
         raise DataError(f"{path}: lasts {seconds:.1f} s at {rate_hz:g} Hz, a window is {config.window_s:g} s")
+    if scoring is not None and scoring.end_s < seconds / 2:
+        warnings.warn(
+            f"{path}: lasts {seconds:.0f} s, its stages {scoring.end_s:.0f} s; if labels are further apart than was "
+            "assumed, set data.signal.stage_s",
+            stacklevel=2,
+        )
     signal = prepare(raw.values, rate_hz, config, str(path))
     count = signal.shape[1] // config.window
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
@@ -459,6 +469,16 @@ def _prepared(root: Path, row: Mapping[str, Any], channels: Sequence[str], confi
         np.ascontiguousarray(signal[:, : count * config.window]),
         None if scoring is None else scoring.windows(count, config.window_s),
     )
+
+
+def _label_seconds(hypnogram: Path, seconds: float | None) -> float:
+    """Seconds of a label in a file that does not say: 30; in a text 5, 10, 20 or 30, as it fits the recording."""
+    if hypnogram.suffix.lower() != ".txt":
+        return 30.0
+    if seconds is None:
+        return _LABELS_S[0]
+    fits = seconds / max(read_scoring(hypnogram, 1.0).end_s, 1.0)
+    return next((length for length in _LABELS_S if math.isclose(fits, length, rel_tol=0.05)), _LABELS_S[0])
 
 
 def _rate(
@@ -601,6 +621,11 @@ def _split_name(data: str | Path) -> tuple[Path, bool]:
     path = Path(data).expanduser()
     match = None if path.exists() else re.fullmatch(rf"{READER}=(.*)", str(data), re.DOTALL)
     return (Path(match[1]).expanduser(), True) if match else (path, False)
+
+
+def as_read(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of training for reading recordings elsewhere: all but the window, since a stage has its own."""
+    return {name: value for name, value in known.items() if name != "window_s"}
 
 
 def check_window(config: SignalConfig, patch: int) -> None:

@@ -19,7 +19,15 @@ from timm.models.vision_transformer import Block
 from smalti.config import Tree, build, flatten, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
 from smalti.data.folders import ImageSet, open_images, read_image, training_images
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
-from smalti.data.signals import SignalConfig, SignalSet, check_window, is_signals, open_signals, training_signals
+from smalti.data.signals import (
+    SignalConfig,
+    SignalSet,
+    as_read,
+    check_window,
+    is_signals,
+    open_signals,
+    training_signals,
+)
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.protocol import (
@@ -329,12 +337,16 @@ def open_training(config: RunConfig) -> ImageSet | SignalSet:
     return signals
 
 
-def _with_signals(tree: Tree) -> Tree:
+def with_signals(tree: Tree) -> Tree:
     """The tree with what follows from the data, where these are signals: channels by name and number; the evaluation
-    reads as training does."""
+    reads as training does, but for the window, which is a stage's.
+
+    Raises:
+        ConfigError, DataError: if the recordings can't be read, or ``data.signal`` is given for images.
+    """
     data = tree.get("data")
     if not isinstance(data, Mapping) or not data.get("path") or not is_signals(str(data["path"])):
-        if isinstance(data, Mapping) and data.get("signal") is not None:
+        if isinstance(data, Mapping) and data.get("signal") is not None and data.get("path"):
             raise ConfigError(f"data.signal.* is for signals, {data.get('path')} is none; write signals=PATH if it is")
         return tree
     signal = build(SignalConfig, data.get("signal") or {}, group="data.signal")
@@ -343,7 +355,7 @@ def _with_signals(tree: Tree) -> Tree:
     tree = merge({"data": {"channels": len(channels)}}, merge(tree, {"data": {"signal": known}}))
     evaluated = tree.get("eval")
     if isinstance(evaluated, Mapping) and evaluated.get("data"):
-        tree = merge({"eval": {"signal": known}}, tree)
+        tree = merge({"eval": {"signal": as_read(known)}}, tree)
     return tree
 
 
@@ -378,7 +390,7 @@ def train(
     given: dict[str, Any] = {"method": {"name": method}} if method else {}
     given |= {"data": {"path": str(data)}} if data else {}
     given |= {"init": init} if init else {}
-    tree = _with_signals(_absolute_paths(merge(merge(tree, given), overrides or {})))
+    tree = with_signals(_absolute_paths(merge(merge(tree, given), overrides or {})))
     config, own = resolve(tree, str(recipe) if recipe else "settings")
     if not config.data.path:
         raise ConfigError("no images are named; give --data DIR")
@@ -793,6 +805,9 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
             batches = iter(TrainLoader(images, views, batch_size=batch_size, seed=0, channels=config.data.channels))
         else:
             noise = np.random.default_rng(0).integers(0, 256, (375, 500, config.data.channels), dtype=np.uint8)
+            if config.data.signal is not None:
+                noise = noise.reshape(-1)[: config.data.signal.window * config.data.channels].astype(np.float32)
+                noise = np.resize(noise, (1, config.data.signal.window, config.data.channels))
             batches = itertools.repeat(collate([views(noise, np.random.default_rng(n)) for n in range(batch_size)]))
 
         def step() -> None:
