@@ -123,7 +123,7 @@ def judge(kappas: dict[str, list[list[float]]], shares: list[float], r2: list[fl
     for name, gaps in (("area", areas), ("few labels", at_few)):
         mean, low, high = student(gaps)
         each = ", ".join(f"{gap:+.3f}" for gap in gaps)
-        rows.append((name, low > 0, f"PART less scratch {mean:+.4f} [{low:+.4f}, {high:+.4f}], each seed {each}"))
+        rows.append((name, bool(low > 0), f"PART less scratch {mean:+.4f} [{low:+.4f}, {high:+.4f}], each seed {each}"))
     return rows
 
 
