@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from smalti.errors import ConfigError
 from smalti.functional.distillation import distill
 from smalti.functional.transport import sinkhorn, sinkhorn_offsets
 
@@ -123,6 +124,19 @@ def test_sinkhorn_s_assignments_are_a_softmax_with_offsets(m: int, k: int, itera
     logits = torch.randn(m, k, dtype=torch.float64)
     offsets = sinkhorn_offsets(logits, 0.2, iterations, chunk)
     assert_close((logits / 0.2 - offsets).softmax(1), sinkhorn(logits, 0.2, iterations))
+
+
+def test_offsets_are_finite_where_prototypes_are_out_of_reach_and_autocast_changes_nothing() -> None:
+    offsets = sinkhorn_offsets(torch.tensor([[1.0, 0.0], [0.9, 0.0]]) * 100, 0.01)
+    assert offsets.isfinite().all()
+    assert sinkhorn_offsets(torch.zeros(0, 3), 0.1).isfinite().all()
+    logits = torch.randn(64, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sinkhorn_offsets(logits, 0.1)
+    assert_close(found, sinkhorn_offsets(logits, 0.1))
+    assert sinkhorn_offsets(logits.bfloat16(), 0.1).dtype == torch.float32
+    with pytest.raises(ConfigError, match=r"Sinkhorn offsets with temp=0\.0 and 3 rounds"):
+        sinkhorn_offsets(logits, 0.0)
 
 
 def test_sinkhorn_by_hand() -> None:  # known answers
