@@ -209,6 +209,22 @@ class Reading:
         return {name: tokens[rows] for name, rows in self.rows.items()}
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is hidden and what is read in a step: settled on the CPU, so that the step itself has known shapes."""
+
+    masks: dict[str, Tensor]
+    """``(M, N)`` by name, True where something is hidden from the student."""
+    student: Reading
+    """Which tokens of the global crops the student gives."""
+    teacher: Reading
+    """Which the teacher gives: the same, or all patches where its centre follows all."""
+    compared_rows: dict[str, Tensor]
+    """By name, which of the teacher's rows are compared, where they aren't all."""
+    weights: dict[str, Tensor]
+    """By name, of the compared tokens."""
+
+
 def crop_keys(keys: Int[Tensor, " B"]) -> Int[Tensor, " M"]:
     """A key for each global crop of each image, view-major."""
     return torch.cat([fork_keys(keys, view) for view in range(NUM_GLOBAL)])
@@ -373,16 +389,32 @@ class IBOT(Method):
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
         """``{"image": ..., "patch": ...}``."""
-        images, device = views.global_crops, views.global_crops.device
-        encoder = self.student.encoder
-        masks = self.draw_masks(views.cpu_keys, encoder.check_size(*images.shape[-2:]))
-        compared, boxes = self.compared(masks), self.view_boxes(views)
-        reading = Reading.of(compared, encoder.num_prefix_tokens)
-        masks = {name: move(mask, device) for name, mask in masks.items()}
+        return self.losses(views, self.plan(views), progress)
 
-        teacher = self._teacher_vectors(images, boxes[0], compared, reading)
-        reading = reading.to(device)
-        student = reading.split(self.student(images, masks, boxes[0], reading.chosen))
+    def plan(self, views: Views) -> Plan:
+        """What is hidden and read, drawn on the CPU and sent to the device of the crops without a wait."""
+        encoder, device = self.student.encoder, views.global_crops.device
+        masks = self.draw_masks(views.cpu_keys, encoder.check_size(*views.global_crops.shape[-2:]))
+        compared = self.compared(masks)
+        student = teacher = Reading.of(compared, encoder.num_prefix_tokens)
+        compared_rows = {}
+        if self.config.targets == "centering" and self.config.patch_center == "all":
+            whole = {name: torch.ones_like(mask) for name, mask in compared.items()}
+            teacher = Reading.of(whole, encoder.num_prefix_tokens)
+            compared_rows = {name: mask.flatten().nonzero()[:, 0] for name, mask in compared.items()}
+        return Plan(
+            masks={name: move(mask, device) for name, mask in masks.items()},
+            student=student.to(device),
+            teacher=teacher.to(device),
+            compared_rows={name: move(rows, device) for name, rows in compared_rows.items()},
+            weights={name: move(token_weights(mask), device) for name, mask in compared.items()},
+        )
+
+    def losses(self, views: Views, plan: Plan, progress: float) -> dict[str, Tensor]:
+        """The loss terms; nothing in here waits for the device."""
+        images, device, boxes = views.global_crops, views.global_crops.device, self.view_boxes(views)
+        teacher = self._teacher_vectors(images, boxes[0], plan)
+        student = plan.student.split(self.student(images, plan.masks, boxes[0], plan.student.chosen))
         global_tokens = student[IMAGE]
         local_tokens = [
             self.student(crops, {}, box, Chosen.first(len(crops), device))
@@ -396,7 +428,6 @@ class IBOT(Method):
         with torch.no_grad():
             teacher_prototypes = self.teacher.module.prototypes(names)
         sources, image_weights = other_views(views.batch_size, sum(views.num_views), device)
-        weights = {name: move(token_weights(mask), device) for name, mask in compared.items()}
         losses, self.observations = {}, {}
         for name in names:
             temp = self.teacher_temp(name, progress)
@@ -408,7 +439,7 @@ class IBOT(Method):
                 prototypes[name],
                 logits,
                 offsets,
-                image_weights if name == IMAGE else weights[name],
+                image_weights if name == IMAGE else plan.weights[name],
                 student_temp=self.config.student_temp,
                 teacher_temp=temp,
                 sources=sources if name == IMAGE else None,
@@ -443,27 +474,14 @@ class IBOT(Method):
 
     @torch.no_grad()
     def _teacher_vectors(
-        self,
-        images: Num[Tensor, "M C H W"],
-        boxes: Float[Tensor, "M 4"] | None,
-        compared: dict[str, Bool[Tensor, "M N"]],
-        reading: Reading,
+        self, images: Num[Tensor, "M C H W"], boxes: Float[Tensor, "M 4"] | None, plan: Plan
     ) -> dict[str, Tensor]:
         """Bottleneck vectors of the teacher, who sees everything, by name; their sums are kept for the centres."""
-        config, device, network = self.config, images.device, self.teacher.module
-        whole = config.targets == "centering" and config.patch_center == "all"
-        if whole:
-            reading = Reading.of(
-                {name: torch.ones_like(mask) for name, mask in compared.items()}, network.encoder.num_prefix_tokens
-            )
-        reading = reading.to(device)
-        vectors = network.project(reading.split(self.teacher(images, {}, boxes, reading.chosen)))
-        if config.targets == "centering":
+        network = self.teacher.module
+        vectors = network.project(plan.teacher.split(self.teacher(images, {}, boxes, plan.teacher.chosen)))
+        if self.config.targets == "centering":
             self._keep_sums(vectors, network.prototypes(tuple(vectors)))
-        if whole:
-            for name, mask in compared.items():
-                vectors[name] = vectors[name][move(mask.flatten().nonzero()[:, 0], device)]
-        return vectors
+        return vectors | {name: vectors[name][rows] for name, rows in plan.compared_rows.items()}
 
     def _keep_sums(self, vectors: dict[str, Tensor], prototypes: dict[str, Tensor]) -> None:
         """Sums of logits for the centres; through the sum of the vectors, since prototypes are linear."""
