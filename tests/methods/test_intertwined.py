@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed
+import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import smalti
 from smalti.data.folders import open_images
 from smalti.data.loader import TrainLoader
-from smalti.data.views import Views
+from smalti.data.views import Views, collate
 from smalti.errors import ConfigError
 from smalti.evaluation.protocol import EvalConfig, evaluate
 from smalti.functional.boxes import normalize_boxes
@@ -335,6 +338,51 @@ def test_the_field_is_trained_followed_and_frozen_on_request(photos: Path) -> No
     method.after_step(0.0)
     assert_close(copy.field, before + (1 - method.config.momentum))
     assert not tiny(field_frozen=True).student.encoder.position_field.field.requires_grad
+
+
+def _independent() -> Intertwined:
+    """Images meet in targets alone, so that a batch may be parted between processes."""
+    return tiny(koleo_weight=0.0, mask_dealing="independent")
+
+
+def _batch_of_noise(method: Intertwined, rows: slice) -> Views:
+    samples = []
+    for number in range(4):
+        rng = np.random.default_rng(number)
+        samples.append(method.make_views(32)(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8), rng))
+        samples[-1].key = 11 * number
+    return collate(samples[rows])
+
+
+def _trained(method: Intertwined, views: Views, wrap: bool) -> dict[str, torch.Tensor]:
+    """Weights after two plain steps."""
+    model = DistributedDataParallel(method) if wrap else method
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+    for progress in (0.5, 0.6):
+        torch.stack(list(model(views, progress).values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(progress)
+    return method.state_dict()
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    method = _independent()
+    views = _batch_of_noise(method, slice(2 * rank, 2 * rank + 2))
+    torch.save(_trained(method, views, True), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_with_the_double_batch(tmp_path: Path) -> None:
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    method = _independent()
+    together = _trained(method, _batch_of_noise(method, slice(None)), False)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in together.items():
+            assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_layer_decay_reaches_both_mask_tokens_and_the_field() -> None:
