@@ -19,7 +19,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _bench import Timing, report
-from smalti.functional.sorting import _layers_for, _OrderLoss, neco_loss
+from smalti.functional.sorting import _OrderLoss, neco_loss
+from smalti.functional.sorting_networks import layers_for
 
 IMAGES, ROWS_AN_IMAGE, SIZE = 64, 490, 49
 STEP_IMAGES = 8
@@ -72,7 +73,7 @@ def main() -> None:
         0.3 + 0.15 * torch.randn(IMAGES * ROWS_AN_IMAGE, SIZE, generator=g, device=device) for _ in range(2)
     )
     student.requires_grad_()
-    layers = _layers_for("bitonic", SIZE, device, torch.float32)  # before: compiled code keeps no cache of them
+    layers = layers_for("bitonic", SIZE, device, torch.float32)  # before: compiled code keeps no cache of them
     options = (None, layers, "cauchy", (100.0, 100.0), None, "torch")
     compiled = torch.compile(lambda student, teacher: _OrderLoss.apply(student, teacher, *options))
     forms: dict[str, Callable[[], Tensor]] = {

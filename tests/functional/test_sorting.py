@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError, ShapeError
-from smalti.functional.sorting import DISTRIBUTIONS, NETWORKS, _rows_at_once, neco_loss, network_layers, soft_sort
+from smalti.functional.sorting import DISTRIBUTIONS, _rows_at_once, neco_loss, soft_sort
+from smalti.functional.sorting_networks import NETWORKS, network_layers
 
 UNSORTED = (22, 38, 42, 43, 44, 45, 46, 54)
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from smalti.errors import ConfigError
-from smalti.functional.sorting import check_backend, neco_loss, network_layers
+from smalti.functional.sorting import check_backend, neco_loss
+from smalti.functional.sorting_networks import network_layers
 
 SIZES = (2, 3, 5, 16, 49)
 has_triton = importlib.util.find_spec("triton") is not None

@@ -15,10 +15,9 @@ of the other.
 On a GPU a kernel can do what concerns matrices (``backend="triton"``): :mod:`smalti.functional.sorting_kernel`.
 """
 
-import functools
 import importlib.util
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,113 +25,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.errors import ConfigError, ShapeError
+from smalti.functional.sorting_networks import SMALLEST, Layer, layers_for
 
-NETWORKS = ("bitonic", "odd_even")
 DISTRIBUTIONS = ("cauchy", "logistic", "gaussian", "reciprocal")
 BACKENDS = ("torch", "triton")
 LARGEST_KERNEL_SIZE = 256
 """R of the triton form: above, too little of a row fits into registers."""
-SMALLEST = 1e-30
-"""Weights below this count as this in the logarithm: odd-even networks and light tails underflow."""
 _MATRIX_ELEMENTS = 2**19  # of a chunk's matrices on a CPU: what its cache holds
 _FEWEST_ROWS = 16  # below, vector units idle
 _ROWS_AT_ONCE = 256  # whose gates are in memory, on a CPU
 _GPU_BYTES = 768 * 2**20  # of everything that a chunk needs on a GPU: few, large kernels
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Comparators that act at the same time, as a view of the wires: ``(groups, 2, width)`` from wire ``start`` on."""
-
-    start: int
-    groups: int
-    width: int
-    merge: bool
-    """Whether it is the first layer of a bitonic merge, before which its wires have no inputs in common."""
-    sign: Tensor | None
-    """``(groups, width)``: 1 where wire a takes the smaller, -1 where it takes the larger, 0 for no comparator; None
-    for all 1."""
-
-    def split(self, wires: Tensor) -> tuple[Tensor, Tensor]:
-        """Wires a and b, ``(groups, width, ...)`` each, as views of ``(W, ...)``."""
-        stop = self.start + 2 * self.groups * self.width
-        pairs = wires[self.start : stop].view(self.groups, 2, self.width, *wires.shape[1:])
-        return pairs[:, 0], pairs[:, 1]
-
-
-@functools.lru_cache(maxsize=64)
-def _layers_for(network: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Layer, ...]:
-    """The layers with their signs on a device, copied there once: a copy a step would make the host wait."""
-    return tuple(
-        layer if layer.sign is None else replace(layer, sign=layer.sign.to(device, dtype))
-        for layer in network_layers(network, size)
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def network_layers(network: str, size: int) -> tuple[Layer, ...]:
-    """The comparators of a network, in order.
-
-    Args:
-        network: ``bitonic``: log^2 layers; wires are thought padded to K and the first ``K - size`` have no
-            comparators. ``odd_even``: ``size`` layers of neighbours.
-        size: R, from 2 on.
-
-    Raises:
-        ConfigError: for another name, fewer than 2 numbers, or a size for which the pruned bitonic network does not
-            sort, as for 22, 38, 42 to 46 and 54.
-
-    Source: Batcher, "Sorting networks and their applications", 1968; the pruning is that of Petersen et al.'s code.
-    """
-    if network not in NETWORKS:
-        raise ConfigError(f"network={network!r}: one of {', '.join(NETWORKS)} is needed")
-    if size < 2:
-        raise ConfigError(f"{size} numbers can't be put into order; at least 2 are needed")
-    layers = _odd_even(size) if network == "odd_even" else _bitonic(size)
-    if network == "bitonic" and not _sorts(layers, size):
-        raise ConfigError(
-            f"the bitonic network for {size} numbers does not sort; take network='odd_even', or a power of two"
-        )
-    return layers
-
-
-def _odd_even(size: int) -> tuple[Layer, ...]:
-    return tuple(Layer(number % 2, (size - number % 2) // 2, 1, False, None) for number in range(size))
-
-
-def _bitonic(size: int) -> tuple[Layer, ...]:
-    padded = 1 << (size - 1).bit_length()
-    wires = torch.arange(padded)
-    layers = []
-    for block in range(padded.bit_length() - 1):
-        for width in (1 << shift for shift in range(block, -1, -1)):
-            first = wires.view(-1, 2, width)[:, 0]
-            sign = 1 - 2 * ((first >> (block + 1)) & 1)  # every other run is sorted downwards
-            sign = torch.where(first < padded - size, 0, sign)
-            layers.append(Layer(0, padded // (2 * width), width, width == 1 << block, sign))
-    return tuple(layers)
-
-
-def _sorts(layers: tuple[Layer, ...], size: int) -> bool:
-    """Whether hard comparators sort: exactly, by the 0-1 principle, where that is cheap; else on fixed random rows."""
-    g = torch.Generator().manual_seed(size)
-    if size <= 16:
-        rows = ((torch.arange(2**size)[None] >> torch.arange(size)[:, None]) & 1).float()
-    else:
-        shares = torch.rand(1, 4096, generator=g)
-        rows = (torch.rand(size, 4096, generator=g) < shares).float()
-    padded = 2 * max(layer.start + layer.groups * layer.width for layer in layers[:1])
-    wires = torch.cat([torch.full((padded - size, rows.shape[1]), -1.0), rows]) if padded > size else rows
-    wires = wires.clone()
-    for layer in layers:
-        a, b = layer.split(wires)
-        sign = torch.ones(a.shape[:2]) if layer.sign is None else layer.sign
-        swap = (sign[..., None] * (a - b)) > 0
-        delta = (a - b) * swap
-        a -= delta
-        b += delta
-    alive = wires[padded - size :] if padded > size else wires
-    return bool((alive[1:] >= alive[:-1]).all())
 
 
 def _share(difference: Tensor, steepness: float, distribution: str, want_slope: bool) -> tuple[Tensor, Tensor | None]:
@@ -458,7 +360,7 @@ def neco_loss(
         )
     _check(distribution, steepness_student, steepness_teacher)
     dtype = torch.float64 if student_sims.dtype == torch.float64 else torch.float32
-    layers = _layers_for(network, student_sims.shape[1], student_sims.device, dtype)
+    layers = layers_for(network, student_sims.shape[1], student_sims.device, dtype)
     check_backend(backend, network, student_sims.shape[1], student_sims.device, dtype)
     with torch.autocast(student_sims.device.type, enabled=False):
         return _OrderLoss.apply(
@@ -539,7 +441,7 @@ def soft_sort(
     """
     _check(distribution, steepness)
     size = numbers.shape[1]
-    layers = _layers_for(network, size, numbers.device, numbers.dtype)
+    layers = layers_for(network, size, numbers.device, numbers.dtype)
     padded = 2 * layers[0].groups if layers[0].merge else size
     dead = padded - size
     eye = torch.eye(padded, dtype=numbers.dtype, device=numbers.device)[..., None].expand(-1, -1, len(numbers))

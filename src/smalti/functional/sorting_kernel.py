@@ -24,7 +24,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.functional.sorting import SMALLEST, Layer
+from smalti.functional.sorting_networks import SMALLEST, Layer
 
 _KEPT = 96  # differences that a thread holds, of the 255 registers that it can have
 

@@ -31,7 +31,8 @@ from smalti.functional.boxes import in_view, overlaps, roi_align
 from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import num_processes, of_all_processes
 from smalti.functional.random import sample_uniform
-from smalti.functional.sorting import check_backend, neco_loss, network_layers
+from smalti.functional.sorting import check_backend, neco_loss
+from smalti.functional.sorting_networks import network_layers
 from smalti.layers.heads import ProjectionHead
 from smalti.methods.base import Method, register
 from smalti.methods.teacher import Teacher, cosine_momentum
