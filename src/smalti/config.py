@@ -8,6 +8,7 @@ text, are converted by the field's type.
 import dataclasses
 import difflib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,15 @@ def settings(cls: type[T]) -> type[T]:
     return pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 wants a point in front of an exponent; here ``1e-5`` is a number, too."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def read_yaml(path: Path) -> Tree:
     """The mapping in a YAML file, with dotted keys unfolded (``{"method.mask_ratio": 1}`` nests).
 
@@ -41,7 +51,7 @@ def read_yaml(path: Path) -> Tree:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read as a YAML file ({error})") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
@@ -69,7 +79,7 @@ def parse_overrides(words: Iterable[str]) -> Tree:
         if not separator or not key.strip():
             raise ConfigError(f"'{word}' is not a setting; write key=value, for example steps=1000")
         try:
-            flat[key.strip()] = yaml.safe_load(text) if text else ""
+            flat[key.strip()] = yaml.load(text, Loader=_Loader) if text else ""
         except yaml.YAMLError:
             flat[key.strip()] = text
     return unfold(flat)

@@ -328,6 +328,74 @@ def test_a_subject_on_both_sides_is_refused(tmp_path):
         open_labelled_signals(tmp_path, SignalConfig())
 
 
+def test_files_of_one_name_in_several_folders_may_be_one_person(tmp_path):
+    for person in ("p1", "p2", "p3"):
+        for night in ("night1", "night2"):
+            save(tmp_path / "a" / person / f"{night}.npz", noise(60), ["W", "N2"])
+            save(tmp_path / "b" / f"sub-{person}" / f"{night}.npz", noise(60), ["W", "N2"])
+    with pytest.raises(DataError, match=r"night1 lies in 3 folders, p1 and others; is that one person\? Name subjects"):
+        open_labelled_signals(tmp_path / "a", SignalConfig())
+    known = open_labelled_signals(tmp_path / "b", SignalConfig())
+    assert {*known.train.subjects, *known.test.subjects} <= {"sub-p1", "sub-p2", "sub-p3"}
+    assert not set(known.train.subjects) & set(known.test.subjects)
+
+
+def test_recordings_without_a_split_among_others_are_named(tmp_path):
+    for number in range(3):
+        save(tmp_path / f"r{number}.npz", noise(60), ["W", "N2"])
+    (tmp_path / "recordings.csv").write_text("file,split\nr0.npz,train\nr1.npz,test\nr2.npz,\n")
+    with pytest.warns(UserWarning, match=r"1 of 3 recordings have no split .* the first: r2\.npz"):
+        open_signals(tmp_path, SignalConfig())
+
+
+def test_neither_rate_nor_length_of_labels_is_refused(tmp_path):
+    np.save(tmp_path / "r1.npy", noise(600))
+    (tmp_path / "r1_hypnogram.txt").write_text("W\nN2\n" * 10)
+    with pytest.raises(DataError, match=r"give data\.signal\.rate_hz or data\.signal\.stage_s"):
+        open_signals(tmp_path, SignalConfig())
+    assert len(open_signals(tmp_path, SignalConfig(stage_s=30))) == 20
+    assert len(open_signals(tmp_path, SignalConfig(rate_hz=100))) == 20
+
+
+def test_windows_are_whole_samples(tmp_path):
+    save(tmp_path / "r.npz", noise(60))
+    with pytest.raises(ConfigError, match=r"window_s=0\.335 at 66\.667 Hz is no whole number of samples"):
+        open_signals(tmp_path, SignalConfig(window_s=0.335, resample_hz=66.667, high_hz=20))
+
+
+def test_an_undefined_label_may_run_past_the_end(tmp_path):
+    save(tmp_path / "r.npz", noise(600))
+    table = tmp_path / "r.stages.csv"
+    table.write_text("onset_s,duration_s,stage\n0,570,N2\n570,6900,?\n")
+    assert open_signals(tmp_path, SignalConfig()).stages.tolist() == [2] * 19 + [-1]
+    table.write_text("onset_s,duration_s,stage\n0,570,N2\n570,6900,W\n")
+    with pytest.raises(DataError, match="lasts 600 s at 100 Hz, its stages 7470 s"):
+        open_signals(tmp_path, SignalConfig())
+
+
+@pytest.mark.parametrize("content", [b"no archive", b"PK\x03\x04" + bytes(200)], ids=["text", "torn"])
+def test_a_damaged_archive_is_one_line(tmp_path, content):
+    (tmp_path / "r.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"r\.npz: can't be read as an array of numbers"):
+        open_signals(tmp_path, SignalConfig())
+
+
+def test_rows_with_too_many_cells_and_impossible_rates_are_refused(tmp_path):
+    save(tmp_path / "r.npz", noise(60))
+    table = tmp_path / "recordings.csv"
+    table.write_text("file,subject\nr.npz,s1,train\n")
+    with pytest.raises(DataError, match=r"recordings\.csv: line 2 has more cells than the 2 columns"):
+        open_signals(tmp_path, SignalConfig())
+    for rate in ("nan", "-100", "0"):
+        table.write_text(f"file,rate_hz\nr.npz,{rate}\n")
+        with pytest.raises(DataError, match=f"a sampling rate of {rate} Hz"):
+            open_signals(tmp_path, SignalConfig())
+    table.unlink()
+    save(tmp_path / "r.npz", noise(0.2))
+    with pytest.raises(DataError, match="20 samples are too few to be filtered"):
+        open_signals(tmp_path, SignalConfig(window_s=0.1))
+
+
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     write_edf(tmp_path / "x.edf", {"C3-M2": noise(60)[0]}, 100)
     found = importlib.util.find_spec

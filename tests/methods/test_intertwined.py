@@ -516,3 +516,13 @@ def test_a_whole_image_is_read_where_the_crop_of_all_of_it_is(photos: Path) -> N
     boxes = normalize_boxes(torch.tensor([[0.0, 0.0, 48.0, 40.0]]), torch.tensor([[40, 48]]))
     encoder = method.student.encoder
     assert_close(encoder.positions((4, 4), boxes)[0], encoder.positions((4, 4))[0])
+
+
+def test_settings_of_a_field_that_weights_bring_are_not_dropped_in_silence() -> None:
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
+    small = {"num_prototypes": 8, "hidden_dim": 16, "bottleneck_dim": 8}
+    brought = Intertwined(encoder, IntertwinedConfig(field_grid=(10, 10), **small)).student.encoder
+    with pytest.raises(ConfigError, match=r"bring a field of \(\(10, 10\), 'bicubic', True\)"):
+        Intertwined(brought, IntertwinedConfig(field_grid=(24, 24), **small))
+    again = Intertwined(brought, IntertwinedConfig(field_reading="separable", **small)).student.encoder.position_field
+    assert again is not None and tuple(again.grid) == (10, 10) and again.separable

@@ -33,6 +33,7 @@ _DREAMS_CODES = {5: 0, 4: 4, 3: 1, 2: 2, 1: 3, 0: 3}
 """Whole numbers in text hypnograms, as the DREAMS databases have them."""
 _HYPNOGRAM = re.compile(r"hypno|stages", re.IGNORECASE)
 _ELECTRODE = re.compile(r"(FP|AF|FT|FC|CP|TP|PO|F|C|T|P|O)(\d{1,2}|Z)(-.*)?")
+_BIDS = re.compile(r"sub-[A-Za-z0-9]+")
 _SLEEP_EDF = re.compile(r"((?:SC|ST)\d{4})\w\d?-PSG", re.IGNORECASE)
 """Sleep-EDF Expanded: SC4012E0-PSG.edf is night 2 of subject 01, its stages are in SC4012E?-Hypnogram.edf."""
 
@@ -52,6 +53,12 @@ class Scoring:
     def end_s(self) -> float:
         """Where the last label ends."""
         return float((self.onsets + self.durations).max(initial=0.0))
+
+    @property
+    def scored_end_s(self) -> float:
+        """Where the last label ends that is a stage; files often close with a long undefined one."""
+        is_stage = self.stages != UNDEFINED
+        return float((self.onsets + self.durations)[is_stage].max(initial=0.0))
 
     def windows(self, count: int, window_s: float) -> np.ndarray:
         """``(count,)`` int64: the stage that covers most of each window; a tie goes to the first in :data:`STAGES`."""
@@ -162,7 +169,11 @@ def find_hypnogram(recording: Path) -> Path | None:
 
 
 def subject_of(recording: Path) -> str:
-    """Who was recorded, as the file's name says: Sleep-EDF's names hold subject and night, others are one each."""
+    """Who was recorded, as the path says: BIDS's ``sub-NAME`` in the file or a folder, Sleep-EDF's names, which hold
+    subject and night; others are one each."""
+    for part in (recording.stem, *(folder.name for folder in recording.parents)):
+        if found := _BIDS.match(part):
+            return found[0]
     match = _SLEEP_EDF.fullmatch(recording.stem)
     return match[1][:5].upper() if match else recording.stem
 
@@ -209,7 +220,7 @@ def _evenly(stages: np.ndarray, stage_s: float) -> Scoring:
 
 def _scoring_table(path: Path, stage_s: float) -> Scoring:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [{str(k).strip(): (v or "").strip() for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = table_rows(path, csv.DictReader(file))
     stages = np.array([_stage(path, number, row["stage"]) for number, row in enumerate(rows, 2)])
     if not len(stages):
         raise DataError(f"{path}: an empty hypnogram; it needs one stage a line")
@@ -221,6 +232,20 @@ def _scoring_table(path: Path, stage_s: float) -> Scoring:
     except ValueError as error:
         raise DataError(f"{path}: onset_s and duration_s must be seconds ({error})") from None
     return Scoring(onsets, durations, stages.astype(np.int64))
+
+
+def table_rows(path: Path, reader: "csv.DictReader[str]") -> list[dict[str, str]]:
+    """Rows of a table without blanks around cells.
+
+    Raises:
+        DataError: for a row with more cells than there are columns.
+    """
+    rows = []
+    for number, row in enumerate(reader, 2):
+        if None in row:
+            raise DataError(f"{path}: line {number} has more cells than the {len(row) - 1} columns of the first line")
+        rows.append({str(name).strip(): (value or "").strip() for name, value in row.items()})
+    return rows
 
 
 def _stage(path: Path, number: int, text: str) -> int:
@@ -284,9 +309,8 @@ def _read_array(path: Path) -> tuple[np.ndarray, tuple[str, ...], float | None, 
     names: tuple[str, ...] = ()
     rate_hz, scoring = None, None
     try:
-        loaded = np.load(path, allow_pickle=False)
         if path.suffix.lower() == ".npz":
-            with loaded:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
                 if "signal" not in loaded:
                     raise DataError(f"{path}: has no array 'signal'; it has: {', '.join(loaded.files)}")
                 values = loaded["signal"]
@@ -297,10 +321,10 @@ def _read_array(path: Path) -> tuple[np.ndarray, tuple[str, ...], float | None, 
                     stages = [_stage(path, number, str(s)) for number, s in enumerate(loaded["stages"].ravel(), 1)]
                     scoring = _evenly(np.array(stages), stage_s)
         else:
-            values = loaded
+            values = np.load(path, allow_pickle=False)
     except DataError:
         raise
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except Exception as error:  # a damaged archive raises many kinds
         raise DataError(f"{path}: can't be read as an array of numbers ({_first_line(error)})") from None
     values = values[None] if values.ndim == 1 else values
     if values.ndim != 2 or values.dtype.kind not in "iuf":

@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat
 from scipy import signal as dsp
 
 from smalti.config import settings
-from smalti.data.image_set import SPLIT_ORDER, SPLITS
+from smalti.data.image_set import SPLIT_ORDER, SPLITS, read_lines
 from smalti.data.images import ENDINGS as IMAGE_ENDINGS
 from smalti.data.loader import epoch_order
 from smalti.data.recordings import (
@@ -41,6 +41,7 @@ from smalti.data.recordings import (
     read_scoring,
     read_signal,
     subject_of,
+    table_rows,
 )
 from smalti.data.views import SampleViews
 from smalti.errors import ConfigError, DataError, ShapeError
@@ -254,6 +255,11 @@ def open_signals(data: str | Path, config: SignalConfig) -> SignalSet:
         raise DataError(f"{root}: no such file or folder")
     if not root.is_dir():
         raise DataError(f"{root}: a file; give the folder of the recordings")
+    if not math.isclose(config.window_s * config.resample_hz, config.window, rel_tol=1e-9):
+        raise ConfigError(
+            f"signal.window_s={config.window_s:g} at {config.resample_hz:g} Hz is no whole number of samples "
+            f"({config.window_s * config.resample_hz:g}); stages would drift against windows"
+        )
     rows = _table(root) if (root / TABLE).is_file() else _found(root)
     stamps = tuple(
         (path, (stat := path.stat()).st_size, stat.st_mtime_ns)
@@ -272,6 +278,13 @@ def _opened(root: Path, rows: tuple[Any, ...], config: SignalConfig, stamps: tup
     names = [plain_name(channel) for channel in channels]
     if len(set(names)) < len(names):
         raise ConfigError(f"signal.channels={', '.join(channels)}: names a channel twice")
+    without = [recording.name for recording in recordings if recording.split is None]
+    if without and len(without) < len(recordings):
+        warnings.warn(
+            f"{root}: {len(without)} of {len(recordings)} recordings have no split while others do, so they are left "
+            f"out; the first: {without[0]}",
+            stacklevel=2,
+        )
     return SignalSet(root, recordings, tuple(channels), config)
 
 
@@ -310,6 +323,7 @@ def open_labelled_signals(
             f"{signals.root}: no recording has sleep stages; they stand in STEM.stages.csv, Hypnogram_STEM.txt, "
             "STEM-Hypnogram.edf or in the EDF+ file itself"
         )
+    _refuse_doubtful_subjects(scored)
     missing = len(signals.recordings) - len(scored.recordings)
     rest = f"; {missing} recordings without stages are left out" if missing else ""
     if scored.splits:
@@ -317,7 +331,10 @@ def open_labelled_signals(
         train, test = scored.subset("train"), scored.subset(judged)
         note = f"train ({len(train.recordings)} recordings) and {judged} ({len(test.recordings)}){rest}"
         if both := set(train.subjects) & set(test.subjects):
-            raise DataError(f"{signals.root}: subject {min(both)} is in train and in {judged}; a split is by subject")
+            raise DataError(
+                f"{signals.root}: subject {min(both)} is in train and in {judged}; a split is by subject; "
+                f"if these are two people, say so in {TABLE} (columns file, subject, split)"
+            )
         return LabelledSignals(train, test, note)
     parts = split_subjects(scored.subjects, seed)
     judged = SPLITS.get(split or "test", split or "test")
@@ -328,6 +345,20 @@ def open_labelled_signals(
     counts = ", ".join(f"{name} {len(names)}" for name, names in parts.items())
     note = f"no splits found: subjects split by seed {seed} ({counts}), judged on {judged}{rest}"
     return LabelledSignals(scored.of_subjects(parts["train"]), scored.of_subjects(parts[judged]), note)
+
+
+def _refuse_doubtful_subjects(signals: SignalSet) -> None:
+    """Files of one name in several folders: one person, or several? A split by subject must know."""
+    places: dict[str, set[Path]] = {}
+    for recording in signals.recordings:
+        if recording.subject == recording.path.stem:  # nobody said who it is
+            places.setdefault(recording.subject, set()).add(recording.path.parent)
+    for subject, folders in sorted(places.items()):
+        if len(folders) > 1:
+            raise DataError(
+                f"{signals.root}: {subject} lies in {len(folders)} folders, {min(folders).name} and others; is that "
+                f"one person? Name subjects in {TABLE} (columns file, subject), or folders sub-NAME"
+            )
 
 
 def split_subjects(subjects: Sequence[str], seed: int) -> dict[str, tuple[str, ...]]:
@@ -425,7 +456,10 @@ def prepare(
         raise DataError(f"{where}: {rate_hz:g} Hz leaves nothing between {config.low_hz:g} and {high:g} Hz")
     kind = ("bandpass", [config.low_hz, high]) if config.low_hz else ("lowpass", high)
     sections = dsp.butter(_FILTER_ORDER, kind[1], kind[0], fs=rate_hz, output="sos")
-    filtered = dsp.sosfiltfilt(sections, values - np.median(values, axis=1, keepdims=True), axis=1)
+    try:
+        filtered = dsp.sosfiltfilt(sections, values - np.median(values, axis=1, keepdims=True), axis=1)
+    except ValueError as error:  # fewer samples than the filter looks back
+        raise DataError(f"{where}: {values.shape[1]} samples are too few to be filtered ({error})") from None
     ratio = Fraction(config.resample_hz / rate_hz).limit_denominator(1000)
     if ratio != 1:
         filtered = dsp.resample_poly(filtered, ratio.numerator, ratio.denominator, axis=1)
@@ -476,7 +510,12 @@ def _label_seconds(hypnogram: Path, seconds: float | None) -> float:
     if hypnogram.suffix.lower() != ".txt":
         return 30.0
     if seconds is None:
-        return _LABELS_S[0]
+        if any(re.fullmatch(r"-?\d+|\[.*\]", line) is None for _, line in read_lines(hypnogram)):
+            raise DataError(
+                f"{hypnogram}: neither how long its labels last nor the recording's sampling rate is known; give "
+                "data.signal.rate_hz or data.signal.stage_s"
+            )
+        return _LABELS_S[0]  # DREAMS's numbers
     fits = seconds / max(read_scoring(hypnogram, 1.0).end_s, 1.0)
     return next((length for length in _LABELS_S if math.isclose(fits, length, rel_tol=0.05)), _LABELS_S[0])
 
@@ -490,6 +529,9 @@ def _rate(
     config: SignalConfig,
 ) -> float:
     """The sampling rate of a recording, from whoever knows it; who contradict one another are refused."""
+    for known in (own, listed):
+        if known is not None and not (math.isfinite(known) and known > 0):
+            raise DataError(f"{path}: a sampling rate of {known:g} Hz; a finite one above 0 is needed")
     rate = own or listed or config.rate_hz
     if own and listed and not math.isclose(own, listed, rel_tol=1e-3):
         raise DataError(f"{path}: says {own:g} Hz, {TABLE} says {listed:g} Hz")
@@ -508,10 +550,10 @@ def _rate(
                 f"{path}: does not say its sampling rate, and its stages don't fit one; give signal.rate_hz"
             )
         return float(round(fits))
-    if scoring.end_s > samples / rate + config.window_s + 1e-6:
+    if scoring.scored_end_s > samples / rate + config.window_s + 1e-6:
         raise DataError(
-            f"{path}: lasts {samples / rate:.0f} s at {rate:g} Hz, its stages {scoring.end_s:.0f} s; "
-            f"a rate of {fits:g} Hz would fit"
+            f"{path}: lasts {samples / rate:.0f} s at {rate:g} Hz, its stages {scoring.scored_end_s:.0f} s; "
+            f"a rate of {samples / scoring.scored_end_s:g} Hz would fit"
         )
     return rate
 
@@ -578,7 +620,7 @@ def _table(root: Path) -> list[dict[str, Any]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            rows = [{str(k).strip(): (v or "").strip() for k, v in row.items()} for row in reader]
+            rows = table_rows(table, reader)
             columns = [str(name).strip() for name in reader.fieldnames or ()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: can't be read ({error})") from None

@@ -142,7 +142,11 @@ def outline_mask(item: CocoObject, height: int, width: int) -> np.ndarray:
     Raises:
         DataError: if the outline can't be used.
     """
-    return np.asarray(need_extra().core.mask.decode(run_lengths(item, height, width)))
+    codes = run_lengths(item, height, width)
+    try:
+        return np.asarray(need_extra().core.mask.decode(codes))
+    except ValueError as error:  # lengths that don't fill the image
+        raise DataError(f"the outline of the object at {_spell(item)} can't be used ({error})") from None
 
 
 def has_outline(item: CocoObject) -> bool:

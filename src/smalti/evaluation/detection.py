@@ -596,7 +596,14 @@ def _check_objects(features: Features, masks: bool | None) -> bool:
             f"{features.data.test.root}: eval.masks=true needs an outline (segmentation) of each object; {which}; "
             "leave eval.masks out for boxes alone"
         )
-    return masks is not False and lacking is None and not only_boxes
+    wanted = masks is not False and lacking is None and not only_boxes
+    if wanted:
+        for images in (features.data.train, features.data.test):
+            for sample in images.samples:
+                image = annotated_image(sample)
+                for item in image.objects:
+                    outline_mask(item, image.height, image.width)  # a damaged one is named now, not after training
+    return wanted
 
 
 def _check_size(sample: ImageSample, image: CocoImage) -> None:

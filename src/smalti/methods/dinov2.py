@@ -159,7 +159,8 @@ class DINOv2(IBOT):
         scales = dict.fromkeys(below, config.layer_decay ** (encoder.depth + 1))
         for number, block in enumerate(encoder.vit.blocks):
             scales |= {parameter: config.layer_decay ** (encoder.depth - number) for parameter in block.parameters()}
-        scales |= {parameter: 1.0 for parameter in encoder.vit.norm.parameters()}
+        behind = [encoder.vit.norm, *([] if encoder.vit.attn_pool is None else [encoder.vit.attn_pool])]
+        scales |= {parameter: 1.0 for module in behind for parameter in module.parameters()}
         for parameter in encoder.vit.patch_embed.parameters():
             scales[parameter] *= config.patch_embed_lr_scale
         groups = []

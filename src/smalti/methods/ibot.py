@@ -522,9 +522,15 @@ def _check(config: IBOTConfig, encoder: Encoder) -> None:
     temps = (config.student_temp, config.teacher_temp, config.warmup_teacher_temp)
     if min(*temps, config.patch_teacher_temp, config.warmup_patch_teacher_temp) <= 0:
         raise ConfigError("method.student_temp and all teacher temperatures must be above 0")
-    for name in ("momentum", "center_momentum", "patch_center_momentum", "mask_share"):
+    for name in ("num_prototypes", "hidden_dim", "bottleneck_dim"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"method.{name}={getattr(config, name)}: at least 1 is needed")
+    shares = ("momentum", "center_momentum", "patch_center_momentum", "mask_share", "warmup_teacher_temp_share")
+    for name in (*shares, "freeze_last_layer_share", "gray_prob", "solarize_prob"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in 0..1")
+    if not all(0 <= probability <= 1 for probability in config.blur_prob):
+        raise ConfigError(f"method.blur_prob={config.blur_prob}: all must lie in 0..1")
     low, high = config.mask_ratio
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"method.mask_ratio=({low:g}, {high:g}): it needs 0 <= smallest <= largest <= 1")

@@ -84,6 +84,10 @@ class IntertwinedConfig(DINOv2Config):
     """Of the KoLeo term, which is summed over both global views; the paper's is 1."""
 
 
+def _field_form(config: IntertwinedConfig) -> tuple[tuple[int, int], str, bool]:
+    return config.field_grid, config.field_mode, config.field_align_corners
+
+
 class IntertwinedNetwork(MaskedNetwork):
     """A :class:`MaskedNetwork` that keeps what a patch shows and where it lies apart until both are masked.
 
@@ -236,6 +240,14 @@ class Intertwined(DINOv2):
             encoder.attach_field(self._field_from_table(encoder))
         field = encoder.position_field
         assert field is not None, "attached above"
+        field.separable = config.field_reading == "separable"  # equal numbers
+        brought = (tuple(field.grid), field.mode, field.align_corners)
+        wanted = _field_form(config)
+        if brought != wanted and wanted != _field_form(IntertwinedConfig()):  # what isn't said gives way
+            raise ConfigError(
+                f"method.field_grid, field_mode, field_align_corners say {wanted}, the weights to start from bring a "
+                f"field of {brought}; leave these settings out, or start from other weights"
+            )
         field.field.requires_grad_(not config.field_frozen)
 
     def _field_from_table(self, encoder: Encoder) -> PositionField:

@@ -119,7 +119,7 @@ class Supervised(Method):
         assert labels is not None, "the run has seen to it that there are labels"
         images = self.encoder.normalize(views.global_crops)
         if self.mix is not None and self.training:
-            mixed, targets = self.mixed(images, labels, views.keys)
+            mixed, targets = self.mixed(images, labels, views.cpu_keys)
             logits = self.head(self.encoder.image_features(mixed))
             loss = SoftTargetCrossEntropy()(at_least_float32(logits), targets)
             labels = targets.argmax(-1)  # the class that has more of the image

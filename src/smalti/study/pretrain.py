@@ -596,8 +596,8 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     finally:
         if screen is not None:
             screen.close()
-        if config.log.trackers:
-            accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # not end_training: it would take the processes apart, who meet once more below
     if main:
         _note_end(run, started)
         if hook is not None and hook.before_and_after is not None:

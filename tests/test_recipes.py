@@ -1,0 +1,22 @@
+"""Every recipe can be started: its settings are known and its encoder can be built."""
+
+from pathlib import Path
+
+import pytest
+
+from smalti.config import read_yaml
+from smalti.study.pretrain import resolve, starting_encoder
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_encoder_can_be_built(recipe: Path) -> None:
+    config, _ = resolve(read_yaml(recipe), recipe.name)
+    if config.method["name"] != "neco":  # post-training: its encoder comes with --init
+        assert starting_encoder(config).depth >= 1
+
+
+def test_an_exponent_needs_no_point(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: 1e-5\nb: -2E3\nc: 1.5e-2\nd: 1e\ne: e5\nf: 12\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": 1e-5, "b": -2000.0, "c": 0.015, "d": "1e", "e": "e5", "f": 12}
