@@ -68,7 +68,7 @@ def parse_overrides(words: Iterable[str]) -> Tree:
 
     Example:
         >>> parse_overrides(["steps=10", "optim.lr=1e-3", "eval.protocols=[knn]"])
-        {'steps': 10, 'optim': {'lr': '1e-3'}, 'eval': {'protocols': ['knn']}}
+        {'steps': 10, 'optim': {'lr': 0.001}, 'eval': {'protocols': ['knn']}}
 
     Raises:
         ConfigError: if a word has no ``=`` or an empty key.

@@ -129,7 +129,7 @@ def test_a_vit_sees_49_of_196_patches_and_the_places_of_12(monkeypatch: pytest.M
     method.pos_token.data.fill_(7.0)
     sequences, given = [], []
     forward, assemble = encoder.forward_tokens, encoder.assemble
-    monkeypatch.setattr(encoder, "forward_tokens", lambda x: sequences.append(x.shape) or forward(x))
+    monkeypatch.setattr(encoder, "forward_tokens", lambda x, **more: sequences.append(x.shape) or forward(x, **more))
     monkeypatch.setattr(encoder, "assemble", lambda x, positions: given.append(positions[0]) or assemble(x, positions))
     method(noise(2, 224), 0.0)
     assert sequences == [(2, 1 + 49, 24), (2, 1 + 196, 24)]  # the second one weighs the patches
