@@ -322,10 +322,7 @@ class Augmented:
         if self.masks:
             masks = torch.zeros(len(kept), size, size, dtype=torch.uint8)
             for row, i in enumerate(kept):
-                try:
-                    mask = outline_mask(objects[i], full_height, full_width)
-                except DataError as error:
-                    raise DataError(f"{sample.path}: {error}") from None
+                mask = _outline_of(sample, objects[i], full_height, full_width)
                 mask = nearest_to(mask, height, width)[window]
                 mask = mask[:, ::-1] if is_flipped else mask
                 masks[row, :shown_height, :shown_width] = torch.from_numpy(mask.copy())
@@ -602,8 +599,16 @@ def _check_objects(features: Features, masks: bool | None) -> bool:
             for sample in images.samples:
                 image = annotated_image(sample)
                 for item in image.objects:
-                    outline_mask(item, image.height, image.width)  # a damaged one is named now, not after training
+                    _outline_of(sample, item, image.height, image.width)  # a damaged one is named before training
     return wanted
+
+
+def _outline_of(sample: ImageSample, item: CocoObject, height: int, width: int) -> np.ndarray:
+    """``(H, W)`` uint8; what can't be used is named with its image."""
+    try:
+        return outline_mask(item, height, width)
+    except DataError as error:
+        raise DataError(f"{sample.path}: {error}") from None
 
 
 def _check_size(sample: ImageSample, image: CocoImage) -> None:

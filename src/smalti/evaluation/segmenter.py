@@ -31,7 +31,16 @@ from smalti.evaluation.linear_segmentation import ignored_value, upsampling, war
 from smalti.evaluation.metrics import Absent, accuracy, class_iou, mean_iou
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import PixelTally
-from smalti.evaluation.tuning import Example, normalized, seeded, stream, train, trainable_copy, warm_poly
+from smalti.evaluation.tuning import (
+    Example,
+    normalized,
+    seeded,
+    stream,
+    train,
+    trainable_copy,
+    warm_poly,
+    with_linear_head,
+)
 from smalti.models.encoder import Encoder
 
 FLIP_PROB, DISTORT_PROB = 0.5, 0.5
@@ -115,11 +124,7 @@ class Segmenter(nn.Module):
             num_classes: K.
         """
         super().__init__()
-        self.encoder = encoder
-        head = nn.Linear(encoder.embed_dim, num_classes)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        encoder.vit.head = head.to(next(encoder.parameters()).device)
+        self.encoder = with_linear_head(encoder, num_classes)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W K"]:
         """Class scores of each pixel, float32.

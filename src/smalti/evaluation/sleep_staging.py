@@ -37,7 +37,15 @@ from smalti.evaluation.metrics import (
 )
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import Tally
-from smalti.evaluation.tuning import Example, rate_fresh_positions, seeded, train, trainable_copy, warm_cosine
+from smalti.evaluation.tuning import (
+    Example,
+    rate_fresh_positions,
+    seeded,
+    train,
+    trainable_copy,
+    warm_cosine,
+    with_linear_head,
+)
 from smalti.models.encoder import Encoder, clone_encoder
 
 AGREEMENT = "agreement beyond chance, at most 1, higher is better"
@@ -101,11 +109,7 @@ class Classifier(nn.Module):
             num_classes: K.
         """
         super().__init__()
-        self.encoder = encoder
-        head = nn.Linear(encoder.embed_dim, num_classes)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        encoder.vit.head = head.to(next(encoder.parameters()).device)
+        self.encoder = with_linear_head(encoder, num_classes)
 
     def forward(self, windows: Float[Tensor, "B C 1 T"]) -> Float[Tensor, "B K"]:
         """Class scores of windows."""

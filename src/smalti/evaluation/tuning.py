@@ -59,6 +59,15 @@ def trainable_copy(encoder: Encoder, drop_path: float) -> Encoder:
     return copy
 
 
+def with_linear_head(copy: Encoder, num_outputs: int) -> Encoder:
+    """The same copy with a new linear layer as its own ``head``: truncated normal 0.02, no bias at the start."""
+    head = nn.Linear(copy.embed_dim, num_outputs)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    copy.vit.head = head.to(next(copy.parameters()).device)
+    return copy
+
+
 def rate_fresh_positions(optimizer: torch.optim.Optimizer, encoder: Encoder, copy: Encoder) -> None:
     """Positions that were just drawn learn at the full rate, whatever the layers' decay; without weight decay.
 
