@@ -255,6 +255,10 @@ def wrong_size(root, table):
     table["images"][0]["width"] = 80
 
 
+def damaged_outline(root, table):
+    table["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": [3]}
+
+
 MISTAKES = [
     (no_categories, "'categories' is empty"),
     (other_categories, r"its categories aren't those of instances_train.json \(2 and 2\)"),
@@ -262,6 +266,7 @@ MISTAKES = [
     (outside, r"object 0 of image 'val\d.png' has the box x 70..75, y 3..8, outside of its 64x64 pixels"),
     (no_objects, "no object in the annotations of the 3 test images"),
     (wrong_size, "64x64 pixels, its annotations say 80x64"),
+    (damaged_outline, r"val\d\.png: the outline of the object at .* can't be used"),
 ]
 
 
