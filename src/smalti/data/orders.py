@@ -1,0 +1,360 @@
+"""Orders of the patches of a set of images as one Parquet file: a row for each image and each of its flip states.
+
+``order[..., 0]`` is the most important patch, an index in raster order. An order of the mirrored image is a row of its
+own, since what finds orders need not give the mirrored order. Letters: N patches, M images, R rows, B asked for.
+
+A file has the columns ``image`` (relative to the data, with ``/``), ``split`` (or null), ``flip``, a column of N int16
+for each order, named as below, and optionally ``NAME_score`` of N float32; its metadata has, under ``smalti``, the rest
+of what :class:`OrderCache` knows as JSON.
+"""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smalti.config import write_atomically
+from smalti.data.image_set import SPLITS, ImageSet
+from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.functional import orders as geometry
+
+GEOMETRIC = ("raster", "spiral", "centre_out", "border_in", "halton")
+"""Orders of the grid alone."""
+OF_COLLAPSE = ("collapse_reversed", "collapse_static", "collapse_shuffled")
+"""Orders that follow from those of ``collapse`` in a file."""
+CACHED = ("collapse", *OF_COLLAPSE, "in_strength", "coverage", "attention")
+"""Orders that only a file can give: a trained network found them."""
+ORDERS = (*CACHED, "random", "fixed_random", *GEOMETRIC, "variance")
+"""Names of orders, the same everywhere; ``fixed_random:3`` is ``fixed_random`` from another seed. ``random`` is drawn
+anew for each image and step, ``variance`` looks at the pixels."""
+_VERSION = 1
+_SHUFFLE_SEED = 0
+_RESERVED = ("image", "split", "flip")
+
+
+def check_order(name: str) -> str:
+    """The name itself, if there is such an order.
+
+    Raises:
+        ConfigError: if there is none; all names are listed.
+    """
+    base, colon, seed = name.partition(":")
+    if base not in ORDERS or (colon and not (base == "fixed_random" and seed.isdecimal())):
+        raise ConfigError(f"there is no order '{name}'; there are {', '.join(ORDERS)} (and fixed_random:SEED)")
+    return name
+
+
+def grid_order(name: str, grid: tuple[int, int]) -> Int[Tensor, " N"] | None:
+    """The one order for all images that a name and a grid give; None for a name that needs more than those."""
+    base, _, seed = name.partition(":")
+    if base == "fixed_random":
+        return geometry.fixed_random(grid[0] * grid[1], int(seed or 0))
+    make = {
+        "raster": geometry.raster,
+        "spiral": geometry.spiral,
+        "centre_out": geometry.centre_out,
+        "border_in": geometry.border_in,
+        "halton": geometry.halton,
+    }.get(base)
+    return None if make is None else make(grid)
+
+
+@dataclass(frozen=True)
+class OrderCache:
+    """Orders of patches of many images, as :func:`read_orders` found them."""
+
+    path: Path
+    """The file."""
+    grid: tuple[int, int]
+    """Patches down and across."""
+    image_size: int
+    """Side in pixels of the squares that were ranked."""
+    root: str
+    """Where the images lay."""
+    source: str
+    """What made the orders, in words."""
+    images: tuple[str, ...] = field(repr=False)
+    """``R`` names of images."""
+    splits: tuple[str | None, ...] = field(repr=False)
+    """``R`` splits."""
+    flips: np.ndarray = field(repr=False)
+    """``(R,)`` bool."""
+    stored: Mapping[str, Int[Tensor, "R N"]] = field(repr=False)
+    """Orders by name, int16."""
+    scores: Mapping[str, Float[Tensor, "R N"]] = field(repr=False)
+    """Scores behind some of them, float32."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Orders that can be asked for: those in the file and those that follow from them."""
+        return (*self.stored, *(OF_COLLAPSE if "collapse" in self.stored else ()))
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    def orders(self, name: str, images: Sequence[str], flips: Sequence[bool]) -> Int[Tensor, "B N"]:
+        """Orders of some images.
+
+        Args:
+            name: one of ``names``.
+            images: ``B`` names, as :attr:`smalti.data.image_set.ImageSet.names` has them.
+            flips: ``B``, whether each is mirrored.
+
+        Returns:
+            int64.
+
+        Raises:
+            DataError: if the file lacks the order, an image, or an image's flip state.
+        """
+        self._check_name(name)
+        rows = self._rows_of(images, flips)
+        if name == "collapse_static":
+            return self.static.expand(len(rows), -1).clone()
+        if name == "collapse_shuffled":
+            rows = self._others[rows]
+        base = "collapse" if name in OF_COLLAPSE else name
+        found = self.stored[base][torch.from_numpy(rows)].long()
+        return found.flip(1) if name == "collapse_reversed" else found
+
+    def table(self, name: str, images: Sequence[str]) -> Int[Tensor, "M 2 N"]:
+        """Orders of some images as they are, and mirrored: what training looks up at each step.
+
+        Returns:
+            int16; ``table[i, 1]`` is the order of the mirrored image i.
+
+        Raises:
+            DataError: as :meth:`orders`.
+        """
+        states = [self.orders(name, images, [flip] * len(images)).short() for flip in (False, True)]
+        return torch.stack(states, dim=1)
+
+    @cached_property
+    def static(self) -> Int[Tensor, " N"]:
+        """``collapse_static``: patches by their mean rank in ``collapse`` over the images of the train split, in all
+        flip states; over all images where nothing is called train."""
+        self._check_name("collapse_static")
+        is_train = np.array([split == "train" for split in self.splits])
+        rows = np.flatnonzero(is_train) if is_train.any() else np.arange(len(self.images))
+        return geometry.static_order(self.stored["collapse"][torch.from_numpy(rows)].long())
+
+    @cached_property
+    def _place(self) -> dict[tuple[str, bool], int]:
+        return {(image, bool(flip)): row for row, (image, flip) in enumerate(zip(self.images, self.flips, strict=True))}
+
+    @cached_property
+    def _others(self) -> np.ndarray:
+        """``(R,)``: the row of another image of the same split in the same flip state. One random cycle through all of
+        a split's images, so that none gets its own order and each order is used once."""
+        others = np.full(len(self.images), -1)
+        rng = np.random.default_rng(_SHUFFLE_SEED)
+        members: dict[str | None, dict[str, None]] = {}
+        for image, split in zip(self.images, self.splits, strict=True):
+            members.setdefault(split, {})[image] = None
+        for split, names in members.items():
+            if len(names) < 2:
+                raise DataError(f"{self.path}: split '{split}' has one image; collapse_shuffled needs another")
+            cycle = [list(names)[place] for place in rng.permutation(len(names))]
+            for image, other in zip(cycle, cycle[1:] + cycle[:1], strict=True):
+                for flip in (False, True):
+                    row = self._place.get((image, flip))
+                    if row is not None:
+                        others[row] = self._rows_of([other], [flip])[0]
+        return others
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.names:
+            raise DataError(f"{self.path}: holds no order '{name}'; it can give {', '.join(self.names)}")
+
+    def _rows_of(self, images: Sequence[str], flips: Sequence[bool]) -> np.ndarray:
+        rows = np.empty(len(images), dtype=np.int64)
+        for place, (image, flip) in enumerate(zip(images, flips, strict=True)):
+            row = self._place.get((_text(image), bool(flip)))
+            if row is None:
+                raise DataError(self._lacks(_text(image), bool(flip)))
+            rows[place] = row
+        return rows
+
+    def _lacks(self, image: str, flip: bool) -> str:
+        if (image, not flip) in self._place:
+            state = "mirrored" if flip else "unmirrored"
+            return f"{self.path}: has no orders of {state} images ({image}, say); rank again with both flip states"
+        return f"{self.path}: has no order of {image}; it was made from {self.root}: rank the images in use"
+
+
+def check_fits(cache: OrderCache, images: ImageSet, grid: tuple[int, int], flips_needed: bool) -> None:
+    """Refuse a file of other images, another grid, or without the flip states that will be looked up.
+
+    Raises:
+        ShapeError: for another grid.
+        DataError: if an image, or its flip state, isn't in the file.
+    """
+    if cache.grid != grid:
+        raise ShapeError(
+            f"{cache.path}: orders of {cache.grid[0]}x{cache.grid[1]} patches, the images have {grid[0]}x{grid[1]}; "
+            "rank them at this image size and patch size"
+        )
+    names = [_text(name) for name in images.names]
+    there = sum((name, False) in cache._place or (name, True) in cache._place for name in names)
+    if there < len(names):
+        raise DataError(
+            f"{cache.path}: has orders of {there:,} of the {len(names):,} images of {images.root}; it was made from "
+            f"{cache.root}: rank the images in use"
+        )
+    for flip in (False, True) if flips_needed else (False,):
+        cache._rows_of(names, [flip] * len(names))
+
+
+def write_orders(
+    path: Path,
+    *,
+    images: Sequence[str],
+    splits: Sequence[str | None],
+    flips: Sequence[bool],
+    orders: Mapping[str, Int[Tensor, "R N"]],
+    scores: Mapping[str, Float[Tensor, "R N"]] | None = None,
+    grid: tuple[int, int],
+    image_size: int,
+    root: str,
+    source: str,
+) -> None:
+    """Write a file that :func:`read_orders` takes; all of it or none.
+
+    Args:
+        path: ends in ``.parquet``.
+        images: names relative to the data, a row each.
+        splits: ``train``, ``val``, ``test`` or None, a row each.
+        flips: a row each.
+        orders: by name, permutations of 0..N-1.
+        scores: by the same names.
+        grid: patches down and across.
+        image_size: side in pixels of the squares that were ranked.
+        root: where the images lie.
+        source: what made the orders, in words.
+
+    Raises:
+        ConfigError: for another ending, or if it can't be written.
+        ShapeError: if lengths don't fit, or an order is no permutation.
+    """
+    scores = scores or {}
+    rows, num = len(images), grid[0] * grid[1]
+    if path.suffix.lower() != ".parquet":
+        raise ConfigError(f"{path}: orders are written as Parquet; name a file that ends in .parquet")
+    if not orders or set(scores) - set(orders) or set(orders) & set(_RESERVED):
+        raise ConfigError(f"orders {', '.join(orders) or 'none'} with scores {', '.join(scores) or 'none'}")
+    if num > np.iinfo(np.int16).max:
+        raise ShapeError(f"a grid of {grid[0]}x{grid[1]} patches; a file of orders holds at most 32767")
+    for what, count in (("splits", len(splits)), ("flips", len(flips))):
+        if count != rows:
+            raise ShapeError(f"{count} {what} for {rows} images")
+    for what, tables in (("order", orders), ("score", scores)):
+        for name, table in tables.items():
+            if tuple(table.shape) != (rows, num):
+                raise ShapeError(f"{what} '{name}' of shape {tuple(table.shape)}; ({rows}, {num}) is needed")
+    for name, table in orders.items():
+        if not _are_permutations(table):
+            raise ShapeError(f"order '{name}' is no permutation of 0..{num - 1} in every row")
+    fields = [pa.field("image", pa.string()), pa.field("split", pa.string()), pa.field("flip", pa.bool_())]
+    columns: list[Any] = [
+        pa.array([_text(image) for image in images], pa.string()),
+        pa.array([None if split is None else SPLITS.get(split, split) for split in splits], pa.string()),
+        pa.array([bool(flip) for flip in flips], pa.bool_()),
+    ]
+    for tables, suffix, kind, dtype in (
+        (orders, "", pa.int16(), torch.int16),
+        (scores, "_score", pa.float32(), torch.float32),
+    ):
+        for name, table in tables.items():
+            flat = pa.array(table.detach().cpu().to(dtype).reshape(-1).numpy(), kind)
+            fields.append(pa.field(name + suffix, pa.list_(kind, num)))
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, num))
+    note = {
+        "kind": "orders",
+        "version": _VERSION,
+        "grid": list(grid),
+        "image_size": image_size,
+        "root": root,
+        "source": source,
+        "orders": list(orders),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=pa.schema(fields, metadata={"smalti": json.dumps(note)})), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_orders(path: str | Path) -> OrderCache:
+    """The orders in a file.
+
+    Raises:
+        DataError: if it is missing, is no file of orders, or is damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path}: is not a file; orders are written by smalti rank RUN --data DIR --out FILE.parquet")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: can't be read as Parquet ({str(error).splitlines()[0]})") from None
+    try:
+        note = json.loads((table.schema.metadata or {})[b"smalti"])
+        if note["kind"] != "orders":
+            raise KeyError("kind")
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{path}: is no file of orders; such a file is written by smalti rank") from None
+    if note.get("version") != _VERSION:
+        raise DataError(
+            f"{path}: is of version {note.get('version')}, version {_VERSION} is needed; rank the images again"
+        )
+    try:
+        grid = (int(note["grid"][0]), int(note["grid"][1]))
+        names = [str(name) for name in note["orders"]]
+        num = grid[0] * grid[1]
+        scored = [name for name in names if f"{name}_score" in table.column_names]
+        cache = OrderCache(
+            path=path,
+            grid=grid,
+            image_size=int(note["image_size"]),
+            root=str(note["root"]),
+            source=str(note["source"]),
+            images=tuple(table["image"].to_pylist()),
+            splits=tuple(table["split"].to_pylist()),
+            flips=np.array(table["flip"].to_pylist(), dtype=bool),
+            stored={name: _rows(table[name], num) for name in names},
+            scores={name: _rows(table[f"{name}_score"], num) for name in scored},
+        )
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, pa.ArrowException) as error:
+        raise DataError(f"{path}: is damaged ({str(error).splitlines()[0]}); rank the images again") from None
+    for name, values in cache.stored.items():
+        if not _are_permutations(values):
+            raise DataError(f"{path}: is damaged (order '{name}' is no permutation in some row); rank the images again")
+    if len(cache._place) < len(cache.images):
+        raise DataError(f"{path}: is damaged (an image stands in it twice); rank the images again")
+    return cache
+
+
+def _rows(column: pa.ChunkedArray, num: int) -> Tensor:
+    """``(R, N)`` of a column of lists."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(flat.copy()).reshape(len(column), num)
+
+
+def _are_permutations(orders: Tensor) -> bool:
+    target = torch.arange(orders.shape[-1], device=orders.device, dtype=orders.dtype)
+    return not orders.is_floating_point() and bool((orders.sort(dim=-1).values == target).all())
+
+
+def _text(name: str) -> str:
+    """A file's name as text, also one that is not UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
