@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from smalti.config import build
 from smalti.data.views import (
+    CentreCrop,
     ColorConfig,
     MultiCrop,
     Skipped,
@@ -335,3 +336,12 @@ def test_specs_come_from_yaml_values():
     assert spec.blur_prob == (1.0, 0.1) and spec.color.hue == 0.1
     with pytest.raises(ConfigError, match="did you mean 'scale'"):
         build(ViewSpec, {"scales": [0.4, 1]})
+
+
+def test_a_centre_crop_is_the_whole_central_square() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    plain, mirrored = (CentreCrop(32, prob)(image, np.random.default_rng(0)) for prob in (0.0, 1.0))
+    assert np.array_equal(plain.crops[0][0], image[:, 8:40])
+    assert np.array_equal(mirrored.crops[0][0], image[:, 8:40][:, ::-1])
+    assert plain.boxes.tolist() == [[8, 0, 40, 32]] and not plain.flips[0] and mirrored.flips[0]
+    assert CentreCrop(20)(image[:, :, :1], np.random.default_rng(0)).crops[0].shape == (1, 20, 20, 1)

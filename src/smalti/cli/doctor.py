@@ -49,12 +49,12 @@ def command(
     if method or recipe or tree:
         from smalti.cli.options import best_device
         from smalti.study.catalogue import find_recipe
-        from smalti.study.pretrain import resolve, step_maker, with_signals
+        from smalti.study.pretrain import resolve, step_maker, with_signals, with_start
 
         given = read_yaml(find_recipe(recipe)) if recipe else {}
         given = merge(given, {"method": {"name": method}} if method else {})
         given = merge(given, {"data": {"path": data}} if data else {})
-        config, own = resolve(with_signals(merge(given, tree)), str(recipe) if recipe else "settings")
+        config, own = resolve(with_start(with_signals(merge(given, tree))), str(recipe) if recipe else "settings")
         device = best_device()
         make_step, checkpoint_mib = step_maker(config, own, device)
         step = measure_step(

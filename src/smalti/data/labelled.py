@@ -23,9 +23,11 @@ from smalti.data.image_set import IGNORED as IGNORED
 from smalti.data.image_set import REFUSED
 from smalti.data.images import PILLOW_ERRORS, image_size
 from smalti.data.loader import epoch_order, start_worker, unchanged
-from smalti.data.views import Skipped
+from smalti.data.views import Skipped, centre_crop
 from smalti.errors import ConfigError, DataError
 
+EvalCrop = Literal["crop", "squash", "centre"]
+"""How an image becomes a square; see :func:`eval_image`."""
 _TEST_SHARE = 0.2
 _LOOKED_AT = 10  # masks, before an evaluation, for a mistake that would not show in it
 _NEEDED = {
@@ -243,7 +245,7 @@ def _read_numbers(path: Path) -> np.ndarray:
 
 
 def load_images(
-    paths: str | Path | Sequence[str | Path], size: int, channels: int = 3, mode: Literal["crop", "squash"] = "crop"
+    paths: str | Path | Sequence[str | Path], size: int, channels: int = 3, mode: EvalCrop = "crop"
 ) -> Tensor:
     """Images ready for :meth:`smalti.Encoder.encode`: ``(B, channels, size, size)``, uint8, or float32 in 0..1 where
     one of the files has 16 bits or floats.
@@ -264,7 +266,7 @@ def load_images(
     return torch.stack(images)
 
 
-def eval_image(path: Path, size: int, channels: int, mode: Literal["crop", "squash"]) -> np.ndarray:
+def eval_image(path: Path, size: int, channels: int, mode: EvalCrop) -> np.ndarray:
     """An image ready for an encoder: ``(size, size, C)``, uint8, or float32 in 0..1 for 16-bit and float files.
 
     Args:
@@ -272,7 +274,9 @@ def eval_image(path: Path, size: int, channels: int, mode: Literal["crop", "squa
         size: side in pixels.
         channels: C.
         mode: ``crop``: short side to ``size * 256 / 224``, bicubic, then the central square: classification.
-            ``squash``: to ``size`` x ``size`` whatever its shape, bilinear: segmentation. Both antialiased.
+            ``squash``: to ``size`` x ``size`` whatever its shape, bilinear: segmentation.
+            ``centre``: the largest central square to ``size``, bicubic: nothing of a square image is cut off, as in
+            :class:`smalti.data.views.CentreCrop`. All antialiased.
 
     Raises:
         DataError: if the file can't be read.
@@ -282,6 +286,8 @@ def eval_image(path: Path, size: int, channels: int, mode: Literal["crop", "squa
     image = read_image(path, channels)
     if mode == "squash":
         return _resize_antialiased(image, size, size, "bilinear")
+    if mode == "centre":
+        return centre_crop(image, size)
     height, width = image.shape[:2]
     short = round(size * 256 / 224)
     if height <= width:
@@ -323,7 +329,7 @@ def eval_batches(
     images: ImageSet,
     size: int,
     channels: int,
-    mode: Literal["crop", "squash"],
+    mode: EvalCrop,
     batch_size: int,
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, list[int], list[Skipped]]]:
@@ -350,7 +356,7 @@ class _EvalBatches(Dataset[tuple[Tensor, list[int], list[Skipped]]]):
         samples: Sequence[ImageSample],
         size: int,
         channels: int,
-        mode: Literal["crop", "squash"],
+        mode: EvalCrop,
         batch_size: int,
     ):
         self.paths = [sample.path for sample in samples]

@@ -294,6 +294,43 @@ class MultiCrop:
         )
 
 
+class CentreCrop:
+    """The central square of an image, whole, and now and then its mirror image: nothing moves, so that what is known
+    of an image (an order of its patches) holds for its view.
+
+    Args:
+        size: side of the view in pixels.
+        flip_prob: share of views that are mirrored left to right.
+    """
+
+    num_views = 1
+
+    def __init__(self, size: int, flip_prob: float = 0.5) -> None:
+        self.size, self.flip_prob = size, flip_prob
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> SampleViews:
+        """The view of one image ``(H, W, C)``, uint8 or float32 in 0..1."""
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        view = centre_crop(image, self.size)
+        flipped = bool(rng.random() < self.flip_prob)
+        return SampleViews(
+            crops=((view[:, ::-1] if flipped else view)[None],),
+            boxes=np.array([[left, top, left + side, top + side]], dtype=np.float32),
+            flips=np.array([flipped]),
+            source_size=(height, width),
+        )
+
+
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """``(size, size, C)``: the largest central square of an image, resized by :func:`resize`."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[top : top + side, left : left + side], size)
+
+
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """``(size, size, C)``: bicubic, antialiased where it shrinks, as Pillow and torchvision do.
 

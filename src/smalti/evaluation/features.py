@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from smalti.data.folders import ImageSet
-from smalti.data.labelled import LabelledData, eval_batches
+from smalti.data.labelled import EvalCrop, LabelledData, eval_batches
 from smalti.data.signals import LabelledSignals
 from smalti.errors import ConfigError, DataError, RunError
 from smalti.models.encoder import Encoder, PatchFeatures, pool_features
@@ -336,7 +336,7 @@ class Features:
         self,
         images: ImageSet,
         size: int,
-        mode: Literal["crop", "squash"],
+        mode: EvalCrop,
         batch_size: int,
         what: str,
         norm: bool = True,

@@ -6,7 +6,7 @@ what happens after a step. It is told how far training is (``progress`` in [0, 1
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smalti.config import unknown_key
 from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
+from smalti.layers.tokens import TokenSource
 from smalti.models.encoder import Encoder
 
 M = TypeVar("M", bound="type[Method]")
@@ -52,7 +53,10 @@ class Method(nn.Module, ABC):
     reads_field: ClassVar[bool] = False
     """Whether crops read their positions out of a field. For all others a field that weights bring becomes a table."""
 
-    def __init__(self, encoder: Encoder, config: Any) -> None:
+    fit_images: ClassVar[int] = 0
+    """How many images :meth:`fit` wants to see; 0: there is nothing to fit."""
+
+    def __init__(self, encoder: Any, config: Any) -> None:
         super().__init__()
         self.config = config
         self.observations: dict[str, Tensor] = {}
@@ -61,6 +65,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def make_views(self, image_size: int) -> ViewMaker:
         """How an image becomes a training sample, with main crops of ``image_size`` pixels."""
+
+    def fit(self, batches: Iterable[Views]) -> None:
+        """Called once, before the first step of a run that starts from nothing: measure what the loss needs to know of
+        the images. Every process is given the same batches; what is found is kept in buffers."""
+        return
 
     @abstractmethod
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
@@ -94,6 +103,46 @@ class Method(nn.Module, ABC):
             {"params": decayed, "lr_scale": 1.0, "weight_decay_scale": 1.0},
             {"params": plain, "lr_scale": 1.0, "weight_decay_scale": 0.0},
         ]
+
+
+class TokenMethod(Method):
+    """Base of methods that learn about the tokens of images and hand on no encoder: what ranks patches, or draws them.
+
+    Args:
+        tokens: what a token is; fitted to the images before the first step.
+        config: an instance of the class's ``Config``.
+    """
+
+    export_network = ""
+    fit_images = 2048
+    starts_from: ClassVar[tuple[str, ...]] = ()
+    """Methods whose runs ``init`` may name; its own is always one."""
+
+    def __init__(self, tokens: TokenSource, config: Any) -> None:
+        super().__init__(tokens, config)
+        self.tokens = tokens
+
+    def fit(self, batches: Iterable[Views]) -> None:
+        """Fit the token source."""
+        self.tokens.fit(views.global_crops for views in batches)
+
+    def start_from(self, other: "Method") -> None:
+        """Take over all weights of another of the same shape; what this one has beside them stays as it is drawn.
+
+        Raises:
+            ConfigError: if some of the other's don't fit.
+        """
+        own, brought = self.state_dict(), other.state_dict()
+        misfits = [key for key, value in brought.items() if key not in own or own[key].shape != value.shape]
+        if misfits:
+            raise ConfigError(
+                f"init is a run of {other.name} of another shape: '{misfits[0]}' does not fit; leave its settings out"
+            )
+        self.load_state_dict({**own, **brought})
+
+    def networks(self) -> dict[str, Encoder]:
+        """None at all."""
+        return {}
 
 
 _REGISTRY: dict[str, type[Method]] = {}

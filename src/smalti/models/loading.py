@@ -325,6 +325,8 @@ def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT
         raise WeightsError(f"{path}: holds no finished checkpoint; an encoder is named by {FORMS}")
     state = _read_json(folder / STATE_FILE, f"{folder}: the checkpoint lacks its {STATE_FILE}")
     networks = state.get("networks") or {}
+    if not networks:
+        raise WeightsError(f"{folder}: {state.get('method')} trains no encoder that could be taken from it")
     name = network or state.get("export_network", "")
     if name not in networks:
         raise WeightsError(f"{folder}: has no network '{name}'; it has {', '.join(networks) or 'none'}")

@@ -16,7 +16,18 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block
 
-from smalti.config import Tree, build, flatten, merge, read_yaml, settings, to_tree, write_atomically, write_yaml
+from smalti.config import (
+    Tree,
+    build,
+    field_names,
+    flatten,
+    merge,
+    read_yaml,
+    settings,
+    to_tree,
+    write_atomically,
+    write_yaml,
+)
 from smalti.data.folders import ImageSet, open_images, read_image, training_images
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
 from smalti.data.signals import (
@@ -29,7 +40,7 @@ from smalti.data.signals import (
     training_signals,
 )
 from smalti.data.views import Views, collate
-from smalti.errors import ConfigError, DataError
+from smalti.errors import ConfigError, DataError, RunError
 from smalti.evaluation.protocol import (
     EvalConfig,
     Result,
@@ -40,18 +51,20 @@ from smalti.evaluation.protocol import (
     write_results,
 )
 from smalti.layers.pooling import PRRConfig
-from smalti.methods.base import Method, get_method, method_names
+from smalti.layers.tokens import TokenConfig, build_tokens
+from smalti.methods.base import Method, TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
 from smalti.models.loading import (
     CHECKPOINTS,
     STATE_FILE,
+    WEIGHTS_FILE,
     encoder_description,
     latest_checkpoint,
     load,
     names_best,
     open_encoder,
 )
-from smalti.models.weights import LoadConfig
+from smalti.models.weights import LoadConfig, read_tensors
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
 from smalti.study.posttrain import COSTLESS, Judge
@@ -110,6 +123,8 @@ class RunConfig:
     encoder: str | dict[str, Any] | None = None
     """Architecture by timm's name, and ``encoder.patch_size``, ``encoder.depth`` and any other argument of timm's
     ``VisionTransformer``; None: vit_small_patch16_224, or what ``init`` brings."""
+    tokens: TokenConfig | None = None
+    """Of methods without an encoder, what a token is; None: the defaults."""
     init: str | None = None
     """Weights to start from: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None starts from random ones."""
     load: LoadConfig = LoadConfig()
@@ -186,6 +201,11 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     ):
         if value < 1:
             raise ConfigError(f"{where}: {name}={value}: at least 1 is needed")
+    if issubclass(method, TokenMethod):
+        _check_no_encoder(config, where)
+        config = dataclasses.replace(config, tokens=config.tokens or TokenConfig())
+    elif config.tokens is not None:
+        raise ConfigError(f"{where}: {method.name} has an encoder, tokens.* is for methods without one")
     if config.init and config.encoder:
         raise ConfigError(f"{where}: init={config.init} brings its own architecture; leave encoder= out")
     if config.load != LoadConfig() and not config.init:
@@ -194,6 +214,65 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
         find_protocol(name)
     check_trackers(config.log.trackers)
     return config, own
+
+
+def _check_no_encoder(config: RunConfig, where: str) -> None:
+    """Settings of an encoder make no sense where there is none.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    name = config.method["name"]
+    without = dict.fromkeys(("encoder", "weights", "prr")) | {"pool": "auto", "drop_path": 0.0, "load": LoadConfig()}
+    for setting, unset in without.items():
+        if getattr(config, setting) != unset:
+            raise ConfigError(
+                f"{where}: {setting}: {name} trains no encoder, its tokens are set by tokens.*; leave it out"
+            )
+    if config.eval.data or config.eval.every or config.eval.patience:
+        raise ConfigError(
+            f"{where}: eval.*: {name} trains no encoder that could be evaluated in training; leave it out"
+        )
+    if config.optim.freeze_encoder_share:
+        raise ConfigError(f"{where}: optim.freeze_encoder_share: {name} trains no encoder; leave it out")
+
+
+def with_start(tree: Tree) -> Tree:
+    """The tree with what ``init`` fixes, where a method without an encoder starts from a run: size and channels of its
+    images, tokens, and settings of the method that both have.
+
+    Raises:
+        ConfigError: if the method doesn't start from such runs, or a setting contradicts it.
+        RunError: if there is no such run.
+    """
+    chosen = tree.get("method")
+    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+    if not tree.get("init") or name not in method_names():
+        return tree
+    method = get_method(str(name))
+    if not issubclass(method, TokenMethod):
+        return tree
+    run = Path(str(tree["init"]))
+    if not (run / CONFIG_FILE).is_file():
+        raise RunError(f"init={run}: is not a run directory; {name} starts from what --out of smalti train named")
+    before = read_yaml(run / CONFIG_FILE)
+    found = before["method"]["name"]
+    allowed = dict.fromkeys((*method.starts_from, method.name))
+    if found not in allowed:
+        raise ConfigError(f"init={run}: is a run of {found}; {name} starts from {' or '.join(allowed)}")
+    shared = field_names(method.Config)
+    fixed: Tree = {
+        "data": {key: before["data"][key] for key in ("image_size", "channels")},
+        "tokens": before["tokens"],
+    }
+    own = {key: value for key, value in before["method"].items() if key in shared}
+    given = flatten(tree)
+    for key, value in flatten(fixed).items():
+        if given.get(key, value) != value:
+            raise ConfigError(f"{key}={given[key]}: {run} has {value}, which its weights are for; leave it out")
+    return merge(
+        {**fixed, "method": own}, {**tree, "method": chosen if isinstance(chosen, Mapping) else {"name": name}}
+    )
 
 
 def count_classes(config: RunConfig, own: Any, images: ImageSet | SignalSet | None) -> tuple[RunConfig, Any]:
@@ -249,12 +328,34 @@ def build_method(
         description: of the encoder, from a checkpoint that will fill in the weights; ``init`` isn't needed then.
         quiet: don't print how many tensors of ``init`` matched.
     """
+    method = get_method(config.method["name"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if issubclass(method, TokenMethod):
+            tokens = build_tokens(config.tokens or TokenConfig(), config.data.image_size, config.data.channels)
+            built = method(tokens, own)
+            if config.init and description is None:
+                built.start_from(load_method(Path(config.init)))
+            return built
         encoder = starting_encoder(config, description, quiet)
         encoder.draw_positions()  # a method that wants none drops them again
         encoder.set_drop_path(config.drop_path)
-        return get_method(config.method["name"])(encoder, own)
+        return method(encoder, own)
+
+
+def load_method(run: Path) -> Method:
+    """The method of a run with the weights of its newest checkpoint, in eval mode on the CPU.
+
+    Raises:
+        RunError: if it is no run directory, or holds no checkpoint.
+    """
+    checkpoint = latest_checkpoint(run) if (run / CONFIG_FILE).is_file() else None
+    if checkpoint is None:
+        raise RunError(f"{run}: is not a run with a checkpoint; give what --out of smalti train named")
+    config, own = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
+    method = build_method(config, own, encoder_description(checkpoint))
+    method.load_state_dict(read_tensors(checkpoint / WEIGHTS_FILE))
+    return method.eval()
 
 
 def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = None, quiet: bool = True) -> Encoder:
@@ -390,7 +491,7 @@ def train(
     given: dict[str, Any] = {"method": {"name": method}} if method else {}
     given |= {"data": {"path": str(data)}} if data else {}
     given |= {"init": init} if init else {}
-    tree = with_signals(_absolute_paths(merge(merge(tree, given), overrides or {})))
+    tree = with_start(with_signals(_absolute_paths(merge(merge(tree, given), overrides or {}))))
     config, own = resolve(tree, str(recipe) if recipe else "settings")
     if not config.data.path:
         raise ConfigError("no images are named; give --data DIR")
@@ -499,6 +600,8 @@ def _check_pool(method: Method, config: RunConfig) -> None:
     Raises:
         ConfigError: if it isn't.
     """
+    if not method.networks():
+        return
     pool = next(iter(method.networks().values())).vit.attn_pool
     if pool is not None and any(True for _ in pool.parameters()) and not method.pools_images:
         raise ConfigError(
@@ -526,7 +629,10 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     )
     images = open_training(config)
     description = None if checkpoint is None else encoder_description(checkpoint)
-    method = build_method(config, own, description).to(accelerator.device)
+    method = build_method(config, own, description)
+    if method.fit_images and checkpoint is None and not config.init:
+        method.fit(_fitting_batches(method, images, config))
+    method = method.to(accelerator.device)
     if config.compile:
         for module in method.modules():
             if isinstance(module, Block):
@@ -604,6 +710,16 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
             best = state.best_step if state.num_judged > 1 else None  # of one score nothing is chosen
             hook.before_and_after.conclude(state.step, best, partial(_encoder_of, run, config, own))
     accelerator.wait_for_everyone()
+
+
+def _fitting_batches(method: Method, images: ImageSet | SignalSet, config: RunConfig) -> Iterator[Views]:
+    """The first ``fit_images`` images of training, or all of them once; the same in every process."""
+    batch_size = min(64, len(images))
+    views = method.make_views(config.data.image_size)
+    loader = TrainLoader(
+        images, views, batch_size=batch_size, seed=config.seed, channels=config.data.channels, num_workers=0
+    )
+    return itertools.islice(iter(loader), max(1, min(method.fit_images, len(images)) // batch_size))
 
 
 def _encoder_of(run: Path, config: RunConfig, own: Any, step: int) -> Encoder:
@@ -797,7 +913,10 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
     stored = sum(tensor.numel() for tensor in whole.state_dict().values())
 
     def make_step(batch_size: int) -> Callable[[], None]:
-        method = build_method(config, own).to(device).train()
+        method = build_method(config, own)
+        if method.fit_images and images is not None and not config.init:
+            method.fit(itertools.islice(_fitting_batches(method, images, config), 1))
+        method = method.to(device).train()
         optimizer = build_optimizer(method.param_groups(), config.optim)
         views = method.make_views(config.data.image_size)
         batches: Iterator[Views]

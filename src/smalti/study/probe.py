@@ -21,15 +21,12 @@ from smalti.config import read_yaml, write_atomically
 from smalti.data.folders import ImageSet, open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import MultiCrop, collate
-from smalti.errors import ConfigError, RunError
+from smalti.errors import ConfigError
 from smalti.functional.offgrid import Patches, resample_boxes
 from smalti.functional.pairs import r_squared, select_pairs
-from smalti.methods.base import Method
 from smalti.methods.part import PART, pair_loss
 from smalti.models.encoder import eval_mode
-from smalti.models.loading import WEIGHTS_FILE, encoder_description, latest_checkpoint
-from smalti.models.weights import read_tensors
-from smalti.study.pretrain import CONFIG_FILE, build_method, resolve
+from smalti.study.pretrain import CONFIG_FILE, build_method, load_method, resolve
 
 FOLDER = "probes"
 NUM_TRIPLES, NUM_REFERENCES, NUM_SHOWN, NUM_DISTANCES = 4096, 8, 4, 10
@@ -79,21 +76,6 @@ class PositionProbe:
     """``(10,)`` pixels: mean distance of the pairs of each tenth, nearest first."""
     fits: Tensor
     """``(10,)`` R^2 of the offsets within each tenth; NaN where the tenth has one offset only."""
-
-
-def load_method(run: Path) -> Method:
-    """The method of a run with the weights of its newest checkpoint, in eval mode on the CPU.
-
-    Raises:
-        RunError: if it is no run directory, or holds no checkpoint.
-    """
-    checkpoint = latest_checkpoint(run) if (run / CONFIG_FILE).is_file() else None
-    if checkpoint is None:
-        raise RunError(f"{run}: is not a run with a checkpoint; give what --out of smalti train named")
-    config, own = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
-    method = build_method(config, own, encoder_description(checkpoint))
-    method.load_state_dict(read_tensors(checkpoint / WEIGHTS_FILE))
-    return method.eval()
 
 
 def probe_positions(

@@ -153,11 +153,10 @@ class Checkpoints:
         """What ``state.json`` holds: the state, and what a reader needs to find the encoders among the weights."""
         networks = self.method.networks()
         names = {module: name for name, module in self.method.named_modules()}
-        first = next(iter(networks.values()))
         return {
             "state": asdict(state),
             "method": self.method.name,
-            "encoder": first.config(),
+            "encoder": next(iter(networks.values())).config() if networks else {},
             "networks": {name: names[encoder] for name, encoder in networks.items()},
             "export_network": self.method.export_network,
         }

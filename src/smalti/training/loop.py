@@ -183,9 +183,10 @@ def train(
                 losses_sum = sum(value for name, value in reading.means.items() if name.startswith("loss/"))
                 row = {"step": float(state.step), "progress": state.step / config.steps, "lr": lr}
                 row |= {"weight_decay": decay, "loss": losses_sum, **reading.means}
-                encoder = method.networks()[method.export_network]
-                with accelerator.autocast():
-                    row |= feature_health(encoder, encoder.normalize(views.global_crops[:HEALTH_IMAGES]))
+                if method.export_network:
+                    encoder = method.networks()[method.export_network]
+                    with accelerator.autocast():
+                        row |= feature_health(encoder, encoder.normalize(views.global_crops[:HEALTH_IMAGES]))
                 row |= clock.read(state.step)
                 for listener in listeners:
                     listener.row(row)
