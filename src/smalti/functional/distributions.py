@@ -36,9 +36,9 @@ def fit_gaussian(features: Float[Tensor, "n D"]) -> Gaussian:
     """
     if len(features) < 2:
         raise DataError(f"{len(features)} vectors have no covariance; at least 2 are needed")
-    mean = torch.stack([part.double().sum(0) for part in features.split(_ROWS_AT_ONCE)]).sum(0) / len(features)
+    mean = torch.stack([part.double().sum(0) for part in torch.split(features, _ROWS_AT_ONCE)]).sum(0) / len(features)
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
-    for part in features.split(_ROWS_AT_ONCE):
+    for part in torch.split(features, _ROWS_AT_ONCE):
         centred = part.double() - mean
         products += centred.mT @ centred
     if not torch.isfinite(products).all():
@@ -173,7 +173,7 @@ def within_manifold(queries: Float[Tensor, "n D"], cloud: Float[Tensor, "m E"], 
     radii = torch.cat(
         [
             (part[:, None] - cloud[places]).square().sum(2).amax(1)
-            for part, places in zip(cloud.split(_ROWS_AT_ONCE), found.split(_ROWS_AT_ONCE), strict=True)
+            for part, places in zip(torch.split(cloud, _ROWS_AT_ONCE), torch.split(found, _ROWS_AT_ONCE), strict=True)
         ]
     )  # squared; the greatest of k + 1, of which one is the vector itself
     # In some ball is what is in the one with the greatest radius^2 - |x - y|^2
@@ -253,7 +253,7 @@ def _kernel_sum(
     """Weighted sum of the kernel over all pairs, in one pass for all rows of weights; one row goes with any."""
     total = torch.zeros(max(len(weights_a), len(weights_b)), dtype=torch.float64, device=a.device)
     keys = b.double()
-    for part, weights in zip(a.split(_ROWS_AT_ONCE), weights_a.split(_ROWS_AT_ONCE, 1), strict=True):
+    for part, weights in zip(torch.split(a, _ROWS_AT_ONCE), torch.split(weights_a, _ROWS_AT_ONCE, 1), strict=True):
         kernel = (part.double() @ keys.mT / a.shape[1] + 1) ** 3
         total += (weights * (weights_b @ kernel.mT)).sum(1)
     return total
