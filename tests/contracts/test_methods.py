@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, object]] = {
         "field_grid": (9, 9),
     },
     "loca": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_small_queries": 2},
+    "cvit": {"num_classes": 4, "order": "random"},
     "supervised": {"num_classes": 4},
     "neco": {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16},
 }
@@ -46,6 +47,7 @@ FIXED_TARGETS: dict[str, dict[str, object]] = {
 }
 """Settings that keep a teacher's targets where they are, so that a falling loss means learning."""
 ONE_BY_ONE: dict[str, dict[str, object]] = {
+    "cvit": {"max_rate": 0.0},
     "dinov2": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
     "intertwined": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
     "neco": {"references": "queue", "queue_size": 64},

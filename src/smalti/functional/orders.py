@@ -71,6 +71,18 @@ def random_orders(keys: Int[Tensor, " B"], num_patches: int) -> Int[Tensor, "B N
     return sample_uniform(keys, num_patches, _STREAM).argsort(dim=1, stable=True)
 
 
+def num_kept(num_patches: int, rate: float) -> int:
+    """How many patches are left when a share of them is dropped: ``N - floor(rate N)``, at least one.
+
+    Raises:
+        ConfigError: for a rate outside of 0..1 (1 excluded).
+    """
+    if not 0 <= rate < 1:
+        raise ConfigError(f"a rate of {rate:g} of dropped patches; 0..1 (1 excluded) is needed")
+    dropped = int(rate * num_patches + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    return max(1, num_patches - dropped)
+
+
 def static_order(orders: Int[Tensor, "M N"]) -> Int[Tensor, " N"]:
     """Patches by their mean rank over images; of equal ones the lower index first."""
     return ranks_of(orders).double().mean(0).argsort(stable=True)

@@ -56,6 +56,21 @@ def unpatchify(
     return cells.reshape(batch, values // (ph * pw), h * ph, w * pw)
 
 
+def patch_variance(images: Float[Tensor, "B C H W"], patch_size: tuple[int, int]) -> Float[Tensor, "B N"]:
+    """How much the pixels of each patch vary about their mean in their channel; the mean over channels.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        patch_size: ``(ph, pw)`` in pixels.
+
+    Raises:
+        ShapeError: if the patch size does not divide the images.
+    """
+    patches = patchify(images, patch_size)
+    channels = patches.view(*patches.shape[:2], images.shape[1], -1)  # (B, N, P) -> (B, N, C, ph * pw)
+    return channels.var(-1, correction=0).mean(-1)
+
+
 def standardize_patches(patches: Float[Tensor, "B N P"], eps: float = 1e-6) -> Float[Tensor, "B N P"]:
     """Each patch minus its mean, over the root of its unbiased variance plus ``eps``.
 

@@ -1,10 +1,11 @@
 """One paper, one file. Importing this package fills the registry."""
 
-from smalti.methods import dino, dinov2, droppos, ibot, intertwined, loca, mae, mp3, neco, part, supervised
+from smalti.methods import cvit, dino, dinov2, droppos, ibot, intertwined, loca, mae, mp3, neco, part, supervised
 from smalti.methods.base import Method, get_method, method_names
 
 __all__ = [
     "Method",
+    "cvit",
     "dino",
     "dinov2",
     "droppos",

@@ -12,10 +12,12 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from smalti.config import unknown_key
+from smalti.data.image_set import ImageSet
+from smalti.data.signals import SignalSet
 from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.layers.tokens import TokenSource
-from smalti.models.encoder import Encoder
+from smalti.models.encoder import ClassHead, Encoder
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -71,6 +73,15 @@ class Method(nn.Module, ABC):
         the images. Every process is given the same batches; what is found is kept in buffers."""
         return
 
+    def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
+        """Called before the first step of a process, and before anything is written: what will be read, in the order of
+        ``views.index``, to look up what is known of each image. Nothing of it is kept in checkpoints.
+
+        Raises:
+            DataError, ShapeError: if what the method knows is about other images.
+        """
+        return
+
     @abstractmethod
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
         """Named loss terms of a batch, scalars that the loop adds up; each a mean over samples, so that the mean over
@@ -87,6 +98,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def networks(self) -> dict[str, Encoder]:
         """The encoders inside, by name: ``encoder``, or ``student`` and ``teacher``."""
+
+    def class_head(self, network: str) -> ClassHead | None:
+        """What tells classes by one of :meth:`networks`; None where nothing does."""
+        return None
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimiser, with ``lr_scale`` and ``weight_decay_scale`` that the schedules multiply.

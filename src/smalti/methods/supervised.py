@@ -18,11 +18,13 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from smalti.config import settings
+from smalti.data.image_set import ImageSet
+from smalti.data.signals import SignalSet
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
 from smalti.methods.base import Method, register
-from smalti.models.encoder import Encoder
+from smalti.models.encoder import ClassHead, Encoder
 
 
 @settings
@@ -90,6 +92,7 @@ class Supervised(Method):
                 raise ConfigError(f"method.{name}={getattr(config, name)}: a number of at least 0 is needed")
         self.encoder = encoder
         self.head = nn.Linear(encoder.embed_dim, config.num_classes)
+        self.classes: tuple[str, ...] = ()
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.mix: Mixup | None = None
@@ -112,6 +115,14 @@ class Supervised(Method):
             color=color if strength else None,
         )
         return MultiCrop([view])
+
+    def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
+        """Remember what the classes are called."""
+        self.classes = (images.classes or ()) if isinstance(images, ImageSet) else ()
+
+    def class_head(self, network: str) -> ClassHead:
+        """The linear layer."""
+        return ClassHead(self.head.weight, self.head.bias, self.classes)
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
         """``{"class": ...}``."""

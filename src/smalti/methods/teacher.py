@@ -44,6 +44,42 @@ class Teacher(nn.Module, Generic[M]):
             own.copy_(other)
 
 
+class Average(Teacher[M]):
+    """A student's weights averaged over its steps, the last ones most: a network to judge and to hand on.
+
+    Step n (from 0) has momentum ``n / (n + 10)``, at most ``ceiling``: the average reaches back over about a tenth of
+    the steps so far, and in a run of any length the weights that were drawn at random are forgotten.
+
+    Args:
+        student: as in :class:`Teacher`.
+        ceiling: highest momentum, in [0, 1).
+
+    Raises:
+        ConfigError: for another ceiling.
+    """
+
+    num_steps: torch.Tensor
+
+    def __init__(self, student: M, ceiling: float) -> None:
+        super().__init__(student)
+        if not 0 <= ceiling < 1:
+            raise ConfigError(f"method.ema={ceiling}: a momentum in 0..1 (1 excluded) is needed")
+        self.ceiling = ceiling
+        self.register_buffer("num_steps", torch.zeros(()))
+
+    @torch.no_grad()
+    def follow(self, student: M) -> None:
+        """Take in the student's weights after a step."""
+        weight = 1 - (self.num_steps / (self.num_steps + 10)).clamp(max=self.ceiling)  # stays on the device
+        own = [parameter.detach() for parameter in self.module.parameters()]
+        gap = torch._foreach_sub([parameter.detach() for parameter in student.parameters()], own)
+        torch._foreach_mul_(gap, weight)
+        torch._foreach_add_(own, list(gap))
+        for mine, other in zip(self.module.buffers(), student.buffers(), strict=True):
+            mine.copy_(other)
+        self.num_steps += 1
+
+
 def cosine_momentum(start: float, progress: float, end: float = 1.0) -> float:
     """Teacher momentum, ``start`` at progress 0, ``end`` at 1, along a half cosine.
 

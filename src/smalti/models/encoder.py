@@ -48,6 +48,21 @@ class PatchFeatures(NamedTuple):
     """``(h, w)`` patches down and across, ``N = h * w``."""
 
 
+class ClassHead(NamedTuple):
+    """What tells classes by an encoder's vector an image, where its weights come with it."""
+
+    weight: Tensor
+    """``(K, D)``."""
+    bias: Tensor
+    """``(K,)``."""
+    classes: tuple[str, ...] = ()
+    """K names; empty: they weren't kept."""
+    order: str = ""
+    """The order of patches by whose first ones it learned; empty: it saw whole images."""
+    orders: str = ""
+    """The file in which such orders stand, where there is one."""
+
+
 class Encoder(nn.Module):
     """A timm ``VisionTransformer`` seen as patches in, patch tokens out.
 
@@ -97,6 +112,8 @@ class Encoder(nn.Module):
         """Whether the weights were trained without positions: the table is zero; who trains them on draws one."""
         self.position_field: PositionField | None = None
         """Where positions are read, at any grid, in place of a table; see :meth:`attach_field`."""
+        self.class_head: ClassHead | None = None
+        """What was trained with it to tell classes; not a part of the network."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.report: LoadReport | None = None
@@ -233,21 +250,25 @@ class Encoder(nn.Module):
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images
         return (scaled - self._mean) / self._std
 
-    def encode(self, images: Num[Tensor, "B C H W"], norm: bool = True) -> PatchFeatures:
-        """Patch tokens of whole images, never refined by the pooling.
+    def encode(
+        self, images: Num[Tensor, "B C H W"], norm: bool = True, ids_keep: Int[Tensor, "B L"] | None = None
+    ) -> PatchFeatures:
+        """Patch tokens of images, never refined by the pooling.
 
         Args:
             images: ``(B, C, H, W)`` on the encoder's device; uint8 is normalised here, float must be already
                 (:meth:`normalize`). H and W are multiples of the patch size.
             norm: whether tokens go through the final norm, as methods and :meth:`pooled` want them.
+            ids_keep: ``(B, L)`` raster numbers of the patches to look at, at their own positions; the others aren't
+                even embedded, and ``patches`` has the kept ones in this order. None: all.
 
         Raises:
             ShapeError: if the patch size does not divide the images, or the channels don't fit.
         """
         if images.dtype == torch.uint8:
             images = self.normalize(images)
-        tokens, grid = self.embed_patches(images)
-        sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid)), norm=norm)
+        tokens, grid = self.embed_patches(images, ids_keep)
+        sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid), ids_keep), norm=norm)
         return PatchFeatures(sequence[:, self.num_prefix_tokens :], sequence[:, : self.num_prefix_tokens], grid)
 
     def encode_with_attention(self, images: Num[Tensor, "B C H W"]) -> tuple[PatchFeatures, Float[Tensor, "B heads N"]]:
@@ -336,9 +357,12 @@ class Encoder(nn.Module):
             return module(features.patches)
         return module(torch.cat([features.prefix, features.patches], dim=1))
 
-    def image_features(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """One vector an image, from :meth:`encode`, as :meth:`set_pool` says."""
-        return self.pooled(self.encode(images))
+    def image_features(
+        self, images: Num[Tensor, "B C H W"], ids_keep: Int[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B D"]:
+        """One vector an image, from :meth:`encode`, as :meth:`set_pool` says; of the kept patches alone, where
+        ``ids_keep`` names some."""
+        return self.pooled(self.encode(images, ids_keep=ids_keep))
 
     # The lower door, for methods.
 

@@ -19,7 +19,7 @@ import timm
 
 from smalti.config import build
 from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
-from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
+from smalti.models.encoder import ClassHead, Encoder, build_encoder, encoder_from_config
 from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
 from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
 
@@ -129,6 +129,7 @@ def open_encoder(
             description, foreign, field, folder, name = _in_run(path, config.weights)
             encoder = _fill(description, foreign, f"{folder} ({name})", config, where=folder / STATE_FILE)
             _fill_field(encoder, field, config)
+            encoder.class_head = _class_head(folder, name)
     encoder.pretrained = True
     if encoder.report is not None and not quiet:
         print(f"{encoder.report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
@@ -335,6 +336,26 @@ def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT
     vit = {key.removeprefix("vit."): value for key, value in tensors.items() if key.startswith("vit.")}
     field = {key.removeprefix(_FIELD): value for key, value in tensors.items() if key.startswith(_FIELD)}
     return description, ForeignViT(vit), field, folder, name
+
+
+def _class_head(folder: Path, name: str) -> ClassHead | None:
+    """What tells classes by the vectors of a network in a checkpoint, where its method trained that."""
+    known = (_read_json(folder / STATE_FILE, "").get("class_heads") or {}).get(name)
+    if known is None:
+        return None
+    try:
+        found = read_tensors(folder / WEIGHTS_FILE, keys=(known["weight"], known["bias"]))
+        return ClassHead(
+            found[known["weight"]],
+            found[known["bias"]],
+            tuple(map(str, known["classes"])),
+            str(known["order"]),
+            str(known["orders"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{folder}: what its {STATE_FILE} says of the head for classes is damaged ({error})"
+        ) from None
 
 
 def find_checkpoint(path: Path) -> Path | None:

@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -108,8 +108,9 @@ class Container(NamedTuple):
     """The file's other keys."""
 
 
-def read_tensors(path: Path, prefix: str = "") -> Tensors:
-    """The tensors in a file, on the CPU; of safetensors only those whose name starts with ``prefix``, without it.
+def read_tensors(path: Path, prefix: str = "", keys: Collection[str] | None = None) -> Tensors:
+    """The tensors in a file, on the CPU; of safetensors only those whose name starts with ``prefix``, without it, and
+    is one of ``keys``, where these are given.
 
     Raises:
         WeightsError: if the file is missing, truncated, of another kind, or holds pickled Python objects.
@@ -124,7 +125,11 @@ def read_tensors(path: Path, prefix: str = "") -> Tensors:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+                return {
+                    key.removeprefix(prefix): file.get_tensor(key)
+                    for key in file.keys()
+                    if key.startswith(prefix) and (keys is None or key in keys)
+                }
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(
                 f"{path}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"

@@ -557,6 +557,7 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet | Signal
     _check_evaluation(config)
     resolve_precision(config.precision, resolve_devices(config.devices).kind)
     method = build_method(config, own, quiet=quiet)
+    method.bind(images, config.data.image_size)
     if config.weights is not None and config.weights not in method.networks():
         raise ConfigError(f"weights={config.weights}: {method.name} as it is set has {', '.join(method.networks())}")
     views = method.make_views(config.data.image_size)
@@ -630,6 +631,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     images = open_training(config)
     description = None if checkpoint is None else encoder_description(checkpoint)
     method = build_method(config, own, description)
+    method.bind(images, config.data.image_size)
     if method.fit_images and checkpoint is None and not config.init:
         method.fit(_fitting_batches(method, images, config))
     method = method.to(accelerator.device)
@@ -781,6 +783,7 @@ class EvaluationHook:
         network = self.config.weights or method.export_network
         encoder = method.networks()[network]
         encoder.source = f"step {step} ({network})"
+        encoder.class_head = method.class_head(network)
         data = str(self.config.eval.data)
         protocols = self.config.eval.protocols or fitting_protocols(data)
         baseline = self.config.eval.baseline and step == 0
@@ -873,7 +876,7 @@ def _absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(tree)
     if isinstance(result.get("init"), str):
         result["init"] = absolute(result["init"])
-    for group, key in (("data", "path"), ("eval", "data")):
+    for group, key in (("data", "path"), ("eval", "data"), ("method", "orders")):
         inner = result.get(group)
         if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
             result[group] = {**inner, key: absolute(inner[key])}
@@ -914,6 +917,8 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
 
     def make_step(batch_size: int) -> Callable[[], None]:
         method = build_method(config, own)
+        if images is not None:
+            method.bind(images, config.data.image_size)
         if method.fit_images and images is not None and not config.init:
             method.fit(itertools.islice(_fitting_batches(method, images, config), 1))
         method = method.to(device).train()

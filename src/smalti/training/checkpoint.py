@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from smalti.config import settings, write_atomically
 from smalti.errors import RunError, SmaltiError, WeightsError
@@ -153,12 +154,19 @@ class Checkpoints:
         """What ``state.json`` holds: the state, and what a reader needs to find the encoders among the weights."""
         networks = self.method.networks()
         names = {module: name for name, module in self.method.named_modules()}
+        keys: dict[Tensor, str] = {parameter: key for key, parameter in self.method.named_parameters()}
+        heads = {}
+        for name in networks:
+            head = self.method.class_head(name)
+            if head is not None:
+                heads[name] = {**head._asdict(), "weight": keys[head.weight], "bias": keys[head.bias]}
         return {
             "state": asdict(state),
             "method": self.method.name,
             "encoder": next(iter(networks.values())).config() if networks else {},
             "networks": {name: names[encoder] for name, encoder in networks.items()},
             "export_network": self.method.export_network,
+            **({"class_heads": heads} if heads else {}),
         }
 
     def last_regular(self) -> Path:
