@@ -20,7 +20,6 @@ from smalti.evaluation.attention import (
     AttentionObserver,
     attention,
     attention_distance,
-    attention_weights,
     between_patches,
     judge_foreground,
     mutual_information,
@@ -29,6 +28,7 @@ from smalti.evaluation.attention import (
 from smalti.evaluation.features import spread
 from smalti.evaluation.linear_segmentation import linear_segmentation
 from smalti.evaluation.protocol import EvalConfig, evaluate
+from smalti.layers.attention import attention_weights
 from smalti.models.encoder import build_encoder
 
 E12 = torch.tensor([0.05, 0.30, 0.10, 0.25, 0.02, 0.18, 0.06, 0.03, 0.01])
@@ -267,9 +267,7 @@ def test_masks_without_a_train_split_are_not_asked_for(tiny, scenes, tmp_path):
 
 def test_blocks_of_another_kind_are_named(tiny, scenes, features_of):
     tiny.vit.blocks[0].attn = nn.Identity()
-    with pytest.raises(
-        ConfigError, match="has blocks of Identity; the attention protocol reads timm's plain Attention"
-    ):
+    with pytest.raises(ConfigError, match="has blocks of Identity; attention is read from timm's plain Attention"):
         run(tiny, scenes, features_of)
 
 

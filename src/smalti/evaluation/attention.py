@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from smalti.data.folders import ImageSet
 from smalti.data.labelled import eval_mask, read_mask
-from smalti.errors import ConfigError, DataError
+from smalti.errors import DataError
 from smalti.evaluation.features import Features, Observer, spread
 from smalti.evaluation.linear_segmentation import ignored_value
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.attention import foreground, keep_mass
-from smalti.functional.precision import at_least_float32
+from smalti.layers.attention import attention_modules, attention_weights
 from smalti.models.encoder import Encoder
 
 NAME = "attention"
@@ -38,25 +38,6 @@ EPS = 1e-8
 """Added to each weight between patches before rows are divided by their sums again."""
 NMI_UNIT = "normalised mutual information, 0 all queries attend alike, 1 each to its own key"
 DISTANCE_UNIT = "pixels of the resized image"
-
-
-def attention_weights(
-    module: Attention, tokens: Float[Tensor, "B T D"], num_queries: int | None = None
-) -> Float[Tensor, "B H Q T"]:
-    """What a timm attention module multiplies its values with, recomputed: fused attention keeps no weights.
-
-    Args:
-        module: in eval mode; its queries and keys may be normalised.
-        tokens: what it is called with, already through the block's norm.
-        num_queries: Q, the first tokens only; None: all T.
-
-    Returns:
-        Rows over the keys that sum to 1, at least float32.
-    """
-    batch, length, _ = tokens.shape
-    qkv = module.qkv(tokens).reshape(batch, length, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
-    queries, keys = module.q_norm(qkv[0, :, :, :num_queries]), module.k_norm(qkv[1])
-    return at_least_float32(queries * module.scale @ keys.mT).softmax(-1)
 
 
 def between_patches(attention: Float[Tensor, "*B T T"], num_prefix: int, eps: float = EPS) -> Float[Tensor, "*B N N"]:
@@ -117,7 +98,7 @@ class AttentionObserver(Observer):
         Raises:
             ConfigError: if a block of the encoder has no attention of the usual kind.
         """
-        modules = attention_modules(encoder)
+        modules = attention_modules(encoder.vit.blocks, encoder.name)
         self.nmi: dict[int, Float[Tensor, "layers H"]] = {}
         """Place of a test image -> normalised mutual information."""
         self.distance: dict[int, Float[Tensor, "layers H"]] = {}
@@ -169,20 +150,6 @@ class AttentionObserver(Observer):
             self._waiting[row] = nmi, distance
         if is_last and self._keeps_rows:
             self._rows = attention_weights(module, tokens, num_queries=1)[:, :, 0, self._num_prefix :].cpu()
-
-
-def attention_modules(encoder: Encoder) -> list[Attention]:
-    """The attention of each block.
-
-    Raises:
-        ConfigError: for a block whose weights can't be recomputed from queries and keys.
-    """
-    modules = [getattr(block, "attn", None) for block in encoder.vit.blocks]
-    known = [module for module in modules if isinstance(module, Attention)]
-    if len(known) < len(modules):
-        kind = next(type(m or b).__name__ for m, b in zip(modules, encoder.vit.blocks, strict=True) if m not in known)
-        raise ConfigError(f"{encoder.name} has blocks of {kind}; the attention protocol reads timm's plain Attention")
-    return known
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""Attention weights of timm's blocks, recomputed: fused attention keeps none.
+
+Letters: B sequences, H heads, T tokens, D their width, Q of them that look.
+"""
+
+from collections.abc import Iterable
+
+from jaxtyping import Float
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from smalti.errors import ConfigError
+from smalti.functional.precision import at_least_float32
+
+
+def attention_weights(
+    module: Attention, tokens: Float[Tensor, "B T D"], num_queries: int | None = None
+) -> Float[Tensor, "B H Q T"]:
+    """What a timm attention module multiplies its values with.
+
+    Args:
+        module: in eval mode; its queries and keys may be normalised.
+        tokens: what it is called with, already through the block's norm.
+        num_queries: Q, the first tokens only; None: all T.
+
+    Returns:
+        Rows over the keys that sum to 1, at least float32.
+    """
+    batch, length, _ = tokens.shape
+    qkv = module.qkv(tokens).reshape(batch, length, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
+    queries, keys = module.q_norm(qkv[0, :, :, :num_queries]), module.k_norm(qkv[1])
+    return at_least_float32(queries * module.scale @ keys.mT).softmax(-1)
+
+
+def attention_modules(blocks: Iterable[nn.Module], name: str) -> list[Attention]:
+    """The attention of each block.
+
+    Args:
+        blocks: of a transformer.
+        name: of the encoder, for errors.
+
+    Raises:
+        ConfigError: for a block whose weights can't be recomputed from queries and keys.
+    """
+    found = []
+    for block in blocks:
+        module = getattr(block, "attn", None)
+        if not isinstance(module, Attention):
+            kind = type(module or block).__name__
+            raise ConfigError(f"{name} has blocks of {kind}; attention is read from timm's plain Attention")
+        found.append(module)
+    return found
