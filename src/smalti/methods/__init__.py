@@ -1,6 +1,20 @@
 """One paper, one file. Importing this package fills the registry."""
 
-from smalti.methods import cvit, dino, dinov2, droppos, ibot, intertwined, loca, mae, mp3, neco, part, supervised
+from smalti.methods import (
+    cvit,
+    dino,
+    dinov2,
+    droppos,
+    ibot,
+    intertwined,
+    loca,
+    mae,
+    mp3,
+    neco,
+    part,
+    prefix,
+    supervised,
+)
 from smalti.methods.base import Method, get_method, method_names
 
 __all__ = [
@@ -18,5 +32,6 @@ __all__ = [
     "mp3",
     "neco",
     "part",
+    "prefix",
     "supervised",
 ]
