@@ -1,0 +1,1 @@
+"""Orders of the patches of images: found, kept, judged, and held against orders that look at no image."""
