@@ -12,13 +12,14 @@ from smalti.data.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views
 from smalti.layers.pooling import PRRConfig
-from smalti.layers.tokens import TokenConfig, build_tokens
+from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import Method, TokenMethod, get_method, method_names
 from smalti.models.encoder import build_encoder
 from smalti.study.catalogue import recipe_files
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 
 SMALL: dict[str, dict[str, object]] = {
+    "autoencoder": {"width": 8},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "dino": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "dinov2": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
@@ -68,8 +69,10 @@ def build(
     torch.manual_seed(seed)
     cls = get_method(name)
     if issubclass(cls, TokenMethod):
-        tokens = build_tokens(TokenConfig(patch_size=8, dim=8), img_size, 3)
-        return cls(tokens, cls.Config(**SMALL.get(name, {}), **config)).train()
+        own = cls.Config(**SMALL.get(name, {}), **config)
+        kind = cls.defaults.get("tokens", {}).get("kind", "pca")
+        tokens = cls.make_tokens(TokenConfig(kind=kind, patch_size=8, dim=8), own, img_size, 3)
+        return cls(tokens, own).train()
     encoder = build_encoder(
         "vit_tiny_patch16_224", img_size=img_size, patch_size=8, embed_dim=24, depth=2, num_heads=3, seed=seed
     )

@@ -260,7 +260,7 @@ def load_images(
         DataError: if a file can't be read.
     """
     files = [paths] if isinstance(paths, (str, Path)) else paths
-    images = [torch.from_numpy(eval_image(Path(file), size, channels, mode)).permute(2, 0, 1) for file in files]
+    images = [torch.tensor(eval_image(Path(file), size, channels, mode)).permute(2, 0, 1) for file in files]
     if any(image.dtype != torch.uint8 for image in images):
         images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
     return torch.stack(images)

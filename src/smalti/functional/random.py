@@ -31,6 +31,18 @@ def sample_uniform(keys: Int[Tensor, " B"], count: int, stream: int = 0) -> Floa
     return _shift(bits, 40).float() * 2.0**-24
 
 
+def sample_normal(keys: Int[Tensor, " B"], count: int, stream: int = 0) -> Float[Tensor, "B M"]:
+    """Standard normal numbers, ``count`` of them for each sample: :func:`sample_uniform` through the inverse law.
+
+    Returns:
+        ``(B, count)`` float32 on the device of ``keys``, within -5.5..5.5.
+    """
+    centred = (
+        sample_uniform(keys, count, stream).double() + 2.0**-25
+    )  # never 0 nor 1; float32 would round the largest up
+    return torch.special.ndtri(centred).float()
+
+
 def sample_beta(keys: Int[Tensor, " B"], a: int, b: int, stream: int = 0) -> Float[Tensor, " B"]:
     """A number of the Beta(a, b) law for each sample, in [0, 1): the a-th smallest of ``a + b - 1`` uniform ones.
 

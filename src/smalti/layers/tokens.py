@@ -7,6 +7,7 @@ d values a token, P pixel values a patch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -15,8 +16,18 @@ from torch import Tensor, nn
 from smalti.config import settings
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.patches import patchify, unpatchify
+from smalti.functional.random import sample_normal
+from smalti.layers.autoencoder import ConvAutoencoder
+from smalti.layers.kl_vae import KLVAE
 
-KINDS = ("pixels", "pca")
+CODED = ("autoencoder", "vae")
+"""Kinds whose tokens are the codes of a network."""
+KINDS = ("pixels", "pca", *CODED)
+DEFAULT_DIM = 16
+_STREAM = 0x70C
+"""Of the draws from a posterior."""
+_ENOUGH_CODES = 2**17
+"""For a mean and a scale; a large network takes its time for each image."""
 
 
 @settings
@@ -24,15 +35,21 @@ class TokenConfig:
     """What a token is."""
 
     kind: str = "pca"
-    """``pixels``: a patch as it is; ``pca``: its first principal components."""
+    """``pixels``: a patch as it is; ``pca``: its first principal components; ``autoencoder``: the codes of one that
+    ``smalti train autoencoder`` made; ``vae``: those of a KL autoencoder in diffusers' form."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     dim: int | None = None
     """d, values a token; None: all of a patch for ``pixels``, 16 (or all, if those are fewer) for ``pca``."""
+    path: str | None = None
+    """Of ``autoencoder`` the run, of ``vae`` the folder with ``config.json`` and
+    ``diffusion_pytorch_model.safetensors``, or that file."""
+    network: dict[str, Any] | None = None
+    """Shape of the network that ``path`` names; filled in, so that a checkpoint is whole without it."""
 
 
 class TokenSource(nn.Module, ABC):
-    """Images to tokens and back; nothing in it is trained by those who use it.
+    """Images to tokens and back; nothing in it is trained, but by the method that makes an autoencoder.
 
     Args:
         image_size: side of the square images in pixels.
@@ -163,8 +180,95 @@ class PatchTokens(TokenSource):
         return unpatchify(patches, self.patch_size, self.grid).clamp(0, 1)
 
 
+class CodeTokens(TokenSource):
+    """Codes of an autoencoder, one a patch, centred and divided by one number.
+
+    The scale is measured, as is that of any other source: the published factors of known autoencoders belong to their
+    codes and their data alone. Centring is ours; it is the same for every patch and lost on the way back.
+
+    Args:
+        network: with ``moments`` and ``decode``, as :class:`~smalti.layers.autoencoder.ConvAutoencoder` has them.
+        image_size: side of the images in pixels; a multiple of ``patch_size``.
+        in_chans: their channels.
+        patch_size: side of what becomes one code.
+        token_dim: d.
+
+    Raises:
+        ConfigError: if patches don't fit into the image.
+    """
+
+    def __init__(
+        self, network: ConvAutoencoder | KLVAE, image_size: int, in_chans: int, patch_size: int, token_dim: int
+    ) -> None:
+        if image_size % patch_size:
+            raise ConfigError(
+                f"data.image_size={image_size}: the autoencoder makes a token of {patch_size}x{patch_size} pixels; a "
+                f"multiple of {patch_size} is needed"
+            )
+        side = image_size // patch_size
+        super().__init__(image_size, in_chans, (side, side), token_dim)
+        self.network = network
+        self.register_buffer("mean", torch.zeros(token_dim))
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.mean: Tensor
+        self.scale: Tensor
+
+    @torch.no_grad()
+    def fit(self, images: Iterable[Num[Tensor, "_ C S S"]]) -> None:
+        """The mean code, and the root of the mean variance of drawn codes: that of the means, and the posteriors'."""
+        count = 0
+        total = torch.zeros_like(self.mean, dtype=torch.float64)
+        squares, inner = torch.zeros_like(total), torch.zeros_like(total)
+        was_training = self.network.training
+        self.network.eval()
+        for batch in images:
+            mean, log_variance = (moment.movedim(1, -1).flatten(0, 2) for moment in self.moments(batch))
+            count += len(mean)
+            total += mean.double().sum(0)
+            squares += mean.double().square().sum(0)
+            inner += log_variance.double().exp().sum(0)
+            if count >= _ENOUGH_CODES:
+                break
+        self.network.train(was_training)
+        if not count:
+            raise DataError("no images to measure tokens on")
+        spread = (squares / count - (total / count).square()).mean()
+        if not spread > 1e-10:
+            raise DataError("all codes of the images are alike; tokens need images that differ")
+        self.mean.copy_(total / count)
+        self.scale.copy_((spread + (inner / count).mean()).sqrt())
+
+    @torch.no_grad()
+    def encode(self, images: Num[Tensor, "B C S S"], keys: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B N d"]:
+        """See :meth:`TokenSource.encode`; drawn from the posterior with ``keys``, else its mean."""
+        with torch.autocast(images.device.type, enabled=False):
+            mean, log_variance = self.moments(images)
+            codes = mean if keys is None else draw_codes(mean, log_variance, keys)
+            return (codes.flatten(2).mT - self.mean) / self.scale
+
+    def decode(self, tokens: Float[Tensor, "B N d"]) -> Float[Tensor, "B C S S"]:
+        """See :meth:`TokenSource.decode`."""
+        codes = (tokens.float() * self.scale + self.mean).mT.reshape(len(tokens), self.token_dim, *self.grid)
+        return (self.network.decode(codes).float() / 2 + 0.5).clamp(0, 1)
+
+    def moments(self, images: Num[Tensor, "B C S S"]) -> tuple[Float[Tensor, "B d h w"], Float[Tensor, "B d h w"]]:
+        """Mean and log-variance of the codes, neither centred nor scaled, with gradients."""
+        return self.network.moments(self.as_float(images) * 2 - 1)
+
+
+def draw_codes(
+    mean: Float[Tensor, "B d h w"],
+    log_variance: Float[Tensor, "B d h w"],
+    keys: Int[Tensor, " B"],
+    stream: int = _STREAM,
+) -> Float[Tensor, "B d h w"]:
+    """A draw from each posterior, by the samples' keys."""
+    noise = sample_normal(keys, mean[0].numel(), stream).view_as(mean)
+    return mean + (log_variance / 2).exp() * noise
+
+
 def build_tokens(config: TokenConfig, image_size: int, in_chans: int) -> TokenSource:
-    """The token source that settings name, not fitted yet.
+    """The token source that settings name, neither fitted nor, where it has a network, filled with its weights.
 
     Args:
         config: ``tokens.*``.
@@ -173,12 +277,43 @@ def build_tokens(config: TokenConfig, image_size: int, in_chans: int) -> TokenSo
 
     Raises:
         ConfigError: for an unknown kind, or numbers that don't fit together.
+        MissingExtraError: for ``vae`` without diffusers.
     """
+    if config.kind not in KINDS:
+        raise ConfigError(f"tokens.kind={config.kind}: one of {', '.join(KINDS)} is needed")
+    if config.kind in CODED:
+        return _build_codes(config, image_size, in_chans)
+    if config.path is not None or config.network is not None:
+        raise ConfigError(
+            f"tokens.path={config.path}: tokens.kind={config.kind} reads none; kinds that do: {', '.join(CODED)}"
+        )
     if config.kind == "pixels":
         if config.dim is not None:
             raise ConfigError(f"tokens.dim={config.dim}: tokens.kind=pixels keeps all values of a patch; leave it out")
         return PatchTokens(image_size, in_chans, config.patch_size)
-    if config.kind == "pca":
-        dim = min(16, in_chans * config.patch_size**2) if config.dim is None else config.dim
-        return PatchTokens(image_size, in_chans, config.patch_size, dim)
-    raise ConfigError(f"tokens.kind={config.kind}: one of {', '.join(KINDS)} is needed")
+    dim = min(DEFAULT_DIM, in_chans * config.patch_size**2) if config.dim is None else config.dim
+    return PatchTokens(image_size, in_chans, config.patch_size, dim)
+
+
+def _build_codes(config: TokenConfig, image_size: int, in_chans: int) -> CodeTokens:
+    """Tokens of an autoencoder whose shape stands in the settings.
+
+    Raises:
+        ConfigError: if it doesn't, or is for other channels, patches or widths.
+    """
+    if config.network is None:
+        what = "a run of smalti train autoencoder" if config.kind == "autoencoder" else "a folder of diffusers' form"
+        raise ConfigError(f"tokens.kind={config.kind}: give tokens.path={what}")
+    if config.kind == "autoencoder":
+        dim = config.dim or DEFAULT_DIM
+        network: ConvAutoencoder | KLVAE = ConvAutoencoder(in_chans, config.patch_size, dim, **config.network)
+        return CodeTokens(network, image_size, in_chans, config.patch_size, dim)
+    network = KLVAE(config.network)
+    for name, wanted, found in (
+        ("data.channels", in_chans, network.in_chans),
+        ("tokens.patch_size", config.patch_size, network.patch_size),
+        ("tokens.dim", config.dim or network.code_dim, network.code_dim),
+    ):
+        if wanted != found:
+            raise ConfigError(f"{name}={wanted}: the autoencoder of tokens.path has {found}")
+    return CodeTokens(network, image_size, in_chans, network.patch_size, network.code_dim)

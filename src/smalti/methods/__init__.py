@@ -1,6 +1,7 @@
 """One paper, one file. Importing this package fills the registry."""
 
 from smalti.methods import (
+    autoencoder,
     cvit,
     dino,
     dinov2,
@@ -19,6 +20,7 @@ from smalti.methods.base import Method, get_method, method_names
 
 __all__ = [
     "Method",
+    "autoencoder",
     "cvit",
     "dino",
     "dinov2",

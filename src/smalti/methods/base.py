@@ -16,7 +16,7 @@ from smalti.data.image_set import ImageSet
 from smalti.data.signals import SignalSet
 from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
-from smalti.layers.tokens import TokenSource
+from smalti.layers.tokens import TokenConfig, TokenSource, build_tokens
 from smalti.models.encoder import ClassHead, Encoder
 
 M = TypeVar("M", bound="type[Method]")
@@ -135,7 +135,19 @@ class TokenMethod(Method):
 
     def __init__(self, tokens: TokenSource, config: Any) -> None:
         super().__init__(tokens, config)
-        self.tokens = tokens
+        self.tokens = tokens.requires_grad_(False)
+
+    @classmethod
+    def make_tokens(cls, config: TokenConfig, own: Any, image_size: int, in_chans: int) -> TokenSource:
+        """The token source that the method is built with, without weights that others trained.
+
+        Args:
+            config: ``tokens.*``.
+            own: the method's settings.
+            image_size: side of the images in pixels.
+            in_chans: their channels.
+        """
+        return build_tokens(config, image_size, in_chans)
 
     def fit(self, batches: Iterable[Views]) -> None:
         """Fit the token source."""

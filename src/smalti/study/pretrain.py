@@ -51,7 +51,7 @@ from smalti.evaluation.protocol import (
     write_results,
 )
 from smalti.layers.pooling import PRRConfig
-from smalti.layers.tokens import TokenConfig, build_tokens
+from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import Method, TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
 from smalti.models.loading import (
@@ -64,6 +64,7 @@ from smalti.models.loading import (
     names_best,
     open_encoder,
 )
+from smalti.models.tokens import fill_tokens, with_network
 from smalti.models.weights import LoadConfig, read_tensors
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
@@ -203,7 +204,10 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
             raise ConfigError(f"{where}: {name}={value}: at least 1 is needed")
     if issubclass(method, TokenMethod):
         _check_no_encoder(config, where)
-        config = dataclasses.replace(config, tokens=config.tokens or TokenConfig())
+        given = tree.get("tokens")
+        tokens = config.tokens or TokenConfig()
+        tokens = with_network(tokens, dict(given) if isinstance(given, Mapping) else {}, config.data.channels)
+        config = dataclasses.replace(config, tokens=tokens)
     elif config.tokens is not None:
         raise ConfigError(f"{where}: {method.name} has an encoder, tokens.* is for methods without one")
     if config.init and config.encoder:
@@ -332,7 +336,10 @@ def build_method(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if issubclass(method, TokenMethod):
-            tokens = build_tokens(config.tokens or TokenConfig(), config.data.image_size, config.data.channels)
+            chosen = config.tokens or TokenConfig()
+            tokens = method.make_tokens(chosen, own, config.data.image_size, config.data.channels)
+            if chosen.path is not None and description is None and not config.init:
+                fill_tokens(tokens, chosen)
             built = method(tokens, own)
             if config.init and description is None:
                 built.start_from(load_method(Path(config.init)))
@@ -876,7 +883,7 @@ def _absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(tree)
     if isinstance(result.get("init"), str):
         result["init"] = absolute(result["init"])
-    for group, key in (("data", "path"), ("eval", "data"), ("method", "orders")):
+    for group, key in (("data", "path"), ("eval", "data"), ("method", "orders"), ("tokens", "path")):
         inner = result.get(group)
         if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
             result[group] = {**inner, key: absolute(inner[key])}

@@ -1,0 +1,112 @@
+"""Autoencoder: a small convolutional network with a Gaussian code a patch, whose codes are tokens for others.
+
+Paper: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114v11, in the form that Rombach et al.,
+"High-Resolution Image Synthesis with Latent Diffusion Models", 2022, arXiv:2112.10752v2, App. G gave it: pixels count
+by their absolute error, and the code is held to a standard normal so weakly that it is hardly noisy.
+Letters: B images, d values a code, h w the grid of patches.
+Differs from the paper: no adversarial and no perceptual loss (that one needs a network trained with labels), so fine
+texture comes back smoother; no attention; both terms are means over pixel values, which keeps their ratio and makes
+them comparable between image sizes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.config import settings
+from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
+from smalti.errors import ConfigError
+from smalti.functional.precision import at_least_float32
+from smalti.layers.autoencoder import kl_to_standard_normal
+from smalti.layers.tokens import CodeTokens, TokenConfig, TokenSource, build_tokens, draw_codes
+from smalti.methods.base import TokenMethod, register
+
+
+@settings
+class AutoencoderConfig:
+    """Settings of the autoencoder; what a code is (``tokens.patch_size``, ``tokens.dim``) stands in ``tokens.*``."""
+
+    width: int = 32
+    """Channels at full size; 2 and 4 times as many at the levels below."""
+    num_blocks: int = 1
+    """Residual blocks a level."""
+    kl_weight: float = 1e-6
+    """Of the divergence from a standard normal, in nats an image over pixel values an image; 1e-6 in the paper."""
+    l2_weight: float = 0.0
+    """Of the squared error beside the absolute one."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Area of the random crop, as a share of the image."""
+
+
+def reconstruction_loss(
+    prediction: Float[Tensor, "B C H W"], images: Float[Tensor, "B C H W"], l2_weight: float
+) -> Float[Tensor, ""]:
+    """Mean absolute error, and the weighted mean squared one, of images in -1..1."""
+    difference = at_least_float32(prediction) - at_least_float32(images)
+    return difference.abs().mean() + l2_weight * difference.square().mean()
+
+
+@register("autoencoder")
+class Autoencoder(TokenMethod):
+    """Code each patch in few numbers, and draw the image from a sample of the codes."""
+
+    Config = AutoencoderConfig
+    title = "convolutional KL autoencoder: tokens for methods that generate or rank"
+    paper = "Kingma and Welling 2013, arXiv:1312.6114v11; Rombach et al. 2022, arXiv:2112.10752v2"
+    fit_images = 0
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": {"kind": "autoencoder"},
+        "optim": {
+            "lr": 1e-3,
+            "betas": [0.9, 0.99],
+            "weight_decay": 0.0,
+            "warmup_share": 0.05,
+            "min_lr": 0.0,
+            "clip_norm": 1.0,
+        },
+    }
+
+    def __init__(self, tokens: TokenSource, config: AutoencoderConfig) -> None:
+        super().__init__(tokens, config)
+        for name in ("kl_weight", "l2_weight"):
+            if getattr(config, name) < 0:
+                raise ConfigError(f"method.{name}={getattr(config, name)}: at least 0 is needed")
+        assert isinstance(tokens, CodeTokens), type(tokens)
+        self.tokens: CodeTokens = tokens.requires_grad_(True)
+
+    @classmethod
+    def make_tokens(cls, config: TokenConfig, own: AutoencoderConfig, image_size: int, in_chans: int) -> TokenSource:
+        """An autoencoder that is not trained yet.
+
+        Raises:
+            ConfigError: for another kind of tokens, or ones that are there already.
+        """
+        if config.kind != "autoencoder" or config.path is not None:
+            name = f"path={config.path}" if config.path is not None else f"kind={config.kind}"
+            raise ConfigError(f"tokens.{name}: autoencoder makes its own tokens, of tokens.patch_size and tokens.dim")
+        shape = {"width": own.width, "num_blocks": own.num_blocks}
+        return build_tokens(dataclasses.replace(config, network=shape), image_size, in_chans)
+
+    def make_views(self, image_size: int) -> ViewMaker:
+        """A random resized crop and a flip."""
+        return MultiCrop([ViewSpec(count=1, size=image_size, scale=self.config.crop_scale, flip_prob=0.5)])
+
+    def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
+        """``{"reconstruction": ..., "kl": ...}``, the second with its weight."""
+        images = self.tokens.as_float(views.global_crops) * 2 - 1
+        mean, log_variance = self.tokens.network.moments(images)
+        prediction = self.tokens.network.decode(draw_codes(mean, log_variance, views.keys))
+        kl = kl_to_standard_normal(mean, log_variance)
+        error = (at_least_float32(prediction.detach()).clamp(-1, 1) - images).square().mean() / 4  # of 0..1
+        self.observations = {
+            "psnr": -10 * error.clamp(min=1e-12).log10(),
+            "kl_per_value": kl.detach().mean(),
+            "code_std": mean.detach().std(),
+        }
+        return {
+            "reconstruction": reconstruction_loss(prediction, images, self.config.l2_weight),
+            "kl": self.config.kl_weight * kl.sum() / images.numel(),
+        }
