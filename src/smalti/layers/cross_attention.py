@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -32,8 +32,20 @@ class CrossAttentionBlock(nn.Module):
         self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
 
-    def forward(self, queries: Float[Tensor, "B Q D"], tokens: Float[Tensor, "B R D"]) -> Float[Tensor, "B Q D"]:
-        """Queries that have looked at the tokens of their own image."""
+    def forward(
+        self,
+        queries: Float[Tensor, "B Q D"],
+        tokens: Float[Tensor, "B R D"],
+        hidden: Bool[Tensor, "B Q R"] | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """Queries that have looked at the tokens of their own image.
+
+        Args:
+            queries: who looks.
+            tokens: what they look at.
+            hidden: True where a query may not look; it must have something left. None: everywhere.
+        """
         tokens = self.token_norm(tokens)
-        queries = queries + self.attn(self.query_norm(queries), tokens, tokens, need_weights=False)[0]
+        mask = None if hidden is None else hidden.repeat_interleave(self.attn.num_heads, dim=0)
+        queries = queries + self.attn(self.query_norm(queries), tokens, tokens, need_weights=False, attn_mask=mask)[0]
         return queries + self.mlp(self.mlp_norm(queries))

@@ -2,6 +2,7 @@
 
 from smalti.methods import (
     autoencoder,
+    comae,
     cvit,
     dino,
     dinov2,
@@ -21,6 +22,7 @@ from smalti.methods.base import Method, get_method, method_names
 __all__ = [
     "Method",
     "autoencoder",
+    "comae",
     "cvit",
     "dino",
     "dinov2",

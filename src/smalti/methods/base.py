@@ -7,6 +7,7 @@ what happens after a step. It is told how far training is (``progress`` in [0, 1
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -20,6 +21,16 @@ from smalti.layers.tokens import TokenConfig, TokenSource, build_tokens
 from smalti.models.encoder import ClassHead, Encoder
 
 M = TypeVar("M", bound="type[Method]")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a method found when it looked at itself."""
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """For the log; the same names each time."""
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    """Name of a fault to what was seen; told once each."""
 
 
 class Method(nn.Module, ABC):
@@ -90,6 +101,11 @@ class Method(nn.Module, ABC):
     def after_backward(self, progress: float) -> None:
         """Called once gradients of a step are complete, before clipping: to drop or change some."""
         return
+
+    def diagnose(self, views: Views, progress: float) -> Findings:
+        """Called when the log is written, with the batch of that step: what is too dear to look at in every step. It
+        must leave everything as it is, and draw no random number."""
+        return Findings()
 
     def after_step(self, progress: float) -> None:
         """Called after the optimiser: teacher, centre, queue."""

@@ -57,6 +57,8 @@ class TrainingState:
     """Evaluations since the best one; where they are ``eval.patience``, training stops."""
     judged_by: str = ""
     """What these scores depend on beside the weights: data and settings of the evaluation."""
+    warned: tuple[str, ...] = ()
+    """Faults that the method found in itself and that have been told."""
 
 
 class Checkpoints:

@@ -187,6 +187,13 @@ def train(
                     encoder = method.networks()[method.export_network]
                     with accelerator.autocast():
                         row |= feature_health(encoder, encoder.normalize(views.global_crops[:HEALTH_IMAGES]))
+                findings = method.diagnose(views, progress)
+                row |= findings.numbers
+                for name, text in findings.warnings.items():
+                    if name not in state.warned:
+                        state.warned = (*state.warned, name)
+                        for listener in listeners:
+                            listener.event(state.step, name, text)
                 row |= clock.read(state.step)
                 for listener in listeners:
                     listener.row(row)

@@ -1,0 +1,433 @@
+"""CoMAE: which other patches does a patch need to be known?
+
+Paper: Guo et al., "The Collapse of Patches", 2025, arXiv:2511.22281v2; no code was ever released. Equation numbers are
+those of the paper; where it is silent or contradicts itself the choice is ours and said so.
+Letters: B images, N tokens, d values a token, n a target, T targets of an image in a step, w_n in [0, 1]^N its
+selection, A the dependency graph whose row n is w_n.
+Differs from the paper: w = (1 + tanh z) / 2, as its tanh alone is not in [0, 1]; a floor under the temperature of the
+contrast, which otherwise runs away; T targets a step, as all N at its size would take a year; a budget on how much is
+selected (``budget_weight``, 0 as in the paper), since nothing else there keeps a target from selecting everything.
+"""
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+
+from smalti.config import settings
+from smalti.data.views import CentreCrop, Views
+from smalti.errors import ConfigError
+from smalti.functional.graphs import descending, pagerank
+from smalti.functional.orders import image_dependence
+from smalti.functional.precision import at_least_float32
+from smalti.functional.random import sample_normal, sample_uniform
+from smalti.layers.cross_attention import CrossAttentionBlock
+from smalti.layers.rotary_blocks import RotaryBlocks
+from smalti.layers.tokens import TokenSource
+from smalti.methods.base import Findings, TokenMethod, register
+from smalti.models.encoder import eval_mode
+
+DEGENERATE, STATIC = 0.02, 0.9
+"""Spread of the scores below which a graph says nothing, and share of the ranks' variance that position alone explains
+above which an order is one for all images."""
+_WARN_FROM = 0.25  # of training; before it every graph is nearly even
+_TARGETS, _NOISE = 0, 1  # streams of a sample's random numbers
+
+
+@settings
+class CoMAEConfig:
+    """Settings of CoMAE: the paper's main text where it says something, and the budget on top."""
+
+    encoder_dim: int = 64
+    """Width of the network that selects; 256 in the paper's supplement, which makes graphs 11 times dearer."""
+    encoder_depth: int = 12
+    """Its blocks."""
+    encoder_num_heads: int = 4
+    """Its heads; the width must be a multiple of four times them."""
+    decoder_dim: int = 256
+    """Width of the network that reconstructs; 64 in the supplement."""
+    decoder_depth: int = 12
+    """Its blocks."""
+    decoder_num_heads: int = 8
+    """Its heads."""
+    readout: Literal["removed", "cross"] = "removed"
+    """``removed``: a pass for each target, with that token taken out (the paper's); ``cross``: all targets at once, as
+    queries that look at tokens which never look at one another, each but at its own (ours, N times cheaper)."""
+    activation: Literal["half", "relu", "abs"] = "half"
+    """From z to w: ``(1 + tanh z) / 2``, ``tanh(max(z, 0))`` or ``|tanh z|``."""
+    sigma: float = 0.3
+    """Of the noise in Eq. (3); the paper gives no value."""
+    num_targets: int = 16
+    """T, at most N."""
+    contrast_weight: float = 0.01
+    """Of L_c in the loss; 0 leaves it out."""
+    contrast_over: Literal["image", "batch"] = "image"
+    """Whose selections are told apart: those of the same image, or of the whole batch."""
+    temperature: float = 0.1
+    """Of L_c at the start; it is learned."""
+    temperature_floor: float = 0.05
+    """Below which the temperature has no effect."""
+    budget: float = 0.15
+    """kappa: mean selection above which it costs."""
+    budget_weight: float = 0.25
+    """lambda_b / d: cost of selecting all, for each value of a token; 0: the paper's, free."""
+    alternate: bool = True
+    """Even steps update the selecting network, odd ones the other; False: both at every step."""
+    flip_prob: float = 0.5
+    """Share of images that are mirrored left to right."""
+    diagnosed: int = 16
+    """Images of a batch whose whole graphs are looked at when the log is written; N passes each; 0: none."""
+
+
+def select_weights(logits: Float[Tensor, "*B"], activation: str) -> Float[Tensor, "*B"]:
+    """w in [0, 1] from the selecting network's numbers, in float32."""
+    squashed = at_least_float32(logits)
+    if activation == "half":
+        return torch.sigmoid(2 * squashed)  # (1 + tanh z) / 2
+    return torch.tanh(squashed.clamp(min=0)) if activation == "relu" else torch.tanh(squashed).abs()
+
+
+def signal_share(weights: Float[Tensor, "*B"], sigma: float) -> Float[Tensor, "*B"]:
+    """alpha of Eq. (3): 1 where w = 1, ``exp(-1 / (2 sigma^2))`` where w = 0."""
+    return torch.exp(-((1 - weights) ** 2) / (2 * sigma**2))
+
+
+def corrupt(
+    tokens: Float[Tensor, "*B d"], weights: Float[Tensor, "*B"], noise: Float[Tensor, "*B d"], sigma: float
+) -> Float[Tensor, "*B d"]:
+    """Eq. (3) and (4): each token mixed with noise by how little it is selected.
+
+    Args:
+        tokens: of unit mean variance.
+        weights: w of each.
+        noise: standard normal.
+        sigma: of Eq. (3).
+    """
+    alpha = signal_share(weights, sigma)[..., None]
+    return alpha * tokens + (1 - alpha) * noise
+
+
+def contrast(weights: Float[Tensor, "G T N"], log_temperature: Float[Tensor, ""], floor: float) -> Float[Tensor, ""]:
+    """L_c: minus the log of each selection's share of likeness with itself among those of its group.
+
+    Args:
+        weights: selections; those of a group are told apart.
+        log_temperature: of the softmax over cosines.
+        floor: what the temperature is at least.
+    """
+    rows = F.normalize(at_least_float32(weights), dim=-1)
+    logits = rows @ rows.mT / log_temperature.exp().clamp(min=floor)
+    return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+
+
+def mask_entropy(weights: Float[Tensor, "*B N"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Eq. (7), ``-sum_j w ln w``, as written; and ``exp`` of the entropy of w / sum w: how many tokens are selected.
+    The paper's numbers fit the second. Means over selections."""
+    raw = torch.special.entr(weights).sum(-1)
+    shares = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
+    return raw.mean(), torch.special.entr(shares).sum(-1).exp().mean()
+
+
+class Selection(NamedTuple):
+    """What a step selected."""
+
+    targets: Tensor
+    """``(B, T)`` raster numbers."""
+    weights: Tensor
+    """``(B, T, N)`` w, 0 at the target itself."""
+
+
+class Selector(nn.Module):
+    """f of Eq. (2): from all tokens but the target, how much each of them is needed.
+
+    ``removed``: a class token, which knows the target's place, is read behind rotary blocks over the others.
+    """
+
+    def __init__(self, source: TokenSource, config: CoMAEConfig) -> None:
+        super().__init__()
+        dim, num = config.encoder_dim, source.num_tokens
+        self.activation = config.activation
+        self.embed = nn.Linear(source.token_dim, dim)
+        self.cls_token = nn.Parameter(torch.empty(dim))
+        self.targets = nn.Parameter(torch.empty(num, dim))
+        self.blocks = RotaryBlocks(dim, config.encoder_depth, config.encoder_num_heads, source.grid)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num)
+        _init(self)
+
+    def forward(self, tokens: Float[Tensor, "B N d"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T N"]:
+        """Selections for some targets of each image."""
+        others = _others(tokens.shape[1], tokens.device)[targets].flatten(0, 1)  # (B*T, N-1)
+        embedded = _take(self.embed(tokens), others, targets.shape[1])
+        first = (self.cls_token + self.targets[targets]).flatten(0, 1)[:, None]
+        sequence = self.blocks(torch.cat([first, embedded], dim=1), others)
+        logits = self.head(self.norm(sequence[:, 0])).view(*targets.shape, -1)
+        return select_weights(logits, self.activation).scatter(-1, targets[..., None], 0.0)
+
+
+class CrossSelector(nn.Module):
+    """The variant of f in one pass: a query for each target looks at tokens that look at nobody, but never at its own.
+
+    As tokens are never mixed, nothing of a target comes back to its query in two hops.
+    """
+
+    def __init__(self, source: TokenSource, config: CoMAEConfig) -> None:
+        super().__init__()
+        dim, num = config.encoder_dim, source.num_tokens
+        self.activation, self.num_heads = config.activation, config.encoder_num_heads
+        self.embed = nn.Linear(source.token_dim, dim)
+        self.places = nn.Parameter(torch.empty(num, dim))
+        self.cls_token = nn.Parameter(torch.empty(dim))
+        self.targets = nn.Parameter(torch.empty(num, dim))
+        self.blocks = nn.ModuleList(CrossAttentionBlock(dim, self.num_heads) for _ in range(config.encoder_depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num)
+        _init(self)
+
+    def forward(self, tokens: Float[Tensor, "B N d"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T N"]:
+        """Selections for some targets of each image."""
+        keys = self.embed(tokens) + self.places
+        queries = self.cls_token + self.targets[targets]
+        own = F.one_hot(targets, tokens.shape[1]).bool()
+        for block in self.blocks:
+            queries = block(queries, keys, hidden=own)
+        return select_weights(self.head(self.norm(queries)), self.activation).scatter(-1, targets[..., None], 0.0)
+
+
+class Reconstructor(nn.Module):
+    """g of Eq. (5): the target's token from the others, most of them drowned in noise."""
+
+    def __init__(self, source: TokenSource, config: CoMAEConfig) -> None:
+        super().__init__()
+        dim = config.decoder_dim
+        self.embed = nn.Linear(source.token_dim, dim)
+        self.tgt_token = nn.Parameter(torch.empty(dim))
+        self.targets = nn.Parameter(torch.empty(source.num_tokens, dim))
+        self.blocks = RotaryBlocks(dim, config.decoder_depth, config.decoder_num_heads, source.grid)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Sequential(
+            *(ResidualPerceptron(dim) for _ in range(4)), nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, source.token_dim)
+        )
+        _init(self)
+
+    def forward(self, corrupted: Float[Tensor, "B T M d"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T d"]:
+        """The targets' tokens.
+
+        Args:
+            corrupted: ``(B, T, N-1, d)`` what is left of all tokens but the target, in raster order.
+            targets: their raster numbers.
+        """
+        others = _others(corrupted.shape[2] + 1, corrupted.device)[targets].flatten(0, 1)
+        first = (self.tgt_token + self.targets[targets]).flatten(0, 1)[:, None]
+        sequence = self.blocks(torch.cat([first, self.embed(corrupted.flatten(0, 1))], dim=1), others)
+        return self.head(self.norm(sequence[:, 0])).view(*targets.shape, -1)
+
+
+class ResidualPerceptron(nn.Module):
+    """One layer of the reconstructor's head: norm, linear, SiLU, linear, added to its input."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """The input and what was made of it."""
+        return x + self.inner(x)
+
+
+@register("comae")
+class CoMAE(TokenMethod):
+    """Select softly, drown the rest in noise, reconstruct: selections become a graph of who depends on whom."""
+
+    Config = CoMAEConfig
+    title = "which other patches each patch needs; what smalti rank orders patches by"
+    paper = "Guo et al. 2025, arXiv:2511.22281v2"
+    defaults: ClassVar[dict[str, Any]] = {
+        "optim": {
+            "lr": 1e-4,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.05,
+            "warmup_share": 0.02,
+            "min_lr": 0.0,
+            "clip_norm": None,
+        },
+    }
+
+    def __init__(self, tokens: TokenSource, config: CoMAEConfig) -> None:
+        super().__init__(tokens, config)
+        _check(config, tokens)
+        self.selector = (Selector if config.readout == "removed" else CrossSelector)(tokens, config)
+        self.log_temperature = nn.Parameter(torch.tensor(config.temperature).log())
+        self.reconstructor = Reconstructor(tokens, config)
+        self.register_buffer("steps_made", torch.zeros((), dtype=torch.int64))
+        self.steps_made: Tensor
+
+    def make_views(self, image_size: int) -> CentreCrop:
+        """The central square and its mirror image: orders of patches must hold for the same picture later."""
+        return CentreCrop(image_size, self.config.flip_prob)
+
+    def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
+        """``{"reconstruction": L_r, "contrast": 0.01 L_c, "budget": ...}``; a term of weight 0 is left out."""
+        config = self.config
+        tokens = self.tokens.encode(views.global_crops, views.keys)
+        selection = self.select(tokens, views.keys)
+        losses = {"reconstruction": self.reconstruction(tokens, selection, views.keys)}
+        rows = selection.weights
+        if config.contrast_weight:
+            grouped = rows if config.contrast_over == "image" else rows.flatten(0, 1)[None]
+            contrasted = contrast(grouped, self.log_temperature, config.temperature_floor)
+            losses["contrast"] = config.contrast_weight * contrasted
+        if config.budget_weight:
+            mean = rows.sum(-1) / (rows.shape[-1] - 1)
+            weight = config.budget_weight * self.tokens.token_dim
+            losses["budget"] = weight * (mean - config.budget).clamp(min=0).mean()
+        self.observations = self._observe(selection)
+        return losses
+
+    def select(self, tokens: Float[Tensor, "B N d"], keys: Int[Tensor, " B"]) -> Selection:
+        """Selections for T targets of each image, drawn without replacement."""
+        num = tokens.shape[1]
+        drawn = sample_uniform(keys, num, _TARGETS).argsort(dim=1, stable=True)
+        targets = drawn[:, : min(self.config.num_targets, num)]
+        return Selection(targets, self.selector(tokens, targets))
+
+    def reconstruction(
+        self, tokens: Float[Tensor, "B N d"], selection: Selection, keys: Int[Tensor, " B"]
+    ) -> Float[Tensor, ""]:
+        """L_r of Eq. (6): L1 between the targets' tokens and what is made of the others; the sum over values of a
+        token, the mean over targets and images."""
+        targets, (num_targets, num) = selection.targets, selection.weights.shape[1:]
+        others = _others(num, tokens.device)[targets]
+        around = _take(tokens, others.flatten(0, 1), num_targets).view(*others.shape, -1)  # (B, T, N-1, d)
+        noise = sample_normal(keys, around[0].numel(), _NOISE).view_as(around)
+        corrupted = corrupt(around, selection.weights.gather(-1, others), noise, self.config.sigma)
+        wanted = tokens.gather(1, targets[..., None].expand(-1, -1, tokens.shape[-1]))
+        made = at_least_float32(self.reconstructor(corrupted, targets))
+        return (made - wanted).abs().sum(-1).mean()
+
+    @torch.no_grad()
+    def dependency(self, images: Num[Tensor, "B C S S"], chunk: int | None = None) -> Float[Tensor, "B N N"]:
+        """A: the selections of all targets, one pass of the selecting network each (one for all with ``cross``).
+
+        Args:
+            images: uint8, or float in 0..1, as they are cropped in training.
+            chunk: targets worked on together; never changes the result. None: as many as 256 MiB of activations take.
+        """
+        tokens = self.tokens.encode(images)
+        batch, num = tokens.shape[:2]
+        if chunk is None:
+            chunk = max(1, 2**26 // (max(1, batch) * num * self.config.encoder_dim * 16))
+        every = torch.arange(num, device=tokens.device)
+        with eval_mode(self.selector):
+            rows = [self.selector(tokens, part[None].expand(batch, -1)) for part in torch.split(every, max(1, chunk))]
+        return torch.cat(rows, dim=1)
+
+    def diagnose(self, views: Views, progress: float) -> Findings:
+        """What the graphs of a few images of the batch look like: ``score_spread`` (N times the spread of PageRank),
+        ``static_correlation`` and ``position_share`` of their orders (chance of the latter: 1 over the images)."""
+        images = views.global_crops[: self.config.diagnosed]
+        if len(images) < 2 or self.tokens.num_tokens < 2:
+            return Findings()
+        scores = pagerank(self.dependency(images), method="solve")
+        spread = float((scores.shape[-1] * (scores.amax(-1) - scores.amin(-1))).mean())
+        numbers = {"score_spread": spread, **image_dependence(descending(scores))}
+        warnings = {}
+        if progress >= _WARN_FROM and spread < DEGENERATE:
+            warnings["degenerate graph"] = (
+                f"scores differ by {spread:.3f} of their mean only; no order of patches follows"
+            )
+        elif progress >= _WARN_FROM and numbers["position_share"] > STATIC:
+            share = numbers["position_share"]
+            warnings["static order"] = (
+                f"position alone explains {share:.2f} of the ranks' variance over {len(images)} images"
+            )
+        return Findings(numbers, warnings)
+
+    def after_backward(self, progress: float) -> None:
+        """Alternation (Sec. 3): even steps leave the reconstructor as it is, odd ones the selector and temperature."""
+        if not self.config.alternate:
+            return
+        selects = int(self.steps_made) % 2 == 0
+        idle = self.reconstructor.parameters() if selects else [*self.selector.parameters(), self.log_temperature]
+        for parameter in idle:
+            parameter.grad = None
+
+    def after_step(self, progress: float) -> None:
+        """Count."""
+        self.steps_made += 1
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As everywhere, but embeddings of places and of targets are not decayed either."""
+        plain_names = ("targets", "places")
+        decayed, plain = list[nn.Parameter](), list[nn.Parameter]()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_plain = parameter.ndim < 2 or name.rpartition(".")[-1] in plain_names
+                (plain if is_plain else decayed).append(parameter)
+        return [
+            {"params": decayed, "lr_scale": 1.0, "weight_decay_scale": 1.0},
+            {"params": plain, "lr_scale": 1.0, "weight_decay_scale": 0.0},
+        ]
+
+    @torch.no_grad()
+    def _observe(self, selection: Selection) -> dict[str, Tensor]:
+        rows = selection.weights.detach()
+        off = torch.ones_like(rows, dtype=torch.bool).scatter(-1, selection.targets[..., None], False)
+        count = rows.numel() * (rows.shape[-1] - 1) / rows.shape[-1]
+        raw, effective = mask_entropy(rows)
+        cosines = F.normalize(rows, dim=-1) @ F.normalize(rows, dim=-1).mT
+        num = cosines.shape[-1]
+        between = (cosines.sum((-1, -2)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)).mean() / max(1, num * (num - 1))
+        return {
+            "temperature": self.log_temperature.detach().exp().clamp(min=self.config.temperature_floor),
+            "mean_weight": rows.sum() / count,
+            "share_above_0.9": ((rows > 0.9) & off).sum() / count,
+            "share_below_0.1": ((rows < 0.1) & off).sum() / count,
+            "mask_entropy_raw": raw,
+            "mask_effective_count": effective,
+            "row_cosine": between,
+        }
+
+
+def _others(num: int, device: torch.device) -> Int[Tensor, "N M"]:
+    """``(N, N-1)``: row n has all raster numbers but n, ascending."""
+    below = torch.arange(num - 1, device=device)
+    return below + (below >= torch.arange(num, device=device)[:, None]).long()
+
+
+def _take(tokens: Float[Tensor, "B N D"], places: Int[Tensor, "S L"], repeats: int) -> Float[Tensor, "S L D"]:
+    """Tokens at some places, ``repeats`` rows of places for each image."""
+    image = torch.arange(len(tokens), device=tokens.device).repeat_interleave(repeats)
+    return tokens[image[:, None], places]
+
+
+def _init(module: nn.Module) -> None:
+    """Linears Xavier-uniform with zero biases; tokens and tables N(0, 0.02^2)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for name, parameter in module.named_parameters(recurse=False):
+        nn.init.normal_(parameter, std=0.02)
+        assert name in ("cls_token", "tgt_token", "targets", "places")
+
+
+def _check(config: CoMAEConfig, tokens: TokenSource) -> None:
+    if tokens.num_tokens < 2:
+        raise ConfigError(
+            f"comae needs at least 2 tokens an image, there is {tokens.num_tokens}; lower tokens.patch_size"
+        )
+    for name in ("sigma", "temperature", "temperature_floor"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"method.{name}={getattr(config, name)}: a number above 0 is needed")
+    for name in ("contrast_weight", "budget_weight", "diagnosed"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"method.{name}={getattr(config, name)}: a number of at least 0 is needed")
+    for name in ("budget", "flip_prob"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"method.{name}={getattr(config, name)}: a share in 0..1 is needed")
+    if config.num_targets < 1:
+        raise ConfigError(f"method.num_targets={config.num_targets}: at least 1 is needed")
