@@ -21,6 +21,12 @@ from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 SMALL: dict[str, dict[str, object]] = {
     "autoencoder": {"width": 8},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "comae": {
+        **{f"{net}_{what}": value for net in ("encoder", "decoder") for what, value in (("dim", 16), ("depth", 1))},
+        "encoder_num_heads": 2,
+        "decoder_num_heads": 2,
+        "alternate": False,
+    },
     "dino": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "dinov2": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "droppos": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
