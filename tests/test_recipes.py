@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from smalti.config import read_yaml
-from smalti.layers.tokens import build_tokens
 from smalti.methods.base import TokenMethod, get_method
 from smalti.study.pretrain import resolve, starting_encoder
 
@@ -14,9 +13,10 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipes_encoder_can_be_built(recipe: Path) -> None:
-    config, _ = resolve(read_yaml(recipe), recipe.name)
-    if issubclass(get_method(config.method["name"]), TokenMethod):
-        assert build_tokens(config.tokens, config.data.image_size, config.data.channels).num_tokens >= 2
+    config, own = resolve(read_yaml(recipe), recipe.name)
+    method = get_method(config.method["name"])
+    if issubclass(method, TokenMethod):
+        assert method.make_tokens(config.tokens, own, config.data.image_size, config.data.channels).num_tokens >= 2
     elif config.method["name"] != "neco":  # post-training: its encoder comes with --init
         assert starting_encoder(config).depth >= 1
 
