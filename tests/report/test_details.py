@@ -216,3 +216,31 @@ def test_small_confusions_among_many_classes_are_seen():
     data = confusion_chart("x", matrix, ["y"] * 20).split("data:image/png;base64,")[1].split('"')[0]
     pixels = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_UNCHANGED)
     assert pixels[..., 3].min() == pytest.approx(0.1 * 255, abs=2)  # the root of one in a hundred
+
+
+def keep_result(order: str, ranking: float | None = 0.0) -> Result:
+    curve = {"rate": [0.0, 0.5, 0.9], "top1": [0.9, 0.7, 0.2], "low": [0.8, 0.6, 0.1], "high": [0.95, 0.8, 0.3]}
+    orders = [order, "random", "fixed_random", "collapse_static"]
+    settings = {
+        "order": order,
+        "keep_curve": dict.fromkeys(orders, curve),
+        "speed": {"rate": [0.0, 0.5, 0.9], "image_s": [0.1, 0.05, 0.02]},
+        "ranking_s": {**dict.fromkeys(orders, 0.0), order: ranking},
+        "speed_note": "seconds an image",
+    }
+    return Result("keep-curve", "x", "d", {"mean_top1": 0.6}, {}, settings)
+
+
+def test_keep_curves_have_their_controls_in_every_figure(tmp_path):
+    arms = {"c": [keep_result("collapse", None)], "h": [keep_result("halton")], RANDOM_INIT: [keep_result("halton")]}
+    sections = detail_sections([Judged("d", "keep-curve", arms)], tokens=False)
+    page = page_of({"keep": sections["keep"]}, tmp_path)
+    labels = page.attributes("aria-label")
+    assert [label for label in labels if "keep-curve" in label] == [
+        "keep-curve on d: arms",
+        "keep-curve on d: c, by order",
+        "keep-curve on d: c: accuracy against images a second",
+        "keep-curve on d: h, by order",
+        "keep-curve on d: h: accuracy against images a second",
+    ]
+    assert page.text.count("fixed_random") >= 3 and "not known, so left out: collapse" in page.text

@@ -94,6 +94,8 @@ class OrderCache:
     """Orders by name, int16."""
     scores: Mapping[str, Float[Tensor, "R N"]] = field(repr=False)
     """Scores behind some of them, float32."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What finding an order took where the file was made, for an image; of those of which it is known."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -229,6 +231,7 @@ def write_orders(
     image_size: int,
     root: str,
     source: str,
+    seconds: Mapping[str, float] | None = None,
 ) -> None:
     """Write a file that :func:`read_orders` takes; all of it or none.
 
@@ -243,6 +246,7 @@ def write_orders(
         image_size: side in pixels of the squares that were ranked.
         root: where the images lie.
         source: what made the orders, in words.
+        seconds: that an image took, for the orders of which it was measured.
 
     Raises:
         ConfigError: for another ending, or if it can't be written.
@@ -288,6 +292,7 @@ def write_orders(
         "root": root,
         "source": source,
         "orders": list(orders),
+        "seconds": dict(seconds or {}),
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=pa.schema(fields, metadata={"smalti": json.dumps(note)})), buffer)
@@ -333,6 +338,7 @@ def read_orders(path: str | Path) -> OrderCache:
             flips=np.array(table["flip"].to_pylist(), dtype=bool),
             stored={name: _rows(table[name], num) for name in names},
             scores={name: _rows(table[f"{name}_score"], num) for name in scored},
+            seconds={str(name): float(value) for name, value in (note.get("seconds") or {}).items()},
         )
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, pa.ArrowException) as error:
         raise DataError(f"{path}: is damaged ({str(error).splitlines()[0]}); rank the images again") from None

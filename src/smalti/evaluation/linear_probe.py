@@ -11,6 +11,7 @@ Letters: n images, D features, K classes, H heads.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,28 @@ class Heads(NamedTuple):
     def logits(self, inputs: Float[Tensor, "n D"], num_classes: int) -> Float[Tensor, "n H K"]:
         """Class scores of each head."""
         return torch.addmm(self.bias, inputs, self.weight).view(len(inputs), -1, num_classes)
+
+
+class Probe(NamedTuple):
+    """The head that :func:`fit_probe` chose."""
+
+    heads: Heads
+    """One, on standardised features."""
+    mean: Float[Tensor, " D"]
+    std: Float[Tensor, " D"]
+    reads: Bool[Tensor, " D"]
+    """Which features it reads; ``heads`` has these alone."""
+    combination: int
+    """Of those that were offered."""
+    rate: int
+    """Place of its learning rate in :data:`LEARNING_RATES`."""
+    epochs: int
+    num_held_out: int
+    held_out_top1: float
+
+    def logits(self, inputs: Float[Tensor, "n D"], num_classes: int) -> Float[Tensor, "n K"]:
+        """Class scores of features as they came."""
+        return self.heads.logits(((inputs - self.mean) / self.std)[:, self.reads], num_classes)[:, 0]
 
 
 def train_heads(
@@ -243,6 +266,78 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
     )
 
 
+def fit_probe(
+    inputs: Float[Tensor, "n D"],
+    labels: Int[Tensor, " n"],
+    num_classes: int,
+    sees: Bool[Tensor, "F D"],
+    *,
+    epochs: int | None,
+    batch_size: int,
+    seed: int,
+    root: Path,
+    progress: Progress | None = None,
+) -> Probe:
+    """Fit the grid of learning rates and features on four fifths, choose on the rest, and fit the chosen one on all.
+
+    Args:
+        inputs: ``(n, D)`` features of the training images, on the device to compute on.
+        labels: ``(n,)`` classes, on the CPU.
+        num_classes: K.
+        sees: ``(F, D)`` which features each of the F combinations reads.
+        epochs: passes over the images; None takes as many as their number wants.
+        batch_size: images a step.
+        seed: of the held-out fifth, the order of images and the initial weights.
+        root: of the images, for the error.
+        progress: as in :func:`train_heads`.
+
+    Raises:
+        DataError: if no class has two images.
+    """
+    held_out = stratified_fifth(labels, seed)
+    if not held_out.any():
+        raise DataError(
+            f"{root}: {len(labels)} training images, one of each class; linear-probe chooses "
+            "its learning rate on a part of them and needs a class with two"
+        )
+    device = inputs.device
+    labels, sees = labels.to(device), sees.to(device)
+    rates = torch.tensor(LEARNING_RATES) * (batch_size / BATCH_SIZE)
+    heads_rates, heads_sees = rates.repeat(len(sees)), sees.repeat_interleave(len(rates), dim=0)
+
+    fit = ~held_out.to(device)
+    mean, std = _moments(inputs[fit])
+    heads = train_heads(
+        (inputs[fit] - mean) / std,
+        labels[fit],
+        num_classes,
+        heads_rates,
+        heads_sees,
+        epochs=epochs or _epochs(int(fit.sum()), batch_size),
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    best, held_out_top1 = _choose(heads.logits((inputs[~fit] - mean) / std, num_classes), labels[~fit])
+    combination, rate = divmod(best, len(rates))
+
+    mean, std = _moments(inputs)
+    passes = epochs or _epochs(len(labels), batch_size)
+    chosen = sees[combination]
+    head = train_heads(
+        ((inputs - mean) / std)[:, chosen],
+        labels,
+        num_classes,
+        rates[rate : rate + 1],
+        chosen[None, chosen],
+        epochs=passes,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    return Probe(head, mean, std, chosen, combination, rate, passes, int(held_out.sum()), held_out_top1)
+
+
 @register_protocol("linear-probe", need="labels", heeds=("preset", "epochs", "head_batch_size", "pool"))
 @torch.no_grad()
 def linear_probe(features: Features, config: EvalConfig) -> Scores:
@@ -253,65 +348,34 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
     train, test = (features.image_level(split, size, config.pool) for split in ("train", "test"))
     num_classes, device = len(features.data.classes), features.device
     batch_size = config.head_batch_size or BATCH_SIZE
-    held_out = stratified_fifth(train.labels, config.seed)
-    if not held_out.any():
-        raise DataError(
-            f"{features.data.train.root}: {len(train.labels)} training images, one of each class; linear-probe chooses "
-            "its learning rate on a part of them and needs a class with two"
-        )
     inputs, sees, names = _grid(train, config.pool)
-    labels, inputs, sees = train.labels.to(device), inputs.to(device), sees.to(device)
-    rates = torch.tensor(LEARNING_RATES) * (batch_size / BATCH_SIZE)
-    heads_rates, heads_sees = rates.repeat(len(sees)), sees.repeat_interleave(len(rates), dim=0)
-
-    fit = ~held_out.to(device)
-    mean, std = _moments(inputs[fit])
-    epochs = config.epochs or _epochs(int(fit.sum()), batch_size)
-    heads = train_heads(
-        (inputs[fit] - mean) / std,
-        labels[fit],
+    probe = fit_probe(
+        inputs.to(device),
+        train.labels,
         num_classes,
-        heads_rates,
-        heads_sees,
-        epochs=epochs,
+        sees,
+        epochs=config.epochs,
         batch_size=batch_size,
         seed=config.seed,
+        root=features.data.train.root,
         progress=features.progress,
     )
-    best, held_out_top1 = _choose(heads.logits((inputs[~fit] - mean) / std, num_classes), labels[~fit])
-    combination, rate = divmod(best, len(rates))
-
-    mean, std = _moments(inputs)
-    epochs = config.epochs or _epochs(len(labels), batch_size)
-    chosen = sees[combination]
-    head = train_heads(
-        ((inputs - mean) / std)[:, chosen],
-        labels,
-        num_classes,
-        rates[rate : rate + 1],
-        chosen[None, chosen],
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=config.seed,
-        progress=features.progress,
-    )
-    judged = ((_grid(test, config.pool)[0].to(device) - mean) / std)[:, chosen]
     confusion = ConfusionMatrix(num_classes)
-    preds = head.logits(judged, num_classes)[:, 0].argmax(1).cpu()
+    preds = probe.logits(_grid(test, config.pool)[0].to(device), num_classes).argmax(1).cpu()
     confusion.update(test.labels, preds)
     settings = {
         "preset": config.preset,
         "form": "fast: frozen features of whole images, no augmentation",
-        "features": names[combination],
-        "learning_rate": LEARNING_RATES[rate] * batch_size / BATCH_SIZE,
-        "learning_rate_is_at_edge_of_grid": rate in (0, len(rates) - 1),
+        "features": names[probe.combination],
+        "learning_rate": LEARNING_RATES[probe.rate] * batch_size / BATCH_SIZE,
+        "learning_rate_is_at_edge_of_grid": probe.rate in (0, len(LEARNING_RATES) - 1),
         "chosen_by": "top1 on a fifth of the training images that was held out; then fitted on all of them",
-        "num_held_out": int(held_out.sum()),
-        "held_out_top1": held_out_top1,
-        "grid": f"{len(rates)} learning rates x {' | '.join(names)}",
+        "num_held_out": probe.num_held_out,
+        "held_out_top1": probe.held_out_top1,
+        "grid": f"{len(LEARNING_RATES)} learning rates x {' | '.join(names)}",
         "standardised": "mean and deviation of the training images",
         "optimiser": f"SGD, momentum {MOMENTUM}, cosine to 0",
-        "epochs": epochs,
+        "epochs": probe.epochs,
         "head_batch_size": batch_size,
         "image_size": size,
         "resize": "short side, then centre crop",

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from smalti.config import settings, write_atomically
+from smalti.config import settings, to_tree, write_atomically
 from smalti.data.folders import ImageSet, open_images
 from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
 from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
@@ -40,7 +40,7 @@ CountFromZero = Annotated[int, Field(ge=0)]
 SHARE = "share of 1, higher is better"
 """Unit of accuracies and IoUs."""
 
-PLANNED = ("keep-curve", "generation")
+PLANNED = ("generation",)
 """Names that are settled, of protocols that this version does not have."""
 
 
@@ -131,6 +131,13 @@ class EvalConfig:
     """linear-segmentation, overclustering, in-context: side of the masks in pixels; None takes the preset's."""
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
+    orders: tuple[str, ...] = ()
+    """keep-curve: orders of patches by name, and files of ``smalti rank`` (.parquet); a file alone: all of its orders.
+    What the encoder learned with, random and fixed ones are always among them."""
+    rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
+    """keep-curve: shares of patches that are dropped, rising; empty: 0, 0.05 ... 0.95 (paper: 0, 0.01 ... 0.98)."""
+    speed: bool = True
+    """keep-curve: also measure the time of an image at each rate on this machine; no score depends on it."""
 
 
 SHARED = frozenset(
@@ -150,6 +157,25 @@ SHARED = frozenset(
     }
 )
 """Settings that every protocol heeds."""
+
+
+LATER = ("orders", "rates", "speed")
+"""Settings that older results don't know: as long as they are at their defaults, the old results are the same."""
+
+
+def determining(config: EvalConfig, costless: Collection[str]) -> dict[str, Any]:
+    """Plain values of the settings that determine scores, by which results are found again.
+
+    Args:
+        config: the settings.
+        costless: names of those that change no score.
+    """
+    plain, default = to_tree(config), to_tree(EvalConfig())
+    return {
+        name: value
+        for name, value in plain.items()
+        if name not in costless and not (name in LATER and value == default[name])
+    }
 
 
 @dataclass(frozen=True)
@@ -449,6 +475,9 @@ def random_twin(encoder: Encoder, seed: int) -> Encoder:
     """An encoder of the same architecture and normalisation with random weights, on the same device."""
     shape = {key: value for key, value in encoder.config().items() if key not in ("fixed_positions", "position_field")}
     twin = encoder_from_config(shape, seed)
+    head = encoder.class_head
+    if head is not None:  # no classes: only the order of patches in which both are asked
+        twin.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
     return twin.to(next(encoder.parameters()).device)
 
 

@@ -362,7 +362,7 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "B D"]:
         """One vector an image, from :meth:`encode`, as :meth:`set_pool` says; of the kept patches alone, where
         ``ids_keep`` names some."""
-        return self.pooled(self.encode(images, ids_keep=ids_keep))
+        return self.pooled(self.encode(images) if ids_keep is None else self.encode(images, ids_keep=ids_keep))
 
     # The lower door, for methods.
 

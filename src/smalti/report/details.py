@@ -6,6 +6,7 @@ details that results carry; what isn't there is left out, and where a whole part
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from smalti.report.html import Html, as_float, chart_figure, decimals, join, mis
 
 RANDOM_INIT = "random init"
 """Name of the arm that is drawn in grey: a baseline, not a competitor."""
+KEEP_CURVE = "keep-curve"
+"""Protocol whose scores are drawn against the share of patches that is dropped."""
+_CONTROLS = ("random", "fixed_random", "collapse_static")
 STAGING = "sleep-staging"
 """Protocol whose predictions are hypnograms."""
 _MAX_CLASSES = 500
@@ -87,6 +91,7 @@ def detail_sections(judged: Sequence[Judged], *, tokens: bool = True) -> dict[st
     """
     sections: dict[str, tuple[str, Html | None]] = {
         "labels": ("Fewer labels", _label_sweeps(judged)),
+        "keep": ("Patches dropped", _keep_curves(judged)),
         "hypnograms": ("Hypnograms", _hypnograms(judged)),
         "classes": ("Per class", _some(class_bars(one) for one in judged)),
         "predictions": ("Predictions", _some(part for part in (_predictions(judged), _objects(judged)))),
@@ -204,6 +209,70 @@ def _label_sweeps(judged: Sequence[Judged]) -> Html | None:
             )
             parts.append(chart_figure(f"{one.name}: kappa with fewer labels", meaning, svg, "wide"))
     return tag("div", *parts, class_="charts") if parts else None
+
+
+def _keep_curves(judged: Sequence[Judged]) -> Html | None:
+    """Accuracy against the share of dropped patches, orders that look at no image among them, and against speed."""
+    parts = []
+    for one in judged:
+        known = {
+            arm: results[0].settings
+            for arm, results in one.arms.items()
+            if one.protocol == KEEP_CURVE and results and results[0].settings.get("keep_curve")
+        }
+        trained = [arm for arm in known if arm != RANDOM_INIT]
+        charts = []
+        if len(trained) > 1:
+            lines = {f"{arm}: {known[arm]['order']}": _keep_line(known[arm], known[arm]["order"]) for arm in known}
+            first = known[trained[0]]
+            lines |= {
+                f"{trained[0]}: {name}": _keep_line(first, name)
+                for name in _CONTROLS
+                if name in first["keep_curve"] and name != first["order"]
+            }
+            svg = sweep_chart(f"{one.name}: arms", lines, axis="rates")
+            meaning = "top-1 of each arm by its own order, and of the first by orders that are one for all images"
+            charts.append(chart_figure(f"{one.name}: arms", meaning, svg, "wide"))
+        for arm in trained:
+            lines = {name: _keep_line(known[arm], name) for name in known[arm]["keep_curve"]}
+            if RANDOM_INIT in known:
+                lines[RANDOM_INIT] = _keep_line(known[RANDOM_INIT], known[RANDOM_INIT]["order"])
+            title = f"{one.name}: {arm}"
+            svg = sweep_chart(f"{title}, by order", lines, muted=RANDOM_INIT, axis="rates")
+            meaning = (
+                "top-1 against the share of patches that is dropped, for each order of what is kept; bands: 95 % over "
+                "the test images. random, fixed_random and collapse_static look at no image: what an order says of "
+                "the image must lie above them."
+            )
+            charts.append(chart_figure(title, meaning, svg, "wide"))
+            if speed := _speed_lines(known[arm]):
+                unknown = [name for name, cost in known[arm]["ranking_s"].items() if cost is None]
+                meaning = (
+                    f"top-1 against images a second ({known[arm]['speed_note']}), the cost of ranking an image's "
+                    "patches included"
+                ) + (f"; not known, so left out: {', '.join(unknown)}" if unknown else "")
+                svg = sweep_chart(f"{title}: accuracy against images a second", speed, axis="speed")
+                charts.append(chart_figure(f"{title}: speed", meaning, svg, "wide"))
+        parts += charts
+    return tag("div", *parts, class_="charts") if parts else None
+
+
+def _keep_line(settings: Mapping[str, Any], order: str) -> list[SweepPoint]:
+    curve = settings["keep_curve"][order]
+    columns = ([as_float(value) for value in curve[key]] for key in ("rate", "top1", "low", "high"))
+    return [SweepPoint(*point) for point in zip(*columns, strict=True)]
+
+
+def _speed_lines(settings: Mapping[str, Any]) -> dict[str, list[SweepPoint]]:
+    """Accuracy against images a second, for the orders of which it is known what ranking costs."""
+    if not settings.get("speed"):
+        return {}
+    lines = {}
+    for name, cost in settings["ranking_s"].items():
+        if cost is not None:
+            points = zip(_keep_line(settings, name), settings["speed"]["image_s"], strict=True)
+            lines[name] = [point._replace(share=1 / (seconds + cost)) for point, seconds in points]
+    return lines
 
 
 def _hypnograms(judged: Sequence[Judged]) -> Html | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import matplotlib
@@ -241,13 +241,21 @@ class SweepPoint(NamedTuple):
     high: float
 
 
-def sweep_chart(title: str, lines: Mapping[str, Sequence[SweepPoint]], *, muted: str = "") -> str:
-    """Scores against shares of the labels on a logarithmic scale, with their intervals as bands, as inline SVG.
+def sweep_chart(
+    title: str,
+    lines: Mapping[str, Sequence[SweepPoint]],
+    *,
+    muted: str = "",
+    axis: Literal["shares", "rates", "speed"] = "shares",
+) -> str:
+    """Scores against shares of something, with their intervals as bands, as inline SVG.
 
     Args:
         title: for readers who can't see it.
         lines: name -> points.
         muted: name of the line that is grey, such as a baseline.
+        axis: ``shares``: few, on a logarithmic scale, each with its tick; ``rates``: many of 0..1; ``speed``: numbers
+            above 0 of any size, on a logarithmic scale.
     """
     with _svg_style(title):
         figure = Figure(figsize=(9.2, 2.7), layout="constrained")
@@ -256,15 +264,27 @@ def sweep_chart(title: str, lines: Mapping[str, Sequence[SweepPoint]], *, muted:
             colour = _MUTED if name == muted else _SERIES[number % len(_SERIES)]
             shares = [point.share for point in points]
             axes.plot(
-                shares, [p.value for p in points], color=colour, linewidth=1.4, marker="o", markersize=3, label=name
+                shares,
+                [p.value for p in points],
+                color=colour,
+                linewidth=1.4,
+                linestyle=_DASHES[number // len(_SERIES) % len(_DASHES)],
+                marker="o",
+                markersize=3,
+                label=name,
             )
             axes.fill_between(
                 shares, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0
             )
-        axes.set_xscale("log")
-        shares = sorted({point.share for points in lines.values() for point in points})
-        axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
-        axes.xaxis.set_minor_locator(NullLocator())
+        if axis != "rates":
+            axes.set_xscale("log")
+        if axis == "speed":
+            axes.xaxis.set_major_formatter("{x:g}")
+        else:
+            shares = sorted({point.share for points in lines.values() for point in points})
+            shares = [tenth / 10 for tenth in range(11)] if axis == "rates" else shares
+            axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.legend(frameon=False, labelcolor=_INK, handlelength=1.2)
         axes.margins(x=0.02, y=0.12)
         _plain_axes(axes)

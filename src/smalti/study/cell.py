@@ -27,7 +27,7 @@ from smalti.config import build, merge, settings, to_tree, write_atomically
 from smalti.data.folders import ImageSet
 from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import write_details
-from smalti.evaluation.protocol import EvalConfig, evaluate, write_results
+from smalti.evaluation.protocol import EvalConfig, determining, evaluate, write_results
 from smalti.models.encoder import Encoder
 from smalti.models.loading import WEIGHTS_FILE, find_checkpoint, load
 from smalti.study.doctor import measure_step
@@ -100,6 +100,8 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
     if plain["prr"] is None:
         del plain["prr"]  # cells from before it was a setting are the same
+    if plain["method"].get("orders"):
+        plain["method"] = {**plain["method"], "orders": _with_digest(plain["method"]["orders"])}
     plain["data"] = {name: value for name, value in plain["data"].items() if name not in ("path", "num_workers")}
     start = weights_digest(config.init) if config.init else None
     return digest(plain, dict(budget), images_digest(images), start, smalti.__version__)
@@ -107,9 +109,15 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
 
 def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> str:
     """What determines the numbers of an evaluation, beside the weights."""
-    plain = to_tree(build(EvalConfig, settings, "evaluate"))
-    plain = {name: value for name, value in plain.items() if name not in COSTLESS}
+    plain = determining(build(EvalConfig, settings, "evaluate"), COSTLESS)
+    plain |= {"orders": [_with_digest(order) for order in plain["orders"]]} if "orders" in plain else {}
     return digest(plain, seed, images_digest(images), images.layout, smalti.__version__)
+
+
+def _with_digest(orders: str) -> str:
+    """A name of an order as it is; of a file of orders, what changes with what it holds."""
+    path = Path(orders)
+    return _file_digest(path) if path.suffix == ".parquet" and path.is_file() else orders
 
 
 def run_cell(job: Job) -> None:

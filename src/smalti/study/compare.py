@@ -189,6 +189,8 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
         if not entry.get("data"):
             raise ConfigError(f"{where}: evaluate[{number}] names no data")
         entry["data"] = absolute(str(entry["data"]), folder)
+        if "orders" in entry:
+            entry["orders"] = [absolute(str(order), folder) for order in entry["orders"]]
         config = build(EvalConfig, entry, f"{where}: evaluate[{number}]")
         for name in config.protocols:
             find_protocol(name)
@@ -574,9 +576,10 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
         key: absolute(value, folder) if key in ("load", "init", "recipe") and isinstance(value, str) else value
         for key, value in tree.items()
     }
-    fit = result.get("load")
-    if isinstance(fit, Mapping) and isinstance(fit.get("name"), str):
-        result["load"] = {**fit, "name": absolute(fit["name"], folder)}
+    for group, key in (("load", "name"), ("method", "orders")):
+        inner = result.get(group)
+        if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
+            result[group] = {**inner, key: absolute(inner[key], folder)}
     return result
 
 

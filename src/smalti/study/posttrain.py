@@ -15,12 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smalti.config import to_tree, write_atomically
+from smalti.config import write_atomically
 from smalti.data.folders import SPLITS, open_images
 from smalti.errors import DataError
 from smalti.evaluation.details import read_details, write_details
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS
-from smalti.evaluation.protocol import EvalConfig, Result, evaluate, fitting_protocols, read_results, write_results
+from smalti.evaluation.protocol import (
+    EvalConfig,
+    Result,
+    determining,
+    evaluate,
+    fitting_protocols,
+    read_results,
+    write_results,
+)
 from smalti.models.encoder import Encoder
 from smalti.study.rows import Row, metric_rows, read_row, row_tree, table_cells
 
@@ -187,8 +195,8 @@ class Judge:
         return verdict_path(self.run).parent / _FOLDER / f"step_{step:08d}"
 
     def _settings(self) -> dict[str, Any]:
-        plain: dict[str, Any] = json.loads(json.dumps(to_tree(self.config)))
-        return {name: value for name, value in plain.items() if name not in COSTLESS}
+        plain: dict[str, Any] = json.loads(json.dumps(determining(self.config, COSTLESS)))
+        return plain
 
     def _keep(self, step: int, results: Sequence[Result]) -> None:
         folder = self._folder(step)

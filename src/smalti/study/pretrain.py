@@ -44,6 +44,7 @@ from smalti.errors import ConfigError, DataError, RunError
 from smalti.evaluation.protocol import (
     EvalConfig,
     Result,
+    determining,
     evaluate,
     find_protocol,
     fitting_protocols,
@@ -747,8 +748,7 @@ def _judged_by(config: RunConfig) -> str:
     """What the scores of evaluations in training depend on beside the weights, as text; empty without evaluation."""
     if not config.eval.data:
         return ""
-    chosen = {name: value for name, value in to_tree(config.eval).items() if name not in COSTLESS}
-    return json.dumps({**chosen, "weights": config.weights}, sort_keys=True)
+    return json.dumps({**determining(config.eval, COSTLESS), "weights": config.weights}, sort_keys=True)
 
 
 class EvaluationHook:
@@ -887,6 +887,9 @@ def _absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
         inner = result.get(group)
         if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
             result[group] = {**inner, key: absolute(inner[key])}
+    evaluated = result.get("eval")
+    if isinstance(evaluated, Mapping) and isinstance(evaluated.get("orders"), (list, tuple)):
+        result["eval"] = {**evaluated, "orders": [absolute(str(order)) for order in evaluated["orders"]]}
     return result
 
 
