@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.masking import cross_mask, random_mask, restore_order
 from smalti.functional.patches import patchify, standardize_patches, unpatchify
 from smalti.functional.positions import sincos_positions
-from smalti.functional.random import sample_beta, sample_uniform
+from smalti.functional.random import place_keys, sample_beta, sample_normal, sample_uniform
 
 
 @given(b=st.integers(1, 3), c=st.integers(1, 4), h=st.integers(1, 4), w=st.integers(1, 4), p=st.integers(1, 5))
@@ -129,3 +130,17 @@ def test_a_sample_s_numbers_are_uniform_and_independent() -> None:
     assert chi_square < 43.8  # 99.9 % of chi-square with 19 degrees of freedom
     for a, b in ((values[:, 0], values[:, 1]), (values[:-1, 0], values[1:, 0])):
         assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.075  # 3.3 standard errors
+
+
+def test_normal_numbers_follow_the_normal_law_and_their_keys() -> None:
+    draws = sample_normal(torch.arange(500), 400)
+    assert draws.dtype == torch.float32 and draws.isfinite().all()
+    assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 0.01
+    assert torch.equal(draws[7:8], sample_normal(torch.tensor([7]), 400))
+    assert abs(torch.corrcoef(draws[:2])[0, 1].item()) < 0.2
+
+
+def test_every_place_of_every_sample_has_a_key_of_its_own() -> None:
+    keys = place_keys(torch.arange(100), 64)
+    assert keys.unique().numel() == 6400
+    assert torch.equal(keys[3:4, :5], place_keys(torch.tensor([3]), 5))

@@ -62,6 +62,12 @@ def fork_keys(keys: Int[Tensor, " B"], branch: int) -> Int[Tensor, " B"]:
     return keys if branch == 0 else _mix(keys + _mix(torch.full_like(keys, branch)))
 
 
+def place_keys(keys: Int[Tensor, " B"], count: int) -> Int[Tensor, "B N"]:
+    """A key for each of ``count`` places of a sample, so that what is drawn there is the place's own, whenever."""
+    places = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
+    return _mix(_mix(keys)[:, None] + _mix(places * _GOLDEN))
+
+
 def _mix(z: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _MIX_A
     z = (z ^ _shift(z, 27)) * _MIX_B
