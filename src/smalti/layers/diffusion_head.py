@@ -78,10 +78,13 @@ class DiffusionHead(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        for layer in (self.embed_time[0], self.embed_time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in (self.out, self.modulation, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(layer.weight)
+        for layer in self.embed_time.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        for part in self.modules():
+            if isinstance(part, ResidualBlock | DiffusionHead):
+                nn.init.zeros_(part.modulation.weight)
+        nn.init.zeros_(self.out.weight)
 
     @property
     def process(self) -> Process:

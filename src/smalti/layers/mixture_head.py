@@ -89,8 +89,8 @@ class MixtureHead(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         k, d = self.num_components, self.token_dim
-        logits, means, raw = at_least_float32(self.out(self.norm(x))).split([k, k * d, k * d], dim=1)
-        return logits, means.unflatten(1, (k, d)), self.min_std + F.softplus(raw.unflatten(1, (k, d)))
+        logits, means, raw = torch.split(at_least_float32(self.out(self.norm(x))), [k, k * d, k * d], dim=1)
+        return logits, means.view(-1, k, d), self.min_std + F.softplus(raw.view(-1, k, d))
 
     def log_likelihood(self, tokens: Float[Tensor, "M D"], condition: Float[Tensor, "M C"]) -> Float[Tensor, " M"]:
         """Log density of tokens given their conditions, in nats."""
@@ -114,7 +114,8 @@ class MixtureHead(nn.Module):
         guidance: float = 1.0,
         clip: float | None = None,
     ) -> Float[Tensor, "M D"]:
-        """Tokens drawn given their conditions; arguments as for the diffusion head, with ``num_steps`` and ``clip`` of no meaning.
+        """Tokens drawn given their conditions; arguments as for the diffusion head, of which ``num_steps`` and ``clip``
+        mean nothing here.
 
         Raises:
             ConfigError: for guidance, which is defined for noise predictions.

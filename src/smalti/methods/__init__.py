@@ -2,6 +2,7 @@
 
 from smalti.methods import (
     autoencoder,
+    cmar,
     comae,
     cvit,
     dino,
@@ -11,6 +12,7 @@ from smalti.methods import (
     intertwined,
     loca,
     mae,
+    mar,
     mp3,
     neco,
     part,
@@ -22,6 +24,7 @@ from smalti.methods.base import Method, get_method, method_names
 __all__ = [
     "Method",
     "autoencoder",
+    "cmar",
     "comae",
     "cvit",
     "dino",
@@ -32,6 +35,7 @@ __all__ = [
     "intertwined",
     "loca",
     "mae",
+    "mar",
     "method_names",
     "mp3",
     "neco",

@@ -57,6 +57,8 @@ class Method(nn.Module, ABC):
     """Whether the loss reads one vector an image from the encoder, so that a pooling with parameters learns."""
     needs_labels: ClassVar[bool] = False
     """Whether ``views.labels`` must be there; the run then fills in ``num_classes`` of the settings."""
+    takes_labels: ClassVar[bool] = False
+    """Whether ``views.labels`` are used where the data has them; the run then fills in ``num_classes``."""
     takes_signals: ClassVar[bool] = False
     """Whether it learns from windows of signals, too: ``(B, C, 1, T)``."""
     signal_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -148,6 +150,8 @@ class TokenMethod(Method):
     fit_images = 2048
     starts_from: ClassVar[tuple[str, ...]] = ()
     """Methods whose runs ``init`` may name; its own is always one."""
+    needs_start: ClassVar[bool] = False
+    """Whether a run must start from another (``init``)."""
 
     def __init__(self, tokens: TokenSource, config: Any) -> None:
         super().__init__(tokens, config)

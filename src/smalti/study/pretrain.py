@@ -205,6 +205,9 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
             raise ConfigError(f"{where}: {name}={value}: at least 1 is needed")
     if issubclass(method, TokenMethod):
         _check_no_encoder(config, where)
+        if method.needs_start and not config.init:
+            names = " or ".join(dict.fromkeys((*method.starts_from, method.name)))
+            raise ConfigError(f"{where}: {method.name} fine-tunes a run of {names}; name it with --init RUN")
         given = tree.get("tokens")
         tokens = config.tokens or TokenConfig()
         tokens = with_network(tokens, dict(given) if isinstance(given, Mapping) else {}, config.data.channels)
@@ -281,7 +284,8 @@ def with_start(tree: Tree) -> Tree:
 
 
 def count_classes(config: RunConfig, own: Any, images: ImageSet | SignalSet | None) -> tuple[RunConfig, Any]:
-    """The settings with ``method.num_classes`` as the images have them, where the method learns from labels.
+    """The settings with ``method.num_classes`` as the images have them, where the method learns from labels; where it
+    can do without them, of images that have them.
 
     Args:
         config: the run's settings.
@@ -292,16 +296,22 @@ def count_classes(config: RunConfig, own: Any, images: ImageSet | SignalSet | No
         DataError: if the images have no classes, or more than the settings say.
     """
     method = get_method(config.method["name"])
-    if not method.needs_labels:
+    has_labels = (
+        isinstance(images, ImageSet)
+        and bool(images.classes)
+        and all(sample.label is not None for sample in images.samples)
+    )
+    ignored = method.takes_labels and (own.num_classes == 0 or (own.num_classes is None and not has_labels))
+    if ignored or not (method.needs_labels or method.takes_labels):
         return config, own
     if images is None or isinstance(images, SignalSet):
         raise DataError(f"{method.name} learns from class labels; give --data with class folders (CLASS/image)")
-    if not images.classes or any(sample.label is None for sample in images.samples):
+    if not has_labels:
         raise DataError(
             f"{images.root}: found layout '{images.layout}', {method.name} needs class folders "
             "(CLASS/image or SPLIT/CLASS/image)"
         )
-    found = len(images.classes)
+    found = len(images.classes or ())
     count = found if own.num_classes is None else own.num_classes
     if count < found:
         raise DataError(f"{images.root}: has {found} classes, method.num_classes={count}; leave it out")
@@ -831,6 +841,7 @@ def _write_run_file(run: Path, config: RunConfig, images: ImageSet | SignalSet) 
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "images": images.describe(),
+        "classes": list(images.classes or ()) if isinstance(images, ImageSet) else [],
         "num_images": len(images),
         "names_digest": _names_digest(images),
         **describe_machine(),

@@ -29,6 +29,8 @@ class OptimConfig:
     """Learning rate at the end."""
     warmup_share: Share = 0.1
     """Share of training over which the learning rate grows linearly from 0."""
+    after_warmup: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes on from its peak: half a cosine to ``min_lr``, or not at all."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW's momenta."""
     eps: PositiveFloat = 1e-8
@@ -61,9 +63,11 @@ def peak_lr(config: OptimConfig, images_per_step: int) -> float:
 
 
 def learning_rate(config: OptimConfig, *, peak: float, progress: float) -> float:
-    """Learning rate at ``progress`` in [0, 1]: linear from 0 to ``peak``, then half a cosine to ``min_lr``."""
+    """Learning rate at ``progress`` in [0, 1]: linear from 0 to ``peak``, then as ``after_warmup`` says."""
     if progress < config.warmup_share:
         return peak * progress / config.warmup_share
+    if config.after_warmup == "constant":
+        return peak
     share = (progress - config.warmup_share) / max(1 - config.warmup_share, 1e-12)
     return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
