@@ -497,7 +497,7 @@ class Encoder(nn.Module):
         patch_pos, prefix_pos = positions if positions is not None else (None, None)
         if patch_pos is not None:
             if ids_keep is not None:
-                patch_pos = patch_pos.expand(len(tokens), -1, -1)
+                patch_pos = patch_pos.expand(tokens.shape[0], -1, -1)
                 patch_pos = patch_pos.gather(1, ids_keep[..., None].expand(-1, -1, patch_pos.shape[-1]))
             tokens = tokens + patch_pos
         if not self.num_prefix_tokens:
@@ -505,7 +505,7 @@ class Encoder(nn.Module):
         prefix = torch.cat([p for p in (self.vit.cls_token, self.vit.reg_token) if p is not None], dim=1)
         if prefix_pos is not None:
             prefix = prefix + prefix_pos
-        return self.vit.pos_drop(torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1))
+        return self.vit.pos_drop(torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1))
 
     def forward_tokens(
         self, sequence: Float[Tensor, "B T D"], is_key: Bool[Tensor, "B T"] | None = None, norm: bool = True
