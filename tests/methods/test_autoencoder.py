@@ -123,7 +123,7 @@ def test_a_short_run_learns_to_draw_the_images(tmp_path: Path) -> None:
     truth = pixels.float() / 255
     with torch.no_grad():
         error = (tokens.decode(tokens.encode(pixels)) - truth).square().mean()
-    assert error < truth.var((2, 3)).mean() / 4  # a quarter of what is left once each image's mean colour is known
+    assert error < truth.var((2, 3)).mean() / 2  # half of what is left once each image's mean colour is known
 
 
 def test_codes_are_tokens_of_another_run_that_needs_the_first_no_more(
