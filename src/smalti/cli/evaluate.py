@@ -37,6 +37,9 @@ def command(
     --out DIR also writes results, what stands behind them and a page with figures; of a run, smalti report RUN shows
     them, too.
 
+    Of generated images, --protocol generation judges a folder in an encoder's features: smalti evaluate ENCODER --data
+    REAL --protocol generation eval.generated=FOLDER, or smalti evaluate FOLDER ... eval.features=ENCODER.
+
     Settings: eval.* (eval.split eval.image_size eval.k eval.preset eval.baseline ...), seed, batch_size, pool, weights,
     load.* (how weights of others are fitted: load.pos_antialias load.registers ..., see docs/weights.md).
     """
@@ -47,6 +50,8 @@ def command(
             raise ConfigError(unknown_key(name, (*PLAIN, *GROUPS)))
     weights, fit = tree.pop("weights", None), group(tree, "load")
     settings = merge({name: tree[name] for name in PLAIN if name in tree}, tree.get("eval", {}))
+    if (features := settings.pop("features", None)) is not None:
+        settings["generated"], encoder = _as_generated(encoder, settings), str(features)
     settings = as_trained(encoder, str(data), settings)
     if protocol:
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
@@ -75,6 +80,19 @@ def command(
     print_results(results, json)
     if out:
         print(f"report: {save_evaluation(out, results, shlex.join(['smalti', *sys.argv[1:]]))}")
+
+
+def _as_generated(folder: str, settings: dict[str, Any]) -> str:
+    """What stands in the encoder's place where ``eval.features`` names the encoder: a folder of generated images.
+
+    Raises:
+        ConfigError: if they are named twice, or it is a run, which has drawn nothing yet.
+    """
+    if settings.get("generated") is not None:
+        raise ConfigError(f"eval.generated={settings['generated']}: {folder} is what is judged already; leave one out")
+    if (Path(folder).expanduser() / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: is a run; draw images first, with smalti generate, and name their folder")
+    return folder
 
 
 def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -121,10 +121,12 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
     for result in results:
         if result.is_baseline:
             continue
+        errors = result.settings.get("standard_error", {})
         for metric, value in result.metrics.items():
+            shown = f"{value:.4f} ± {errors[metric]:.4f}" if metric in errors else f"{value:.4f}"
             twin = twins.get(result.protocol, {}).get(metric)
             beside = ("", "") if twin is None else (f"{twin:.4f}", f"{value - twin:+.4f}")
-            table.add_row(result.protocol, metric, f"{value:.4f}", *beside)
+            table.add_row(result.protocol, metric, shown, *beside)
     Console().print(table)
     if json_path:
         write_results(json_path, results)

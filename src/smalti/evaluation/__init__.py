@@ -13,6 +13,7 @@ from smalti.evaluation import sleep_staging as sleep_staging
 from smalti.evaluation import attention as attention
 from smalti.evaluation import detection as detection
 from smalti.evaluation import equivariance as equivariance
+from smalti.evaluation import generation as generation
 from smalti.evaluation import in_context as in_context
 from smalti.evaluation import keep_curve as keep_curve
 from smalti.evaluation import knn_patch as knn_patch

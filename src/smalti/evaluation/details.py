@@ -1,9 +1,9 @@
 """Details of results on disk: Parquet for what each image contributed, PNG for predictions, CSV for confusion.
 
-Layout of a folder: ``details.json`` and, a folder a result, ``NUMBER_PROTOCOL/per_image.parquet``, ``confusion.csv``
-and ``predictions/PLACE.png`` (palette images whose values are classes); true and found boxes stand in the index. What
-pages show of a few images lies in ``shown_NUMBER/``, once for all results that share it: ``PLACE.jpg``,
-``PLACE_mask.png`` (65535 where a pixel counts for nothing) and ``tokens.safetensors``.
+Layout of a folder: ``details.json`` and, a folder a result, ``NUMBER_PROTOCOL/per_image.parquet``, ``confusion.csv``,
+``predictions/PLACE.png`` (palette images whose values are classes) and ``pictures/NUMBER.png``; true and found boxes
+stand in the index. What pages show of a few images lies in ``shown_NUMBER/``, once for all results that share it:
+``PLACE.jpg``, ``PLACE_mask.png`` (65535 where a pixel counts for nothing) and ``tokens.safetensors``.
 """
 
 import csv
@@ -30,6 +30,7 @@ from smalti.evaluation.tally import Tally
 from smalti.functional.colours import palette
 
 INDEX, PER_IMAGE, CONFUSION, PREDICTIONS = "details.json", "per_image.parquet", "confusion.csv", "predictions"
+PICTURES = "pictures"
 TOKENS = "tokens.safetensors"
 _VOID = 65535
 
@@ -48,6 +49,8 @@ def write_details(folder: Path, results: Sequence[Result]) -> None:
             write_atomically(folder / name / CONFUSION, _confusion_csv(details))
         for place, classes in details.predictions.items():
             write_atomically(folder / name / PREDICTIONS / f"{place:06d}.png", _png(classes))
+        for place, picture in enumerate(details.pictures.values()):
+            write_atomically(folder / name / PICTURES / f"{place:02d}.png", _rgb_png(picture))
         if details.shown is not None and id(details.shown) not in shown:
             shown[id(details.shown)] = f"shown_{number:02d}"
             _write_shown(folder / shown[id(details.shown)], details.shown)
@@ -59,6 +62,7 @@ def write_details(folder: Path, results: Sequence[Result]) -> None:
                 "protocol": result.protocol,
                 "classes": list(details.classes),
                 "images": list(details.images),
+                "pictures": list(details.pictures),
                 "curves": {key: list(map(float, values)) for key, values in details.curves.items()},
                 "found": {place: [_plain(true), _plain(found)] for place, (true, found) in details.found.items()},
                 "tallies": {
@@ -171,6 +175,10 @@ def _read_one(folder: Path, entry: dict[str, Any]) -> Details:
         with (folder / CONFUSION).open(encoding="utf-8", newline="") as file:
             confusion = np.array([row[1:] for row in csv.reader(file)][1:], dtype=np.int64)
     predictions = {int(path.stem): _read_classes(path) for path in sorted((folder / PREDICTIONS).glob("*.png"))}
+    pictures = {}
+    for place, caption in enumerate(entry.get("pictures", [])):
+        with Image.open(folder / PICTURES / f"{place:02d}.png") as image:
+            pictures[caption] = np.array(image.convert("RGB"))
     return Details(
         images=tuple(entry["images"]),
         classes=tuple(entry["classes"]),
@@ -178,6 +186,7 @@ def _read_one(folder: Path, entry: dict[str, Any]) -> Details:
         confusion=confusion,
         predictions=predictions,
         curves=entry["curves"],
+        pictures=pictures,
         found={int(place): (_boxes(true), _boxes(found)) for place, (true, found) in entry.get("found", {}).items()},
     )
 
@@ -207,6 +216,12 @@ def _confusion_csv(details: Details) -> str:
     writer.writerow(["truth \\ prediction", *names])
     writer.writerows([name, *row] for name, row in zip(names, details.confusion.tolist(), strict=True))
     return text.getvalue()
+
+
+def _rgb_png(picture: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, format="PNG")
+    return data.getvalue()
 
 
 def _png(classes: np.ndarray) -> bytes:

@@ -40,9 +40,6 @@ CountFromZero = Annotated[int, Field(ge=0)]
 SHARE = "share of 1, higher is better"
 """Unit of accuracies and IoUs."""
 
-PLANNED = ("generation",)
-"""Names that are settled, of protocols that this version does not have."""
-
 
 @settings
 class EvalConfig:
@@ -77,16 +74,20 @@ class EvalConfig:
     baseline: bool = True
     """Also evaluate a randomly initialised encoder of the same architecture."""
     pool: Literal["auto", "cls", "avg", "map", "prr"] = "auto"
-    """knn, rank, linear-probe, finetune: what stands for an image: cls token, avg of the patches, prr: the same after
-    attention without parameters, map: learned attention pooling, or auto: what the encoder hands on (linear-probe:
-    class token, and prr or map only where the encoder hands them on; finetune: the mean patch)."""
+    """generation, knn, rank, linear-probe, finetune: what stands for an image: cls token, avg of the patches, prr: the
+    same after attention without parameters, map: learned attention pooling, or auto: what the encoder hands on
+    (linear-probe: class token, and prr or map only where the encoder hands them on; finetune: the mean patch)."""
     norm: bool = True
     """Protocols with patch tokens: take them behind the encoder's final norm, or as its last block leaves them."""
     preset: Preset = "small"
     """Sizes and conventions: small ends in minutes on a CPU; full has the published sizes and our conventions; paper
     has the published code's conventions, too, for numbers beside published ones."""
+    generated: str | None = None
+    """generation: the images to be judged, as ``--data`` takes them."""
+    inception: str | None = None
+    """generation: weights of FID's Inception network, for FID, KID and inception score beside the other numbers."""
     k: Count | None = None
-    """knn, knn-patch, in-context, retrieval: number of neighbours; None takes the protocol's own."""
+    """generation, knn, knn-patch, in-context, retrieval: number of neighbours; None takes the protocol's own."""
     memory_size: CountFromZero | None = None
     """knn-patch, in-context, retrieval: training patches that are kept, at most; 0 keeps all; None: the preset's."""
     temperature: Annotated[float, Field(gt=0)] | None = None
@@ -100,7 +101,8 @@ class EvalConfig:
     """overclustering: numbers of clusters; empty: as many as classes, 300 and 500, where there are enough patches."""
     repeats: Count | None = None
     """overclustering: clusterings with seeds of their own, whose scores are averaged; None: the preset's.
-    sleep-staging: fits with seeds of their own, each on subjects of its own; None: 1."""
+    sleep-staging: fits with seeds of their own, each on subjects of its own; None: 1. generation: resamples behind
+    standard errors, at least 20."""
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     """sleep-staging: shares of the training subjects whose labels are learned from, each anew; empty: all of them."""
     signal: SignalConfig | None = None
@@ -246,6 +248,8 @@ class Details:
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Name -> numbers for figures: of each step, where the name begins with ``loss``; else of each layer, first to
     last."""
+    pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Caption -> ``(H, W, 3)`` uint8, as pages show it."""
     shown: Shown | None = None
     """Pictures, masks and patch tokens of the images of ``predictions``; where :func:`evaluate` was asked for them."""
 
@@ -271,6 +275,8 @@ class Scores(NamedTuple):
     """See :class:`Details`."""
     found: Mapping[int, tuple[Boxes, Boxes]] = {}
     """See :class:`Details`; for the places in ``features.shown``."""
+    pictures: Mapping[str, np.ndarray] = {}
+    """See :class:`Details`."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +297,10 @@ class Protocol:
     """Makes what watches the encoder while test images pass through it, for whom tokens are not enough."""
     prefers: tuple[Need, ...] = ()
     """What it takes where the data has it, though ``need`` is enough: it then says more, or shares a pass."""
+    has_twin: bool = True
+    """Whether the random twin is judged, too; not where the encoder is the measure rather than what is judged."""
+    check: Callable[[EvalConfig], None] | None = None
+    """Finds mistakes in the settings before there is an encoder."""
 
 
 _REGISTRY: dict[str, Protocol] = {}
@@ -304,6 +314,8 @@ def register_protocol(
     by_default: bool = True,
     observer: Callable[[EvalConfig], Observer] | None = None,
     prefers: tuple[Need, ...] = (),
+    has_twin: bool = True,
+    check: Callable[[EvalConfig], None] | None = None,
 ) -> Callable[[Callable[[Features, EvalConfig], Scores]], Callable[[Features, EvalConfig], Scores]]:
     """Decorator that makes a function a protocol; the first line of its docstring is the summary.
 
@@ -314,13 +326,16 @@ def register_protocol(
         by_default: whether it runs where no protocol is named and the data fits.
         observer: makes what watches the encoder while test images pass through it; ``features.observed(name, size)``.
         prefers: what it takes where the data has it, though ``need`` is enough.
+        has_twin: whether the random twin is judged, too.
+        check: finds mistakes in the settings before there is an encoder.
     """
     unknown = set(heeds) - {item.name for item in dataclasses.fields(EvalConfig)}
     assert name not in _REGISTRY and not unknown, (name, unknown)
 
     def register(run: Callable[[Features, EvalConfig], Scores]) -> Callable[[Features, EvalConfig], Scores]:
         summary = (run.__doc__ or "").strip().splitlines()[0]
-        _REGISTRY[name] = Protocol(name, need, frozenset(heeds) | SHARED, run, summary, by_default, observer, prefers)
+        heeded = frozenset(heeds) | SHARED
+        _REGISTRY[name] = Protocol(name, need, heeded, run, summary, by_default, observer, prefers, has_twin, check)
         return run
 
     return register
@@ -335,13 +350,11 @@ def find_protocol(name: str) -> Protocol:
     """The protocol of that name.
 
     Raises:
-        ConfigError: if there is none, with the nearest name; or if it is planned for a later version.
+        ConfigError: if there is none, with the nearest name.
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
     have = ", ".join(_REGISTRY)
-    if name in PLANNED:
-        raise ConfigError(f"protocol '{name}' is not in this version of Smalti; it has: {have}")
     near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"there are: {have}"
     raise ConfigError(f"no protocol '{name}'; {hint}")
@@ -392,15 +405,15 @@ def evaluate(
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
-    results = [_judge(encoder, name, data, protocols, sets, config, progress, figures)]
+    results = _judge(encoder, name, data, protocols, sets, config, progress, figures)
+    doubled = [protocol for protocol in protocols if protocol.has_twin]
+    twins: dict[str, Result] = {}
     twin_name = f"random:{encoder.name}"
-    if config.baseline and name != twin_name:  # which is its own
+    if config.baseline and doubled and name != twin_name:  # which is its own
         twin = random_twin(encoder, config.seed)
-        judged = _judge(twin, twin_name, data, protocols, sets, config, progress, figures)
-        results.append(
-            [dataclasses.replace(r, settings={**r.settings, "baseline_of": name}) for r in judged],
-        )
-    return [result for beside in zip(*results, strict=True) for result in beside]
+        judged = _judge(twin, twin_name, data, doubled, sets, config, progress, figures)
+        twins = {r.protocol: dataclasses.replace(r, settings={**r.settings, "baseline_of": name}) for r in judged}
+    return [one for result in results for one in (result, twins.get(result.protocol)) if one is not None]
 
 
 def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
@@ -413,6 +426,8 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
     of_signals = is_signals(data)
     for protocol in protocols:
+        if protocol.check is not None:
+            protocol.check(config)
         if (protocol.need == "stages") != of_signals:
             wanted, there = ("signals", "images") if protocol.need == "stages" else ("images", "signals")
             raise DataError(
@@ -586,6 +601,7 @@ def _judge(
                         predictions=scores.predictions,
                         found=scores.found,
                         curves=scores.curves,
+                        pictures=scores.pictures,
                         shown=source.once("shown", partial(show, source, config.image_size))
                         if figures and need != "stages"
                         else None,

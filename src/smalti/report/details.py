@@ -94,6 +94,7 @@ def detail_sections(judged: Sequence[Judged], *, tokens: bool = True) -> dict[st
         "keep": ("Patches dropped", _keep_curves(judged)),
         "hypnograms": ("Hypnograms", _hypnograms(judged)),
         "classes": ("Per class", _some(class_bars(one) for one in judged)),
+        "pictures": ("Pictures", _sheets(judged)),
         "predictions": ("Predictions", _some(part for part in (_predictions(judged), _objects(judged)))),
         "confusion": ("Confusion", _confusion(judged)),
         "layers": ("Curves of the evaluations", _curves(judged)),
@@ -159,6 +160,20 @@ def _key(shown: Mapping[str, object], arms: Sequence[str]) -> Html:
         if arm in shown
     )
     return tag("p", *entries, class_="key muted")
+
+
+def _sheets(judged: Sequence[Judged]) -> Html | None:
+    """Pictures that protocols made themselves, as they are."""
+    parts = []
+    for one in judged:
+        for arm, details in one.details.items():
+            head = one.name if len(one.details) == 1 else f"{one.name}, {arm}"
+            figures = [
+                tag("figure", tag("img", src=image_uri(picture, ".png"), alt=caption), tag("figcaption", caption))
+                for caption, picture in details.pictures.items()
+            ]
+            parts += [tag("h3", head), *figures] if figures else []
+    return join(parts) if parts else None
 
 
 def _predictions(judged: Sequence[Judged]) -> Html | None:

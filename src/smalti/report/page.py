@@ -174,6 +174,11 @@ def verdict(comparisons: Sequence[Comparison]) -> tuple[str, str]:
         if not comparisons:
             return "unknown", "Not evaluated: nothing says yet whether these features are better than random ones."
         metric, value = comparisons[0].trained.headline
+        real = comparisons[0].trained.metrics.get(f"{metric}_real")  # generated images, judged in given features
+        if real is not None:
+            return "unknown", (
+                f"{comparisons[0].name} is {decimals(as_float(value))}; real images get {decimals(as_float(real))}."
+            )
         if comparisons[0].baseline is not None and "is better" not in comparisons[0].trained.units.get(metric, ""):
             return "unknown", (
                 f"{comparisons[0].name} is {decimals(as_float(value))}; neither more nor less of it is better, so it "
