@@ -156,8 +156,8 @@ def test_variance_is_of_the_view_at_hand(class_folders: Path) -> None:
 
 def test_patch_variance_by_hand() -> None:
     image = torch.zeros(1, 2, 2, 4)
-    image[0, 0, :, 2:] = torch.tensor([[0.0, 2.0], [2.0, 0.0]])  # variance 1 in one of two channels
-    assert_close(patch_variance(image, (2, 2)), torch.tensor([[0.0, 0.5]]))
+    image[0, 0, :, 2:] = torch.tensor([[0.0, 2.0], [2.0, 0.0]])  # two of eight values are 2: 1 - 0.5**2
+    assert_close(patch_variance(image, (2, 2)), torch.tensor([[0.0, 0.75]]))
 
 
 def test_orders_are_looked_up_by_image_and_flip_state(class_folders: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def unpatchify(
 
 
 def patch_variance(images: Float[Tensor, "B C H W"], patch_size: tuple[int, int]) -> Float[Tensor, "B N"]:
-    """How much the pixels of each patch vary about their mean in their channel; the mean over channels.
+    """How much the values of each patch vary about their mean, all channels together.
 
     Args:
         images: ``(B, C, H, W)``.
@@ -66,9 +66,7 @@ def patch_variance(images: Float[Tensor, "B C H W"], patch_size: tuple[int, int]
     Raises:
         ShapeError: if the patch size does not divide the images.
     """
-    patches = patchify(images, patch_size)
-    channels = patches.view(*patches.shape[:2], images.shape[1], -1)  # (B, N, P) -> (B, N, C, ph * pw)
-    return channels.var(-1, correction=0).mean(-1)
+    return patchify(images, patch_size).var(-1, correction=0)
 
 
 def standardize_patches(patches: Float[Tensor, "B N P"], eps: float = 1e-6) -> Float[Tensor, "B N P"]:
