@@ -113,11 +113,12 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
 
     sets = sorted({result.data for result in results})
     where = f" on {sets[0]}" if len(sets) == 1 else ""
-    table = Table(title=f"{results[0].encoder}{where}", title_justify="left")
-    for name, justify in (("protocol", "left"), ("metric", "left"), ("value", "right"), ("random init", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("difference", justify="right")
     twins = {result.protocol: result.metrics for result in results if result.is_baseline}
+    table = Table(title=f"{results[0].encoder}{where}", title_justify="left")
+    for name in ("protocol", "metric"):
+        table.add_column(name, overflow="fold")
+    for name in ("value", *(("random init", "difference") if twins else ())):
+        table.add_column(name, justify="right")
     for result in results:
         if result.is_baseline:
             continue
@@ -126,7 +127,7 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
             shown = f"{value:.4f} ± {errors[metric]:.4f}" if metric in errors else f"{value:.4f}"
             twin = twins.get(result.protocol, {}).get(metric)
             beside = ("", "") if twin is None else (f"{twin:.4f}", f"{value - twin:+.4f}")
-            table.add_row(result.protocol, metric, shown, *beside)
+            table.add_row(result.protocol, metric, shown, *(beside if twins else ()))
     Console().print(table)
     if json_path:
         write_results(json_path, results)

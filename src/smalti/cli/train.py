@@ -85,6 +85,11 @@ def _say_what_next(run: Path) -> None:
     config = read_yaml(run / "config.yaml")
     if verdict is None and config.get("init"):
         print(f"no verdict yet: smalti train --resume {run} eval.data=LABELLED judges before and after")
+    if config.get("tokens") is not None:  # it hands on no encoder
+        is_source = config["method"]["name"] == "autoencoder"
+        more = f", or train on its codes: tokens.kind=autoencoder tokens.path={run}" if is_source else ""
+        print(f"next:    smalti report {run}{more}")
+        return
     weights = config.get("weights")
     also = f" weights={weights}" if weights else ""  # else another network than the one that was judged
     print(f"next:    smalti evaluate {chosen} --data LABELLED{also}")
