@@ -1,0 +1,234 @@
+"""What the first k patches of an order tell of all others, as a judge says that looked at no order.
+
+Source: Guo et al., arXiv:2511.22281v2, Eq. (8), the uncertainty that is left, which the paper measures for no order.
+Its Eq. (1) is by the chain rule the same for every order and can't judge one.
+Letters: n images, N tokens, d values a token, K values of k, R resamplings, D draws.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from smalti.errors import ShapeError
+from smalti.functional.graphs import ranks_of
+from smalti.methods.prefix import Told
+
+QUARTER = 0.25
+NUM_POINTS = 17
+NOISE_FLOOR = 1e-2
+"""Of a token's unit variance: what is known to within this counts as known, entropy 0."""
+RESAMPLINGS = 1000
+LEVEL = 0.95
+UNITS = {
+    "auc_q": "share of the variance left over the first quarter of the patches, mean; lower is better",
+    "auc_full": "the same over all patches; lower is better",
+    "left_22": "share of the variance left after 22 % of the patches; lower is better",
+    "entropy_q": "nats a patch above the noise floor over the first quarter, mean; lower is better",
+}
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """What says how sure tokens are: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
+
+    def tell(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Told:
+        """A normal law for each value of each token."""
+        ...
+
+
+@dataclass(frozen=True)
+class PrefixCurve:
+    """Of one order."""
+
+    counts: Int[np.ndarray, " K"]
+    """k."""
+    squared: Float[np.ndarray, "D n K"]
+    """Squared error of what isn't seen, of each image, for each draw of the order (one, where nothing is drawn)."""
+    total: Float[np.ndarray, " n"]
+    """Squared deviation of all tokens of an image from the mean token of their place."""
+    entropy: Float[np.ndarray, "D n K"]
+    """Nats a patch: of what isn't seen ``0.5 sum_d log(1 + variance / NOISE_FLOOR)``, over N."""
+    num_patches: int
+    """N."""
+
+    @property
+    def shares(self) -> Float[np.ndarray, " K"]:
+        """k / N."""
+        return self.counts / self.num_patches
+
+    @property
+    def error(self) -> Float[np.ndarray, " K"]:
+        """E(k): share of the variance that is left; about 1 at k = 0, 0 at k = N."""
+        return self.squared.mean(0).sum(0) / self.total.sum()
+
+    def numbers(self, weights: Float[np.ndarray, "R n"] | None = None) -> dict[str, np.ndarray]:
+        """The numbers of :data:`UNITS`.
+
+        Args:
+            weights: how often each image counts in each resampling; None: each once.
+
+        Returns:
+            ``(R,)`` each.
+        """
+        weights = np.ones((1, len(self.total))) if weights is None else weights
+        error = weights @ self.squared.mean(0) / (weights @ self.total)[:, None]
+        entropy = weights @ self.entropy.mean(0) / weights.sum(1, keepdims=True)
+        return {
+            "auc_q": area(self.shares, error, QUARTER) / QUARTER,
+            "auc_full": area(self.shares, error, 1.0),
+            "left_22": np.array([np.interp(0.22, self.shares, one) for one in error]),
+            "entropy_q": area(self.shares, entropy, QUARTER) / QUARTER,
+        }
+
+    def spread_of_draws(self) -> float:
+        """Standard deviation of ``auc_q`` over the draws; NaN for one."""
+        if len(self.squared) < 2:
+            return math.nan
+        error = self.squared.sum(1) / self.total.sum()
+        return float((area(self.shares, error, QUARTER) / QUARTER).std(ddof=1))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of one order: a number with its interval over images, and its difference to a control's."""
+
+    value: float
+    low: float
+    high: float
+    difference: float
+    """To the control; NaN for the control itself."""
+    difference_low: float
+    difference_high: float
+
+
+def prefix_counts(num_patches: int) -> Int[np.ndarray, " K"]:
+    """17 values of k, fewer where N is small: nine even ones over the first quarter, the others over the rest."""
+    first = np.linspace(0, num_patches / 4, (NUM_POINTS + 1) // 2)
+    rest = np.linspace(num_patches / 4, num_patches, (NUM_POINTS + 1) // 2)
+    return np.unique(np.round(np.concatenate([first, rest])).astype(int))
+
+
+def area(shares: Float[np.ndarray, " K"], curves: Float[np.ndarray, "R K"], upto: float) -> Float[np.ndarray, " R"]:
+    """Trapezoid of curves from 0 to ``upto``, cut between two points where it lies there."""
+    inside = shares < upto
+    at_end = np.array([np.interp(upto, shares, curve) for curve in curves])
+    return np.trapezoid(
+        np.concatenate([curves[:, inside], at_end[:, None]], axis=1), np.append(shares[inside], upto), axis=1
+    )
+
+
+@torch.no_grad()
+def judge_orders(
+    judge: Judge,
+    tokens: Float[Tensor, "n N d"],
+    orders: Mapping[str, Sequence[Int[Tensor, "n M"]]],
+    *,
+    batch_size: int = 64,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, PrefixCurve]:
+    """Curves of orders of the same images.
+
+    Args:
+        judge: in eval mode, on the device of ``tokens``.
+        tokens: of its token source.
+        orders: by name, one or more draws of each.
+        batch_size: images at a time.
+        progress: told of curves done and of how many.
+
+    Raises:
+        ShapeError: for fewer than two images, or orders of other patches.
+    """
+    num_images, num = tokens.shape[:2]
+    if num_images < 2:
+        raise ShapeError(f"{num_images} image: at least 2 are needed, as errors are told from the mean image")
+    for name, draws in orders.items():
+        if any(tuple(draw.shape) != (num_images, num) for draw in draws):
+            raise ShapeError(f"orders '{name}' of {tuple(draws[0].shape)} for tokens of {(num_images, num)}")
+    counts = prefix_counts(num)
+    total = (tokens - tokens.mean(0)).double().square().sum((1, 2)).cpu().numpy()
+    num_curves, done = sum(len(draws) for draws in orders.values()), 0
+    found = {}
+    for name, draws in orders.items():
+        squared, entropy = (np.zeros((len(draws), num_images, len(counts))) for _ in range(2))
+        for row, draw in enumerate(draws):
+            ranks = ranks_of(draw.to(tokens.device).long())
+            for start in range(0, num_images, batch_size):
+                part = slice(start, start + batch_size)
+                for place, count in enumerate(counts[:-1]):  # nothing is left after all N
+                    seen = ranks[part] < int(count)
+                    told = judge.tell(tokens[part], seen)
+                    error = (told.mean - tokens[part]).double().square().sum(-1)
+                    nats = 0.5 * torch.log1p(told.log_variance.double().exp() / NOISE_FLOOR).sum(-1)
+                    squared[row, part, place] = error.masked_fill(seen, 0).sum(1).cpu().numpy()
+                    entropy[row, part, place] = nats.masked_fill(seen, 0).sum(1).cpu().numpy() / num
+            done += 1
+            if progress is not None:
+                progress("curves", done, num_curves)
+        found[name] = PrefixCurve(counts, squared, total, entropy, num)
+    return found
+
+
+def compare_curves(
+    curves: Mapping[str, PrefixCurve], control: str = "random", seed: int = 0
+) -> dict[str, dict[str, Judged]]:
+    """The numbers of each order with 95 % intervals of a bootstrap over images, and paired differences to a control.
+
+    Args:
+        curves: of the same images.
+        control: a name of them.
+        seed: of the resamplings, the same images for all orders.
+
+    Returns:
+        order -> number of :data:`UNITS` -> value.
+    """
+    num_images = len(curves[control].total)
+    draws = np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), RESAMPLINGS)
+    weights = draws.astype(np.float64)
+    exact = {name: curve.numbers() for name, curve in curves.items()}
+    drawn = {name: curve.numbers(weights) for name, curve in curves.items()}
+    ends = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+    result: dict[str, dict[str, Judged]] = {}
+    for name in curves:
+        result[name] = {}
+        for number in UNITS:
+            value, base = float(exact[name][number][0]), float(exact[control][number][0])
+            low, high = np.quantile(drawn[name][number], ends).tolist()
+            gaps = drawn[name][number] - drawn[control][number]
+            gap_low, gap_high = np.quantile(gaps, ends).tolist()
+            own = name == control
+            result[name][number] = Judged(
+                value,
+                low,
+                high,
+                math.nan if own else value - base,
+                math.nan if own else gap_low,
+                math.nan if own else gap_high,
+            )
+    return result
+
+
+def conclude_curves(judged: Mapping[str, Mapping[str, Judged]], control: str = "random") -> list[str]:
+    """What the first quarter says of each order against the control, a sentence for those whose interval is clear."""
+    said = []
+    for name in ("collapse", "coverage", "in_strength", "attention", "variance", "collapse_static", "halton"):
+        if name not in judged:
+            continue
+        one = judged[name]["auc_q"]
+        if one.difference_high < 0:
+            verdict = f"tells more than {control}"
+        elif one.difference_low > 0:
+            verdict = f"tells less than {control}"
+        else:
+            verdict = f"tells no more and no less than {control}"
+        said.append(
+            f"{name}'s first quarter {verdict}: {one.value:.3f} of the variance is left against "
+            f"{judged[control]['auc_q'].value:.3f} ({one.difference:+.3f}, {one.difference_low:+.3f} to "
+            f"{one.difference_high:+.3f})."
+        )
+    return said

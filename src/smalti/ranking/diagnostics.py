@@ -1,0 +1,198 @@
+"""What orders of patches are like: one for all images or each image's own, spread or clustered, alike or not.
+
+Source: Guo et al., arXiv:2511.22281v2, whose published orders, decoded from their Fig. 5, are nearly one for all
+images: ``position_share`` 0.95, ``static_correlation`` 0.975, ``top_overlap`` 0.87 where 0.22 is chance.
+Letters: M images, N patches of an h x w grid, k the patches that come first.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smalti.errors import ShapeError
+from smalti.functional.graphs import ranks_of
+from smalti.functional.orders import image_dependence, neighbour_correlation, rank_correlation, top_overlap
+
+TOP = 0.22
+"""The share of the patches that the paper's classifier keeps."""
+DEGENERATE, IMAGE_SPECIFIC, STATIC = 0.02, 0.7, 0.9
+"""Spread of scores below which a graph says nothing; shares of the ranks' variance below and above which an order is
+called an image's own and one for all."""
+SAME, REPRODUCED = 0.95, 0.6
+"""Rank correlations above which two rules give one order, and above which two trainings do."""
+_RANDOM_SETS = 500
+_AT_ONCE = 2**24  # numbers of a table in hand
+
+UNITS = {
+    "static_correlation": "correlation of an image's ranks with the mean ranks of the others; 1 all alike",
+    "position_share": "share of the ranks' variance that position explains; chance is 1/images, 1 all alike",
+    "top_overlap": "share of the first 22 % that the other images' mean order has first, too; chance is 0.22",
+    "neighbour_correlation": "correlation of the ranks of patches that share an edge; 0 nothing in space",
+    "nearest_distance": "patches, from one of the first 22 % to the nearest other; below random: clustered",
+    "nearest_distance_random": "the same of 500 random sets",
+    "nearest_distance_random_sd": "its standard deviation",
+    "flip_agreement": "rank correlation of the mirrored image's order with the mirrored order; 1 follows the content",
+    "score_spread": "N times the spread of the scores, mean; below 0.02 the graph is degenerate",
+    "num_degenerate": "images whose patches all have the same score",
+}
+"""What :func:`describe_orders` gives."""
+
+
+def num_top(num_patches: int) -> int:
+    """k of the paper: 22 % of the patches, rounded, at least one."""
+    return max(1, round(TOP * num_patches))
+
+
+def describe_orders(
+    orders: Int[Tensor, "M N"],
+    grid: tuple[int, int],
+    *,
+    mirrored: Int[Tensor, "M N"] | None = None,
+    scores: Float[Tensor, "M N"] | None = None,
+    degenerate: int | None = None,
+) -> dict[str, float]:
+    """The numbers of :data:`UNITS`; NaN where there is none (a single image, say).
+
+    Args:
+        orders: of images.
+        grid: ``(h, w)``.
+        mirrored: orders of the mirrored images.
+        scores: what the orders follow from.
+        degenerate: images with equal scores.
+    """
+    num = orders.shape[-1]
+    found = {"static_correlation": math.nan, "position_share": math.nan, "top_overlap": math.nan}
+    if len(orders) > 1 and num > 1:
+        found |= image_dependence(orders)
+        found["top_overlap"] = float(overlap_with_others(orders, num_top(num)).mean())
+    if num > 1:
+        found["neighbour_correlation"] = float(neighbour_correlation(orders, grid).mean())
+    if num_top(num) > 1:
+        tops = orders[:, : num_top(num)].long()
+        found["nearest_distance"] = float(nearest_distance(tops, grid).mean())
+        draws = torch.rand(_RANDOM_SETS, num, generator=torch.Generator().manual_seed(0)).argsort(1)
+        random = nearest_distance(draws[:, : num_top(num)], grid)
+        found |= {
+            "nearest_distance_random": float(random.mean()),
+            "nearest_distance_random_sd": float(random.std()),
+        }
+    if mirrored is not None:
+        found["flip_agreement"] = float(rank_correlation(orders, mirror(mirrored, grid)).mean())
+    if scores is not None:
+        # as shares of their sum, whatever they are
+        shares = scores.double() / scores.double().sum(-1, keepdim=True).clamp(min=1e-12)
+        found["score_spread"] = float((num * (shares.amax(-1) - shares.amin(-1))).mean())
+    if degenerate is not None:
+        found["num_degenerate"] = float(degenerate)
+    return found
+
+
+def overlap_with_others(orders: Int[Tensor, "M N"], k: int) -> Float[Tensor, " M"]:
+    """Share of each image's first k patches that are among the first k of the mean ranks of all others."""
+    ranks = ranks_of(orders).long()
+    others = (ranks.sum(0) - ranks).argsort(dim=1, stable=True)
+    return top_overlap(orders, others, k)
+
+
+def nearest_distance(sets: Int[Tensor, "*B k"], grid: tuple[int, int]) -> Float[Tensor, "*B"]:
+    """Mean distance, in patches, of each of k patches of a set to the nearest other one.
+
+    Raises:
+        ShapeError: for sets of one.
+    """
+    if sets.shape[-1] < 2:
+        raise ShapeError("a set of one patch has no nearest other one")
+    places = torch.stack([sets // grid[1], sets % grid[1]], dim=-1).double()
+    flat = places.flatten(0, -3) if places.ndim > 3 else places.reshape(-1, *places.shape[-2:])
+    found = []
+    for part in torch.split(flat, max(1, _AT_ONCE // flat.shape[1] ** 2)):
+        dist = torch.cdist(part, part)
+        dist.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
+        found.append(dist.amin(-1).mean(-1))
+    return torch.cat(found).view(sets.shape[:-1])
+
+
+def mirror(orders: Int[Tensor, "*B N"], grid: tuple[int, int]) -> Int[Tensor, "*B N"]:
+    """The same patches in an image that is mirrored left to right."""
+    rows, columns = orders.long() // grid[1], orders.long() % grid[1]
+    return rows * grid[1] + grid[1] - 1 - columns
+
+
+def kendall(first: Int[Tensor, "M N"], second: Int[Tensor, "M N"]) -> Float[Tensor, " M"]:
+    """Kendall's tau of two orders of the same patches: pairs in the same order less those in the other, as a share."""
+    num = first.shape[-1]
+    ranks = [ranks_of(order).to(torch.int16) for order in (first, second)]
+    found = []
+    for one, other in zip(*(torch.split(each, max(1, _AT_ONCE // num**2)) for each in ranks), strict=True):
+        signs = [torch.sign(each[:, :, None] - each[:, None]).to(torch.int8) for each in (one, other)]
+        found.append((signs[0] * signs[1]).sum((1, 2), dtype=torch.int64).double() / max(1, num * (num - 1)))
+    return torch.cat(found)
+
+
+def agreement(first: Int[Tensor, "M N"], second: Int[Tensor, "M N"]) -> dict[str, float]:
+    """How alike two orders of the same images are: means over images of Spearman's and Kendall's correlation, and the
+    Jaccard index of the first 22 %; ``spearman_sd`` over images."""
+    num = first.shape[-1]
+    spearman = rank_correlation(first, second)
+    both = top_overlap(first, second, num_top(num))
+    return {
+        "spearman": float(spearman.mean()),
+        "spearman_sd": float(spearman.std(correction=0)),
+        "kendall": float(kendall(first, second).mean()),
+        "jaccard": float((both / (2 - both)).mean()),
+    }
+
+
+def conclude(
+    described: Mapping[str, Mapping[str, float]],
+    agreements: Mapping[tuple[str, str], Mapping[str, float]],
+    against: Mapping[str, Mapping[str, float]],
+    num_images: int,
+) -> list[str]:
+    """What the numbers say, a sentence each, the named ones first: *degenerate graph*, *static order*.
+
+    Args:
+        described: numbers of :func:`describe_orders` by the names of orders.
+        agreements: of :func:`agreement` by pairs of orders.
+        against: the same by order, with another training's.
+        num_images: M.
+    """
+    said = []
+    for name, numbers in described.items():
+        if name not in ("collapse", "in_strength", "coverage", "attention", "variance"):
+            continue
+        share, spread = numbers.get("position_share", math.nan), numbers.get("score_spread", math.nan)
+        if name == "collapse" and spread < DEGENERATE:
+            said.append(f"degenerate graph: scores of collapse differ by {spread:.3f} of their mean; no order follows.")
+        if numbers.get("num_degenerate"):
+            said.append(f"{name}: {numbers['num_degenerate']:.0f} of {num_images} images have equal scores everywhere.")
+        if share > STATIC:
+            said.append(
+                f"static order: position alone explains {share:.2f} of the ranks' variance of {name}; it is one order "
+                "for all images."
+            )
+        elif share < IMAGE_SPECIFIC:
+            said.append(f"{name} is image-specific: position explains {share:.2f} of the ranks' variance.")
+        elif share <= STATIC:
+            said.append(f"{name} is mixed: position explains {share:.2f} of the ranks' variance.")
+    tie = agreements.get(("collapse", "in_strength"))
+    if tie is not None:
+        verdict = "PageRank adds nothing to its first step here" if tie["spearman"] > SAME else "they differ"
+        said.append(f"collapse and in_strength correlate by {tie['spearman']:.3f}: {verdict}.")
+    for name, numbers in against.items():
+        rho = numbers["spearman"]
+        verdict = (
+            f"above {REPRODUCED}, the order is reproduced"
+            if rho > REPRODUCED
+            else f"not above {REPRODUCED}, the order is not a property of the data"
+        )
+        said.append(f"{name} of the other training correlates by {rho:.2f}: {verdict}.")
+    return said
+
+
+def spread_evenly(number: int, few: int) -> Sequence[int]:
+    """At most ``few`` of the places 0..number-1, spread evenly, rising."""
+    return sorted({place * number // few for place in range(few)}) if number and few > 0 else []
