@@ -3,7 +3,6 @@
 import shlex
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,6 @@ from smalti.errors import ConfigError
 
 NAME = "evaluate"
 PLAIN, GROUPS = ("seed", "batch_size", "pool", "weights"), ("eval", "load")
-_TELL_EVERY_S = 60.0
 
 
 def command(
@@ -56,7 +54,7 @@ def command(
     if protocol:
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
 
-    from smalti.cli.options import best_device, load_encoder, print_results
+    from smalti.cli.options import Progress, best_device, load_encoder, print_results
     from smalti.config import build, check_writable
     from smalti.evaluation.details import write_details
     from smalti.evaluation.protocol import EvalConfig, evaluate, open_sets, write_results
@@ -71,7 +69,7 @@ def command(
     model = model.to(best_device())
     if json:
         check_writable(json)
-    results = evaluate(model, encoder, str(data), config, progress=None if quiet else _Show(), figures=True)
+    results = evaluate(model, encoder, str(data), config, progress=None if quiet else Progress(), figures=True)
     run = Path(encoder).expanduser()
     if (run / "config.yaml").is_file():
         file = run / "results" / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -107,25 +105,3 @@ def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, A
             known = (read_yaml(folder / "config.yaml").get("data") or {}).get("signal")
             return merge({"signal": as_read(known)} if known else {}, settings)
     return settings
-
-
-class _Show:
-    """Tells how far it is, the rate and the time left: in place on a terminal, elsewhere a line a minute."""
-
-    def __init__(self) -> None:
-        self._what, self._done, self._first = "", 0, 0
-        self._began = self._told = 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what != self._what or done <= self._done:
-            self._what, self._first, self._began, self._told = what, done, now, now
-        self._done = done
-        is_terminal, is_end = sys.stderr.isatty(), done >= total
-        if not (is_terminal or is_end or now - self._told >= _TELL_EVERY_S):
-            return
-        self._told = now
-        rate = (done - self._first) / (now - self._began) if now > self._began else 0.0
-        left = f", {rate:.3g}/s, {timedelta(seconds=round((total - done) / rate))} left" if rate and not is_end else ""
-        end = "\n" if is_end or not is_terminal else "\r"
-        print(f"{what}: {done} of {total}{left}   ", file=sys.stderr, end=end, flush=True)

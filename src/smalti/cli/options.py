@@ -2,7 +2,9 @@
 
 import json
 import sys
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -37,6 +39,9 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Partial = Annotated[bool, typer.Option("--partial", help="Allow weights that fill only a part of the model.")]
+
+
+_TELL_EVERY_S = 60.0
 
 
 def needed(value: Any, option: str, example: str) -> Any:
@@ -138,3 +143,25 @@ def write_json(path: Path, content: Any) -> None:
     from smalti.config import write_atomically
 
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+class Progress:
+    """Tells how far it is, the rate and the time left: in place on a terminal, elsewhere a line a minute."""
+
+    def __init__(self) -> None:
+        self._what, self._done, self._first = "", 0, 0
+        self._began = self._told = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what or done <= self._done:
+            self._what, self._first, self._began, self._told = what, done, now, now
+        self._done = done
+        is_terminal, is_end = sys.stderr.isatty(), done >= total
+        if not (is_terminal or is_end or now - self._told >= _TELL_EVERY_S):
+            return
+        self._told = now
+        rate = (done - self._first) / (now - self._began) if now > self._began else 0.0
+        left = f", {rate:.3g}/s, {timedelta(seconds=round((total - done) / rate))} left" if rate and not is_end else ""
+        end = "\n" if is_end or not is_terminal else "\r"
+        print(f"{what}: {done} of {total}{left}   ", file=sys.stderr, end=end, flush=True)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from smalti.data.folders import ImageSet
 from smalti.data.labelled import eval_batches
-from smalti.data.orders import GEOMETRIC, OF_COLLAPSE, check_order, write_orders
+from smalti.data.orders import GEOMETRIC, OF_COLLAPSE, OrderCache, check_order, grid_order, write_orders
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.graphs import coverage_order, descending, in_strength, is_degenerate, pagerank
+from smalti.functional.orders import random_orders
 from smalti.functional.patches import patchify
 from smalti.layers.attention import attention_modules, attention_weights
 from smalti.models.encoder import Encoder
@@ -332,6 +333,27 @@ def choose_names(ranker: Ranker, wanted: Sequence[str]) -> tuple[tuple[str, ...]
     named = tuple(dict.fromkeys(wanted))
     asked = ["collapse" if name in FOLLOWING else name for name in named if name.partition(":")[0] not in FREE]
     return tuple(dict.fromkeys(asked)), named
+
+
+def look_up(cache: OrderCache, name: str, images: Sequence[str], flip: bool, draw: int = 0) -> Int[Tensor, "B N"]:
+    """Orders of images by any name: out of a file, or, of those that need none, made here.
+
+    Args:
+        cache: the file.
+        name: of an order.
+        images: their names in the file.
+        flip: whether they are mirrored.
+        draw: another one of ``random``.
+
+    Raises:
+        DataError: as :meth:`smalti.data.orders.OrderCache.orders`.
+    """
+    if name == "random":
+        return random_orders(torch.arange(len(images)) + 1_000_003 * draw, cache.num_patches)
+    found = None if name in cache.stored else grid_order(name, cache.grid)
+    if found is not None:
+        return found.expand(len(images), -1).clone()
+    return cache.orders(name, images, [flip] * len(images))
 
 
 def check_memory(ranker: Ranker, batch_size: int, num_rows: int, num_names: int, free: float, where: str) -> None:

@@ -199,10 +199,10 @@ def _predictions(judged: Sequence[Judged]) -> Html | None:
                 for arm, guess in guesses.items()
             ]
             maps = [picture.truth, *guesses.values()] if picture.truth is not None else list(guesses.values())
-            blocks.append(_block(name, cells, picture.aspect, _legend(maps, classes)))
+            blocks.append(picture_block(name, cells, picture.aspect, _legend(maps, classes)))
         hidden = "" if pictures else " The images themselves were not kept with these results."
         lead = tag("p", f"Classes of pixels on test images, by seed {_seed(one)}.{hidden}", class_="lead")
-        parts.append(join((tag("h3", one.name), lead, _blocks(blocks))))
+        parts.append(join((tag("h3", one.name), lead, picture_blocks(blocks))))
     return join(parts) if parts else None
 
 
@@ -328,14 +328,14 @@ def _objects(judged: Sequence[Judged]) -> Html | None:
                 for arm, objects in rows.items()
             ]
             labels = [objects.labels + 1 for objects in rows.values()]
-            blocks.append(_block(name, cells, picture.aspect, _legend(labels, ("", *classes))))
+            blocks.append(picture_block(name, cells, picture.aspect, _legend(labels, ("", *classes))))
         lead = tag(
             "p",
             f"Objects on test images by seed {_seed(one)}: true ones, crowds among them, and those found with a score "
             "of 0.3 or more.",
             class_="lead",
         )
-        parts.append(join((tag("h3", one.name), lead, _blocks(blocks))))
+        parts.append(join((tag("h3", one.name), lead, picture_blocks(blocks))))
     return join(parts) if parts else None
 
 
@@ -419,7 +419,7 @@ def _maps(judged: Sequence[Judged]) -> Html | None:
             aligned = align_components(coordinates, shown.grid, first[1], first[2].grid)
             maps[arm] = dict(zip(names, pca_maps(aligned, shown.grid), strict=True))
         blocks = [
-            _block(
+            picture_block(
                 name,
                 [
                     ("image", image_uri(pictures[name].pixels), name),
@@ -433,7 +433,7 @@ def _maps(judged: Sequence[Judged]) -> Html | None:
             f"{arm}: {s.grid[0]} × {s.grid[1]} patches of an image of {s.image_size} px"
             for arm, (_, _, s) in of_arm.items()
         )
-        parts.append(join((tag("h3", data), tag("p", f"{sizes}.", class_="lead"), _blocks(blocks))))
+        parts.append(join((tag("h3", data), tag("p", f"{sizes}.", class_="lead"), picture_blocks(blocks))))
     if parts:
         lead = (
             "The first three principal components of the patch tokens as red, green and blue, fitted for each arm over "
@@ -462,7 +462,7 @@ def _similarity(judged: Sequence[Judged]) -> Html | None:
                 query = row * shown.grid[1] + column
                 heat = similarity_picture(pictures[name].pixels, coordinates[number], shown.grid, query)
                 cells.append((arm, image_uri(heat), f"similarity of the patches of {name} to one, by {arm}"))
-            blocks.append(_block(name, cells, pictures[name].aspect))
+            blocks.append(picture_block(name, cells, pictures[name].aspect))
         num = reference.shape[-1]
         lead = tag(
             "p",
@@ -472,7 +472,7 @@ def _similarity(judged: Sequence[Judged]) -> Html | None:
             "patch is the same for all arms: the one from which the first arm tells most apart.",
             class_="lead",
         )
-        parts.append(join((tag("h3", data), lead, _blocks(blocks))))
+        parts.append(join((tag("h3", data), lead, picture_blocks(blocks))))
     return join(parts) if parts else None
 
 
@@ -514,7 +514,7 @@ def _pictures(judged: Sequence[Judged]) -> dict[str, _Picture]:
     return found
 
 
-def _block(name: str, cells: Sequence[tuple[str, str, str]], aspect: float, more: Html | None = None) -> Html:
+def picture_block(name: str, cells: Sequence[tuple[str, str, str]], aspect: float, more: Html | None = None) -> Html:
     """Pictures of one image side by side, each with its heading."""
     return tag(
         "figure",
@@ -527,7 +527,7 @@ def _block(name: str, cells: Sequence[tuple[str, str, str]], aspect: float, more
     )
 
 
-def _blocks(blocks: Sequence[Html]) -> Html:
+def picture_blocks(blocks: Sequence[Html]) -> Html:
     columns = max((block.count("<img") for block in blocks), default=1)
     style = f"--block:{columns * _BLOCK_PX}px"
     first = tag("div", *blocks[:_OPEN_IMAGES], class_="maps", style=style)

@@ -432,6 +432,13 @@ def _free_mib(device: torch.device) -> float:
     return (_main_memory()[1] + psutil.Process().memory_info().rss) / _MIB
 
 
+def free_bytes(device: torch.device) -> float:
+    """Memory of a device that this process can still have, less :data:`MARGIN`."""
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) * (1 - MARGIN)
+    return _main_memory()[1] * (1 - MARGIN)
+
+
 def _main_memory() -> tuple[int, int]:
     """Bytes of main memory in all and free, within the limit of a container."""
     memory = psutil.virtual_memory()

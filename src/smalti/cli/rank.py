@@ -1,0 +1,136 @@
+"""``smalti rank``: which patches matter, kept as a file, beside orders that look at no image."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from smalti.cli.options import Data, Debug, Json, Out, Quiet, Settings, needed, take
+from smalti.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smalti.study.ranking import Ranking
+
+NAME = "rank"
+
+
+def command(
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A run of comae, or an encoder: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME",
+            show_default=False,
+        ),
+    ],
+    words: Settings = None,
+    data: Data = None,
+    out: Out = None,
+    orders: Annotated[
+        str | None,
+        typer.Option("--orders", metavar="A,B", help="Names of orders; without it, all that RUN gives."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="OTHER", help="A file of orders, or a run of another seed, to compare with."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="RUN", help="A run of prefix: what the first patches of orders tell."),
+    ] = None,
+    flips: Annotated[
+        bool, typer.Option("--flips/--no-flips", help="Also rank the mirrored images, as training with flips needs.")
+    ] = True,
+    json: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Rank the patches of all images: a file of orders, what they are like, and a page with pictures.
+
+    --out is DIR, or FILE.parquet; beside the orders stand the numbers (.json), the page (.html) and its pictures
+    (.png).
+
+    Settings: batch_size, chunk, damping (of comae), image_size, weights, load.* (of encoders), num_workers, judged,
+    shown. See docs/ranking.md.
+    """
+    data, out = needed(data, "--data", "DIR"), needed(out, "--out", "orders")
+    from smalti.study.ranking import ORDERS_FILE, RankConfig, rank, ranking_content, write_ranking
+
+    config = take(words, RankConfig)
+    names = [name.strip() for name in (orders or "").split(",") if name.strip()]
+    if orders is not None and not names:
+        raise ConfigError("--orders names none; leave it out for all")
+    file = _file_of(Path(out).expanduser(), ORDERS_FILE)
+
+    from smalti.cli.options import Progress, best_device, write_json
+    from smalti.config import check_writable
+    from smalti.report.ranking import write_page
+
+    for path in (json, *(file.with_suffix(ending) for ending in (".json", ".html", ".png"))):
+        if path is not None:
+            check_writable(path)
+    ranking = rank(
+        spec,
+        str(data),
+        file,
+        config,
+        orders=names,
+        both_flips=flips,
+        against=against,
+        judge=judge,
+        device=best_device(),
+        progress=None if quiet else Progress(),
+    )
+    line = shlex.join(["smalti", *sys.argv[1:]])
+    write_ranking(file.with_suffix(".json"), ranking, line)
+    page = write_page(file.with_suffix(".html"), ranking, config.shown, line)
+    if json:
+        write_json(json, ranking_content(ranking, line))
+    _print(ranking)
+    for sentence in ranking.sentences:
+        print(sentence)
+    if ranking.skipped:
+        path, reason = ranking.skipped[0]
+        print(f"unreadable and left out: {len(ranking.skipped):,}, the first: {path}: {reason}")
+    print(f"written: {file}: orders {', '.join(ranking.cache.stored)} of {len(ranking.images):,} images")
+    print(f"numbers: {file.with_suffix('.json')}, page: {page}")
+
+
+def _file_of(out: Path, name: str) -> Path:
+    """The file of orders.
+
+    Raises:
+        ConfigError: for a file of another ending, or a folder of something else.
+    """
+    if out.suffix.lower() == ".parquet":
+        return out
+    if out.suffix and not out.is_dir():
+        raise ConfigError(f"{out}: name a folder, or a file that ends in .parquet")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / name).is_file()):
+        raise ConfigError(f"{out}: is not empty and holds no {name}; choose another --out")
+    return out / name
+
+
+def _print(ranking: "Ranking") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("position_share", "static_correlation", "top_overlap", "neighbour_correlation", "nearest_distance")
+    title = f"orders of {len(ranking.images):,} images by {ranking.source}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("order")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    if ranking.judged:
+        table.add_column("auc_q", justify="right")
+        table.add_column("auc_full", justify="right")
+    for name in dict.fromkeys((*ranking.described, *ranking.judged)):
+        numbers = ranking.described.get(name, {})
+        cells = [f"{numbers[column]:.3f}" if column in numbers else "" for column in columns]
+        if ranking.judged:
+            judged = ranking.judged.get(name)
+            cells += ["", ""] if judged is None else [f"{judged[n].value:.3f}" for n in ("auc_q", "auc_full")]
+        table.add_row(name, *cells)
+    Console().print(table)
