@@ -60,7 +60,7 @@ def order_picture(
             cv2.line(drawn, one, other, colour, thickness, cv2.LINE_AA)
     if cell < _READABLE_PX:
         return drawn
-    scale = min(0.5, cell / 68)
+    scale = min(0.8, cell / 60)
     for number, (x, y) in enumerate(centres, 1):
         (wide, tall), _ = cv2.getTextSize(str(number), cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
         corner = (x - wide // 2, y + tall // 2)
@@ -100,7 +100,13 @@ def draw_sheet(path: Path, rows: Sequence[tuple[str, Mapping[str, UInt8[np.ndarr
             axis.set_axis_off()
         for place, (heading, picture) in enumerate(pictures.items()):
             line[place].imshow(picture)
-            line[place].set_title(f"{name}\n{heading}" if place == 0 else heading, fontsize=7, loc="left")
+            title = f"{_short(name)}\n{heading}" if place == 0 else heading
+            line[place].set_title(title, fontsize=7, loc="left").set_in_layout(place > 0)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=110)
     write_atomically(path, file.getvalue())
+
+
+def _short(name: str, most: int = 30) -> str:
+    """The end of a long name."""
+    return name if len(name) <= most else f"…{name[1 - most:]}"

@@ -209,8 +209,8 @@ def _show(pictures: Mapping[str, Mapping[str, np.ndarray]]) -> Html | None:
         blocks.append(tag("div", first, *rest))
     lead = (
         "Scores from the image's lowest (dark) to its highest (pale); the first 22 % of the patches with their "
-        "numbers, and the path through the first twelve; then what the first patches show, beside the same number by the mean "
-        "order of all images and by chance."
+        "numbers, and the path through the first twelve; then what the first patches show, beside the same number "
+        "by the mean order of all images and by chance."
     )
     return join((tag("p", lead, class_="lead"), picture_blocks(blocks)))
 
