@@ -109,4 +109,4 @@ def draw_sheet(path: Path, rows: Sequence[tuple[str, Mapping[str, UInt8[np.ndarr
 
 def _short(name: str, most: int = 30) -> str:
     """The end of a long name."""
-    return name if len(name) <= most else f"…{name[1 - most:]}"
+    return name if len(name) <= most else f"…{name[1 - most :]}"
