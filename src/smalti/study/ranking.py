@@ -233,15 +233,15 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
     if name is not None and issubclass(get_method(name), TokenMethod):
         if name != "comae":
             raise ConfigError(f"{spec}: is a run of {name}; patches are ranked by a run of comae, or by an encoder")
-        for setting, unset in (("image_size", None), ("weights", None), ("load", LoadConfig())):
-            if getattr(config, setting) != unset:
+        for setting in ("image_size", "weights", "load"):
+            if getattr(config, setting) != getattr(RankConfig(), setting):
                 raise ConfigError(f"{setting}: {spec} is a run of comae, which has its own; leave it out")
         method = load_method(run)
         assert isinstance(method, CoMAE)
         method.to(device)
         return GraphRanker(method, method.config.encoder_dim, spec, config.damping, config.chunk)
-    for setting, unset in (("chunk", None), ("damping", 0.85)):
-        if getattr(config, setting) != unset:
+    for setting in ("chunk", "damping"):
+        if getattr(config, setting) != getattr(RankConfig(), setting):
             raise ConfigError(f"{setting}={getattr(config, setting)}: is for runs of comae; leave it out")
     load = dataclasses.replace(config.load, weights=config.weights) if config.weights else config.load
     encoder = open_encoder(spec, load).to(device)
