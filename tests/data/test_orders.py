@@ -171,3 +171,15 @@ def test_what_is_no_order_is_not_written(tmp_path):
     with pytest.raises(ConfigError, match=r"ends in \.parquet"):
         written(tmp_path / "orders.csv")
     assert not list(tmp_path.iterdir())
+
+
+def test_images_that_could_not_be_read_are_excused(tmp_path):
+    path, table = written(tmp_path / "orders.parquet", unreadable=["c/broken.png"], seconds={"collapse": 0.5})
+    cache = read_orders(path)
+    check_fits(cache, image_set(["c/0.png", "c/broken.png"]), GRID, flips_needed=True)
+    found = cache.table("collapse", ["c/broken.png", "c/0.png"]).long()
+    assert torch.equal(found, torch.stack([torch.arange(12).expand(2, -1), table[:2]]))
+    assert torch.equal(cache.table("collapse", ["c/1.png"], flips=False).long(), table[None, 2:3])
+    assert cache.seconds == {"collapse": 0.5}
+    with pytest.raises(DataError, match=r"has no order of c/broken\.png"):
+        cache.orders("collapse", ["c/broken.png"], [False])

@@ -36,6 +36,7 @@ def test_bright_patches_come_first_in_each_image_and_its_mirror_image(bright, pi
     assert len(ranked.places) == 16 and sum(ranked.flips) == 8
     ranked.write(tmp_path / "o.parquet", bright)
     cache = read_orders(tmp_path / "o.parquet")
+    assert cache.unreadable == {"train/a/z.png"} and cache.seconds["variance"] > 0
     assert cache.grid == (4, 4) and cache.source == "a toy"
     for sample, name in zip(images.samples, images.names, strict=True):
         if name.endswith("z.png"):

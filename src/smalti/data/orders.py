@@ -96,6 +96,8 @@ class OrderCache:
     """Scores behind some of them, float32."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """What finding an order took where the file was made, for an image; of those of which it is known."""
+    unreadable: frozenset[str] = field(default=frozenset(), repr=False)
+    """Names of images that could not be read then, and so have no order."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -131,17 +133,22 @@ class OrderCache:
         found = self.stored[base][torch.from_numpy(rows)].long()
         return found.flip(1) if name == "collapse_reversed" else found
 
-    def table(self, name: str, images: Sequence[str]) -> Int[Tensor, "M 2 N"]:
-        """Orders of some images as they are, and mirrored: what training looks up at each step.
+    def table(self, name: str, images: Sequence[str], flips: bool = True) -> Int[Tensor, "M F N"]:
+        """Orders of some images as they are and, if ``flips``, mirrored: what training looks up at each step.
 
         Returns:
-            int16; ``table[i, 1]`` is the order of the mirrored image i.
+            int16; ``table[i, 1]`` is the order of the mirrored image i. Images that could not be read when the file was
+            made have 0..N-1: training replaces them.
 
         Raises:
             DataError: as :meth:`orders`.
         """
-        states = [self.orders(name, images, [flip] * len(images)).short() for flip in (False, True)]
-        return torch.stack(states, dim=1)
+        there = [place for place, image in enumerate(images) if _text(image) not in self.unreadable]
+        table = torch.arange(self.num_patches, dtype=torch.int16).repeat(len(images), 1 + flips, 1)
+        for state in range(1 + flips):
+            found = self.orders(name, [images[place] for place in there], [bool(state)] * len(there))
+            table[there, state] = found.short()
+        return table
 
     @cached_property
     def static(self) -> Int[Tensor, " N"]:
@@ -208,7 +215,7 @@ def check_fits(cache: OrderCache, images: ImageSet, grid: tuple[int, int], flips
             f"{cache.path}: orders of {cache.grid[0]}x{cache.grid[1]} patches, the images have {grid[0]}x{grid[1]}; "
             "rank them at this image size and patch size"
         )
-    names = [_text(name) for name in images.names]
+    names = [name for name in map(_text, images.names) if name not in cache.unreadable]
     there = sum((name, False) in cache._place or (name, True) in cache._place for name in names)
     if there < len(names):
         raise DataError(
@@ -232,6 +239,7 @@ def write_orders(
     root: str,
     source: str,
     seconds: Mapping[str, float] | None = None,
+    unreadable: Sequence[str] = (),
 ) -> None:
     """Write a file that :func:`read_orders` takes; all of it or none.
 
@@ -247,6 +255,7 @@ def write_orders(
         root: where the images lie.
         source: what made the orders, in words.
         seconds: that an image took, for the orders of which it was measured.
+        unreadable: names of images that could not be read, and so have no row.
 
     Raises:
         ConfigError: for another ending, or if it can't be written.
@@ -293,6 +302,7 @@ def write_orders(
         "source": source,
         "orders": list(orders),
         "seconds": dict(seconds or {}),
+        "unreadable": [_text(name) for name in unreadable],
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=pa.schema(fields, metadata={"smalti": json.dumps(note)})), buffer)
@@ -339,6 +349,7 @@ def read_orders(path: str | Path) -> OrderCache:
             stored={name: _rows(table[name], num) for name in names},
             scores={name: _rows(table[f"{name}_score"], num) for name in scored},
             seconds={str(name): float(value) for name, value in (note.get("seconds") or {}).items()},
+            unreadable=frozenset(map(str, note.get("unreadable") or ())),
         )
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, pa.ArrowException) as error:
         raise DataError(f"{path}: is damaged ({str(error).splitlines()[0]}); rank the images again") from None

@@ -149,10 +149,7 @@ class CViT(Method):
             return
         cache = read_orders(self.config.orders)
         check_fits(cache, images, self.student.encoder.check_size(image_size, image_size), self.config.flip_prob > 0)
-        if self.config.flip_prob > 0:
-            self.orders = cache.table(self.order, images.names)
-        else:
-            self.orders = cache.orders(self.order, images.names, [False] * len(images)).short()[:, None]
+        self.orders = cache.table(self.order, images.names, flips=self.config.flip_prob > 0)
 
     def orders_of(self, views: Views, grid: tuple[int, int]) -> Int[Tensor, "B N"]:
         """The order of each image's patches.

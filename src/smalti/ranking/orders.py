@@ -5,6 +5,7 @@ flip states), D width of the network that makes dependency graphs.
 """
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -226,10 +227,13 @@ class RankedImages:
     """True where all patches have the same score."""
     skipped: tuple[Skipped, ...]
     """Images that could not be read."""
+    seconds: float = 0.0
+    """Of ranking an image in one flip state, all orders together, reading not counted."""
 
     def write(self, path: Path, ranker: Ranker) -> None:
         """The file of orders that :func:`smalti.data.orders.read_orders` takes."""
         names = self.images.names
+        unreadable = {skipped.path for skipped in self.skipped}
         write_orders(
             path,
             images=[names[place] for place in self.places],
@@ -241,6 +245,8 @@ class RankedImages:
             image_size=ranker.image_size,
             root=str(self.images.root),
             source=ranker.source,
+            seconds=dict.fromkeys(self.orders, self.seconds),
+            unreadable=[name for name, path in zip(names, self.images.paths, strict=True) if path in unreadable],
         )
 
 
@@ -278,13 +284,16 @@ def rank_images(
     orders: dict[str, list[Tensor]] = {name: [] for name in names}
     scores: dict[str, list[Tensor]] = {}
     degenerate: dict[str, list[Tensor]] = {}
-    done = 0
+    done, seconds = 0, 0.0
     for pixels, found, unreadable in batches:
         skipped += unreadable
         done += len(found) + len(unreadable)
         for flip in states if found else ():
             batch = (pixels.flip(-1) if flip else pixels).to(device or "cpu")
-            for name, ranked in ranker.rank(batch, names).items():
+            started = time.perf_counter()
+            all_ranked = ranker.rank(batch, names)  # ends on the CPU, so a GPU has finished
+            seconds += time.perf_counter() - started
+            for name, ranked in all_ranked.items():
                 orders[name].append(ranked.order.to("cpu", torch.int16))
                 if ranked.score is not None:
                     scores.setdefault(name, []).append(ranked.score.to("cpu", torch.float32))
@@ -305,6 +314,7 @@ def rank_images(
         {name: torch.cat(parts) for name, parts in scores.items()},
         {name: torch.cat(parts) for name, parts in degenerate.items()},
         tuple(skipped),
+        seconds / len(places),
     )
 
 
