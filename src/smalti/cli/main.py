@@ -8,7 +8,21 @@ from typing import Annotated, Any
 import typer
 
 import smalti
-from smalti.cli import compare, demo, doctor, embed, evaluate, export, methods, probe, rank, report, samples, train
+from smalti.cli import (
+    compare,
+    demo,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    generate,
+    methods,
+    probe,
+    rank,
+    report,
+    samples,
+    train,
+)
 from smalti.errors import SmaltiError
 
 app = typer.Typer(
@@ -19,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (methods, train, evaluate, compare, report, probe, rank, export, embed, doctor, samples, demo):
+for module in (methods, train, evaluate, compare, report, probe, rank, generate, export, embed, doctor, samples, demo):
     app.command(module.NAME)(module.command)
 
 

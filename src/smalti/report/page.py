@@ -222,6 +222,7 @@ def _page(files: RunFiles, shown: tuple[Html, Html] | str) -> str:
         "features": ("Feature maps", maps),
         "nearest": ("Nearest patches", nearest),
         "positions": ("Positions", _positions(files)),
+        "drawn": ("Drawn images", _drawn(files)),
         "events": ("Events", _events(files)),
         "settings": ("What was run", _settings(files)),
         "reproduce": ("Reproduce", _reproduce(files)),
@@ -532,6 +533,24 @@ def _positions(files: RunFiles) -> Html | None:
     image = tag("img", src=f"data:image/png;base64,{drawn}", alt="predicted and true offsets", style="max-width:100%")
     lead = tag("p", "What the encoder and its head know of where patches are, on images as in training.", class_="lead")
     return join((lead, image if drawn else None, text_table(("probe", "value", "meaning"), rows)))
+
+
+def _drawn(files: RunFiles) -> Html | None:
+    """What ``smalti generate`` drew last; None where it did not run."""
+    folder = files.path / "samples"
+    try:
+        grid, film = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("grid.png", "film.png"))
+    except OSError:
+        return None
+    told = "A row an image: frames from first to last, what is not drawn yet in grey; at the end when each place was "
+    return join(
+        (
+            tag("p", "Images that the run drew last.", class_="lead"),
+            tag("img", src=f"data:image/png;base64,{grid}", alt="drawn images", style="max-width:100%"),
+            tag("p", f"{told}drawn, dark first.", class_="lead"),
+            tag("img", src=f"data:image/png;base64,{film}", alt="how they were drawn", style="max-width:100%"),
+        )
+    )
 
 
 def _events(files: RunFiles) -> Html:

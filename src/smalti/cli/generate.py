@@ -1,0 +1,165 @@
+"""``smalti generate``: images drawn by a run of MAR or CMAR."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from smalti.cli.options import Debug, Out, Quiet, needed
+from smalti.config import build
+from smalti.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "generate"
+FILM_IMAGES = 8
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of mar or cmar.", show_default=False)],
+    num: Annotated[int, typer.Option("--num", help="How many images.")] = 64,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", metavar="A,B", help="Classes in turn, by name or number; none: without; default: all."
+        ),
+    ] = None,
+    cfg: Annotated[float, typer.Option("--cfg", help="Guidance towards the class; 1: none, and half the cost.")] = 1.0,
+    cfg_schedule: Annotated[
+        str, typer.Option("--cfg-schedule", help="linear: grows as the image does; constant.")
+    ] = "linear",
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", help="Steps an image is drawn in; default: 256, or one a token.")
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option("--order", metavar="NAME", help="collapse, random, halton ...; default: what the run learned."),
+    ] = None,
+    orders: Annotated[
+        Path | None, typer.Option("--orders", metavar="FILE", help="The file of smalti rank, for orders found there.")
+    ] = None,
+    order_source: Annotated[
+        str,
+        typer.Option("--order-source", help="bank: of a training image of the class; class_mean; global_mean."),
+    ] = "bank",
+    steps: Annotated[int, typer.Option("--steps", help="Diffusion steps for a token.")] = 100,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Of the noise; default: 1, and 0.95 without guidance.")
+    ] = None,
+    decoder: Annotated[
+        str, typer.Option("--decoder", help="all: as trained; needed: without mask tokens of later steps, faster.")
+    ] = "all",
+    seed: Annotated[int, typer.Option("--seed", help="The same seed draws the same images.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Images at a time; default: as many as fit.")
+    ] = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw images: PNG files, a grid of them, and a film strip of what was drawn first.
+
+    The grid and the strip also stand in the run's page (smalti report RUN), until others are drawn.
+    """
+    out = needed(out, "--out", "DIR")
+    for option, value in (("--num", num), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value}: at least 1 is needed")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"{out}: is not empty; choose another --out")
+
+    import torch
+    from rich.progress import Progress, TimeRemainingColumn
+
+    from smalti.cli.options import best_device, write_json
+    from smalti.methods.mar import SamplerConfig
+    from smalti.report.samples import FOLDER, as_pixels, film_strip, picture_grid, write_png
+    from smalti.study.generate import (
+        choose_classes,
+        choose_orders,
+        draw_images,
+        image_keys,
+        load_generator,
+        open_cache,
+        own_order,
+    )
+
+    given = {
+        "iterations": iterations,
+        "cfg": cfg,
+        "cfg_schedule": cfg_schedule,
+        "temperature": temperature,
+        "steps": steps,
+        "decoder": decoder,
+    }
+    sampler = build(SamplerConfig, given)
+    generator = load_generator(run)
+    method, classes = generator.method, generator.classes
+    method.plan(sampler)
+    numbers = choose_classes(labels, classes, num)
+    trained_for, its_file = own_order(method)
+    name, file = order or trained_for, orders or its_file
+    chosen = choose_orders(
+        name,
+        order_source,
+        open_cache(name, file),
+        numbers,
+        image_keys(seed, range(num)),
+        method.tokens.grid,
+        classes,
+    )
+    method = method.to(best_device())
+    names = [classes[number] if number < len(classes) else "" for number in numbers]
+    first_ones: "list[Tensor]" = []
+
+    def keep(first: int, images: "Tensor") -> None:
+        for place, image in enumerate(images.unbind(), start=first):
+            pixels = as_pixels(image)
+            if pixels.shape[2] not in (1, 3):
+                raise ConfigError(f"images of {pixels.shape[2]} channels can't be PNG files; 1 or 3 can")
+            write_png(out / "images" / names[place] / f"{place:05d}.png", pixels)
+            if place < 64:
+                first_ones.append(image)
+
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True, disable=quiet) as bar:
+        task = bar.add_task("drawing", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        film, rate = draw_images(
+            method,
+            chosen,
+            numbers,
+            seed=seed,
+            sampler=sampler,
+            batch_size=batch_size,
+            keep=keep,
+            progress=progress,
+            film_images=FILM_IMAGES,
+        )
+    assert film is not None
+    pictures = {"grid.png": picture_grid(torch.stack(first_ones)), "film.png": film_strip(film)}
+    for folder in (out, run / FOLDER):
+        for file_name, picture in pictures.items():
+            try:
+                write_png(folder / file_name, picture)
+            except ConfigError:
+                if folder == out:
+                    raise
+    write_json(
+        out / "samples.json",
+        {
+            "run": str(run),
+            "num": num,
+            "seed": seed,
+            "labels": names,
+            "order": name,
+            "orders": None if file is None else str(file),
+            "order_source": order_source,
+            **given,
+            "images_per_s": round(rate, 3),
+        },
+    )
+    print(f"written: {num} images in {out / 'images'}, {out / 'grid.png'} and film.png; {rate:.3g} images/s")

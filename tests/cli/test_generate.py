@@ -1,0 +1,179 @@
+"""MAR and CMAR from images to runs to PNG files: ``smalti generate`` as a function, and once in a process."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from smalti.cli.generate import command as generate
+from smalti.config import parse_overrides
+from smalti.data.folders import open_images
+from smalti.data.orders import write_orders
+from smalti.errors import SmaltiError
+from smalti.functional.orders import fixed_random, halton, raster
+from smalti.report.page import write_report
+from smalti.study.pretrain import train
+
+TINY = (
+    "method.embed_dim=16 method.depth=1 method.decoder_depth=1 method.num_heads=2 method.buffer_size=2 "
+    "method.head_depth=1 method.head_width=16 method.dropout=0 method.clip=4 tokens.kind=pixels tokens.patch_size=8 "
+    "data.image_size=32 batch_size=4 steps=2 precision=fp32 devices=cpu"
+).split()
+
+
+def fit(method: str, data: Path, out: Path, *words: str, init: Path | None = None) -> Path:
+    return train(
+        method, data, out, init=None if init is None else str(init), overrides=parse_overrides(words), quiet=True
+    )
+
+
+def draw(run: Path, out: Path, **options: Any) -> None:
+    generate(run=run, out=out, quiet=True, **{"steps": 3, "iterations": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def mar(tmp_path_factory: pytest.TempPathFactory, class_folders: Path) -> Path:
+    """A run of two steps on blue and red images."""
+    out = tmp_path_factory.mktemp("runs") / "mar"
+    return fit("mar", class_folders, out, *TINY)
+
+
+@pytest.fixture(scope="module")
+def orders(tmp_path_factory: pytest.TempPathFactory, class_folders: Path) -> Path:
+    """Orders of the training images: blue ones begin in raster order, red ones as the Halton sequence goes."""
+    images = open_images(str(class_folders)).subset("train")
+    file = tmp_path_factory.mktemp("orders") / "orders.parquet"
+    names = [name for name in images.names for _ in range(2)]
+    write_orders(
+        file,
+        images=names,
+        splits=["train"] * len(names),
+        flips=[False, True] * len(images),
+        orders={"collapse": torch.stack([raster((4, 4)) if "blue" in name else halton((4, 4)) for name in names])},
+        grid=(4, 4),
+        image_size=32,
+        root=str(class_folders),
+        source="a test",
+    )
+    return file
+
+
+def test_images_a_grid_and_a_strip_are_written_and_a_seed_draws_the_same_again(mar: Path, tmp_path: Path) -> None:
+    draw(mar, tmp_path / "a", num=5, labels="red,blue", cfg=2.0, seed=3)
+    draw(mar, tmp_path / "b", num=5, labels="1,0", cfg=2.0, seed=3, batch_size=2)
+    files = sorted((tmp_path / "a" / "images").rglob("*.png"))
+    names = [file.relative_to(tmp_path / "a" / "images").as_posix() for file in files]
+    assert names == ["blue/00001.png", "blue/00003.png", "red/00000.png", "red/00002.png", "red/00004.png"]
+    for file in files:
+        image = cv2.imread(str(file))
+        other = cv2.imread(str(tmp_path / "b" / file.relative_to(tmp_path / "a")))
+        assert image.shape == (32, 32, 3) and np.abs(image.astype(int) - other).max() <= 1  # the last bit may round
+    assert cv2.imread(str(tmp_path / "a" / "film.png")).shape[0] == 5 * 68 + 4  # a row an image, at least 64 pixels
+    note = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert note["labels"] == ["red", "blue", "red", "blue", "red"] and note["images_per_s"] > 0
+    assert (mar / "samples" / "film.png").is_file()
+    page = write_report(mar, num_images=0).read_text()
+    assert "Drawn images" in page and page.count("data:image/png;base64") >= 2
+
+
+def test_a_cmar_learns_from_a_mar_and_draws_in_the_orders_of_each_class(
+    mar: Path, orders: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "cmar"
+    words = ("steps=2", "batch_size=4", "optim.lr=1e-3", "devices=cpu", "precision=fp32")
+    fit("cmar", class_folders, run, f"method.orders={orders}", *words, init=mar)
+    draw(run, tmp_path / "out", num=4, order_source="class_mean")
+    note = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert note["order"] == "collapse" and Path(note["orders"]) == orders
+    strip = cv2.imread(str(tmp_path / "out" / "film.png"))[..., ::-1]
+    maps = [strip[4 + 68 * row : 68 * row + 68, -68:-4] for row in range(4)]  # the last tile of each row
+    first = [np.unravel_index(picture.sum(-1).argmin(), picture.shape[:2]) for picture in maps]
+    assert [(int(y) // 16, int(x) // 16) for y, x in first[::2]] == [(0, 0), (0, 0)]  # blue: dark, so first
+    cell = int(halton((4, 4))[0])
+    assert [(int(y) // 16, int(x) // 16) for y, x in first[1::2]] == [divmod(cell, 4)] * 2  # red
+
+
+def test_a_run_without_classes_draws_without_labels(photos: Path, tmp_path: Path) -> None:
+    run = fit("mar", photos, tmp_path / "run", *TINY)
+    draw(run, tmp_path / "out", num=2)
+    assert [file.name for file in sorted((tmp_path / "out" / "images").iterdir())] == ["00000.png", "00001.png"]
+    with pytest.raises(SmaltiError, match="learned without classes"):
+        draw(run, tmp_path / "other", labels="cat")
+    with pytest.raises(SmaltiError, match="knows no classes"):
+        draw(run, tmp_path / "other", cfg=2.0)
+
+
+def test_mistakes_are_one_line_and_nothing_is_written(
+    mar: Path, orders: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    words = "encoder=vit_tiny_patch16_224 encoder.embed_dim=24 encoder.depth=1 encoder.num_heads=3 encoder.patch_size=8"
+    more = "data.image_size=32 steps=1 batch_size=2 method.decoder_dim=16 method.decoder_depth=1 devices=cpu"
+    other = fit("mae", class_folders, tmp_path / "mae", *words.split(), *more.split())
+    full, wrong = tmp_path / "full", tmp_path / "wrong.parquet"
+    full.mkdir()
+    (full / "a.txt").write_text("mine")
+    write_orders(
+        wrong,
+        images=["train/red/0.png"],
+        splits=[None],
+        flips=[False],
+        orders={"collapse": fixed_random(9)[None]},
+        grid=(3, 3),
+        image_size=24,
+        root="x",
+        source="a test",
+    )
+    out = tmp_path / "out"
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("there is no class 'bleu'; did you mean 'blue'?", {"labels": "bleu"}),
+        ("--labels 7: there are classes 0..1", {"labels": "7"}),
+        ("iterations=17: images of 16 tokens are drawn in 1..16 steps", {"iterations": 17}),
+        ("is a run of mae; images are drawn by runs of mar and cmar", {"run": other}),
+        ("orders of 3x3 patches, this run draws 4x4 tokens", {"order": "collapse", "orders": wrong}),
+        ("collapse stands in a file: name it with --orders", {"order": "collapse"}),
+        ("there is no order 'colapse'", {"order": "colapse"}),
+        ("holds no order 'coverage'", {"order": "coverage", "orders": orders}),
+        ("--order-source mean: one of bank", {"order": "collapse", "orders": orders, "order_source": "mean"}),
+        ("steps=2000: the diffusion has 2..1000 steps", {"steps": 2000}),
+        ("--num 0: at least 1", {"num": 0}),
+        ("is not a run with a checkpoint", {"run": tmp_path / "nothing"}),
+        ("decoder='some'", {"decoder": "some"}),
+    ]
+    for expected, given in cases:
+        with pytest.raises(SmaltiError) as raised:
+            draw(given.pop("run", mar), out, **given)
+        assert expected in str(raised.value) and "\n" not in str(raised.value)
+        assert not out.exists()
+    with pytest.raises(SmaltiError, match="is not empty; choose another --out"):
+        draw(mar, full)
+    done = subprocess.run(
+        [sys.executable, "-m", "smalti", "generate", str(mar), "--labels", "bleu", "--out", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("smalti: --labels: there is no class 'bleu'")
+
+
+def test_a_cmar_needs_a_mar_and_its_images_orders(mar: Path, orders: Path, class_folders: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    shutil.copytree(class_folders, more)
+    shutil.copy(more / "train" / "red" / "0.png", more / "train" / "red" / "new.png")
+    out, file = tmp_path / "run", f"method.orders={orders}"
+    for expected, data, init, words in (
+        ("cmar fine-tunes a run of mar or cmar; name it with --init RUN", class_folders, None, []),
+        ("give its file as method.orders=FILE", class_folders, mar, []),
+        ("has orders of 12 of the 13 images", more, mar, [file]),
+        ("another shape", class_folders, mar, [file, "method.embed_dim=32"]),
+    ):
+        with pytest.raises(SmaltiError) as raised:
+            fit("cmar", data, out, "devices=cpu", *words, init=init)
+        assert expected in str(raised.value) and "\n" not in str(raised.value), str(raised.value)
+        assert not out.exists()
