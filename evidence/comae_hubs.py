@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/comae_hubs"), help="where images, runs and cells lie")
     parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
     parser.add_argument("--only", metavar="PRESET:SEED", help="make one run and stop")
+    parser.add_argument("--finished", action="store_true", help="make none, take the runs that are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = options.out / "world"
@@ -163,7 +164,13 @@ def main() -> None:
         preset, seed = options.only.split(":")
         print(preset, seed, json.dumps(cell(preset, int(seed), data, options.out)))
         return
-    cells = {preset: [cell(preset, seed, data, options.out) for seed in SEEDS] for preset in PRESETS}
+    seeds = {
+        preset: [
+            seed for seed in SEEDS if not options.finished or (options.out / "cells" / f"{preset}_{seed}.json").exists()
+        ]
+        for preset in PRESETS
+    }
+    cells = {preset: [cell(preset, seed, data, options.out) for seed in seeds[preset]] for preset in PRESETS}
     mean = {
         preset: {key: statistics.mean(one[key] for one in rows) for key in rows[0]} for preset, rows in cells.items()
     }
@@ -172,7 +179,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for preset, rows in cells.items():
-        for seed, row in zip([*SEEDS, "mean"], [*rows, mean[preset]], strict=True):
+        for seed, row in zip([*seeds[preset], "mean"], [*rows, mean[preset]], strict=True):
             keys = ("in_strength_own", "in_strength_other", "pagerank_own", "pagerank_other", "mean_weight")
             keys += ("mask_effective_count", "loss/reconstruction")
             print(f"| {preset} | {seed} | " + " | ".join(f"{row[key]:.3f}" for key in keys) + " |")
@@ -190,7 +197,7 @@ def main() -> None:
         "cells": cells,
         "verdicts": [{"name": name, "met": met, "numbers": text} for name, met, text in verdicts],
         "settings": {"training": TRAINING, "budgets": BUDGETS, "images": NUM_IMAGES},
-        "seeds": SEEDS,
+        "seeds": seeds,
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
