@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smalti.study.ranking import RankConfig, Ranking, rank
 
 import smalti
 from smalti.data.folders import open_images
 from smalti.study.machine import describe_machine
 from smalti.study.pretrain import resume
+from smalti.study.ranking import RankConfig, Ranking, rank
 from smalti.training.launch import resolve_devices
 from smalti.training.logs import read_csv
 
