@@ -312,8 +312,8 @@ def _curve(right: Tensor, rates: Sequence[float]) -> dict[str, list[float]]:
 
 
 def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size: int) -> dict[str, Any]:
-    """The time of an image at each rate, and of ranking its patches, on this machine: the fastest of interleaved rounds,
-    which a busy machine disturbs least.
+    """The time of an image at each rate, and of ranking its patches, on this machine: the fastest of several rounds of
+    all in turn, which a busy machine disturbs least.
 
     Args:
         orders: those that are drawn.
