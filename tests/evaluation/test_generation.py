@@ -196,6 +196,14 @@ def test_both_ways_to_ask_on_the_command_line_are_one(greys, tmp_path):
     assert found[0] == found[1]
 
 
+def test_of_a_folder_of_smalti_generate_the_samples_alone_are_judged(greys, tmp_path):
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    noise(tmp_path / "out" / "images" / "cat")
+    (tmp_path / "out" / "samples.json").write_text("{}")
+    shutil.copy(tmp_path / "out" / "images" / "cat" / "000.png", tmp_path / "out" / "grid.png")
+    assert judge(greys, tmp_path / "out").settings["num_generated"] == 16
+
+
 def test_a_run_draws_nothing_by_itself(greys, tmp_path):
     from smalti.cli.evaluate import command
 

@@ -84,10 +84,20 @@ def check_generated(config: EvalConfig) -> None:
     """
     if config.generated is None:
         raise ConfigError("generation judges images that were generated; give eval.generated=FOLDER")
-    open_images(config.generated)
+    open_generated(config.generated)
     if config.inception is not None:
         Inception(Path(config.inception).expanduser())
     resamples(1, config.repeats or REPEATS, config.seed)
+
+
+def open_generated(place: str) -> ImageSet:
+    """Images at a place; of what ``smalti generate --out`` wrote the samples alone, without the pictures of them.
+
+    Raises:
+        DataError: if there are none.
+    """
+    folder = Path(place).expanduser()
+    return open_images(folder / "images" if (folder / "samples.json").is_file() else place)
 
 
 @register_protocol(
@@ -105,7 +115,7 @@ def generation(features: Features, config: EvalConfig) -> Scores:
     size, seed = features.image_size(config.image_size), config.seed
     repeats, k = config.repeats or REPEATS, config.k or DEFAULT_K
     pool = features.encoder.pool if config.pool == "auto" else config.pool
-    drawn = open_images(str(config.generated))
+    drawn = open_generated(str(config.generated))
     encode = _Encode(features, size, pool)
     fake, fake_places = encode(drawn, "generated images")
     real, real_places = encode(features.data.test, "real images")

@@ -83,7 +83,7 @@ class EvalConfig:
     """Sizes and conventions: small ends in minutes on a CPU; full has the published sizes and our conventions; paper
     has the published code's conventions, too, for numbers beside published ones."""
     generated: str | None = None
-    """generation: the images to be judged, as ``--data`` takes them."""
+    """generation: the images to be judged, as ``--data`` takes them, or what ``smalti generate --out`` named."""
     inception: str | None = None
     """generation: weights of FID's Inception network, for FID, KID and inception score beside the other numbers."""
     k: Count | None = None
