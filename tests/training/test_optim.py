@@ -89,3 +89,9 @@ def test_mistakes_are_one_line_each() -> None:
             build(OptimConfig, wrong, "optim")
     with pytest.raises(ConfigError, match="no parameter is trainable"):
         build_optimizer([{"params": []}], OptimConfig())
+
+
+def test_a_constant_rate_stays_at_its_peak_after_the_warm_up() -> None:
+    config = OptimConfig(warmup_share=0.2, after_warmup="constant", min_lr=0.0)
+    rates = [learning_rate(config, peak=3.0, progress=progress) for progress in (0.0, 0.1, 0.2, 0.5, 1.0)]
+    assert rates == pytest.approx([0.0, 1.5, 3.0, 3.0, 3.0])
