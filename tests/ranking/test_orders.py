@@ -49,6 +49,11 @@ def test_bright_patches_come_first_in_each_image_and_its_mirror_image(bright, pi
                 assert cache.orders(order, [name], [flip])[0].tolist() == expected
             assert cache.orders("coverage", [name], [flip])[0, 0] == expected[0]
     assert set(cache.scores) == {"collapse", "in_strength", "variance"}
+    check_fits(cache, images, (4, 4), flips_needed=True)  # the damaged one is known to be
+    lost = next(name for name in images.names if name.endswith("z.png"))
+    for order in ("collapse", "collapse_shuffled", "collapse_reversed"):
+        assert cache.table(order, images.names)[images.names.index(lost)].tolist() == [list(range(16))] * 2
+    assert set(cache.seconds) == set(bright.default) and all(0 < value < 10 for value in cache.seconds.values())
     whole = cache.scores["collapse"].sum(1)
     assert_close(whole, torch.ones_like(whole))
 

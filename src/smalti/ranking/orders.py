@@ -8,7 +8,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,6 +45,8 @@ class Ranked:
     order: Int[Tensor, "B N"]
     score: Float[Tensor, "B N"] | None = None
     """What it follows from, descending, where it does follow from one."""
+    seconds: float = 0.0
+    """That finding it took for the batch; what orders share counts for each of them."""
 
 
 class Ranker(ABC):
@@ -80,7 +82,8 @@ class Ranker(ABC):
         """
         found = self._rank(images, [name for name in names if name != "variance"])
         if "variance" in names:
-            found["variance"] = _by_score(patch_variance(images, self.grid))
+            watch = _Watch()
+            found["variance"] = watch.stop(_by_score(patch_variance(images, self.grid)))
         return found
 
     @abstractmethod
@@ -140,14 +143,17 @@ class GraphRanker(Ranker):
     def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
         if not names:
             return {}
+        watch, found = _Watch(), {}
         graph = self.method.dependency(images, self.targets_at_once(len(images)))
-        found = {}
-        if "collapse" in names:
-            found["collapse"] = _by_score(pagerank(graph, self.damping))
-        if "in_strength" in names:
-            found["in_strength"] = _by_score(in_strength(graph))
-        if "coverage" in names:
-            found["coverage"] = Ranked(coverage_order(graph).cpu())
+        graph_s = watch.elapsed_s(graph.device)
+        make: dict[str, Callable[[], Ranked]] = {
+            "collapse": lambda: _by_score(pagerank(graph, self.damping)),
+            "in_strength": lambda: _by_score(in_strength(graph)),
+            "coverage": lambda: Ranked(coverage_order(graph).cpu()),
+        }
+        for name in names:
+            watch = _Watch()
+            found[name] = watch.stop(make[name](), graph_s)
         return found
 
     def targets_at_once(self, batch_size: int) -> int:
@@ -191,7 +197,7 @@ class AttentionRanker(Ranker):
     def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
         if not names:
             return {}
-        seen: list[Tensor] = []
+        watch, seen = _Watch(), list[Tensor]()
 
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(args[0])
@@ -202,7 +208,8 @@ class AttentionRanker(Ranker):
         finally:
             hook.remove()
         weights = attention_weights(self.module, seen[0], num_queries=1)  # (B, H, 1, T)
-        return {"attention": _by_score(weights[:, :, 0, self.encoder.num_prefix_tokens :].mean(1))}
+        ranked = _by_score(weights[:, :, 0, self.encoder.num_prefix_tokens :].mean(1))
+        return {"attention": watch.stop(ranked)}
 
     def bytes_needed(self, batch_size: int) -> int:
         """What one block holds at a time, and the images."""
@@ -225,15 +232,14 @@ class RankedImages:
     """float32, for orders that follow from scores."""
     degenerate: Mapping[str, Bool[Tensor, " R"]] = field(repr=False)
     """True where all patches have the same score."""
+    seconds: Mapping[str, float] = field(repr=False)
+    """That finding an order took for an image; what orders share counts for each of them."""
     skipped: tuple[Skipped, ...]
     """Images that could not be read."""
-    seconds: float = 0.0
-    """Of ranking an image in one flip state, all orders together, reading not counted."""
 
     def write(self, path: Path, ranker: Ranker) -> None:
         """The file of orders that :func:`smalti.data.orders.read_orders` takes."""
-        names = self.images.names
-        unreadable = {skipped.path for skipped in self.skipped}
+        names, lost = self.images.names, {one.path for one in self.skipped}
         write_orders(
             path,
             images=[names[place] for place in self.places],
@@ -245,8 +251,8 @@ class RankedImages:
             image_size=ranker.image_size,
             root=str(self.images.root),
             source=ranker.source,
-            seconds=dict.fromkeys(self.orders, self.seconds),
-            unreadable=[name for name, path in zip(names, self.images.paths, strict=True) if path in unreadable],
+            seconds=self.seconds,
+            unreadable=[name for name, path in zip(names, self.images.paths, strict=True) if path in lost],
         )
 
 
@@ -284,16 +290,15 @@ def rank_images(
     orders: dict[str, list[Tensor]] = {name: [] for name in names}
     scores: dict[str, list[Tensor]] = {}
     degenerate: dict[str, list[Tensor]] = {}
-    done, seconds = 0, 0.0
+    seconds = dict.fromkeys(names, 0.0)
+    done = 0
     for pixels, found, unreadable in batches:
         skipped += unreadable
         done += len(found) + len(unreadable)
         for flip in states if found else ():
             batch = (pixels.flip(-1) if flip else pixels).to(device or "cpu")
-            started = time.perf_counter()
-            all_ranked = ranker.rank(batch, names)  # ends on the CPU, so a GPU has finished
-            seconds += time.perf_counter() - started
-            for name, ranked in all_ranked.items():
+            for name, ranked in ranker.rank(batch, names).items():
+                seconds[name] += ranked.seconds
                 orders[name].append(ranked.order.to("cpu", torch.int16))
                 if ranked.score is not None:
                     scores.setdefault(name, []).append(ranked.score.to("cpu", torch.float32))
@@ -313,8 +318,8 @@ def rank_images(
         join,
         {name: torch.cat(parts) for name, parts in scores.items()},
         {name: torch.cat(parts) for name, parts in degenerate.items()},
+        {name: total / len(places) for name, total in seconds.items()},
         tuple(skipped),
-        seconds / len(places),
     )
 
 
@@ -428,6 +433,23 @@ def patch_variance(images: Num[Tensor, "B C S S"], grid: tuple[int, int]) -> Flo
         raise ShapeError(f"images of {height}x{width} pixels don't split into {grid[0]}x{grid[1]} patches")
     values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return patchify(values, (height // grid[0], width // grid[1])).var(-1, correction=0)
+
+
+class _Watch:
+    """A clock that waits for the device."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def elapsed_s(self, device: torch.device) -> float:
+        """Since it was made."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - self._began
+
+    def stop(self, ranked: Ranked, before_s: float = 0.0) -> Ranked:
+        """The same with the time that it took; orders are on the CPU, so the device has finished."""
+        return replace(ranked, seconds=before_s + time.perf_counter() - self._began)
 
 
 def _by_score(scores: Tensor) -> Ranked:

@@ -295,6 +295,7 @@ def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
         "unreadable": [{"path": str(one.path), "reason": one.reason} for one in ranking.skipped],
         "settings": dict(ranking.settings),
         "seconds": round(ranking.seconds, 3),
+        "seconds_an_image": {name: float(f"{value:.4g}") for name, value in ranking.cache.seconds.items()},
         "says": list(ranking.sentences),
         "orders": {name: _finite(numbers) for name, numbers in ranking.described.items()},
         "agreements": [
