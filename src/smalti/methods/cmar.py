@@ -98,10 +98,7 @@ class CMAR(MAR):
             return
         cache = read_orders(self.config.orders)
         check_fits(cache, images, self.tokens.grid, self.config.flip_prob > 0)
-        if self.config.flip_prob > 0:
-            self.known = cache.table(self.order, images.names)
-        else:
-            self.known = cache.orders(self.order, images.names, [False] * len(images)).short()[:, None]
+        self.known = cache.table(self.order, images.names, flips=self.config.flip_prob > 0)
 
     def orders(self, views: Views) -> Int[Tensor, "B N"]:
         """The order of each image; in training a random one now and then."""
