@@ -84,7 +84,7 @@ def write_page(path: Path, ranking: Ranking, num_shown: int = 4, command: str = 
         (
             (count, "images ranked"),
             (f"{len(ranking.skipped):,}", "could not be read"),
-            (f"{ranking.cache.grid[0]} × {ranking.cache.grid[1]}", f"patches of {ranking.cache.image_size} px"),
+            (f"{ranking.cache.grid[0]} × {ranking.cache.grid[1]}", f"patches, images of {ranking.cache.image_size} px"),
             (duration(ranking.seconds), "finding orders"),
         )
     )
