@@ -100,7 +100,7 @@ def test_another_evaluation_leaves_the_training_alone(plan, tmp_path):
 
 
 def test_a_broken_arm_does_not_hold_up_the_others(plan, tmp_path, capsys):
-    plan["arms"] |= {"typo": {"method": "mea"}, "gone": {"load": str(tmp_path / "no.safetensors")}}
+    plan["arms"] |= {"typo": {"method": "maee"}, "gone": {"load": str(tmp_path / "no.safetensors")}}
     result = run(plan, tmp_path / "out")
     assert result.arms == ("start", "mae")
     assert "did you mean 'mae'" in result.failures["typo"] and "does not exist" in result.failures["gone"]
@@ -147,13 +147,13 @@ def test_an_arm_that_is_taken_as_it_is_says_how_its_weights_are_fitted(plan, tmp
 
 
 def test_no_arm_that_comes_through_is_an_error(plan, tmp_path):
-    plan["arms"] = {"typo": {"method": "mea"}}
-    with pytest.raises(RunError, match="no arm came through; typo: there is no method 'mea'"):
+    plan["arms"] = {"typo": {"method": "maee"}}
+    with pytest.raises(RunError, match="no arm came through; typo: there is no method 'maee'"):
         run(plan, tmp_path / "out")
 
 
 def test_a_first_arm_that_breaks_leaves_no_differences(plan, tmp_path):
-    plan["arms"] = {"typo": {"method": "mea"}, **plan["arms"]}
+    plan["arms"] = {"typo": {"method": "maee"}, **plan["arms"]}
     result = run(plan, tmp_path / "out")
     assert all(row.difference is None and row.verdict == "" for row in result.rows)
 
