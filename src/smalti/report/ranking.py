@@ -23,7 +23,6 @@ from smalti.report.html import (
     join,
     settings_table,
     tag,
-    text_table,
     verdict_box,
     whole_page,
 )
@@ -115,7 +114,7 @@ def _orders(ranking: Ranking) -> Html:
     return join(
         (
             tag("p", lead, class_="lead"),
-            text_table(["order", *(column.replace("_", " ") for column in columns)], rows),
+            _table(["order", *(column.replace("_", " ") for column in columns)], rows),
             tag("details", tag("summary", "What the columns mean"), settings_table(meaning)),
         )
     )
@@ -138,11 +137,11 @@ def _agreement(ranking: Ranking) -> Html | None:
 
     if ranking.agreements:
         pairs = [row(first, second, numbers) for (first, second), numbers in ranking.agreements.items()]
-        parts.append(text_table(columns, pairs))
+        parts.append(_table(columns, pairs))
     if ranking.against:
         lead = f"The same orders by {ranking.against_source}: what two trainings agree on is a property of the data."
         pairs = [row(name, "the other's", numbers) for name, numbers in ranking.against.items()]
-        parts += [tag("h3", "Another training"), tag("p", lead, class_="lead"), text_table(columns, pairs)]
+        parts += [tag("h3", "Another training"), tag("p", lead, class_="lead"), _table(columns, pairs)]
     return join(parts) if parts else None
 
 
@@ -194,8 +193,15 @@ def _curves(ranking: Ranking) -> Html | None:
         line["sd of draws"] = "" if math.isnan(draws) else decimals(draws)
         rows.append(line)
     meaning = tag("details", tag("summary", "What the columns mean"), settings_table(CURVE_UNITS))
-    table = text_table(columns, rows)
+    table = _table(columns, rows)
     return join((tag("p", lead, class_="lead"), tag("div", *charts, class_="charts"), table, meaning))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Html:
+    """Names of orders are not broken."""
+    head = tag("thead", tag("tr", *(tag("th", column) for column in columns)))
+    body = (tag("tr", *(tag("td", row.get(column, ""), class_="word") for column in columns)) for row in rows)
+    return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
 
 
 def _show(pictures: Mapping[str, Mapping[str, np.ndarray]]) -> Html | None:
