@@ -205,7 +205,7 @@ def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_
     train = ("train", "mae", "--data", photos, "--out", x)
     fails("method has no field 'mask_ration'; did you mean 'mask_ratio'?", *train, "method.mask_ration=0.5")
     fails("settings has no field 'step'; did you mean 'steps'?", *train, "step=5")
-    fails("there is no method 'mea'; did you mean 'mae'?", "train", "mea", "--data", photos, "--out", x)
+    fails("there is no method 'maee'; did you mean 'mae'?", "train", "maee", "--data", photos, "--out", x)
     fails("timm has no model 'vit_tini_patch16_224'", *train, "encoder=vit_tini_patch16_224")
     fails("which patch_size=16 does not divide", *train, "encoder=vit_tiny_patch16_224", "data.image_size=100")
     (tmp_path / "empty").mkdir()
@@ -235,7 +235,7 @@ def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_
 
 
 def test_debug_shows_the_traceback(photos: Path, tmp_path: Path) -> None:
-    done = smalti("train", "mea", "--data", photos, "--out", tmp_path / "x", "--debug", code=1)
+    done = smalti("train", "maee", "--data", photos, "--out", tmp_path / "x", "--debug", code=1)
     assert "Traceback" in done.stderr
 
 

@@ -130,7 +130,9 @@ def test_a_vit_sees_49_of_196_patches_and_the_places_of_12(monkeypatch: pytest.M
     sequences, given = [], []
     forward, assemble = encoder.forward_tokens, encoder.assemble
     monkeypatch.setattr(encoder, "forward_tokens", lambda x, **more: sequences.append(x.shape) or forward(x, **more))
-    monkeypatch.setattr(encoder, "assemble", lambda x, positions: given.append(positions[0]) or assemble(x, positions))
+    monkeypatch.setattr(
+        encoder, "assemble", lambda x, positions, *ids: given.append(positions[0]) or assemble(x, positions, *ids)
+    )
     method(noise(2, 224), 0.0)
     assert sequences == [(2, 1 + 49, 24), (2, 1 + 196, 24)]  # the second one weighs the patches
     is_dropped = (given[0] == 7.0).all(-1)

@@ -34,7 +34,7 @@ def folder(photos, class_folders, tmp_path_factory):
         "arms": {
             "start": {"load": "random"},
             EVIL: {"method": "mae", "method.decoder_depth": 1},
-            "typo": {"method": "mea"},
+            "typo": {"method": "maee"},
         },
     }
     compare(plan, out, quiet=True, isolate=False)
@@ -55,7 +55,7 @@ def test_the_page_tells_the_comparison(folder):
     assert write_comparison(folder) == folder / "report.html"
     for words in (
         f"{EVIL} and start in knn top1",
-        "typo broke and has no results: there is no method 'mea'; did you mean 'mae'?",
+        "typo broke and has no results: there is no method 'maee'; did you mean 'mae'?",
         "Every method has a loss of its own",
         "Scores in training, mean over seeds",
         "recall of each class (2)",

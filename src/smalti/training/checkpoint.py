@@ -8,7 +8,7 @@ random numbers are functions of the seed and the step, so the step is all the lo
 import errno
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class TrainingState:
     """Evaluations since the best one; where they are ``eval.patience``, training stops."""
     judged_by: str = ""
     """What these scores depend on beside the weights: data and settings of the evaluation."""
-    warned: tuple[str, ...] = ()
+    warned: list[str] = field(default_factory=list)
     """Faults that the method found in itself and that have been told."""
 
 

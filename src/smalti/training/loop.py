@@ -191,7 +191,7 @@ def train(
                 row |= findings.numbers
                 for name, text in findings.warnings.items():
                     if name not in state.warned:
-                        state.warned = (*state.warned, name)
+                        state.warned.append(name)
                         for listener in listeners:
                             listener.event(state.step, name, text)
                 row |= clock.read(state.step)
