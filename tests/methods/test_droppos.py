@@ -130,8 +130,7 @@ def test_a_vit_sees_49_of_196_patches_and_the_places_of_12(monkeypatch: pytest.M
     sequences, given = [], []
     forward, assemble = encoder.forward_tokens, encoder.assemble
     monkeypatch.setattr(encoder, "forward_tokens", lambda x, **more: sequences.append(x.shape) or forward(x, **more))
-    place = lambda x, positions, *ids: given.append(positions[0]) or assemble(x, positions, *ids)  # noqa: E731
-    monkeypatch.setattr(encoder, "assemble", place)
+    monkeypatch.setattr(
         encoder, "assemble", lambda x, positions, *ids: given.append(positions[0]) or assemble(x, positions, *ids)
     )
     method(noise(2, 224), 0.0)
