@@ -101,6 +101,8 @@ def test_the_hub_first_is_better_than_chance_with_a_clear_interval(curves):
     assert found["alone_first"]["auc_q"].difference_low > 0 and math.isnan(found["random"]["auc_q"].difference)
     said = conclude_curves(found)
     assert said[0].startswith("collapse's first quarter tells more than random") and len(said) == 1
+    doubted = conclude_curves(found, at_start=1.38)
+    assert doubted[0].startswith("under-trained judge: seeing nothing it leaves 1.38") and doubted[1:] == said
     assert curves["random"].spread_of_draws() > 0 and math.isnan(curves["collapse"].spread_of_draws())
 
 

@@ -120,9 +120,9 @@ def _print(ranking: "Ranking") -> None:
     columns = ("position_share", "static_correlation", "top_overlap", "neighbour_correlation", "nearest_distance")
     title = f"orders of {len(ranking.images):,} images by {ranking.source}"
     table = Table(title=title, title_justify="left")
-    table.add_column("order")
+    table.add_column("order", no_wrap=True, min_width=17)
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
+        table.add_column(column.replace("_", " "), justify="right", overflow="fold")
     if ranking.judged:
         table.add_column("auc_q", justify="right")
         table.add_column("auc_full", justify="right")

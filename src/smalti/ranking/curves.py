@@ -25,6 +25,8 @@ NOISE_FLOOR = 1e-2
 """Of a token's unit variance: what is known to within this counts as known, entropy 0."""
 RESAMPLINGS = 1000
 LEVEL = 0.95
+UNSURE = 1.1
+"""Share of the variance that a judge may leave when it sees nothing; the mean image leaves 1."""
 UNITS = {
     "auc_q": "share of the variance left over the first quarter of the patches, mean; lower is better",
     "auc_full": "the same over all patches; lower is better",
@@ -213,9 +215,22 @@ def compare_curves(
     return result
 
 
-def conclude_curves(judged: Mapping[str, Mapping[str, Judged]], control: str = "random") -> list[str]:
-    """What the first quarter says of each order against the control, a sentence for those whose interval is clear."""
+def conclude_curves(
+    judged: Mapping[str, Mapping[str, Judged]], control: str = "random", at_start: float = 1.0
+) -> list[str]:
+    """What the first quarter says of each order against the control, a sentence each.
+
+    Args:
+        judged: from :func:`compare_curves`.
+        control: a name in it.
+        at_start: share of the variance left when nothing is seen; a judge worse than the mean image is named first.
+    """
     said = []
+    if at_start > UNSURE:
+        said.append(
+            f"under-trained judge: seeing nothing it leaves {at_start:.2f} of the variance, where the mean image "
+            "leaves 1; train it longer before its curves are believed."
+        )
     for name in ("collapse", "coverage", "in_strength", "attention", "variance", "collapse_static", "halton"):
         if name not in judged:
             continue

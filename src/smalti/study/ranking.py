@@ -207,7 +207,7 @@ def rank(
         judged=judged,
         judge=judge or "",
         judged_on=judged_on,
-        sentences=(*said, *(conclude_curves(judged) if judged else ())),
+        sentences=(*said, *_said_of_curves(curves, judged)),
         settings={
             "image_size": ranker.image_size,
             "grid": list(ranker.grid),
@@ -442,6 +442,10 @@ def _judge(
     curves = judge_orders(judge, tokens, draws, progress=progress)
     where = f"{len(chosen):,} images" + (f" of the {split} split" if split else "")
     return curves, compare_curves(curves), where
+
+
+def _said_of_curves(curves: Mapping[str, PrefixCurve], judged: Mapping[str, Mapping[str, Judged]]) -> list[str]:
+    return conclude_curves(judged, at_start=float(curves["random"].error[0])) if judged else []
 
 
 def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
