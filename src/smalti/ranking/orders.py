@@ -21,9 +21,9 @@ from smalti.data.labelled import eval_batches
 from smalti.data.orders import GEOMETRIC, OF_COLLAPSE, OrderCache, check_order, grid_order, write_orders
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.functional import patches
 from smalti.functional.graphs import coverage_order, descending, in_strength, is_degenerate, pagerank
 from smalti.functional.orders import random_orders
-from smalti.functional.patches import patchify
 from smalti.layers.attention import attention_modules, attention_weights
 from smalti.models.encoder import Encoder
 
@@ -432,7 +432,7 @@ def patch_variance(images: Num[Tensor, "B C S S"], grid: tuple[int, int]) -> Flo
     if height % grid[0] or width % grid[1]:
         raise ShapeError(f"images of {height}x{width} pixels don't split into {grid[0]}x{grid[1]} patches")
     values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    return patchify(values, (height // grid[0], width // grid[1])).var(-1, correction=0)
+    return patches.patch_variance(values, (height // grid[0], width // grid[1]))
 
 
 class _Watch:
