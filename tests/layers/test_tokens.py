@@ -20,7 +20,7 @@ def images(count: int = 32, channels: int = 3, size: int = 16) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "dim", "expected"), [("pixels", None, 48), ("pca", 6, 6), ("pca", None, 16)])
 def test_tokens_have_mean_zero_and_unit_mean_variance(kind: str, dim: int | None, expected: int) -> None:
-    source = build_tokens(TokenConfig(kind=kind, dim=dim), 16, 3)
+    source = build_tokens(TokenConfig(kind=kind, patch_size=4, dim=dim), 16, 3)
     source.fit([images()[:20], images()[20:]])
     tokens = source.encode(images())
     assert tokens.shape == (32, 16, expected) == (32, source.num_tokens, source.token_dim)
@@ -70,7 +70,7 @@ def test_batches_of_the_fit_do_not_matter_and_floats_are_as_good_as_bytes() -> N
     [
         (TokenConfig(kind="vq"), "tokens.kind=vq: one of"),
         (TokenConfig(patch_size=5), "tokens.patch_size=5: must divide data.image_size=16"),
-        (TokenConfig(dim=49), "tokens.dim=49: a patch of 4 pixels has 48 values"),
+        (TokenConfig(patch_size=4, dim=49), "tokens.dim=49: a patch of 4 pixels has 48 values"),
         (TokenConfig(kind="pixels", dim=3), "leave it out"),
     ],
 )

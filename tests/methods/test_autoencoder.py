@@ -75,7 +75,9 @@ def test_the_loss_by_hand() -> None:
 
 def test_terms_are_means_over_pixel_values(photos: Path) -> None:
     method = Autoencoder(
-        Autoencoder.make_tokens(base.TokenConfig(kind="autoencoder", dim=6), AutoencoderConfig(width=8), 16, 3),
+        Autoencoder.make_tokens(
+            base.TokenConfig(kind="autoencoder", patch_size=4, dim=6), AutoencoderConfig(width=8), 16, 3
+        ),
         AutoencoderConfig(width=8, kl_weight=0.5),
     )
     pixels = load_images(open_images(photos).paths[:4], 16)

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from smalti.config import write_atomically
 from smalti.data.image_set import SPLITS, ImageSet
+from smalti.data.signals import SignalSet
+from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional import orders as geometry
 
@@ -224,6 +226,63 @@ def check_fits(cache: OrderCache, images: ImageSet, grid: tuple[int, int], flips
         )
     for flip in (False, True) if flips_needed else (False,):
         cache._rows_of(names, [flip] * len(names))
+
+
+class TrainingOrders:
+    """The order of each training image's patches under one name, wherever it comes from.
+
+    Args:
+        name: one of ``ORDERS`` but ``variance``, which is of pixels.
+        path: the file of ``smalti rank``, for names in ``CACHED``.
+
+    Raises:
+        ConfigError: if there is no such order, or it needs a file and none is named.
+    """
+
+    def __init__(self, name: str, path: str | None) -> None:
+        self.name = check_order(name)
+        self.path = path
+        self.looks_up = self.name in CACHED
+        """Whether the orders stand in the file."""
+        if self.looks_up and path is None:
+            raise ConfigError(
+                f"method.order={name} is found by a network: give its file as method.orders=FILE "
+                "(smalti rank RUN --data DIR --out FILE), or an order that needs none (random, halton)"
+            )
+        self._table = torch.empty(0, 2, 0, dtype=torch.int16)  # in no buffer: it is about the data, not learned
+
+    def bind(self, images: ImageSet | SignalSet, grid: tuple[int, int], flips: bool) -> None:
+        """Read the orders of the images; with ``flips``, of mirrored ones, too.
+
+        Raises:
+            DataError, ShapeError: if the file is about others, or lacks a flip state.
+        """
+        if isinstance(images, SignalSet):
+            raise DataError("orders are of an image's patches, these are signals")
+        if self.looks_up:
+            assert self.path is not None
+            cache = read_orders(self.path)
+            check_fits(cache, images, grid, flips)
+            self._table = cache.table(self.name, images.names, flips=flips)
+
+    def of(self, views: Views, grid: tuple[int, int]) -> Int[Tensor, "B N"]:
+        """The orders of a batch; ``random`` is drawn anew by the keys of its samples.
+
+        Raises:
+            ShapeError: if those that were read are of another grid.
+        """
+        num_patches = grid[0] * grid[1]
+        if self.looks_up:
+            assert len(self._table), "bind() comes first"
+            if self._table.shape[-1] != num_patches:
+                raise ShapeError(f"orders of {self._table.shape[-1]} patches, the images have {num_patches}")
+            self._table = self._table.to(views.index.device)
+            return self._table[views.index, views.flips.long()].long()
+        if self.name == "random":
+            return geometry.random_orders(views.keys, num_patches)
+        order = grid_order(self.name, grid)
+        assert order is not None, self.name
+        return order.to(views.keys.device).expand(views.batch_size, -1)
 
 
 def write_orders(

@@ -37,7 +37,7 @@ class TokenConfig:
     kind: str = "pca"
     """``pixels``: a patch as it is; ``pca``: its first principal components; ``autoencoder``: the codes of one that
     ``smalti train autoencoder`` made; ``vae``: those of a KL autoencoder in diffusers' form."""
-    patch_size: int = 4
+    patch_size: int = 16
     """Side of a patch in pixels."""
     dim: int | None = None
     """d, values a token; None: all of a patch for ``pixels``, 16 (or all, if those are fewer) for ``pca``."""

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from smalti.config import settings
 from smalti.data.image_set import ImageSet
-from smalti.data.orders import CACHED, check_fits, check_order, grid_order, read_orders
+from smalti.data.orders import TrainingOrders
 from smalti.data.signals import SignalSet
 from smalti.data.views import Views
-from smalti.errors import ConfigError, DataError
+from smalti.errors import ConfigError
 from smalti.functional.orders import random_orders
 from smalti.functional.random import fork_keys, sample_uniform
 from smalti.layers.tokens import TokenSource
@@ -74,17 +74,9 @@ class CMAR(MAR):
         super().__init__(tokens, config)
         if not 0 <= config.random_order_prob <= 1:
             raise ConfigError(f"method.random_order_prob={config.random_order_prob}: a share in 0..1 is needed")
-        self.order = check_order(config.order)
-        if self.order == "variance":
+        self.source = TrainingOrders(config.order, config.orders)
+        if self.source.name == "variance":
             raise ConfigError("method.order=variance looks at pixels, cmar learns from tokens; choose another order")
-        self.looks_up = self.order in CACHED
-        """Whether orders stand in a file."""
-        if self.looks_up and config.orders is None:
-            raise ConfigError(
-                f"method.order={config.order} is found by a network: give its file as method.orders=FILE "
-                "(smalti rank RUN --data DIR --out FILE), or an order that needs none (random, halton)"
-            )
-        self.known = torch.empty(0, 2, 0, dtype=torch.int16)  # no buffer: it is about the data, not learned
 
     def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
         """Read the orders of the images.
@@ -92,34 +84,15 @@ class CMAR(MAR):
         Raises:
             DataError, ShapeError: if the file is about others, or lacks a flip state.
         """
-        if isinstance(images, SignalSet):
-            raise DataError("cmar learns from images, these are signals")
-        if not self.looks_up:
-            return
-        cache = read_orders(self.config.orders)
-        check_fits(cache, images, self.tokens.grid, self.config.flip_prob > 0)
-        self.known = cache.table(self.order, images.names, flips=self.config.flip_prob > 0)
+        self.source.bind(images, self.tokens.grid, self.config.flip_prob > 0)
 
     def orders(self, views: Views) -> Int[Tensor, "B N"]:
         """The order of each image; in training a random one now and then."""
-        num_tokens = self.tokens.num_tokens
-        anew = random_orders(views.keys, num_tokens)
-        if self.order == "random":
-            return anew
-        found = self._found(views)
-        if not self.training:
+        found = self.source.of(views, self.tokens.grid)
+        if not self.training or self.source.name == "random":
             return found
         is_replaced = sample_uniform(fork_keys(views.keys, _REPLACED), 1) < self.config.random_order_prob
-        return torch.where(is_replaced, anew, found)
-
-    def _found(self, views: Views) -> Tensor:
-        if self.looks_up:
-            assert len(self.known), "bind() comes first"
-            self.known = self.known.to(views.index.device)
-            return self.known[views.index, views.flips.long()].long()
-        order = grid_order(self.order, self.tokens.grid)
-        assert order is not None, self.order
-        return order.to(views.keys.device).expand(views.batch_size, -1)
+        return torch.where(is_replaced, random_orders(views.keys, self.tokens.num_tokens), found)
 
     def mask_ratio(self, progress: float) -> float:
         """As ``ratio`` says; one for the whole batch."""

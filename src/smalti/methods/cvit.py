@@ -14,18 +14,17 @@ the same numbers for more work; the average of weights reaches back at most over
 import math
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.config import settings
 from smalti.data.image_set import ImageSet
-from smalti.data.orders import CACHED, check_fits, check_order, grid_order, read_orders
+from smalti.data.orders import TrainingOrders, check_order
 from smalti.data.signals import SignalSet
 from smalti.data.views import CentreCrop, ViewMaker, Views
-from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.errors import ConfigError, DataError
 from smalti.functional.graphs import descending
-from smalti.functional.orders import num_kept, random_orders
+from smalti.functional.orders import num_kept
 from smalti.functional.patches import patch_variance
 from smalti.functional.random import sample_uniform
 from smalti.methods.base import Method, register
@@ -119,18 +118,12 @@ class CViT(Method):
                 raise ConfigError(f"method.{name}={getattr(config, name)}: a share in 0..1 (1 excluded) is needed")
         if not 0 <= config.flip_prob <= 1:
             raise ConfigError(f"method.flip_prob={config.flip_prob}: a share in 0..1 is needed")
-        self.order = check_order(config.order)
-        self.looks_up = config.max_rate > 0 and self.order in CACHED
-        """Whether orders stand in a file."""
-        if self.looks_up and config.orders is None:
-            raise ConfigError(
-                f"method.order={config.order} is found by a network: give its file as method.orders=FILE "
-                "(smalti rank RUN --data DIR --out FILE), or an order that needs none (random, halton)"
-            )
+        check_order(config.order)
+        # a plain ViT keeps all patches and has no use for a file
+        self.orders = TrainingOrders(config.order, config.orders) if config.max_rate > 0 else None
         self.student = Classifier(encoder, config.num_classes)
         self.teacher = Average(self.student, config.ema)
         self.classes: tuple[str, ...] = ()
-        self.orders = torch.empty(0, 2, 0, dtype=torch.int16)  # no buffer: processes would send it around each step
 
     def make_views(self, image_size: int) -> ViewMaker:
         """The central square, mirrored or not."""
@@ -145,11 +138,9 @@ class CViT(Method):
         if isinstance(images, SignalSet):
             raise DataError("cvit learns from images, these are signals")
         self.classes = images.classes or ()
-        if not self.looks_up:
-            return
-        cache = read_orders(self.config.orders)
-        check_fits(cache, images, self.student.encoder.check_size(image_size, image_size), self.config.flip_prob > 0)
-        self.orders = cache.table(self.order, images.names, flips=self.config.flip_prob > 0)
+        if self.orders is not None:
+            grid = self.student.encoder.check_size(image_size, image_size)
+            self.orders.bind(images, grid, self.config.flip_prob > 0)
 
     def orders_of(self, views: Views, grid: tuple[int, int]) -> Int[Tensor, "B N"]:
         """The order of each image's patches.
@@ -157,21 +148,11 @@ class CViT(Method):
         Raises:
             ShapeError: if those that were read are of another grid.
         """
-        num_patches = grid[0] * grid[1]
-        if self.looks_up:
-            assert len(self.orders), "bind() comes first"
-            if self.orders.shape[-1] != num_patches:
-                raise ShapeError(f"orders of {self.orders.shape[-1]} patches, the images have {num_patches}")
-            self.orders = self.orders.to(views.index.device)
-            return self.orders[views.index, views.flips.long()].long()
-        if self.order == "random":
-            return random_orders(views.keys, num_patches)
-        if self.order == "variance":
+        assert self.orders is not None, "a plain ViT keeps all patches"
+        if self.orders.name == "variance":
             pixels = views.global_crops
             return descending(patch_variance(pixels.float(), self.student.encoder.patch_size))
-        order = grid_order(self.order, grid)
-        assert order is not None, self.order
-        return order.to(views.keys.device).expand(views.batch_size, -1)
+        return self.orders.of(views, grid)
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
         """``{"class": ...}``."""
@@ -203,5 +184,5 @@ class CViT(Method):
     def class_head(self, network: str) -> ClassHead:
         """The linear layer of either network, and by which patches it learned."""
         head = (self.student if network == "student" else self.teacher.module).head
-        order = self.order if self.config.max_rate > 0 else ""
+        order = "" if self.orders is None else self.orders.name
         return ClassHead(head.weight, head.bias, self.classes, order, self.config.orders or "")
