@@ -61,12 +61,19 @@ from smalti.study.machine import describe_machine
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients
 
 ARMS = ("random", "collapse", "halton", "collapse_reversed", "collapse_static", "fixed_random")
-MANY, FEW, NLL_SEEDS = 3, 1, 3
+MANY, FEW, NLL_SEEDS = 5, 3, 5
 """Seeds of random and collapse; of the other arms; of the mixtures."""
 NLL_ARMS = ("random", "collapse", "halton")
 CFGS = (1.0, 1.5, 2.0, 3.0)
 SOURCES = ("bank", "class_mean", "global_mean")
 SOURCE_CFG = 1.5
+WAYS: dict[str, dict[str, Any]] = {
+    "a token each": {"iterations": 16},
+    "all tokens at once": {"iterations": 1},
+    "decoder on needed tokens": {"decoder": "needed"},
+    "without the clip": {"clip": None},
+}
+"""Other ways to draw from seed 0's MAR at guidance 1.5."""
 NUM_SAMPLES, REPEATS, ITERATIONS, DIFFUSION_STEPS = 720, 20, 8, 25
 STEPS, TUNE_STEPS, BATCH, COMAE_STEPS, COMAE_BATCH, CLASSIFIER_STEPS = 2000, 400, 64, 1500, 16, 600
 LEVEL = 1 / 16
@@ -304,14 +311,27 @@ def compare(features: Tensor, reference: Tensor, seed: int = 0) -> dict[str, flo
 
 
 def sample(
-    out: Path, seed: int, arm: str | None, cfg: float, source: str, data: Digits, test: Digits, network: Classifier
+    out: Path,
+    seed: int,
+    arm: str | None,
+    cfg: float,
+    source: str,
+    data: Digits,
+    test: Digits,
+    network: Classifier,
+    way: str = "",
 ) -> dict[str, Any]:
-    """Draw, look, compare; out of the file where it is there."""
-    name = f"{seed}_{arm or 'mar'}_{cfg:g}_{source}"
+    """Draw, look, compare; out of the file where it is there. ``way``: one of ``WAYS``; none: as the protocol says."""
+    name = f"{seed}_{arm or 'mar'}_{cfg:g}_{source}" + (f"_{way.replace(' ', '_')}" if way else "")
     path = out / "cells" / f"{name}.json"
     if path.is_file():
         return json.loads(path.read_text())
     method = trained(out, "diffusion", seed, data, arm)
+    changed = dict(WAYS.get(way, {}))
+    if "clip" in changed:
+        method.config = dataclasses.replace(method.config, clip=changed.pop("clip"))
+    sampler = {"iterations": ITERATIONS, "cfg": cfg, "steps": DIFFUSION_STEPS, "temperature": 1.0, **changed}
+    started = time.process_time()
     labels = [number % 10 for number in range(NUM_SAMPLES)]
     keys = image_keys(seed, range(NUM_SAMPLES))
     cache = read_orders(out / "orders.parquet")
@@ -323,7 +343,7 @@ def sample(
         orders,
         labels,
         seed=seed,
-        sampler=SamplerConfig(iterations=ITERATIONS, cfg=cfg, steps=DIFFUSION_STEPS, temperature=1.0),
+        sampler=SamplerConfig(**sampler),
         batch_size=240,
         keep=lambda first, images: parts.append(images),
         film_images=6,
@@ -338,6 +358,8 @@ def sample(
         "arm": arm or "mar",
         "cfg": cfg,
         "source": source,
+        "way": way,
+        "cpu_s": time.process_time() - started,
         "as_asked": float((shares.argmax(1) == torch.tensor(labels)).float().mean()),
         "classifier_score": classifier_score(shares.double()),
         "train": compare(features, network.look(data.images.float() / 255)[0]),
@@ -393,7 +415,7 @@ def conclude(cells: list[dict[str, Any]], nlls: list[dict[str, Any]]) -> dict[st
         return {
             cell["seed"]: cell["train"]["fd"]
             for cell in cells
-            if (cell["arm"], cell["cfg"], cell["source"]) == (arm, cfg, source)
+            if (cell["arm"], cell["cfg"], cell["source"]) == (arm, cfg, source) and not cell.get("way")
         }
 
     best = {arm: min(CFGS, key=lambda cfg: statistics.mean(fds(arm, cfg).values() or [math.inf])) for arm in ARMS}
@@ -455,7 +477,7 @@ def main() -> None:
         cells.extend(sample(out, seed, arm, cfg, source, data, test, network) for cfg in cfgs)
 
     seeds = range(min(arguments.seeds, MANY))
-    for stage in ("main", "likelihood", "others", "sources"):  # what decides most comes first
+    for stage in ("main", "likelihood", "others", "sources", "ways"):  # what decides most comes first
         for seed in seeds:
             if stage == "main":
                 draw(seed, None, (SOURCE_CFG,))
@@ -469,6 +491,9 @@ def main() -> None:
             elif stage == "sources":
                 for source in SOURCES[1:]:
                     draw(seed, "collapse", (SOURCE_CFG,), source)
+            elif stage == "ways" and seed == 0:
+                ways = [sample(out, 0, None, SOURCE_CFG, "bank", data, test, network, way) for way in WAYS]
+                cells.extend(ways)
             else:
                 continue
             content = {
