@@ -152,6 +152,13 @@ def test_mistakes_are_one_line_each(more: dict[str, Any], line: str, class_folde
     assert not (tmp_path / "run").exists()
 
 
+def test_an_odd_batch_is_not_mixed(class_folders: Path, tmp_path: Path) -> None:
+    settings = pretrain.merge(TINY, {"method": {"mixup": 0.8}, "batch_size": 3})
+    with pytest.raises(ConfigError, match="batch_size=3: mixup and cutmix mix pairs of images; make it even"):
+        smalti.train("supervised", class_folders, tmp_path / "run", overrides=settings, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_without_classes_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"found layout 'folder', supervised needs class folders"):
         smalti.train("supervised", photos, tmp_path / "run", overrides=TINY, quiet=True)

@@ -95,6 +95,14 @@ class Method(nn.Module, ABC):
         """
         return
 
+    def check_batch(self, batch_size: int) -> None:
+        """Called before anything is written: refuse a number of images a device that the loss can't take.
+
+        Raises:
+            ConfigError: naming the number that is needed.
+        """
+        return
+
     @abstractmethod
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
         """Named loss terms of a batch, scalars that the loop adds up; each a mean over samples, so that the mean over

@@ -112,6 +112,13 @@ class DINOv2(IBOT):
             if not 0 < getattr(config, name) <= 1:
                 raise ConfigError(f"method.{name}={getattr(config, name)}: a factor in 0..1 (0 excluded) is needed")
 
+    def check_batch(self, batch_size: int) -> None:
+        """KoLeo needs another image to be far from."""
+        if self.config.koleo_weight and batch_size < 2:
+            raise ConfigError(
+                f"batch_size={batch_size}: KoLeo needs at least 2 images a device, or method.koleo_weight=0"
+            )
+
     def blur_probs(self) -> tuple[float, float, float]:
         """As they are set, or as the released code has them."""
         first, second, local = self.config.blur_prob

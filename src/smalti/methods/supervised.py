@@ -124,6 +124,11 @@ class Supervised(Method):
         """The linear layer."""
         return ClassHead(self.head.weight, self.head.bias, self.classes)
 
+    def check_batch(self, batch_size: int) -> None:
+        """Mixing takes pairs."""
+        if self.mix is not None and batch_size % 2:
+            raise ConfigError(f"batch_size={batch_size}: mixup and cutmix mix pairs of images; make it even")
+
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
         """``{"class": ...}``."""
         labels = views.labels
@@ -150,8 +155,7 @@ class Supervised(Method):
         Raises:
             ConfigError: for an odd number of images.
         """
-        if len(images) % 2:
-            raise ConfigError(f"batch_size={len(images)}: mixup and cutmix mix pairs of images; make it even")
+        self.check_batch(len(images))
         assert self.mix is not None
         state = np.random.get_state()  # noqa: NPY002
         try:

@@ -309,8 +309,9 @@ def measure_step(
 ) -> StepEstimate:
     """Make a few steps at two batch sizes, and say what a run will need.
 
-    Memory and time are taken to grow linearly with the batch. The larger of the two is ``batch_size`` itself, less on a
-    GPU where it does not fit (half of it, and so on), and on a CPU where a step would take long or fill the memory.
+    Memory and time are taken to grow linearly with the batch. Both are even, since some methods pair
+    images. The larger of the two is ``batch_size``, less on a GPU where it does not fit (half of it, and so on), and on
+    a CPU where a step would take long or fill the memory.
 
     Args:
         make_step: builds method, optimiser and a batch of that many images, and gives a function that makes one step.
@@ -331,7 +332,7 @@ def measure_step(
     if batch_sizes is None and device.type == "cpu":
         measured = _measure_on_cpu(make_step, batch_size)
     else:
-        low, high = batch_sizes or (max(batch_size // 2, 1), max(batch_size, 2))
+        low, high = batch_sizes or (_even(batch_size // 2), max(_even(batch_size), _even(batch_size // 2) + 2))
         measured = _measure_two(make_step, low, high, device)
     return StepEstimate(
         device=_name(device),
@@ -342,6 +343,11 @@ def measure_step(
         checkpoint_mib=checkpoint_mib,
         keep=keep,
     )
+
+
+def _even(batch_size: int) -> int:
+    """The next even number down, at least 2: methods that pair images take no other."""
+    return max(batch_size - batch_size % 2, 2)
 
 
 def _measure_two(make_step: MakeStep, low: int, high: int, device: torch.device) -> tuple[Measured, Measured]:
@@ -365,12 +371,12 @@ def _measure_on_cpu(make_step: MakeStep, batch_size: int) -> tuple[Measured, Mea
     device = torch.device("cpu")
     _free(device)
     before_mib = psutil.Process().memory_info().rss / _MIB
-    low = max(min(_CPU_FIRST_BATCH, batch_size // 2), 1)
+    low = _even(min(_CPU_FIRST_BATCH, batch_size // 2))
     first = _measure(make_step, low, device)
     quick = low * _CPU_STEP_S / max(first.seconds, 1e-9)
     at_most_mib = max(first.memory_mib - before_mib, 1.0) / low  # an image, with its share of what is fixed
     safe = (_free_mib(device) / 2 - before_mib) / at_most_mib
-    high = max(min(batch_size, int(quick), int(safe)), 3 * low if batch_size >= 3 * low else low + 1)
+    high = max(_even(min(batch_size, int(quick), int(safe))), 3 * low if batch_size >= 3 * low else low + 2)
     return first, _measure(make_step, high, device)
 
 

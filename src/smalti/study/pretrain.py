@@ -575,6 +575,7 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet | Signal
     _check_evaluation(config)
     resolve_precision(config.precision, resolve_devices(config.devices).kind)
     method = build_method(config, own, quiet=quiet)
+    method.check_batch(config.batch_size)
     method.bind(images, config.data.image_size)
     if config.weights is not None and config.weights not in method.networks():
         raise ConfigError(f"weights={config.weights}: {method.name} as it is set has {', '.join(method.networks())}")
