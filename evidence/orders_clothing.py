@@ -1,0 +1,77 @@
+"""Orders of patches on photographs of clothing: what they are like, what they tell, what they cost. By commands.
+
+    python evidence/orders_clothing.py --data CLOTHING --out runs/orders
+
+1. Two runs of comae_tiny64 (seeds 0 and 1), one of prefix_tiny64, the judge, as the recipes say.
+2. ``smalti rank``: orders of all images by seed 0, against seed 1's, judged on the test photographs.
+3. A classifier at 64 px, patches of 8 px, four blocks of width 96, 2,000 steps of 64, on whole images (``full``) and
+   with patches dropped by four orders (random, halton, collapse_static, collapse): ``smalti train cvit``.
+4. ``smalti evaluate --protocol keep-curve`` of each, with all orders of the file, on the test photographs.
+
+One seed an arm, so no verdict about orders. What is finished in ``--out`` isn't done again. About an hour of one core.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from smalti.config import write_atomically
+from smalti.study.machine import describe_machine
+
+ARMS = {
+    "full": ("method.max_rate=0",),
+    "random": ("method.order=random",),
+    "halton": ("method.order=halton",),
+    "collapse_static": ("method.order=collapse_static",),
+    "collapse": ("method.order=collapse",),
+}
+CLASSIFIER = ("data.image_size=64", "encoder.patch_size=8", "steps=2000")
+
+
+def smalti(*arguments: str | Path) -> None:
+    """One command, as a user types it."""
+    print("smalti", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "smalti", *map(str, arguments)], check=True)
+
+
+def train(recipe: str, data: Path, run: Path, *settings: str) -> None:
+    """A finished run is kept, a stopped one goes on."""
+    if run.is_dir():
+        if not json.loads((run / "run.json").read_text()).get("finished"):
+            smalti("train", "--resume", run, "--quiet")
+        return
+    smalti("train", "--recipe", recipe, "--data", data, "--out", run, "--quiet", *settings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Orders of patches on photographs of clothing.")
+    parser.add_argument("--data", type=Path, required=True, help="class folders with the splits train and test")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    data, out = options.data.resolve(), options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in (0, 1):
+        train("comae_tiny64", data, out / f"comae_{seed}", f"seed={seed}")
+    train("prefix_tiny64", data, out / "judge")
+    orders = out / "orders" / "orders.parquet"
+    if not orders.is_file():
+        others = ("--against", out / "comae_1", "--judge", out / "judge")
+        smalti("rank", out / "comae_0", "--data", data, "--out", out / "orders", *others, "--quiet")
+    curves = {}
+    for name, settings in ARMS.items():
+        file = (f"method.orders={orders}",) if name.startswith("collapse") else ()
+        train("cvit_tiny32", data, out / name, *CLASSIFIER, *settings, *file)
+        found = out / f"{name}_curve.json"
+        if not found.is_file():
+            what = ("--protocol", "keep-curve", "--data", data, "--out", out / f"{name}_curve", "--json", found)
+            smalti("evaluate", out / name, *what, "--quiet", "eval.split=test", f"eval.orders=[{orders}]")
+        curves[name] = json.loads(found.read_text())
+    write_atomically(
+        out / "curves.json", json.dumps({"machine": describe_machine(), "curves": curves}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
