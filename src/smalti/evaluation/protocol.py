@@ -106,7 +106,8 @@ class EvalConfig:
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     """sleep-staging: shares of the training subjects whose labels are learned from, each anew; empty: all of them."""
     signal: SignalConfig | None = None
-    """sleep-staging: how recordings are read; None: as the run read them, in windows of 30 s, or the defaults."""
+    """sleep-staging: how recordings are read, in windows of 30 s; None: the defaults. ``smalti evaluate RUN`` fills in
+    what the run was trained with; from Python, say it here."""
     parity: bool = False
     """attention: void pixels and objects as the published code has them."""
     num_images: Count = 64
