@@ -165,6 +165,13 @@ def test_signals_refuse_what_only_images_have():
         part(max_angle=30.0)
     with pytest.raises(ConfigError, match=r"1 values for the channels time|has 2 values for the channels time"):
         part(channel_weights=(1.0, 2.0))
+    with pytest.raises(ConfigError, match=r"method.crop_scale=.* is for images, these are signals; leave it out"):
+        part(crop_scale=(0.5, 1.0))
+    with pytest.raises(ConfigError, match=r"method.amplitude=.* is for signals, these are images; leave it out"):
+        PART(
+            build_encoder("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=3),
+            PARTConfig(amplitude=(1.0, 1.0)),
+        )
     method = part()
     assert method.make_views(0).num_views == 1 and part(contrastive=0.1).make_views(0).num_views == 2
 

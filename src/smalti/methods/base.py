@@ -6,7 +6,7 @@ what happens after a step. It is told how far training is (``progress`` in [0, 1
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -201,6 +201,23 @@ class TokenMethod(Method):
 
 
 _REGISTRY: dict[str, type[Method]] = {}
+
+
+def refuse_changed(config: Any, names: Sequence[str], why: str) -> None:
+    """For settings that would do nothing here: refuse what differs from its default.
+
+    Args:
+        config: a method's settings.
+        names: of fields of it.
+        why: what they are for, to be read after the name.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    defaults = type(config)()
+    for name in names:
+        if getattr(config, name) != getattr(defaults, name):
+            raise ConfigError(f"method.{name}={getattr(config, name)} {why}; leave it out")
 
 
 def register(name: str) -> Callable[[M], M]:

@@ -23,7 +23,7 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 
@@ -88,6 +88,8 @@ class MAE(Method):
             raise ConfigError(f"method.mask_ratio={config.mask_ratio}: a share strictly between 0 and 1 is needed")
         if config.positions not in ("sincos", "learned"):
             raise ConfigError(f"method.positions={config.positions!r}: one of sincos, learned is needed")
+        if encoder.takes_signals:
+            refuse_changed(config, ("crop_scale",), "is for images, these are signals")
         self.encoder = encoder
         width = encoder.embed_dim
         dim = config.decoder_dim or decoder_width(width)

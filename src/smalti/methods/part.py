@@ -41,7 +41,7 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.random import fork_keys, sample_uniform
 from smalti.layers.heads import ProjectionHead
 from smalti.layers.relative_encoder import DifferenceHead, PairMLP, PairwiseLinear, RelativeEncoder
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 ALL_PAIRS_BELOW = 100
@@ -495,6 +495,10 @@ def _check(config: PARTConfig, encoder: Encoder) -> None:
     Raises:
         ConfigError: naming them.
     """
+    if encoder.takes_signals:
+        refuse_changed(config, ("crop_scale", "color_jitter"), "is for images, these are signals")
+    else:
+        refuse_changed(config, ("channel_dropout", "amplitude"), "is for signals, these are images")
     if not 0 <= config.key_mask_ratio < 1:
         raise ConfigError(f"method.key_mask_ratio={config.key_mask_ratio}: a share in 0..1 (1 excluded) is needed")
     if config.query == "positional" and config.sampling == "grid" and not config.shuffle:
