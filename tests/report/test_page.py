@@ -86,6 +86,15 @@ def test_what_is_missing_is_left_out_and_said(tmp_path):
     assert not page.data
 
 
+def test_a_run_without_an_encoder_is_not_asked_for_features(tmp_path):
+    tokens = {"kind": "pca", "patch_size": 4}
+    write_yaml(tmp_path / "config.yaml", {"method": {"name": "mar"}, "tokens": tokens, "data": {"path": "gone"}})
+    page = Page(write_report(tmp_path))
+    for words in ("mar on tokens of 4 px patches (pca)", "hands on no encoder", f"smalti generate {tmp_path} --num 64"):
+        assert words in page.text
+    assert "random ones" not in page.text and "Feature maps" not in page.text and not page.data
+
+
 def test_images_that_are_gone_are_said_to_be(make_run, encoder, tmp_path):
     run = make_run()
     for path in (tmp_path / "images").iterdir():

@@ -82,7 +82,9 @@ def _page(folder: Path, results: Sequence[Result], problem: str) -> str:
     caution = "One seed of what is fitted, and of random initialisation: a small difference may be chance."
     sections = {"results": ("Results", results_table(comparisons)), **details}
     sections["settings"] = ("What was run", _settings(folder, results))
-    names = ", ".join(dict.fromkeys(pair.trained.encoder for pair in comparisons))
+    names = ", ".join(
+        dict.fromkeys(str(pair.trained.settings.get("generated") or pair.trained.encoder) for pair in comparisons)
+    )
     sets = ", ".join(dict.fromkeys(pair.trained.data for pair in comparisons))
     return whole_page(names, f"judged on {sets}", verdict_box(kind, said, caution), sections)
 

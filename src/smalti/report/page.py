@@ -57,6 +57,14 @@ SAME = 0.005
 SLIGHT = 0.02
 """and by less than this, slightly different."""
 _DENSE_FIRST = ("linear-segmentation", "segmenter", "in-context", "knn-patch", "overclustering", "detection")
+_NEXT = {
+    "autoencoder": "tokens.kind=autoencoder tokens.path={run} gives its codes to runs of other methods.",
+    "cmar": "smalti generate {run} --num 64 --out SAMPLES draws images with it.",
+    "comae": "smalti rank {run} --data DIR --out ORDERS puts the patches of images in order with it.",
+    "mar": "smalti generate {run} --num 64 --out SAMPLES draws images with it.",
+    "prefix": "smalti rank RUN --data DIR --out ORDERS --judge {run} judges orders with it.",
+}
+"""What to do with a run that hands on no encoder."""
 _SPLITS_SHOWN = ("val", "test", "train")
 _MAX_LISTED = 500
 _CURVES = {
@@ -134,8 +142,10 @@ def write_report(
     if out.is_dir():
         raise ConfigError(f"{out}: is a folder, the report needs a file name such as {out / 'report.html'}")
     files = read_run(run)
-    shown: tuple[Html, Html] | str = "No images were asked for."
-    if files.setting("data.signal.window_s"):
+    shown: tuple[Html, Html] | str | None = "No images were asked for."
+    if _without_encoder(files) is not None:
+        shown = None
+    elif files.setting("data.signal.window_s"):
         shown = "Feature maps and nearest patches are of images; this run learned from signals."
     elif num_images:
         try:
@@ -167,10 +177,13 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
     return sorted(pairs, key=lambda pair: rank.get(pair.trained.protocol, len(rank)))
 
 
-def verdict(comparisons: Sequence[Comparison]) -> tuple[str, str]:
-    """Whether training helped: ``better``, ``same``, ``worse`` or ``unknown``, and one sentence."""
+def verdict(comparisons: Sequence[Comparison], method: str | None = None) -> tuple[str, str]:
+    """Whether training helped: ``better``, ``same``, ``worse`` or ``unknown``, and one sentence; ``method`` names one
+    that hands on no encoder."""
     measured = [pair for pair in comparisons if math.isfinite(pair.gain(pair.trained.headline[0]))]
     if not measured:
+        if not comparisons and method is not None:
+            return "unknown", f"A run of {method} hands on no encoder, so there are no features to judge."
         if not comparisons:
             return "unknown", "Not evaluated: nothing says yet whether these features are better than random ones."
         metric, value = comparisons[0].trained.headline
@@ -210,10 +223,15 @@ def _signed(gain: float, pair: Comparison) -> str:
     return f"{-gain if lower else gain:+.3f}"
 
 
-def _page(files: RunFiles, shown: tuple[Html, Html] | str) -> str:
+def _without_encoder(files: RunFiles) -> str | None:
+    """The method's name, if it sees tokens and hands on no encoder."""
+    return str(files.setting("method", "a method")) if files.config.get("tokens") is not None else None
+
+
+def _page(files: RunFiles, shown: tuple[Html, Html] | str | None) -> str:
     comparisons = compare(files.judged)
-    kind, sentence = verdict(comparisons)
-    maps, nearest = (missing(shown), None) if isinstance(shown, str) else shown
+    kind, sentence = verdict(comparisons, _without_encoder(files))
+    maps, nearest = (None, None) if shown is None else (missing(shown), None) if isinstance(shown, str) else shown
     details = detail_sections([judged(pair) for pair in comparisons], tokens=False)
     sections = {
         "results": ("Results", _results(files, comparisons)),
@@ -251,6 +269,8 @@ def _before_and_after(verdict: Verdict) -> Html:
 
 def _one_line(files: RunFiles) -> str:
     method, architecture = files.setting("method", "a method"), files.setting("encoder", "an encoder")
+    if _without_encoder(files) is not None:
+        architecture = f"tokens of {files.setting('tokens.patch_size')} px patches ({files.setting('tokens.kind')})"
     steps, batch = files.setting("steps"), files.setting("batch_size")
     length = f", {steps:,} steps" if isinstance(steps, int) else ""
     kind = "windows" if files.setting("data.signal.window_s") else "images"
@@ -290,6 +310,8 @@ def _facts(files: RunFiles) -> Html:
 
 
 def _results(files: RunFiles, comparisons: Sequence[Comparison]) -> Html:
+    if not comparisons and (method := _without_encoder(files)) is not None:
+        return missing(_NEXT.get(method, "Its checkpoints are what other runs take.").format(run=files.path))
     if not comparisons:
         text = f"No results yet. smalti evaluate {files.path} --data DIR --protocol knn measures them."
         return join((missing(text), _during(files)))
@@ -298,8 +320,9 @@ def _results(files: RunFiles, comparisons: Sequence[Comparison]) -> Html:
 
 
 def results_table(comparisons: Sequence[Comparison]) -> Html:
-    """All metrics of trained encoders, with random initialisation beside them."""
+    """All metrics of trained encoders, with random initialisation beside them where it was judged, too."""
     rows = []
+    is_alone = all(pair.baseline is None for pair in comparisons)
     for pair in comparisons:
         headline = pair.trained.headline[0]
         for metric in pair.trained.metrics:
@@ -308,29 +331,30 @@ def results_table(comparisons: Sequence[Comparison]) -> Html:
             change = trained - baseline
             is_first = metric == headline
             kind = "good" if gain >= SAME else "bad" if gain <= -SAME else ""
-            rows.append(
-                tag(
-                    "tr",
-                    tag("td", pair.trained.protocol if is_first else ""),
-                    tag("td", pair.trained.data if is_first else "", class_="path"),
-                    tag("td", metric, title=pair.trained.units.get(metric)),
-                    tag("td", decimals(trained), class_="number"),
-                    tag("td", decimals(baseline), class_="number"),
-                    tag(
-                        "td",
-                        f"{change:+.3f}" if math.isfinite(change) else "–",
-                        class_=f"number {kind if is_first else ''}",
-                    ),
-                    class_="headline" if is_first else "muted",
-                )
+            cells = (
+                tag("td", pair.trained.protocol if is_first else ""),
+                tag("td", pair.trained.data if is_first else "", class_="path"),
+                tag("td", metric, title=pair.trained.units.get(metric)),
+                tag("td", decimals(trained), class_="number"),
             )
-    head = ("protocol", "data", "metric", "trained", "random init", "difference")
-    cells = (tag("th", t, class_="number" if n > 2 else None) for n, t in enumerate(head))
-    table = tag("table", tag("thead", tag("tr", *cells)), tag("tbody", *rows))
+            beside = (
+                tag("td", decimals(baseline), class_="number"),
+                tag(
+                    "td",
+                    f"{change:+.3f}" if math.isfinite(change) else "–",
+                    class_=f"number {kind if is_first else ''}",
+                ),
+            )
+            told = cells if is_alone else (*cells, *beside)
+            rows.append(tag("tr", *told, class_="headline" if is_first else "muted"))
+    head = ("protocol", "data", "metric", *(("value",) if is_alone else ("trained", "random init", "difference")))
+    names = (tag("th", t, class_="number" if n > 2 else None) for n, t in enumerate(head))
+    table = tag("table", tag("thead", tag("tr", *names)), tag("tbody", *rows))
     encoders = ", ".join(dict.fromkeys(pair.trained.encoder for pair in comparisons))
     lead = tag(
         "p",
-        f"Trained: {encoders}. Scores lie in 0..1 unless the metric says otherwise (hover over its name).",
+        f"{'Features' if is_alone else 'Trained'}: {encoders}. "
+        "Scores lie in 0..1 unless the metric says otherwise (hover over its name).",
         class_="lead",
     )
     return join((lead, tag("div", table, class_="scroll")))
@@ -542,7 +566,10 @@ def _drawn(files: RunFiles) -> Html | None:
         grid, film = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("grid.png", "film.png"))
     except OSError:
         return None
-    told = "A row an image: frames from first to last, what is not drawn yet in grey; at the end when each place was "
+    told = (
+        "How some of them came about, a row each: frames from first to last, what is not drawn yet in grey; at the end "
+        "when each place was "
+    )
     return join(
         (
             tag("p", "Images that the run drew last.", class_="lead"),
