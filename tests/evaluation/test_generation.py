@@ -241,10 +241,38 @@ def test_with_inception_s_weights_the_numbers_are_called_fid(greys, tmp_path, in
     assert {"fid", "kid", "inception_score", "fid_real", "kid_real"} <= set(result.metrics) == set(result.units)
     assert result.metrics["fid"] == 1.0 and result.metrics["kid"] == 2.0 and result.metrics["fid_real"] == 12
     assert result.settings["inception"].startswith("torch-fidelity")
+    assert result.settings["inception_image_size"] == 32
     fake, real = kept[-1]
     assert fake.shape == (12, 2048) and real.shape == (16, 2048)
     expected, _ = Inception(inception)(load_images(sorted(folder.glob("*.png")), 32, mode="centre"))
     assert_close(fake, expected)
+
+
+@pytest.mark.filterwarnings("ignore:generation")
+def test_inception_looks_at_the_size_of_what_was_generated_and_not_at_the_encoder_s(
+    greys, tmp_path, inception, monkeypatch
+):
+    kept = []
+
+    def distances(a, b, *_):
+        kept.append(a)
+        names = ("frechet_distance", "kernel_distance")
+        return module.Distances(dict.fromkeys(names, 1.0), dict.fromkeys(names, 0.1))
+
+    monkeypatch.setattr(module, "distances", distances)
+    monkeypatch.setattr(module, "frechet_distance", lambda a, b: 0.0)
+    folder = noise(tmp_path / "noise", 6)
+    result = judge(greys, folder, inception=str(inception), k=2, image_size=16)
+    assert result.settings["image_size"] == 16 and result.settings["inception_image_size"] == 32
+    assert_close(kept[-1], Inception(inception)(load_images(sorted(folder.glob("*.png")), 32, mode="centre"))[0])
+
+
+@pytest.mark.filterwarnings("ignore:generation")
+def test_neighbours_are_as_many_everywhere_and_those_that_are_told(greys, tmp_path):
+    folder = noise(tmp_path / "noise", 4)
+    assert judge(greys, folder).settings["k"] == 3
+    with pytest.raises(ConfigError, match=r"eval.k=4: so few images have 1\.\.3 neighbours"):
+        judge(greys, folder, k=4)
 
 
 def test_weights_of_something_else_are_not_inception_s(tmp_path, inception):

@@ -9,6 +9,7 @@ generated ones, and a standard error from redrawing both sets.
 Letters: n images, D dimensions, R resamples, C classes.
 """
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from smalti.data.folders import ImageSet, open_images
-from smalti.data.images import as_picture
+from smalti.data.images import as_picture, image_size
 from smalti.data.labelled import eval_batches, eval_image
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, spread
@@ -113,7 +114,7 @@ def open_generated(place: str) -> ImageSet:
 def generation(features: Features, config: EvalConfig) -> Scores:
     """How near generated images are to real ones in an encoder's features; needs eval.generated=FOLDER."""
     size, seed = features.image_size(config.image_size), config.seed
-    repeats, k = config.repeats or REPEATS, config.k or DEFAULT_K
+    repeats = config.repeats or REPEATS
     pool = features.encoder.pool if config.pool == "auto" else config.pool
     drawn = open_generated(str(config.generated))
     encode = _Encode(features, size, pool)
@@ -123,26 +124,36 @@ def generation(features: Features, config: EvalConfig) -> Scores:
     train, train_places = encode(features.data.train, "training images") if has_train else (real[:0], [])
     note = _too_few(min(len(fake), len(real)), real.shape[1])
 
-    metrics, errors = dict[str, float](), dict[str, float]()
-    against = distances(fake, real, repeats, seed)
-    covers = within_manifold(real, fake, min(k, len(fake) - 1))
-    looks_real = within_manifold(fake, real, min(k, len(real) - 1))
-    metrics |= against.values | {"precision": _share(looks_real), "recall": _share(covers)}
-    errors |= against.errors | {"precision": _share_error(looks_real), "recall": _share_error(covers)}
     if has_train:
-        beside = distances(fake, train, repeats, seed)
-        metrics |= {f"{name}_train": value for name, value in beside.values.items()}
-        errors |= {f"{name}_train": value for name, value in beside.errors.items()}
         stand_in, judged = train[_draw(len(train), min(len(fake), len(train)), seed)], real
         floor = f"{len(stand_in)} training images, drawn by the seed, in the place of the generated ones"
     else:
         halves = _draw(len(real), len(real), seed)
         stand_in, judged = real[halves[: len(real) // 2]], real[halves[len(real) // 2 :]]
         floor = f"{len(stand_in)} real images against {len(judged)} others: there is no train split"
+    most = min(len(fake), len(real), len(stand_in), len(judged)) - 1
+    if most < 1:
+        raise DataError(
+            f"{features.data.test.root}: {len(real)} real images without a train split; at least 4 are needed"
+        )
+    if config.k is not None and config.k > most:
+        raise ConfigError(f"eval.k={config.k}: so few images have 1..{most} neighbours; choose one of these")
+    k = min(config.k or DEFAULT_K, most)  # the same everywhere, or precision would not compare with its floor
+
+    metrics, errors = dict[str, float](), dict[str, float]()
+    against = distances(fake, real, repeats, seed)
+    covers = within_manifold(real, fake, k)
+    looks_real = within_manifold(fake, real, k)
+    metrics |= against.values | {"precision": _share(looks_real), "recall": _share(covers)}
+    errors |= against.errors | {"precision": _share_error(looks_real), "recall": _share_error(covers)}
+    if has_train:
+        beside = distances(fake, train, repeats, seed)
+        metrics |= {f"{name}_train": value for name, value in beside.values.items()}
+        errors |= {f"{name}_train": value for name, value in beside.errors.items()}
     metrics[f"frechet_distance{FLOOR}"] = frechet_distance(stand_in, judged)
     metrics[f"kernel_distance{FLOOR}"] = float(kernel_distance(stand_in, judged))
-    metrics[f"precision{FLOOR}"] = _share(within_manifold(stand_in, judged, min(k, len(judged) - 1)))
-    metrics[f"recall{FLOOR}"] = _share(within_manifold(judged, stand_in, min(k, len(stand_in) - 1)))
+    metrics[f"precision{FLOOR}"] = _share(within_manifold(stand_in, judged, k))
+    metrics[f"recall{FLOOR}"] = _share(within_manifold(judged, stand_in, k))
 
     units = {name: DISTANCE if name.startswith("frechet") else KERNEL for name in metrics if "distance" in name}
     settings = {
@@ -181,9 +192,11 @@ def generation(features: Features, config: EvalConfig) -> Scores:
             )
             settings["classifier_accuracy"] = float((of_real.argmax(1) == truth).double().mean())
     if config.inception is not None:
-        judged_by = _judge_by_inception(features, drawn, size, config)
+        side = generated_side(drawn)
+        judged_by = _judge_by_inception(features, drawn, side, config)
         metrics, errors, units = metrics | judged_by.values, errors | judged_by.errors, units | INCEPTION_UNITS
         settings["inception"] = f"{LIBRARY}, {config.inception}"
+        settings["inception_image_size"] = side
     settings[ERRORS] = errors
     recall = np.full(len(features.data.test), np.nan)
     recall[real_places] = covers.cpu().double().numpy()
@@ -200,6 +213,22 @@ def generation(features: Features, config: EvalConfig) -> Scores:
             features.encoder.in_chans,
         ),
     )
+
+
+def generated_side(drawn: ImageSet) -> int:
+    """Side in pixels of the generated images' central squares, of the smallest where they differ: at which Inception
+    looks at them and at real ones, whatever the other encoder's size. It resizes them to its own itself.
+
+    Raises:
+        DataError: if none can be read.
+    """
+    sides = []
+    for path in drawn.paths:
+        with contextlib.suppress(DataError):  # left out where images are read, and counted there
+            sides.append(min(image_size(path)))
+    if not sides:
+        raise DataError(f"{drawn.root}: none of the {len(drawn)} generated images can be read")
+    return min(sides)
 
 
 def _judge_by_inception(features: Features, drawn: ImageSet, size: int, config: EvalConfig) -> Distances:
