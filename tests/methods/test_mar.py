@@ -242,6 +242,9 @@ def test_mistakes_are_one_clear_line() -> None:
         make(head="mixture").draw(orders, keys, sampler=SamplerConfig(cfg=2.0))
     with pytest.raises(ConfigError, match=r"steps=5000: the diffusion has 2..1000"):
         make().draw(orders, keys, sampler=SamplerConfig(steps=5000))
+    for name, value in (("cfg", math.nan), ("cfg", -1.0), ("temperature", math.inf)):
+        with pytest.raises(ConfigError, match=f"{name}={value:g}: a finite number of at least 0"):
+            make().draw(orders, keys, sampler=SamplerConfig(**{name: value}))
     with pytest.raises(ConfigError, match=r"needs method.head=mixture"):
         make().log_likelihood(torch.randn(1, 16, 4), orders)
     with pytest.raises(ShapeError, match="orders of 9 tokens; this run's images have 16"):

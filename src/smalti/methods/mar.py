@@ -423,8 +423,9 @@ class MAR(TokenMethod):
             raise ConfigError(f"cfg={sampler.cfg:g}: this run knows no classes, so there is nothing to guide towards")
         if sampler.cfg != 1 and not self.network.head.takes_guidance:
             raise ConfigError(f"cfg={sampler.cfg:g}: guidance needs method.head=diffusion; a mixture predicts no noise")
-        if sampler.cfg < 0 or temperature(sampler) < 0:
-            raise ConfigError(f"cfg={sampler.cfg:g}, temperature={temperature(sampler):g}: neither may be negative")
+        for name, value in (("cfg", sampler.cfg), ("temperature", temperature(sampler))):
+            if not 0 <= value < math.inf:  # also false for what is no number
+                raise ConfigError(f"{name}={value:g}: a finite number of at least 0 is needed")
         if self.network.head.takes_guidance and not 2 <= sampler.steps <= self.config.diffusion_steps:
             raise ConfigError(f"steps={sampler.steps}: the diffusion has 2..{self.config.diffusion_steps} steps")
         return counts
