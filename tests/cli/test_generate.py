@@ -75,7 +75,8 @@ def test_images_a_grid_and_a_strip_are_written_and_a_seed_draws_the_same_again(m
         image = cv2.imread(str(file))
         other = cv2.imread(str(tmp_path / "b" / file.relative_to(tmp_path / "a")))
         assert image.shape == (32, 32, 3) and np.abs(image.astype(int) - other).max() <= 1  # the last bit may round
-    assert cv2.imread(str(tmp_path / "a" / "film.png")).shape[0] == 5 * 68 + 4  # a row an image, at least 64 pixels
+    for one in "ab":  # a row an image, at least 64 pixels, however many are drawn at a time
+        assert cv2.imread(str(tmp_path / one / "film.png")).shape[0] == 5 * 68 + 4
     note = json.loads((tmp_path / "a" / "samples.json").read_text())
     assert note["labels"] == ["red", "blue", "red", "blue", "red"] and note["images_per_s"] > 0
     assert (mar / "samples" / "film.png").is_file()
@@ -141,6 +142,9 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         ("there is no order 'colapse'", {"order": "colapse"}),
         ("holds no order 'coverage'", {"order": "coverage", "orders": orders}),
         ("--order-source mean: one of bank", {"order": "collapse", "orders": orders, "order_source": "mean"}),
+        ("--order-source mean: one of bank", {"order_source": "mean"}),
+        ("order 'random' stands in no file; choose an order that it has", {"orders": orders}),
+        ("order 'halton' stands in no file; leave it out", {"order": "halton", "orders": orders}),
         ("steps=2000: the diffusion has 2..1000 steps", {"steps": 2000}),
         ("--num 0: at least 1", {"num": 0}),
         ("is not a run with a checkpoint", {"run": tmp_path / "nothing"}),

@@ -73,6 +73,7 @@ def command(
     from rich.progress import Progress, TimeRemainingColumn
 
     from smalti.cli.options import best_device, write_json
+    from smalti.data.orders import CACHED
     from smalti.methods.mar import SamplerConfig
     from smalti.report.samples import FOLDER, as_pixels, film_strip, picture_grid, write_png
     from smalti.study.generate import (
@@ -100,6 +101,9 @@ def command(
     numbers = choose_classes(labels, classes, num)
     trained_for, its_file = own_order(method)
     name, file = order or trained_for, orders or its_file
+    if orders is not None and name not in CACHED:
+        hint = "choose an order that it has, say --order collapse" if order is None else "leave it out"
+        raise ConfigError(f"--orders {orders}: order '{name}' stands in no file; {hint}")
     chosen = choose_orders(
         name,
         order_source,

@@ -139,6 +139,8 @@ def choose_orders(
         DataError: if the file holds no such order, or none of a class.
     """
     check_order(name)
+    if source not in SOURCES:
+        raise ConfigError(f"--order-source {source}: one of {', '.join(SOURCES)} is needed")
     num_tokens = grid[0] * grid[1]
     if name == "random":
         return random_orders(keys, num_tokens)
@@ -148,8 +150,6 @@ def choose_orders(
         order = grid_order(name, grid)
         assert order is not None, name
         return order.expand(len(labels), -1).clone()
-    if source not in SOURCES:
-        raise ConfigError(f"--order-source {source}: one of {', '.join(SOURCES)} is needed")
     if cache is None:
         raise ConfigError(f"--order {name} stands in a file: name it with --orders FILE (smalti rank writes it)")
     if cache.grid != grid:
@@ -238,7 +238,7 @@ def draw_images(
     ends = np.cumsum(counts)
     shots = sorted({int(ends[round(place)]) for place in np.linspace(0, len(ends) - 1, min(film_frames, len(ends)))})
     shown: list[Tensor] = []
-    film: Film | None = None
+    frames: list[Tensor] = []
     started, first = time.perf_counter(), 0
     while first < num:
         rows = range(first, min(first + batch, num))
@@ -246,8 +246,8 @@ def draw_images(
         shown.clear()
 
         def watch(drawn: int, tokens: Tensor, done: int = first, count: int = len(rows)) -> None:
-            if drawn in shots and done == 0 and film_images:
-                shown.append(tokens[:film_images].clone())
+            if drawn in shots and done < film_images:
+                shown.append(tokens[: film_images - done].clone())
             if progress is not None:
                 progress(done * int(ends[-1]) + drawn * count, num * int(ends[-1]))
 
@@ -266,9 +266,10 @@ def draw_images(
             torch.cuda.empty_cache()
             continue
         keep(first, method.tokens.decode(tokens).cpu())
-        if first == 0 and film_images:
-            film = _film(method, torch.stack(shown, dim=1), orders[: len(shown[0])], tuple(shots))
+        if shown:
+            frames.append(torch.stack(shown, dim=1))
         first = rows.stop
+    film = _film(method, torch.cat(frames), orders[: min(film_images, num)], tuple(shots)) if frames else None
     return film, num / (time.perf_counter() - started)
 
 
