@@ -252,12 +252,13 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write text (UTF-8) or bytes to a temporary name in the same folder, then rename: whole file or none.
+    """Write text (UTF-8) or bytes to a temporary name in the same folder, then rename: whole file or none. What of a
+    file's name is no text stands in it as ``\\udcXX``.
 
     Raises:
         ConfigError: if ``path`` is a folder or its parent can't be written, naming the reason.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """``smalti rank`` as a stranger types it: orders, numbers, a page; mistakes are one line and leave nothing."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     common = ("--data", images, "--quiet", "steps=2", "devices=cpu")
     call("train", "comae", "--out", folder / "c0", *common, *TOKENS, *COMAE)
     call("train", "comae", "--out", folder / "c1", *common, *TOKENS, *COMAE, "seed=1")
+    call("train", "comae", "--out", folder / "c6", *common, *TOKENS, *COMAE, "tokens.patch_size=16")
     call("train", "prefix", "--out", folder / "judge", *common, *TOKENS, *JUDGE)
     call("train", "mae", "--out", folder / "mae", *common, *MAE)
     # one in eleven can't be read: more than training puts up with
@@ -141,8 +143,29 @@ def test_a_list_file_and_the_images_of_another_folder(
     capsys.readouterr()
     words = ("rank", runs / "c0", "--data", images, "--against", tmp_path / "o" / "orders.parquet", "--quiet")
     call(*words, "--out", tmp_path / "p", code=2)
-    assert "has orders of 0 of the 10 images" in capsys.readouterr().err
-    assert not (tmp_path / "p" / "orders.parquet").exists()
+    assert "has orders of 0 of the 11 images" in capsys.readouterr().err
+    assert not list((tmp_path / "p").iterdir())
+
+
+def test_names_that_are_no_text_and_numbers_that_stay_whole(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in (b"bad\xff.png", b"a $x_{$ b.png", b"c.png"):
+        pixels = cv2.imencode(".png", rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))[1]
+        (folder / os.fsdecode(name)).write_bytes(pixels.tobytes())
+    (folder / os.fsdecode(b"broken\xff.png")).write_bytes(b"nothing")
+    call("rank", runs / "c0", "--data", folder, "--out", tmp_path / "o", "--judge", runs / "judge", "--quiet")
+    printed = capsys.readouterr().out
+    assert "broken\\xff.png" in printed or "broken\\udcff.png" in printed
+    row = next(line for line in printed.splitlines() if line.split()[:1] == ["collapse_shuffled"])
+    assert len(row.split()) == 6 and all(float(cell) < 100 for cell in row.split()[1:])
+    page = (tmp_path / "o" / "orders.html").read_text(encoding="utf-8")
+    assert "bad\\xff.png" in page
+    assert len(json.loads((tmp_path / "o" / "orders.json").read_text(encoding="utf-8"))["unreadable"]) == 1
 
 
 def wrong(runs: Path, images: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
@@ -160,6 +183,10 @@ def wrong(runs: Path, images: Path, folder: Path) -> dict[str, tuple[list[object
         "no images": ([runs / "c0", "--data", folder / "none", "--out", folder / "out"], "none"),
         "no other": ([*good, "--against", folder / "none.parquet"], "is not a file; orders are written by smalti rank"),
         "other is text": ([*good, "--against", folder / "a.txt"], "can't be read as Parquet"),
+        "other of other patches": ([*good, "--against", runs / "c6"], "orders 2x2 patches, these are 4x4"),
+        "nothing in common": ([*good, "--orders", "halton", "--against", runs / "c1"], "none of the orders that are"),
+        "workers": ([*good, "num_workers=-1"], "num_workers=-1"),
+        "shown": ([*good, "shown=-1"], "shown=-1"),
         "unknown key": ([*good, "batchsize=3"], "did you mean 'batch_size'?"),
         "no batch": ([*good, "batch_size=0"], "batch_size=0: at least 1 is needed"),
         "no targets": ([*good, "chunk=0"], "chunk=0: at least 1 is needed"),

@@ -1,5 +1,6 @@
 """The command ``smalti``: one file a verb; errors of ours become one line and exit code 2."""
 
+import io
 import os
 import sys
 import warnings
@@ -67,6 +68,8 @@ def _warn_in_one_line() -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
     if "--debug" not in words:
         _warn_in_one_line()
     try:

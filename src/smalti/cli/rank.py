@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,23 +115,25 @@ def _file_of(out: Path, name: str) -> Path:
 
 
 def _print(ranking: "Ranking") -> None:
+    described = ("position_share", "static_correlation", "top_overlap", "neighbour_correlation", "nearest_distance")
+    title = f"orders of {len(ranking.images):,} images by {ranking.source}"
+    _print_table(title, described, ranking.described)
+    if ranking.judged:
+        judged = {order: {name: one.value for name, one in of.items()} for order, of in ranking.judged.items()}
+        _print_table(f"what the first patches tell, by {ranking.judge}", ("auc_q", "auc_full", "left_22"), judged)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> None:
+    """A row an order; narrow enough for 80 columns, as a number that is broken can't be read."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("position_share", "static_correlation", "top_overlap", "neighbour_correlation", "nearest_distance")
-    title = f"orders of {len(ranking.images):,} images by {ranking.source}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("order", no_wrap=True, min_width=17)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("order", no_wrap=True)
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right", overflow="fold")
-    if ranking.judged:
-        table.add_column("auc_q", justify="right")
-        table.add_column("auc_full", justify="right")
-    for name in dict.fromkeys((*ranking.described, *ranking.judged)):
-        numbers = ranking.described.get(name, {})
-        cells = [f"{numbers[column]:.3f}" if column in numbers else "" for column in columns]
-        if ranking.judged:
-            judged = ranking.judged.get(name)
-            cells += ["", ""] if judged is None else [f"{judged[n].value:.3f}" for n in ("auc_q", "auc_full")]
-        table.add_row(name, *cells)
+        words = column.split("_") if column.endswith(("share", "correlation", "overlap", "distance")) else [column]
+        table.add_column("\n".join(words), justify="right", no_wrap=True)
+    for order, numbers in rows.items():
+        table.add_row(order, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns))
     Console().print(table)

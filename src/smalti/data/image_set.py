@@ -121,6 +121,11 @@ class ImageSet:
         return f"{self.layout}: {images}{f' ({splits})' if splits else ''}{classes}"
 
 
+def as_text(name: str | Path) -> str:
+    """A file's name as text, also one that is not UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def by_stem(root: Path, names: Iterable[PurePosixPath]) -> dict[str, Path]:
     """``{relative path without its ending: file}``, in order."""
     result: dict[str, Path] = {}

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smalti.data.folders import ImageSet, read_image
+from smalti.data.image_set import as_text
 from smalti.data.views import SampleViews, Skipped, ViewMaker, Views, collate
 from smalti.errors import DataError, RunError
 
@@ -290,7 +291,7 @@ class UnreadableLog:
         Raises:
             DataError: if more than a tenth of all images can't be read.
         """
-        seen = {os.fsencode(path).decode(errors="backslashreplace"): reason for path, reason in skipped}
+        seen = {as_text(path): reason for path, reason in skipped}
         if not seen.keys() - self._reasons.keys():
             return
         self._read()  # what other processes found since

@@ -10,7 +10,6 @@ of what :class:`OrderCache` knows as JSON.
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti.config import write_atomically
-from smalti.data.image_set import SPLITS, ImageSet
+from smalti.data.image_set import SPLITS, ImageSet, as_text
 from smalti.data.signals import SignalSet
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
@@ -145,12 +144,21 @@ class OrderCache:
         Raises:
             DataError: as :meth:`orders`.
         """
-        there = [place for place, image in enumerate(images) if _text(image) not in self.unreadable]
+        there = [place for place, image in enumerate(images) if as_text(image) not in self.unreadable]
         table = torch.arange(self.num_patches, dtype=torch.int16).repeat(len(images), 1 + flips, 1)
         for state in range(1 + flips):
             found = self.orders(name, [images[place] for place in there], [bool(state)] * len(there))
             table[there, state] = found.short()
         return table
+
+    def scores_of(self, name: str, images: Sequence[str], flips: Sequence[bool]) -> Float[Tensor, "B N"]:
+        """The scores behind orders of some images, for an order that has them.
+
+        Raises:
+            DataError: as :meth:`orders`.
+        """
+        self._check_name(name)
+        return self.scores[name][torch.from_numpy(self._rows_of(images, flips))]
 
     @cached_property
     def static(self) -> Int[Tensor, " N"]:
@@ -192,9 +200,9 @@ class OrderCache:
     def _rows_of(self, images: Sequence[str], flips: Sequence[bool]) -> np.ndarray:
         rows = np.empty(len(images), dtype=np.int64)
         for place, (image, flip) in enumerate(zip(images, flips, strict=True)):
-            row = self._place.get((_text(image), bool(flip)))
+            row = self._place.get((as_text(image), bool(flip)))
             if row is None:
-                raise DataError(self._lacks(_text(image), bool(flip)))
+                raise DataError(self._lacks(as_text(image), bool(flip)))
             rows[place] = row
         return rows
 
@@ -217,7 +225,7 @@ def check_fits(cache: OrderCache, images: ImageSet, grid: tuple[int, int], flips
             f"{cache.path}: orders of {cache.grid[0]}x{cache.grid[1]} patches, the images have {grid[0]}x{grid[1]}; "
             "rank them at this image size and patch size"
         )
-    names = [name for name in map(_text, images.names) if name not in cache.unreadable]
+    names = [name for name in map(as_text, images.names) if name not in cache.unreadable]
     there = sum((name, False) in cache._place or (name, True) in cache._place for name in names)
     if there < len(names):
         raise DataError(
@@ -340,7 +348,7 @@ def write_orders(
             raise ShapeError(f"order '{name}' is no permutation of 0..{num - 1} in every row")
     fields = [pa.field("image", pa.string()), pa.field("split", pa.string()), pa.field("flip", pa.bool_())]
     columns: list[Any] = [
-        pa.array([_text(image) for image in images], pa.string()),
+        pa.array([as_text(image) for image in images], pa.string()),
         pa.array([None if split is None else SPLITS.get(split, split) for split in splits], pa.string()),
         pa.array([bool(flip) for flip in flips], pa.bool_()),
     ]
@@ -361,7 +369,7 @@ def write_orders(
         "source": source,
         "orders": list(orders),
         "seconds": dict(seconds or {}),
-        "unreadable": [_text(name) for name in unreadable],
+        "unreadable": [as_text(name) for name in unreadable],
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=pa.schema(fields, metadata={"smalti": json.dumps(note)})), buffer)
@@ -429,8 +437,3 @@ def _rows(column: pa.ChunkedArray, num: int) -> Tensor:
 def _are_permutations(orders: Tensor) -> bool:
     target = torch.arange(orders.shape[-1], device=orders.device, dtype=orders.dtype)
     return not orders.is_floating_point() and bool((orders.sort(dim=-1).values == target).all())
-
-
-def _text(name: str) -> str:
-    """A file's name as text, also one that is not UTF-8."""
-    return os.fsencode(name).decode(errors="backslashreplace")

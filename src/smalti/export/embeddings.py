@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from smalti.data.folders import ImageSet
+from smalti.data.image_set import as_text
 from smalti.data.labelled import eval_batches
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError
@@ -129,7 +130,7 @@ def embed(
                     rows = _features(encoder, pixels, pool, is_patches).astype(dtype)
                 if not np.isfinite(rows).all():
                     raise ConfigError(f"features are not finite as {dtype}; {_remedy(dtype, encoder)}")
-                sink.write([_text(images.samples[place].path) for place in places], rows)
+                sink.write([as_text(images.samples[place].path) for place in places], rows)
             count, done = count + len(places), done + len(places) + len(unreadable)
             if progress is not None:
                 progress(done, len(images))
@@ -150,11 +151,6 @@ def _features(encoder: Encoder, pixels: torch.Tensor, pool: str, is_patches: boo
 
 def _remedy(dtype: str, encoder: Encoder) -> str:
     return "use dtype=float32" if dtype == "float16" else f"the weights of {encoder.name} are damaged or diverged"
-
-
-def _text(path: Path) -> str:
-    """A file name as text, also one that is not UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def draw_sheet(path: Path, rows: Sequence[tuple[str, Mapping[str, UInt8[np.ndarr
         for place, (heading, picture) in enumerate(pictures.items()):
             line[place].imshow(picture)
             title = f"{_short(name)}\n{heading}" if place == 0 else heading
-            line[place].set_title(title, fontsize=7, loc="left").set_in_layout(place > 0)
+            line[place].set_title(title, fontsize=7, loc="left", parse_math=False).set_in_layout(place > 0)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=110)
     write_atomically(path, file.getvalue())

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from smalti.config import write_atomically
+from smalti.data.image_set import as_text
 from smalti.data.images import as_picture
 from smalti.data.labelled import eval_image
 from smalti.ranking.curves import UNITS as CURVE_UNITS
@@ -233,8 +234,8 @@ def _pictures(ranking: Ranking, num_shown: int) -> Iterator[tuple[str, dict[str,
         orders = {one: look_up(ranking.cache, one, [name], False)[0].numpy() for one in (main, *beside)}
         found = {"image": picture}
         if main in ranking.cache.scores:
-            row = [*zip(ranking.cache.images, ranking.cache.flips.tolist(), strict=True)].index((name, False))
-            found[f"scores of {main}"] = heat_picture(picture, ranking.cache.scores[main][row].numpy(), grid)
+            scores = ranking.cache.scores_of(main, [name], [False])[0].numpy()
+            found[f"scores of {main}"] = heat_picture(picture, scores, grid)
         else:
             found[f"ranks of {main}"] = heat_picture(picture, -np.argsort(orders[main]).astype(np.float64), grid)
         found[f"order of {main}"] = order_picture(picture, orders[main], grid, num_top(num))
@@ -242,4 +243,4 @@ def _pictures(ranking: Ranking, num_shown: int) -> Iterator[tuple[str, dict[str,
             for share in SHARES:
                 count = max(1, round(share * num))
                 found[f"{one}, {count} of {num}"] = revealed_picture(picture, orders[one], grid, count)
-        yield name, found
+        yield as_text(name), found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from smalti.config import check_writable, read_yaml, settings, write_atomically
@@ -70,11 +70,11 @@ class RankConfig:
     """Network of a run: student or teacher."""
     load: LoadConfig = LoadConfig()
     """How weights of others are fitted."""
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
     """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU."""
     judged: PositiveInt = 512
     """Images of the curves, at most: of the test split where there is one, else of val, else of all."""
-    shown: int = 4
+    shown: NonNegativeInt = 4
     """Images on the page."""
 
 
@@ -148,7 +148,9 @@ def rank(
     images = open_images(data)
     ranker = open_ranker(spec, config, orders, device)
     asked, named = choose_names(ranker, orders)
-    other = _open_other(against, config, asked, device)
+    other = _open_other(against, config, [name for name in named if name in asked], ranker, device)
+    if isinstance(other, OrderCache) and not set(images.names) & set(other.images):
+        check_fits(other, images, ranker.grid, flips_needed=False)
     referee = None if judge is None else open_judge(judge, ranker, device)
     check_writable(out)
     states = 2 if both_flips else 1
@@ -336,13 +338,28 @@ def _method_of(run: Path) -> str | None:
 
 
 def _open_other(
-    against: str | None, config: RankConfig, asked: Sequence[str], device: torch.device
+    against: str | None, config: RankConfig, names: Sequence[str], ranker: Ranker, device: torch.device
 ) -> OrderCache | Ranker | None:
+    """The other training's orders, if they are of the same patches and some of them have a name in common."""
     if against is None:
         return None
+    other: OrderCache | Ranker
     if (Path(against).expanduser() / CONFIG_FILE).is_file():
-        return open_ranker(against, config, asked, device)
-    return read_orders(against)
+        other = open_ranker(against, config, names, device)
+    else:
+        other = read_orders(against)
+    if other.grid != ranker.grid:
+        raise ShapeError(
+            f"--against {against}: orders {other.grid[0]}x{other.grid[1]} patches, these are "
+            f"{ranker.grid[0]}x{ranker.grid[1]}; rank at the same image size and patch size"
+        )
+    there = other.stored if isinstance(other, OrderCache) else other.gives
+    if not any(name in there for name in names):
+        raise DataError(
+            f"--against {against}: has {', '.join(there)}, none of the orders that are compared here "
+            f"({', '.join(names) or 'none is found in images'})"
+        )
+    return other
 
 
 def _compare(
@@ -359,17 +376,10 @@ def _compare(
     places = spread_evenly(len(images), _COMPARED)
     some = [listed[place] for place in places]
     shared = [name for name in names if name in (other.stored if isinstance(other, OrderCache) else other.gives)]
-    if not shared:
-        raise DataError(f"--against: no order in common; these are {', '.join(names)}")
     theirs: dict[str, Tensor]
     if isinstance(other, OrderCache):
         theirs = {name: other.orders(name, some, [False] * len(some)) for name in shared}
     else:
-        if other.grid != cache.grid:
-            raise ShapeError(
-                f"--against {other.source}: orders {other.grid[0]}x{other.grid[1]} patches, these are "
-                f"{cache.grid[0]}x{cache.grid[1]}"
-            )
         chosen = dataclasses.replace(images, samples=tuple(images.samples[place] for place in places))
         found = rank_with(other, chosen, shared, False)
         theirs = {name: found.orders[name].long() for name in shared}
