@@ -66,6 +66,7 @@ def command(
 def _say_what_next(run: Path) -> None:
     from smalti.cli.options import print_results
     from smalti.evaluation.protocol import read_results
+    from smalti.methods.base import TokenMethod, get_method
     from smalti.study.posttrain import read_verdict
     from smalti.training.checkpoint import read_state
 
@@ -83,13 +84,13 @@ def _say_what_next(run: Path) -> None:
     else:
         print(f"trained: {run}")
     config = read_yaml(run / "config.yaml")
+    method = get_method(config["method"]["name"])
+    if issubclass(method, TokenMethod):  # it hands on no encoder
+        print(f"next:    {method.next_command.format(run=run)}")
+        print(f"         smalti report {run}")
+        return
     if verdict is None and config.get("init"):
         print(f"no verdict yet: smalti train --resume {run} eval.data=LABELLED judges before and after")
-    if config.get("tokens") is not None:  # it hands on no encoder
-        is_source = config["method"]["name"] == "autoencoder"
-        more = f", or train on its codes: tokens.kind=autoencoder tokens.path={run}" if is_source else ""
-        print(f"next:    smalti report {run}{more}")
-        return
     weights = config.get("weights")
     also = f" weights={weights}" if weights else ""  # else another network than the one that was judged
     print(f"next:    smalti evaluate {chosen} --data LABELLED{also}")

@@ -56,6 +56,7 @@ class Autoencoder(TokenMethod):
     Config = AutoencoderConfig
     title = "convolutional KL autoencoder: tokens for methods that generate or rank"
     paper = "Kingma and Welling 2013, arXiv:1312.6114v11; Rombach et al. 2022, arXiv:2112.10752v2"
+    next_command = "smalti train mar --data IMAGES --out RUN tokens.kind=autoencoder tokens.path={run}"
     fit_images = 0
     defaults: ClassVar[Mapping[str, Any]] = {
         "tokens": {"kind": "autoencoder"},

@@ -160,6 +160,8 @@ class TokenMethod(Method):
     """Methods whose runs ``init`` may name; its own is always one."""
     needs_start: ClassVar[bool] = False
     """Whether a run must start from another (``init``)."""
+    next_command: ClassVar[str] = ""
+    """What a user types next; ``{run}`` stands for the run."""
 
     def __init__(self, tokens: TokenSource, config: Any) -> None:
         super().__init__(tokens, config)

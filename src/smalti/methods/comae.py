@@ -244,6 +244,7 @@ class CoMAE(TokenMethod):
     Config = CoMAEConfig
     title = "which other patches each patch needs; what smalti rank orders patches by"
     paper = "Guo et al. 2025, arXiv:2511.22281v2"
+    next_command = "smalti rank {run} --data IMAGES --out ORDERS"
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "lr": 1e-4,

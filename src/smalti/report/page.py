@@ -16,6 +16,7 @@ from smalti.data.folders import ImageSet, open_images, read_image
 from smalti.errors import ConfigError, DataError, SmaltiError
 from smalti.evaluation.protocol import Result, random_twin
 from smalti.functional.components import reduce_patches
+from smalti.methods.base import TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
 from smalti.report.details import RANDOM_INIT, Judged, class_bars, detail_sections
@@ -57,14 +58,6 @@ SAME = 0.005
 SLIGHT = 0.02
 """and by less than this, slightly different."""
 _DENSE_FIRST = ("linear-segmentation", "segmenter", "in-context", "knn-patch", "overclustering", "detection")
-_NEXT = {
-    "autoencoder": "tokens.kind=autoencoder tokens.path={run} gives its codes to runs of other methods.",
-    "cmar": "smalti generate {run} --num 64 --out SAMPLES draws images with it.",
-    "comae": "smalti rank {run} --data DIR --out ORDERS puts the patches of images in order with it.",
-    "mar": "smalti generate {run} --num 64 --out SAMPLES draws images with it.",
-    "prefix": "smalti rank RUN --data DIR --out ORDERS --judge {run} judges orders with it.",
-}
-"""What to do with a run that hands on no encoder."""
 _SPLITS_SHOWN = ("val", "test", "train")
 _MAX_LISTED = 500
 _CURVES = {
@@ -177,13 +170,13 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
     return sorted(pairs, key=lambda pair: rank.get(pair.trained.protocol, len(rank)))
 
 
-def verdict(comparisons: Sequence[Comparison], method: str | None = None) -> tuple[str, str]:
+def verdict(comparisons: Sequence[Comparison], method: type[TokenMethod] | None = None) -> tuple[str, str]:
     """Whether training helped: ``better``, ``same``, ``worse`` or ``unknown``, and one sentence; ``method`` names one
     that hands on no encoder."""
     measured = [pair for pair in comparisons if math.isfinite(pair.gain(pair.trained.headline[0]))]
     if not measured:
         if not comparisons and method is not None:
-            return "unknown", f"A run of {method} hands on no encoder, so there are no features to judge."
+            return "unknown", f"A run of {method.name} hands on no encoder, so there are no features to judge."
         if not comparisons:
             return "unknown", "Not evaluated: nothing says yet whether these features are better than random ones."
         metric, value = comparisons[0].trained.headline
@@ -223,9 +216,11 @@ def _signed(gain: float, pair: Comparison) -> str:
     return f"{-gain if lower else gain:+.3f}"
 
 
-def _without_encoder(files: RunFiles) -> str | None:
-    """The method's name, if it sees tokens and hands on no encoder."""
-    return str(files.setting("method", "a method")) if files.config.get("tokens") is not None else None
+def _without_encoder(files: RunFiles) -> type[TokenMethod] | None:
+    """The method, if it sees tokens and hands on no encoder."""
+    name = files.setting("method")
+    method = get_method(str(name)) if name in method_names() else None
+    return method if method is not None and issubclass(method, TokenMethod) else None
 
 
 def _page(files: RunFiles, shown: tuple[Html, Html] | str | None) -> str:
@@ -311,7 +306,7 @@ def _facts(files: RunFiles) -> Html:
 
 def _results(files: RunFiles, comparisons: Sequence[Comparison]) -> Html:
     if not comparisons and (method := _without_encoder(files)) is not None:
-        return missing(_NEXT.get(method, "Its checkpoints are what other runs take.").format(run=files.path))
+        return missing(f"Next: {method.next_command.format(run=files.path)}")
     if not comparisons:
         text = f"No results yet. smalti evaluate {files.path} --data DIR --protocol knn measures them."
         return join((missing(text), _during(files)))
