@@ -103,6 +103,17 @@ def test_a_run_of_comae_gives_orders_numbers_and_a_page(ranked: Path, runs: Path
     assert cv2.imread(str(ranked / "orders.png")).shape[1] > 800
 
 
+def test_random_patches_on_the_page_are_each_image_s_own(
+    runs: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[tuple[str, dict[str, np.ndarray]]] = []
+    monkeypatch.setattr("smalti.report.ranking.draw_sheet", lambda path, found: rows.extend(found))
+    call("rank", runs / "c0", "--data", images, "--out", tmp_path / "o", "--quiet", "shown=4")
+    blank = [(pictures["random, 8 of 16"] == (206, 204, 200)).all(-1) for _, pictures in rows]
+    assert len(blank) == 4 and all(0.45 < mask.mean() < 0.55 for mask in blank)
+    assert not all((mask == blank[0]).all() for mask in blank)
+
+
 def test_the_orders_are_those_of_the_runs_graphs(ranked: Path, runs: Path, images: Path) -> None:
     from smalti.data.labelled import eval_image
     from smalti.functional.graphs import coverage_order, descending, pagerank

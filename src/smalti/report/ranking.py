@@ -231,7 +231,7 @@ def _pictures(ranking: Ranking, num_shown: int) -> Iterator[tuple[str, dict[str,
     for place in spread_evenly(len(ranking.images), num_shown):
         name, path = ranking.images.names[place], ranking.images.samples[place].path
         picture = enlarge(as_picture(eval_image(path, _VIEW_PX, 3, "centre")), grid)
-        orders = {one: look_up(ranking.cache, one, [name], False)[0].numpy() for one in (main, *beside)}
+        orders = {one: look_up(ranking.cache, one, [name], False, draw=place)[0].numpy() for one in (main, *beside)}
         found = {"image": picture}
         if main in ranking.cache.scores:
             scores = ranking.cache.scores_of(main, [name], [False])[0].numpy()
