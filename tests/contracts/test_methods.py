@@ -220,5 +220,7 @@ def test_a_method_says_what_it_is(name: str) -> None:
     assert method.title and any(place in method.paper for place in ("arXiv:", "PMLR"))
     networks = build(name).networks()
     assert method.export_network in networks or (issubclass(method, TokenMethod) and not networks)
+    if issubclass(method, TokenMethod):
+        assert "{run}" in method.next_command
     assert all(meaning for _, meaning in field_docs(method.Config).values())
     assert any(path.stem.split("_")[0] == name for path in recipe_files()), "a method has a recipe"

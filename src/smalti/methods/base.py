@@ -202,9 +202,6 @@ class TokenMethod(Method):
         return {}
 
 
-_REGISTRY: dict[str, type[Method]] = {}
-
-
 def refuse_changed(config: Any, names: Sequence[str], why: str) -> None:
     """For settings that would do nothing here: refuse what differs from its default.
 
@@ -220,6 +217,9 @@ def refuse_changed(config: Any, names: Sequence[str], why: str) -> None:
     for name in names:
         if getattr(config, name) != getattr(defaults, name):
             raise ConfigError(f"method.{name}={getattr(config, name)} {why}; leave it out")
+
+
+_REGISTRY: dict[str, type[Method]] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
