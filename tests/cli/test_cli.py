@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from smalti.models.loading import latest_checkpoint
+from smalti.training.logs import read_csv
 
 TINY = (
     "encoder=vit_tiny_patch16_224 encoder.patch_size=8 encoder.embed_dim=24 encoder.depth=2 encoder.num_heads=3 "
@@ -100,11 +102,11 @@ TWO_PROCESSES = {
 
 
 @pytest.mark.parametrize("kind", TWO_PROCESSES)
-def test_two_processes_equal_one_with_the_double_batch(kind: str, photos: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(kind: str, photos: Path, tmp_path: Path) -> None:
     own, method = TWO_PROCESSES[kind], kind.split()[0]
     # a larger epsilon: keys' biases have no gradient but rounding, which Adam would blow up to full steps
     common = ["train", method, "--data", photos, "steps=4", "optim.eps=1e-4", *TINY, *own, "--quiet"]
-    smalti(*common, "--out", tmp_path / "two", "devices=2")
+    smalti(*common, "--out", tmp_path / "two", "devices=2", "batch_size=8")
     smalti(*common, "--out", tmp_path / "one", "batch_size=8")
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert two.keys() == one.keys()
@@ -250,3 +252,34 @@ def test_a_warning_is_one_line_and_comes_once(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "smalti: warning: two images have no mask\n"
+
+
+def test_a_run_resumed_on_another_number_of_devices_is_the_same_run(photos: Path, tmp_path: Path) -> None:
+    words = ["train", "mae", "--data", photos, "steps=8", *TINY, *MAE, "batch_size=8", "log.every=1"]
+    words += ["optim.lr=null", "optim.base_lr=0.3", "optim.eps=0.1", "--quiet"]
+    smalti(*words, "--out", tmp_path / "undisturbed")
+    smalti(*words, "--out", tmp_path / "moved", "devices=2")
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "step_00000008")  # as if killed after step 4
+    smalti("train", "--resume", tmp_path / "moved", "devices=1", "--quiet")
+    rows = [read_csv(tmp_path / name / "log.csv") for name in ("undisturbed", "moved")]
+    assert [row["lr"] for row in rows[0]] == [row["lr"] for row in rows[1]] and len(rows[0]) == 8
+    ours, theirs = weights(tmp_path / "undisturbed"), weights(tmp_path / "moved")
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-6
+    (event,) = read_csv(tmp_path / "moved" / "events.csv")
+    assert event["detail"].endswith("processes 2 -> 1; micro_batch 4 -> 8")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["batch_size=10", "micro_batch=4"], "micro_batch=2 and micro_batch=5"),
+        (["micro_batch=0"], "micro_batch=0: at least 1"),
+        (["devices=3", "batch_size=64"], "batch_size=63 and batch_size=66"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_one_line(
+    words: list[str], line: str, photos: Path, tmp_path: Path
+) -> None:
+    done = smalti("train", "mae", "--data", photos, "--out", tmp_path / "run", *TINY, *MAE, *words, code=2)
+    assert line in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from smalti.config import field_docs
@@ -175,13 +176,26 @@ def test_the_same_seed_gives_the_same_bits(name: str, photos: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_s_randomness_does_not_depend_on_its_batch(name: str, photos: Path) -> None:
     method = build(name, **ONE_BY_ONE.get(name, {}))
+    assert method.couples_samples == ""
+    for whole, parts in _whole_and_parts(method, photos):
+        assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_couples_samples_is_named(name: str, photos: Path) -> None:
+    method = build(name)
+    alone = all(torch.isclose(whole, parts, rtol=1e-4, atol=1e-5) for whole, parts in _whole_and_parts(method, photos))
+    assert alone or method.couples_samples
+
+
+def _whole_and_parts(method: Method, photos: Path) -> list[tuple[Tensor, Tensor]]:
+    """Each loss term of a batch, and the mean of the same over its halves."""
     views = batch(method, photos, count=4)
     method(views, 0.5)  # fills a queue, where there is one
     method.eval()
     whole = method(views, 0.5)
     parts = [method(_part(views, rows), 0.5) for rows in (slice(0, 2), slice(2, 4))]
-    for key in whole:
-        assert_close(whole[key], (parts[0][key] + parts[1][key]) / 2, rtol=1e-4, atol=1e-5)
+    return [(whole[key], (parts[0][key] + parts[1][key]) / 2) for key in whole]
 
 
 def _part(views: Views, rows: slice) -> Views:

@@ -19,6 +19,8 @@ def estimate(**changes) -> StepEstimate:
     values = dict(
         device="the CPU",
         batch_size=32,
+        micro_batch=32,
+        accumulate=1,
         steps=3600,
         measured=(Measured(4, 0.14, 300.0), Measured(12, 0.22, 700.0)),
         free_mib=10_000.0,
@@ -33,22 +35,29 @@ def test_a_line_through_two_batch_sizes_gives_every_number():
     assert step.seconds == pytest.approx(0.42)
     assert step.hours == pytest.approx(0.42)
     assert step.memory_mib == pytest.approx(1700)
-    assert step.largest_batch == math.floor((9000 - 100) / 50)
+    assert step.largest_micro_batch == math.floor((9000 - 100) / 50)
     assert step.fits and step.disk_mib == 400
-    assert "largest batch about 178" in "\n".join(step.lines())
+    assert "largest micro_batch about 178" in "\n".join(step.lines())
 
 
 def test_memory_that_does_not_grow_sets_no_limit():
     step = estimate(measured=(Measured(4, 0.1, 300.0), Measured(12, 0.1, 299.0)))
-    assert step.largest_batch is None and step.memory_mib == 299
+    assert step.largest_micro_batch is None and step.memory_mib == 299
 
 
 def test_a_batch_that_does_not_fit_is_said_with_one_that_does():
     report = doctor(step=estimate(free_mib=1000.0))
-    (problem,) = [text for text in report.problems if "a batch of 32" in text]
-    assert "use batch_size=16" in problem
+    (problem,) = [text for text in report.problems if "micro_batch=32 needs" in text]
+    assert "use micro_batch=16" in problem
     tiny = doctor(step=estimate(free_mib=50.0)).problems[0]
     assert "use a smaller encoder" in tiny
+
+
+def test_an_accumulated_step_takes_the_time_of_its_parts():
+    step = estimate(batch_size=4096, micro_batch=32, accumulate=64)  # two devices
+    assert step.seconds == pytest.approx(64 * 0.42) and step.memory_mib == pytest.approx(1700)
+    assert step.proposed_micro_batch == 128  # of 2048 images of a device, 178 fit
+    assert "batch_size=4,096 on 2 devices: micro_batch=32 x 64 accumulated" in "\n".join(step.lines())
 
 
 def test_checkpoints_larger_than_the_disk_are_a_problem(tmp_path):
@@ -111,7 +120,7 @@ def test_memory_is_what_a_step_holds_at_its_peak(clock):
     step = measure_step(make_step, batch_size=64, steps=100, batch_sizes=(2, 18))
     each = (step.measured[1].memory_mib - step.measured[0].memory_mib) / 16
     assert each == pytest.approx(4, rel=0.3)
-    assert 64 < step.largest_batch < step.free_mib / 2
+    assert 64 < step.largest_micro_batch < step.free_mib / 2
     assert step.free_mib <= find_devices().total_mib * 1.01
 
 
@@ -144,7 +153,7 @@ def test_out_of_memory_halves_the_sizes(clock, limit, sizes):
 
     step = measure_step(make_step, batch_size=16, steps=1, batch_sizes=(8, 16))
     assert [one.batch_size for one in step.measured] == sizes
-    assert limit > 1 or (step.largest_batch == 1 and not step.fits)
+    assert limit > 1 or (step.largest_micro_batch == 1 and not step.fits)
 
 
 def test_an_image_that_does_not_fit_is_one_line():
@@ -200,12 +209,12 @@ def test_the_report_tells_versions_devices_images_and_problems(photos: Path, tmp
 
 def test_the_json_has_what_was_worked_out(photos: Path):
     plain = json.loads(json.dumps(doctor(str(photos), step=estimate(free_mib=1000.0)).to_json()))
-    assert plain["step"]["largest_batch"] == 16 and plain["step"]["fits"] is False
+    assert plain["step"]["largest_micro_batch"] == 16 and plain["step"]["fits"] is False
     assert plain["scan"]["count"] == 24 and len(plain["problems"]) == 2
 
 
 def test_a_sound_folder_has_no_problems(photos: Path):
-    report = doctor(str(photos), step=estimate(batch_size=8))
+    report = doctor(str(photos), step=estimate(batch_size=8, micro_batch=8))
     assert not report.problems and report.lines()[-1] == "no problems found"
 
 

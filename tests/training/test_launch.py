@@ -5,7 +5,7 @@ import torch
 
 from smalti.errors import ConfigError, MissingExtraError, SmaltiError
 from smalti.training import launch
-from smalti.training.launch import Devices, check_trackers, resolve_devices, resolve_precision
+from smalti.training.launch import Devices, check_trackers, resolve_devices, resolve_precision, split_batch
 
 
 def test_devices_mean_gpus_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +37,31 @@ def test_trackers_must_exist_and_be_installed(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(MissingExtraError, match=r'pip install "smalti\[wandb\]"'):
         check_trackers(("wandb",))
     assert issubclass(MissingExtraError, SmaltiError)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "processes", "split"),
+    [(64, None, 1, (64, 1)), (64, None, 4, (16, 1)), (64, 8, 2, (8, 4)), (1, 1, 1, (1, 1))],
+)
+def test_a_step_is_divided_evenly(
+    batch_size: int, micro_batch: int | None, processes: int, split: tuple[int, int]
+) -> None:
+    assert split_batch(batch_size, micro_batch, processes) == split
+    assert split[0] * split[1] * processes == batch_size
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "processes", "line"),
+    [
+        (10, 4, 1, "batch_size=10 is not a multiple of micro_batch=4; micro_batch=2 and micro_batch=5 divide it"),
+        (64, None, 3, "over devices=3; batch_size=63 and batch_size=66, or devices=2 can"),
+        (64, 24, 2, "batch_size=64 on devices=2 .32 each. is not a multiple of micro_batch=24; micro_batch=16 and"),
+        (64, 0, 1, "micro_batch=0: at least 1"),
+        (2, None, 4, "devices=4; batch_size=4 and batch_size=8, or devices=2 can"),
+    ],
+)
+def test_what_cannot_be_divided_names_numbers_that_can(
+    batch_size: int, micro_batch: int | None, processes: int, line: str
+) -> None:
+    with pytest.raises(ConfigError, match=line):
+        split_batch(batch_size, micro_batch, processes)

@@ -50,6 +50,7 @@ def command(
         from smalti.cli.options import best_device
         from smalti.study.catalogue import find_recipe
         from smalti.study.pretrain import resolve, step_maker, with_signals, with_start
+        from smalti.training.launch import num_processes
 
         given = read_yaml(find_recipe(recipe)) if recipe else {}
         given = merge(given, {"method": {"name": method}} if method else {})
@@ -61,6 +62,8 @@ def command(
             make_step,
             batch_size=config.batch_size,
             steps=config.steps,
+            micro_batch=config.micro_batch,
+            processes=num_processes(config.devices),
             device=device,
             checkpoint_mib=checkpoint_mib,
             keep=config.checkpoint.keep,

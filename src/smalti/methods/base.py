@@ -95,8 +95,18 @@ class Method(nn.Module, ABC):
         """
         return
 
-    def check_batch(self, batch_size: int) -> None:
-        """Called before anything is written: refuse a number of images a device that the loss can't take.
+    def couplings(self) -> dict[str, bool]:
+        """What can couple the samples of a micro-batch in the loss or its statistics, and whether it does here."""
+        return {}
+
+    @property
+    def couples_samples(self) -> str:
+        """What couples the samples of a micro-batch, as text; empty where each sample counts alone, so that a step's
+        result depends on ``micro_batch`` by rounding only (stochastic depth and dropout aside, which draw anew)."""
+        return ", ".join(name for name, couples in self.couplings().items() if couples)
+
+    def check_batch(self, micro_batch: int) -> None:
+        """Called before anything is written: refuse a number of images per forward pass that the loss can't take.
 
         Raises:
             ConfigError: naming the number that is needed.

@@ -287,6 +287,10 @@ class CoMAE(TokenMethod):
         self.observations = self._observe(selection)
         return losses
 
+    def couplings(self) -> dict[str, bool]:
+        """The contrast may be taken over the batch."""
+        return {"contrast_over=batch": bool(self.config.contrast_weight) and self.config.contrast_over == "batch"}
+
     def select(self, tokens: Float[Tensor, "B N d"], keys: Int[Tensor, " B"]) -> Selection:
         """Selections for T targets of each image, drawn without replacement."""
         num = tokens.shape[1]

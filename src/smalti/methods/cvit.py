@@ -173,6 +173,10 @@ class CViT(Method):
         }
         return {"class": class_loss(logits, labels, self.config.label_smoothing)}
 
+    def couplings(self) -> dict[str, bool]:
+        """All images of a batch keep the same number of patches."""
+        return {"one keep ratio per batch": self.config.max_rate > 0}
+
     def after_step(self, progress: float) -> None:
         """The average takes in the new weights."""
         self.teacher.follow(self.student)

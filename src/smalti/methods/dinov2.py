@@ -76,7 +76,7 @@ def koleo(tokens: Float[Tensor, "B D"], eps: float = 1e-8) -> Float[Tensor, ""]:
     Source: Sablayrolles et al., arXiv:1806.03198v3, Eq. (2); DINOv2 for the unit vectors.
     """
     if len(tokens) < 2:
-        raise ShapeError(f"KoLeo of {len(tokens)} image; it needs batch_size >= 2 a device, or method.koleo_weight=0")
+        raise ShapeError(f"KoLeo of {len(tokens)} image; it needs micro_batch >= 2, or method.koleo_weight=0")
     with torch.autocast(tokens.device.type, enabled=False):
         unit = F.normalize(at_least_float32(tokens), dim=-1)
         with torch.no_grad():
@@ -112,12 +112,15 @@ class DINOv2(IBOT):
             if not 0 < getattr(config, name) <= 1:
                 raise ConfigError(f"method.{name}={getattr(config, name)}: a factor in 0..1 (0 excluded) is needed")
 
-    def check_batch(self, batch_size: int) -> None:
+    def check_batch(self, micro_batch: int) -> None:
         """KoLeo needs another image to be far from."""
-        if self.config.koleo_weight and batch_size < 2:
-            raise ConfigError(
-                f"batch_size={batch_size}: KoLeo needs at least 2 images a device, or method.koleo_weight=0"
-            )
+        if self.config.koleo_weight and micro_batch < 2:
+            raise ConfigError(f"micro_batch={micro_batch}: KoLeo needs at least 2 images, or method.koleo_weight=0")
+
+    def couplings(self) -> dict[str, bool]:
+        """Sinkhorn-Knopp, nearest neighbours in the batch, mask ratios stratified over the batch."""
+        stratified = self.config.mask_dealing != "independent"
+        return super().couplings() | {"KoLeo": self.config.koleo_weight > 0, "stratified mask ratios": stratified}
 
     def blur_probs(self) -> tuple[float, float, float]:
         """As they are set, or as the released code has them."""

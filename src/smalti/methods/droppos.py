@@ -256,6 +256,11 @@ class DropPos(Method):
             losses["reconstruction"] = reconstruction_loss(prediction, pixels, config.norm_pix_loss)
         return losses
 
+    def couplings(self) -> dict[str, bool]:
+        """The loss divides by the sum of the weights over the batch."""
+        config = self.config
+        return {"attentive weights": config.attentive, "confident patches left out": config.ignore_confident}
+
     def label_table(self, progress: float, device: torch.device | None = None) -> Float[Tensor, "K K"]:
         """Labels of the cells at this point of training."""
         config = self.config

@@ -449,6 +449,10 @@ class IBOT(Method):
             self.observations[f"{name}_usage_entropy"] = torch.special.entr(found.usage).sum()
         return losses | self.regularizers(global_tokens)
 
+    def couplings(self) -> dict[str, bool]:
+        """Sinkhorn-Knopp normalises over the tokens of a batch."""
+        return {"Sinkhorn-Knopp": self.config.targets == "sinkhorn"}
+
     def after_backward(self, progress: float) -> None:
         """Prototypes get no gradient in the first moments of training."""
         if progress < self.config.freeze_last_layer_share:

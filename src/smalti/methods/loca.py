@@ -262,6 +262,12 @@ class LOCA(Method):
             }
         return losses
 
+    def couplings(self) -> dict[str, bool]:
+        """Cluster targets and their entropy are those of a batch; so is the mean over labelled tokens."""
+        clusters = self.config.cluster
+        pooled = self.config.token_mean != "image"
+        return {"Sinkhorn-Knopp": clusters, "mean-entropy maximisation": clusters, "the mean over all tokens": pooled}
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """The teacher follows, clusters and all."""

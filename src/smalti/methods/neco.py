@@ -292,6 +292,10 @@ class NeCo(Method):
             }
             return {"neco": self.order_loss(student_sims, teacher_sims, None if mask is None else row_weights(mask))}
 
+    def couplings(self) -> dict[str, bool]:
+        """Without a queue, references are the patches of the batch."""
+        return {"references from the batch": self.config.references == "batch"}
+
     def order_loss(
         self,
         student_sims: Float[Tensor, "Q R"],

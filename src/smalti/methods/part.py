@@ -395,6 +395,11 @@ class PART(Method):
             misses.append(there[..., place + 1 :] + back[..., place + 1 :])
         return torch.cat(misses, dim=-1).square().mean()
 
+    def couplings(self) -> dict[str, bool]:
+        """The contrastive term compares images; the variance of targets is that of a batch."""
+        config = self.config
+        return {"the contrastive term": config.contrastive > 0, "weighting=variance": config.weighting == "variance"}
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """The running variance of the targets, over all processes."""

@@ -124,10 +124,14 @@ class Supervised(Method):
         """The linear layer."""
         return ClassHead(self.head.weight, self.head.bias, self.classes)
 
-    def check_batch(self, batch_size: int) -> None:
+    def check_batch(self, micro_batch: int) -> None:
         """Mixing takes pairs."""
-        if self.mix is not None and batch_size % 2:
-            raise ConfigError(f"batch_size={batch_size}: mixup and cutmix mix pairs of images; make it even")
+        if self.mix is not None and micro_batch % 2:
+            raise ConfigError(f"micro_batch={micro_batch}: mixup and cutmix mix pairs of images; make it even")
+
+    def couplings(self) -> dict[str, bool]:
+        """Mixing takes pairs of the batch."""
+        return {"mixup and cutmix": self.mix is not None}
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
         """``{"class": ...}``."""

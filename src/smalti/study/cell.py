@@ -32,7 +32,7 @@ from smalti.models.encoder import Encoder
 from smalti.models.loading import WEIGHTS_FILE, find_checkpoint, load
 from smalti.study.doctor import measure_step
 from smalti.study.pretrain import CONFIG_FILE, resolve, resume, starting_encoder, step_maker, train
-from smalti.training.launch import resolve_devices
+from smalti.training.launch import num_processes, resolve_devices
 
 RANDOM = "random"
 """As ``load`` of an arm: the encoder that the plan's trained arms start from."""
@@ -166,10 +166,9 @@ def _train(job: Job, folder: Path) -> None:
     wall = time.perf_counter() - started
     devices = resolve_devices(config.devices)
     on_gpu = devices.kind == "cuda"
-    per_step = config.batch_size * config.optim.accumulate * devices.processes
     cost = {
         "steps": config.steps,
-        "images_seen": config.steps * per_step,
+        "images_seen": config.steps * config.batch_size,
         "wall_s": wall,
         "cpu_s": cpu_seconds() - cpu,
         "gpu_s": wall * devices.processes if on_gpu else 0.0,
@@ -188,10 +187,17 @@ def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path) -> int:
     config, own = resolve(merge(tree, {"steps": 1000}))
     device = torch.device(resolve_devices(config.devices).kind)
     make_step, _ = step_maker(config, own, device)
-    estimate = measure_step(make_step, batch_size=config.batch_size, steps=1000, device=device)
+    estimate = measure_step(
+        make_step,
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch,
+        processes=num_processes(config.devices),
+        steps=1000,
+        device=device,
+    )
     if not estimate.seconds > 0:
         raise RunError("the time of a step could not be measured; give the budget in steps or images")
-    steps = max(1, math.floor(minutes * 60 / (estimate.seconds * config.optim.accumulate)))
+    steps = max(1, math.floor(minutes * 60 / estimate.seconds))
     write_atomically(kept, json.dumps({"steps": steps, "step_s": estimate.seconds, "minutes": minutes}))
     return steps
 

@@ -46,7 +46,7 @@ from smalti.study.cell import (
 from smalti.study.machine import describe_machine
 from smalti.study.pretrain import absolute, resolve
 from smalti.study.rows import Row, metric_rows, read_row, row_tree, table_cells
-from smalti.training.launch import resolve_devices
+from smalti.training.launch import num_processes, split_batch
 
 PLAN_FILE, CELLS, TABLE, MARKDOWN, SUMMARY = "plan.yaml", "cells", "comparison.parquet", "comparison.md", "compare.json"
 PAGE = "report.html"
@@ -368,11 +368,11 @@ def _train_job(
     if kind == "steps":
         tree["steps"] = int(amount)
     config, _ = resolve(tree)
+    split_batch(config.batch_size, config.micro_batch, num_processes(config.devices))
     if config.eval.patience:
         raise ConfigError(f"eval.patience={config.eval.patience}: the plan's budget says how long arms train")
     if kind == "images":
-        devices = resolve_devices(config.devices)
-        tree["steps"] = math.ceil(amount / (config.batch_size * config.optim.accumulate * devices.processes))
+        tree["steps"] = math.ceil(amount / config.batch_size)
     budget = {kind: amount}
     folder = out / CELLS / f"{config.method['name']}-{training_key(tree, budget, images)}"
     return Job(folder=str(folder), train=tree, minutes=amount if kind == "minutes" else None, **what)

@@ -24,6 +24,7 @@ from smalti.data.loader import MAX_UNREADABLE
 from smalti.data.scan import ScanReport, scan_images
 from smalti.errors import ConfigError
 from smalti.study.machine import describe_machine, package_version
+from smalti.training.launch import split_batch
 
 MARGIN = 0.1
 """Share of the free memory that stays free: what a step needs varies."""
@@ -93,9 +94,14 @@ class StepEstimate:
 
     device: str
     batch_size: int
+    """Images per optimiser step, over all devices."""
+    micro_batch: int
+    """Images that one device takes at a time."""
+    accumulate: int
+    """Forward and backward passes of one device per step."""
     steps: int
     measured: tuple[Measured, Measured]
-    """With the smaller and the larger batch."""
+    """With the smaller and the larger micro-batch."""
     free_mib: float
     """Memory of the device that the run can have."""
     checkpoint_mib: float
@@ -105,17 +111,17 @@ class StepEstimate:
 
     @property
     def seconds(self) -> float:
-        """Of one step at ``batch_size``."""
-        return max(self._at(self.batch_size, [one.seconds for one in self.measured]), 0.0)
+        """Of one optimiser step, without the exchange between devices."""
+        return max(self._at(self.micro_batch, [one.seconds for one in self.measured]), 0.0) * self.accumulate
 
     @property
     def memory_mib(self) -> float:
-        """Peak at ``batch_size``."""
-        return self._at(self.batch_size, [one.memory_mib for one in self.measured])
+        """Peak of one device at ``micro_batch``."""
+        return self._at(self.micro_batch, [one.memory_mib for one in self.measured])
 
     @property
-    def largest_batch(self) -> int | None:
-        """Images in a batch that still fits into the free memory less :data:`MARGIN`; 0 if not one image does.
+    def largest_micro_batch(self) -> int | None:
+        """Images at a time that still fit into the free memory less :data:`MARGIN`; 0 if not one image does.
 
         None where memory does not grow with the batch, as far as was measured.
         """
@@ -125,6 +131,15 @@ class StepEstimate:
         if each <= 0:
             return None
         return max(math.floor((self.free_mib * (1 - MARGIN) - fixed) / each), 0)
+
+    @property
+    def proposed_micro_batch(self) -> int | None:
+        """The largest ``micro_batch`` that divides the images of one device and fits into its memory; None: none fits.
+        An even number, if there is one: some methods pair images."""
+        own, largest = self.micro_batch * self.accumulate, self.largest_micro_batch
+        limit = own if largest is None else largest
+        fits = [size for size in range(1, min(own, limit) + 1) if own % size == 0]
+        return max((size for size in fits if size % 2 == 0), default=max(fits, default=None))
 
     @property
     def hours(self) -> float:
@@ -138,20 +153,26 @@ class StepEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether ``batch_size`` images fit into the free memory less :data:`MARGIN`."""
-        return self.largest_batch is None or self.batch_size <= self.largest_batch
+        """Whether ``micro_batch`` images fit into the free memory less :data:`MARGIN`."""
+        return self.largest_micro_batch is None or self.micro_batch <= self.largest_micro_batch
 
     def lines(self) -> list[str]:
         """The estimate as text."""
         sizes = " and ".join(str(size) for size in self._sizes)
-        rate = self.batch_size / self.seconds if self.seconds else math.inf
-        largest = self.largest_batch
+        own = self.micro_batch * self.accumulate
+        rate = own / self.seconds if self.seconds else math.inf
+        largest = self.largest_micro_batch
         limit = (
-            "its growth with the batch is too small to see" if largest is None else f"largest batch about {largest:,}"
+            "growth with micro_batch is too small to measure"
+            if largest is None
+            else f"largest micro_batch about {largest:,}"
         )
+        devices = "" if own == self.batch_size else f" on {self.batch_size // own} devices"
+        times = "" if self.accumulate == 1 else f" x {self.accumulate:,} accumulated"
         return [
-            _line("step", f"{self.seconds:.3g} s at batch {self.batch_size:,} on {self.device} ({rate:,.3g} images/s)"),
-            _line("", f"measured at batch {sizes}"),
+            _line("batch", f"batch_size={self.batch_size:,}{devices}: micro_batch={self.micro_batch:,}{times}"),
+            _line("step", f"{self.seconds:.3g} s on {self.device} ({rate:,.3g} images/s per device)"),
+            _line("", f"measured at micro_batch {sizes}"),
             _line("needs memory", f"{self.memory_mib / 1024:.2f} of {self.free_mib / 1024:.1f} GiB free; {limit}"),
             _line("needs time", f"{_duration(self.seconds * self.steps)} for {self.steps:,} steps"),
             _line(
@@ -220,17 +241,18 @@ class DoctorReport:
         """Plain values, those that were worked out included."""
         plain: dict[str, Any] = to_tree(self)
         if self.step is not None:
-            worked_out = ("seconds", "memory_mib", "largest_batch", "fits", "hours", "disk_mib")
+            sizes = ("largest_micro_batch", "proposed_micro_batch", "fits")
+            worked_out = ("seconds", "memory_mib", *sizes, "hours", "disk_mib")
             plain["step"] |= {name: getattr(self.step, name) for name in worked_out}
         return plain | {"problems": self.problems}
 
     def _step_problems(self, step: StepEstimate) -> list[str]:
         found = []
         if not step.fits:
-            largest = step.largest_batch
-            remedy = f"use batch_size={largest}" if largest else "use a smaller encoder or image_size"
+            size = step.proposed_micro_batch
+            remedy = f"use micro_batch={size}" if size else "use a smaller encoder or image_size"
             found.append(
-                f"a batch of {step.batch_size:,} needs {step.memory_mib / 1024:.2f} GiB, "
+                f"micro_batch={step.micro_batch:,} needs {step.memory_mib / 1024:.2f} GiB, "
                 f"{step.free_mib * (1 - MARGIN) / 1024:.2f} GiB can be used on {step.device}; {remedy}"
             )
         if step.disk_mib > self.disk_free_mib:
@@ -302,6 +324,8 @@ def measure_step(
     *,
     batch_size: int,
     steps: int,
+    micro_batch: int | None = None,
+    processes: int = 1,
     device: torch.device | str = "cpu",
     checkpoint_mib: float = 0.0,
     keep: int = 2,
@@ -310,14 +334,16 @@ def measure_step(
     """Make a few steps at two batch sizes, and say what a run will need.
 
     Memory and time are taken to grow linearly with the batch. Both are even, since some methods pair
-    images. The larger of the two is ``batch_size``, less on a GPU where it does not fit (half of it, and so on), and on
-    a CPU where a step would take long or fill the memory.
+    images. The larger of the two is the micro-batch, less on a GPU where it does not fit (half of it, and so on), and
+    on a CPU where a step would take long or fill the memory.
 
     Args:
         make_step: builds method, optimiser and a batch of that many images, and gives a function that makes one step.
             If the function also reads its images, the time counts that.
-        batch_size: that the run shall have.
+        batch_size: images per optimiser step of the run.
         steps: of the run.
+        micro_batch: images that one device takes at a time; None: ``batch_size / processes``.
+        processes: of the run, one per device; one of them is measured.
         device: where ``make_step`` computes.
         checkpoint_mib: size of one checkpoint, weights and optimiser.
         keep: checkpoints that stay.
@@ -327,16 +353,19 @@ def measure_step(
         ConfigError: if not even one image fits, or the batch sizes don't grow.
     """
     device = torch.device(device)
+    micro_batch, accumulate = split_batch(batch_size, micro_batch, processes)
     if batch_sizes is not None and not 1 <= batch_sizes[0] < batch_sizes[1]:
         raise ConfigError(f"batch_sizes={batch_sizes[0]},{batch_sizes[1]}: two growing numbers from 1 on are needed")
     if batch_sizes is None and device.type == "cpu":
-        measured = _measure_on_cpu(make_step, batch_size)
+        measured = _measure_on_cpu(make_step, micro_batch)
     else:
-        low, high = batch_sizes or (_even(batch_size // 2), max(_even(batch_size), _even(batch_size // 2) + 2))
+        low, high = batch_sizes or (_even(micro_batch // 2), max(_even(micro_batch), _even(micro_batch // 2) + 2))
         measured = _measure_two(make_step, low, high, device)
     return StepEstimate(
         device=_name(device),
         batch_size=batch_size,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
         steps=steps,
         measured=measured,
         free_mib=_free_mib(device),

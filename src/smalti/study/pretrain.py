@@ -75,8 +75,10 @@ from smalti.training.launch import (
     check_trackers,
     launch,
     make_accelerator,
+    num_processes,
     resolve_devices,
     resolve_precision,
+    split_batch,
     under_launcher,
 )
 from smalti.training.logs import CSVLog, Screen, Trackers
@@ -90,7 +92,7 @@ SIGNAL_ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 50, "embed_dim":
 """Where the data are signals: timm's plain vision transformer with these arguments, patches in samples."""
 FIRST_LOOK = 20
 """Images of which one must be readable before a run is begun."""
-MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "data.num_workers")
+MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_workers")
 """Settings that a resumed run may be given anew; all others would change what it computes."""
 
 
@@ -134,7 +136,10 @@ class RunConfig:
     steps: int = 10_000
     """Optimiser steps."""
     batch_size: int = 64
-    """Images in a batch of one device."""
+    """Images per optimiser step, over all devices and accumulated gradients."""
+    micro_batch: int | None = None
+    """Images that one device takes at a time; None: ``batch_size / devices``. Gradients are accumulated until a step's
+    images are seen. Changes memory and time; results change by rounding only, except for losses that couple samples."""
     seed: int = 0
     """Of weights, data order, augmentation and everything else random."""
     devices: int | str = "auto"
@@ -557,6 +562,7 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
                 f"{name} can't change when a run is resumed, the weights would differ; free are {', '.join(MAY_CHANGE)}"
             )
     config, _ = resolve(merge(before, _absolute_paths(overrides)), str(path))
+    _split(config)
     _check_evaluation(config)
     _check_same_images(run, open_training(config))
     checkpoint = latest_checkpoint(run)
@@ -575,7 +581,14 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet | Signal
     _check_evaluation(config)
     resolve_precision(config.precision, resolve_devices(config.devices).kind)
     method = build_method(config, own, quiet=quiet)
-    method.check_batch(config.batch_size)
+    micro_batch, accumulate = _split(config)
+    method.check_batch(micro_batch)
+    if accumulate > 1 and method.couples_samples and not quiet:
+        print(
+            f"gradients of {accumulate} micro-batches of {micro_batch} are accumulated, but {method.name} couples the "
+            f"images of a micro-batch ({method.couples_samples}): results differ from one batch of {config.batch_size}",
+            file=sys.stderr,
+        )
     method.bind(images, config.data.image_size)
     if config.weights is not None and config.weights not in method.networks():
         raise ConfigError(f"weights={config.weights}: {method.name} as it is set has {', '.join(method.networks())}")
@@ -640,12 +653,31 @@ def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -
         _work(run, config, checkpoint, quiet)
 
 
+def _split(config: RunConfig) -> tuple[int, int]:
+    """``micro_batch`` and accumulated passes of a run on this machine, see :func:`split_batch`."""
+    return split_batch(config.batch_size, config.micro_batch, num_processes(config.devices))
+
+
+def _resumed(state: TrainingState, checkpoint: Path | None, processes: int, micro_batch: int) -> str:
+    """Where a run resumes, and how its steps are divided now if that has changed."""
+    changes = [
+        f"{name} {before} -> {now}"
+        for name, before, now in (
+            ("processes", state.num_processes, processes),
+            ("micro_batch", state.micro_batch, micro_batch),
+        )
+        if before not in (0, now)
+    ]
+    return "; ".join((str(checkpoint), *changes))
+
+
 def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
     """One process of a run."""
     _, own = resolve(to_tree(config))
     kind = resolve_devices("cpu" if config.devices == "cpu" else "auto").kind
+    micro_batch, accumulate = _split(config)
     accelerator = make_accelerator(
-        kind, resolve_precision(config.precision, kind), config.optim.accumulate, config.log.trackers, run
+        kind, resolve_precision(config.precision, kind), accumulate, config.log.trackers, run
     )
     images = open_training(config)
     description = None if checkpoint is None else encoder_description(checkpoint)
@@ -671,7 +703,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
             TrainLoader(
                 images,
                 views,
-                batch_size=config.batch_size,
+                batch_size=micro_batch,
                 seed=config.seed,
                 channels=config.data.channels,
                 rank=accelerator.process_index,
@@ -691,7 +723,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
         )
         listeners += (Trackers(accelerator),) if main else ()
     if main and state is not None:
-        csv_log.event(state.step, "resumed", str(checkpoint))
+        csv_log.event(state.step, "resumed", _resumed(state, checkpoint, accelerator.num_processes, micro_batch))
     hook = EvaluationHook(config, run, judges=main) if config.eval.data else None
     counted = -1 if state is None else state.judged_step
     if hook is not None and main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
@@ -699,6 +731,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     loop = LoopConfig(
         steps=config.steps,
         batch_size=config.batch_size,
+        accumulate=accumulate,
         seed=config.seed,
         optim=config.optim,
         checkpoint=config.checkpoint,

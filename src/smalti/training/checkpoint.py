@@ -57,6 +57,10 @@ class TrainingState:
     """Evaluations since the best one; where they are ``eval.patience``, training stops."""
     judged_by: str = ""
     """What these scores depend on beside the weights: data and settings of the evaluation."""
+    num_processes: int = 1
+    """Processes that train together."""
+    micro_batch: int = 0
+    """Images of one forward pass of one process; 0: not known."""
     warned: list[str] = field(default_factory=list)
     """Faults that the method found in itself and that have been told."""
 

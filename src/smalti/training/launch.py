@@ -64,6 +64,46 @@ def resolve_precision(precision: str, kind: str) -> str:
     return precision
 
 
+def split_batch(batch_size: int, micro_batch: int | None, processes: int) -> tuple[int, int]:
+    """How a step's images are divided over processes and accumulated gradients.
+
+    Args:
+        batch_size: images per optimiser step.
+        micro_batch: images of one forward pass of one process; None: all that a process has of a step.
+        processes: that train together, one per device.
+
+    Returns:
+        Images of one forward pass of one process, and forward passes per process and step.
+
+    Raises:
+        ConfigError: if the images can't be divided evenly; the line names numbers that work.
+    """
+    if micro_batch is not None and micro_batch < 1:
+        raise ConfigError(f"micro_batch={micro_batch}: at least 1 is needed; leave it out for batch_size / devices")
+    if batch_size % processes:
+        below = max(batch_size // processes, 1)
+        near = (below * processes, (below + 1) * processes)
+        works = " and ".join(f"batch_size={size}" for size in near)
+        fewer = [count for count in range(processes - 1, 0, -1) if batch_size % count == 0][:1]
+        works += "".join(f", or devices={count}" for count in fewer)
+        raise ConfigError(f"batch_size={batch_size} can't be divided over devices={processes}; {works} can")
+    own = batch_size // processes
+    if micro_batch is None:
+        return own, 1
+    if own % micro_batch:
+        fits = [size for size in range(1, own + 1) if own % size == 0]
+        smaller, larger = [size for size in fits if size < micro_batch], [size for size in fits if size > micro_batch]
+        works = " and ".join(f"micro_batch={size}" for size in (*smaller[-1:], *larger[:1]))
+        of = f"batch_size={batch_size}" + (f" on devices={processes} ({own} each)" if processes > 1 else "")
+        raise ConfigError(f"{of} is not a multiple of micro_batch={micro_batch}; {works} divide it")
+    return micro_batch, own // micro_batch
+
+
+def num_processes(devices: int | str) -> int:
+    """Processes of a run: the launcher's, or those that ``devices`` asks for."""
+    return int(os.environ["WORLD_SIZE"]) if under_launcher() else resolve_devices(devices).processes
+
+
 def check_trackers(names: tuple[str, ...]) -> None:
     """Refuse trackers that don't exist or aren't installed.
 

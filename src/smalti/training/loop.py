@@ -11,6 +11,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from smalti.config import settings
 from smalti.data.loader import UnreadableLog, sample_key
@@ -41,7 +42,9 @@ class LoopConfig:
 
     steps: int
     batch_size: int
-    """Images a process takes in one batch."""
+    """Images per optimiser step, over all processes and accumulated gradients."""
+    accumulate: int
+    """Forward and backward passes per process and step."""
     seed: int
     optim: OptimConfig
     checkpoint: CheckpointConfig
@@ -119,18 +122,18 @@ def train(
     optim, device = config.optim, accelerator.device
     model, prepared = accelerator.prepare(method, optimizer)
     world, rank = accelerator.num_processes, accelerator.process_index
-    images_per_step = config.batch_size * optim.accumulate * world
     checkpoints = Checkpoints(run, method, optimizer, config.checkpoint, accelerator.is_main_process)
     is_new = state is None
     state = TrainingState() if state is None else state
     if config.judged_by and state.judged_by != config.judged_by:  # scores of another kind don't compare with these
         state.best_score, state.best_step, state.without_best, state.num_judged = None, None, 0, 0
         state.judged_by = config.judged_by
+    state.num_processes, state.micro_batch = world, config.batch_size // (config.accumulate * world)
     if is_new:
         checkpoints.save(state)  # somewhere to go back to
 
-    health, clock = Health(), Clock(images_per_step)
-    batches = make_batches(state.step * optim.accumulate)
+    health, clock = Health(), Clock(config.batch_size)
+    batches = make_batches(state.step * config.accumulate)
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
     method.train()
@@ -142,13 +145,14 @@ def train(
 
     while state.step < config.steps and not _has_lost_patience(state, config):
         progress = state.step / config.steps
-        peak = peak_lr(optim, images_per_step) * state.lr_scale
+        peak = peak_lr(optim, config.batch_size) * state.lr_scale
         lr, decay = apply_schedules(optimizer, optim, peak=peak, progress=progress)
         torch.manual_seed(
             sample_key(config.seed, state.step, rank)
         )  # a step's randomness is its own: nothing to restore
 
-        for _ in range(optim.accumulate):
+        parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        for _ in range(config.accumulate):
             views = next(batches)
             if unreadable is not None:
                 unreadable.add(views.skipped)
@@ -163,9 +167,10 @@ def train(
                     grad_norm = clip_gradients(parameters, optim)
                 prepared.step()
                 prepared.zero_grad(set_to_none=True)
+            parts.append((losses, method.observations))
         method.after_step(progress)
         state.step += 1
-        health.observe(state.step, losses, grad_norm, method.observations)
+        health.observe(state.step, _mean([one for one, _ in parts]), grad_norm, _mean([one for _, one in parts]))
 
         last = state.step == config.steps
         to_log = last or state.step == 1 or state.step % config.log.every == 0
@@ -176,7 +181,7 @@ def train(
             if reading.bad:
                 state = _go_back(checkpoints, state, reading.bad, listeners)
                 accelerator.wait_for_everyone()
-                batches = make_batches(state.step * optim.accumulate)
+                batches = make_batches(state.step * config.accumulate)
                 clock.start(state.step)
                 continue
             if to_log:
@@ -237,6 +242,14 @@ def _judge(
         checkpoints.save(state)
     elif checkpoints.path(state.step).exists():
         checkpoints.update_state(state)
+
+
+@torch.no_grad()
+def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of each scalar over the micro-batches of a step."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.stack([part[name].detach().float() for part in parts]).mean() for name in parts[0]}
 
 
 def _has_lost_patience(state: TrainingState, config: LoopConfig) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from smalti.config import settings
@@ -43,8 +43,6 @@ class OptimConfig:
     """Largest gradient norm; None does not clip."""
     clip: Literal["global", "tensor"] = "global"
     """Whether ``clip_norm`` holds for all gradients together or for each tensor alone (DINO's way)."""
-    accumulate: PositiveInt = 1
-    """Batches whose gradients are added up before a step."""
     freeze_encoder_share: Share = 0.0
     """Share of training, from its start, in which the encoder stays as it is and only what is beside it learns (heads,
     prototypes, decoders): for fresh heads on an encoder that is trained already."""
