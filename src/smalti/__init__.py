@@ -21,7 +21,7 @@ _LAZY = {
     "PatchFeatures": "smalti.models.encoder",
     "load": "smalti.models.loading",
     "train": "smalti.study.pretrain",
-    "evaluate": "smalti.evaluation.protocol",
+    "evaluate": "smalti.study.baseline",
     "compare": "smalti.study.compare",
     "embed": "smalti.export.embeddings",
     "load_images": "smalti.data.labelled",

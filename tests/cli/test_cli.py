@@ -148,7 +148,7 @@ def test_a_run_is_evaluated_reported_exported_and_embedded(
     done = smalti(
         "evaluate", run, "--data", class_folders, "--protocol", "knn,linear-probe", "--json", tmp_path / "r.json"
     )
-    assert "random init" in done.stdout and "top1" in done.stdout
+    assert "untrained" in done.stdout and "top1" in done.stdout
     results = json.loads((tmp_path / "r.json").read_text())["results"]
     assert [r["protocol"] for r in results] == ["knn", "knn", "linear-probe", "linear-probe"]
     assert all(0 <= value <= 1 for r in results for value in r["metrics"].values())
@@ -277,9 +277,7 @@ def test_a_run_resumed_on_another_number_of_devices_is_the_same_run(photos: Path
         (["devices=3", "batch_size=64"], "batch_size=63 and batch_size=66"),
     ],
 )
-def test_a_batch_that_cannot_be_divided_is_one_line(
-    words: list[str], line: str, photos: Path, tmp_path: Path
-) -> None:
+def test_a_batch_that_cannot_be_divided_is_one_line(words: list[str], line: str, photos: Path, tmp_path: Path) -> None:
     done = smalti("train", "mae", "--data", photos, "--out", tmp_path / "run", *TINY, *MAE, *words, code=2)
     assert line in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()

@@ -27,9 +27,10 @@ from smalti.evaluation.attention import (
 )
 from smalti.evaluation.features import spread
 from smalti.evaluation.linear_segmentation import linear_segmentation
-from smalti.evaluation.protocol import EvalConfig, evaluate
+from smalti.evaluation.protocol import EvalConfig
 from smalti.layers.attention import attention_weights
 from smalti.models.encoder import build_encoder
+from smalti.study.baseline import evaluate
 
 E12 = torch.tensor([0.05, 0.30, 0.10, 0.25, 0.02, 0.18, 0.06, 0.03, 0.01])
 

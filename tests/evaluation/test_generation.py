@@ -19,9 +19,10 @@ from smalti.errors import ConfigError, DataError, MissingExtraError, WeightsErro
 from smalti.evaluation import generation as module
 from smalti.evaluation.details import read_details, write_details
 from smalti.evaluation.inception import Inception
-from smalti.evaluation.protocol import EvalConfig, evaluate, open_sets, read_results
+from smalti.evaluation.protocol import EvalConfig, open_sets, read_results
 from smalti.models.encoder import build_encoder
 from smalti.report.evaluation import save_evaluation
+from smalti.study.baseline import evaluate
 
 SHARES = ("precision", "recall", "precision_real", "recall_real")
 

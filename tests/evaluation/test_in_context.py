@@ -13,8 +13,9 @@ from smalti.errors import DataError
 from smalti.evaluation.features import Features
 from smalti.evaluation.in_context import in_context, upsampled_argmax
 from smalti.evaluation.knn_patch import knn_patch
-from smalti.evaluation.protocol import EvalConfig, evaluate
+from smalti.evaluation.protocol import EvalConfig
 from smalti.evaluation.retrieval import average_precision_at, precision_at, retrieval
+from smalti.study.baseline import evaluate
 
 PROTOCOLS = {"in-context": in_context, "knn-patch": knn_patch, "retrieval": retrieval}
 

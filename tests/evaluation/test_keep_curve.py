@@ -12,9 +12,10 @@ from smalti.data.orders import write_orders
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.features import Features
 from smalti.evaluation.keep_curve import PAPER_RATES, RATES, TABLE, keep_curve
-from smalti.evaluation.protocol import EvalConfig, evaluate, read_results, write_results
+from smalti.evaluation.protocol import EvalConfig, read_results, write_results
 from smalti.functional.orders import area_under, knee, num_kept, random_orders
 from smalti.models.encoder import ClassHead, Encoder, PatchFeatures, build_encoder
+from smalti.study.baseline import evaluate
 
 STEP = 40
 """Grey value of class k of ``greys`` is k * STEP."""

@@ -19,17 +19,17 @@ from smalti.evaluation.protocol import (
     SHARE,
     EvalConfig,
     Result,
-    evaluate,
     find_protocol,
     fitting_protocols,
     protocol_names,
-    random_twin,
+    random_init,
     read_results,
     write_results,
 )
+from smalti.study.baseline import evaluate
 
 NAMES = tuple(
-    name for name in protocol_names() if find_protocol(name).need != "stages" and find_protocol(name).has_twin
+    name for name in protocol_names() if find_protocol(name).need != "stages" and find_protocol(name).has_baseline
 )
 """Those that judge an encoder on images; of signals: test_sleep_staging.py, generated images: test_generation.py."""
 QUICK: dict[str, object] = {"epochs": 2, "iters": 2, "speed": False}
@@ -72,8 +72,7 @@ def test_results_are_scores_with_their_settings(name, tiny, data):
         assert result.headline[0] == next(iter(result.metrics))
         json.dumps(result.to_json(), allow_nan=False)
     assert not ours.is_baseline
-    assert baseline.is_baseline and baseline.encoder == "random:vit_tiny_patch16_224"
-    assert baseline.settings["baseline_of"] == "mine"
+    assert baseline.baseline == "random-init" and baseline.encoder == "mine (random init)"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,13 +128,13 @@ def test_the_order_of_results_is_that_of_the_protocols(tiny, data):
     ]
 
 
-def test_the_twin_is_random_and_has_the_same_shape(tiny):
-    twin, again, other = random_twin(tiny, 3), random_twin(tiny, 3), random_twin(tiny, 4)
+def test_the_baseline_is_random_and_has_the_same_shape(tiny):
+    one, again, other = random_init(tiny, 3), random_init(tiny, 3), random_init(tiny, 4)
     weight = "vit.blocks.0.attn.qkv.weight"
-    assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in tiny.state_dict().items()}
-    assert torch.equal(twin.state_dict()[weight], again.state_dict()[weight])
-    assert not torch.equal(twin.state_dict()[weight], other.state_dict()[weight])
-    assert (twin.mean, twin.std, twin.pool) == (tiny.mean, tiny.std, tiny.pool)
+    assert {k: v.shape for k, v in one.state_dict().items()} == {k: v.shape for k, v in tiny.state_dict().items()}
+    assert torch.equal(one.state_dict()[weight], again.state_dict()[weight])
+    assert not torch.equal(one.state_dict()[weight], other.state_dict()[weight])
+    assert (one.mean, one.std, one.pool) == (tiny.mean, tiny.std, tiny.pool)
 
 
 def test_progress_is_told_to_the_end(tiny, data):
@@ -289,9 +288,9 @@ def test_dense_tokens_are_never_refined_and_lose_the_norm_only_when_told_to(prot
     assert judge().metrics == plain.metrics
 
 
-def test_the_twin_of_an_encoder_with_a_trained_pooling_has_a_random_one(tiny, greys):
+def test_the_baseline_of_an_encoder_with_a_trained_pooling_has_a_random_one(tiny, greys):
     tiny.set_pool("map", fresh=True)
-    one, two = random_twin(tiny, 1), random_twin(tiny, 1)
+    one, two = random_init(tiny, 1), random_init(tiny, 1)
     assert torch.equal(one.vit.attn_pool.latent, two.vit.attn_pool.latent)
     assert not torch.equal(one.vit.attn_pool.latent, tiny.vit.attn_pool.latent)
     results = evaluate(tiny, "mine", str(greys), EvalConfig(protocols=("knn",)))

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.protocol import EvalConfig, evaluate
+from smalti.evaluation.protocol import EvalConfig
 from smalti.evaluation.rank import rank
 from smalti.models.encoder import build_encoder
+from smalti.study.baseline import evaluate
 
 
 def test_a_constant_encoder_fills_one_dimension(constant, photos, features_of):

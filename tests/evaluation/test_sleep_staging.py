@@ -21,7 +21,7 @@ from smalti.data.sleep_samples import write_nights
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.details import read_details
 from smalti.evaluation.metrics import cohen_kappa, macro_f1
-from smalti.evaluation.protocol import EvalConfig, evaluate, fitting_protocols, read_results
+from smalti.evaluation.protocol import EvalConfig, fitting_protocols, read_results
 from smalti.evaluation.sleep_staging import (
     Classifier,
     area_under_log,
@@ -34,6 +34,7 @@ from smalti.evaluation.sleep_staging import (
 from smalti.evaluation.tuning import trainable_copy
 from smalti.models.encoder import Encoder, build_encoder
 from smalti.report.evaluation import save_evaluation
+from smalti.study.baseline import evaluate
 
 SHARED = Path(os.environ.get("SMALTI_SHARED", Path(__file__).parents[2].parent / "shared"))
 DREAMS = SHARED / "data" / "dreams-sleep-eeg"

@@ -23,7 +23,7 @@ from smalti.data.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError
-from smalti.evaluation.protocol import EvalConfig, evaluate
+from smalti.evaluation.protocol import EvalConfig
 from smalti.functional.boxes import normalize_boxes
 from smalti.functional.positions import patch_centres
 from smalti.functional.transport import sinkhorn
@@ -34,6 +34,7 @@ from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.models.weights import read_tensors
 from smalti.study import pretrain
+from smalti.study.baseline import evaluate
 
 SMALL: dict[str, Any] = {
     "num_prototypes": 16,

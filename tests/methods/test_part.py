@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from smalti.data.views import Views
 from smalti.errors import ConfigError
-from smalti.evaluation.protocol import random_twin
+from smalti.evaluation.protocol import random_init
 from smalti.evaluation.tuning import rate_fresh_positions, seeded, trainable_copy
 from smalti.functional.offgrid import Patches
 from smalti.functional.pairs import r_squared, select_pairs
@@ -317,7 +317,7 @@ def test_the_encoder_is_handed_on_without_positions_and_fine_tuned_with_fresh_on
     moved = images.roll(8, dims=-1)  # by one patch: the same bag of patches
     before, after = (encoder.eval().encode(encoder.normalize(x)).patches.view(2, 4, 4, -1) for x in (images, moved))
     assert_close(before.roll(1, dims=2), after, rtol=1e-4, atol=1e-5)
-    assert random_twin(encoder, 0).vit.pos_embed.abs().max() == 0
+    assert random_init(encoder, 0).vit.pos_embed.abs().max() == 0
     assert encoder_from_config(encoder.config()).position_free
 
     copies = []

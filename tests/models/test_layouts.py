@@ -501,7 +501,7 @@ def test_an_offset_never_changes_the_number_of_positions(old: int) -> None:
 
 
 def test_the_way_of_resampling_is_kept_by_description_export_and_twin(tmp_path: Path) -> None:
-    from smalti.evaluation.protocol import random_twin
+    from smalti.evaluation.protocol import random_init
 
     source = tiny(V2, img_size=56)
     torch.save(state(source), tmp_path / "x.pth")
@@ -511,7 +511,7 @@ def test_the_way_of_resampling_is_kept_by_description_export_and_twin(tmp_path: 
     assert_close(encoder.vit.pos_embed.detach(), expected)  # at loading, too
     assert encoder.pos_resampling == ("bilinear", False, 0.1)
     assert encoder_from_config(encoder.config()).pos_resampling == ("bilinear", False, 0.1)
-    assert random_twin(encoder, 0).pos_resampling == ("bilinear", False, 0.1)
+    assert random_init(encoder, 0).pos_resampling == ("bilinear", False, 0.1)
     folder = export_timm(encoder, tmp_path / "out").path  # compares with timm at the native size
     again = load(folder / "model.safetensors", quiet=True)
     x = torch.randn(1, 3, 70, 56)

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def pair(protocol: str, name: str, metrics: dict[str, float], random: dict[str, 
     )
     return [
         result(protocol, name, metrics, bars[0]),
-        result(protocol, "random:vit_tiny_patch16_224", random, bars[1], baseline_of=name),
+        dataclasses.replace(result(protocol, f"{name} (untrained)", random, bars[1]), baseline="untrained"),
     ]
 
 

@@ -9,9 +9,10 @@ import pytest
 from htmlpage import check_page
 from smalti.errors import ConfigError, RunError
 from smalti.evaluation.intervals import Interval
-from smalti.evaluation.protocol import EvalConfig, evaluate
+from smalti.evaluation.protocol import EvalConfig
 from smalti.report.comparison import sentences, write_comparison
 from smalti.report.evaluation import save_evaluation, write_evaluation
+from smalti.study.baseline import evaluate
 from smalti.study.compare import Cell, Comparison, Cost, Plan, Row, compare, read_comparison
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
@@ -117,7 +118,7 @@ def test_the_sentences_follow_the_intervals():
     assert said(nothing)[0] == "unknown" and "nothing can be said" in said(nothing)[1][0]
     kind, lines = said(None, failures={"arm0": "seed 1: out of memory"})
     assert (
-        kind == "unknown" and lines[0].startswith("arm0 broke at some of its seeds") and "can be compared" in lines[1]
+        kind == "unknown" and lines[0].startswith("arm0 failed at some of its seeds") and "can be compared" in lines[1]
     )
 
 
@@ -125,7 +126,12 @@ def test_an_evaluation_has_a_page_with_figures(encoder, class_folders, tmp_path)
     config = EvalConfig(protocols=("knn",), image_size=64)
     results = evaluate(encoder, EVIL, str(class_folders), config, figures=True)
     page = check_page(save_evaluation(tmp_path / "ev", results, "smalti evaluate <x>"))
-    for words in ("random initialisation: knn top1", "recall of each class (2)", "smalti evaluate <x>", EVIL):
+    for words in (
+        "random initialisation of its architecture: knn top1",
+        "recall of each class (2)",
+        "smalti evaluate <x>",
+        EVIL,
+    ):
         assert words in page.text, words
     assert any(alt.startswith("PCA map") for alt in page.attributes("alt")) and not page.attributes("onerror")
     assert json.loads((tmp_path / "ev" / "results.json").read_text())["results"]

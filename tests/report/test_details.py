@@ -14,7 +14,7 @@ from smalti.evaluation.protocol import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.colours import palette
-from smalti.report.details import RANDOM_INIT, Judged, class_bars, detail_sections
+from smalti.report.details import Judged, class_bars, detail_sections
 from smalti.report.figures import (
     ForestRow,
     boxes_picture,
@@ -117,7 +117,7 @@ def test_only_images_that_all_arms_have_get_feature_maps(tmp_path):
 
 
 def test_bars_are_means_over_seeds_the_best_class_first_and_the_baseline_grey(judged):
-    arms = {"one": judged.arms["one"], RANDOM_INIT: judged.arms["two"]}
+    arms = {"one": judged.arms["one"], "untrained": judged.arms["two"]}
     bars = class_bars(Judged("d", "p", arms))
     assert bars.index(">sky<") < bars.index("&lt;script&gt;alert(1)&lt;/script&gt;<") < bars.index(">road<")
     assert "0.250" in bars  # of 0.2 and 0.3
@@ -161,10 +161,10 @@ def test_objects_found_stand_beside_the_true_ones_also_when_read_from_disk(tmp_p
             for one, two in zip(pair, other, strict=True):
                 assert np.array_equal(one.boxes, two.boxes) and np.array_equal(one.labels, two.labels)
                 assert np.array_equal(one.scores, two.scores)
-    arms = {"ours": [again[0]], RANDOM_INIT: [again[1]]}
+    arms = {"ours": [again[0]], "untrained": [again[1]]}
     page = page_of({"predictions": detail_sections([Judged("d", "detection", arms)])["predictions"]}, tmp_path)
     alts = [alt for alt in page.attributes("alt") if alt.endswith("a.png")]
-    assert sorted(alts) == ["ours: a.png", "random init: a.png", "truth: a.png"]
+    assert sorted(alts) == ["ours: a.png", "untrained: a.png", "truth: a.png"]
     assert EVIL in page.text
 
 
@@ -232,7 +232,7 @@ def keep_result(order: str, ranking: float | None = 0.0) -> Result:
 
 
 def test_keep_curves_have_their_controls_in_every_figure(tmp_path):
-    arms = {"c": [keep_result("collapse", None)], "h": [keep_result("halton")], RANDOM_INIT: [keep_result("halton")]}
+    arms = {"c": [keep_result("collapse", None)], "h": [keep_result("halton")], "untrained": [keep_result("halton")]}
     sections = detail_sections([Judged("d", "keep-curve", arms)], tokens=False)
     page = page_of({"keep": sections["keep"]}, tmp_path)
     labels = page.attributes("aria-label")

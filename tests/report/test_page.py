@@ -35,7 +35,7 @@ def test_the_page_needs_nothing_beside_it_and_every_picture_has_a_text(page):
 
 def test_the_page_tells_the_run(page):
     for words in (
-        "Better than random initialisation: linear-segmentation miou on scenes is 0.314, against 0.207 (+0.107)",
+        "Better than the same network untrained: linear-segmentation miou on scenes is 0.314, against 0.207 (+0.107)",
         "2 of 2 evaluations improve",
         "optim.lr",
         "An example processor",
@@ -156,19 +156,19 @@ def test_what_can_not_be_used_is_one_line(make_run, encoder, tmp_path):
 
 
 def scores(protocol: str, values: dict[str, float], baseline: bool = False, unit: str = "higher is better") -> Result:
-    settings = {"baseline_of": "run"} if baseline else {}
-    return Result(protocol, "random:x" if baseline else "run", "d", values, {key: unit for key in values}, settings)
+    kind = "untrained" if baseline else None
+    return Result(protocol, "run", "d", values, {key: unit for key in values}, {}, baseline=kind)
 
 
 @pytest.mark.parametrize(
     ("trained", "random", "unit", "kind", "words"),
     [
-        (0.5, 0.4, "higher is better", "better", "Better than random initialisation: knn top1 on d is 0.500"),
-        (0.41, 0.4, "higher is better", "better", "Slightly better than random initialisation"),
-        (0.402, 0.4, "higher is better", "same", "Not better than random initialisation"),
-        (0.3, 0.4, "higher is better", "worse", r"Worse than random initialisation: .* \(-0.100\)"),
-        (0.3, 0.4, "lower is better", "better", r"Better than random initialisation: .* \(-0.100\)"),
-        (0.5, math.nan, "higher is better", "unknown", "No comparison with random initialisation"),
+        (0.5, 0.4, "higher is better", "better", "Better than the same network untrained: knn top1 on d is 0.500"),
+        (0.41, 0.4, "higher is better", "better", "Slightly better than the same network untrained"),
+        (0.402, 0.4, "higher is better", "same", "Not better than the same network untrained"),
+        (0.3, 0.4, "higher is better", "worse", r"Worse than the same network untrained: .* \(-0.100\)"),
+        (0.3, 0.4, "lower is better", "better", r"Better than the same network untrained: .* \(-0.100\)"),
+        (0.5, math.nan, "higher is better", "unknown", "No comparison with a baseline"),
     ],
 )
 def test_the_verdict_is_plain(trained, random, unit, kind, words):
@@ -187,7 +187,7 @@ def test_dense_protocols_come_first_in_the_verdict():
         for name in ("knn", "linear-segmentation")
         for value, base in ((0.5, False), (0.6, True))
     ]
-    assert verdict(compare(results))[1].startswith("Worse than random initialisation: linear-segmentation")
+    assert verdict(compare(results))[1].startswith("Worse than the same network untrained: linear-segmentation")
 
 
 def test_a_result_without_a_baseline_is_shown_and_not_judged(make_run):
@@ -195,4 +195,4 @@ def test_a_result_without_a_baseline_is_shown_and_not_judged(make_run):
     result = Result("knn", "run", "d", {"top1": 0.5}, {}, {}, {"accuracy": {"a": 0.9, "b": 0.1}})
     write_results(run / "results" / "evaluate_d.json", [result])
     text = Page(write_report(run, num_images=0)).text
-    assert "No comparison with random initialisation" in text and "accuracy of each class (2)" in text
+    assert "No comparison with a baseline" in text and "accuracy of each class (2)" in text

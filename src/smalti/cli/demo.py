@@ -19,7 +19,7 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Samples, training, evaluation against random init, report: a few minutes on two cores.
+    """Samples, training, evaluation against the untrained network, report: a few minutes on two cores.
 
     Settings go to the training run, such as steps=500 or seed=1.
     """

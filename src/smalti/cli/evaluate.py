@@ -30,7 +30,10 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Judge an encoder on labelled images, with its randomly initialised twin beside it.
+    """Evaluate an encoder on labelled images, beside its baseline.
+
+    The baseline of a run is the same network untrained (or before, where it started from weights); of an imported
+    encoder it is the random initialisation of its architecture. eval.baseline=false leaves it out.
 
     --out DIR also writes results, what stands behind them and a page with figures; of a run, smalti report RUN shows
     them, too.
@@ -57,8 +60,9 @@ def command(
     from smalti.cli.options import Progress, best_device, load_encoder, print_results
     from smalti.config import build, check_writable
     from smalti.evaluation.details import write_details
-    from smalti.evaluation.protocol import EvalConfig, evaluate, open_sets, write_results
+    from smalti.evaluation.protocol import EvalConfig, open_sets, write_results
     from smalti.report.evaluation import RESULTS_FILE, check_free, save_evaluation
+    from smalti.study.baseline import evaluate
 
     config = build(EvalConfig, settings, "eval")
     if out:

@@ -110,19 +110,20 @@ def best_device() -> "torch.device":
 
 
 def print_results(results: "list[Result]", json_path: Path | None) -> None:
-    """A table of results with the random baseline beside; ``--json`` writes them, too."""
+    """A table of results with their baseline beside; ``--json`` writes them, too."""
     from rich.console import Console
     from rich.table import Table
 
-    from smalti.evaluation.protocol import write_results
+    from smalti.evaluation.protocol import BASELINE_LABELS, write_results
 
     sets = sorted({result.data for result in results})
     where = f" on {sets[0]}" if len(sets) == 1 else ""
-    twins = {result.protocol: result.metrics for result in results if result.is_baseline}
+    beside = {result.protocol: result.metrics for result in results if result.is_baseline}
+    label = next((BASELINE_LABELS[result.baseline] for result in results if result.baseline), "")
     table = Table(title=f"{results[0].encoder}{where}", title_justify="left")
     for name in ("protocol", "metric"):
         table.add_column(name, overflow="fold")
-    for name in ("value", *(("random init", "difference") if twins else ())):
+    for name in ("value", *((label, "difference") if label else ())):
         table.add_column(name, justify="right")
     for result in results:
         if result.is_baseline:
@@ -130,9 +131,9 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
         errors = result.settings.get("standard_error", {})
         for metric, value in result.metrics.items():
             shown = f"{value:.4f} ± {errors[metric]:.4f}" if metric in errors else f"{value:.4f}"
-            twin = twins.get(result.protocol, {}).get(metric)
-            beside = ("", "") if twin is None else (f"{twin:.4f}", f"{value - twin:+.4f}")
-            table.add_row(result.protocol, metric, shown, *(beside if twins else ()))
+            before = beside.get(result.protocol, {}).get(metric)
+            compared = ("", "") if before is None else (f"{before:.4f}", f"{value - before:+.4f}")
+            table.add_row(result.protocol, metric, shown, *(compared if label else ()))
     Console().print(table)
     if json_path:
         write_results(json_path, results)

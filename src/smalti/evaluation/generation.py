@@ -107,7 +107,7 @@ def open_generated(place: str) -> ImageSet:
     prefers=("labels",),
     heeds=("generated", "inception", "k", "repeats", "pool"),
     by_default=False,
-    has_twin=False,
+    has_baseline=False,
     check=check_generated,
 )
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The contract of an evaluation: an encoder and labelled data in, a Result out.
 
 A protocol is a function in a file of its own, registered by name with what it needs of the data and which settings it
-heeds. :func:`evaluate` opens the data, computes the features that protocols share once, and puts a randomly initialised
-twin beside the encoder, so that a score can be told from what the architecture alone gives.
+heeds. :func:`evaluate` opens the data, computes the features that protocols share once, and evaluates a baseline beside
+the encoder: the gain over the same network before training is what training was worth.
 """
 
 import dataclasses
@@ -72,7 +72,8 @@ class EvalConfig:
     train_size: Annotated[float, Field(gt=0)] | None = None
     """Learn from fewer training images, drawn by the seed: a share below 1, or a number of images; None takes all."""
     baseline: bool = True
-    """Also evaluate a randomly initialised encoder of the same architecture."""
+    """Also evaluate the baseline: of a run the same network untrained (or before, where it started from weights), of
+    an imported encoder its random initialisation."""
     pool: Literal["auto", "cls", "avg", "map", "prr"] = "auto"
     """generation, knn, rank, linear-probe, finetune: what stands for an image: cls token, avg of the patches, prr: the
     same after attention without parameters, map: learned attention pooling, or auto: what the encoder hands on
@@ -181,6 +182,30 @@ def determining(config: EvalConfig, costless: Collection[str]) -> dict[str, Any]
     }
 
 
+BaselineKind = Literal["untrained", "before", "random-init"]
+BASELINE_LABELS: Mapping[BaselineKind, str] = {
+    "untrained": "untrained",
+    "before": "before",
+    "random-init": "random init",
+}
+"""How tables and pages name a baseline: the same network before its first step, where that is random (``untrained``)
+or brought by ``init`` (``before``), or timm's random initialisation of an imported encoder."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the scores of an encoder are compared with."""
+
+    kind: BaselineKind
+    make: Callable[[], Encoder]
+    """Builds the encoder; called once it is needed."""
+
+    @property
+    def label(self) -> str:
+        """As tables and pages name it."""
+        return BASELINE_LABELS[self.kind]
+
+
 @dataclass(frozen=True)
 class Result:
     """What one protocol found about one encoder on one data set; the same object for CLI, report and comparison."""
@@ -199,6 +224,8 @@ class Result:
     """Everything that determined the numbers: preset, split, sizes, seeds, conventions, counts."""
     per_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metric name -> class name -> value; NaN where a class does not occur."""
+    baseline: BaselineKind | None = None
+    """Of the scores of a baseline, which kind it is; None: scores of the encoder that was asked about."""
     details: "Details | None" = field(default=None, compare=False, repr=False)
     """What stands behind the numbers, image by image; not part of the JSON."""
 
@@ -209,8 +236,8 @@ class Result:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the randomly initialised twin of the encoder that was asked about."""
-        return "baseline_of" in self.settings
+        """Whether this is the baseline of the encoder that was asked about."""
+        return self.baseline is not None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None, as JSON has none."""
@@ -298,8 +325,8 @@ class Protocol:
     """Makes what watches the encoder while test images pass through it, for whom tokens are not enough."""
     prefers: tuple[Need, ...] = ()
     """What it takes where the data has it, though ``need`` is enough: it then says more, or shares a pass."""
-    has_twin: bool = True
-    """Whether the random twin is judged, too; not where the encoder is the measure rather than what is judged."""
+    has_baseline: bool = True
+    """Whether the baseline is evaluated, too; not where the encoder is the measure rather than what is measured."""
     check: Callable[[EvalConfig], None] | None = None
     """Finds mistakes in the settings before there is an encoder."""
 
@@ -315,7 +342,7 @@ def register_protocol(
     by_default: bool = True,
     observer: Callable[[EvalConfig], Observer] | None = None,
     prefers: tuple[Need, ...] = (),
-    has_twin: bool = True,
+    has_baseline: bool = True,
     check: Callable[[EvalConfig], None] | None = None,
 ) -> Callable[[Callable[[Features, EvalConfig], Scores]], Callable[[Features, EvalConfig], Scores]]:
     """Decorator that makes a function a protocol; the first line of its docstring is the summary.
@@ -327,7 +354,7 @@ def register_protocol(
         by_default: whether it runs where no protocol is named and the data fits.
         observer: makes what watches the encoder while test images pass through it; ``features.observed(name, size)``.
         prefers: what it takes where the data has it, though ``need`` is enough.
-        has_twin: whether the random twin is judged, too.
+        has_baseline: whether the baseline is evaluated, too.
         check: finds mistakes in the settings before there is an encoder.
     """
     unknown = set(heeds) - {item.name for item in dataclasses.fields(EvalConfig)}
@@ -336,7 +363,7 @@ def register_protocol(
     def register(run: Callable[[Features, EvalConfig], Scores]) -> Callable[[Features, EvalConfig], Scores]:
         summary = (run.__doc__ or "").strip().splitlines()[0]
         heeded = frozenset(heeds) | SHARED
-        _REGISTRY[name] = Protocol(name, need, heeded, run, summary, by_default, observer, prefers, has_twin, check)
+        _REGISTRY[name] = Protocol(name, need, heeded, run, summary, by_default, observer, prefers, has_baseline, check)
         return run
 
     return register
@@ -378,10 +405,11 @@ def evaluate(
     data: str,
     config: EvalConfig,
     *,
+    baseline: Baseline | None = None,
     progress: Progress | None = None,
     figures: bool = False,
 ) -> list[Result]:
-    """What the protocols find about an encoder, and about its randomly initialised twin.
+    """Evaluate an encoder with the protocols of ``config``, and its baseline beside it.
 
     The encoder comes back as it was: each submodule in its own train or eval mode, weights untouched, and no global
     random state is drawn from.
@@ -391,12 +419,13 @@ def evaluate(
         name: of the encoder in the results.
         data: labelled images, as in ``EvalConfig.data``, which is not read here.
         config: settings of all protocols.
+        baseline: what the scores are compared with; None: the encoder alone. ``smalti.evaluate`` finds it.
         progress: called as ``progress(what, done, total)`` from time to time.
         figures: also keep what pages show of a few images, in ``details.shown``.
 
     Returns:
-        One result a protocol in the order of ``config.protocols``, each followed by that of the baseline, if there
-        is one: named ``random:ARCHITECTURE``, with ``baseline_of`` in its settings.
+        One result per protocol in the order of ``config.protocols``, each followed by that of the baseline, if there
+        is one, with its kind in ``baseline``.
 
     Raises:
         ConfigError: for an unknown protocol, or a setting that can't be used.
@@ -407,14 +436,13 @@ def evaluate(
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
     results = _judge(encoder, name, data, protocols, sets, config, progress, figures)
-    doubled = [protocol for protocol in protocols if protocol.has_twin]
-    twins: dict[str, Result] = {}
-    twin_name = f"random:{encoder.name}"
-    if config.baseline and doubled and name != twin_name:  # which is its own
-        twin = random_twin(encoder, config.seed)
-        judged = _judge(twin, twin_name, data, doubled, sets, config, progress, figures)
-        twins = {r.protocol: dataclasses.replace(r, settings={**r.settings, "baseline_of": name}) for r in judged}
-    return [one for result in results for one in (result, twins.get(result.protocol)) if one is not None]
+    compared = [protocol for protocol in protocols if protocol.has_baseline]
+    beside: dict[str, Result] = {}
+    if config.baseline and compared and baseline is not None:
+        other = baseline.make().to(next(encoder.parameters()).device)
+        found = _judge(other, f"{name} ({baseline.label})", data, compared, sets, config, progress, figures)
+        beside = {result.protocol: dataclasses.replace(result, baseline=baseline.kind) for result in found}
+    return [one for result in results for one in (result, beside.get(result.protocol)) if one is not None]
 
 
 def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
@@ -487,14 +515,19 @@ def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
     return LabelledData(nothing, judged, (), f"no labels needed: {name or 'all images'} ({len(judged)})")
 
 
-def random_twin(encoder: Encoder, seed: int) -> Encoder:
-    """An encoder of the same architecture and normalisation with random weights, on the same device."""
+def random_baseline(encoder: Encoder, seed: int) -> Baseline:
+    """The baseline of an imported encoder: its architecture with timm's random initialisation."""
+    return Baseline("random-init", partial(random_init, encoder, seed))
+
+
+def random_init(encoder: Encoder, seed: int) -> Encoder:
+    """An encoder of the same architecture and normalisation with timm's random weights, on the same device."""
     shape = {key: value for key, value in encoder.config().items() if key not in ("fixed_positions", "position_field")}
-    twin = encoder_from_config(shape, seed)
+    made = encoder_from_config(shape, seed)
     head = encoder.class_head
     if head is not None:  # no classes: only the order of patches in which both are asked
-        twin.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
-    return twin.to(next(encoder.parameters()).device)
+        made.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
+    return made.to(next(encoder.parameters()).device)
 
 
 def results_json(results: list[Result]) -> str:

@@ -2,7 +2,7 @@
 
 Positions are drawn anew and learned, the class token goes through a linear layer, everything is trained. Shares of the
 labels are shares of the training subjects, the same for every encoder; a smaller share is part of a larger one of the
-same seed. The random twin beside an encoder is training from scratch.
+same seed. The baseline of an encoder that is untrained is training from scratch.
 Differs from a run over the whole cohort: with few labels there are more passes over them, so that no fit is cut short.
 Letters: n windows, B of them in a batch, D embed_dim, K stages, R recordings, S seeds.
 

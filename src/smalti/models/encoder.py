@@ -10,6 +10,7 @@ import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -28,7 +29,7 @@ from smalti.functional.positions import Resampling, resample_positions
 from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig, PRRPool
 from smalti.layers.position_field import PositionField
-from smalti.models.weights import LoadReport
+from smalti.models.weights import LoadConfig, LoadReport
 
 MODULES = ("vision_transformer", "deit")
 """timm's files of models that are plain ``VisionTransformer``s."""
@@ -46,6 +47,17 @@ class PatchFeatures(NamedTuple):
     """``(B, R, D)`` class token (first, where there is one) and registers; R may be 0."""
     grid: tuple[int, int]
     """``(h, w)`` patches down and across, ``N = h * w``."""
+
+
+class Origin(NamedTuple):
+    """The training run that an encoder comes from."""
+
+    checkpoint: Path
+    """Folder of the checkpoint."""
+    network: str
+    """Name of the network in it."""
+    load: LoadConfig
+    """How its weights were fitted."""
 
 
 class ClassHead(NamedTuple):
@@ -116,6 +128,8 @@ class Encoder(nn.Module):
         """What was trained with it to tell classes; not a part of the network."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
+        self.origin: Origin | None = None
+        """The run that the weights were loaded from; None for all others."""
         self.report: LoadReport | None = None
         """What became of each tensor of the file that the weights were loaded from."""
         self.register_buffer("_mean", torch.empty(1, vit.in_chans, 1, 1), persistent=False)

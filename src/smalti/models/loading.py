@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 import socket
 import sys
@@ -19,7 +20,7 @@ import timm
 
 from smalti.config import build
 from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
-from smalti.models.encoder import ClassHead, Encoder, build_encoder, encoder_from_config
+from smalti.models.encoder import ClassHead, Encoder, Origin, build_encoder, encoder_from_config
 from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
 from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
 
@@ -126,14 +127,41 @@ def open_encoder(
             description, foreign = _exported(path, config.weights)
             encoder = _fill(description, foreign, str(path), config, seed, partial, path.with_name("config.json"))
         else:
-            description, foreign, field, folder, name = _in_run(path, config.weights)
-            encoder = _fill(description, foreign, f"{folder} ({name})", config, where=folder / STATE_FILE)
-            _fill_field(encoder, field, config)
+            description, tensors, folder, name = _in_run(path, config.weights)
+            encoder = _from_run(description, tensors, f"{folder} ({name})", config, folder / STATE_FILE)
             encoder.class_head = _class_head(folder, name)
+            encoder.origin = Origin(folder, name, config)
     encoder.pretrained = True
     if encoder.report is not None and not quiet:
         print(f"{encoder.report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
     return encoder.eval()
+
+
+def as_loaded(encoder: Encoder, config: LoadConfig = LoadConfig()) -> Encoder:
+    """A copy of an encoder in memory as :func:`open_encoder` would read it from a checkpoint, in eval mode on the CPU.
+
+    Args:
+        encoder: any; it stays as it is.
+        config: how the weights are fitted: native size, patches, registers, positions.
+
+    Raises:
+        ConfigError, WeightsError: as :func:`open_encoder`.
+    """
+    tensors = {key: value.detach().cpu() for key, value in encoder.state_dict().items()}
+    copy = _from_run(encoder.config(), tensors, encoder.source or encoder.name, config)
+    copy.pretrained, copy.class_head = encoder.pretrained, encoder.class_head
+    return copy.eval()
+
+
+def _from_run(
+    description: Mapping[str, Any], tensors: Tensors, source: str, config: LoadConfig, where: Path | None = None
+) -> Encoder:
+    """An encoder from its description and state, as checkpoints hold them."""
+    vit = {key.removeprefix("vit."): value for key, value in tensors.items() if key.startswith("vit.")}
+    field = {key.removeprefix(_FIELD): value for key, value in tensors.items() if key.startswith(_FIELD)}
+    encoder = _fill(description, ForeignViT(vit), source, config, where=where)
+    _fill_field(encoder, field, config)
+    return encoder
 
 
 def _arguments(config: LoadConfig) -> dict[str, Any]:
@@ -311,9 +339,9 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT, Tensors, Path, str]:
-    """The encoder in a run's newest or best checkpoint, or in the checkpoint given, and the tensors of its position
-    field, where it has one."""
+def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], Tensors, Path, str]:
+    """The encoder in a run's newest or best checkpoint, or in the checkpoint given: description, tensors, folder,
+    name."""
     folder = find_checkpoint(path)
     if folder is None and not path.exists():
         if names_best(path):
@@ -332,10 +360,7 @@ def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT
     if name not in networks:
         raise WeightsError(f"{folder}: has no network '{name}'; it has {', '.join(networks) or 'none'}")
     description = state.get("encoder") or {}
-    tensors = read_tensors(folder / WEIGHTS_FILE, prefix=f"{networks[name]}.")
-    vit = {key.removeprefix("vit."): value for key, value in tensors.items() if key.startswith("vit.")}
-    field = {key.removeprefix(_FIELD): value for key, value in tensors.items() if key.startswith(_FIELD)}
-    return description, ForeignViT(vit), field, folder, name
+    return description, read_tensors(folder / WEIGHTS_FILE, prefix=f"{networks[name]}."), folder, name
 
 
 def _class_head(folder: Path, name: str) -> ClassHead | None:
@@ -368,6 +393,27 @@ def find_checkpoint(path: Path) -> Path | None:
     state = {} if newest is None else _read_json(newest / STATE_FILE, "").get("state") or {}
     best = path.parent / CHECKPOINTS / f"step_{state.get('best_step') or 0:08d}"
     return best if state.get("best_step") is not None and (best / STATE_FILE).is_file() else None
+
+
+def weights_digest(spec: str) -> str:
+    """Changes with the weights that a name of an encoder leads to, as far as files on this machine tell."""
+    kind, _, rest = spec.partition(":")
+    if kind == "random":
+        return spec
+    if kind == "timm":
+        name, at, file = rest.partition("@")
+        return f"timm:{name}@{file_digest(Path(file).expanduser())}" if at else spec
+    path = Path(spec).expanduser()
+    checkpoint = find_checkpoint(path)
+    return file_digest(path if checkpoint is None else checkpoint / WEIGHTS_FILE)
+
+
+def file_digest(path: Path) -> str:
+    """Sixteen letters that change with what a file holds."""
+    if not path.is_file():
+        return f"missing {path}"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def names_best(path: Path) -> bool:

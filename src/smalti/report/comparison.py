@@ -34,9 +34,8 @@ from smalti.study.compare import (
     read_comparison,
     short_name,
 )
-from smalti.study.rows import Row, table_cells
+from smalti.study.rows import NO_DIFFERENCE, Row, gain_cells, table_cells
 
-_NO_DIFFERENCE = "no difference found"
 _MAX_SENTENCES = 12
 
 
@@ -62,19 +61,22 @@ def write_comparison(source: Comparison | Path, out: Path | None = None) -> Path
 
 
 def sentences(comparison: Comparison) -> tuple[str, list[str]]:
-    """What the numbers allow to say: ``better``, ``same``, ``worse`` or ``unknown``, and a sentence an arm.
+    """What the numbers allow to say: ``better``, ``same``, ``worse`` or ``unknown``, and a few sentences for each arm.
 
-    The kind is ``better`` if some arm is better than the first in some evaluation, ``worse`` if some are only worse.
+    First the gains of trained arms over their own networks before training, then the differences to the first arm. The
+    kind is that of the gains where arms were trained, else that of the differences: ``better`` if some arm is better in
+    some evaluation, ``worse`` if some are only worse.
     """
     first = next(iter(comparison.plan.arms))
     headlines = [row for row in comparison.rows if row.is_headline]
-    said = []
+    said = [text for arm in comparison.plan.arms for text in _gains(arm, [row for row in headlines if row.arm == arm])]
     words: set[str] = set()
+    gained = {row.gain_verdict for row in headlines if row.gain is not None}
     for arm in comparison.plan.arms:
         if arm in comparison.failures:
             done = any(row.arm == arm for row in headlines)
             part = " at some of its seeds; what follows is from the others" if done else " and has no results"
-            said.append(f"{arm} broke{part}: {comparison.failures[arm]}")
+            said.append(f"{arm} failed{part}: {comparison.failures[arm]}")
         by_word: dict[str, list[str]] = {}
         for row in headlines:
             if row.arm == arm and row.verdict and row.difference is not None:
@@ -85,13 +87,34 @@ def sentences(comparison: Comparison) -> tuple[str, list[str]]:
     if not any(row.difference for row in headlines):
         alone = "it is the only arm with results" if len(comparison.arms) == 1 else "it has no results"
         said.append(f"Nothing can be compared with {first}, the first arm: {alone}.")
-    kind = next((k for k in ("better", "worse") if k in words), "same" if _NO_DIFFERENCE in words else "unknown")
+    words = gained or words
+    kind = next((k for k in ("better", "worse") if k in words), "same" if NO_DIFFERENCE in words else "unknown")
     return kind, said
+
+
+def _gains(arm: str, rows: Sequence[Row]) -> list[str]:
+    """A sentence per verdict on what training was worth."""
+    by_word: dict[str, list[str]] = {}
+    for row in rows:
+        if row.gain is not None:
+            by_word.setdefault(row.gain_verdict, []).append(f"{_title(row)} ({gain_cells(row)[0]})")
+    over = next((row.gain_over for row in rows if row.gain_over), "")
+    whole = {"before": "the weights that it started from"}.get(over, "its own network untrained")
+    said = []
+    for word, where in by_word.items():
+        listed = "; ".join(where)
+        if word == NO_DIFFERENCE:
+            said.append(f"No gain of {arm} over {whole} was found in {listed}.")
+        elif word in ("better", "worse", "higher", "lower"):
+            said.append(f"{arm} is {word} than {whole} in {listed}.")
+        else:
+            said.append(f"{arm} against {whole}: {word}, so nothing can be said of {listed}.")
+    return said
 
 
 def _sentence(arm: str, first: str, word: str, where: Sequence[str]) -> str:
     listed = "; ".join(where)
-    if word == _NO_DIFFERENCE:
+    if word == NO_DIFFERENCE:
         return f"No difference found between {arm} and {first} in {listed}."
     if word in ("better", "worse", "higher", "lower"):
         return f"{arm} is {word} than {first} in {listed}."
@@ -124,7 +147,7 @@ def _page(comparison: Comparison) -> str:
         "cost": ("Cost", _costs(comparison)),
         "training": ("Training", _training(runs)),
         **detail_sections(judged),
-        "broke": ("What broke", _broke(comparison, lost)),
+        "broke": ("Failures", _broke(comparison, lost)),
         "settings": ("What was run", _settings(comparison)),
     }
     name = comparison.out.resolve().name
@@ -161,8 +184,9 @@ def _results(comparison: Comparison) -> Html:
     parts: list[Html | None] = [
         tag(
             "p",
-            f"Mean over seeds and, in brackets, its interval; the difference to {first} is paired: the same images and "
-            "the same seeds. A hollow mark: the interval of the difference holds zero.",
+            f"Mean over seeds and, in brackets, its interval. The gain is over the arm's own network before training, "
+            f"the difference to {first}; both are paired: the same images and the same seeds. A hollow mark: the "
+            "interval of the difference includes zero.",
             class_="lead",
         )
     ]
@@ -176,10 +200,12 @@ def _results(comparison: Comparison) -> Html:
 
 
 def _table(rows: Sequence[Row], first: str) -> Html:
-    head = tag("tr", *(tag("th", t) for t in ("arm", "mean", "seeds", f"difference to {first}", "")))
+    labels = dict.fromkeys(row.gain_over for row in rows if row.gain_over)
+    gains = (f"gain over {' or '.join(labels)}", "") if labels else ()
+    head = tag("tr", *(tag("th", t) for t in ("arm", "mean", "seeds", *gains, f"difference to {first}", "")))
     lines = []
     for row, (arm, mean, seeds, gap, word) in zip(rows, table_cells(rows), strict=True):
-        kind = {"better": "better", "worse": "worse"}.get(word, "")
+        gain, gain_word = gain_cells(row)
         over = tag("span", f" over {row.score.over}", class_="muted")
         lines.append(
             tag(
@@ -187,11 +213,16 @@ def _table(rows: Sequence[Row], first: str) -> Html:
                 tag("td", arm, class_="path"),
                 tag("td", mean, over),
                 tag("td", seeds, class_="muted"),
+                *((tag("td", gain), _word(gain_word)) if labels else ()),
                 tag("td", gap),
-                tag("td", word, class_=f"word {kind}"),
+                _word(word),
             )
         )
     return tag("div", tag("table", tag("thead", head), tag("tbody", *lines), class_="numbers"), class_="scroll")
+
+
+def _word(word: str) -> Html:
+    return tag("td", word, class_=f"word {word if word in ('better', 'worse') else ''}")
 
 
 def _forest(title: str, rows: Sequence[Row], first: str) -> Html:
@@ -296,7 +327,7 @@ def _metric_curves(runs: Mapping[str, Mapping[int, RunFiles]]) -> list[Html]:
     for arm, seeds in runs.items():
         for files in seeds.values():
             for step, result in files.during:
-                if not result.is_baseline and result.metrics:
+                if result.metrics:
                     key = (result.protocol, result.headline[0], result.data)
                     found.setdefault(key, {}).setdefault(arm, {}).setdefault(step, []).append(result.headline[1])
     charts = []
@@ -314,7 +345,7 @@ def _metric_curves(runs: Mapping[str, Mapping[int, RunFiles]]) -> list[Html]:
 
 def _broke(comparison: Comparison, lost: Sequence[str]) -> Html:
     parts = [
-        tag("p", tag("b", arm), f" broke: {error}", class_="broke") for arm, error in comparison.failures.items()
+        tag("p", tag("b", arm), f" failed: {error}", class_="broke") for arm, error in comparison.failures.items()
     ] or [tag("p", "Nothing: all arms came through.", class_="muted")]
     gone = [f"{cell.arm}, seed {cell.seed}" for cell in comparison.cells if not cell.folder.is_dir()]
     if gone:

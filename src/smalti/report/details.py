@@ -1,6 +1,6 @@
 """What stands behind the numbers of evaluations, side by side for every arm: classes, confusion, predictions, patches.
 
-An arm is whatever is compared: methods, checkpoints, or an encoder and its random twin. Everything is drawn from the
+An arm is whatever is compared: methods, checkpoints, or an encoder and its baseline. Everything is drawn from the
 details that results carry; what isn't there is left out, and where a whole part is missing the page says so.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smalti.evaluation.protocol import Details, Result
+from smalti.evaluation.protocol import BASELINE_LABELS, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.functional.colours import palette
 from smalti.functional.components import align_components
@@ -33,8 +33,8 @@ from smalti.report.figures import (
 )
 from smalti.report.html import Html, as_float, chart_figure, decimals, join, missing, tag
 
-RANDOM_INIT = "random init"
-"""Name of the arm that is drawn in grey: a baseline, not a competitor."""
+BASELINES = tuple(BASELINE_LABELS.values())
+"""Names of arms that are drawn in grey: a baseline, not a competitor."""
 KEEP_CURVE = "keep-curve"
 """Protocol whose scores are drawn against the share of patches that is dropped."""
 _CONTROLS = ("random", "fixed_random", "collapse_static")
@@ -150,7 +150,7 @@ def _bar(number: int, arm: str, value: float, top: float) -> Html:
 
 
 def _colour(number: int, arm: str) -> str:
-    return "var(--none)" if arm == RANDOM_INIT else f"var(--c{number % 6 + 1})"
+    return "var(--none)" if arm in BASELINES else f"var(--c{number % 6 + 1})"
 
 
 def _key(shown: Mapping[str, object], arms: Sequence[str]) -> Html:
@@ -217,10 +217,10 @@ def _label_sweeps(judged: Sequence[Judged]) -> Html | None:
                 values = ((as_float(point.get(key)) for key in ("share", "mean", "low", "high")) for point in sweep)
                 lines[arm] = [SweepPoint(*point) for point in values]
         if lines:
-            svg = sweep_chart(f"{one.name}: kappa against the share of labelled subjects", lines, muted=RANDOM_INIT)
+            svg = sweep_chart(f"{one.name}: kappa against the share of labelled subjects", lines, muted=BASELINES)
             meaning = (
                 "against the share of the training subjects, on a logarithmic scale; bands: 95 % over the test "
-                "recordings. The grey line starts from random weights: training from scratch."
+                "recordings. The grey line starts from the baseline: of an untrained encoder, training from scratch."
             )
             parts.append(chart_figure(f"{one.name}: kappa with fewer labels", meaning, svg, "wide"))
     return tag("div", *parts, class_="charts") if parts else None
@@ -235,7 +235,7 @@ def _keep_curves(judged: Sequence[Judged]) -> Html | None:
             for arm, results in one.arms.items()
             if one.protocol == KEEP_CURVE and results and results[0].settings.get("keep_curve")
         }
-        trained = [arm for arm in known if arm != RANDOM_INIT]
+        trained = [arm for arm in known if arm not in BASELINES]
         charts = []
         if len(trained) > 1:
             lines = {f"{arm}: {known[arm]['order']}": _keep_line(known[arm], known[arm]["order"]) for arm in known}
@@ -250,10 +250,9 @@ def _keep_curves(judged: Sequence[Judged]) -> Html | None:
             charts.append(chart_figure(f"{one.name}: arms", meaning, svg, "wide"))
         for arm in trained:
             lines = {name: _keep_line(known[arm], name) for name in known[arm]["keep_curve"]}
-            if RANDOM_INIT in known:
-                lines[RANDOM_INIT] = _keep_line(known[RANDOM_INIT], known[RANDOM_INIT]["order"])
+            lines |= {name: _keep_line(known[name], known[name]["order"]) for name in BASELINES if name in known}
             title = f"{one.name}: {arm}"
-            svg = sweep_chart(f"{title}, by order", lines, muted=RANDOM_INIT, axis="rates")
+            svg = sweep_chart(f"{title}, by order", lines, muted=BASELINES, axis="rates")
             meaning = (
                 "top-1 against the share of patches that is dropped, for each order of what is kept; bands: 95 % over "
                 "the test images. random, fixed_random and collapse_static look at no image: what an order says of "
@@ -302,7 +301,7 @@ def _hypnograms(judged: Sequence[Judged]) -> Html | None:
             name = first.images[place]
             lines = {"scored": first.predictions[place][0]}
             lines |= {arm: d.predictions[place][1] for arm, d in details.items() if place in d.predictions}
-            svg = hypnogram_chart(f"Stages of {name}, {one.name}", lines, first.classes, muted=RANDOM_INIT)
+            svg = hypnogram_chart(f"Stages of {name}, {one.name}", lines, first.classes, muted=BASELINES)
             parts.append(chart_figure(name, f"{one.name}; against the number of the window", svg, "wide"))
     return tag("div", *parts, class_="charts") if parts else None
 
@@ -404,7 +403,7 @@ def _curves(judged: Sequence[Judged]) -> Html | None:
             few = max(len(y) for _, y in lines.values()) <= _MANY and not is_loss
             title = f"{one.name}: {name.replace('_', ' ')} against the {'step' if is_loss else 'layer'}"
             meaning = "of what is fitted on the tokens; not a score" if is_loss else "the first block at the left"
-            svg = line_chart(title, lines, points=few, smooth=is_loss, muted=RANDOM_INIT)
+            svg = line_chart(title, lines, points=few, smooth=is_loss, muted=BASELINES)
             charts.append(chart_figure(f"{one.name}: {name.replace('_', ' ')}", meaning, svg))
     return tag("div", *charts, class_="charts") if charts else None
 

@@ -1,4 +1,4 @@
-"""The page of an evaluation that is not a run's: an encoder beside its random twin, with every figure."""
+"""The page of an evaluation that is not a run's: an encoder beside its baseline, with every figure."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def _page(folder: Path, results: Sequence[Result], problem: str) -> str:
     pairs = [judged(pair) for pair in comparisons]
     details = detail_sections(pairs)
     said = [sentence, problem] if problem else [sentence]
-    caution = "One seed of what is fitted, and of random initialisation: a small difference may be chance."
+    caution = "One seed of what is fitted, and of the baseline: a small difference may be chance."
     sections = {"results": ("Results", results_table(comparisons)), **details}
     sections["settings"] = ("What was run", _settings(folder, results))
     names = ", ".join(

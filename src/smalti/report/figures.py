@@ -7,7 +7,7 @@ import base64
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -178,7 +178,7 @@ def line_chart(
     levels: Mapping[str, float] | None = None,
     points: bool = False,
     smooth: bool = False,
-    muted: str = "",
+    muted: Collection[str] = (),
 ) -> str:
     """A chart as inline SVG that takes its colours from the page, light or dark.
 
@@ -190,13 +190,13 @@ def line_chart(
         levels: name -> a value to compare with, as a dashed level line in the line's colour.
         points: draw the single values, for few of them.
         smooth: draw a running mean over a noisy line that is long enough.
-        muted: name of the line that is grey, such as a baseline.
+        muted: names of lines that are grey, such as a baseline.
     """
     with _svg_style(title):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for number, (name, (steps, values)) in enumerate(lines.items()):
-            colour = _MUTED if name == muted else _SERIES[number % len(_SERIES)]
+            colour = _MUTED if name in muted else _SERIES[number % len(_SERIES)]
             dashes = _DASHES[number // len(_SERIES) % len(_DASHES)]
             x, y = _with_gaps(steps, values)
             drawn_points = points or len(y) < 3
@@ -245,7 +245,7 @@ def sweep_chart(
     title: str,
     lines: Mapping[str, Sequence[SweepPoint]],
     *,
-    muted: str = "",
+    muted: Collection[str] = (),
     axis: Literal["shares", "rates", "speed"] = "shares",
 ) -> str:
     """Scores against shares of something, with their intervals as bands, as inline SVG.
@@ -253,7 +253,7 @@ def sweep_chart(
     Args:
         title: for readers who can't see it.
         lines: name -> points.
-        muted: name of the line that is grey, such as a baseline.
+        muted: names of lines that are grey, such as a baseline.
         axis: ``shares``: few, on a logarithmic scale, each with its tick; ``rates``: many of 0..1; ``speed``: numbers
             above 0 of any size, on a logarithmic scale.
     """
@@ -261,7 +261,7 @@ def sweep_chart(
         figure = Figure(figsize=(9.2, 2.7), layout="constrained")
         axes = figure.subplots()
         for number, (name, points) in enumerate(lines.items()):
-            colour = _MUTED if name == muted else _SERIES[number % len(_SERIES)]
+            colour = _MUTED if name in muted else _SERIES[number % len(_SERIES)]
             shares = [point.share for point in points]
             axes.plot(
                 shares,
@@ -293,7 +293,7 @@ def sweep_chart(
 
 
 def hypnogram_chart(
-    title: str, lines: Mapping[str, Int[np.ndarray, " n"]], names: Sequence[str], *, muted: str = ""
+    title: str, lines: Mapping[str, Int[np.ndarray, " n"]], names: Sequence[str], *, muted: Collection[str] = ()
 ) -> str:
     """Stages over a night as steps, a panel each, as inline SVG; what has no stage is a gap.
 
@@ -301,7 +301,7 @@ def hypnogram_chart(
         title: for readers who can't see it.
         lines: name -> stage of each window; numbers beyond ``names`` are no stage.
         names: of the stages; drawn downwards, the last (REM) below the first (W), as sleep laboratories do.
-        muted: name of the line that is grey, such as a baseline.
+        muted: names of lines that are grey, such as a baseline.
     """
     order = [0, len(names) - 1, *range(1, len(names) - 1)]
     height = {stage: len(names) - 1 - place for place, stage in enumerate(order)}
@@ -309,7 +309,7 @@ def hypnogram_chart(
         figure = Figure(figsize=(9.2, 1.1 * len(lines)), layout="constrained")
         panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
         for number, (axes, (name, stages)) in enumerate(zip(panels, lines.items(), strict=True)):
-            colour = _MUTED if name == muted else _INK if number == 0 else _SERIES[(number - 1) % len(_SERIES)]
+            colour = _MUTED if name in muted else _INK if number == 0 else _SERIES[(number - 1) % len(_SERIES)]
             levels = np.array([height.get(int(stage), np.nan) for stage in stages], dtype=np.float64)
             axes.step(np.arange(len(levels)), levels, where="mid", color=colour, linewidth=1.1)
             axes.set_yticks(range(len(names)), [names[stage] for stage in reversed(order)])

@@ -14,12 +14,12 @@ import numpy as np
 from smalti.config import flatten, write_atomically
 from smalti.data.folders import ImageSet, open_images, read_image
 from smalti.errors import ConfigError, DataError, SmaltiError
-from smalti.evaluation.protocol import Result, random_twin
+from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result
 from smalti.functional.components import reduce_patches
 from smalti.methods.base import TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
-from smalti.report.details import RANDOM_INIT, Judged, class_bars, detail_sections
+from smalti.report.details import Judged, class_bars, detail_sections
 from smalti.report.figures import (
     EXPLORER_DIMS,
     ShownImages,
@@ -47,6 +47,7 @@ from smalti.report.html import (
     whole_page,
 )
 from smalti.report.rundir import RunFiles, read_run
+from smalti.study.baseline import baseline_of
 from smalti.study.posttrain import VERDICT_COLUMNS, Verdict, verdict_cells
 
 NUM_IMAGES = 12
@@ -57,6 +58,12 @@ SAME = 0.005
 """Scores in 0..1 that differ by less are called equal,"""
 SLIGHT = 0.02
 """and by less than this, slightly different."""
+_BASELINES_IN_WORDS = {
+    "untrained": "the same network untrained",
+    "before": "the weights that it started from",
+    "random init": "a random initialisation of its architecture",
+    "baseline": "the baseline",
+}
 _DENSE_FIRST = ("linear-segmentation", "segmenter", "in-context", "knn-patch", "overclustering", "detection")
 _SPLITS_SHOWN = ("val", "test", "train")
 _MAX_LISTED = 500
@@ -75,7 +82,7 @@ _NOISY = ("grad_norm", "images_per_s")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One protocol on one data set: the trained encoder, and random initialisation beside it."""
+    """One protocol on one data set: the trained encoder, and its baseline beside it."""
 
     trained: Result
     baseline: Result | None
@@ -84,6 +91,11 @@ class Comparison:
     def name(self) -> str:
         """Protocol, headline metric and data set."""
         return f"{self.trained.protocol} {self.trained.headline[0]} on {self.trained.data}"
+
+    @property
+    def label(self) -> str:
+        """Name of the baseline."""
+        return _label(self.baseline) or "baseline"
 
     def values(self, metric: str) -> tuple[float, float]:
         """The metric of both; NaN where there is none."""
@@ -104,7 +116,7 @@ def write_report(
     out: Path | None = None,
     num_images: int = NUM_IMAGES,
     encoder: Encoder | None = None,
-    baseline: Encoder | None = None,
+    baseline: Baseline | None = None,
     images: ImageSet | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> Path:
@@ -117,7 +129,7 @@ def write_report(
         out: the file; None takes ``report.html`` in the run directory.
         num_images: how many images show their patch tokens; 0 leaves these parts out.
         encoder: whose tokens are shown; None loads the run's newest checkpoint.
-        baseline: what stands beside it; None takes the same architecture with random weights.
+        baseline: what stands beside it; None takes the encoder's own: of a run the same network untrained.
         images: where the images are taken from, evenly; None opens ``data.path`` of the run.
         image_size: pixels that the encoder is given, for finer maps than its native size gives.
 
@@ -147,7 +159,7 @@ def write_report(
             size = (image_size, image_size) if isinstance(image_size, int) else image_size or encoder.img_size
             encoder.check_size(*size)
             pictures = crop_images(list(chosen), list(chosen.values()), size, VIEW_PX)
-            shown = _features(pictures, where, encoder, baseline or random_twin(encoder, seed=0))
+            shown = _features(pictures, where, encoder, baseline or baseline_of(encoder))
         except (DataError, OSError) as error:
             shown = f"Left out: {error}."
         except SmaltiError as error:
@@ -159,7 +171,7 @@ def write_report(
 
 
 def compare(results: Sequence[Result]) -> list[Comparison]:
-    """Results of trained encoders, each with the random one of the same protocol and data; dense protocols first."""
+    """Results of trained encoders, each with its baseline on the same protocol and data; dense protocols first."""
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
     pairs = [
         Comparison(result, baselines.get((result.protocol, result.data)))
@@ -178,7 +190,7 @@ def verdict(comparisons: Sequence[Comparison], method: type[TokenMethod] | None 
         if not comparisons and method is not None:
             return "unknown", f"A run of {method.name} hands on no encoder, so there are no features to judge."
         if not comparisons:
-            return "unknown", "Not evaluated: nothing says yet whether these features are better than random ones."
+            return "unknown", "Not evaluated: nothing says yet whether training improved these features."
         metric, value = comparisons[0].trained.headline
         real = comparisons[0].trained.metrics.get(f"{metric}_real")  # generated images, judged in given features
         if real is not None:
@@ -191,8 +203,8 @@ def verdict(comparisons: Sequence[Comparison], method: type[TokenMethod] | None 
                 "does not say whether training helped."
             )
         return "unknown", (
-            f"No comparison with random initialisation: {comparisons[0].name} is {decimals(as_float(value))}, "
-            f"and without the baseline {metric} alone does not say whether training helped."
+            f"No comparison with a baseline: {comparisons[0].name} is {decimals(as_float(value))}, "
+            f"and {metric} alone does not say whether training helped."
         )
     first = measured[0]
     metric = first.trained.headline[0]
@@ -202,7 +214,7 @@ def verdict(comparisons: Sequence[Comparison], method: type[TokenMethod] | None 
     word = f"slightly {word}" if SAME <= abs(gain) < SLIGHT else word
     trained, baseline = first.values(metric)
     sentence = (
-        f"{word.capitalize()} than random initialisation: {first.name} is {decimals(trained)}, "
+        f"{word.capitalize()} than {_BASELINES_IN_WORDS[first.label]}: {first.name} is {decimals(trained)}, "
         f"against {decimals(baseline)} ({_signed(gain, first)})"
     )
     if len(measured) > 1:
@@ -276,10 +288,7 @@ def _one_line(files: RunFiles) -> str:
 
 def _caution(files: RunFiles) -> str:
     when = "" if files.results else f"Measured in training, at step {files.during[-1][0]:,}. "
-    return (
-        f"{when}One run with one seed: a small difference may be chance. "
-        "Random initialisation is the same architecture, untrained."
-    )
+    return f"{when}One run with one seed: a small difference may be chance."
 
 
 def _facts(files: RunFiles) -> Html:
@@ -315,7 +324,7 @@ def _results(files: RunFiles, comparisons: Sequence[Comparison]) -> Html:
 
 
 def results_table(comparisons: Sequence[Comparison]) -> Html:
-    """All metrics of trained encoders, with random initialisation beside them where it was judged, too."""
+    """All metrics of trained encoders, with their baselines beside them where these were evaluated, too."""
     rows = []
     is_alone = all(pair.baseline is None for pair in comparisons)
     for pair in comparisons:
@@ -342,7 +351,9 @@ def results_table(comparisons: Sequence[Comparison]) -> Html:
             )
             told = cells if is_alone else (*cells, *beside)
             rows.append(tag("tr", *told, class_="headline" if is_first else "muted"))
-    head = ("protocol", "data", "metric", *(("value",) if is_alone else ("trained", "random init", "difference")))
+    labels = ", ".join(dict.fromkeys(pair.label for pair in comparisons if pair.baseline is not None))
+    first = "value" if labels == BASELINE_LABELS["random-init"] else "trained"
+    head = ("protocol", "data", "metric", *(("value",) if is_alone else (first, labels, "difference")))
     names = (tag("th", t, class_="number" if n > 2 else None) for n, t in enumerate(head))
     table = tag("table", tag("thead", tag("tr", *names)), tag("tbody", *rows))
     encoders = ", ".join(dict.fromkeys(pair.trained.encoder for pair in comparisons))
@@ -357,20 +368,25 @@ def results_table(comparisons: Sequence[Comparison]) -> Html:
 
 def judged(pair: Comparison) -> Judged:
     """The two as arms."""
-    beside = {RANDOM_INIT: [pair.baseline]} if pair.baseline else {}
+    beside = {pair.label: [pair.baseline]} if pair.baseline else {}
     return Judged(pair.trained.data, pair.trained.protocol, {"trained": [pair.trained], **beside})
+
+
+def _label(result: Result | None) -> str:
+    return BASELINE_LABELS[result.baseline] if result is not None and result.baseline is not None else ""
 
 
 def _during(files: RunFiles) -> Html | None:
     """Evaluations in training as curves, a chart for each protocol and data set."""
     charts = []
-    trained = [(step, result) for step, result in files.during if not result.is_baseline and result.metrics]
+    trained = [(step, result) for step, result in files.during if result.metrics]
     levels = {(r.protocol, r.data): r for r in [*files.results, *(r for _, r in files.during)] if r.is_baseline}
     for key in dict.fromkeys((result.protocol, result.data) for _, result in trained):
         points = [(step, result) for step, result in trained if (result.protocol, result.data) == key]
         metric = points[0][1].headline[0]
         steps = [float(step) for step, _ in points]
-        baseline = _value(levels.get(key), metric)
+        level = levels.get(key)
+        baseline = _value(level, metric)
         has_level = math.isfinite(baseline)
         title = f"{key[0]} {metric} on {key[1]}"
         chart = line_chart(
@@ -379,7 +395,7 @@ def _during(files: RunFiles) -> Html | None:
             levels={"trained": baseline} if has_level else None,
             points=True,
         )
-        charts.append(chart_figure(title, "in training" + ("; dashed: random init" if has_level else ""), chart))
+        charts.append(chart_figure(title, "in training" + (f"; dashed: {_label(level)}" if has_level else ""), chart))
     return tag("div", *charts, class_="charts", style="margin-top:18px") if charts else None
 
 
@@ -443,9 +459,9 @@ def _choose_images(
     return {str(name): chosen[n] for n, name in names.items()}, f"{images.root}{f', split {split}' if split else ''}"
 
 
-def _features(shown: ShownImages, where: str, encoder: Encoder, baseline: Encoder) -> tuple[Html, Html]:
+def _features(shown: ShownImages, where: str, encoder: Encoder, baseline: Baseline | None) -> tuple[Html, Html]:
     """The sections of PCA maps and nearest patches."""
-    encoders = {"trained": encoder, "random init": baseline}
+    encoders = {"trained": encoder} | ({} if baseline is None else {baseline.label: baseline.make()})
     grid = encoder.check_size(*shown.inputs[0].shape[:2])
     maps, codes = {}, {}
     for name, one in encoders.items():

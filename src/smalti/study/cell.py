@@ -28,10 +28,21 @@ from smalti.data.folders import ImageSet
 from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import write_details
 from smalti.evaluation.protocol import EvalConfig, determining, evaluate, write_results
+from smalti.methods.base import get_method
 from smalti.models.encoder import Encoder
-from smalti.models.loading import WEIGHTS_FILE, find_checkpoint, load
+from smalti.models.loading import as_loaded, file_digest, load, weights_digest
+from smalti.study.baseline import untrained_network
 from smalti.study.doctor import measure_step
-from smalti.study.pretrain import CONFIG_FILE, resolve, resume, starting_encoder, step_maker, train
+from smalti.study.pretrain import (
+    CONFIG_FILE,
+    count_classes,
+    open_training,
+    resolve,
+    resume,
+    starting_encoder,
+    step_maker,
+    train,
+)
 from smalti.training.launch import num_processes, resolve_devices
 
 RANDOM = "random"
@@ -58,11 +69,18 @@ class Job:
     """``network`` and ``pool`` of what is loaded."""
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of the training run as a tree."""
+    untrained: bool = False
+    """Evaluate the network that ``train`` describes before its first step."""
     minutes: float | None = None
     """Wall time of training from which its steps are measured; None: ``train`` names the steps."""
     evaluations: tuple[dict[str, Any], ...] = ()
     """``key``, ``data`` and ``settings`` of each."""
     quiet: bool = False
+
+
+def is_trained(job: Job) -> bool:
+    """Whether the cell trains."""
+    return job.load is None and not job.untrained
 
 
 def digest(*parts: Any) -> str:
@@ -80,20 +98,6 @@ def images_digest(images: ImageSet) -> str:
     return digest(rows, images.classes)
 
 
-def weights_digest(spec: str) -> str:
-    """Changes with the weights that a name of an encoder leads to, as far as files on this machine tell."""
-    kind, _, rest = spec.partition(":")
-    if kind == RANDOM:
-        return spec
-    if kind == "timm":
-        name, at, file = rest.partition("@")
-        return f"timm:{name}@{_file_digest(Path(file).expanduser())}" if at else spec
-    path = Path(spec).expanduser()
-    checkpoint = find_checkpoint(path)
-    path = path if checkpoint is None else checkpoint / WEIGHTS_FILE
-    return _file_digest(path)
-
-
 def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet) -> str:
     """What determines a cell's weights: its settings, the budget, the images, where it starts, and Smalti's version."""
     config, _ = resolve(tree)
@@ -107,6 +111,15 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
     return digest(plain, dict(budget), images_digest(images), start, smalti.__version__)
 
 
+def untrained_key(tree: Mapping[str, Any]) -> str:
+    """What determines a network before its first step: architecture, the method's settings, seed, starting weights."""
+    config, _ = resolve(tree)
+    data = {name: getattr(config.data, name) for name in ("image_size", "channels", "mean", "std", "signal")}
+    parts = {name: getattr(config, name) for name in ("method", "encoder", "load", "seed", "pool", "prr")}
+    start = weights_digest(config.init) if config.init else None
+    return digest(to_tree(data), to_tree(parts), start, smalti.__version__)
+
+
 def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> str:
     """What determines the numbers of an evaluation, beside the weights."""
     plain = determining(build(EvalConfig, settings, "evaluate"), COSTLESS)
@@ -117,7 +130,7 @@ def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> 
 def _with_digest(orders: str) -> str:
     """A name of an order as it is; of a file of orders, what changes with what it holds."""
     path = Path(orders)
-    return _file_digest(path) if path.suffix == ".parquet" and path.is_file() else orders
+    return file_digest(path) if path.suffix == ".parquet" and path.is_file() else orders
 
 
 def run_cell(job: Job) -> None:
@@ -128,7 +141,7 @@ def run_cell(job: Job) -> None:
     """
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if job.load is None and not (folder / TRAINED).is_file():
+    if is_trained(job) and not (folder / TRAINED).is_file():
         _train(job, folder)
     if all((folder / entry["key"] / RESULTS_FILE).is_file() for entry in job.evaluations):
         return
@@ -138,7 +151,7 @@ def run_cell(job: Job) -> None:
         if (target / RESULTS_FILE).is_file():
             continue
         started, cpu = time.perf_counter(), cpu_seconds()
-        config = build(EvalConfig, {**entry["settings"], "seed": job.seed, "baseline": False}, "evaluate")
+        config = build(EvalConfig, {**entry["settings"], "seed": job.seed}, "evaluate")
         progress = None if job.quiet else _say(job.name)
         results = evaluate(encoder, job.name, entry["data"], config, progress=progress, figures=True)
         cost = {"wall_s": time.perf_counter() - started, "cpu_s": cpu_seconds() - cpu, "peak_mib": peak_mib()}
@@ -205,7 +218,11 @@ def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path) -> int:
 def _encoder(job: Job, folder: Path) -> Encoder:
     options = dict(job.load_options)
     pool = options.pop("pool", None)
-    if job.load == RANDOM:
+    if job.untrained:
+        config, own = resolve(job.train)
+        own = count_classes(config, own, open_training(config))[1]
+        encoder = as_loaded(untrained_network(config, own, get_method(config.method["name"]).export_network))
+    elif job.load == RANDOM:
         config, _ = resolve({"method": "mae", **job.train})
         encoder = starting_encoder(config).eval()
     else:
@@ -240,13 +257,6 @@ def _name_and_size(path: Path) -> tuple[str, int]:
     except OSError:
         size = -1
     return path.name, size
-
-
-def _file_digest(path: Path) -> str:
-    if not path.is_file():
-        return f"missing {path}"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _say(name: str) -> Any:

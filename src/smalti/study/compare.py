@@ -1,8 +1,9 @@
 """The honest comparison: arms and seeds under one budget, on the user's own images, one table with intervals.
 
 An arm is a method to train or an encoder to take as it is. Every cell (arm and seed) runs in a process of its own
-(:mod:`smalti.study.cell`) and is cached by what determines it, so that a comparison which was killed goes on where it
-was, and a plan that grows does only what is new. An arm that breaks doesn't hold up the others.
+(:mod:`smalti.study.cell`) and is cached by what determines it, so that an interrupted comparison resumes where it was,
+and a plan that grows does only what is new. Beside every trained cell, its own network before training is evaluated:
+what training was worth is the gain over it. An arm that fails doesn't hold up the others.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from smalti.data.folders import ImageSet, open_images, training_images
 from smalti.errors import ConfigError, RunError, SmaltiError
 from smalti.evaluation.details import read_details
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval
-from smalti.evaluation.protocol import EvalConfig, Result, find_protocol, open_sets, read_results
+from smalti.evaluation.protocol import BaselineKind, EvalConfig, Result, find_protocol, open_sets, read_results
+from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig
 from smalti.study.catalogue import find_recipe
 from smalti.study.cell import (
@@ -39,18 +41,21 @@ from smalti.study.cell import (
     Job,
     digest,
     evaluation_key,
+    is_trained,
     run_cell,
     training_key,
-    weights_digest,
+    untrained_key,
 )
 from smalti.study.machine import describe_machine
 from smalti.study.pretrain import absolute, resolve
-from smalti.study.rows import Row, metric_rows, read_row, row_tree, table_cells
+from smalti.study.rows import Row, gain_cells, metric_rows, read_row, row_tree, table_cells
 from smalti.training.launch import num_processes, split_batch
 
 PLAN_FILE, CELLS, TABLE, MARKDOWN, SUMMARY = "plan.yaml", "cells", "comparison.parquet", "comparison.md", "compare.json"
 PAGE = "report.html"
 """What :mod:`smalti.report.comparison` makes of it all."""
+UNTRAINED, BEFORE = "untrained", "before"
+"""Kinds of cells of networks before training: with random weights, or with those that the run starts from."""
 BUDGETS = ("steps", "images", "minutes")
 LOAD_KEYS = ("load", "weights", "pool", "eval")
 """What an arm that is not trained may say."""
@@ -105,6 +110,8 @@ class Cell:
     folder: Path
     evaluations: tuple[str, ...]
     """Keys, in the order of the plan."""
+    baseline: Path | None = None
+    """Of a trained arm: folder of the cell of its network before training."""
 
     @property
     def results(self) -> list[Result]:
@@ -117,8 +124,23 @@ class Cell:
         Raises:
             DataError: if it isn't there any more.
         """
-        target = self.folder / self.evaluations[number]
-        return read_details(target / DETAILS, read_results(target / RESULTS_FILE))
+        return _results(self.folder / self.evaluations[number])
+
+    def baseline_of(self, number: int) -> list[Result]:
+        """What the same evaluation measured of the network before training; nothing for arms that aren't trained.
+
+        Raises:
+            DataError: if it isn't there any more.
+        """
+        if self.baseline is None:
+            return []
+        kind: BaselineKind = "before" if self.baseline.name.startswith(BEFORE) else "untrained"
+        found = _results(self.baseline / self.evaluations[number])
+        return [dataclasses.replace(result, baseline=kind) for result in found]
+
+
+def _results(target: Path) -> list[Result]:
+    return read_details(target / DETAILS, read_results(target / RESULTS_FILE))
 
 
 @dataclass(frozen=True)
@@ -155,6 +177,8 @@ class _Arm:
     """An arm made ready: a job a seed, or what is wrong with it."""
 
     jobs: tuple[Job, ...]
+    baselines: tuple[Job, ...] = ()
+    """Of a trained arm, the same networks before training."""
     error: str = ""
 
 
@@ -268,7 +292,13 @@ def read_comparison(out: str | Path) -> Comparison:
             plan=plan,
             rows=tuple(read_row(row) for row in summary["rows"]),
             cells=tuple(
-                Cell(cell["arm"], cell["seed"], folder / CELLS / cell["folder"], tuple(cell["evaluations"]))
+                Cell(
+                    cell["arm"],
+                    cell["seed"],
+                    folder / CELLS / cell["folder"],
+                    tuple(cell["evaluations"]),
+                    folder / CELLS / cell["baseline"] if cell["baseline"] else None,
+                )
                 for cell in summary["cells"]
             ),
             failures=summary["failures"],
@@ -298,7 +328,7 @@ def _prepare(
         for entry in evaluations:
             for protocol in build(EvalConfig, entry, f"arm '{name}': eval").protocols:
                 find_protocol(protocol)
-        jobs = []
+        jobs, baselines = [], []
         for seed in plan.seeds:
             what = {
                 "name": f"{name} seed {seed}",
@@ -314,9 +344,10 @@ def _prepare(
             else:
                 assert images is not None
                 jobs.append(_train_job(arm, seed, out, plan, images, what))
-        return _Arm(tuple(jobs))
+                baselines.append(_baseline_job(jobs[-1], out))
+        return _Arm(tuple(jobs), tuple(baselines))
     except SmaltiError as error:
-        return _Arm((), str(error))
+        return _Arm((), error=str(error))
 
 
 def _taken(arm: Mapping[str, Any]) -> str | None:
@@ -378,6 +409,13 @@ def _train_job(
     return Job(folder=str(folder), train=tree, minutes=amount if kind == "minutes" else None, **what)
 
 
+def _baseline_job(job: Job, out: Path) -> Job:
+    """The cell of the network that a job trains, before its first step; arms that start alike share it."""
+    kind = BEFORE if job.train.get("init") else UNTRAINED
+    folder = out / CELLS / f"{kind}-{untrained_key(job.train)}"
+    return dataclasses.replace(job, folder=str(folder), name=f"{job.name}, {kind}", untrained=True, minutes=None)
+
+
 def _run_all(plan: Plan, arms: Mapping[str, _Arm], failures: dict[str, str], quiet: bool, isolate: bool) -> list[Cell]:
     """All cells, seed by seed, so that what is there early can be compared; ``failures`` grows."""
     order = [(name, number) for number in range(len(plan.seeds)) for name in plan.arms if arms[name].jobs]
@@ -386,25 +424,30 @@ def _run_all(plan: Plan, arms: Mapping[str, _Arm], failures: dict[str, str], qui
     cells = []
     for place, (name, number) in enumerate(order, 1):
         job = arms[name].jobs[number]
-        if not _is_done(job):
+        baseline = arms[name].baselines[number] if arms[name].baselines else None
+        was_done, error = _is_done(job), ""
+        if not was_done:
             left = (time.monotonic() - started) / done_now * (waiting - done_now) if done_now else math.nan
             eta = f", about {left / 60:.0f} min left" if done_now else ""
             _note(f"[{place}/{len(order)}] {job.name}{eta}", quiet)
             error = _run(job, isolate)
             done_now += 1
-            if error:
-                _note(f"arm '{name}' broke at seed {job.seed}: {error}", quiet=False)
-                failures.setdefault(name, f"seed {job.seed}: {error}")
-                continue
         else:
             _note(f"[{place}/{len(order)}] {job.name}: done before", quiet)
-        cells.append(Cell(name, job.seed, Path(job.folder), tuple(entry["key"] for entry in job.evaluations)))
+        if not error and baseline is not None and not _is_done(baseline):
+            error = _run(baseline, isolate)
+        if error:
+            _note(f"arm '{name}' failed at seed {job.seed}: {error}", quiet=False)
+            failures.setdefault(name, f"seed {job.seed}: {error}")
+            continue
+        keys = tuple(entry["key"] for entry in job.evaluations)
+        cells.append(Cell(name, job.seed, Path(job.folder), keys, Path(baseline.folder) if baseline else None))
     return cells
 
 
 def _is_done(job: Job) -> bool:
     folder = Path(job.folder)
-    trained = job.load is not None or (folder / TRAINED).is_file()
+    trained = not is_trained(job) or (folder / TRAINED).is_file()
     return trained and all((folder / entry["key"] / RESULTS_FILE).is_file() for entry in job.evaluations)
 
 
@@ -435,18 +478,23 @@ def _run(job: Job, isolate: bool) -> str:
 
 
 def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
-    """Every metric of every arm, with intervals; differences against the plan's first arm."""
+    """Every metric of every arm, with intervals: differences against the plan's first arm, gains over the arm's own
+    network before training."""
     found: dict[tuple[int, str, str], dict[str, dict[int, Result]]] = {}
+    before: dict[tuple[int, str], dict[str, dict[int, Result]]] = {}
     for cell in cells:
         for number in range(len(cell.evaluations)):
             for result in cell.results_of(number):
                 for metric in result.metrics:
                     place = found.setdefault((number, result.protocol, metric), {})
                     place.setdefault(cell.arm, {})[cell.seed] = result
+            for result in cell.baseline_of(number):
+                before.setdefault((number, result.protocol), {}).setdefault(cell.arm, {})[cell.seed] = result
     rows: list[Row] = []
-    for (number, _, metric), by_arm in sorted(found.items(), key=lambda item: item[0][0]):
+    for (number, protocol, metric), by_arm in sorted(found.items(), key=lambda item: item[0][0]):
         ordered = {arm: by_arm[arm] for arm in plan.arms if arm in by_arm}
-        rows += metric_rows(ordered, metric, short_name(plan.evaluate[number]["data"], plan), next(iter(plan.arms)))
+        data, first = short_name(plan.evaluate[number]["data"], plan), next(iter(plan.arms))
+        rows += metric_rows(ordered, metric, data, first, before.get((number, protocol)))
     return rows
 
 
@@ -481,7 +529,7 @@ def _write(comparison: Comparison) -> None:
     """Parquet for machines, Markdown for people, JSON for the page."""
     columns: dict[str, list[Any]] = {}
     for row in comparison.rows:
-        against = row.difference or Interval(math.nan, math.nan, math.nan, "")
+        against, gain = (gap or Interval(math.nan, math.nan, math.nan, "") for gap in (row.difference, row.gain))
         cost = comparison.costs[row.arm]
         cells = {
             **{name: getattr(row, name) for name in ("data", "protocol", "metric", "unit", "arm", "is_headline")},
@@ -493,6 +541,11 @@ def _write(comparison: Comparison) -> None:
             "difference_high": against.high,
             "difference_over": against.over,
             "verdict": row.verdict,
+            "gain": gain.mean,
+            "gain_low": gain.low,
+            "gain_high": gain.high,
+            "gain_over": row.gain_over,
+            "gain_verdict": row.gain_verdict,
             **{f"cost_{key}": value for key, value in dataclasses.asdict(cost).items()},
         }
         for key, value in cells.items():
@@ -507,6 +560,7 @@ def _write(comparison: Comparison) -> None:
         "costs": {arm: dataclasses.asdict(cost) for arm, cost in comparison.costs.items()},
         "cells": [
             {"arm": cell.arm, "seed": cell.seed, "folder": cell.folder.name, "evaluations": list(cell.evaluations)}
+            | {"baseline": cell.baseline.name if cell.baseline else None}
             for cell in comparison.cells
         ],
         "info": dict(comparison.info),
@@ -523,20 +577,22 @@ def markdown(comparison: Comparison) -> str:
         "# Comparison",
         "",
         f"Budget: {budget}. Seeds: {', '.join(map(str, plan.seeds))}. Trained on: {plan.data or 'nothing'}.",
-        f"In brackets: {info['intervals']}. Differences are against **{next(iter(plan.arms))}**, paired.",
+        f"In brackets: {info['intervals']}. Differences are against **{next(iter(plan.arms))}**, paired. The gain of a "
+        "trained arm is over its own network before training (untrained, or before where it started from weights).",
         f"Commit {info['commit']}, {machine['processor']}, {machine['cores']} cores, "
         f"{', '.join(machine['gpus']) or 'no GPU'}; {info['finished']}.",
         "",
     ]
     for arm, error in comparison.failures.items():
-        lines += [f"**Arm {arm} broke**: {error}", ""]
+        lines += [f"**Arm {arm} failed**: {error}", ""]
     for only_headlines in (True, False):
         if not only_headlines:
             lines += ["## All metrics", ""]
         for title, rows in comparison.table(only_headlines):
             lines += [f"{'##' if only_headlines else '###'} {title} ({rows[0].unit})", ""]
-            lines += ["| arm | mean | seeds | difference | |", "|---|---|---|---|---|"]
-            lines += [f"| {' | '.join(cells)} |" for cells in table_cells(rows)]
+            lines += ["| arm | mean | seeds | difference | | gain | |", "|---|---|---|---|---|---|---|"]
+            pairs = zip(table_cells(rows), map(gain_cells, rows), strict=True)
+            lines += [f"| {' | '.join((*cells, *gain))} |" for cells, gain in pairs]
             lines.append("")
     lines += ["## Cost", "", "| arm | " + " | ".join(COST_COLUMNS) + " |", "|---" * (1 + len(COST_COLUMNS)) + "|"]
     lines += [f"| {arm} | {' | '.join(cost_cells(cost))} |" for arm, cost in comparison.costs.items()]

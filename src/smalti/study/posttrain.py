@@ -114,13 +114,12 @@ class Judge:
             config,
             protocols=config.protocols or fitting_protocols(data),
             split="test" if self.is_apart else config.split,
-            baseline=False,
         )
 
     def heard(self, step: int, results: Sequence[Result]) -> None:
         """Keep what evaluation in training found, if it is about the images of the verdict."""
         if not self.is_apart:
-            self._keep(step, [result for result in results if not result.is_baseline])
+            self._keep(step, results)
 
     def knows(self, step: int) -> bool:
         """Whether a step was judged with these settings."""

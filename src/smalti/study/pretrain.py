@@ -42,6 +42,7 @@ from smalti.data.signals import (
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError, DataError, RunError
 from smalti.evaluation.protocol import (
+    BaselineKind,
     EvalConfig,
     Result,
     determining,
@@ -64,6 +65,7 @@ from smalti.models.loading import (
     load,
     names_best,
     open_encoder,
+    weights_digest,
 )
 from smalti.models.tokens import fill_tokens, with_network
 from smalti.models.weights import LoadConfig, read_tensors
@@ -87,6 +89,8 @@ from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, peak_lr
 
 CONFIG_FILE, RUN_FILE, RESULTS = "config.yaml", "run.json", "results"
+INIT_DIGEST = "init_digest"
+"""Entry of ``run.json``: changes with the weights that the run started from."""
 DEFAULT_ENCODER = "vit_small_patch16_224"
 SIGNAL_ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 50, "embed_dim": 256, "depth": 8, "num_heads": 8}
 """Where the data are signals: timm's plain vision transformer with these arguments, patches in samples."""
@@ -830,17 +834,19 @@ class EvaluationHook:
         return self.run / RESULTS / f"step_{step:08d}.json"
 
     def judge(self, step: int, method: Method) -> list[Result]:
-        """Results now, written to ``results/step_*.json``; the random baseline is judged before the first step only."""
+        """Results now, written to ``results/step_*.json``; those of step 0 are the baseline of all others."""
         network = self.config.weights or method.export_network
         encoder = method.networks()[network]
         encoder.source = f"step {step} ({network})"
         encoder.class_head = method.class_head(network)
         data = str(self.config.eval.data)
         protocols = self.config.eval.protocols or fitting_protocols(data)
-        baseline = self.config.eval.baseline and step == 0
-        config = dataclasses.replace(self.config.eval, protocols=protocols, baseline=baseline)
+        config = dataclasses.replace(self.config.eval, protocols=protocols)
         results = evaluate(encoder, f"{self.run} (step {step})", data, config)
-        write_results(self.file(step), results)
+        kind: BaselineKind | None = None
+        if step == 0 and config.baseline:
+            kind = "before" if self.config.init else "untrained"
+        write_results(self.file(step), [dataclasses.replace(result, baseline=kind) for result in results])
         if self.before_and_after is not None:
             self.before_and_after.heard(step, results)
             if step == 0 and not self.before_and_after.knows(0):
@@ -878,9 +884,16 @@ def _write_run_file(run: Path, config: RunConfig, images: ImageSet | SignalSet) 
         "classes": list(images.classes or ()) if isinstance(images, ImageSet) else [],
         "num_images": len(images),
         "names_digest": _names_digest(images),
+        **({INIT_DIGEST: weights_digest(config.init)} if config.init else {}),
         **describe_machine(),
     }
     write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
+
+
+def read_run_file(run: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run directory holds; nothing where there is none."""
+    path = run / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _names_digest(images: ImageSet | SignalSet) -> str:
@@ -901,8 +914,7 @@ def _check_same_images(run: Path, images: ImageSet | SignalSet) -> None:
     Raises:
         DataError: if there are others now.
     """
-    path = run / RUN_FILE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_run_file(run)
     if known.get("names_digest", _names_digest(images)) != _names_digest(images):
         raise DataError(
             f"{run}: was trained on {known.get('num_images')} images, {images.root} now has {len(images)} or others; "
@@ -911,11 +923,10 @@ def _check_same_images(run: Path, images: ImageSet | SignalSet) -> None:
 
 
 def _note_end(run: Path, started: float) -> None:
-    path = run / RUN_FILE
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = read_run_file(run)
     content["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
     content["training_s"] = round(content.get("training_s", 0) + time.time() - started, 1)
-    write_atomically(path, json.dumps(content, indent=2))
+    write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
 
 
 def _is_first_process() -> bool:

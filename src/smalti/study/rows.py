@@ -13,7 +13,9 @@ import numpy as np
 
 from smalti.errors import ShapeError
 from smalti.evaluation.intervals import Interval, Resampled, difference, interval, resample
-from smalti.evaluation.protocol import SHARE, Result
+from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Result
+
+NO_DIFFERENCE = "no difference found"
 
 
 @dataclass(frozen=True)
@@ -31,26 +33,43 @@ class Row:
     difference: Interval | None
     """Against the first arm, over the seeds that both have; None for the first arm, or where it broke."""
     is_headline: bool
+    gain: Interval | None = None
+    """Of a trained arm: against its own network before training, paired over the same seeds and images."""
+    gain_over: str = ""
+    """Name of that baseline."""
 
     @property
     def verdict(self) -> str:
         """What the difference allows to say."""
-        if self.difference is None:
-            return ""
-        if self.difference.over == "nothing":
-            return "no interval: one seed"
-        if self.difference.holds_zero:
-            return "no difference found"
-        up = self.difference.mean > 0
-        if "higher is better" in self.unit:
-            return "better" if up else "worse"
-        if "lower is better" in self.unit:
-            return "worse" if up else "better"
-        return "higher" if up else "lower"
+        return _verdict(self.difference, self.unit)
+
+    @property
+    def gain_verdict(self) -> str:
+        """What the gain allows to say."""
+        return _verdict(self.gain, self.unit)
+
+
+def _verdict(gap: Interval | None, unit: str) -> str:
+    if gap is None:
+        return ""
+    if gap.over == "nothing":
+        return "no interval: one seed"
+    if gap.holds_zero:
+        return NO_DIFFERENCE
+    up = gap.mean > 0
+    if "higher is better" in unit:
+        return "better" if up else "worse"
+    if "lower is better" in unit:
+        return "worse" if up else "better"
+    return "higher" if up else "lower"
 
 
 def metric_rows(
-    by_arm: Mapping[str, Mapping[int, Result]], metric: str, data: str, reference: str | None = None
+    by_arm: Mapping[str, Mapping[int, Result]],
+    metric: str,
+    data: str,
+    reference: str | None = None,
+    baselines: Mapping[str, Mapping[int, Result]] | None = None,
 ) -> list[Row]:
     """One metric of all arms, in their order.
 
@@ -59,6 +78,7 @@ def metric_rows(
         metric: its name.
         data: how the rows call the images.
         reference: the arm that differences are taken against; None: the first.
+        baselines: arm -> seed -> result of its network before training, of the arms that were trained.
     """
     reference = reference or next(iter(by_arm))
     resampled = {arm: _resampled(results, metric) for arm, results in by_arm.items()}
@@ -68,6 +88,8 @@ def metric_rows(
         against = None
         if arm != reference and reference in by_arm:
             against = _difference(results, by_arm[reference], metric, resampled[arm], resampled[reference])
+        untrained = (baselines or {}).get(arm, {})
+        first = next(iter(untrained.values()), None)
         rows.append(
             Row(
                 data=data,
@@ -79,6 +101,10 @@ def metric_rows(
                 seeds={seed: float(result.metrics[metric]) for seed, result in results.items()},
                 difference=against,
                 is_headline=one.headline[0] == metric,
+                gain=_difference(results, untrained, metric, resampled[arm], _resampled(untrained, metric))
+                if first is not None and all(metric in result.metrics for result in untrained.values())
+                else None,
+                gain_over=BASELINE_LABELS[first.baseline] if first is not None and first.baseline else "",
             )
         )
     return rows
@@ -86,14 +112,15 @@ def metric_rows(
 
 def row_tree(row: Row) -> dict[str, Any]:
     """Plain values for JSON, with the verdict in words; :func:`read_row` takes them back."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(row) | {"verdict": row.verdict})
+    plain: dict[str, Any] = _plain(dataclasses.asdict(row) | {"verdict": row.verdict, "gain_verdict": row.gain_verdict})
     return plain
 
 
 def read_row(row: Mapping[str, Any]) -> Row:
-    values = {key: value for key, value in row.items() if key != "verdict"}
+    values = {key: value for key, value in row.items() if key not in ("verdict", "gain_verdict")}
     values["score"] = _read_interval(row["score"])
-    values["difference"] = _read_interval(row["difference"]) if row["difference"] else None
+    for key in ("difference", "gain"):
+        values[key] = _read_interval(row[key]) if row[key] else None
     values["seeds"] = {int(seed): math.nan if score is None else score for seed, score in row["seeds"].items()}
     return Row(**values)
 
@@ -115,6 +142,11 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         )
         for row in rows
     ]
+
+
+def gain_cells(row: Row) -> tuple[str, str]:
+    """Gain over the network before training with its interval, and the verdict: as text; empty where there is none."""
+    return (_with_interval(row.gain, "+") if row.gain else "", row.gain_verdict)
 
 
 def _within_range(score: Interval, unit: str) -> Interval:

@@ -1,0 +1,133 @@
+"""The baseline of a trained encoder is its own network before training."""
+
+import dataclasses
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_methods import SMALL, WITH_ENCODER
+
+import smalti
+from smalti.config import merge, read_yaml
+from smalti.evaluation.protocol import EvalConfig
+from smalti.methods.base import get_method
+from smalti.models.loading import as_loaded
+from smalti.models.weights import LoadConfig
+from smalti.study.baseline import baseline_of, untrained_network
+from smalti.study.pretrain import CONFIG_FILE, resolve
+
+TINY: dict[str, Any] = {
+    "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    "data": {"image_size": 32},
+    "steps": 2,
+    "batch_size": 4,
+    "seed": 3,
+    "optim": {"lr": 1e-2, "warmup_share": 0.0},
+    "checkpoint": {"every": 1, "keep": 3},
+}
+KNN = EvalConfig(protocols=("knn",), image_size=32)
+
+
+def train(out: Path, name: str, images: Path, **more: Any) -> Path:
+    own = {key: value for key, value in SMALL.get(name, {}).items() if key != "num_classes"}
+    if name == "neco" and "from_scratch" in get_method("neco").Config.__dataclass_fields__:
+        own["from_scratch"] = True
+    overrides = merge(merge(TINY, {"method": own}), more)
+    return smalti.train(name, images, out, overrides=overrides, quiet=True)
+
+
+def step(run: Path, number: int) -> Path:
+    return run / "checkpoints" / f"step_{number:08d}"
+
+
+@pytest.fixture(scope="module")
+def mae(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    return train(tmp_path_factory.mktemp("runs") / "mae", "mae", photos)
+
+
+@pytest.mark.parametrize("name", WITH_ENCODER)
+def test_the_untrained_network_is_the_checkpoint_of_step_0_bit_for_bit(
+    name: str, photos: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    run = train(tmp_path / "run", name, class_folders if get_method(name).needs_labels else photos)
+    config, own = resolve(read_yaml(run / CONFIG_FILE))
+    network = get_method(name).export_network
+    rebuilt = as_loaded(untrained_network(config, own, network))
+    kept, trained = smalti.load(step(run, 0), quiet=True), smalti.load(run, quiet=True)
+    assert rebuilt.config() == kept.config()
+    before, after = kept.state_dict(), trained.state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in rebuilt.state_dict().items())
+    assert any(not torch.equal(value, after[key]) for key, value in before.items())
+    baseline = baseline_of(trained)
+    assert baseline is not None and baseline.kind == "untrained"
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_scores_of_the_baseline_are_those_of_step_0(
+    is_kept: bool, mae: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(mae, tmp_path / "run"))
+    (alone,) = smalti.evaluate(smalti.load(step(run, 0), quiet=True), "step 0", str(class_folders), KNN)
+    if not is_kept:
+        shutil.rmtree(step(run, 0))
+    trained, baseline = smalti.evaluate(smalti.load(run, quiet=True), "run", str(class_folders), KNN)
+    assert alone.baseline is None and trained.baseline is None and baseline.baseline == "untrained"
+    assert baseline.metrics == alone.metrics
+    assert baseline.to_json()["baseline"] == "untrained" and baseline.encoder == "run (untrained)"
+
+
+def test_the_baseline_is_loaded_and_pooled_as_the_encoder_is(mae: Path, photos: Path) -> None:
+    encoder = smalti.load(mae, img_size=64, quiet=True)
+    encoder.set_pool("avg")
+    baseline = baseline_of(encoder)
+    assert baseline is not None
+    before = baseline.make()
+    assert before.img_size == (64, 64) and before.pool == "avg"
+    rebuilt = as_loaded(smalti.load(step(mae, 0), quiet=True), LoadConfig(img_size=64))
+    assert all(torch.equal(value, rebuilt.state_dict()[key]) for key, value in before.state_dict().items())
+
+
+def test_a_run_that_started_from_weights_is_compared_with_them(mae: Path, photos: Path, tmp_path: Path) -> None:
+    start = Path(shutil.copytree(mae, tmp_path / "start"))
+    run = smalti.train(
+        "mae",
+        photos,
+        tmp_path / "run",
+        init=str(start),
+        overrides={key: value for key, value in TINY.items() if key != "encoder"} | {"method": SMALL["mae"]},
+        quiet=True,
+    )
+    encoder = smalti.load(run, quiet=True)
+    kept = baseline_of(encoder)
+    assert kept is not None and kept.kind == "before"
+    shutil.rmtree(step(run, 0))
+    rebuilt = baseline_of(encoder)
+    assert rebuilt is not None and rebuilt.kind == "before"
+    weights = rebuilt.make().state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in smalti.load(start, quiet=True).state_dict().items())
+    shutil.rmtree(step(start, 2))  # the newest weights are others now
+    with pytest.warns(UserWarning, match="no baseline: init=.* has changed"):
+        assert baseline_of(encoder) is None
+
+
+def test_what_is_untrained_has_no_baseline_and_what_is_imported_a_random_one(mae: Path, tmp_path: Path) -> None:
+    assert baseline_of(smalti.load(step(mae, 0), quiet=True)) is None
+    random = smalti.load("random:vit_tiny_patch16_224", img_size=32)
+    assert baseline_of(random, "random:vit_tiny_patch16_224") is None
+    imported = baseline_of(random, "mine")
+    assert imported is not None and imported.kind == "random-init"
+    lost = Path(shutil.copytree(step(mae, 2), tmp_path / "checkpoints" / "step_00000002"))
+    with pytest.warns(UserWarning, match="can't be rebuilt"):
+        baseline = baseline_of(smalti.load(lost, quiet=True))
+    assert baseline is not None and baseline.kind == "random-init"
+
+
+def test_no_baseline_where_none_is_asked_for(mae: Path, class_folders: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = dataclasses.replace(KNN, baseline=False)
+        results = smalti.evaluate(smalti.load(mae, quiet=True), "run", str(class_folders), config)
+    assert [result.baseline for result in results] == [None]
