@@ -293,7 +293,7 @@ class MAR(TokenMethod):
         losses = self.network.head(
             _pick(tokens, hidden).flatten(0, 1), told.flatten(0, 1), keys.flatten(), self.config.diffusion_repeats
         )
-        self.observations = {"hidden_share": torch.tensor(num_hidden / num_tokens)}
+        self.observations = {"hidden_share": tokens.new_full((), num_hidden / num_tokens)}
         return {name: loss.mean() for name, loss in losses.items()}
 
     def orders(self, views: Views) -> Int[Tensor, "B N"]:
