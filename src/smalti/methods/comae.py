@@ -118,7 +118,8 @@ def contrast(weights: Float[Tensor, "G T N"], log_temperature: Float[Tensor, ""]
         floor: what the temperature is at least.
     """
     rows = F.normalize(at_least_float32(weights), dim=-1)
-    logits = rows @ rows.mT / log_temperature.exp().clamp(min=floor)
+    with torch.autocast(rows.device.type, enabled=False):  # cosines are divided by a small temperature
+        logits = rows @ rows.mT / log_temperature.exp().clamp(min=floor)
     return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
 
 

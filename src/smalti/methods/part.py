@@ -176,7 +176,8 @@ def info_nce(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temp: fl
 
     Source: van den Oord et al., arXiv:1807.03748v2, Eq. (4), in the symmetric form of Radford et al., arXiv:2103.00020.
     """
-    logits = at_least_float32(first) @ at_least_float32(second).T / temp
+    with torch.autocast(first.device.type, enabled=False):  # cosines are divided by a small temperature
+        logits = at_least_float32(first) @ at_least_float32(second).T / temp
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
