@@ -126,7 +126,7 @@ class EvalConfig:
     frozen_blocks: CountFromZero = 0
     """detection: so many of the encoder's first blocks, and what comes before them, stay as they are."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """detection: of the products in training; auto is bf16 on CUDA devices, else fp32."""
+    """detection: of the products in training; auto is bf16 on GPUs that have it, else fp32."""
     augment: bool | None = None
     """linear-probe, linear-segmentation, knn-patch, in-context, retrieval: crop and alter the training images; None
     takes the preset's."""
