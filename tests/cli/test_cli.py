@@ -56,6 +56,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     done = smalti("train", "mae", "--data", photos, "--out", out, "steps=8", *TINY, *MAE)
     assert f"trained: {out}" in done.stdout
     assert "images/s" in done.stderr and "left" in done.stderr
+    precision = json.loads((out / "run.json").read_text())["precision"]
+    assert f"precision=auto: {precision} on this" in done.stderr
     return out
 
 

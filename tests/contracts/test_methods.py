@@ -93,7 +93,7 @@ def build(
     torch.manual_seed(seed)
     cls = get_method(name)
     if issubclass(cls, TokenMethod):
-        own = cls.Config(**SMALL.get(name, {}), **config)
+        own = cls.Config(**{**SMALL.get(name, {}), **config})
         kind = cls.defaults.get("tokens", {}).get("kind", "pca")
         tokens = cls.make_tokens(TokenConfig(kind=kind, patch_size=8, dim=8), own, img_size, 3)
         return cls(tokens, own).train()
@@ -101,7 +101,7 @@ def build(
         "vit_tiny_patch16_224", img_size=img_size, patch_size=8, embed_dim=24, depth=2, num_heads=3, seed=seed
     )
     encoder.set_pool(pool, prr, fresh=True)
-    return cls(encoder, cls.Config(**SMALL.get(name, {}), **config)).train()
+    return cls(encoder, cls.Config(**{**SMALL.get(name, {}), **config})).train()
 
 
 def batch(method: Method, photos: Path, size: int = 32, count: int = 4) -> Views:

@@ -13,7 +13,8 @@ from smalti.errors import ConfigError, ShapeError
 from smalti.functional.masking import cross_mask, random_mask, restore_order
 from smalti.functional.patches import patchify, standardize_patches, unpatchify
 from smalti.functional.positions import sincos_positions
-from smalti.functional.random import place_keys, sample_beta, sample_normal, sample_uniform
+from smalti.functional.random import place_keys, sample_beta, sample_normal, sample_uniform, step_key
+from smalti.functional.transfer import move
 
 
 @given(b=st.integers(1, 3), c=st.integers(1, 4), h=st.integers(1, 4), w=st.integers(1, 4), p=st.integers(1, 5))
@@ -138,6 +139,16 @@ def test_normal_numbers_follow_the_normal_law_and_their_keys() -> None:
     assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 0.01
     assert torch.equal(draws[7:8], sample_normal(torch.tensor([7]), 400))
     assert abs(torch.corrcoef(draws[:2])[0, 1].item()) < 0.2
+
+
+@given(progress=st.floats(0, 1))
+def test_a_step_s_key_is_the_bits_of_its_progress(progress: float) -> None:
+    assert torch.equal(step_key(progress), torch.tensor([progress], dtype=torch.float64).view(torch.int64))
+
+
+def test_what_is_on_the_device_already_is_moved_as_it_is() -> None:
+    x = torch.rand(3)
+    assert move(x, torch.device("cpu")) is x
 
 
 def test_every_place_of_every_sample_has_a_key_of_its_own() -> None:

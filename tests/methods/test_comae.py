@@ -233,6 +233,16 @@ def test_alternation_moves_one_network_at_a_time_and_the_temperature_with_the_se
     assert int(method.steps_made) == 4
 
 
+def test_alternation_continues_with_loaded_weights() -> None:
+    method, resumed = comae(), comae()
+    method.after_step(0.0)
+    resumed.load_state_dict(method.state_dict())
+    sum(resumed(batch(), 0.5).values()).backward()
+    resumed.after_backward(0.5)
+    assert all(parameter.grad is None for parameter in resumed.selector.parameters()), "an odd step"
+    assert any(parameter.grad is not None for parameter in resumed.reconstructor.parameters())
+
+
 def test_tables_of_places_are_not_decayed() -> None:
     method = comae()
     plain = {id(p) for group in method.param_groups() if not group["weight_decay_scale"] for p in group["params"]}

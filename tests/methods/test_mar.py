@@ -145,7 +145,7 @@ def test_the_average_moves_by_its_formula_over_the_last_tenth_of_a_run() -> None
     resumed.load_state_dict(mar.state_dict())
     assert resumed.momentum(5 / 200) == pytest.approx(1 - 10 / 200)
     long = make()
-    long.num_updates.fill_(1000)
+    long.load_state_dict({**long.state_dict(), "num_updates": torch.tensor(1000)})
     assert long.momentum(1000 / 400_000) == 0.9999
 
 

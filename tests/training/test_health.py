@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from smalti.models.encoder import build_encoder
+from smalti.models.encoder import PatchFeatures, build_encoder
 from smalti.training.health import Health, feature_health
 
 
@@ -27,8 +27,6 @@ def test_a_constant_encoder_has_rank_one_and_a_wide_one_more(monkeypatch: pytest
     images = torch.randn(4, 3, 32, 32)
 
     def answer(patches: torch.Tensor):
-        from smalti.models.encoder import PatchFeatures
-
         monkeypatch.setattr(encoder, "encode", lambda _: PatchFeatures(patches, patches[:, :0], (8, 8)))
         return feature_health(encoder, images)
 
@@ -40,3 +38,17 @@ def test_a_constant_encoder_has_rank_one_and_a_wide_one_more(monkeypatch: pytest
     spread = answer(basis)
     assert_close(spread["effective_rank"], 23.0, rtol=0.01, atol=0)  # 24 equal directions less the mean
     assert encoder.training
+
+
+def test_eigenvalues_are_those_of_float32_also_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=3, seed=0)
+    patches = torch.randn(4, 64, 24)
+    monkeypatch.setattr(encoder, "encode", lambda _: PatchFeatures(patches, patches[:, :0], (8, 8)))
+    looked_at: list[torch.Tensor] = []
+    eigvalsh = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: looked_at.append(x) or eigvalsh(x))
+    outside = feature_health(encoder, torch.randn(4, 3, 32, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = feature_health(encoder, torch.randn(4, 3, 32, 32))
+    assert looked_at[1].dtype == torch.float32, "a GPU has no eigenvalues in bf16"
+    assert inside == outside

@@ -24,8 +24,12 @@ def test_devices_mean_gpus_where_there_are_some(monkeypatch: pytest.MonkeyPatch)
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision("auto", "cpu") == "fp32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert resolve_precision("auto", "cuda") == "bf16"
+    for is_emulated, precision in ((False, "bf16"), (True, "fp32")):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, e=is_emulated: including_emulation or not e
+        )
+        assert resolve_precision("auto", "cuda") == precision
+    assert resolve_precision("bf16", "cuda") == "bf16", "as asked for, even where it is emulated"
     with pytest.raises(ConfigError, match="one of auto, fp32, bf16"):
         resolve_precision("fp16", "cpu")
 

@@ -29,6 +29,7 @@ from smalti.data.signals import SignalSet
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional import orders as geometry
+from smalti.functional.transfer import move
 
 GEOMETRIC = ("raster", "spiral", "centre_out", "border_in", "halton")
 """Orders of the grid alone."""
@@ -284,13 +285,13 @@ class TrainingOrders:
             assert len(self._table), "bind() comes first"
             if self._table.shape[-1] != num_patches:
                 raise ShapeError(f"orders of {self._table.shape[-1]} patches, the images have {num_patches}")
-            self._table = self._table.to(views.index.device)
+            self._table = move(self._table, views.index.device)
             return self._table[views.index, views.flips.long()].long()
         if self.name == "random":
             return geometry.random_orders(views.keys, num_patches)
         order = grid_order(self.name, grid)
         assert order is not None, self.name
-        return order.to(views.keys.device).expand(views.batch_size, -1)
+        return move(order, views.keys.device).expand(views.batch_size, -1)
 
 
 def write_orders(

@@ -62,6 +62,7 @@ from smalti.evaluation.tuning import (
     trainable_copy,
     warm_steps,
 )
+from smalti.functional.precision import has_bf16
 from smalti.layers.feature_pyramid import SCALES, SimpleFeaturePyramid
 from smalti.models.encoder import Encoder
 
@@ -399,7 +400,7 @@ def detection(features: Features, config: EvalConfig) -> Scores:
     recipe = choose_recipe(features, config)
     encoder, classes = features.encoder, features.data.classes
     masks = _check_objects(features, config.masks)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and features.device.type == "cuda")
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(features.device.type))
     with seeded(config.seed, features.device):
         copy = trainable_copy(encoder, recipe.drop_path)
         freeze_blocks(copy, config.frozen_blocks)

@@ -40,6 +40,7 @@ from smalti.evaluation.tuning import (
     trainable_copy,
     warm_cosine,
 )
+from smalti.functional.precision import has_bf16
 from smalti.models.encoder import Encoder
 
 FEWEST_STEPS = 200
@@ -287,7 +288,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
         "mixup": recipe.mixup,
         "cutmix": recipe.cutmix,
         "label_smoothing": recipe.label_smoothing,
-        "precision": "bfloat16 in training" if features.device.type == "cuda" else "float32",
+        "precision": "bfloat16 in training" if has_bf16(features.device.type) else "float32",
         "reported": "last epoch",
     }
     return Scores(

@@ -127,7 +127,7 @@ class EvalConfig:
     frozen_blocks: CountFromZero = 0
     """detection: so many of the encoder's first blocks, and what comes before them, stay as they are."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """detection: of the products in training; auto is bf16 on CUDA devices, else fp32."""
+    """detection: of the products in training; auto is bf16 on GPUs that have it, else fp32."""
     augment: bool | None = None
     """linear-probe, linear-segmentation, knn-patch, in-context, retrieval: crop and alter the training images; None
     takes the preset's."""
@@ -224,10 +224,10 @@ class Result:
     """Everything that determined the numbers: preset, split, sizes, seeds, conventions, counts."""
     per_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metric name -> class name -> value; NaN where a class does not occur."""
-    baseline: BaselineKind | None = None
-    """Of the scores of a baseline, which kind it is; None: scores of the encoder that was asked about."""
     details: "Details | None" = field(default=None, compare=False, repr=False)
     """What stands behind the numbers, image by image; not part of the JSON."""
+    baseline: BaselineKind | None = None
+    """Of the scores of a baseline, which kind it is; None: scores of the encoder that was asked about."""
 
     @property
     def headline(self) -> tuple[str, float]:

@@ -41,6 +41,7 @@ from smalti.evaluation.tuning import (
     warm_poly,
     with_linear_head,
 )
+from smalti.functional.precision import has_bf16
 from smalti.models.encoder import Encoder
 
 FLIP_PROB, DISTORT_PROB = 0.5, 0.5
@@ -399,7 +400,7 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
         "augmentation": f"scale {recipe.scale[0]:g}-{recipe.scale[1]:g}, crop, flip"
         + (", photometric distortion" if recipe.distort else ""),
         "cat_max_ratio": recipe.cat_max_ratio,
-        "precision": "bfloat16 in training" if features.device.type == "cuda" else "float32",
+        "precision": "bfloat16 in training" if has_bf16(features.device.type) else "float32",
         "reported": "last step",
         "absent": recipe.absent,
         "matching": "direct",

@@ -28,6 +28,7 @@ from smalti.errors import DataError, RunError, SmaltiError
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.tally import Tally, tally_labels
+from smalti.functional.precision import has_bf16
 from smalti.models.encoder import Encoder, clone_encoder
 
 Example = tuple[Tensor, Any]
@@ -283,7 +284,7 @@ def train(
         seed: of the order of images, and their keys.
         what: named in the progress, and in errors.
         num_images: of the training set, where it is a part of that of ``features``.
-        bf16: whether products are in bfloat16; None: where there is a CUDA device.
+        bf16: whether products are in bfloat16; None: where a GPU has it.
 
     Returns:
         The loss, as means over at most 100 spans of equal length.
@@ -294,7 +295,7 @@ def train(
     """
     device = features.device
     steps = _Steps(make, num_images or len(features.data.train), batch_size, seed)
-    bf16 = device.type == "cuda" if bf16 is None else bf16
+    bf16 = has_bf16(device.type) if bf16 is None else bf16
     losses: list[Tensor] = []
     told = time.monotonic()
     model.train()

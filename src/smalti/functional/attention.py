@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from smalti.functional.transfer import move
+
 MASS = 0.6
 _SIGMA, _RADIUS = 0.6, 3  # in patches
 _ROUNDING = 1e-6
@@ -32,7 +34,7 @@ def keep_mass(attention: Float[Tensor, "*B N"], share: float = MASS) -> Bool[Ten
 def blur_maps(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
     """Gaussian blur of 7 x 7 patches and standard deviation 0.6, reflected at the border."""
     radius = min(_RADIUS, maps.shape[1] - 1, maps.shape[2] - 1)  # what can be reflected; the weight at 3 is 2e-6
-    weights = torch.tensor([math.exp(-0.5 * (i / _SIGMA) ** 2) for i in range(-radius, radius + 1)], device=maps.device)
+    weights = move(torch.tensor([math.exp(-0.5 * (i / _SIGMA) ** 2) for i in range(-radius, radius + 1)]), maps.device)
     weights = (weights / weights.sum()).to(maps.dtype)
     padded = F.pad(maps[:, None], (radius,) * 4, mode="reflect")
     return F.conv2d(F.conv2d(padded, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))[:, 0]

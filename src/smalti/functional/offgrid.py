@@ -19,6 +19,7 @@ from torch import Tensor
 
 from smalti.errors import ConfigError
 from smalti.functional.random import sample_uniform
+from smalti.functional.transfer import move
 
 KINDS = ("grid", "offgrid", "offgrid_scale", "nonoverlapping", "saliency", "hierarchical")
 """Ways to draw boxes, see :class:`PatchSampler`."""
@@ -77,9 +78,9 @@ def offgrid_boxes(
         if extent < side + 2 * margin:
             raise ConfigError(f"a patch of {side} with a margin of {margin} does not fit into {extent} pixels")
         room.append(extent - side - 2 * margin)
-    free = torch.tensor(room, dtype=torch.float64, device=keys.device)
+    free = move(torch.tensor(room, dtype=torch.float64), keys.device)
     starts = (draws * free if subpixel else (draws * (free + 1)).floor()) + margin
-    return _boxes(starts.float(), torch.tensor(patch_size[::-1], device=keys.device).float())
+    return _boxes(starts.float(), move(torch.tensor(patch_size[::-1]).float(), keys.device))
 
 
 def side_law(extent: int, low: int, high: int, law: str = "official") -> Float[Tensor, " n"]:
@@ -138,12 +139,12 @@ def scaled_boxes(
     extents = size[::-1]
     lengths = []
     for axis in range(axes):
-        cumulative = side_law(extents[axis] if aspect else min(extents), *sides, law).cumsum(0).to(device)
+        cumulative = move(side_law(extents[axis] if aspect else min(extents), *sides, law).cumsum(0), device)
         draw = draws[..., axis if aspect else 0].contiguous()
         lengths.append(torch.searchsorted(cumulative, draw, right=True).clamp(max=sides[1] - sides[0]) + sides[0])
     side = torch.stack(lengths, dim=-1).double()  # (B, N, A)
     draws = _draws(keys, num_patches, axes, _POSITION)
-    room = torch.tensor(extents, dtype=torch.float64, device=device) - side - (1 if law == "official" else 0)
+    room = move(torch.tensor(extents, dtype=torch.float64), device) - side - (1 if law == "official" else 0)
     starts = draws * room if subpixel else (draws * (room + 1)).floor()
     return _boxes(starts.float(), side.float())
 
@@ -169,7 +170,7 @@ def separate_boxes(
         raise ConfigError(f"{num_patches} patches that don't overlap are too many for {size}; at most {most} fit well")
     darts = offgrid_boxes(keys, num_patches * _DARTS, size, patch_size, subpixel=subpixel)
     starts = darts[..., : len(size)].reshape(len(keys), num_patches, _DARTS, len(size))
-    side = torch.tensor(patch_size[::-1], device=keys.device).float()
+    side = move(torch.tensor(patch_size[::-1]).float(), keys.device)
     chosen = starts[:, :1, 0]  # (B, n, A)
     for number in range(1, num_patches):
         apart = ((starts[:, number, :, None] - chosen[:, None]).abs() / side).amax(-1).amin(-1)  # (B, 128), 1: touching
@@ -215,9 +216,7 @@ def salient_boxes(
     starts = [index % places[-1]] if axes == 1 else [index % places[-1], index // places[-1]]  # x, y
     uniform = offgrid_boxes(keys, num_patches, tuple(images.shape[2:]), patch_size)
     take = sample_uniform(keys, num_patches, _ORDER) < uniform_share
-    by_energy = _boxes(
-        torch.stack(starts, dim=-1).float(), torch.tensor(patch_size[::-1], device=images.device).float()
-    )
+    by_energy = _boxes(torch.stack(starts, dim=-1).float(), move(torch.tensor(patch_size[::-1]).float(), images.device))
     return torch.where(take[..., None], uniform, by_energy)
 
 
@@ -249,7 +248,7 @@ def nested_boxes(
     wholes = scaled_boxes(keys, num_wholes, size, sides, law="uniform", aspect=False)
     count, axes = num_patches - num_wholes, len(size)
     home = wholes[:, torch.arange(count, device=keys.device) % num_wholes]  # (B, n, E)
-    side = torch.tensor(patch_size[::-1], device=keys.device).float()
+    side = move(torch.tensor(patch_size[::-1]).float(), keys.device)
     room = home[..., axes:] - home[..., :axes] - side
     parts = home[..., :axes] + (_draws(keys, count, axes, _CHOICE) * (room + 1)).floor().float()
     return torch.cat([wholes, _boxes(parts, side)], dim=1)
@@ -331,8 +330,8 @@ def resample_boxes(
         y = centre[..., 1, None, None] + sin * across[..., None, :] + cos * down[..., None]
     y = y.clamp(0.5, height - 0.5)  # levels are stacked along y and must not mix
     if count > 1:
-        limits = torch.tensor(num_levels, device=boxes.device) - 1.0
-        level = (side / torch.tensor([pw, ph], device=boxes.device)).log2().round().clamp(min=0).minimum(limits)
+        limits = move(torch.tensor(num_levels), boxes.device) - 1.0
+        level = (side / move(torch.tensor([pw, ph]), boxes.device)).log2().round().clamp(min=0).minimum(limits)
         place = level[..., 0] if square else level[..., 1] * num_levels[0] + level[..., 0]
         y = y + (place * height)[..., None, None]
     x, y = (x * (2 / width) - 1).expand(-1, -1, ph, pw), (y * (2 / (count * height)) - 1).expand(-1, -1, ph, pw)
@@ -439,7 +438,7 @@ class PatchSampler:
         size, patch = tuple(images.shape[2:]), self.patch_size
         num_patches = self.count(size)
         if self.kind == "grid":
-            boxes = grid_boxes(size, patch).to(images.device).expand(len(keys), -1, -1)
+            boxes = move(grid_boxes(size, patch), images.device).expand(len(keys), -1, -1)
             if not self.shuffle:
                 return boxes
             order = sample_uniform(keys, num_patches, _ORDER).argsort(dim=1, stable=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smalti.errors import ConfigError
 from smalti.functional.random import sample_uniform
+from smalti.functional.transfer import move
 
 _PAIRS = 24  # stream of a sample's random numbers
 
@@ -82,7 +83,7 @@ def offset_units(
     axes = boxes.shape[-1] // 2
     if normalize == "patch":
         return gather_pairs(boxes[..., axes:] - boxes[..., :axes], pairs)[0]
-    unit = torch.tensor(size[::-1] if normalize == "image" else [1] * axes, dtype=boxes.dtype, device=boxes.device)
+    unit = move(torch.tensor(size[::-1] if normalize == "image" else [1] * axes, dtype=boxes.dtype), boxes.device)
     return unit.expand(len(boxes), pairs.shape[1], axes)
 
 

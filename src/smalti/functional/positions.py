@@ -118,18 +118,21 @@ def sincos_at(coordinates: Float[Tensor, "*B A"], embed_dim: int) -> Float[Tenso
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2).float()
 
 
-def matching_cells(grid: tuple[int, int], other: tuple[int, int]) -> Int[Tensor, " N"]:
+def matching_cells(
+    grid: tuple[int, int], other: tuple[int, int], device: torch.device | None = None
+) -> Int[Tensor, " N"]:
     """For each cell of a grid, the cell of another grid over the same image in which its centre lies.
 
     Args:
         grid: ``(h, w)``, N = h * w cells in raster order.
         other: ``(h, w)``; equal grids give 0..N-1.
+        device: where the result is made; None: the CPU.
 
     Returns:
         ``(N,)`` raster numbers in the other grid.
     """
     # whole numbers: the centre of cell i is (2 i + 1) / (2 n), and none lies on the wrong side of an edge by rounding
-    rows, columns = ((2 * torch.arange(n) + 1) * m // (2 * n) for n, m in zip(grid, other, strict=True))
+    rows, columns = ((2 * torch.arange(n, device=device) + 1) * m // (2 * n) for n, m in zip(grid, other, strict=True))
     return (rows[:, None] * other[1] + columns).flatten()
 
 

@@ -5,6 +5,8 @@ number of processes. These depend on nothing but the sample's key and a stream n
 (splitmix64's finaliser on a Weyl sequence), computed on the device of the keys.
 """
 
+import struct
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -55,6 +57,11 @@ def sample_beta(keys: Int[Tensor, " B"], a: int, b: int, stream: int = 0) -> Flo
     Source: David & Nagaraja, "Order Statistics", 3rd ed., Sec. 2.3.
     """
     return sample_uniform(keys, a + b - 1, stream).sort(dim=1).values[:, a - 1]
+
+
+def step_key(progress: float, device: torch.device | None = None) -> Int[Tensor, " 1"]:
+    """A key that is a step's own, the same in every process and every part of a batch: the bits of its progress."""
+    return torch.full((1,), struct.unpack("<q", struct.pack("<d", progress))[0], dtype=torch.int64, device=device)
 
 
 def fork_keys(keys: Int[Tensor, " B"], branch: int) -> Int[Tensor, " B"]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import ConfigError
+from smalti.functional.transfer import move
 
 NETWORKS = ("bitonic", "odd_even")
 SMALLEST = 1e-30
@@ -38,9 +39,9 @@ class Layer:
 
 @functools.lru_cache(maxsize=64)
 def layers_for(network: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Layer, ...]:
-    """The layers with their signs on a device, copied there once: a copy a step would make the host wait."""
+    """The layers with their signs on a device, copied there once."""
     return tuple(
-        layer if layer.sign is None else replace(layer, sign=layer.sign.to(device, dtype))
+        layer if layer.sign is None else replace(layer, sign=move(layer.sign.to(dtype), device))
         for layer in network_layers(network, size)
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smalti.errors import ConfigError
 from smalti.functional.masking import restore_order
 from smalti.functional.positions import sincos_positions
+from smalti.functional.transfer import move
 
 
 class MaskedDecoder(nn.Module):
@@ -71,7 +72,7 @@ class MaskedDecoder(nn.Module):
         """Fixed positions ``(N, dim)``, kept by grid; the prefix tokens' are zero."""
         table = self._positions.get(grid)
         if table is None or table.device != like.device:
-            table = sincos_positions(like.shape[-1], grid).to(like.device)
+            table = move(sincos_positions(like.shape[-1], grid), like.device)
             self._positions[grid] = table
         return table.to(like.dtype)
 

@@ -13,6 +13,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smalti.functional.transfer import move
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -48,13 +50,6 @@ class Chosen:
         batch, length = x.shape[:2]
         first = torch.arange(0, batch * length, length, device=x.device)[:, None]
         return x.flatten(0, 1)[(first + self.ids).flatten()[self.places]]
-
-
-def move(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor from the CPU on a device: through page-locked memory, so that the CPU needn't wait."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 def block_at(block: nn.Module, x: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smalti.errors import ConfigError
 from smalti.functional.positions import interpolation_weights, patch_centres, sincos_at
+from smalti.functional.transfer import move
 
 MODES = ("bicubic", "bilinear")
 
@@ -82,7 +83,7 @@ class PositionField(nn.Module):
 
     def whole(self, grid: tuple[int, int]) -> Float[Tensor, "1 N D"]:
         """Positions of the patches of a whole image."""
-        return self(self.field.new_tensor([[0.0, 0.0, 1.0, 1.0]]), grid)
+        return self(move(torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=self.field.dtype), self.field.device), grid)
 
     def _sample(self, across: Float[Tensor, "M w"], down: Float[Tensor, "M h"]) -> Float[Tensor, "M N D"]:
         """All views in one call on one field: a field a view would have a gradient of that size, too."""

@@ -118,7 +118,8 @@ def contrast(weights: Float[Tensor, "G T N"], log_temperature: Float[Tensor, ""]
         floor: what the temperature is at least.
     """
     rows = F.normalize(at_least_float32(weights), dim=-1)
-    logits = rows @ rows.mT / log_temperature.exp().clamp(min=floor)
+    with torch.autocast(rows.device.type, enabled=False):  # cosines are divided by a small temperature
+        logits = rows @ rows.mT / log_temperature.exp().clamp(min=floor)
     return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
 
 
@@ -264,6 +265,8 @@ class CoMAE(TokenMethod):
         self.reconstructor = Reconstructor(tokens, config)
         self.register_buffer("steps_made", torch.zeros((), dtype=torch.int64))
         self.steps_made: Tensor
+        self._steps_made = 0
+        """The same on the CPU: reading the buffer in a step would wait for the device."""
 
     def make_views(self, image_size: int) -> CentreCrop:
         """The central square and its mirror image: orders of patches must hold for the same picture later."""
@@ -354,14 +357,21 @@ class CoMAE(TokenMethod):
         """Alternation (Sec. 3): even steps leave the reconstructor as it is, odd ones the selector and temperature."""
         if not self.config.alternate:
             return
-        selects = int(self.steps_made) % 2 == 0
+        selects = self._steps_made % 2 == 0
         idle = self.reconstructor.parameters() if selects else [*self.selector.parameters(), self.log_temperature]
         for parameter in idle:
             parameter.grad = None
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; steps are counted from those that the weights have seen."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._steps_made = int(self.steps_made)
+        return result
+
     def after_step(self, progress: float) -> None:
         """Count."""
         self.steps_made += 1
+        self._steps_made += 1
 
     def param_groups(self) -> list[dict[str, Any]]:
         """As everywhere, but embeddings of places and of targets are not decayed either."""

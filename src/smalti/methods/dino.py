@@ -80,7 +80,8 @@ def cross_view_entropy(
     """
     target = F.softmax((at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Eq. (1), centred
     log_pred = F.log_softmax(at_least_float32(student) / student_temp, dim=-1)  # Eq. (1)
-    per_pair = -torch.einsum("gbk,vbk->gvb", target, log_pred).mean(dim=-1)  # Eq. (2), (G, V)
+    with torch.autocast(target.device.type, enabled=False):  # bf16 has two digits, and K may be 65536
+        per_pair = -torch.einsum("gbk,vbk->gvb", target, log_pred).mean(dim=-1)  # Eq. (2), (G, V)
     different = ~torch.eye(*per_pair.shape, dtype=torch.bool, device=per_pair.device)
     return (per_pair * different).sum() / different.sum()
 

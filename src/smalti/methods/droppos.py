@@ -235,7 +235,7 @@ class DropPos(Method):
         sequence = encoder.forward_tokens(encoder.assemble(tokens, positions))
 
         logits = at_least_float32(self.decoder(sequence, dropped + encoder.num_prefix_tokens))
-        cells = matching_cells(grid, self.head_grid).to(ids_keep.device)
+        cells = matching_cells(grid, self.head_grid, ids_keep.device)
         labels = cells[ids_keep.gather(1, dropped)]  # (B, M)
         target = self.label_table(progress, logits.device)[labels]
         weights = torch.ones_like(logits[..., 0])

@@ -28,9 +28,10 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import sum_over_processes
 from smalti.functional.random import fork_keys, sample_uniform
+from smalti.functional.transfer import move
 from smalti.functional.transport import sinkhorn_offsets
 from smalti.layers.heads import PrototypeHead
-from smalti.layers.last_block import Chosen, move, place_of
+from smalti.layers.last_block import Chosen, place_of
 from smalti.methods.base import Method, register
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder

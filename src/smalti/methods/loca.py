@@ -25,7 +25,7 @@ from smalti.functional.boxes import reference_cells
 from smalti.functional.masking import random_mask
 from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import mean_over_processes, weighted_mean
-from smalti.functional.random import sample_uniform
+from smalti.functional.random import sample_uniform, step_key
 from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.layers.heads import ProjectionHead, Prototypes
@@ -310,7 +310,7 @@ class LOCA(Method):
         """What token drops are drawn from: a key an image, or one for all, the same in every process."""
         if self.config.per_image:
             return views.keys
-        return torch.tensor([progress], dtype=torch.float64, device=views.keys.device).view(torch.int64)
+        return step_key(progress, views.keys.device)
 
     def _draw_reference(self, keys: Int[Tensor, " S"], num_patches: int) -> Int[Tensor, "S R"]:
         """Consecutive patches of the reference from a random one on."""

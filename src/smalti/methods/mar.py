@@ -26,7 +26,7 @@ from smalti.config import settings
 from smalti.data.views import CentreCrop, Views
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.orders import random_orders
-from smalti.functional.random import fork_keys, place_keys, sample_uniform
+from smalti.functional.random import fork_keys, place_keys, sample_uniform, step_key
 from smalti.layers.diffusion_head import DiffusionHead
 from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.mixture_head import MixtureHead
@@ -268,6 +268,8 @@ class MAR(TokenMethod):
         self.average = Teacher(self.network)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.num_updates: Tensor
+        self._num_updates = 0
+        """The same on the CPU: reading the buffer in a step would wait for the device."""
         self._steps: int | None = None
 
     @property
@@ -291,7 +293,7 @@ class MAR(TokenMethod):
         losses = self.network.head(
             _pick(tokens, hidden).flatten(0, 1), told.flatten(0, 1), keys.flatten(), self.config.diffusion_repeats
         )
-        self.observations = {"hidden_share": torch.tensor(num_hidden / num_tokens)}
+        self.observations = {"hidden_share": tokens.new_full((), num_hidden / num_tokens)}
         return {name: loss.mean() for name, loss in losses.items()}
 
     def orders(self, views: Views) -> Int[Tensor, "B N"]:
@@ -320,10 +322,17 @@ class MAR(TokenMethod):
             images = (images.float() / 255 if images.dtype == torch.uint8 else images) + width * (levels - 0.5)
         return self.tokens.encode(images, keys)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; steps are counted from those that the weights have seen."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._num_updates = int(self.num_updates)
+        return result
+
     def after_step(self, progress: float) -> None:
         """Move the averaged weights."""
         self.average.update(self.network, self.momentum(progress))
         self.num_updates += 1
+        self._num_updates += 1
 
     def momentum(self, progress: float) -> float:
         """Of the averaged weights: 1 - 10 / steps, at most 0.9999; how many steps there are follows from ``progress``
@@ -331,7 +340,7 @@ class MAR(TokenMethod):
         if self.config.ema_momentum is not None:
             return self.config.ema_momentum
         if self._steps is None:
-            made = int(self.num_updates)
+            made = self._num_updates
             if not made or not progress:
                 return 0.0
             self._steps = round(made / progress)
@@ -351,6 +360,7 @@ class MAR(TokenMethod):
         super().start_from(other)
         self.network.load_state_dict(self.average.module.state_dict())
         self.num_updates.zero_()
+        self._num_updates = 0
 
     @torch.no_grad()
     def draw(
@@ -486,8 +496,7 @@ def temperature(sampler: SamplerConfig) -> float:
 
 def step_uniform(progress: float) -> float:
     """A number in [0, 1) that is a step's own, the same in all processes."""
-    key = torch.tensor([progress], dtype=torch.float64).view(torch.int64)
-    return float(sample_uniform(key, 1, _RATIO_STREAM))
+    return float(sample_uniform(step_key(progress), 1, _RATIO_STREAM))
 
 
 def _pick(x: Tensor, ids: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class MP3(Method):
         encoder = self.encoder
         images = encoder.normalize(views.global_crops)
         grid = encoder.check_size(images.shape[-2], images.shape[-1])
-        cells = matching_cells(grid, self.head_grid).to(images.device)
+        cells = matching_cells(grid, self.head_grid, images.device)
         mask = self.draw_mask(views, len(cells))
         tokens = self.encode(images, mask)
         labels = cells.expand(len(tokens), -1)

@@ -38,7 +38,8 @@ from smalti.functional.pairs import (
 )
 from smalti.functional.positions import sincos_at, sincos_positions
 from smalti.functional.precision import at_least_float32
-from smalti.functional.random import fork_keys, sample_uniform
+from smalti.functional.random import fork_keys, sample_uniform, step_key
+from smalti.functional.transfer import move
 from smalti.layers.heads import ProjectionHead
 from smalti.layers.relative_encoder import DifferenceHead, PairMLP, PairwiseLinear, RelativeEncoder
 from smalti.methods.base import Method, refuse_changed, register
@@ -175,7 +176,8 @@ def info_nce(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temp: fl
 
     Source: van den Oord et al., arXiv:1807.03748v2, Eq. (4), in the symmetric form of Radford et al., arXiv:2103.00020.
     """
-    logits = at_least_float32(first) @ at_least_float32(second).T / temp
+    with torch.autocast(first.device.type, enabled=False):  # cosines are divided by a small temperature
+        logits = at_least_float32(first) @ at_least_float32(second).T / temp
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -321,8 +323,8 @@ class PART(Method):
     def draw_pairs(self, keys: Int[Tensor, " B"], num_patches: int, progress: float) -> Int[Tensor, "P K 2"]:
         """The pairs of a step: a set for all images, drawn from the progress of training, or one for each."""
         config = self.config
-        if not config.per_image:  # the same in every process and every part of a batch
-            keys = torch.tensor([progress], dtype=torch.float64, device=keys.device).view(torch.int64)
+        if not config.per_image:
+            keys = step_key(progress, keys.device)
         return select_pairs(
             keys,
             num_patches,
@@ -424,13 +426,14 @@ class PART(Method):
         elif self.log_variance is not None:
             errors = errors * torch.exp(-self.log_variance) + self.log_variance
         elif config.weighting == "schedule" and progress < SIZES_AFTER:
-            weights = weights * torch.tensor([name not in _SIZES for name in self.channels], device=weights.device)
+            weights = weights * move(torch.tensor([name not in _SIZES for name in self.channels]), weights.device)
         shares = errors * weights / len(self.channels)
         groups = {"offsets": _OFFSETS, "sizes": _SIZES, "angles": _ANGLES}
         members = {
             term: [self.channels.index(n) for n in names if n in self.channels] for term, names in groups.items()
         }
-        return {term: shares[places].sum() for term, places in members.items() if places}
+        # picked one by one: a list as index is a copy to the device, for which the CPU waits
+        return {term: torch.stack([shares[i] for i in places]).sum() for term, places in members.items() if places}
 
     @torch.no_grad()
     def _observe(self, prediction: Tensor, target: Tensor, pairs: Tensor) -> None:
@@ -454,7 +457,7 @@ class PART(Method):
             start, end = boxes.unbind(-1)
             boxes = torch.stack([start, torch.zeros_like(start), end, torch.ones_like(end)], dim=-1)
         centres = (boxes[..., :2] + boxes[..., 2:]) / 2
-        return sincos_at(centres / torch.tensor([pw, ph], device=boxes.device) - 0.5, self.encoder.embed_dim)
+        return sincos_at(centres / move(torch.tensor([pw, ph]), boxes.device) - 0.5, self.encoder.embed_dim)
 
     @torch.no_grad()
     def _set_positions(self) -> None:

@@ -132,6 +132,6 @@ class Prefix(TokenMethod):
         seen = random_seen(views.keys, tokens.shape[1])
         told = self.tell(tokens, seen)
         with torch.no_grad():
-            error = (at_least_float32(told.mean) - tokens).square().mean(-1)[~seen].mean()
-        self.observations = {"squared_error": error.detach()}
+            errors = (at_least_float32(told.mean) - tokens).square().mean(-1)
+            self.observations = {"squared_error": (errors * ~seen).sum() / (~seen).sum()}
         return {"nll": gaussian_nll(told, tokens, seen)}

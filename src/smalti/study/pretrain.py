@@ -650,7 +650,9 @@ def _check_pool(method: Method, config: RunConfig) -> None:
 def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
     """Run the processes that ``devices`` asks for, or this one where a launcher has started it already."""
     devices = resolve_devices(config.devices)
-    resolve_precision(config.precision, devices.kind)
+    precision = resolve_precision(config.precision, devices.kind)
+    if config.precision == "auto" and not quiet and _is_first_process():
+        print(f"precision=auto: {precision} on this {'GPU' if devices.kind == 'cuda' else 'CPU'}", file=sys.stderr)
     if devices.processes > 1 and not under_launcher():
         launch(_work, (run, config, checkpoint, quiet), devices.processes)
     else:
@@ -885,6 +887,7 @@ def _write_run_file(run: Path, config: RunConfig, images: ImageSet | SignalSet) 
         "num_images": len(images),
         "names_digest": _names_digest(images),
         **({INIT_DIGEST: weights_digest(config.init)} if config.init else {}),
+        "precision": resolve_precision(config.precision, resolve_devices(config.devices).kind),
         **describe_machine(),
     }
     write_atomically(run / RUN_FILE, json.dumps(content, indent=2))

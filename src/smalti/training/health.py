@@ -95,9 +95,12 @@ def feature_health(encoder: Encoder, images: Float[Tensor, "B C H W"], max_token
     """
     with eval_mode(encoder):
         tokens = encoder.encode(images).patches.flatten(0, 1).float()
-    tokens = tokens[:: max(1, len(tokens) // max_tokens)]
-    centred = tokens - tokens.mean(0)
-    values = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp(min=0).sqrt()
-    shares = values / values.sum().clamp(min=1e-12)
-    rank = torch.special.entr(shares).sum().exp()
+    # float32 also where the caller has autocast on: GPUs have no eigenvalues in half precision, and a covariance in
+    # bf16 is too coarse
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens = tokens[:: max(1, len(tokens) // max_tokens)]
+        centred = tokens - tokens.mean(0)
+        values = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp(min=0).sqrt()
+        shares = values / values.sum().clamp(min=1e-12)
+        rank = torch.special.entr(shares).sum().exp()
     return {"feature_std": float(centred.square().mean(0).sqrt().mean()), "effective_rank": float(rank)}

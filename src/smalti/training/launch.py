@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from smalti.config import unknown_key
 from smalti.errors import ConfigError, MissingExtraError, SmaltiError
+from smalti.functional.precision import has_bf16
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -52,13 +53,13 @@ def resolve_devices(devices: int | str) -> Devices:
 
 
 def resolve_precision(precision: str, kind: str) -> str:
-    """``auto`` is bf16 on GPUs that have it, else fp32.
+    """``auto`` is bf16 on GPUs that have it (and do not emulate it), else fp32.
 
     Raises:
         ConfigError: for another name; float16 is not offered, its loss scaling would make resume inexact.
     """
     if precision == "auto":
-        return "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if has_bf16(kind) else "fp32"
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r}: one of auto, {', '.join(PRECISIONS)} is needed")
     return precision

@@ -1,0 +1,108 @@
+"""The first step of each method on a GPU, on machines without one: devices, types, waits of the host, half precision.
+
+There is no training loop in here: what the loop calls in a step is called in its order, with its own functions.
+"""
+
+import numpy as np
+import pytest
+import torch
+from test_methods import NAMES, build
+
+from fake_cuda import FakeCuda, HalfLinalgRefused, backward, bf16_autocast
+from smalti.data.views import Views, collate
+from smalti.methods.base import Method
+from smalti.training.health import Health, feature_health
+from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, freeze
+
+OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [
+    ("cmar", {"order": "random"}),
+    ("comae", {"alternate": True}),
+    ("comae", {"readout": "cross", "contrast_over": "batch"}),
+    ("dinov2", {"targets": "centering", "koleo_weight": 0.0}),
+    ("droppos", {"reconstruct": True, "attentive": False, "pos_token": "zeros"}),
+    ("ibot", {"targets": "sinkhorn", "separate_heads": True}),
+    ("loca", {"cluster": False}),
+    ("loca", {"per_image": True}),
+    ("mar", {"dequantization": 0.004, "ema_momentum": 0.9}),
+    ("mp3", {"asked": "hidden"}),
+    ("neco", {"references": "queue", "queue_size": 64}),
+    ("neco", {"loss_mask": "fg", "network": "odd_even"}),
+    ("neco", {"similarity": "euclidean", "network": "none", "exclude_self": True}),
+    ("part", {"sampling": "grid", "positions": "sincos"}),
+    ("part", {"sampling": "offgrid_scale", "weighting": "schedule", "symmetry": 0.1, "subpixel": True}),
+    ("part", {"sampling": "nonoverlapping", "per_image": True, "normalize": "image", "weighting": "variance"}),
+    ("part", {"sampling": "saliency", "contrastive": 0.1, "weighting": "uncertainty"}),
+    ("part", {"sampling": "hierarchical"}),
+    ("part", {"angles": "quad"}),
+    ("supervised", {"mixup": 0.8, "cutmix": 1.0}),
+]
+"""Settings under which a step takes other paths."""
+CASES = [(name, {}) for name in NAMES] + OTHER_SETTINGS
+PROGRESS = 0.5
+
+
+def batch(method: Method) -> Views:
+    """A batch of noise, on the CPU."""
+    crops, samples = method.make_views(32), []
+    for place in range(4):
+        rng = np.random.default_rng([0, place])
+        samples.append(crops(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8), rng))
+    views = collate(samples)
+    views.keys = torch.arange(4)
+    views.labels = torch.arange(4)
+    return views
+
+
+def case_name(value: object) -> str:
+    return value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()) or "defaults"
+
+
+@pytest.mark.parametrize("name, settings", CASES, ids=case_name)
+def test_a_step_on_a_gpu_has_one_device_float32_losses_and_no_wait(name: str, settings: dict[str, object]) -> None:
+    method, health, config = build(name, **settings), Health(), OptimConfig()
+    on_cpu = batch(method)
+    with FakeCuda() as gpu:
+        method.to("cuda")
+        optimizer = build_optimizer(method.param_groups(), config)
+        parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
+        apply_schedules(optimizer, config, peak=1e-3, progress=PROGRESS)
+        on_cpu = on_cpu.pin_memory()  # as the loader does where there is a GPU
+        with gpu.waits_are_listed():
+            views = on_cpu.to("cuda")
+            with bf16_autocast("cuda"):
+                losses = method(views, PROGRESS)
+            assert {term: loss.dtype for term, loss in losses.items()} == dict.fromkeys(losses, torch.float32)
+            assert all(loss.device.type == "cuda" and loss.shape == () for loss in losses.values())
+            backward(torch.stack(list(losses.values())).sum())
+            method.after_backward(PROGRESS)
+            freeze(encoders, config, PROGRESS)
+            grad_norm = clip_gradients(parameters, config)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step(PROGRESS)
+            health.observe(1, losses, grad_norm, method.observations)
+        assert gpu.waits == [], "each makes the GPU idle until the host has caught up"
+        # when the log is written the host reads numbers
+        assert health.read().means.keys() >= {f"loss/{term}" for term in losses}
+        if method.export_network:
+            encoder = method.networks()[method.export_network]
+            with bf16_autocast("cuda"):
+                feature_health(encoder, encoder.normalize(views.global_crops))
+        method.diagnose(views, PROGRESS)
+
+
+@pytest.mark.parametrize("name, settings", CASES, ids=case_name)
+def test_no_decomposition_gets_half_precision(name: str, settings: dict[str, object]) -> None:
+    method = build(name, **settings)
+    views = batch(method)
+    with HalfLinalgRefused(), bf16_autocast("cpu"):
+        losses = method(views, PROGRESS)
+        torch.stack(list(losses.values())).sum().backward()
+        method.after_backward(PROGRESS)
+        method.after_step(PROGRESS)
+        if method.export_network:
+            encoder = method.networks()[method.export_network]
+            assert feature_health(encoder, encoder.normalize(views.global_crops))["effective_rank"] > 1
+        method.diagnose(views, PROGRESS)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
