@@ -56,7 +56,7 @@ def test_the_page_tells_the_comparison(folder):
     assert write_comparison(folder) == folder / "report.html"
     for words in (
         f"{EVIL} and start in knn top1",
-        "typo broke and has no results: there is no method 'maee'; did you mean 'mae'?",
+        "typo failed and has no results: there is no method 'maee'; did you mean 'mae'?",
         "Every method has a loss of its own",
         "Scores in training, mean over seeds",
         "recall of each class (2)",

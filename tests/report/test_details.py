@@ -164,7 +164,7 @@ def test_objects_found_stand_beside_the_true_ones_also_when_read_from_disk(tmp_p
     arms = {"ours": [again[0]], "untrained": [again[1]]}
     page = page_of({"predictions": detail_sections([Judged("d", "detection", arms)])["predictions"]}, tmp_path)
     alts = [alt for alt in page.attributes("alt") if alt.endswith("a.png")]
-    assert sorted(alts) == ["ours: a.png", "untrained: a.png", "truth: a.png"]
+    assert sorted(alts) == ["ours: a.png", "truth: a.png", "untrained: a.png"]
     assert EVIL in page.text
 
 

@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import smalti
 from smalti.errors import ConfigError, DataError, RunError
 from smalti.evaluation.intervals import Interval
+from smalti.evaluation.protocol import EvalConfig
+from smalti.models.loading import weights_digest
 from smalti.study import compare as module
-from smalti.study.cell import TRAINED, digest, images_digest, weights_digest
-from smalti.study.compare import compare, read_plan
+from smalti.study.cell import TRAINED, digest, images_digest
+from smalti.study.compare import compare, read_comparison, read_plan
 from smalti.study.rows import Row
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
@@ -88,7 +91,10 @@ def test_a_longer_plan_does_only_what_is_new(plan, tmp_path, monkeypatch):
     plan["arms"]["other"] = {"method": "mae", "method.decoder_depth": 1, "method.mask_ratio": 0.5}
     plan["seeds"] = [0, 1, 2]
     run(plan, tmp_path / "out")
-    assert sorted(done) == sorted(["other seed 0", "other seed 1", "start seed 2", "mae seed 2", "other seed 2"])
+    assert sorted(done) == sorted(
+        ["other seed 0", "other seed 1", "start seed 2", "mae seed 2", "other seed 2", "mae seed 2, untrained"]
+        + [f"other seed {seed}, untrained" for seed in (0, 1, 2)]
+    )
 
 
 def test_another_evaluation_leaves_the_training_alone(plan, tmp_path):
@@ -99,16 +105,16 @@ def test_another_evaluation_leaves_the_training_alone(plan, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob(TRAINED)} == stamps
 
 
-def test_a_broken_arm_does_not_hold_up_the_others(plan, tmp_path, capsys):
+def test_a_failed_arm_does_not_hold_up_the_others(plan, tmp_path, capsys):
     plan["arms"] |= {"typo": {"method": "maee"}, "gone": {"load": str(tmp_path / "no.safetensors")}}
     result = run(plan, tmp_path / "out")
     assert result.arms == ("start", "mae")
     assert "did you mean 'mae'" in result.failures["typo"] and "does not exist" in result.failures["gone"]
     assert "arm 'typo' can't run" in capsys.readouterr().err
-    assert "**Arm typo broke**" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "**Arm typo failed**" in (tmp_path / "out" / "comparison.md").read_text()
 
 
-def test_an_arm_that_breaks_while_it_runs_costs_the_others_nothing(plan, tmp_path, capsys):
+def test_an_arm_that_fails_while_it_runs_costs_the_others_nothing(plan, tmp_path, capsys):
     plan["arms"] |= {
         "late": {"method": "mae", "method.decoder_depth": 1, "method.mask_ratio": 0.5, "eval.image_size": 33},
         "unknown": {"method": "mae", "eval.protocols": ["knnn"]},
@@ -117,7 +123,7 @@ def test_an_arm_that_breaks_while_it_runs_costs_the_others_nothing(plan, tmp_pat
     assert result.arms == ("start", "mae") and list(result.failures) == ["unknown", "late"]
     assert result.failures["late"].startswith("seed 0: images are 33x33 pixels")
     assert "did you mean 'knn'" in result.failures["unknown"]  # before anything is trained
-    assert "arm 'late' broke at seed 1" in capsys.readouterr().err
+    assert "arm 'late' failed at seed 1" in capsys.readouterr().err
     del plan["arms"]["late"]["eval.image_size"]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob(TRAINED)}
     assert run(plan, tmp_path / "out").arms == ("start", "mae", "late")
@@ -279,3 +285,23 @@ def test_a_cell_in_a_process_of_its_own_gives_the_same_numbers(plan, tmp_path):
     here, there = run(plan, tmp_path / "here"), compare(plan, tmp_path / "there", quiet=True)
     assert [row.seeds for row in here.rows] == [row.seeds for row in there.rows]
     assert Path(there.cells[0].folder, "job.json").is_file()
+
+
+def test_the_gain_of_a_trained_arm_is_over_its_own_network_untrained(plan, tmp_path):
+    result = run(plan, tmp_path / "out")
+    rows = {row.arm: row for row in result.rows if row.is_headline}
+    assert rows["start"].gain is None and rows["mae"].gain_over == "untrained"
+    cells = [cell for cell in result.cells if cell.arm == "mae"]
+    scores = [[one(0)[0].headline[1] for one in (cell.results_of, cell.baseline_of)] for cell in cells]
+    assert rows["mae"].gain.mean == pytest.approx(np.mean([trained - before for trained, before in scores]))
+    for cell in cells:
+        run_folder = cell.folder / "run"
+        first = smalti.load(run_folder / "checkpoints" / "step_00000000", quiet=True)
+        config = EvalConfig(protocols=("knn",), image_size=32, seed=cell.seed)
+        (alone,) = smalti.evaluate(first, "x", plan["evaluate"][0]["data"], config)
+        assert alone.metrics == cell.baseline_of(0)[0].metrics
+    again = read_comparison(tmp_path / "out")
+    assert [row.gain for row in again.rows] == [row.gain for row in result.rows]
+    assert "gain" in pq.read_table(tmp_path / "out" / "comparison.parquet").column_names
+    said = (tmp_path / "out" / "comparison.md").read_text()
+    assert "over its own network before training" in said

@@ -39,7 +39,7 @@ def command(
     if comparison.failures:
         broken = "; ".join(f"{arm}: {error}" for arm, error in comparison.failures.items())
         number, all_arms = len(comparison.failures), len(comparison.plan.arms)
-        raise RunError(f"{number} of {all_arms} arms broke, the others are finished; {broken}")
+        raise RunError(f"{number} of {all_arms} arms failed, the others are finished; {broken}")
 
 
 def _print(comparison: "Comparison") -> None:

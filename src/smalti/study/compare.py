@@ -153,7 +153,7 @@ class Comparison:
     cells: tuple[Cell, ...]
     """Those that are finished."""
     failures: Mapping[str, str]
-    """Arm -> what broke it, one line."""
+    """Arm -> why it failed, one line."""
     costs: Mapping[str, Cost]
     info: Mapping[str, Any]
     """Machine, versions, commit, times."""

@@ -31,7 +31,7 @@ class Row:
     seeds: Mapping[int, float]
     """Seed -> score."""
     difference: Interval | None
-    """Against the first arm, over the seeds that both have; None for the first arm, or where it broke."""
+    """Against the first arm, over the seeds that both have; None for the first arm, or where that failed."""
     is_headline: bool
     gain: Interval | None = None
     """Of a trained arm: against its own network before training, paired over the same seeds and images."""
