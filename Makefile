@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup check test test-all demo bench clean
+.PHONY: setup check test test-all test-isa demo bench clean
 
 setup: .venv/ready
 
@@ -26,6 +26,18 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu" tests src
+
+# Tests that compute, as older processors do (three instruction sets), with one thread and with two.
+ISAS := default:SSE41:SSE4_2 avx2:AVX2:AVX2 avx512:AVX512_CORE:AVX512
+NUMERICAL := contracts methods training layers models functional evaluation ranking export study
+
+test-isa: setup
+	for threads in 1 2; do for isa in $(ISAS); do \
+		set -- $$(echo $$isa | tr : ' '); echo "$$1, $$threads threads"; \
+		OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=passive \
+		ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 \
+		$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" $(NUMERICAL:%=tests/%) || exit 1; \
+	done; done
 
 demo: setup
 	$(BIN)/smalti demo --out $(DEMO)

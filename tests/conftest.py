@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, small images, the shared real data where it is at hand."""
+"""What all tests share: no network, small images, one thread unless OMP_NUM_THREADS is set, real data if at hand."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # noisy machines miss deadlines; CI tries the same examples every time, people's runs look for new ones
 hypothesis.settings.register_profile("smalti", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("smalti")

@@ -1,6 +1,6 @@
 """What the README says works: its commands run, in order, made small; its table is the registry's."""
 
-import os
+import contextlib
 import re
 import shlex
 import subprocess
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from command import smalti
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SMALL = (
@@ -31,10 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photos: Path, class_folders
     (folder / "LABELLED").symlink_to(class_folders)
     for words in commands():
         small = SMALL if words[0] in ("train", "doctor") and "--resume" not in words else []
-        done = subprocess.run(
-            [sys.executable, "-m", "smalti", *words, *small], cwd=folder, capture_output=True, text=True, env=os.environ
-        )
-        assert done.returncode == 0, f"{words}: {done.stderr}"
+        with contextlib.chdir(folder):
+            smalti(*words, *small)
     return folder
 
 
@@ -57,9 +57,7 @@ def test_the_lines_of_python_run(folder: Path) -> None:
 
 
 def test_the_table_of_methods_is_the_registry_s() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "smalti", "methods", "--markdown"], capture_output=True, text=True, check=True
-    )
+    done = smalti("methods", "--markdown")
     assert done.stdout.strip() in README
 
 

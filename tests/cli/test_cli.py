@@ -1,8 +1,7 @@
-"""The command line, as a stranger types it: in processes of its own."""
+"""The command line, as a stranger types it: in this process, and in its own where start and end of one matter."""
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command import Done, smalti, smalti_process
 from smalti.models.loading import latest_checkpoint
 from smalti.training.logs import read_csv
 
@@ -27,14 +27,6 @@ LOCA = "method.num_prototypes=16 method.hidden_dim=32 method.bottleneck_dim=8 me
 DINO = "method.num_prototypes=16 method.hidden_dim=32 method.bottleneck_dim=8 method.num_local_views=2".split()
 
 
-def smalti(*words: object, env: dict[str, str] | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run ``smalti`` and hold it to an exit code."""
-    command = [sys.executable, "-m", "smalti", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=300)
-    assert done.returncode == code, done.stderr + done.stdout
-    return done
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
     folder = latest_checkpoint(run)
     assert folder is not None
@@ -43,7 +35,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def fails(match: str, *words: object) -> None:
     """A mistake is one line on stderr that says ``match``, and exit code 2."""
-    done = smalti(*words, code=2)
+    is_one_line(match, smalti(*words, code=2))
+
+
+def is_one_line(match: str, done: Done) -> None:
     lines = [line for line in done.stderr.splitlines() if line.strip() and "tensors matched" not in line]
     assert len(lines) == 1 and lines[0].startswith("smalti: "), done.stderr
     assert match in lines[0], lines[0]
@@ -53,7 +48,7 @@ def fails(match: str, *words: object) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     """A finished MAE run of eight steps."""
     out = tmp_path_factory.mktemp("runs") / "a"
-    done = smalti("train", "mae", "--data", photos, "--out", out, "steps=8", *TINY, *MAE)
+    done = smalti_process("train", "mae", "--data", photos, "--out", out, "steps=8", *TINY, *MAE)
     assert f"trained: {out}" in done.stdout
     assert "images/s" in done.stderr and "left" in done.stderr
     precision = json.loads((out / "run.json").read_text())["precision"]
@@ -87,7 +82,7 @@ def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, 
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    smalti("train", "--resume", tmp_path / "b", "--quiet")
+    smalti_process("train", "--resume", tmp_path / "b", "--quiet")
     ours, theirs = weights(run), weights(tmp_path / "b")
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -201,13 +196,15 @@ def test_what_there_is_can_be_listed() -> None:
     assert "mae" in smalti("methods").stdout
     assert smalti("methods", "--markdown").stdout.startswith("| method |")
     assert "mask_ratio" in smalti("methods", "mae").stdout
-    assert "smalti" in smalti("--version").stdout
+    assert "smalti" in smalti_process("--version").stdout
 
 
 def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_folders: Path, tmp_path: Path) -> None:
     x = tmp_path / "x"
     train = ("train", "mae", "--data", photos, "--out", x)
-    fails("method has no field 'mask_ration'; did you mean 'mask_ratio'?", *train, "method.mask_ration=0.5")
+    wrong = (*train, "method.mask_ration=0.5")
+    for done in (smalti(*wrong, code=2), smalti_process(*wrong, code=2)):
+        is_one_line("method has no field 'mask_ration'; did you mean 'mask_ratio'?", done)
     fails("settings has no field 'step'; did you mean 'steps'?", *train, "step=5")
     fails("there is no method 'maee'; did you mean 'mae'?", "train", "maee", "--data", photos, "--out", x)
     fails("timm has no model 'vit_tini_patch16_224'", *train, "encoder=vit_tini_patch16_224")
@@ -239,7 +236,7 @@ def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_
 
 
 def test_debug_shows_the_traceback(photos: Path, tmp_path: Path) -> None:
-    done = smalti("train", "maee", "--data", photos, "--out", tmp_path / "x", "--debug", code=1)
+    done = smalti_process("train", "maee", "--data", photos, "--out", tmp_path / "x", "--debug", code=1)
     assert "Traceback" in done.stderr
 
 

@@ -1,9 +1,7 @@
-"""MAR and CMAR from images to runs to PNG files: ``smalti generate`` as a function, and once in a process."""
+"""MAR and CMAR from images to runs to PNG files: ``smalti generate`` as a function, and once as a command."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from command import smalti
 from smalti.cli.generate import command as generate
 from smalti.config import parse_overrides
 from smalti.data.folders import open_images
@@ -157,12 +156,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         assert not out.exists()
     with pytest.raises(SmaltiError, match="is not empty; choose another --out"):
         draw(mar, full)
-    done = subprocess.run(
-        [sys.executable, "-m", "smalti", "generate", str(mar), "--labels", "bleu", "--out", str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    done = smalti("generate", mar, "--labels", "bleu", "--out", out, code=2)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("smalti: --labels: there is no class 'bleu'")
 
 

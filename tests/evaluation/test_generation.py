@@ -1,9 +1,7 @@
 """Generated images against real ones: equal sets, noise, the numbers by hand, the floor, errors, the page."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from command import smalti
 from smalti.data.labelled import load_images
 from smalti.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from smalti.evaluation import generation as module
@@ -181,17 +180,14 @@ def test_the_nearest_training_image_of_a_copy_is_the_original(greys, tmp_path):
     assert np.array_equal(sheet[:, :64], sheet[:, 64:128])
 
 
-def test_both_ways_to_ask_on_the_command_line_are_one(greys, tmp_path):
+def test_both_ways_to_ask_on_the_command_line_are_one(greys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     folder = noise(tmp_path / "noise", 40)
     common = ["--data", str(greys), "--protocol", "generation", "--quiet", "eval.image_size=32"]
     encoder, found = "random:vit_tiny_patch16_224", []
     for number, words in enumerate(([encoder, f"eval.generated={folder}"], [str(folder), f"eval.features={encoder}"])):
         out = tmp_path / f"{number}.json"
-        command = [sys.executable, "-m", "smalti", "evaluate", *words, *common, "--json", str(out)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "200"}
-        )
-        assert done.returncode == 0, done.stderr
+        done = smalti("evaluate", *words, *common, "--json", out)
         assert "±" in done.stdout and "mostly bias" in done.stderr
         found.append(read_results(out)[0].metrics)
     assert found[0] == found[1]

@@ -134,12 +134,13 @@ def test_dinos_features_are_the_normed_class_tokens_of_the_last_blocks(width, de
 
 def test_dinos_form_learns_and_leaves_the_encoder_alone(tiny, greys, features_of):
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
-    config = EvalConfig(preset="paper", image_size=32, epochs=40, head_batch_size=8)
+    config = EvalConfig(preset="paper", image_size=32, epochs=80, head_batch_size=8)
     features = features_of(tiny, greys, "labels")
     scores = linear_probe(features, config)
-    assert scores.curves["loss"][-1] < scores.curves["loss"][0]
-    assert scores.metrics["top1"] > 0.5 and scores.metrics["top5"] == 1.0
-    assert scores.settings["learning_rate"] == 0.001 * 8 / 256 and scores.settings["steps"] == 160
+    frequencies = torch.tensor([1 / 2, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
+    assert scores.curves["loss"][-1] < float(torch.special.entr(frequencies).sum()) < scores.curves["loss"][0]
+    assert scores.metrics["top1"] >= 0.5 and scores.metrics["top5"] == 1.0
+    assert scores.settings["learning_rate"] == 0.001 * 8 / 256 and scores.settings["steps"] == 320
     assert all(torch.equal(value, before[key]) for key, value in tiny.state_dict().items())
     again = linear_probe(features_of(tiny, greys, "labels", batch_size=3, num_workers=1), config)
     assert again.metrics == scores.metrics

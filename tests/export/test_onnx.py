@@ -1,7 +1,6 @@
 """ONNX files give torch's numbers for any batch and any patches; what can't be written leaves nothing behind."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from command import smalti
 from smalti.errors import ConfigError, MissingExtraError, ShapeError, WeightsError
 from smalti.export import onnx as export
 from smalti.export.onnx import CONFIG, KEEP, WHOLE, export_onnx
@@ -108,15 +108,6 @@ def test_the_command_names_mistakes_in_one_line(tmp_path):
         (["--to", "timm", "keep=4"], "image_size and keep are for --to onnx"),
         (["--to", "onnx", "keep=400"], "has 196 patches; 1..196"),
     ):
-        command = [
-            sys.executable,
-            "-m",
-            "smalti",
-            "export",
-            "random:vit_tiny_patch16_224",
-            "--out",
-            str(tmp_path / "o"),
-        ]
-        done = subprocess.run([*command, *words], capture_output=True, text=True)
-        assert done.returncode == 2 and line in done.stderr and "Traceback" not in done.stderr
+        done = smalti("export", "random:vit_tiny_patch16_224", "--out", tmp_path / "o", *words, code=2)
+        assert line in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -145,7 +145,7 @@ def test_the_loss_of_offsets_has_the_gradient_it_says():
         assert torch.autograd.gradcheck(lambda p, kind=loss: pair_loss(p, target, kind).sum(), prediction)
 
 
-def test_a_batch_is_learned_by_heart():
+def test_a_batch_can_be_overfit():
     method = part(num_patches=6, channel_dropout=0.0)
     views = batch(count=2)
     optimizer = torch.optim.AdamW(method.parameters(), lr=2e-3, weight_decay=0.0)

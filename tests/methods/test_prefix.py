@@ -53,6 +53,7 @@ def test_it_learns_which_token_tells_the_others():
     torch.manual_seed(0)
     method = judge(num=2, dim=2).train()
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 250)
     for number in range(250):
         keys = torch.arange(64) + 64 * number
         tokens = torch.randn(64, 4, 2)
@@ -61,13 +62,14 @@ def test_it_learns_which_token_tells_the_others():
         optimizer.zero_grad()
         gaussian_nll(method.tell(tokens, seen), tokens, seen).backward()
         optimizer.step()
+        schedule.step()
     tokens = torch.randn(256, 4, 2)
     tokens[:, 1:3] = tokens[:, :1]
     with torch.no_grad():
         told = method.eval().tell(tokens, torch.tensor([True, False, False, False]).expand(256, 4))
     error = (told.mean - tokens).square().mean((0, 2))
     assert error[1:3].max() < 0.1 and abs(error[3] - 1) < 0.25
-    assert told.log_variance[:, 1:3].mean() < -1.5 and abs(told.log_variance[:, 3].mean()) < 0.3
+    assert told.log_variance[:, 1:3].mean() < -2.5 and abs(told.log_variance[:, 3].mean()) < 0.5  # -inf and 0 at best
 
 
 def test_widths_that_do_not_fit():

@@ -58,9 +58,8 @@ def test_without_a_floor_the_temperature_runs_away_and_takes_the_term_with_it() 
 
 def test_little_noise_finds_another_order_with_each_seed_and_a_budget_finds_it_again() -> None:
     stuck = [scores(learned("hub", sigma=0.1, seed=seed)) for seed in range(2)]
-    assert spearmanr(*stuck).statistic < 0.4
     found = [scores(learned("hub", budget=0.15)), scores(learned("hub", budget=0.15, seed=1))]
-    assert spearmanr(*found).statistic > 0.6
+    assert abs(spearmanr(*stuck).statistic) < 1 / 3 < spearmanr(*found).statistic
 
 
 @pytest.mark.parametrize("world", ["smooth", "mixed"])  # among hubs: E0.5 of docs/evidence/collapse.md

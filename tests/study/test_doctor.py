@@ -111,7 +111,7 @@ def test_memory_is_what_a_step_holds_at_its_peak(clock):
     def make_step(batch_size: int):
         def step() -> None:
             clock[0] += 1.0
-            block = torch.ones(batch_size, 2**20)  # 4 MiB an image
+            block = torch.ones(batch_size, 2**22)  # 16 MiB an image, much beside what else comes and goes
             time.sleep(0.3)  # a busy machine looks at memory late
             del block
 
@@ -119,8 +119,8 @@ def test_memory_is_what_a_step_holds_at_its_peak(clock):
 
     step = measure_step(make_step, batch_size=64, steps=100, batch_sizes=(2, 18))
     each = (step.measured[1].memory_mib - step.measured[0].memory_mib) / 16
-    assert each == pytest.approx(4, rel=0.3)
-    assert 64 < step.largest_micro_batch < step.free_mib / 2
+    assert each == pytest.approx(16, rel=0.3)
+    assert 18 < step.largest_micro_batch < step.free_mib / 2
     assert step.free_mib <= find_devices().total_mib * 1.01
 
 

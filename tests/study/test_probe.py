@@ -95,10 +95,11 @@ def test_the_fit_of_tenths_by_hand() -> None:
     assert_close(fits, torch.tensor([1.0] * 5 + [0.0] * 5), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 0.0, 0.3), (True, 0.5, 1.2)])
-def test_learning_by_heart_tells_right_wiring_from_wrong(
+@pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 0.0, 0.05), (True, 0.3, 1.5)])
+def test_overfitting_tells_right_wiring_from_wrong(
     shuffled: bool, low: float, high: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.manual_seed(0)
     encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
     part = PART(encoder, PARTConfig(num_patches=6, head="pairwise_linear"))
     if shuffled:  # each pair is asked about another pair's offset

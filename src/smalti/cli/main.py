@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import smalti
+from smalti import threads
 from smalti.cli import (
     compare,
     demo,
@@ -67,6 +68,7 @@ def _warn_in_one_line() -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    threads.set_environment()  # before anything imports torch
     words = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text

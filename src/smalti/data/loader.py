@@ -25,6 +25,7 @@ from smalti.data.folders import ImageSet, read_image
 from smalti.data.image_set import as_text
 from smalti.data.views import SampleViews, Skipped, ViewMaker, Views, collate
 from smalti.errors import DataError, RunError
+from smalti.threads import usable_cores
 
 _MAX_TRIES = 32
 MAX_UNREADABLE = 0.1
@@ -58,8 +59,7 @@ def _sample_keys(seed: int, epoch: int, index: np.ndarray, stream: int = 0) -> n
 
 def default_workers(device_type: str) -> int:
     """Worker processes that a run starts unless told: none on a CPU, where they would fight the training for cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if device_type == "cpu" else min(8, cores)
+    return 0 if device_type == "cpu" else min(8, usable_cores())
 
 
 @runtime_checkable

@@ -1,7 +1,6 @@
 """What is in a folder of images, before a run is spent on it: sizes, channels, damage, duplicates, leakage."""
 
 import hashlib
-import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from smalti.data.folders import ImageSet
 from smalti.data.images import ImageFacts, inspect_image
 from smalti.data.views import Skipped
 from smalti.errors import DataError
+from smalti.threads import usable_cores
 
 _CHUNK = 1024
 _SHOWN = 3
@@ -117,7 +117,7 @@ class _Found(NamedTuple):
 
 def _look_at(paths: Sequence[Path], decode: bool) -> Iterator[_Found]:
     """Facts of each file, in order; decoding runs in threads, since OpenCV lets go of Python's lock."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+    with ThreadPoolExecutor(max_workers=usable_cores()) as threads:
         for first in range(0, len(paths), _CHUNK):
             yield from threads.map(lambda path: _look_at_one(path, decode), paths[first : first + _CHUNK])
 

@@ -5,7 +5,6 @@ Letters: b images in a batch.
 
 import gc
 import math
-import os
 import shutil
 import threading
 import time
@@ -24,6 +23,7 @@ from smalti.data.loader import MAX_UNREADABLE
 from smalti.data.scan import ScanReport, scan_images
 from smalti.errors import ConfigError
 from smalti.study.machine import describe_machine, package_version
+from smalti.threads import usable_cores
 from smalti.training.launch import split_batch
 
 MARGIN = 0.1
@@ -313,10 +313,8 @@ def find_devices() -> Devices:
         with torch.cuda.device(number):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         gpus.append(Gpu(torch.cuda.get_device_name(number), total / _MIB, free / _MIB, bf16))
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     total, free = _main_memory()
-    return Devices(machine["processor"], cores, total / _MIB, free / _MIB, tuple(gpus))
+    return Devices(machine["processor"], usable_cores(), total / _MIB, free / _MIB, tuple(gpus))
 
 
 def measure_step(

@@ -76,6 +76,7 @@ from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingSt
 from smalti.training.launch import (
     check_trackers,
     launch,
+    limit_threads,
     make_accelerator,
     num_processes,
     resolve_devices,
@@ -692,6 +693,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     if method.fit_images and checkpoint is None and not config.init:
         method.fit(_fitting_batches(method, images, config))
     method = method.to(accelerator.device)
+    limit_threads(method, micro_batch)
     if config.compile:
         for module in method.modules():
             if isinstance(module, Block):

@@ -18,9 +18,15 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from smalti.config import unknown_key
 from smalti.errors import ConfigError, MissingExtraError, SmaltiError
 from smalti.functional.precision import has_bf16
+from smalti.methods.base import Method
+from smalti.models.encoder import Encoder
+from smalti.threads import chosen_by_command, chosen_by_user, usable_cores
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+MIN_LAYER_WORK = 5_000_000
+"""Tokens in a batch times the square of their width, below which two threads gain less than a tenth over one; measured
+in docs/evidence/benchmarks.md."""
 PATIENCE = timedelta(hours=2)  # one process evaluates while the others wait
 
 
@@ -141,6 +147,38 @@ def make_accelerator(
     )
 
 
+def share_threads(processes: int) -> None:
+    """Divide the usable cores among processes that train on the CPU, unless the user has set OMP_NUM_THREADS."""
+    if not torch.cuda.is_available() and not chosen_by_user():
+        torch.set_num_threads(max(1, usable_cores() // processes))
+
+
+def limit_threads(method: Method, batch_size: int) -> None:
+    """One thread for steps with too little work to share: their barriers would cost what a second thread gains.
+
+    Only in a command that has chosen its threads itself: neither a user's OMP_NUM_THREADS nor a host program's threads
+    are changed.
+
+    Args:
+        method: the method of the run; one without an encoder keeps its threads.
+        batch_size: images that this process takes at a time.
+    """
+    encoders = method.networks().values()
+    if (
+        chosen_by_command()
+        and encoders
+        and max(layer_work(encoder, batch_size) for encoder in encoders) < MIN_LAYER_WORK
+    ):
+        torch.set_num_threads(1)
+
+
+def layer_work(encoder: Encoder, batch_size: int) -> int:
+    """Patches of a batch times the square of the width: a matrix product of a block is 1 to 4 times that many
+    multiplications."""
+    (height, width), (patch_height, patch_width) = encoder.img_size, encoder.patch_size
+    return batch_size * (height // patch_height) * (width // patch_width) * encoder.embed_dim**2
+
+
 def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
     """Run ``function(*arguments)`` in several processes of this machine, as torchrun would, and wait for all.
 
@@ -177,8 +215,7 @@ def _process(rank: int, processes: int, port: int, function: Callable[..., Any],
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    share_threads(processes)
     try:
         function(*arguments)
     except SmaltiError as error:
