@@ -1,6 +1,7 @@
 """DINO against its definition."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,18 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from masked_methods import tiny as tiny_masked
 from smalti.errors import ConfigError
+from smalti.export.timm import export_timm
+from smalti.functional.positions import Resampling
 from smalti.layers.heads import Prototypes
+from smalti.methods.base import Method
 from smalti.methods.dino import DINO, DINOConfig, cross_view_entropy
+from smalti.methods.dinov2 import DINOv2
+from smalti.methods.ibot import IBOT
 from smalti.methods.teacher import Teacher, cosine_momentum
-from smalti.models.encoder import build_encoder
+from smalti.models.encoder import build_encoder, encoder_from_config
+from smalti.models.loading import load
 
 
 def tiny(**config: object) -> DINO:
@@ -123,3 +131,43 @@ def test_a_temperature_of_zero_is_refused() -> None:
         tiny(student_temp=0.0)
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.1"):
         tiny(momentum=2.0)
+
+
+def resampled(row: torch.Tensor, length: int) -> torch.Tensor:
+    """A row of values at another length: cubic convolution (a = -0.75) at steps of ``m / (n + 0.1)``, tap by tap."""
+    values = []
+    for place in range(length):
+        source = (place + 0.5) * len(row) / (length + 0.1) - 0.5
+        taps = [math.floor(source) + shift for shift in (-1, 0, 1, 2)]
+        dists = [abs(source - tap) for tap in taps]
+        weights = [1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4) for d in dists]
+        values.append(sum(w * row[min(max(tap, 0), len(row) - 1)] for w, tap in zip(weights, taps, strict=True)))
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("cls", [DINO, IBOT, DINOv2])
+def test_positions_of_local_views_are_those_of_the_released_code(cls: type[Method]) -> None:  # bicubic, plain, + 0.1
+    method = tiny() if cls is DINO else tiny_masked(cls)
+    for network in (method.student, method.teacher.module):
+        table = network.encoder.vit.pos_embed[0, 1:].unflatten(0, (4, 4)).detach()
+        rows = torch.stack([resampled(column, 2) for column in table.unbind(1)], dim=1)
+        cells = torch.stack([resampled(row, 2) for row in rows.unbind(0)])
+        assert_close(network.encoder.positions((2, 2))[0][0], cells.flatten(0, 1), rtol=0, atol=1e-6)
+
+
+def test_exports_and_rebuilt_encoders_resample_positions_alike(tmp_path: Path) -> None:
+    encoder = tiny().student.encoder.eval()
+    export_timm(encoder, tmp_path / "exported")
+    images = torch.randn(1, 3, 16, 16)
+    exported = load(tmp_path / "exported" / "model.safetensors", quiet=True)
+    assert_close(exported.encode(images).patches, encoder.encode(images).patches, rtol=0, atol=1e-6)
+    assert encoder_from_config(encoder.config()).pos_resampling == Resampling("bicubic", False, 0.1)
+
+
+def test_a_pretrained_encoder_keeps_its_resampling() -> None:
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, seed=0
+    )
+    encoder.pretrained = True
+    DINO(encoder, DINOConfig(num_prototypes=16))
+    assert encoder.pos_resampling == Resampling("bicubic", True, 0.0)

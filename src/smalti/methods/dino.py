@@ -85,6 +85,13 @@ def cross_view_entropy(
     return (per_pair * different).sum() / different.sum()
 
 
+def resample_as_released(encoder: Encoder) -> None:
+    """Resample positions for local crops as the code of DINO, iBOT and DINOv2: bicubic without antialiasing, by the
+    factor ``(n + 0.1) / m``. A pretrained encoder keeps the resampling that it was loaded with (``load.pos_*``)."""
+    if not encoder.pretrained:
+        encoder.set_pos_resampling(mode="bicubic", antialias=False, offset=0.1)
+
+
 class EncoderWithHead(nn.Module):
     """An encoder, a projection head and prototypes: the network ``g = h . f`` of Sec. 3.1."""
 
@@ -134,6 +141,7 @@ class DINO(Method):
             raise ConfigError("method.student_temp, teacher_temp and warmup_teacher_temp must be above 0")
         if not 0 <= config.momentum <= 1 or not 0 <= config.center_momentum <= 1:
             raise ConfigError("method.momentum and method.center_momentum must lie in 0..1")
+        resample_as_released(encoder)
         self.student = EncoderWithHead(encoder, config)
         self.teacher: Teacher[EncoderWithHead] = Teacher(self.student)
         self.register_buffer("center", torch.zeros(config.num_prototypes))

@@ -32,6 +32,7 @@ from smalti.functional.transport import sinkhorn_offsets
 from smalti.layers.heads import PrototypeHead
 from smalti.layers.last_block import Chosen, move, place_of
 from smalti.methods.base import Method, register
+from smalti.methods.dino import resample_as_released
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
@@ -288,6 +289,7 @@ class IBOT(Method):
     def __init__(self, encoder: Encoder, config: IBOTConfig) -> None:
         super().__init__(encoder, config)
         _check(config, encoder)
+        resample_as_released(encoder)
         self.student = self.make_network(encoder)
         self._draw_weights()
         self.teacher: Teacher[MaskedNetwork] = Teacher(self.student)
