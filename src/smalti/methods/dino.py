@@ -143,6 +143,7 @@ class DINO(Method):
             raise ConfigError("method.momentum and method.center_momentum must lie in 0..1")
         resample_as_released(encoder)
         self.student = EncoderWithHead(encoder, config)
+        encoder.draw_class_token()
         self.teacher: Teacher[EncoderWithHead] = Teacher(self.student)
         self.register_buffer("center", torch.zeros(config.num_prototypes))
         self._teacher_sum: Tensor | None = None

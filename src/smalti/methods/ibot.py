@@ -285,6 +285,8 @@ class IBOT(Method):
     }
     token_heads: tuple[str, ...] = (PATCH,)
     """What is asked of patch tokens; the names of heads, masks and loss terms."""
+    draws_class_token: ClassVar[bool] = True
+    """Whether the class token starts as in the code of DINO and iBOT, or as timm draws it."""
 
     def __init__(self, encoder: Encoder, config: IBOTConfig) -> None:
         super().__init__(encoder, config)
@@ -508,6 +510,8 @@ class IBOT(Method):
     def _draw_weights(self) -> None:
         """Weights and positions at the start, where they aren't timm's; an encoder that was trained keeps its own."""
         encoder, config = self.student.encoder, self.config
+        if self.draws_class_token:
+            encoder.draw_class_token()
         if config.linear_init == "fan_in":
             for module in (self.student.heads if encoder.pretrained else self.student).modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):

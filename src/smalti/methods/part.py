@@ -199,6 +199,7 @@ class PART(Method):
         "drop_path": 0.1,
     }
 
+    no_weight_decay = ("cls_token",)  # as in the released code, which is DeiT's
     takes_signals: ClassVar[bool] = True
     signal_defaults: ClassVar[dict[str, Any]] = {
         "method": {"normalize": "image"},  # in patches, offsets of half a second's would have a variance of hundreds
@@ -246,6 +247,7 @@ class PART(Method):
         self.projection = (
             ProjectionHead(encoder.embed_dim, encoder.embed_dim, config.contrastive_dim) if config.contrastive else None
         )
+        encoder.draw_class_token()
         self._set_positions()
 
     @property
