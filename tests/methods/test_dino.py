@@ -126,6 +126,26 @@ def test_views_are_two_global_and_some_local_ones_on_the_patch_grid() -> None:
     assert [spec.count for spec in tiny(num_local_views=0).make_views(32).specs] == [2]
 
 
+def test_narrow_networks_start_larger_and_colours_may_be_mild() -> None:
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, seed=0)
+    config = DINOConfig(num_prototypes=16, linear_init="fan_in", position_init="sincos", color_strength=0.5)
+    method = DINO(encoder, config)
+    for name, weight in method.student.named_parameters():
+        if name.endswith(("fc1.weight", "proj.weight", "mlp.0.weight")):
+            assert_close(weight.std().item(), weight[0].numel() ** -0.5, rtol=0.05, atol=0, msg=name)
+    tokens, _ = encoder.embed_patches(torch.randn(64, 3, 32, 32))
+    positions = encoder.positions((4, 4))[0]
+    assert_close(positions.square().mean().sqrt(), tokens.square().mean().sqrt(), rtol=0.05, atol=0)
+    assert positions.requires_grad
+    assert torch.equal(method.teacher.module.encoder.vit.pos_embed, encoder.vit.pos_embed)
+    for spec in method.make_views(32).specs:
+        color = spec.color
+        strengths = (color.brightness, color.contrast, color.saturation, color.hue)
+        assert strengths == (0.2, 0.2, 0.1, 0.05) and (color.jitter_prob, color.gray_prob) == (0.8, 0.2)
+    with pytest.raises(ConfigError, match=r"color_strength=-1\.0: a factor of at least 0"):
+        tiny(color_strength=-1.0).make_views(32)
+
+
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         tiny(student_temp=0.0)
