@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from masked_methods import tiny as tiny_masked
+from smalti.config import read_yaml
 from smalti.errors import ConfigError
 from smalti.export.timm import export_timm
 from smalti.functional.positions import Resampling
@@ -21,6 +22,8 @@ from smalti.methods.ibot import IBOT
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import build_encoder, encoder_from_config
 from smalti.models.loading import load
+from smalti.study.catalogue import find_recipe
+from smalti.study.pretrain import resolve
 
 
 def tiny(**config: object) -> DINO:
@@ -144,6 +147,15 @@ def test_narrow_networks_start_larger_and_colours_may_be_mild() -> None:
         assert strengths == (0.2, 0.2, 0.1, 0.05) and (color.jitter_prob, color.gray_prob) == (0.8, 0.2)
     with pytest.raises(ConfigError, match=r"color_strength=-1\.0: a factor of at least 0"):
         tiny(color_strength=-1.0).make_views(32)
+
+
+def test_the_recipe_is_the_official_run_of_300_epochs() -> None:
+    config, own = resolve(read_yaml(find_recipe("dino_vits16")))
+    epoch = 1_281_167 // config.batch_size  # the last, smaller batch is left out
+    assert config.steps == 300 * epoch and config.batch_size == 1024
+    shares = (config.optim.warmup_share, own.warmup_teacher_temp_share, own.freeze_last_layer_share)
+    assert [round(300 * share, 1) for share in shares] == [10, 30, 1]  # epochs
+    assert (own.teacher_temp, own.norm_last_layer, own.num_local_views) == (0.07, False, 8)
 
 
 def test_a_temperature_of_zero_is_refused() -> None:
