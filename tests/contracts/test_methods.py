@@ -128,6 +128,32 @@ def test_loss_terms_are_named_finite_scalars(name: str, photos: Path) -> None:
     assert all(value.shape == () and not value.requires_grad for value in method.observations.values())
 
 
+RELEASED_CLASS_TOKENS = {
+    "dino": (0.02, True),
+    "dinov2": (1e-6, True),
+    "droppos": (0.02, True),
+    "ibot": (0.02, True),
+    "mae": (0.02, True),
+    "mp3": (0.02, False),
+    "part": (0.02, False),
+}
+"""Standard deviation of the class token at the start in the released code, and whether it is decayed there."""
+
+
+@pytest.mark.parametrize("name", RELEASED_CLASS_TOKENS)
+def test_the_class_token_starts_and_decays_as_in_the_released_code(name: str) -> None:
+    std, is_decayed = RELEASED_CLASS_TOKENS[name]
+    method = build(name)
+    for encoder in method.networks().values():
+        assert 0.6 * std < encoder.vit.cls_token.std().item() < 1.4 * std
+        assert torch.equal(encoder.vit.cls_token, next(iter(method.networks().values())).vit.cls_token)
+    token = next(iter(method.networks().values())).vit.cls_token
+    scales = [
+        group["weight_decay_scale"] for group in method.param_groups() if any(p is token for p in group["params"])
+    ]
+    assert scales == [1.0 if is_decayed else 0.0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_every_trained_parameter_and_no_teacher(name: str, photos: Path) -> None:
     method = build(name)

@@ -21,7 +21,9 @@ from smalti.data.views import (
     blur,
     collate,
     color_map,
+    random_height_crop,
     random_resized_crop,
+    recolor,
     resize,
     solarize,
 )
@@ -80,6 +82,32 @@ def test_crops_follow_torchvisions_law(size):
 )
 def test_a_crop_that_never_fits_is_central_with_an_allowed_shape(size, expected):
     assert random_resized_crop(np.random.default_rng(0), *size, (4.0, 4.0), (3 / 4, 4 / 3)) == expected
+
+
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    low=st.floats(0.01, 1.0),
+    seed=st.integers(0, 2**32),
+)
+def test_crops_of_random_height_lie_inside_the_image(height, width, low, seed):
+    top, left, h, w = random_height_crop(np.random.default_rng(seed), height, width, (low, 1.0), (0.75, 1.33))
+    assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width
+    assert low * height * width <= h * w <= height * width
+    assert (h, w) == (height, width) or 0.75 * h - 0.5 <= w <= 1.33 * h + 0.5
+
+
+def test_heights_of_square_crops_are_uniform_and_the_last_place_is_never_drawn():  # known answer, TensorFlow's kernel
+    rng = np.random.default_rng(0)
+    top, left, h, w = np.array([random_height_crop(rng, 100, 100, (0.25, 1.0), (1.0, 1.0)) for _ in range(20_000)]).T
+    assert (h == w).all() and set(h) == set(range(50, 101))
+    assert abs(h.mean() - 75) < 0.4  # of areas: 0.583; of torchvision's crops 0.625
+    counts = np.bincount(h)[50:]
+    assert counts.min() > 300 and counts.max() < 490  # 392 each
+    for place in (top, left):
+        assert (place[h == 100] == 0).all() and (place[h < 100] < (100 - h)[h < 100]).all()
+        assert (place[h == 98] == 1).any()
+    assert random_height_crop(rng, 20, 1000, (0.9, 1.0), (0.75, 1.33)) == (0, 0, 20, 1000)  # none fits
 
 
 def test_views_have_the_asked_shapes_and_their_source():
@@ -161,6 +189,18 @@ def test_eight_bits_and_floats_are_recoloured_alike(channels):
     floats = MultiCrop(specs)((image / 255).astype(np.float32), np.random.default_rng(5)).crops[0]
     # not equal where a value lies on the border between solarised and not, so compare nearly all
     assert np.quantile(np.abs(eight - floats), 0.99) < 0.012
+
+
+@pytest.mark.parametrize(("kind", "white"), [(np.uint8, 255), (np.float32, 1)])
+def test_brightness_may_be_added(kind, white):
+    config = ColorConfig(
+        brightness=0.4, add_brightness=True, contrast=0, saturation=0, hue=0, jitter_prob=1, gray_prob=0
+    )
+    image, rng = np.full((2, 2, 3), 0.5 * white, kind), np.random.default_rng(0)
+    values = np.array([recolor(image, config, rng)[0, 0] for _ in range(500)]) / white
+    assert (values == values[:, :1]).all() and 0.09 < values.min() < 0.12 and 0.88 < values.max() < 0.91
+    matrix = color_map(config, np.zeros(3), rng, white)
+    np.testing.assert_array_equal(matrix[:, :3], np.eye(3))
 
 
 def test_brightness_scales_and_contrast_turns_about_the_mean_grey():

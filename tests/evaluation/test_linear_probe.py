@@ -2,16 +2,27 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
+from smalti.data.image_set import ImageSample
 from smalti.data.loader import epoch_order
+from smalti.data.views import random_resized_crop
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.linear_probe import LEARNING_RATES, LastBlocks, linear_probe, stratified_fifth, train_heads
+from smalti.evaluation.linear_probe import (
+    LEARNING_RATES,
+    LastBlocks,
+    _Cropped,
+    linear_probe,
+    stratified_fifth,
+    train_heads,
+)
 from smalti.evaluation.protocol import EvalConfig
 from smalti.functional.refinement import prr_refine
 from smalti.models.encoder import build_encoder
@@ -130,6 +141,22 @@ def test_dinos_features_are_the_normed_class_tokens_of_the_last_blocks(width, de
         expected = torch.cat([layers[-1][1][:, 0], layers[-1][0].mean(1)], dim=1)
     assert found.shape == (2, read.width)
     assert_close(found, expected)
+
+
+def test_dinos_crops_are_pillows_bilinear_ones(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    crop = _Cropped((ImageSample(tmp_path / "noise.png", 0),), 16, (0.0,) * 3, (1.0,) * 3)
+    for key in range(8):
+        view, _ = crop(0, key)
+        rng = np.random.default_rng(key)
+        top, left, height, width = random_resized_crop(rng, 90, 70, (0.08, 1.0), (3 / 4, 4 / 3))
+        part = Image.fromarray(pixels[top : top + height, left : left + width])
+        expected = np.asarray(part.resize((16, 16), Image.Resampling.BILINEAR))
+        expected = expected[:, ::-1] if rng.random() < 0.5 else expected
+        ours = (view * 255).round().permute(1, 2, 0).numpy()
+        assert np.abs(ours - expected).max() <= 1
+        assert np.abs(ours - np.asarray(part.resize((16, 16), Image.Resampling.BICUBIC))).max() > 5
 
 
 def test_dinos_form_learns_and_leaves_the_encoder_alone(tiny, greys, features_of):

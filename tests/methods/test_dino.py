@@ -1,6 +1,7 @@
 """DINO against its definition."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,21 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from masked_methods import tiny as tiny_masked
+from smalti.config import read_yaml
 from smalti.errors import ConfigError
+from smalti.export.timm import export_timm
+from smalti.functional.positions import Resampling
 from smalti.layers.heads import Prototypes
+from smalti.methods.base import Method
 from smalti.methods.dino import DINO, DINOConfig, cross_view_entropy
+from smalti.methods.dinov2 import DINOv2
+from smalti.methods.ibot import IBOT
 from smalti.methods.teacher import Teacher, cosine_momentum
-from smalti.models.encoder import build_encoder
+from smalti.models.encoder import build_encoder, encoder_from_config
+from smalti.models.loading import load
+from smalti.study.catalogue import find_recipe
+from smalti.study.pretrain import resolve
 
 
 def tiny(**config: object) -> DINO:
@@ -118,8 +129,77 @@ def test_views_are_two_global_and_some_local_ones_on_the_patch_grid() -> None:
     assert [spec.count for spec in tiny(num_local_views=0).make_views(32).specs] == [2]
 
 
+def test_narrow_networks_start_larger_and_colours_may_be_mild() -> None:
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, seed=0)
+    config = DINOConfig(num_prototypes=16, linear_init="fan_in", position_init="sincos", color_strength=0.5)
+    method = DINO(encoder, config)
+    for name, weight in method.student.named_parameters():
+        if name.endswith(("fc1.weight", "proj.weight", "mlp.0.weight")):
+            assert_close(weight.std().item(), weight[0].numel() ** -0.5, rtol=0.05, atol=0, msg=name)
+    tokens, _ = encoder.embed_patches(torch.randn(64, 3, 32, 32))
+    positions = encoder.positions((4, 4))[0]
+    assert_close(positions.square().mean().sqrt(), tokens.square().mean().sqrt(), rtol=0.05, atol=0)
+    assert positions.requires_grad
+    assert torch.equal(method.teacher.module.encoder.vit.pos_embed, encoder.vit.pos_embed)
+    for spec in method.make_views(32).specs:
+        color = spec.color
+        strengths = (color.brightness, color.contrast, color.saturation, color.hue)
+        assert strengths == (0.2, 0.2, 0.1, 0.05) and (color.jitter_prob, color.gray_prob) == (0.8, 0.2)
+    with pytest.raises(ConfigError, match=r"color_strength=-1\.0: a factor of at least 0"):
+        tiny(color_strength=-1.0).make_views(32)
+
+
+def test_the_recipe_is_the_official_run_of_300_epochs() -> None:
+    config, own = resolve(read_yaml(find_recipe("dino_vits16")))
+    epoch = 1_281_167 // config.batch_size  # the last, smaller batch is left out
+    assert config.steps == 300 * epoch and config.batch_size == 1024
+    shares = (config.optim.warmup_share, own.warmup_teacher_temp_share, own.freeze_last_layer_share)
+    assert [round(300 * share, 1) for share in shares] == [10, 30, 1]  # epochs
+    assert (own.teacher_temp, own.norm_last_layer, own.num_local_views) == (0.07, False, 8)
+
+
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         tiny(student_temp=0.0)
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.1"):
         tiny(momentum=2.0)
+
+
+def resampled(row: torch.Tensor, length: int) -> torch.Tensor:
+    """A row of values at another length: cubic convolution (a = -0.75) at steps of ``m / (n + 0.1)``, tap by tap."""
+    values = []
+    for place in range(length):
+        source = (place + 0.5) * len(row) / (length + 0.1) - 0.5
+        taps = [math.floor(source) + shift for shift in (-1, 0, 1, 2)]
+        dists = [abs(source - tap) for tap in taps]
+        weights = [1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4) for d in dists]
+        values.append(sum(w * row[min(max(tap, 0), len(row) - 1)] for w, tap in zip(weights, taps, strict=True)))
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("cls", [DINO, IBOT, DINOv2])
+def test_positions_of_local_views_are_those_of_the_released_code(cls: type[Method]) -> None:  # bicubic, plain, + 0.1
+    method = tiny() if cls is DINO else tiny_masked(cls)
+    for network in (method.student, method.teacher.module):
+        table = network.encoder.vit.pos_embed[0, 1:].unflatten(0, (4, 4)).detach()
+        rows = torch.stack([resampled(column, 2) for column in table.unbind(1)], dim=1)
+        cells = torch.stack([resampled(row, 2) for row in rows.unbind(0)])
+        assert_close(network.encoder.positions((2, 2))[0][0], cells.flatten(0, 1), rtol=0, atol=1e-6)
+
+
+def test_exports_and_rebuilt_encoders_resample_positions_alike(tmp_path: Path) -> None:
+    encoder = tiny().student.encoder.eval()
+    export_timm(encoder, tmp_path / "exported")
+    images = torch.randn(1, 3, 16, 16)
+    exported = load(tmp_path / "exported" / "model.safetensors", quiet=True)
+    assert_close(exported.encode(images).patches, encoder.encode(images).patches, rtol=0, atol=1e-6)
+    assert encoder_from_config(encoder.config()).pos_resampling == Resampling("bicubic", False, 0.1)
+
+
+def test_a_pretrained_encoder_keeps_its_resampling() -> None:
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, seed=0
+    )
+    encoder.pretrained = True
+    DINO(encoder, DINOConfig(num_prototypes=16))
+    assert encoder.pos_resampling == Resampling("bicubic", True, 0.0)

@@ -235,6 +235,8 @@ def test_reconstruction_joins_in() -> None:
     method, batch = tiny(reconstruct=True), noise()
     losses = method(batch, 0.0)
     assert sorted(losses) == ["position", "reconstruction"]
+    both = tiny(reconstruct=True, decoder_depth=2)
+    assert len(both.pixel_decoder.blocks) == len(both.decoder.blocks) == 2  # as in the released code
     method.pixel_decoder = None
     assert_close(losses["position"], 0.05 * method(batch, 0.0)["position"])
 

@@ -426,6 +426,15 @@ def test_nearer_is_more_alike_by_either_measure() -> None:
     assert at_itself.grad.isfinite().all() and at_itself.grad.abs().max() < 20
 
 
+def test_negative_distances_are_sorted_where_the_released_code_sorts_distances() -> None:  # known answer
+    cells, references = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]])
+    sims = similarities(cells, references, "euclidean").flatten(0, 2)
+    assert_close(sims, -torch.tensor([[2.0, 0.0, math.sqrt(2)]]), rtol=0, atol=1e-6)
+    ours, theirs = (soft_sort(rows, steepness=1e6)[1][0] for rows in (sims, -sims))
+    assert_close(ours, torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]]), rtol=0, atol=1e-4)  # the nearest comes last
+    assert_close(theirs, ours.flip(1), rtol=0, atol=1e-4)  # the ranks the other way round
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -293,6 +293,12 @@ def test_two_views_are_cut_differently_and_their_class_tokens_compared() -> None
     assert_close(info_nce(unit, unit, 0.5).item(), math.log(1 + 3 * math.exp(-2)), rtol=1e-5, atol=0)  # by hand
 
 
+def test_flips_can_be_switched_off() -> None:
+    assert [tiny(**how).make_views(32).specs[0].flip_prob for how in ({}, {"flip_prob": 0.0})] == [0.5, 0.0]
+    with pytest.raises(ConfigError, match=r"method.flip_prob=1.5: it must lie in 0\.\.1"):
+        tiny(flip_prob=1.5)
+
+
 def test_what_is_observed() -> None:
     part = tiny(sampling="hierarchical", num_wholes=3)
     part(views(photos(4)), 0.5)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ Box = tuple[int, int, int, int]
 
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 _ORDERS = tuple(itertools.permutations(range(4)))
-_CROP_TRIES = 10
+_CROP_TRIES, _HEIGHT_TRIES = 10, 100
 _SIGMA_WITHOUT_EFFECT = 0.2  # below it the neighbours' weight is under 1/255 / 1000
 
 
@@ -36,6 +36,8 @@ class ColorConfig:
 
     brightness: float = 0.4
     """Brightness is multiplied by 1 - this .. 1 + this."""
+    add_brightness: bool = False
+    """Brightness is changed by adding -this .. this of white instead, as TensorFlow does."""
     contrast: float = 0.4
     """Distance from the crop's mean grey is multiplied by 1 - this .. 1 + this."""
     saturation: float = 0.2
@@ -60,6 +62,9 @@ class ViewSpec:
     """Smallest and largest share of the image's area that a view shows."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of the crop."""
+    uniform: Literal["area", "height"] = "area"
+    """What is uniform: the crop's area (:func:`random_resized_crop`, torchvision's distribution), or its height at an
+    aspect ratio (:func:`random_height_crop`, TensorFlow's), which draws more large crops."""
     flip_prob: float = 0.5
     """Share of views that are mirrored left to right."""
     color: ColorConfig | None = None
@@ -208,6 +213,36 @@ def random_resized_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def random_height_crop(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float]
+) -> Box:
+    """A crop of random aspect ratio and height: ``(top, left, height, width)`` in pixels.
+
+    The aspect ratio is uniform, then the height is uniform between those of the smallest and of the largest area that
+    fits, then the place is uniform, without the last one down and across; after 100 tries that don't fit, the whole
+    image.
+
+    Source: TensorFlow's ``sample_distorted_bounding_box`` without a minimum of covered object.
+    """
+    least, most = (part * height * width for part in scale)
+    for _ in range(_HEIGHT_TRIES):
+        ratio = aspect[0] + (aspect[1] - aspect[0]) * rng.random()
+        high = min(round(math.sqrt(most / ratio)), height, int((width + 0.5) / ratio))
+        low = min(round(math.sqrt(least / ratio)), high)
+        h = low + int(rng.random() * (high - low + 1))
+        if h * round(h * ratio) < least:  # by rounding
+            h += 1
+        if h * round(h * ratio) > most:
+            h -= 1
+        w = round(h * ratio)
+        if 0 < h <= height and 0 < w <= width and least <= h * w <= most:
+            return int(rng.random() * (height - h)), int(rng.random() * (width - w)), h, w
+    return 0, 0, height, width
+
+
+_CROPS = {"area": random_resized_crop, "height": random_height_crop}
+
+
 class MultiCrop:
     """Makes the views of an image that a method asks for.
 
@@ -247,7 +282,7 @@ class MultiCrop:
     def draw_boxes(self, rng: np.random.Generator, height: int, width: int) -> list[Box]:
         """Where the views come from, in the order of the specs; a method that wants overlapping ones overrides this."""
         return [
-            random_resized_crop(rng, height, width, spec.scale, spec.aspect)
+            _CROPS[spec.uniform](rng, height, width, spec.scale, spec.aspect)
             for spec in self.specs
             for _ in range(spec.count)
         ]
@@ -331,20 +366,22 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
     return resize(image[top : top + side, left : left + side], size)
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """``(size, size, C)``: bicubic, antialiased where it shrinks, as Pillow and torchvision do.
+def resize(image: np.ndarray, size: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> np.ndarray:
+    """``(size, size, C)``: antialiased where it shrinks, as Pillow and torchvision do.
 
     Through torch: the same pixels as Pillow's in a fifth of the time; OpenCV has no antialiased bicubic.
     """
     if image.shape[:2] == (size, size):
         return image
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    planes = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0].numpy()
+    planes = F.interpolate(pixels, (size, size), mode=mode, antialias=True)[0].numpy()
     resized = cv2.merge(list(planes)) if len(planes) > 1 else planes[0][:, :, None]
     return resized if resized.dtype == np.uint8 else np.clip(resized, 0, 1)  # bicubic overshoots at edges
 
 
-def color_map(config: ColorConfig, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+def color_map(
+    config: ColorConfig, mean: np.ndarray, rng: np.random.Generator, white: float = 255.0
+) -> np.ndarray | None:
     """A random recolouring as an affine map: ``(C, C + 1)``, the last column the offset; None if nothing was drawn.
 
     Args:
@@ -352,6 +389,7 @@ def color_map(config: ColorConfig, mean: np.ndarray, rng: np.random.Generator) -
         mean: ``(C,)`` mean of each channel, about which contrast is changed; three channels are RGB and have one mean,
             their grey.
         rng: source of randomness.
+        white: the largest value of the image's type, for ``add_brightness``.
     """
     channels = len(mean)
     is_rgb = channels == 3
@@ -370,7 +408,9 @@ def color_map(config: ColorConfig, mean: np.ndarray, rng: np.random.Generator) -
                 continue
             amount = strengths[step] * draws[step]
             factor = max(0.0, 1 + amount)
-            if step == 0:
+            if step == 0 and config.add_brightness:
+                offset = offset + amount * white
+            elif step == 0:
                 matrix, offset = factor * matrix, factor * offset
             elif step == 1:
                 level = matrix @ mean + offset
@@ -399,7 +439,7 @@ def recolor(view: np.ndarray, config: ColorConfig, rng: np.random.Generator) -> 
     """An image ``(H, W, C)`` through a random :func:`color_map`, in its type; OpenCV drops a single channel's axis."""
     channels = 1 if view.ndim == 2 else view.shape[2]
     mean = np.array(cv2.mean(view)[:channels]) if channels <= 4 else view.mean(axis=(0, 1), dtype=np.float64)
-    affine = color_map(config, mean, rng)
+    affine = color_map(config, mean, rng, 255.0 if view.dtype == np.uint8 else 1.0)
     if affine is None:
         return view
     if channels <= 4:

@@ -205,7 +205,7 @@ class _Cropped:
 
     def __call__(self, place: int, key: int) -> Example | Skipped:
         sample = self.samples[place]
-        view = random_view(sample, len(self.mean), self.size, DINO_CROP_AREA, key)
+        view = random_view(sample, len(self.mean), self.size, DINO_CROP_AREA, key, mode="bilinear")
         if isinstance(view, Skipped):
             return view
         return normalized(view, self.mean, self.std), torch.tensor(sample.label)
@@ -256,7 +256,7 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
         "epochs": epochs,
         "steps": num_steps,
         "head_batch_size": batch_size,
-        "augmentation": f"random resized crop of {DINO_CROP_AREA[0]:g}-{DINO_CROP_AREA[1]:g} of the area, flip",
+        "augmentation": "random resized crop of {:g}-{:g} of the area, bilinear, flip".format(*DINO_CROP_AREA),
         "image_size": size,
         "resize": "short side, then centre crop",
         "reported": "last epoch",

@@ -266,9 +266,10 @@ def jitter_and_crop(
         size: side of what comes out; bilinear and antialiased, the mask by nearest pixel.
         rng: source of randomness.
     """
-    strengths = [JITTER if rng.random() < JITTER_PROB else 0.0 for _ in range(4)]
-    names = ("brightness", "contrast", "saturation", "hue")
-    colors = ColorConfig(**dict(zip(names, strengths, strict=True)), jitter_prob=1.0, gray_prob=0.0)
+    brightness, contrast, saturation, hue = (JITTER if rng.random() < JITTER_PROB else 0.0 for _ in range(4))
+    colors = ColorConfig(
+        brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, jitter_prob=1.0, gray_prob=0.0
+    )
     image = recolor(image, colors, rng).reshape(image.shape)  # OpenCV drops a single channel's axis
     top, left, height, width = random_resized_crop(rng, mask.shape[0], mask.shape[1], CROP_AREA, CROP_ASPECT)
     window = np.s_[top : top + height, left : left + width]

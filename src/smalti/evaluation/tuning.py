@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -128,7 +128,12 @@ def normalized(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) 
 
 
 def random_view(
-    sample: ImageSample, channels: int, size: int, area: tuple[float, float], key: int
+    sample: ImageSample,
+    channels: int,
+    size: int,
+    area: tuple[float, float],
+    key: int,
+    mode: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> np.ndarray | Skipped:
     """``(size, size, C)``: a random resized crop of an image, mirrored half of the time.
 
@@ -138,6 +143,7 @@ def random_view(
         size: side in pixels.
         area: smallest and largest share of the image's area.
         key: of the randomness.
+        mode: interpolation, antialiased.
     """
     try:
         image = read_image(sample.path, channels)
@@ -145,7 +151,7 @@ def random_view(
         return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
     rng = np.random.default_rng(key)
     top, left, height, width = random_resized_crop(rng, image.shape[0], image.shape[1], area, CROP_ASPECT)
-    view = resize(image[top : top + height, left : left + width], size).reshape(size, size, -1)
+    view = resize(image[top : top + height, left : left + width], size, mode).reshape(size, size, -1)
     return view[:, ::-1] if rng.random() < FLIP_PROB else view
 
 

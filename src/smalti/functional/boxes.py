@@ -104,8 +104,8 @@ def reference_cells(
     Returns:
         ``(..., N)`` raster numbers in the reference grid, -1 where the reference doesn't show the centre.
 
-    Source: Caron et al., LOCA, arXiv:2212.02400, whose code enlarges, cuts and shrinks a map of numbers instead: equal
-    but for centres within half a source pixel of an edge.
+    Source: Caron et al., LOCA, arXiv:2212.02400, whose code enlarges, cuts and twice shrinks a map of numbers instead:
+    equal but for centres within half a source pixel and half a pixel of the view of an edge.
     """
     boxes, reference = boxes.double(), reference.double()  # a centre near an edge must not change sides by rounding
     indices = []

@@ -65,6 +65,8 @@ class Method(nn.Module, ABC):
     """What goes over ``defaults`` where the data are signals; may hold settings of the method under ``method``."""
     export_network: ClassVar[str] = "encoder"
     """Which of :meth:`networks` is handed on by default."""
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    """Last parts of names of parameters that are not decayed, beside biases and one-dimensional ones."""
     reads_field: ClassVar[bool] = False
     """Whether crops read their positions out of a field. For all others a field that weights bring becomes a table."""
 
@@ -142,14 +144,16 @@ class Method(nn.Module, ABC):
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimiser, with ``lr_scale`` and ``weight_decay_scale`` that the schedules multiply.
 
-        Here: biases and one-dimensional parameters are not decayed, everything else is (so are positions, class and
-        mask tokens, as in the official MAE and DINO code).
+        Here: biases, one-dimensional parameters and those of :attr:`no_weight_decay` are not decayed, everything else
+        is (so are positions, class and mask tokens, as in the official MAE and DINO code).
         """
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (decayed if parameter.ndim > 1 and not name.endswith(".bias") else plain).append(parameter)
+                last = name.rpartition(".")[2]
+                is_plain = parameter.ndim < 2 or last in ("bias", *self.no_weight_decay)
+                (plain if is_plain else decayed).append(parameter)
         return [
             {"params": decayed, "lr_scale": 1.0, "weight_decay_scale": 1.0},
             {"params": plain, "lr_scale": 1.0, "weight_decay_scale": 0.0},

@@ -8,7 +8,7 @@ Differs from the paper: the mean over pairs of views, where Eq. (3) sums: crops 
 beside them and in the recipe); "epochs" are shares of training.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from smalti.config import settings
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
+from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.layers.heads import ProjectionHead, Prototypes
 from smalti.methods.base import Method, register
@@ -60,6 +61,13 @@ class DINOConfig:
     """Area of a global view, as a share of the image."""
     local_scale: tuple[float, float] = (0.05, 0.4)
     """Area of a local view."""
+    color_strength: float = 1.0
+    """Factor of the colour jitter's four strengths (0.4, 0.4, 0.2, 0.1); short runs on few images want it mild."""
+    linear_init: Literal["0.02", "fan_in"] = "0.02"
+    """Standard deviation of linear layers at the start, heads included: 0.02, or 1 / sqrt(inputs) (patch embedding,
+    too), without which networks narrower than a ViT-S learn little in a short run."""
+    position_init: Literal["learned", "sincos"] = "learned"
+    """Positions at the start, which are learned: as timm draws them, or sine-cosine, as large as embedded patches."""
 
 
 def cross_view_entropy(
@@ -84,6 +92,54 @@ def cross_view_entropy(
         per_pair = -torch.einsum("gbk,vbk->gvb", target, log_pred).mean(dim=-1)  # Eq. (2), (G, V)
     different = ~torch.eye(*per_pair.shape, dtype=torch.bool, device=per_pair.device)
     return (per_pair * different).sum() / different.sum()
+
+
+def resample_as_released(encoder: Encoder) -> None:
+    """Resample positions for local crops as the code of DINO, iBOT and DINOv2: bicubic without antialiasing, by the
+    factor ``(n + 0.1) / m``. A pretrained encoder keeps the resampling that it was loaded with (``load.pos_*``)."""
+    if not encoder.pretrained:
+        encoder.set_pos_resampling(mode="bicubic", antialias=False, offset=0.1)
+
+
+@torch.no_grad()
+def draw_weights(network: nn.Module, heads: nn.Module, encoder: Encoder, linear_init: str, position_init: str) -> None:
+    """Weights and positions at the start, where they aren't timm's; a pretrained encoder keeps its own.
+
+    Args:
+        network: encoder and heads.
+        heads: alone.
+        encoder: alone.
+        linear_init: as in :class:`DINOConfig`.
+        position_init: likewise.
+
+    Raises:
+        ConfigError: for ``position_init=sincos`` without positions.
+    """
+    if linear_init == "fan_in":
+        for module in (heads if encoder.pretrained else network).modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    if position_init == "sincos" and not encoder.pretrained:
+        table, grid = encoder.vit.pos_embed, encoder.check_size(*encoder.img_size)
+        if table is None:
+            raise ConfigError(f"method.position_init=sincos: {encoder.name} has no positions")
+        like = encoder.vit.patch_embed.proj.weight.flatten(1).norm(dim=1).square().mean().sqrt()  # RMS of a patch
+        positions = sincos_positions(encoder.embed_dim, grid)
+        table[:, -len(positions) :] = positions * (like / positions.square().mean().sqrt())
+
+
+def color_jitter(strength: float, gray_prob: float = 0.2) -> ColorConfig:
+    """BYOL's colour jitter, each of its four strengths times ``strength``.
+
+    Raises:
+        ConfigError: for a negative strength.
+    """
+    if strength < 0:
+        raise ConfigError(f"method.color_strength={strength}: a factor of at least 0 is needed")
+    brightness, contrast, saturation, hue = (strength * full for full in (0.4, 0.4, 0.2, 0.1))
+    return ColorConfig(
+        brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, jitter_prob=0.8, gray_prob=gray_prob
+    )
 
 
 class EncoderWithHead(nn.Module):
@@ -135,7 +191,10 @@ class DINO(Method):
             raise ConfigError("method.student_temp, teacher_temp and warmup_teacher_temp must be above 0")
         if not 0 <= config.momentum <= 1 or not 0 <= config.center_momentum <= 1:
             raise ConfigError("method.momentum and method.center_momentum must lie in 0..1")
+        resample_as_released(encoder)
         self.student = EncoderWithHead(encoder, config)
+        encoder.draw_class_token()
+        draw_weights(self.student, self.student.head, encoder, config.linear_init, config.position_init)
         self.teacher: Teacher[EncoderWithHead] = Teacher(self.student)
         self.register_buffer("center", torch.zeros(config.num_prototypes))
         self._teacher_sum: Tensor | None = None
@@ -144,7 +203,7 @@ class DINO(Method):
     def make_views(self, image_size: int) -> MultiCrop:
         """Two global and some local views with colour jitter, blur and solarisation: Sec. 3.2, after BYOL."""
         config, patch = self.config, self.student.encoder.patch_size[0]
-        color = ColorConfig(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2)
+        color = color_jitter(config.color_strength)
         views = [
             ViewSpec(
                 count=2,

@@ -92,6 +92,7 @@ class DINOv2(IBOT):
     Config = DINOv2Config
     title = "iBOT with separate heads, Sinkhorn's targets and images kept apart"
     paper = "Oquab et al. 2023, arXiv:2304.07193v2"
+    draws_class_token = False  # 1e-6 in the released code, as in timm
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 4e-3,

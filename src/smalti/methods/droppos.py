@@ -68,7 +68,7 @@ class DropPosConfig:
     decoder_dim: int | None = None
     """Width of the decoder; None: 512 for encoders of 768 and more (the published one), else two thirds of theirs."""
     decoder_depth: int = 2
-    """Blocks of the decoder that finds positions; that of ``reconstruct`` has 8."""
+    """Blocks of the decoder that finds positions, and of that of ``reconstruct``."""
     decoder_num_heads: int | None = None
     """Attention heads of the decoders; None: one for every 32 of their width (16 at 512, the published one)."""
     positions: Literal["sincos", "learned"] = "sincos"
@@ -207,7 +207,9 @@ class DropPos(Method):
         self.pixel_decoder: MaskedDecoder | None = None
         if config.reconstruct:
             values = encoder.in_chans * encoder.patch_size[0] * encoder.patch_size[1]
-            self.pixel_decoder = MaskedDecoder(width, dim, 8, num_heads, values, encoder.num_prefix_tokens)
+            self.pixel_decoder = MaskedDecoder(
+                width, dim, config.decoder_depth, num_heads, values, encoder.num_prefix_tokens
+            )
             init_linear_layers(self.pixel_decoder)
             nn.init.normal_(self.pixel_decoder.mask_token, std=0.02)
         if not encoder.pretrained:

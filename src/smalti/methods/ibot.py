@@ -20,11 +20,10 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
+from smalti.data.views import MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.distillation import distill
 from smalti.functional.masking import block_mask
-from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import sum_over_processes
 from smalti.functional.random import fork_keys, sample_uniform
@@ -33,6 +32,7 @@ from smalti.functional.transport import sinkhorn_offsets
 from smalti.layers.heads import PrototypeHead
 from smalti.layers.last_block import Chosen, place_of
 from smalti.methods.base import Method, register
+from smalti.methods.dino import color_jitter, draw_weights, resample_as_released
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
@@ -285,10 +285,13 @@ class IBOT(Method):
     }
     token_heads: tuple[str, ...] = (PATCH,)
     """What is asked of patch tokens; the names of heads, masks and loss terms."""
+    draws_class_token: ClassVar[bool] = True
+    """Whether the class token starts as in the code of DINO and iBOT, or as timm draws it."""
 
     def __init__(self, encoder: Encoder, config: IBOTConfig) -> None:
         super().__init__(encoder, config)
         _check(config, encoder)
+        resample_as_released(encoder)
         self.student = self.make_network(encoder)
         self._draw_weights()
         self.teacher: Teacher[MaskedNetwork] = Teacher(self.student)
@@ -304,16 +307,7 @@ class IBOT(Method):
     def make_views(self, image_size: int) -> MultiCrop:
         """Two global and some local views with colour jitter, blur and solarisation, as in DINO."""
         config, encoder = self.config, self.student.encoder
-        strengths = [strength * config.color_strength for strength in (0.4, 0.4, 0.2, 0.1)]
-        brightness, contrast, saturation, hue = strengths
-        color = ColorConfig(
-            brightness=brightness,
-            contrast=contrast,
-            saturation=saturation,
-            hue=hue,
-            jitter_prob=0.8,
-            gray_prob=config.gray_prob,
-        )
+        color = color_jitter(config.color_strength, config.gray_prob)
         first, second, local = self.blur_probs()
         views = [
             ViewSpec(
@@ -507,17 +501,9 @@ class IBOT(Method):
     def _draw_weights(self) -> None:
         """Weights and positions at the start, where they aren't timm's; an encoder that was trained keeps its own."""
         encoder, config = self.student.encoder, self.config
-        if config.linear_init == "fan_in":
-            for module in (self.student.heads if encoder.pretrained else self.student).modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        if config.position_init == "sincos" and not encoder.pretrained:
-            table, grid = encoder.vit.pos_embed, encoder.check_size(*encoder.img_size)
-            if table is None:
-                raise ConfigError(f"method.position_init=sincos: {encoder.name} has no positions")
-            like = encoder.vit.patch_embed.proj.weight.flatten(1).norm(dim=1).square().mean().sqrt()  # RMS of a patch
-            positions = sincos_positions(encoder.embed_dim, grid)
-            table[:, -len(positions) :] = positions * (like / positions.square().mean().sqrt())
+        if self.draws_class_token:
+            encoder.draw_class_token()
+        draw_weights(self.student, self.student.heads, encoder, config.linear_init, config.position_init)
 
 
 def _check(config: IBOTConfig, encoder: Encoder) -> None:

@@ -64,6 +64,8 @@ class MP3(Method):
         "drop_path": 0.1,
     }
 
+    no_weight_decay = ("cls_token",)  # as in the released code, which is DeiT's
+
     def __init__(self, encoder: Encoder, config: MP3Config) -> None:
         super().__init__(encoder, config)
         if not 0 <= config.key_mask_ratio < 1:
@@ -77,6 +79,7 @@ class MP3(Method):
         """Grid of the cells that are told apart: the encoder's native one."""
         self.head = nn.Linear(encoder.embed_dim, self.head_grid[0] * self.head_grid[1])
         init_linear(self.head)
+        encoder.draw_class_token()
         encoder.drop_positions()
         if encoder.vit.pos_embed is not None:
             encoder.vit.pos_embed.requires_grad_(False)

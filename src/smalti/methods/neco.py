@@ -60,7 +60,7 @@ class NeCoConfig:
     steepness_teacher: float = 100.0
     """beta of the teacher's."""
     similarity: Literal["cosine", "euclidean"] = "cosine"
-    """Of a cell to a reference: cosine, or the negative distance."""
+    """Of a cell to a reference: cosine, or the negative distance (the released code sorts the distance itself)."""
     references: Literal["batch", "queue"] = "batch"
     """Cells of the batch, each once, or teacher tokens of this and earlier batches."""
     queue_size: int = 8192

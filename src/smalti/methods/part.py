@@ -139,6 +139,8 @@ class PARTConfig:
     """Area of the random crop, as a share of the image."""
     color_jitter: float = 0.4
     """Strength of jitter of brightness, contrast and saturation; 0: none."""
+    flip_prob: float = 0.5
+    """Fraction of views that are mirrored left to right, in 0..1."""
     channel_dropout: float = 0.1
     """Signals: chance that a channel is zero."""
     amplitude: tuple[float, float] = (0.8, 1.2)
@@ -201,6 +203,7 @@ class PART(Method):
         "drop_path": 0.1,
     }
 
+    no_weight_decay = ("cls_token",)  # as in the released code, which is DeiT's
     takes_signals: ClassVar[bool] = True
     signal_defaults: ClassVar[dict[str, Any]] = {
         "method": {"normalize": "image"},  # in patches, offsets of half a second's would have a variance of hundreds
@@ -248,6 +251,7 @@ class PART(Method):
         self.projection = (
             ProjectionHead(encoder.embed_dim, encoder.embed_dim, config.contrastive_dim) if config.contrastive else None
         )
+        encoder.draw_class_token()
         self._set_positions()
 
     @property
@@ -270,7 +274,7 @@ class PART(Method):
                     count=self.num_views,
                     size=image_size,
                     scale=self.config.crop_scale,
-                    flip_prob=0.5,
+                    flip_prob=self.config.flip_prob,
                     color=color if strength else None,
                 )
             ]
@@ -504,11 +508,13 @@ def _check(config: PARTConfig, encoder: Encoder) -> None:
         ConfigError: naming them.
     """
     if encoder.takes_signals:
-        refuse_changed(config, ("crop_scale", "color_jitter"), "is for images, these are signals")
+        refuse_changed(config, ("crop_scale", "color_jitter", "flip_prob"), "is for images, these are signals")
     else:
         refuse_changed(config, ("channel_dropout", "amplitude"), "is for signals, these are images")
     if not 0 <= config.key_mask_ratio < 1:
         raise ConfigError(f"method.key_mask_ratio={config.key_mask_ratio}: a share in 0..1 (1 excluded) is needed")
+    if not 0 <= config.flip_prob <= 1:
+        raise ConfigError(f"method.flip_prob={config.flip_prob}: it must lie in 0..1")
     if config.query == "positional" and config.sampling == "grid" and not config.shuffle:
         raise ConfigError("method.query=positional sees a patch's number, which shuffle=false makes its place")
     if config.angles == "quad" and config.max_angle:

@@ -428,6 +428,16 @@ class Encoder(nn.Module):
             self.vit.pos_embed.requires_grad_(True)
         self.position_free = False
 
+    @torch.no_grad()
+    def draw_class_token(self) -> None:
+        """Draw the class token from a truncated normal, 0.02, where timm's is normal with 1e-6; without one, or with
+        pretrained weights, nothing happens.
+
+        Source: the released code of DINO, iBOT and PART (DeiT's initialisation); DINOv2 has timm's.
+        """
+        if self.vit.cls_token is not None and not self.pretrained:
+            nn.init.trunc_normal_(self.vit.cls_token, std=0.02)
+
     def attach_field(self, field: PositionField) -> None:
         """Read positions out of a field from now on; the model's own table goes.
 
