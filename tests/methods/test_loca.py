@@ -368,7 +368,7 @@ def test_a_short_run_finds_positions(tmp_path: Path) -> None:
         "optim": {"lr": 5e-3},
         "log": {"every": 40},
     }
-    rows = read_csv(train("loca", graded_photos, tmp_path / "run", overrides=settings, quiet=True) / LOG_FILE)
+    rows = read_csv(train("loca", photos, tmp_path / "run", overrides=settings, quiet=True) / LOG_FILE)
     chance = math.log(16)  # of the 16 cells; the best by rows alone is about log 4, and an accuracy of 1/4
     assert float(rows[-1]["loss/position"]) < chance - 0.3
     assert float(rows[-1]["position_accuracy"]) - 1 / 16 > (1 / 4 - 1 / 16) / 3
