@@ -4,8 +4,8 @@
     python evidence/cifar_positions.py --cifar CIFAR10_JPEG --out runs/cifar-gpu --form gpu --seeds 0
 
 ``--cifar`` holds train.tar.xz and test.tar.xz with SPLIT/CLASS/*.jpg; they are unpacked into ``--out``. Each arm is
-trained on images without labels, then judged by fine-tuning on some labelled ones and by a linear probe, all on the
-10,000 test images. Every trained PART is probed on held-out images as ``smalti probe`` does. What was fixed before the
+trained on images without labels, then evaluated by fine-tuning on some labelled ones and by a linear probe, all on the
+10,000 test images, beside its own network untrained. Every trained PART is probed on held-out images as ``smalti probe`` does. What was fixed before the
 first run: all that stands below, and no choice of checkpoints. The CPU form is far shorter than any published run: six
 blocks of width 96, patches of 8 (16 of them an image), 10,000 images, 1,000 steps of 64. ``--out`` may hold what an
 earlier, broken-off run finished; that is not done again. On one core it takes about an hour.
@@ -72,7 +72,7 @@ def unpack(cifar: Path, out: Path, per_class: int) -> Path:
 
 
 def plan(images: Path, form: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
-    """Four forms of PART, the others, and no training; the paper's PART comes first, so differences are against it."""
+    """Five forms of PART, the others, and no training; the paper's PART comes first, so differences are against it."""
     part = {"method": "part", "method.crop_scale": [0.35, 1.0], "drop_path": 0.0, "optim.lr": form["lr"]}
     linear = {"method.head": "pairwise_linear"}
     other = {"drop_path": 0.0, "optim.lr": form["lr"]}
@@ -99,6 +99,7 @@ def plan(images: Path, form: dict[str, Any], seeds: list[int]) -> dict[str, Any]
         },
         "arms": {
             "part": part,
+            "part, residual and norm": {**part, "method.head_residual": True, "method.head_norm": True},
             "part, pairwise linear": {**part, **linear},
             "part, grid": {**part, "method.sampling": "grid"},
             "part, grid, pairwise linear": {**part, "method.sampling": "grid", **linear},
