@@ -22,7 +22,10 @@ TINY = (
     "data.image_size=32 batch_size=4 optim.lr=1e-3 checkpoint.every=4 log.every=2"
 ).split()
 MAE = "method.decoder_dim=16 method.decoder_depth=1 method.decoder_num_heads=2".split()
-NECO = "method.roi_size=3 method.hidden_dim=32 method.out_dim=16 method.num_local_views=2 method.local_size=16".split()
+NECO = (
+    "method.roi_size=3 method.hidden_dim=32 method.out_dim=16 method.num_local_views=2 method.local_size=16 "
+    "method.from_scratch=true"
+).split()
 LOCA = "method.num_prototypes=16 method.hidden_dim=32 method.bottleneck_dim=8 method.num_small_queries=2".split()
 DINO = "method.num_prototypes=16 method.hidden_dim=32 method.bottleneck_dim=8 method.num_local_views=2".split()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -15,8 +16,10 @@ from smalti.data.folders import open_images
 from smalti.data.labelled import load_images
 from smalti.data.views import CentreCrop, ViewMaker, Views
 from smalti.errors import ConfigError, WeightsError
+from smalti.functional.patches import patchify
+from smalti.layers.tokens import TokenConfig
 from smalti.methods import base
-from smalti.methods.autoencoder import Autoencoder, AutoencoderConfig, reconstruction_loss
+from smalti.methods.autoencoder import Autoencoder, AutoencoderConfig, pca_psnr, reconstruction_loss
 from smalti.methods.base import TokenMethod
 from smalti.study.pretrain import load_method, resume, train
 
@@ -210,3 +213,29 @@ def test_a_path_without_an_autoencoder(tmp_path: Path, photos: Path, reader: str
                 overrides={"tokens": {"kind": "autoencoder", "path": str(path)}},
                 quiet=True,
             )
+
+
+def test_principal_components_are_measured_as_by_a_singular_value_decomposition() -> None:
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    patches = patchify(images, (4, 4)).flatten(0, 1).double()
+    u, s, v = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    rebuilt = u[:, :10] * s[:10] @ v[:10] + patches.mean(0)
+    expected = -10 * (rebuilt - patches).square().mean().log10()
+    assert_close(pca_psnr(images, (4, 4), 10), expected)
+    assert pca_psnr(images[:, :, :1, :1].expand(-1, -1, 16, 16), (4, 4), 10) > 100  # three numbers say all
+
+
+def test_a_run_that_principal_components_beat_says_so_near_its_end() -> None:
+    torch.manual_seed(0)
+    config = AutoencoderConfig(width=8)
+    tokens = Autoencoder.make_tokens(TokenConfig(kind="autoencoder", patch_size=4, dim=6), config, 16, 3)
+    method, smooth = Autoencoder(tokens, config), torch.rand(16, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    images = (F.interpolate(smooth, (16, 16), mode="bilinear") * 255).to(torch.uint8)
+    views = Views((images,), *(torch.zeros(16),) * 3, torch.arange(16), torch.arange(16))
+    method(views, 0.5)
+    assert method.diagnose(views, 0.5).warnings == {}
+    found = method.diagnose(views, 0.95)
+    assert found.numbers["psnr_pca"] > method.observations["psnr"]
+    assert "6 principal components a patch give" in found.warnings["worse than pca"]
+    method.observations["psnr"] = torch.tensor(99.0)
+    assert method.diagnose(views, 0.95).warnings == {}

@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from smalti.config import merge
 from smalti.data.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views, ViewSpec, collate
@@ -33,6 +34,7 @@ from smalti.methods.neco import (
 )
 from smalti.methods.teacher import cosine_momentum
 from smalti.models.encoder import build_encoder
+from smalti.study.pretrain import check_start, resolve, train
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, weight_decay
 
 SMALL = {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16}
@@ -403,6 +405,18 @@ def test_only_the_nearest_references_count_by_plain_loops() -> None:
             terms.append(-(target[q, i] * pred[q, i].log()).sum())
     assert_close(tiny(top_k=3).order_loss(student, teacher), torch.stack(terms).mean(), rtol=1e-5, atol=0)
     assert_close(tiny(top_k=9).order_loss(student, teacher), neco_loss(student, teacher), rtol=1e-6, atol=0)
+
+
+def test_a_run_needs_weights_to_start_from(tmp_path: Path) -> None:
+    for how in ({}, {"recipe": "neco_small224.yaml"}):
+        with pytest.raises(ConfigError, match=r"neco is post-training: name the weights .* --init .*from_scratch=true"):
+            train("neco", tmp_path, tmp_path / "run", **how)
+    both = {"method": {"from_scratch": True}}
+    with pytest.raises(ConfigError, match=r"method\.from_scratch=true starts from random weights, init=.* drop one"):
+        train("neco", tmp_path, tmp_path / "run", init="random:vit_tiny_patch16_224", overrides=both)
+    for tree in ({"init": "RUN"}, both):
+        check_start(*resolve(merge({"method": {"name": "neco"}}, tree)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_sort_two_softmaxes_are_compared() -> None:

@@ -509,7 +509,7 @@ def test_the_best_weights_have_a_name_everywhere(photos: Path, class_folders: Pa
 def test_evaluation_may_look_at_the_network_that_is_not_handed_on(
     photos: Path, class_folders: Path, tmp_path: Path
 ) -> None:
-    own = {"roi_size": 3, "hidden_dim": 16, "out_dim": 8, "num_local_views": 1, "local_size": 16}
+    own = {"roi_size": 3, "hidden_dim": 16, "out_dim": 8, "num_local_views": 1, "local_size": 16, "from_scratch": True}
     tree = pretrain.merge(TINY, {"method": own, "steps": 1, "weights": "teacher"})
     judged = {"eval": {"data": str(class_folders), "protocols": ["knn"], "image_size": 32, "baseline": False}}
     run = smalti.train("neco", photos, tmp_path / "a", overrides=pretrain.merge(tree, judged), quiet=True)

@@ -13,16 +13,23 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from smalti.config import settings
 from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
+from smalti.functional.patches import patchify
 from smalti.functional.precision import at_least_float32
 from smalti.layers.autoencoder import kl_to_standard_normal
 from smalti.layers.tokens import CodeTokens, TokenConfig, TokenSource, build_tokens, draw_codes
-from smalti.methods.base import TokenMethod, register
+from smalti.methods.base import Findings, TokenMethod, register
+
+_WARN_FROM = 0.9
+"""Fraction of training after which a comparison with principal components may warn."""
+_FEWEST_PATCHES = 4
+"""Patches for each value of a patch, below which principal components of a batch fit it too well to compare with."""
 
 
 @settings
@@ -47,6 +54,22 @@ def reconstruction_loss(
     """Mean absolute error, and the weighted mean squared one, of images in -1..1."""
     difference = at_least_float32(prediction) - at_least_float32(images)
     return difference.abs().mean() + l2_weight * difference.square().mean()
+
+
+@torch.no_grad()
+def pca_psnr(images: Float[Tensor, "B C H W"], patch_size: tuple[int, int], dim: int) -> Float[Tensor, ""]:
+    """Signal to noise, in decibel, of images rebuilt from the first principal components of their own patches.
+
+    Args:
+        images: in 0..1.
+        patch_size: ``(height, width)`` of a patch.
+        dim: components a patch.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        patches = patchify(images, patch_size).flatten(0, 1).double()
+        centred = patches - patches.mean(0)
+        left = torch.linalg.eigvalsh(centred.mT @ centred / len(patches)).flip(0)[dim:]  # variances that are lost
+        return -10 * (left.sum() / patches.shape[1]).clamp(min=1e-12).log10()
 
 
 @register("autoencoder")
@@ -111,3 +134,19 @@ class Autoencoder(TokenMethod):
             "reconstruction": reconstruction_loss(prediction, images, self.config.l2_weight),
             "kl": self.config.kl_weight * kl.sum() / images.numel(),
         }
+
+    def diagnose(self, views: Views, progress: float) -> Findings:
+        """``psnr_pca``: what as many principal components of the batch's own patches reach; a warning near the end if
+        the autoencoder, which :meth:`forward` has just measured on this batch, does not reach it."""
+        images, (rows, columns) = self.tokens.as_float(views.global_crops), self.tokens.grid
+        size = (images.shape[-2] // rows, images.shape[-1] // columns)
+        best = float(pca_psnr(images, size, self.tokens.token_dim))
+        own = float(self.observations.get("psnr", best))
+        num_patches, num_values = len(images) * rows * columns, images.shape[1] * size[0] * size[1]
+        if progress < _WARN_FROM or num_patches < _FEWEST_PATCHES * num_values or own >= best:
+            return Findings({"psnr_pca": best})
+        text = (
+            f"{self.tokens.token_dim} principal components a patch give {best:.1f} dB on a batch on which this run "
+            f"gives {own:.1f} dB: tokens.kind=pca is the better choice, or a longer run"
+        )
+        return Findings({"psnr_pca": best}, {"worse than pca": text})

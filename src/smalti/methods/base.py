@@ -67,6 +67,8 @@ class Method(nn.Module, ABC):
     """Which of :meth:`networks` is handed on by default."""
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Last parts of names of parameters that are not decayed, beside biases and one-dimensional ones."""
+    is_posttraining: ClassVar[bool] = False
+    """Whether it continues from trained weights: a run without ``init`` needs the setting ``from_scratch``."""
     reads_field: ClassVar[bool] = False
     """Whether crops read their positions out of a field. For all others a field that weights bring becomes a table."""
 

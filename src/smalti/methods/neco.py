@@ -48,6 +48,8 @@ _ALL_OF_IT = 1 - 1e-4  # a cell is masked if its aligned mask is 1, but for roun
 class NeCoConfig:
     """Settings of NeCo."""
 
+    from_scratch: bool = False
+    """Train from random weights, without ``init``. The method is made for encoders that are trained already."""
     roi_size: int = 7
     """k: the overlap of two views is cut out of both on a grid of k x k cells."""
     network: Literal["bitonic", "odd_even", "none"] = "bitonic"
@@ -217,6 +219,7 @@ class NeCo(Method):
     title = "post-training by the order of patch neighbours"
     paper = "Pariza et al. 2025, arXiv:2408.11054v3"
     export_network = "student"
+    is_posttraining = True
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "lr": 1e-5,

@@ -47,7 +47,7 @@ from smalti.study.cell import (
     untrained_key,
 )
 from smalti.study.machine import describe_machine
-from smalti.study.pretrain import absolute, resolve
+from smalti.study.pretrain import absolute, check_start, resolve
 from smalti.study.rows import Row, gain_cells, metric_rows, read_row, row_tree, table_cells
 from smalti.training.launch import num_processes, split_batch
 
@@ -398,7 +398,8 @@ def _train_job(
     tree = merge(tree, {"seed": seed, "data": {"path": plan.data}})
     if kind == "steps":
         tree["steps"] = int(amount)
-    config, _ = resolve(tree)
+    config, method = resolve(tree)
+    check_start(config, method)
     split_batch(config.batch_size, config.micro_batch, num_processes(config.devices))
     if config.eval.patience:
         raise ConfigError(f"eval.patience={config.eval.patience}: the plan's budget says how long arms train")

@@ -329,6 +329,27 @@ def count_classes(config: RunConfig, own: Any, images: ImageSet | SignalSet | No
     return dataclasses.replace(config, method={**config.method, "num_classes": count}), own
 
 
+def check_start(config: RunConfig, own: Any) -> None:
+    """Refuse a post-training method without weights to start from, unless ``method.from_scratch`` asks for it.
+
+    Args:
+        config: the run's settings.
+        own: the method's.
+
+    Raises:
+        ConfigError: without ``init`` and ``from_scratch``, or with both.
+    """
+    method = get_method(config.method["name"])
+    if not method.is_posttraining or bool(config.init) != own.from_scratch:
+        return
+    if own.from_scratch:
+        raise ConfigError(f"method.from_scratch=true starts from random weights, init={config.init} does not; drop one")
+    raise ConfigError(
+        f"{method.name} is post-training: name the weights to start from with --init (timm:NAME@FILE, a run, ...), or "
+        "set method.from_scratch=true to start from random ones"
+    )
+
+
 def posttrain_note(tree: Mapping[str, Any], config: RunConfig) -> str:
     """One line about the settings that a run has because it starts from weights; empty where there are none.
 
@@ -521,6 +542,7 @@ def train(
     given |= {"init": init} if init else {}
     tree = with_start(with_signals(_absolute_paths(merge(merge(tree, given), overrides or {}))))
     config, own = resolve(tree, str(recipe) if recipe else "settings")
+    check_start(config, own)
     if not config.data.path:
         raise ConfigError("no images are named; give --data DIR")
     if out is None:
