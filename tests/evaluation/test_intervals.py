@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from smalti.errors import ShapeError
-from smalti.evaluation.intervals import Resampled, difference, interval, resample, widening
+from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.evaluation.intervals import (
+    Resampled,
+    difference,
+    few_seeds,
+    group_images,
+    interval,
+    resample,
+    widening,
+)
 from smalti.evaluation.tally import tally_mean
 
 
@@ -67,8 +75,47 @@ def test_widening_makes_up_for_few_seeds():
 
 
 def test_other_numbers_of_images_or_seeds_are_refused():
-    with pytest.raises(ShapeError, match=r"judged on \[2, 3\] images"):
+    with pytest.raises(ShapeError, match=r"evaluated on \[2, 3\] images"):
         resample([tally_mean([1, 0]), tally_mean([1, 0, 1])])
     one, two = (Resampled(np.zeros(number), None) for number in (1, 2))
     with pytest.raises(ShapeError, match="1 seeds against 2"):
         difference(one, two)
+
+
+def test_copies_of_an_image_in_one_group_count_as_one():
+    values = np.random.default_rng(0).random(20)
+    copies, groups = np.repeat(values, 10), np.repeat([f"video{n:02d}" for n in range(20)], 10).tolist()
+    once, pretended = interval(resample([tally_mean(values)])), interval(resample([tally_mean(copies)]))
+    grouped = interval(resample([tally_mean(copies)], groups=groups))
+    assert grouped.over == "groups" and math.isclose(grouped.mean, values.mean())
+    width = {name: one.high - one.low for name, one in zip("opg", (once, pretended, grouped), strict=True)}
+    assert math.isclose(width["g"], widening(20) * width["o"], rel_tol=1e-6)
+    assert 0.2 < width["p"] / width["o"] < 0.45  # ten times the images: 1 / sqrt(10) of the width, not deserved
+
+
+def test_intervals_over_few_groups_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    hits, groups = 0, np.repeat([str(n) for n in range(6)], 8).tolist()
+    for trial in range(200):
+        values = 0.5 + np.repeat(rng.normal(0, 0.1, 6), 8) + rng.normal(0, 0.05, 48)
+        found = interval(resample([tally_mean(values)], trial, 300, groups=groups))
+        hits += found.low <= 0.5 <= found.high
+    assert hits / 200 >= 0.905
+
+
+def test_a_group_is_the_first_group_of_the_pattern_or_the_whole_match():
+    names = ("a/p1_x.png", "b/p1_y.png", "a/p22_x.png")
+    assert group_images(names, r"p(\d+)_") == ("1", "1", "22")
+    assert group_images(names, r"p\d+") == ("p1", "p1", "p22")
+    assert group_images(names, r"^[^/]+") == ("a", "b", "a")
+    with pytest.raises(DataError, match=r"eval.groups=_x: does not match b/p1_y.png; every"):
+        group_images(names, "_x")
+    with pytest.raises(DataError, match="all 3 evaluated images are in one group, 'png'"):
+        group_images(names, "png")
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        group_images(names, "(")
+
+
+def test_few_seeds_are_told_what_they_can_show():
+    assert "nothing of the chance in training" in few_seeds(1)
+    assert "9 times as wide" in few_seeds(2) and few_seeds(3) == ""

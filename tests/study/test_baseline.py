@@ -12,12 +12,14 @@ from test_methods import SMALL, WITH_ENCODER
 
 import smalti
 from smalti.config import merge, read_yaml
-from smalti.evaluation.protocol import EvalConfig
+from smalti.errors import DataError
+from smalti.evaluation.protocol import EvalConfig, read_results, write_results
 from smalti.methods.base import get_method
 from smalti.models.loading import as_loaded
 from smalti.models.weights import LoadConfig
 from smalti.study.baseline import baseline_of, untrained_network
 from smalti.study.pretrain import CONFIG_FILE, resolve
+from smalti.study.rows import result_cells
 
 TINY: dict[str, Any] = {
     "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
@@ -131,3 +133,33 @@ def test_no_baseline_where_none_is_asked_for(mae: Path, class_folders: Path) -> 
         config = dataclasses.replace(KNN, baseline=False)
         results = smalti.evaluate(smalti.load(mae, quiet=True), "run", str(class_folders), config)
     assert [result.baseline for result in results] == [None]
+
+
+def test_scores_and_paired_differences_have_intervals_that_survive_their_file(
+    mae: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    encoder = smalti.load(mae, quiet=True)
+    trained, before = results = smalti.evaluate(encoder, str(mae), str(class_folders), KNN)
+    found = trained.intervals["top1"]
+    assert found["low"] <= trained.metrics["top1"] <= found["high"]
+    assert found["difference"] == pytest.approx(trained.metrics["top1"] - before.metrics["top1"])
+    assert found["difference_low"] <= found["difference"] <= found["difference_high"]
+    assert set(before.intervals["top1"]) == {"low", "high"}
+    assert trained.settings["intervals"] == "95%, percentile bootstrap with 2000 resamplings of 6 images"
+    write_results(tmp_path / "r.json", results)
+    assert [result.intervals for result in read_results(tmp_path / "r.json")] == [r.intervals for r in results]
+    value, level, gap = result_cells(trained, before, "top1")
+    assert value.endswith(f"[{found['low']:.3f}, {found['high']:.3f}]") and level == f"{before.metrics['top1']:.3f}"
+    assert gap.endswith(f"[{found['difference_low']:+.3f}, {found['difference_high']:+.3f}]")
+
+
+def test_groups_change_the_intervals_and_no_score(mae: Path, class_folders: Path) -> None:
+    encoder = smalti.load(mae, quiet=True)
+    plain, grouped = (
+        smalti.evaluate(encoder, str(mae), str(class_folders), dataclasses.replace(KNN, groups=groups, baseline=False))
+        for groups in (None, r"/(\d)\.png")
+    )
+    assert plain[0].metrics == grouped[0].metrics
+    assert grouped[0].settings["intervals"].endswith(r"of 3 groups of images (/(\d)\.png)")
+    with pytest.raises(DataError, match=r"eval\.groups=blue/\(\.\): does not match val/red/0\.png"):
+        smalti.evaluate(encoder, str(mae), str(class_folders), dataclasses.replace(KNN, groups="blue/(.)"))

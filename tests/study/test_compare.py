@@ -82,6 +82,21 @@ def test_finished_cells_are_not_done_again(plan, tmp_path, monkeypatch):
     assert now == times
 
 
+def test_groups_and_few_seeds_change_what_is_said_and_no_cell(plan, tmp_path, monkeypatch):
+    plain = run(plan, tmp_path / "out")
+    assert plain.rows[0].score.over == "images and seeds"
+    plan["evaluate"][0]["groups"] = r"/(\d)\.png"
+    monkeypatch.setattr(module, "_run", lambda job, isolate: pytest.fail(f"{job.name} was done again"))
+    grouped = run(plan, tmp_path / "out")
+    assert {row.score.over for row in grouped.rows if row.is_headline} == {"groups and seeds"}
+    assert [row.seeds for row in grouped.rows] == [row.seeds for row in plain.rows]
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "Two seeds: their spread is hardly known" in text and "whole groups" in text
+    plan["evaluate"][0]["groups"] = "red/(.)"
+    with pytest.raises(DataError, match=r"does not match val/blue/0\.png"):
+        run(plan, tmp_path / "out")
+
+
 def test_a_longer_plan_does_only_what_is_new(plan, tmp_path, monkeypatch):
     run(plan, tmp_path / "out")
     done = []

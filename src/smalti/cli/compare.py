@@ -65,4 +65,5 @@ def _print(comparison: "Comparison") -> None:
     for arm, cost in comparison.costs.items():
         costs.add_row(arm, *cost_cells(cost))
     console.print(costs)
-    console.print(f"In brackets: {comparison.info['intervals']}.", highlight=False, markup=False)
+    notes = [f"In brackets: {comparison.info['intervals']}.", str(comparison.info.get("few_seeds", ""))]
+    console.print("\n".join(filter(None, notes)), highlight=False, markup=False)

@@ -110,31 +110,34 @@ def best_device() -> "torch.device":
 
 
 def print_results(results: "list[Result]", json_path: Path | None) -> None:
-    """A table of results with their baseline beside; ``--json`` writes them, too."""
+    """A table a protocol, the baseline beside the encoder, with intervals; ``--json`` writes them, too."""
     from rich.console import Console
     from rich.table import Table
 
     from smalti.evaluation.protocol import BASELINE_LABELS, write_results
+    from smalti.study.rows import result_cells
 
-    sets = sorted({result.data for result in results})
-    where = f" on {sets[0]}" if len(sets) == 1 else ""
-    beside = {result.protocol: result.metrics for result in results if result.is_baseline}
-    label = next((BASELINE_LABELS[result.baseline] for result in results if result.baseline), "")
-    table = Table(title=f"{results[0].encoder}{where}", title_justify="left")
-    for name in ("protocol", "metric"):
-        table.add_column(name, overflow="fold")
-    for name in ("value", *((label, "difference") if label else ())):
-        table.add_column(name, justify="right")
+    console = Console()
+    baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
+    told: dict[str, None] = {}
     for result in results:
         if result.is_baseline:
             continue
-        errors = result.settings.get("standard_error", {})
-        for metric, value in result.metrics.items():
-            shown = f"{value:.4f} ± {errors[metric]:.4f}" if metric in errors else f"{value:.4f}"
-            before = beside.get(result.protocol, {}).get(metric)
-            compared = ("", "") if before is None else (f"{before:.4f}", f"{value - before:+.4f}")
-            table.add_row(result.protocol, metric, shown, *(compared if label else ()))
-    Console().print(table)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(result.protocol, overflow="fold")
+        baseline = baselines.get((result.protocol, result.data))
+        beside = (BASELINE_LABELS[baseline.baseline], "difference") if baseline and baseline.baseline else ()
+        for name in ("value", *beside):
+            table.add_column(name, no_wrap=True)
+        for metric in result.metrics:
+            table.add_row(metric, *result_cells(result, baseline, metric))
+        print(f"{result.encoder} on {result.data}")
+        console.print(table)
+        print()
+        if "intervals" in result.settings:
+            told[f"In brackets: {result.settings['intervals']}"] = None
+    for line in told:
+        print(f"{line}; differences are paired.")
     if json_path:
         write_results(json_path, results)
 

@@ -1,26 +1,32 @@
-"""Intervals of scores: a bootstrap over the images that were judged on and over the seeds.
+"""Intervals of scores: a bootstrap over the images that were evaluated, or over whole groups of them, and over the
+seeds.
 
 Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13 (percentile intervals); Field & Welsh,
 "Bootstrapping clustered data", J. R. Statist. Soc. B 69(3), 2007 (resampling both of two crossed factors).
 Differs from them: what is drawn of the seeds is spread wider, by ``sqrt(S / (S - 1))`` since the plain bootstrap of S
 values is too narrow by that much, and by Student's quantile over the normal one, since few seeds tell little about
-their own spread: with 3 seeds, 2.7 times. Images are many and need neither.
-Letters: S seeds, R resamplings, n images.
+their own spread: with 3 seeds, 2.7 times. Groups of images (videos, patients, sites) are few, too, and widened alike;
+single images are many and need neither.
+Letters: S seeds, R resamplings, n images, G groups.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Float, UInt
 from scipy import stats
 
-from smalti.errors import ShapeError
+from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.tally import Tally
 
 LEVEL = 0.95
 RESAMPLINGS = 2000
 _AT_ONCE = 2**23  # weights in memory
+_KEPT = 2**26  # weights that are kept for the next metric of the same images
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Interval:
     """NaN where nothing can be drawn anew: one seed, and a score that is no sum over images."""
     high: float
     over: str
-    """What was drawn anew: ``images and seeds``, ``images``, ``seeds`` or ``nothing``."""
+    """What was drawn anew: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
+    ``nothing``."""
 
     @property
     def holds_zero(self) -> bool:
@@ -48,35 +55,111 @@ class Resampled:
     """``(S,)``."""
     drawn: np.ndarray | None
     """``(S, R)``; resampling r draws the same images for all seeds, and for all arms. None: no sum over images."""
+    unit: str = "images"
+    """What was drawn: ``images`` or ``groups``."""
 
 
-def resample(tallies: Sequence[Tally], seed: int = 0, resamplings: int = RESAMPLINGS) -> Resampled:
+def group_images(names: Sequence[str], pattern: str) -> tuple[str, ...]:
+    r"""The group of each image, read off its name.
+
+    Args:
+        names: of the images, relative to the data set.
+        pattern: a regular expression that is searched for in each name; its first group, or the whole match, names the
+            group.
+
+    Example:
+        >>> group_images(["a/site3_001.png", "b/site3_002.png", "a/site7_001.png"], r"site(\d+)")
+        ('3', '3', '7')
+
+    Raises:
+        ConfigError: if the pattern is no regular expression.
+        DataError: if an image has no group, or all have the same.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"eval.groups={pattern}: not a regular expression ({error})") from None
+    found: list[str] = []
+    for name in names:
+        match = compiled.search(name)
+        group = match[1] if match and compiled.groups else match[0] if match else None
+        if not group:
+            raise DataError(f"eval.groups={pattern}: does not match {name}; every evaluated image needs a group")
+        found.append(group)
+    if len(set(found)) == 1:
+        raise DataError(
+            f"eval.groups={pattern}: all {len(names)} evaluated images are in one group, '{found[0]}'; an interval "
+            "needs several"
+        )
+    return tuple(found)
+
+
+def resample(
+    tallies: Sequence[Tally],
+    seed: int = 0,
+    resamplings: int = RESAMPLINGS,
+    *,
+    groups: Sequence[str] | None = None,
+    level: float = LEVEL,
+) -> Resampled:
     """Scores of one arm with images drawn anew, the same images for equal ``seed`` and number of images.
 
     Args:
         tallies: one a seed, all about the same images in the same order.
         seed: of the draws.
         resamplings: R.
+        groups: of each image, from :func:`group_images`: whole groups are drawn. None: single images.
+        level: of the interval that will be asked for: the spread of G groups is widened for it.
 
     Raises:
         ShapeError: if the tallies are of different numbers of images.
     """
     number = len(tallies[0])
     if any(len(tally) != number for tally in tallies):
-        raise ShapeError(f"seeds were judged on {sorted({len(t) for t in tallies})} images; they must be the same")
+        raise ShapeError(f"seeds were evaluated on {sorted({len(t) for t in tallies})} images; they must be the same")
+    measured = np.array([tally.score() for tally in tallies])
+    if groups is not None:
+        tallies = [tally.by_group(groups) for tally in tallies]
+        number = len(tallies[0])
+    parts = []
+    for weights in _weights(number, seed, resamplings):
+        rows = weights.astype(np.float64)
+        parts.append(np.stack([tally.scores(rows) for tally in tallies]))
+    drawn = np.concatenate(parts, axis=1)
+    if groups is None:
+        return Resampled(measured, drawn)
+    known = np.isfinite(drawn)
+    centre = np.where(known, drawn, 0).sum(1, keepdims=True) / known.sum(1, keepdims=True).clip(1)
+    return Resampled(measured, centre + widening(number, level) * (drawn - centre), "groups")
+
+
+def _weights(number: int, seed: int, resamplings: int) -> Iterator[UInt[np.ndarray, "r n"]]:
+    """``(R, n)`` counts of a bootstrap of ``n`` things, some rows at a time."""
+    if number * resamplings <= _KEPT:
+        kept = _kept_weights(number, seed, resamplings)
+        rows = max(1, _AT_ONCE // max(number, 1))
+        yield from (kept[start : start + rows] for start in range(0, resamplings, rows))
+    else:
+        yield from _draw(number, seed, resamplings)
+
+
+@lru_cache(maxsize=1)
+def _kept_weights(number: int, seed: int, resamplings: int) -> UInt[np.ndarray, "R n"]:
+    """All of them: metrics of the same images share the draw, which takes longer than their scores."""
+    return np.concatenate(list(_draw(number, seed, resamplings)))
+
+
+def _draw(number: int, seed: int, resamplings: int) -> Iterator[UInt[np.ndarray, "r n"]]:
     rng = np.random.default_rng(seed)
     rows = max(1, _AT_ONCE // max(number, 1))
-    parts = []
     for start in range(0, resamplings, rows):
         size = min(rows, resamplings - start)
-        weights = rng.multinomial(number, np.full(number, 1 / number), size=size).astype(np.float64)
-        parts.append(np.stack([tally.scores(weights) for tally in tallies]))
-    return Resampled(np.array([tally.score() for tally in tallies]), np.concatenate(parts, axis=1))
+        yield rng.multinomial(number, np.full(number, 1 / number), size=size).astype(np.uint16)
 
 
 def interval(arm: Resampled, level: float = LEVEL, seed: int = 0) -> Interval:
     """Mean over the seeds, with its interval."""
-    return _interval(arm.measured, arm.drawn, level, seed)
+    return _interval(arm.measured, arm.drawn, level, seed, arm.unit)
 
 
 def difference(arm: Resampled, reference: Resampled, level: float = LEVEL, seed: int = 0) -> Interval:
@@ -89,23 +172,39 @@ def difference(arm: Resampled, reference: Resampled, level: float = LEVEL, seed:
         raise ShapeError(f"{len(arm.measured)} seeds against {len(reference.measured)}; pairs need the same seeds")
     both = arm.drawn is not None and reference.drawn is not None
     drawn = arm.drawn - reference.drawn if both else None  # type: ignore[operator]
-    return _interval(arm.measured - reference.measured, drawn, level, seed)
+    return _interval(arm.measured - reference.measured, drawn, level, seed, arm.unit)
 
 
-def widening(num_seeds: int, level: float = LEVEL) -> float:
-    """How much wider than drawn the seeds' part is taken; 0 for one seed, which says nothing of its spread."""
-    if num_seeds < 2:
+def widening(number: int, level: float = LEVEL) -> float:
+    """How much wider than drawn the part of a few seeds or groups is taken; 0 for one, which says nothing of its
+    spread."""
+    if number < 2:
         return 0.0
     quantile = (1 + level) / 2
-    student = stats.t.ppf(quantile, num_seeds - 1) / stats.norm.ppf(quantile)
-    return float(math.sqrt(num_seeds / (num_seeds - 1)) * student)
+    student = stats.t.ppf(quantile, number - 1) / stats.norm.ppf(quantile)
+    return float(math.sqrt(number / (number - 1)) * student)
 
 
-def _interval(measured: np.ndarray, drawn: np.ndarray | None, level: float, seed: int) -> Interval:
+def few_seeds(number: int) -> str:
+    """What so few seeds can show, a sentence; empty from three on."""
+    if number == 1:
+        return (
+            "One seed: the intervals are over what was evaluated; they say nothing of the chance in training, so "
+            "another seed may come out differently."
+        )
+    if number == 2:
+        return (
+            f"Two seeds: their spread is hardly known, so its part of the intervals is {widening(2):.0f} times as wide "
+            "as drawn; differences that a third seed would show may not be found."
+        )
+    return ""
+
+
+def _interval(
+    measured: Float[np.ndarray, " S"], drawn: Float[np.ndarray, "S R"] | None, level: float, seed: int, unit: str
+) -> Interval:
     num_seeds = len(measured)
-    over = " and ".join(
-        name for name, is_drawn in (("images", drawn is not None), ("seeds", num_seeds > 1)) if is_drawn
-    )
+    over = " and ".join(name for name, is_drawn in ((unit, drawn is not None), ("seeds", num_seeds > 1)) if is_drawn)
     mean = float(np.mean(measured))
     if not over:
         return Interval(mean, math.nan, math.nan, "nothing")

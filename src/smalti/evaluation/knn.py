@@ -5,6 +5,7 @@ Sec. 3.4, in the form of Caron et al., DINO, arXiv:2104.14294v2, Sec. 3.2 and th
 similarity s vote with exp(s / 0.07).
 """
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
-from smalti.evaluation.tally import tally_labels
+from smalti.evaluation.tally import tally_labels, tally_mean
 
 TEMPERATURE = 0.07
 DEFAULT_K = 20
@@ -76,11 +77,15 @@ def knn(features: Features, config: EvalConfig) -> Scores:
 
     shares, confusion = judge(k)
     metrics = {"top1": accuracy(confusion.matrix), "balanced_top1": balanced_accuracy(confusion.matrix)}
+    right: dict[str, Tensor] = {}
     if num_classes >= 5:
         found = (shares.topk(5, dim=1).indices == test.labels[:, None]).any(1)
         metrics["top5"] = float(found.double().mean())
+        right["top5"] = found
     for other in more:
-        metrics[f"top1_k{other}"] = accuracy(judge(other)[1].matrix)
+        shares_of_other, matrix = judge(other)
+        metrics[f"top1_k{other}"] = accuracy(matrix.matrix)
+        right[f"top1_k{other}"] = shares_of_other.argmax(1) == test.labels
     settings = {
         "k": k,
         **({"k_wanted": wanted, "k_note": "all training images vote: there are fewer than k"} if k < wanted else {}),
@@ -89,11 +94,17 @@ def knn(features: Features, config: EvalConfig) -> Scores:
         "image_size": size,
         "resize": "short side, then centre crop",
     }
+    num_images = len(features.data.test)
+    tallies = tally_labels(test.labels, shares.argmax(1), num_classes, test.places, num_images)
+    for name, found in right.items():
+        values = np.full(num_images, np.nan)
+        values[list(test.places)] = found.double().numpy()
+        tallies[name] = tally_mean(values)
     recall = class_recall(confusion.matrix).tolist()
     return Scores(
         metrics,
         settings,
         {"recall": dict(zip(features.data.classes, recall, strict=True))},
-        tallies=tally_labels(test.labels, shares.argmax(1), num_classes, test.places, len(features.data.test)),
+        tallies=tallies,
         confusion=confusion.matrix.numpy(),
     )

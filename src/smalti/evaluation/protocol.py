@@ -24,6 +24,7 @@ from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelle
 from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress
+from smalti.evaluation.intervals import group_images
 from smalti.evaluation.metrics import Absent
 from smalti.evaluation.shown import Shown, show
 from smalti.evaluation.tally import Tally
@@ -69,6 +70,9 @@ class EvalConfig:
     """Of the split (where the data has none), the heads' initial weights, their order of images, and the baseline."""
     split_seed: int | None = None
     """Of the split alone, where the data has none, and of the draw of ``train_size``; None takes ``seed``."""
+    groups: str | None = None
+    """A regular expression on each evaluated image's relative path; its first group, or the whole match, names what
+    the image belongs to (a video, patient or site). Intervals then resample whole groups; no score depends on it."""
     train_size: Annotated[float, Field(gt=0)] | None = None
     """Learn from fewer training images, drawn by the seed: a share below 1, or a number of images; None takes all."""
     baseline: bool = True
@@ -150,6 +154,7 @@ SHARED = frozenset(
         "protocols",
         "split",
         "split_seed",
+        "groups",
         "train_size",
         "every",
         "patience",
@@ -228,6 +233,10 @@ class Result:
     """What stands behind the numbers, image by image; not part of the JSON."""
     baseline: BaselineKind | None = None
     """Of the scores of a baseline, which kind it is; None: scores of the encoder that was asked about."""
+    intervals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Metric name -> ``low`` and ``high`` of its interval; where a baseline stands beside it also ``difference``,
+    ``difference_low`` and ``difference_high``, paired. Metrics that are no sum over images have none. Filled by
+    :func:`smalti.evaluate`; ``settings["intervals"]`` says what was resampled."""
 
     @property
     def headline(self) -> tuple[str, float]:
@@ -468,7 +477,10 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
             raise ConfigError("eval.train_size is for images; of signals, eval.fractions draws shares of the subjects")
         split_seed = config.seed if config.split_seed is None else config.split_seed
         signal = config.signal or SignalConfig()
-        return {"stages": open_labelled_signals(data, signal, split=config.split, seed=split_seed)}
+        signals = open_labelled_signals(data, signal, split=config.split, seed=split_seed)
+        if config.groups is not None:
+            group_images(signals.test.names, config.groups)
+        return {"stages": signals}
     images = open_images(data) if any(protocol.prefers for protocol in protocols) else None
     # without a train split or class names, what is only preferred can't be opened
     has = _has(images) if images and images.classes and (not images.splits or "train" in images.splits) else ()
@@ -484,6 +496,9 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
         for split, images in (("train", labelled.train), ("test", labelled.test))[need == "images" :]:
             if not len(images):
                 raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
+    if config.groups is not None:
+        for labelled in sets.values():
+            group_images(labelled.test.names, config.groups)
     if config.train_size is not None:
         for need in sets.keys() - {"images"}:
             sets[need] = draw_training(sets[need], config.train_size, seed)
@@ -554,6 +569,7 @@ def read_results(path: Path) -> list[Result]:
                     **row,
                     "metrics": _numbers(row["metrics"]),
                     "per_class": {name: _numbers(values) for name, values in row.get("per_class", {}).items()},
+                    "intervals": {name: _numbers(values) for name, values in row.get("intervals", {}).items()},
                 }
             )
             for row in rows
@@ -618,6 +634,8 @@ def _judge(
                 shared["labels"] = source.data.test.label_note
             if source.data.drawn:
                 shared["train_images"] = source.data.train.names
+            if config.groups is not None:
+                shared["groups"] = config.groups
             results.append(
                 Result(
                     protocol=protocol.name,

@@ -35,6 +35,19 @@ class Tally:
     def __len__(self) -> int:
         return len(self.part)
 
+    def by_group(self, groups: Sequence[str]) -> "Tally":
+        """The same score as a sum over groups of images.
+
+        Args:
+            groups: of each image.
+        """
+        assert len(groups) == len(self), (len(groups), len(self))
+        names, places = np.unique(np.asarray(groups), return_inverse=True)
+        part, whole = np.zeros((2, len(names), *self.part.shape[1:]))
+        np.add.at(part, places, self.part)
+        np.add.at(whole, places, self.whole)
+        return Tally(part, whole, self.absent)
+
     def score(self) -> float:
         """The score over all images."""
         return float(self.scores(np.ones((1, len(self))))[0])

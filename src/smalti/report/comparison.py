@@ -9,6 +9,7 @@ import numpy as np
 
 from smalti.config import flatten, to_tree, write_atomically
 from smalti.errors import SmaltiError
+from smalti.evaluation.intervals import few_seeds
 from smalti.evaluation.protocol import Result
 from smalti.report.details import Judged, detail_sections
 from smalti.report.figures import ForestRow, forest_chart, line_chart
@@ -135,13 +136,12 @@ def _page(comparison: Comparison) -> str:
     shown = said[:_MAX_SENTENCES]
     if len(said) > len(shown):
         shown.append(f"{len(said) - len(shown)} further sentences are in the tables below.")
-    num_seeds = len(comparison.plan.seeds)
     caution = (
         "Intervals of 95 % over test images and seeds; “no difference found” is not “no difference”. Each comparison "
         "stands by itself: among twenty comparisons of equal arms, one difference is expected to be found."
     )
-    if num_seeds == 1:
-        caution = f"One seed only: how much chance is in the training isn't known. {caution}"
+    if few := few_seeds(len(comparison.plan.seeds)):
+        caution = f"{few} {caution}"
     sections: dict[str, tuple[str, Html | None]] = {
         "results": ("Results", _results(comparison)),
         "cost": ("Cost", _costs(comparison)),

@@ -49,6 +49,7 @@ from smalti.report.html import (
 from smalti.report.rundir import RunFiles, read_run
 from smalti.study.baseline import baseline_of
 from smalti.study.posttrain import VERDICT_COLUMNS, Verdict, verdict_cells
+from smalti.study.rows import result_cells
 
 NUM_IMAGES = 12
 """Images whose patch tokens are shown."""
@@ -330,37 +331,35 @@ def results_table(comparisons: Sequence[Comparison]) -> Html:
     for pair in comparisons:
         headline = pair.trained.headline[0]
         for metric in pair.trained.metrics:
-            trained, baseline = pair.values(metric)
             gain = pair.gain(metric)
-            change = trained - baseline
+            told = result_cells(pair.trained, pair.baseline, metric)
+            shown, before, change = (*told, "", "")[:3]
             is_first = metric == headline
             kind = "good" if gain >= SAME else "bad" if gain <= -SAME else ""
             cells = (
                 tag("td", pair.trained.protocol if is_first else ""),
                 tag("td", pair.trained.data if is_first else "", class_="path"),
                 tag("td", metric, title=pair.trained.units.get(metric)),
-                tag("td", decimals(trained), class_="number"),
+                tag("td", shown, class_="number"),
             )
             beside = (
-                tag("td", decimals(baseline), class_="number"),
-                tag(
-                    "td",
-                    f"{change:+.3f}" if math.isfinite(change) else "–",
-                    class_=f"number {kind if is_first else ''}",
-                ),
+                tag("td", before or "–", class_="number"),
+                tag("td", change or "–", class_=f"number {kind if is_first else ''}"),
             )
-            told = cells if is_alone else (*cells, *beside)
-            rows.append(tag("tr", *told, class_="headline" if is_first else "muted"))
+            listed = cells if is_alone else (*cells, *beside)
+            rows.append(tag("tr", *listed, class_="headline" if is_first else "muted"))
     labels = ", ".join(dict.fromkeys(pair.label for pair in comparisons if pair.baseline is not None))
     first = "value" if labels == BASELINE_LABELS["random-init"] else "trained"
     head = ("protocol", "data", "metric", *(("value",) if is_alone else (first, labels, "difference")))
     names = (tag("th", t, class_="number" if n > 2 else None) for n, t in enumerate(head))
     table = tag("table", tag("thead", tag("tr", *names)), tag("tbody", *rows))
     encoders = ", ".join(dict.fromkeys(pair.trained.encoder for pair in comparisons))
+    drawn = dict.fromkeys(str(pair.trained.settings.get("intervals", "")) for pair in comparisons)
+    brackets = "".join(f" In brackets: {one}; differences are paired." for one in drawn if one)
     lead = tag(
         "p",
         f"{'Features' if is_alone else 'Trained'}: {encoders}. "
-        "Scores lie in 0..1 unless the metric says otherwise (hover over its name).",
+        f"Scores lie in 0..1 unless the metric says otherwise (hover over its name).{brackets}",
         class_="lead",
     )
     return join((lead, tag("div", table, class_="scroll")))

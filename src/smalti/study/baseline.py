@@ -11,6 +11,7 @@ from smalti.evaluation.protocol import Baseline, BaselineKind, EvalConfig, Resul
 from smalti.models.encoder import Encoder
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, as_loaded, open_encoder, weights_digest
 from smalti.study.pretrain import CONFIG_FILE, INIT_DIGEST, RunConfig, build_method, read_run_file, resolve
+from smalti.study.rows import with_intervals
 
 
 def evaluate(
@@ -33,13 +34,15 @@ def evaluate(
         figures: also keep what pages show of a few images, in ``details.shown``.
 
     Returns:
-        One result per protocol, each followed by that of the baseline, if there is one.
+        One result per protocol, each followed by that of the baseline, if there is one; with ``intervals`` over the
+        evaluated images, or over groups of them (``config.groups``).
 
     Raises:
         ConfigError, DataError, ShapeError: as :func:`smalti.evaluation.protocol.evaluate`.
     """
     baseline = baseline_of(encoder, name, config.seed) if config.baseline else None
-    return protocol.evaluate(encoder, name, data, config, baseline=baseline, progress=progress, figures=figures)
+    results = protocol.evaluate(encoder, name, data, config, baseline=baseline, progress=progress, figures=figures)
+    return with_intervals(results)
 
 
 def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | None:

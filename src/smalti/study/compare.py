@@ -27,7 +27,7 @@ from smalti.config import build, merge, read_yaml, settings, to_tree, unfold, un
 from smalti.data.folders import ImageSet, open_images, training_images
 from smalti.errors import ConfigError, RunError, SmaltiError
 from smalti.evaluation.details import read_details
-from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval
+from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval, few_seeds
 from smalti.evaluation.protocol import BaselineKind, EvalConfig, Result, find_protocol, open_sets, read_results
 from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig
@@ -266,8 +266,10 @@ def compare(
     info = {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "took_s": round(time.time() - started, 1),
-        "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of images and seeds; seeds "
-        "widened by sqrt(S/(S-1)) and Student's quantile; each comparison by itself",
+        "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of images "
+        f"{'(of whole groups where eval.groups is set) ' if any(e.get('groups') for e in plan.evaluate) else ''}"
+        "and seeds; seeds widened by sqrt(S/(S-1)) and Student's quantile; each comparison by itself",
+        "few_seeds": few_seeds(len(plan.seeds)),
         **describe_machine(),
     }
     costs = {arm: _cost([cell for cell in cells if cell.arm == arm]) for arm in plan.arms}
@@ -495,7 +497,8 @@ def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
     for (number, protocol, metric), by_arm in sorted(found.items(), key=lambda item: item[0][0]):
         ordered = {arm: by_arm[arm] for arm in plan.arms if arm in by_arm}
         data, first = short_name(plan.evaluate[number]["data"], plan), next(iter(plan.arms))
-        rows += metric_rows(ordered, metric, data, first, before.get((number, protocol)))
+        groups = plan.evaluate[number].get("groups")
+        rows += metric_rows(ordered, metric, data, first, before.get((number, protocol)), groups)
     return rows
 
 
@@ -580,6 +583,7 @@ def markdown(comparison: Comparison) -> str:
         f"Budget: {budget}. Seeds: {', '.join(map(str, plan.seeds))}. Trained on: {plan.data or 'nothing'}.",
         f"In brackets: {info['intervals']}. Differences are against **{next(iter(plan.arms))}**, paired. The gain of a "
         "trained arm is over its own network before training (untrained, or before where it started from weights).",
+        *([info["few_seeds"]] if info.get("few_seeds") else []),
         f"Commit {info['commit']}, {machine['processor']}, {machine['cores']} cores, "
         f"{', '.join(machine['gpus']) or 'no GPU'}; {info['finished']}.",
         "",

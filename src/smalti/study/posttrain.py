@@ -36,7 +36,7 @@ VERDICT_FILE = "posttrain.json"
 BEFORE, LAST, BEST = "before", "last", "best"
 _FOLDER, _SETTINGS = "posttrain", "settings.json"
 _PLAIN = ("judged", "steps", "best_step", "images", "network", "handed_on")
-COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "baseline")
+COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "baseline", "groups")
 """Settings of an evaluation that don't change its scores."""
 
 
@@ -152,7 +152,7 @@ class Judge:
         for number, first in enumerate(results[BEFORE]):
             for metric in first.metrics:
                 by_arm = {arm: {self.config.seed: found[number]} for arm, found in results.items()}
-                rows += metric_rows(by_arm, metric, self.data)
+                rows += metric_rows(by_arm, metric, self.data, groups=self.config.groups)
         if not self.is_apart:  # chosen on these very images: no claim
             rows = [dataclasses.replace(row, difference=None) if row.arm == BEST else row for row in rows]
         judged = BEST if self.is_apart and BEST in steps else LAST

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from smalti.errors import ShapeError
-from smalti.evaluation.intervals import Interval, Resampled, difference, interval, resample
+from smalti.evaluation.intervals import (
+    LEVEL,
+    RESAMPLINGS,
+    Interval,
+    Resampled,
+    difference,
+    group_images,
+    interval,
+    resample,
+)
 from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Result
 
 NO_DIFFERENCE = "no difference found"
@@ -70,6 +79,7 @@ def metric_rows(
     data: str,
     reference: str | None = None,
     baselines: Mapping[str, Mapping[int, Result]] | None = None,
+    groups: str | None = None,
 ) -> list[Row]:
     """One metric of all arms, in their order.
 
@@ -79,9 +89,10 @@ def metric_rows(
         data: how the rows call the images.
         reference: the arm that differences are taken against; None: the first.
         baselines: arm -> seed -> result of its network before training, of the arms that were trained.
+        groups: pattern of :func:`smalti.evaluation.intervals.group_images`; intervals resample whole groups.
     """
     reference = reference or next(iter(by_arm))
-    resampled = {arm: _resampled(results, metric) for arm, results in by_arm.items()}
+    resampled = {arm: _resampled(results, metric, groups) for arm, results in by_arm.items()}
     rows = []
     for arm, results in by_arm.items():
         one = next(iter(results.values()))
@@ -101,13 +112,70 @@ def metric_rows(
                 seeds={seed: float(result.metrics[metric]) for seed, result in results.items()},
                 difference=against,
                 is_headline=one.headline[0] == metric,
-                gain=_difference(results, untrained, metric, resampled[arm], _resampled(untrained, metric))
+                gain=_difference(results, untrained, metric, resampled[arm], _resampled(untrained, metric, groups))
                 if first is not None and all(metric in result.metrics for result in untrained.values())
                 else None,
                 gain_over=BASELINE_LABELS[first.baseline] if first is not None and first.baseline else "",
             )
         )
     return rows
+
+
+def with_intervals(results: Sequence[Result]) -> list[Result]:
+    """Results with the intervals of their scores and, where a baseline stands beside them, of the paired difference.
+
+    Args:
+        results: with details; baselines are marked as such. ``settings["groups"]`` of each says what is resampled.
+    """
+    baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
+    return [
+        _with_intervals(result, None if result.is_baseline else baselines.get((result.protocol, result.data)))
+        for result in results
+    ]
+
+
+def _with_intervals(result: Result, baseline: Result | None) -> Result:
+    details, groups = result.details, result.settings.get("groups")
+    found: dict[str, dict[str, float]] = {}
+    for metric in details.tallies if details else ():
+        arms = {"": {0: result}}
+        if baseline is not None and metric in baseline.metrics:
+            arms = {"baseline": {0: baseline}, **arms}
+        row = metric_rows(arms, metric, result.data, groups=groups)[-1]
+        found[metric] = {"low": row.score.low, "high": row.score.high}
+        if (gap := row.difference) is not None:
+            found[metric] |= {"difference": gap.mean, "difference_low": gap.low, "difference_high": gap.high}
+    if details is None or not found:
+        return result
+    drawn = f"{len(details.images)} images"
+    if groups is not None:
+        drawn = f"{len(set(group_images(details.images, groups)))} groups of images ({groups})"
+    told = f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of {drawn}"
+    return dataclasses.replace(result, intervals=found, settings={**result.settings, "intervals": told})
+
+
+def result_cells(result: Result, baseline: Result | None, metric: str) -> tuple[str, ...]:
+    """A metric of a result as text: value with interval and, with a baseline, its value and the difference."""
+    value, ends = float(result.metrics[metric]), result.intervals.get(metric, {})
+    error = result.settings.get("standard_error", {}).get(metric)
+    shown = f"{_short(value)} ± {_short(error)}" if error is not None else _short(value) + _span(ends, "low", "high")
+    if baseline is None:
+        return (shown,)
+    before = float(baseline.metrics.get(metric, math.nan))
+    if math.isnan(before):
+        return shown, "", ""
+    gap = _short(value - before, "+") + _span(ends, "difference_low", "difference_high", "+")
+    return shown, _short(before), gap
+
+
+def _span(ends: Mapping[str, float], low: str, high: str, sign: str = "") -> str:
+    if not all(math.isfinite(ends.get(end, math.nan)) for end in (low, high)):
+        return ""
+    return f" [{_short(ends[low], sign)}, {_short(ends[high], sign)}]"
+
+
+def _short(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if not abs(value) >= 10 else f"{value:{sign}.1f}"
 
 
 def row_tree(row: Row) -> dict[str, Any]:
@@ -157,11 +225,12 @@ def _within_range(score: Interval, unit: str) -> Interval:
     return dataclasses.replace(score, low=low, high=high)
 
 
-def _resampled(results: Mapping[int, Result], metric: str) -> Resampled:
+def _resampled(results: Mapping[int, Result], metric: str, groups: str | None) -> Resampled:
     tallies = [result.details.tallies.get(metric) if result.details else None for result in results.values()]
     known = [tally for tally in tallies if tally is not None]
     if len(known) == len(tallies):
-        return resample(known)
+        details = next(result.details for result in results.values() if result.details)
+        return resample(known, groups=group_images(details.images, groups) if groups is not None else None)
     return Resampled(np.array([result.metrics[metric] for result in results.values()], dtype=np.float64), None)
 
 
