@@ -9,10 +9,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -43,7 +41,7 @@ from smalti.study.pretrain import (
     step_maker,
     train,
 )
-from smalti.training.launch import num_processes, resolve_devices
+from smalti.training.launch import end_with_parent, num_processes, resolve_devices
 
 RANDOM = "random"
 """As ``load`` of an arm: the encoder that the plan's trained arms start from."""
@@ -275,21 +273,9 @@ def _say(name: str) -> Any:
     return progress
 
 
-def _end_with_parent() -> None:
-    """A comparison that is killed takes its cell along, which else would go on writing beside the next one."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(path: str) -> int:
     """Run the job in a file; what went wrong is written to the cell's folder. Returns the exit code."""
-    _end_with_parent()
+    end_with_parent()
     job = build(Job, json.loads(Path(path).read_text(encoding="utf-8")), path)
     failed = Path(job.folder) / FAILED
     failed.unlink(missing_ok=True)

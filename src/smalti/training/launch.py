@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -206,7 +208,21 @@ class ProcessFailed(SmaltiError, RuntimeError):
     """One of several training processes stopped; its own line says why."""
 
 
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: killed, it could not say so, and the child would go on
+    writing beside a resumed run."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _process(rank: int, processes: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
