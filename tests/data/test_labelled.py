@@ -34,7 +34,7 @@ def test_judged_on_val_else_test_unless_told(write, tmp_path):
     for split in ("train", "val", "test"):
         class_folders(write, {"a": 2, "b": 1}, split)
     data = open_labelled(tmp_path, need="labels")
-    assert data.classes == ("a", "b") and data.note == "learned from train (3), judged on val (3)"
+    assert data.classes == ("a", "b") and data.note == "learned from train (3), evaluated on val (3)"
     assert {sample.split for sample in data.train.samples} == {"train"}
     assert open_labelled(tmp_path, split="test", need="labels").test.splits == ("test",)
     assert open_labelled(tmp_path, split="validation", need="labels").test.splits == ("val",)

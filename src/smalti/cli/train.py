@@ -105,9 +105,11 @@ def _print_verdict(verdict: "Verdict") -> None:
     from smalti.study.posttrain import VERDICT_COLUMNS, verdict_cells
 
     console = Console()
-    table = Table(title=f"{verdict.rows[0].data}: {verdict.images}", title_justify="left")
+    print(verdict.rows[0].data)
+    print(verdict.images)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in VERDICT_COLUMNS:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for cells in verdict_cells(verdict):
         table.add_row(*cells)
     console.print(table)

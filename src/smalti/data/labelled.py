@@ -40,7 +40,7 @@ Kind = Literal["labels", "masks", "boxes"]
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Images to learn from and others to be judged on."""
+    """Images to learn from and others to be evaluated on."""
 
     train: ImageSet
     test: ImageSet
@@ -49,6 +49,13 @@ class LabelledData:
     """How the two came about, one line for logs and results."""
     drawn: bool = False
     """Whether ``train`` is a draw from the training images."""
+    split: str = "test"
+    """The evaluated split by its own name; ``held-out`` of a seeded split, empty where all images are evaluated."""
+
+    @property
+    def evaluated(self) -> str:
+        """What the evaluated images are called, such as ``val images``."""
+        return f"{self.split} images".strip()
 
 
 def open_labelled(data: str | Path, *, split: str | None = None, seed: int = 0, need: Kind) -> LabelledData:
@@ -86,9 +93,8 @@ def open_labelled(data: str | Path, *, split: str | None = None, seed: int = 0, 
     test, train = images.subset(test_name), images.subset("train")
     if need == "labels":
         _check_classes(train, test)
-    return LabelledData(
-        train, test, images.classes, f"learned from train ({len(train)}), judged on {test_name} ({len(test)})"
-    )
+    note = f"learned from train ({len(train)}), evaluated on {test_name} ({len(test)})"
+    return LabelledData(train, test, images.classes, note, split=SPLITS.get(test_name, test_name))
 
 
 def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
@@ -161,7 +167,7 @@ def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_lab
     ]
     train, test = (replace(images, samples=part, classes=classes) for part in parts)
     note = f"no splits found: a seeded 80/20 split, seed {seed} ({len(train)} and {len(test)} images)"
-    return LabelledData(train, test, classes, note)
+    return LabelledData(train, test, classes, note, split="held-out")
 
 
 def _check_classes(train: ImageSet, test: ImageSet) -> None:

@@ -204,6 +204,11 @@ class Features:
         return self.data.test.names
 
     @property
+    def evaluated(self) -> str:
+        """What the evaluated images are called, such as ``val images``."""
+        return self.data.evaluated
+
+    @property
     def shown(self) -> tuple[int, ...]:
         """Places of the test images whose predictions are kept for figures: a few, spread evenly."""
         return spread(len(self.data.test), NUM_SHOWN)
@@ -290,7 +295,7 @@ class Features:
         if key not in self._image_level:
             images = self._split(split)
             patches, prefix, places, attended = [], [], list[int](), list[Tensor]()
-            for features, positions in self.encode(images, size, "crop", self.batch_size, f"{split} images"):
+            for features, positions in self.encode(images, size, "crop", self.batch_size, self._called(split)):
                 patches.append(features.patches.mean(1, keepdim=True).float().cpu())
                 prefix.append(features.prefix.float().cpu())
                 if pool:
@@ -298,7 +303,7 @@ class Features:
                         attended.append(self.encoder.pooled(features, pool).float().cpu())
                 places += positions
             if not places:
-                raise DataError(f"{images.root}: none of the {len(images)} {split} images can be read")
+                raise DataError(f"{images.root}: none of the {len(images)} {self._called(split)} can be read")
             self._image_level[key] = ImageFeatures(
                 PatchFeatures(torch.cat(patches), torch.cat(prefix), (1, 1)),
                 torch.tensor(
@@ -325,7 +330,7 @@ class Features:
             height, width = self.encoder.check_size(size, size)
             needed = len(images) * height * width * self.encoder.embed_dim * self.dtype.itemsize
             fits = keep and needed <= self._bytes_left
-            tokens = PatchTokens(self, images, size, f"{split} tokens", fits, split)
+            tokens = PatchTokens(self, images, size, f"tokens of {self._called(split)}", fits, split)
             if not fits:
                 return tokens
             self._bytes_left -= needed
@@ -382,6 +387,9 @@ class Features:
                 f"{self.encoder.name}: features are not finite; its weights are damaged, or training went wrong"
             )
         return features
+
+    def _called(self, split: Split) -> str:
+        return "train images" if split == "train" else self.evaluated
 
     def _split(self, split: Split) -> ImageSet:
         return self.data.train if split == "train" else self.data.test

@@ -239,7 +239,7 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
         "kept": {f"{rate:g}": num_kept(grid[0] * grid[1], rate) for rate in measured},
         "image_size": size,
         "resize": "the largest central square",
-        "interval": f"{LEVEL:.0%}, Wilson's, over the test images",
+        "interval": f"{LEVEL:.0%}, Wilson's, over the {features.evaluated}",
         "keep_curve": {name: _curve(right[name], measured) for name in orders.names},
     }
     if config.speed:
@@ -285,7 +285,7 @@ def _predictions(
                 found[name].append(torch.stack(columns, dim=1))
         features.progress("keep-curve", done, len(test))
     if not places:
-        raise DataError(f"{test.root}: none of the {len(test)} test images can be read")
+        raise DataError(f"{test.root}: none of the {len(test)} {features.evaluated} can be read")
     return {name: torch.cat(parts) for name, parts in found.items()}, places
 
 

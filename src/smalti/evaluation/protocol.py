@@ -493,9 +493,11 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
         for need in needs
     }
     for need, labelled in sets.items():
-        for split, images in (("train", labelled.train), ("test", labelled.test))[need == "images" :]:
+        for called, images in (("train images", labelled.train), (labelled.evaluated, labelled.test))[
+            need == "images" :
+        ]:
             if not len(images):
-                raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
+                raise DataError(f"{data}: no {called}; an evaluation learns from train and is about another split")
     if config.groups is not None:
         for labelled in sets.values():
             group_images(labelled.test.names, config.groups)
@@ -527,7 +529,8 @@ def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
     name = split or (held_out[0] if held_out else None)
     judged = images.subset(name) if name else images
     nothing = dataclasses.replace(images, samples=())
-    return LabelledData(nothing, judged, (), f"no labels needed: {name or 'all images'} ({len(judged)})")
+    note = f"no labels needed: {name or 'all images'} ({len(judged)})"
+    return LabelledData(nothing, judged, (), note, split=name or "")
 
 
 def random_baseline(encoder: Encoder, seed: int) -> Baseline:
@@ -543,6 +546,38 @@ def random_init(encoder: Encoder, seed: int) -> Encoder:
     if head is not None:  # no classes: only the order of patches in which both are asked
         made.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
     return made.to(next(encoder.parameters()).device)
+
+
+def describe_result(result: Result) -> str:
+    """What must be known to read the numbers of a result: how many images of which split, their size, the preset, and
+    what was left out."""
+    told, parts = result.settings, list[str]()
+    if (number := told.get("num_test")) is not None:
+        looked_at = told.get("num_images")
+        few = f"{looked_at} of " if looked_at is not None and looked_at < number else ""
+        parts.append(f"{few}{number} {told.get('evaluated', 'images')}")
+    if (size := told.get("image_size")) is not None:
+        parts.append(f"{size} px")
+    if told.get("preset") is not None:
+        parts.append(f"preset {told['preset']}")
+    if told.get("clusters"):
+        parts.append(f"{told['num_patches']} patches")
+    line = ", ".join(parts)
+    if left_out := _left_out(told):
+        line += f"{'; ' if line else ''}left out: {', '.join(left_out)}"
+    return line
+
+
+def _left_out(told: Mapping[str, Any]) -> list[str]:
+    unreadable = told.get("num_unreadable", 0)
+    evaluated = told.get("num_unreadable_evaluated", unreadable)
+    clusters = told.get("clusters_left_out") or ()
+    return [
+        *([f"{evaluated} unreadable"] if evaluated else []),
+        *([f"{unreadable - evaluated} unreadable in train"] if unreadable > evaluated else []),
+        *([f"{told['num_unlabelled']} without a label"] if told.get("num_unlabelled") else []),
+        *([f"K = {', '.join(map(str, clusters))} (too few patches)"] if clusters else []),
+    ]
 
 
 def results_json(results: list[Result]) -> str:
@@ -619,9 +654,11 @@ def _judge(
                 "fitted": [] if encoder.report is None else [*encoder.report.resampled, *encoder.report.notes],
                 "pos_resampling": encoder.pos_resampling._asdict(),
                 "split": sets[need].note,
+                "evaluated": source.evaluated,
                 "num_train": len(source.data.train),
                 "num_test": len(source.data.test),
                 "num_unreadable": len(source.skipped),
+                "num_unreadable_evaluated": len(source.skipped.keys() & set(map(str, source.data.test.paths))),
                 "num_classes": len(source.data.classes),
                 "layout": source.data.test.layout,
                 "seed": config.seed,

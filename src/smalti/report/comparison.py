@@ -35,7 +35,7 @@ from smalti.study.compare import (
     read_comparison,
     short_name,
 )
-from smalti.study.rows import NO_DIFFERENCE, Row, gain_cells, table_cells
+from smalti.study.rows import NO_DIFFERENCE, Row, about_lines, gain_cells, table_cells
 
 _MAX_SENTENCES = 12
 
@@ -137,8 +137,8 @@ def _page(comparison: Comparison) -> str:
     if len(said) > len(shown):
         shown.append(f"{len(said) - len(shown)} further sentences are in the tables below.")
     caution = (
-        "Intervals of 95 % over test images and seeds; “no difference found” is not “no difference”. Each comparison "
-        "stands by itself: among twenty comparisons of equal arms, one difference is expected to be found."
+        "Intervals of 95 % over evaluated images and seeds; “no difference found” is not “no difference”. Each "
+        "comparison stands by itself: among twenty comparisons of equal arms, one difference is expected to be found."
     )
     if few := few_seeds(len(comparison.plan.seeds)):
         caution = f"{few} {caution}"
@@ -218,7 +218,9 @@ def _table(rows: Sequence[Row], first: str) -> Html:
                 _word(word),
             )
         )
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *lines), class_="numbers"), class_="scroll")
+    about = (tag("div", line, class_="muted") for line in about_lines(rows))
+    table = tag("table", tag("thead", head), tag("tbody", *lines), class_="numbers")
+    return join((*about, tag("div", table, class_="scroll")))
 
 
 def _word(word: str) -> Html:

@@ -14,7 +14,7 @@ import numpy as np
 from smalti.config import flatten, write_atomically
 from smalti.data.folders import ImageSet, open_images, read_image
 from smalti.errors import ConfigError, DataError, SmaltiError
-from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result
+from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result, describe_result
 from smalti.functional.components import reduce_patches
 from smalti.methods.base import TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder
@@ -338,7 +338,7 @@ def results_table(comparisons: Sequence[Comparison]) -> Html:
             kind = "good" if gain >= SAME else "bad" if gain <= -SAME else ""
             cells = (
                 tag("td", pair.trained.protocol if is_first else ""),
-                tag("td", pair.trained.data if is_first else "", class_="path"),
+                tag("td", *_where(pair.trained), class_="path") if is_first else tag("td"),
                 tag("td", metric, title=pair.trained.units.get(metric)),
                 tag("td", shown, class_="number"),
             )
@@ -363,6 +363,12 @@ def results_table(comparisons: Sequence[Comparison]) -> Html:
         class_="lead",
     )
     return join((lead, tag("div", table, class_="scroll")))
+
+
+def _where(result: Result) -> tuple[Any, ...]:
+    """The data set, and below it what must be known to read the numbers."""
+    told = describe_result(result)
+    return (result.data, tag("div", told, class_="muted")) if told else (result.data,)
 
 
 def judged(pair: Comparison) -> Judged:

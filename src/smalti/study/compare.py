@@ -48,7 +48,7 @@ from smalti.study.cell import (
 )
 from smalti.study.machine import describe_machine
 from smalti.study.pretrain import absolute, check_start, resolve
-from smalti.study.rows import Row, gain_cells, metric_rows, read_row, row_tree, table_cells
+from smalti.study.rows import Row, about_lines, gain_cells, metric_rows, read_row, row_tree, table_cells
 from smalti.training.launch import num_processes, split_batch
 
 PLAN_FILE, CELLS, TABLE, MARKDOWN, SUMMARY = "plan.yaml", "cells", "comparison.parquet", "comparison.md", "compare.json"
@@ -595,6 +595,7 @@ def markdown(comparison: Comparison) -> str:
             lines += ["## All metrics", ""]
         for title, rows in comparison.table(only_headlines):
             lines += [f"{'##' if only_headlines else '###'} {title} ({rows[0].unit})", ""]
+            lines += [*("  \n".join(about_lines(rows)),), ""]
             lines += ["| arm | mean | seeds | difference | | gain | |", "|---|---|---|---|---|---|---|"]
             pairs = zip(table_cells(rows), map(gain_cells, rows), strict=True)
             lines += [f"| {' | '.join((*cells, *gain))} |" for cells, gain in pairs]

@@ -23,6 +23,7 @@ from smalti.evaluation.intervals import LEVEL, RESAMPLINGS
 from smalti.evaluation.protocol import (
     EvalConfig,
     Result,
+    describe_result,
     determining,
     evaluate,
     fitting_protocols,
@@ -156,7 +157,7 @@ class Judge:
         if not self.is_apart:  # chosen on these very images: no claim
             rows = [dataclasses.replace(row, difference=None) if row.arm == BEST else row for row in rows]
         judged = BEST if self.is_apart and BEST in steps else LAST
-        images = str(results[BEFORE][0].settings["split"])
+        images = describe_result(results[BEFORE][0]) or str(results[BEFORE][0].settings["split"])
         notes = tuple(self._notes(steps, best))
         verdict = Verdict(tuple(rows), steps, judged, best, images, notes, self.network, self.handed_on)
         tree = {

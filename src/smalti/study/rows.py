@@ -22,7 +22,7 @@ from smalti.evaluation.intervals import (
     interval,
     resample,
 )
-from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Result
+from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Result, describe_result
 
 NO_DIFFERENCE = "no difference found"
 
@@ -46,6 +46,8 @@ class Row:
     """Of a trained arm: against its own network before training, paired over the same seeds and images."""
     gain_over: str = ""
     """Name of that baseline."""
+    about: str = ""
+    """What must be known to read the score: images, split, size, preset, what was left out."""
 
     @property
     def verdict(self) -> str:
@@ -115,6 +117,7 @@ def metric_rows(
                 gain=_difference(results, untrained, metric, resampled[arm], _resampled(untrained, metric, groups))
                 if first is not None and all(metric in result.metrics for result in untrained.values())
                 else None,
+                about=describe_result(one),
                 gain_over=BASELINE_LABELS[first.baseline] if first is not None and first.baseline else "",
             )
         )
@@ -210,6 +213,16 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         )
         for row in rows
     ]
+
+
+def about_lines(rows: Sequence[Row]) -> list[str]:
+    """What must be known to read a table: one line where it is the same for all arms, else a line for each group."""
+    by_text: dict[str, list[str]] = {}
+    for row in rows:
+        by_text.setdefault(row.about, []).append(row.arm)
+    if len(by_text) == 1:
+        return [text for text in by_text if text]
+    return [f"{', '.join(arms)}: {text or 'not known'}" for text, arms in by_text.items()]
 
 
 def gain_cells(row: Row) -> tuple[str, str]:
