@@ -17,7 +17,7 @@ from smalti.data.folders import ImageSet
 from smalti.data.labelled import EvalCrop, LabelledData, eval_batches
 from smalti.data.signals import LabelledSignals
 from smalti.errors import ConfigError, DataError, RunError
-from smalti.models.encoder import Encoder, PatchFeatures, pool_features
+from smalti.models.encoder import ClassHead, Encoder, PatchFeatures, pool_features
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``."""
@@ -34,6 +34,14 @@ T = TypeVar("T")
 def spread(number: int, few: int) -> tuple[int, ...]:
     """At most ``few`` of the places 0..number-1, spread evenly, in rising order."""
     return tuple(sorted({i * number // few for i in range(few)})) if number else ()
+
+
+def own_head(encoder: Encoder, classes: tuple[str, ...]) -> ClassHead | None:
+    """The head that came with the weights, if it classifies the classes of the data."""
+    head = encoder.class_head
+    if head is None or len(head.weight) != len(classes) or (head.classes and head.classes != classes):
+        return None
+    return head
 
 
 class Observer(abc.ABC):
@@ -160,6 +168,8 @@ class Features:
         norm: whether patch tokens of dense protocols go through the encoder's final norm; see ``EvalConfig``.
         progress: called as ``progress(what, done, total)``.
         observers: what else watches the test images pass, by name.
+        own_heads: whether a head that came with the weights may be used; not where what the encoder is compared with
+            has none.
     """
 
     def __init__(
@@ -174,6 +184,7 @@ class Features:
         norm: bool = True,
         progress: Progress | None = None,
         observers: Mapping[str, Observer] | None = None,
+        own_heads: bool = True,
     ) -> None:
         self.encoder = encoder
         self.data = cast(LabelledData, data)  # protocols for signals take :attr:`signals`
@@ -191,6 +202,12 @@ class Features:
         self._observers = dict(observers or {})
         self._observed: set[tuple[str, int]] = set()
         self._memo: dict[Hashable, Any] = {}
+        self._own_heads = own_heads
+
+    @property
+    def class_head(self) -> ClassHead | None:
+        """The encoder's own head, if it classifies the classes of the data and may be used."""
+        return own_head(self.encoder, self.data.classes) if self._own_heads else None
 
     @property
     def signals(self) -> LabelledSignals:

@@ -23,7 +23,7 @@ from smalti.data.folders import ImageSet, open_images
 from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
 from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.features import Features, Observer, Progress
+from smalti.evaluation.features import Features, Observer, Progress, own_head
 from smalti.evaluation.intervals import group_images
 from smalti.evaluation.metrics import Absent
 from smalti.evaluation.shown import Shown, show
@@ -140,8 +140,8 @@ class EvalConfig:
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
     orders: tuple[str, ...] = ()
-    """keep-curve: orders of patches by name, and files of ``smalti rank`` (.parquet); a file alone: all of its orders.
-    What the encoder learned with, random and fixed ones are always among them."""
+    """keep-curve: orders of patches by name, and files of ``smalti rank`` (.parquet), each for all orders in it. The
+    first counts first; the one that the encoder learned with, random and fixed ones are always among them."""
     rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
     """keep-curve: shares of patches that are dropped, rising; empty: 0, 0.05 ... 0.95 (paper: 0, 0.01 ... 0.98)."""
     speed: bool = True
@@ -444,12 +444,15 @@ def evaluate(
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
-    results = _judge(encoder, name, data, protocols, sets, config, progress, figures)
     compared = [protocol for protocol in protocols if protocol.has_baseline]
-    beside: dict[str, Result] = {}
+    other: Encoder | None = None
     if config.baseline and compared and baseline is not None:
         other = baseline.make().to(next(encoder.parameters()).device)
-        found = _judge(other, f"{name} ({baseline.label})", data, compared, sets, config, progress, figures)
+    results = _judge(encoder, name, data, protocols, sets, config, progress, figures, other)
+    beside: dict[str, Result] = {}
+    if other is not None and baseline is not None:
+        label = f"{name} ({baseline.label})"
+        found = _judge(other, label, data, compared, sets, config, progress, figures, encoder)
         beside = {result.protocol: dataclasses.replace(result, baseline=baseline.kind) for result in found}
     return [one for result in results for one in (result, beside.get(result.protocol)) if one is not None]
 
@@ -560,6 +563,8 @@ def describe_result(result: Result) -> str:
         parts.append(f"{size} px")
     if told.get("preset") is not None:
         parts.append(f"preset {told['preset']}")
+    if told.get("keep_curve"):
+        parts.append(f"order {told['order']}")
     if told.get("clusters"):
         parts.append(f"{told['num_patches']} patches")
     line = ", ".join(parts)
@@ -622,8 +627,10 @@ def _judge(
     config: EvalConfig,
     progress: Progress | None,
     figures: bool,
+    beside: Encoder | None,
 ) -> list[Result]:
-    """One result a protocol; features are computed once for all of them."""
+    """One result a protocol; features are computed once for all of them. Own heads are used only where ``beside``, the
+    encoder that this one is compared with, has one, too."""
     results = []
     with eval_mode(encoder):
         features = {
@@ -641,6 +648,7 @@ def _judge(
                     for protocol in protocols
                     if protocol.observer is not None and _source(protocol, sets) == need
                 },
+                own_heads=beside is None or own_head(beside, labelled.classes) is not None,
             )
             for need, labelled in sets.items()
         }
