@@ -196,3 +196,16 @@ def test_a_result_without_a_baseline_is_shown_and_not_judged(make_run):
     write_results(run / "results" / "evaluate_d.json", [result])
     text = Page(write_report(run, num_images=0)).text
     assert "No comparison with a baseline" in text and "accuracy of each class (2)" in text
+
+
+def test_a_run_that_has_learned_nothing_says_so_first(make_run):
+    run = make_run()
+    info = json.loads((run / "run.json").read_text())
+    sentence = "nothing learned: the position loss is 4.158 at the end, 0.0 % better than the uniform guess"
+    (run / "run.json").write_text(json.dumps({**info, "reference": {"sentence": sentence}}))
+    text = Page(write_report(run, num_images=0)).text
+    assert text.index("Nothing learned: the position loss") < text.index("Better than the same network untrained")
+    learned = "the position loss is 1 at the end; the uniform guess gets 4.158"
+    (run / "run.json").write_text(json.dumps({**info, "reference": {"sentence": learned}}))
+    text = Page(write_report(run, num_images=0)).text
+    assert text.index("Better than the same network untrained") < text.index("The position loss is 1 at the end")

@@ -1,6 +1,7 @@
 """The baseline of a trained encoder is its own network before training."""
 
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from smalti.methods.base import get_method
 from smalti.models.loading import as_loaded
 from smalti.models.weights import LoadConfig
 from smalti.study.baseline import baseline_of, untrained_network
-from smalti.study.pretrain import CONFIG_FILE, resolve
+from smalti.study.pretrain import CONFIG_FILE, end_of_log, resolve
 from smalti.study.rows import result_cells
 
 TINY: dict[str, Any] = {
@@ -175,3 +176,11 @@ def test_a_keep_curve_reads_the_untrained_network_through_its_own_untrained_head
     assert [result.baseline for result in results] == [None, "untrained"]
     assert [result.settings["head"] for result in results] == [OWN_HEAD, OWN_HEAD]
     assert [result.settings["order"] for result in results] == ["halton", "halton"]
+
+
+def test_a_run_keeps_what_a_predictor_that_ignores_the_image_gets(mae: Path) -> None:
+    reference = json.loads((mae / "run.json").read_text())["reference"]
+    last = end_of_log(mae)
+    assert reference["value"] == pytest.approx(last["loss/reconstruction"])
+    assert reference["constant"] == pytest.approx(last["mean_predictor_mse"])
+    assert not reference["has_learned"] and reference["sentence"].startswith("nothing learned: ")  # after two steps

@@ -253,26 +253,37 @@ def _page(files: RunFiles, shown: tuple[Html, Html] | str | None) -> str:
         "settings": ("What was run", _settings(files)),
         "reproduce": ("Reproduce", _reproduce(files)),
     }
+    learned = _learned(files)
+    said = (
+        [sentence] if learned is None else [learned, sentence] if learned.startswith("Nothing") else [sentence, learned]
+    )
     return whole_page(
         files.path.resolve().name,
         _one_line(files),
-        verdict_box(kind, [sentence], _caution(files) if comparisons else None)
+        verdict_box(kind, said, _caution(files) if comparisons else None)
         if files.verdict is None
-        else _before_and_after(files.verdict),
+        else _before_and_after(files.verdict, learned),
         sections,
         facts=_facts(files),
         script=(resources.files("smalti.report") / "page.js").read_text(encoding="utf-8"),
     )
 
 
-def _before_and_after(verdict: Verdict) -> Html:
+def _learned(files: RunFiles) -> str | None:
+    """The loss at the end beside that of a predictor that ignores the image, a sentence; None where none is known."""
+    reference = files.info.get("reference")
+    sentence = str(reference.get("sentence") or "") if isinstance(reference, dict) else ""
+    return f"{sentence[0].upper()}{sentence[1:]}." if sentence else None
+
+
+def _before_and_after(verdict: Verdict, learned: str | None) -> Html:
     """What post-training was worth, said first, with its table."""
-    sentence = f"Post-training: {verdict.sentence}."
+    sentences = [f"Post-training: {verdict.sentence}.", *([learned] if learned else [])]
     rows = [dict(zip(VERDICT_COLUMNS, cells, strict=True)) for cells in verdict_cells(verdict)]
     title = tag("h2", "Before and after")
     lead = tag("p", f"On {verdict.rows[0].data}, {verdict.images}. In brackets: 95 % intervals.", class_="lead")
     table = tag("section", title, lead, text_table(VERDICT_COLUMNS, rows), id="before-and-after")
-    return join((verdict_box(verdict.kind, [sentence], " ".join(verdict.notes)), table))
+    return join((verdict_box(verdict.kind, sentences, " ".join(verdict.notes)), table))
 
 
 def _one_line(files: RunFiles) -> str:
@@ -614,7 +625,7 @@ def _events(files: RunFiles) -> Html:
 
 
 def _settings(files: RunFiles) -> Html:
-    info = {key: value for key, value in files.info.items() if key != "command"}
+    info = {key: value for key, value in files.info.items() if key not in ("command", "reference")}
     parts = [settings_table(info) if info else None]
     parts += [tag("p", note, class_="missing") for note in files.notes]
     parts.append(
