@@ -64,12 +64,20 @@ def test_a_single_image_cant_be_split(write, tmp_path):
         open_labelled(tmp_path, need="labels")
 
 
-def test_classes_that_differ_between_splits_are_named(write, tmp_path):
+def test_classes_without_evaluated_images_are_allowed_and_without_training_images_refused(write, tmp_path):
     class_folders(write, {"a": 1, "b": 1, "d": 1}, "train")
-    class_folders(write, {"a": 1, "c": 1}, "val")
-    line = "the splits have different classes; only in train: b, d; only in val: c"
+    class_folders(write, {"a": 1}, "val")
+    data = open_labelled(tmp_path, need="labels")
+    assert data.classes == ("a", "b", "d") and data.missing == ("b", "d")
+    class_folders(write, {"c": 1}, "val")
+    line = r"val has images of c and train has none, so nothing can learn .* or take them out of val$"
     with pytest.raises(DataError, match=line):
         open_labelled(tmp_path, need="labels")
+    (tmp_path / "train/c").mkdir()  # an empty folder teaches nothing
+    class_folders(write, {"a": 1}, "test")
+    with pytest.raises(DataError, match=r"or evaluate another split \(eval\.split=test\)$"):
+        open_labelled(tmp_path, need="labels")
+    assert open_labelled(tmp_path, need="labels", split="test").missing == ("b", "d")
 
 
 def test_an_empty_class_folder_is_a_class(write, tmp_path):

@@ -314,6 +314,17 @@ def test_a_result_says_what_it_is_about_and_what_was_left_out(tiny, greys, tmp_p
     assert describe_result(Result("knn", "", "", {}, {}, {})) == ""
 
 
+def test_classes_without_evaluated_images_are_left_out_and_said_to_be(tiny, greys, tmp_path):
+    shutil.copytree(greys, tmp_path / "greys")
+    for label in (1, 3):
+        shutil.rmtree(tmp_path / "greys" / "val" / f"grey{label}")
+    for protocol in ("knn", "linear-probe"):
+        config = EvalConfig(protocols=(protocol,), epochs=2 if protocol == "linear-probe" else None, baseline=False)
+        (result,) = evaluate(tiny, "", str(tmp_path / "greys"), config)
+        assert describe_result(result).endswith("left out: 2 of 5 classes, which have no such images (grey1, grey3)")
+        assert 0 <= result.metrics["balanced_top1"] <= 1 and math.isnan(result.per_class["recall"]["grey1"])
+
+
 def test_the_evaluated_split_has_its_own_name(tiny, greys, scenes, photos):
     (held_out,) = evaluate(tiny, "", str(greys / "train"), EvalConfig(protocols=("knn",), baseline=False))
     assert describe_result(held_out) == "7 held-out images, 32 px"

@@ -38,6 +38,7 @@ Preset = Literal["small", "full", "paper"]
 Count = Annotated[int, Field(ge=1)]
 CountFromZero = Annotated[int, Field(ge=0)]
 
+_FEW_NAMES = 5
 SHARE = "share of 1, higher is better"
 """Unit of accuracies and IoUs."""
 
@@ -576,12 +577,14 @@ def describe_result(result: Result) -> str:
 def _left_out(told: Mapping[str, Any]) -> list[str]:
     unreadable = told.get("num_unreadable", 0)
     evaluated = told.get("num_unreadable_evaluated", unreadable)
-    clusters = told.get("clusters_left_out") or ()
+    clusters, missing = told.get("clusters_left_out") or (), told.get("classes_without_images") or ()
+    names = ", ".join(missing[:_FEW_NAMES]) + (", ..." if len(missing) > _FEW_NAMES else "")
     return [
         *([f"{evaluated} unreadable"] if evaluated else []),
         *([f"{unreadable - evaluated} unreadable in train"] if unreadable > evaluated else []),
         *([f"{told['num_unlabelled']} without a label"] if told.get("num_unlabelled") else []),
         *([f"K = {', '.join(map(str, clusters))} (too few patches)"] if clusters else []),
+        *([f"{len(missing)} of {told['num_classes']} classes, which have no such images ({names})"] if missing else []),
     ]
 
 
@@ -677,6 +680,8 @@ def _judge(
                 shared["tokens"] = "behind the final norm" if config.norm else "of the last block, without final norm"
             if source.data.test.label_note is not None:
                 shared["labels"] = source.data.test.label_note
+            if need == "labels" and source.data.missing:
+                shared["classes_without_images"] = list(source.data.missing)
             if source.data.drawn:
                 shared["train_images"] = source.data.train.names
             if config.groups is not None:
