@@ -246,16 +246,22 @@ def verdict_of(gap: Interval, judged: str = "last", best: int | None = 10, unit:
     return Verdict((before, after), {"before": 0, "last": 10, judged: 10}, judged, best, "test (5)", ())
 
 
-def test_the_sentence_says_what_the_interval_allows() -> None:
+def test_the_sentence_says_what_the_interval_allows_and_does_not_know() -> None:
+    alone = (
+        "; one seed: another may come out differently; images that belong together (frames of a video, slices of a "
+        "patient) count as independent without eval.groups"
+    )
     better = verdict_of(Interval(0.03, 0.01, 0.05, "images"))
     assert (better.kind, better.sentence) == (
         "better",
-        "better by 0.030: in-context miou 0.310 -> 0.340 (+0.030, 95 % interval 0.010 to 0.050) at step 10",
+        f"better by 0.030: in-context miou 0.310 -> 0.340 (+0.030, 95 % interval 0.010 to 0.050) at step 10{alone}",
     )
+    grouped = verdict_of(Interval(0.03, 0.01, 0.05, "groups"))
+    assert "one seed: another may come out differently; whole groups of images" in grouped.sentence
     unsure = verdict_of(Interval(0.01, -0.01, 0.03, "images"))
     assert (unsure.kind, unsure.sentence) == (
         "same",
-        "not better: in-context miou 0.310 -> 0.320 (+0.010, 95 % interval -0.010 to 0.030) at step 10",
+        f"not better: in-context miou 0.310 -> 0.320 (+0.010, 95 % interval -0.010 to 0.030) at step 10{alone}",
     )
     worse = verdict_of(Interval(-0.02, -0.03, -0.01, "images"))
     assert worse.kind == "worse" and worse.sentence.startswith(

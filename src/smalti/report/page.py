@@ -210,13 +210,16 @@ def verdict(comparisons: Sequence[Comparison], method: type[TokenMethod] | None 
     first = measured[0]
     metric = first.trained.headline[0]
     gain = first.gain(metric)
-    kind = "same" if abs(gain) < SAME else "better" if gain > 0 else "worse"
+    low, high = (first.trained.intervals.get(metric, {}).get(f"difference_{end}", math.nan) for end in ("low", "high"))
+    holds_zero = low <= 0 <= high
+    kind = "same" if abs(gain) < SAME or holds_zero else "better" if gain > 0 else "worse"
     word = {"better": "better", "same": "not better", "worse": "worse"}[kind]
-    word = f"slightly {word}" if SAME <= abs(gain) < SLIGHT else word
+    word = f"slightly {word}" if SAME <= abs(gain) < SLIGHT and not holds_zero else word
     trained, baseline = first.values(metric)
+    span = f", 95 % interval {low:+.3f} to {high:+.3f}" if math.isfinite(low) else ""
     sentence = (
         f"{word.capitalize()} than {_BASELINES_IN_WORDS[first.label]}: {first.name} is {decimals(trained)}, "
-        f"against {decimals(baseline)} ({_signed(gain, first)})"
+        f"against {decimals(baseline)} ({_signed(gain, first)}{span})"
     )
     if len(measured) > 1:
         improved = sum(pair.gain(pair.trained.headline[0]) >= SAME for pair in measured)
