@@ -1,5 +1,6 @@
 """What every method owes, whatever its paper; the list comes from the registry."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from smalti.data.loader import TrainLoader
 from smalti.data.views import Views
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.tokens import TokenConfig
-from smalti.methods.base import Method, TokenMethod, get_method, method_names
+from smalti.methods.base import Method, Reference, TokenMethod, get_method, method_names, uniform_guess
 from smalti.models.encoder import build_encoder
 from smalti.study.catalogue import recipe_files
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
@@ -126,6 +127,41 @@ def test_loss_terms_are_named_finite_scalars(name: str, photos: Path) -> None:
     losses = method(batch(method, photos), 0.5)
     assert losses and all(value.shape == () and math.isfinite(value.item()) for value in losses.values())
     assert all(value.shape == () and not value.requires_grad for value in method.observations.values())
+
+
+WITHOUT_REFERENCE = {"autoencoder", "cmar", "comae", "mar", "neco", "prefix"}
+"""Methods of whose loss no predictor that ignores the image is known."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_predictor_that_ignores_the_image_is_known(name: str, photos: Path) -> None:
+    method = build(name)
+    with torch.no_grad():
+        losses = method(batch(method, photos), 0.5)
+    row = {f"loss/{term}": float(value) for term, value in losses.items()}
+    row |= {key: float(value) for key, value in method.observations.items()}
+    reference = method.reference(row)
+    assert (reference is None) == (name in WITHOUT_REFERENCE)
+    assert method.reference({}) is None
+    if reference is not None:
+        assert reference.constant > 0 and math.isfinite(reference.gain)
+        # student and teacher agree from the start; all others have learned nothing before any training
+        assert reference.gain < (0.6 if name in FIXED_TARGETS and name != "loca" else 0.3), reference.sentence
+
+
+def test_the_sentence_says_where_nothing_was_learned() -> None:
+    learned = Reference("the loss", 1.0, 2.0, "the uniform guess")
+    assert learned.has_learned and learned.sentence == (
+        "the loss is 1 at the end; the uniform guess gets 2 without looking at the image (50.0 % better)"
+    )
+    not_yet, worse = (dataclasses.replace(learned, value=value) for value in (1.99, 2.2))
+    assert not not_yet.has_learned and not worse.has_learned
+    assert not_yet.sentence.startswith("nothing learned: the loss is 1.99 at the end, 0.5 % better than the uniform")
+    assert "10.0 % worse than" in worse.sentence
+    accuracy = Reference("the accuracy", 0.25, 1 / 64, "the uniform guess", higher_is_better=True)
+    assert accuracy.has_learned and accuracy.gain == pytest.approx(1 - 0.75 / (63 / 64))
+    guess = uniform_guess({"loss/position": 8.0}, "position", 64, "cells", weight=2.0)
+    assert guess is not None and guess.value == 4.0 and guess.constant == pytest.approx(math.log(64))
 
 
 RELEASED_CLASS_TOKENS = {

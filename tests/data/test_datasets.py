@@ -82,7 +82,7 @@ def test_voc_learns_from_trainaug_where_it_is_and_is_judged_on_val(photo, write,
     assert rows["2008_000003"][:3] == [3, 255, 0], "palette indices, from SegmentationClass"
     assert "train list: trainaug" in found.label_note and "255 is ignored" in found.label_note
     data = open_labelled(tmp_path, need="masks")
-    assert data.note == "learned from train (2), judged on val (1)"
+    assert data.note == "learned from train (2), evaluated on val (1)"
 
 
 def test_voc_without_trainaug_learns_from_train(photo, write, write_list, tmp_path):

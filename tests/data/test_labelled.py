@@ -34,7 +34,7 @@ def test_judged_on_val_else_test_unless_told(write, tmp_path):
     for split in ("train", "val", "test"):
         class_folders(write, {"a": 2, "b": 1}, split)
     data = open_labelled(tmp_path, need="labels")
-    assert data.classes == ("a", "b") and data.note == "learned from train (3), judged on val (3)"
+    assert data.classes == ("a", "b") and data.note == "learned from train (3), evaluated on val (3)"
     assert {sample.split for sample in data.train.samples} == {"train"}
     assert open_labelled(tmp_path, split="test", need="labels").test.splits == ("test",)
     assert open_labelled(tmp_path, split="validation", need="labels").test.splits == ("val",)
@@ -64,12 +64,20 @@ def test_a_single_image_cant_be_split(write, tmp_path):
         open_labelled(tmp_path, need="labels")
 
 
-def test_classes_that_differ_between_splits_are_named(write, tmp_path):
+def test_classes_without_evaluated_images_are_allowed_and_without_training_images_refused(write, tmp_path):
     class_folders(write, {"a": 1, "b": 1, "d": 1}, "train")
-    class_folders(write, {"a": 1, "c": 1}, "val")
-    line = "the splits have different classes; only in train: b, d; only in val: c"
+    class_folders(write, {"a": 1}, "val")
+    data = open_labelled(tmp_path, need="labels")
+    assert data.classes == ("a", "b", "d") and data.missing == ("b", "d")
+    class_folders(write, {"c": 1}, "val")
+    line = r"val has images of c and train has none, so nothing can learn .* or take them out of val$"
     with pytest.raises(DataError, match=line):
         open_labelled(tmp_path, need="labels")
+    (tmp_path / "train/c").mkdir()  # an empty folder teaches nothing
+    class_folders(write, {"a": 1}, "test")
+    with pytest.raises(DataError, match=r"or evaluate another split \(eval\.split=test\)$"):
+        open_labelled(tmp_path, need="labels")
+    assert open_labelled(tmp_path, need="labels", split="test").missing == ("b", "d")
 
 
 def test_an_empty_class_folder_is_a_class(write, tmp_path):

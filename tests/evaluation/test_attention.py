@@ -275,5 +275,5 @@ def test_blocks_of_another_kind_are_named(tiny, scenes, features_of):
 def test_no_image_that_can_be_read(tiny, tmp_path, features_of):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((32, 32, 3), dtype=np.uint8))
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
-    with pytest.raises(DataError, match="none of the 1 test images can be read"):
+    with pytest.raises(DataError, match="none of the 1 images can be read"):
         run(tiny, tmp_path, features_of, need="images")

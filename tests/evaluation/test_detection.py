@@ -264,7 +264,7 @@ MISTAKES = [
     (other_categories, r"its categories aren't those of instances_train.json \(2 and 2\)"),
     (no_image, r"1 of 3 images don't exist, the first"),
     (outside, r"object 0 of image 'val\d.png' has the box x 70..75, y 3..8, outside of its 64x64 pixels"),
-    (no_objects, "no object in the annotations of the 3 test images"),
+    (no_objects, "no object in the annotations of the 3 val images"),
     (wrong_size, "64x64 pixels, its annotations say 80x64"),
     (damaged_outline, r"val\d\.png: the outline of the object at .* can't be used"),
 ]

@@ -111,6 +111,6 @@ def test_mistakes_get_one_line(tiny, tmp_path, photos, features_of):
         equivariance(features_of(tiny, photos, "images"), EvalConfig(image_size=16))
     (tmp_path / "a.png").write_bytes((photos / "00.jpg").read_bytes()[:50])
     features = features_of(tiny, tmp_path, "images")
-    with pytest.raises(DataError, match="none of the 1 test images can be read"):
+    with pytest.raises(DataError, match="none of the 1 images can be read"):
         equivariance(features, EvalConfig())
     assert len(features.skipped) == 1

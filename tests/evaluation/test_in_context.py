@@ -103,7 +103,10 @@ def test_training_images_are_encoded_once_for_all_three(tiny, scenes, monkeypatc
     encode = Features.encode
     monkeypatch.setattr(Features, "encode", lambda self, *a, **k: (seen.append(a[-1]), encode(self, *a, **k))[1])
     evaluate(tiny, "mine", str(scenes), EvalConfig(protocols=tuple(PROTOCOLS), baseline=False, cache_mib=0))
-    assert seen == ["train tokens", "test tokens"]  # memory and neighbours are shared, though no token is kept
+    assert seen == [
+        "tokens of train images",
+        "tokens of val images",
+    ]  # memory and neighbours are shared, though no token is kept
 
 
 def test_the_paper_preset_is_what_the_public_code_does(tiny, scenes, features_of):
@@ -190,7 +193,7 @@ VOID = np.full((32, 32), 255, dtype=np.uint8)
 
 def test_a_judged_image_without_a_label_is_left_out_with_a_warning(protocol, tiny, scenes, tmp_path, features_of):
     features = features_of(tiny, copy_with(scenes, tmp_path, masks={"val0": VOID}), "masks")
-    with pytest.warns(UserWarning, match="1 of 6 test images have no labelled pixel and are left out"):
+    with pytest.warns(UserWarning, match="1 of 6 val images have no labelled pixel and are left out"):
         scores = protocol(features, EvalConfig())
     assert scores.settings["num_unlabelled"] == 1
     tally = next(iter(scores.tallies.values()))
@@ -252,5 +255,5 @@ def test_unreadable_images_are_left_out_and_counted(protocol, tiny, scenes, tmp_
 
 def test_no_image_that_can_be_read(protocol, tiny, scenes, tmp_path, features_of):
     cut = {path.stem: b"" for path in (scenes / "images").glob("val*.png")}
-    with pytest.raises(DataError, match="none of the 6 test images can be read"):
+    with pytest.raises(DataError, match="none of the 6 val images can be read"):
         protocol(features_of(tiny, copy_with(scenes, tmp_path, images=cut), "masks"), EvalConfig())

@@ -1,5 +1,6 @@
 """Keep curve: areas and knees by hand and by the paper's figure, known heads, orders from a file, mistakes."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from smalti.data.folders import open_images
 from smalti.data.orders import write_orders
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.features import Features
-from smalti.evaluation.keep_curve import PAPER_RATES, RATES, TABLE, keep_curve
-from smalti.evaluation.protocol import EvalConfig, read_results, write_results
+from smalti.evaluation.keep_curve import OWN_HEAD, PAPER_RATES, RATES, TABLE, keep_curve
+from smalti.evaluation.protocol import EvalConfig, Result, describe_result, read_results, write_results
 from smalti.functional.orders import area_under, knee, num_kept, random_orders
 from smalti.models.encoder import ClassHead, Encoder, PatchFeatures, build_encoder
 from smalti.study.baseline import evaluate
@@ -117,7 +118,7 @@ def test_a_head_is_fitted_where_the_encoder_has_none(greys: Path, features_of: C
     strange = tiny_encoder(CornerEncoder)
     strange.class_head = known_head(("a", "b", "c", "d", "e"), "raster")
     scores = keep_curve(features_of(strange, greys, "labels"), EvalConfig(speed=False))
-    assert scores.settings["head_note"] == "the run's own head tells other classes"
+    assert scores.settings["head_note"] == "the run's own head classifies other classes"
 
 
 def test_the_own_order_comes_first_from_its_file_with_the_static_one(
@@ -141,6 +142,31 @@ def test_the_own_order_comes_first_from_its_file_with_the_static_one(
     assert scores.metrics["top1_drop78"] == pytest.approx(float(expected))
 
 
+def test_a_file_among_others_means_all_its_orders_and_the_first_that_was_asked_for_counts(
+    greys: Path, features_of: Callable[..., Features], tmp_path: Path
+) -> None:
+    path = orders_file(tmp_path / "orders.parquet", greys)
+    encoder = tiny_encoder(CornerEncoder)
+    encoder.class_head = known_head(classes_of(greys), "raster")
+    both = {"file first": (str(path), "halton"), "name first": ("halton", str(path))}
+    found = {
+        case: keep_curve(
+            features_of(encoder, greys, "labels"), EvalConfig(orders=orders, rates=(0.0, 0.5), speed=False)
+        )
+        for case, orders in both.items()
+    }
+    controls = ["random", "fixed_random", "collapse_static"]
+    assert found["file first"].settings["orders"] == ["collapse", "halton", "raster", *controls]
+    assert found["name first"].settings["orders"] == ["halton", "collapse", "raster", *controls]
+    for case, order in (("file first", "collapse"), ("name first", "halton")):
+        told = found[case].settings
+        assert (told["order"], told["order_note"]) == (order, "the first that was asked for")
+        assert f"order {order}" in describe_result(Result("keep-curve", "", "", {}, {}, told))
+    assert found["file first"].metrics["mean_top1"] == found["name first"].metrics["mean_top1_collapse"]
+    own = keep_curve(features_of(encoder, greys, "labels"), EvalConfig(rates=(0.0, 0.5), speed=False)).settings
+    assert (own["order"], own["order_note"]) == ("raster", "the one that the encoder learned with")
+
+
 def test_a_real_encoder_whole_is_the_same_by_any_order(greys: Path, features_of: Callable[..., Features]) -> None:
     names = ("attention", "variance", "halton", "fixed_random:3")
     scores = keep_curve(
@@ -158,7 +184,12 @@ def test_results_come_back_from_their_file_and_the_twin_is_asked_in_the_same_ord
     config = EvalConfig(protocols=("keep-curve",), rates=(0.0, 0.5, 0.9), epochs=3)
     results = evaluate(encoder, "run", str(greys), config)
     assert [result.settings["order"] for result in results] == ["raster", "raster"]
-    assert "fitted" in results[1].settings["head"] and "head_note" not in results[1].settings
+    # timm's random initialisation has no head of its own, so both have fitted ones
+    assert all("fitted" in result.settings["head"] for result in results)
+    assert results[0].settings["head_note"] == "the baseline has no head of its own: both have fitted ones"
+    assert "head_note" not in results[1].settings
+    (alone,) = evaluate(encoder, "run", str(greys), dataclasses.replace(config, baseline=False))
+    assert alone.settings["head"] == OWN_HEAD
     write_results(tmp_path / "results.json", results)
     read = read_results(tmp_path / "results.json")[0]
     assert read.metrics == pytest.approx(results[0].metrics, nan_ok=True)

@@ -212,10 +212,10 @@ def test_masks_without_a_labelled_pixel_are_refused_or_counted(tiny, scenes, tmp
         cv2.imwrite(str(tmp_path / "masks" / f"val{number}.png"), void)
         if number == 0:
             for protocol in (linear_segmentation, overclustering, segmenter):
-                with pytest.warns(UserWarning, match="1 of 6 test images have no labelled pixel and are left out"):
+                with pytest.warns(UserWarning, match="1 of 6 val images have no labelled pixel and are left out"):
                     scores = protocol(features_of(tiny, tmp_path, "masks"), EvalConfig(epochs=1, iters=1, repeats=1))
                 assert scores.settings["num_unlabelled"] == 1
-    with pytest.raises(DataError, match="no labelled pixel in the masks of all 6 test images"):
+    with pytest.raises(DataError, match="no labelled pixel in the masks of all 6 val images"):
         linear_segmentation(features_of(tiny, tmp_path, "masks"), EvalConfig(epochs=1))
 
 

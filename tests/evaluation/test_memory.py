@@ -186,17 +186,15 @@ def test_images_without_a_label_are_counted_and_those_without_any_are_refused(ti
         cv2.imwrite(str(tmp_path / "masks" / name), np.full((32, 32), 255, dtype=np.uint8))
 
     blank("train3.png")
-    with pytest.warns(
-        UserWarning, match=r"1 of 16 training images have no labelled pixel .*\(the first is train3\.png"
-    ):
+    with pytest.warns(UserWarning, match=r"1 of 16 train images have no labelled pixel .*\(the first is train3\.png"):
         memory = patch_memory(features_of(tiny, tmp_path, "masks"), SMALL, 0)
     assert memory.num_images == 15 and len(memory.keys) == 240
     blank("val2.png")
-    with pytest.warns(UserWarning, match=r"1 of 6 test images have no labelled pixel .*\(the first is val2\.png"):
+    with pytest.warns(UserWarning, match=r"1 of 6 val images have no labelled pixel .*\(the first is val2\.png"):
         assert len(unlabelled_places(features_of(tiny, tmp_path, "masks"))) == 1
     for number in (0, 1, 3, 4, 5):
         blank(f"val{number}.png")
-    with pytest.raises(DataError, match="no labelled pixel in the masks of all 6 test images"):
+    with pytest.raises(DataError, match="no labelled pixel in the masks of all 6 val images"):
         unlabelled_places(features_of(tiny, tmp_path, "masks"))
     features = features_of(tiny, tmp_path, "masks")
     for number in (*range(3), *range(4, 16)):

@@ -149,7 +149,7 @@ def test_too_few_patches_are_said(tiny, scenes, features_of):
     assert scores.settings["clusters"] == [3] and scores.settings["clusters_left_out"] == [300, 500]
     assert scores.settings["clusters_note"] == "left out for want of patches: there are 96"
     assert next(iter(scores.metrics)) == "miou_k3"
-    with pytest.raises(DataError, match=r"6 test images have 96 patches, too few for 97 clusters"):
+    with pytest.raises(DataError, match=r"6 val images have 96 patches, too few for 97 clusters"):
         overclustering(features_of(tiny, scenes, "masks"), EvalConfig(clusters=(97,)))
 
 
@@ -170,5 +170,5 @@ def test_unreadable_images_are_left_out(tiny, scenes, tmp_path, features_of):
     assert scores.tallies["miou_k3"].whole[2].sum() == 0
     for number in range(6):
         (tmp_path / "images" / f"val{number}.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="none of the 6 test images can be read"):
+    with pytest.raises(DataError, match="none of the 6 val images can be read"):
         overclustering(features_of(tiny, tmp_path, "masks"), EvalConfig(repeats=1))

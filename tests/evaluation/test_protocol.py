@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import warnings
 
 import cv2
@@ -19,6 +20,7 @@ from smalti.evaluation.protocol import (
     SHARE,
     EvalConfig,
     Result,
+    describe_result,
     find_protocol,
     fitting_protocols,
     protocol_names,
@@ -115,7 +117,7 @@ def test_protocols_that_need_the_same_features_share_them(tiny, data, monkeypatc
     encode = Features.encode
     monkeypatch.setattr(Features, "encode", lambda self, *a: (seen.append(a[-1]), encode(self, *a))[1])
     evaluate(tiny, "mine", data["knn"], EvalConfig(epochs=2, baseline=False))
-    assert seen == ["train images", "test images"]
+    assert seen == ["train images", "val images"]
 
 
 def test_the_order_of_results_is_that_of_the_protocols(tiny, data):
@@ -141,7 +143,7 @@ def test_progress_is_told_to_the_end(tiny, data):
     calls = []
     config = EvalConfig(protocols=("knn",), baseline=False)
     evaluate(tiny, "mine", data["knn"], config, progress=lambda *call: calls.append(call))
-    assert ("train images", 32, 32) in calls and ("test images", 16, 16) in calls
+    assert ("train images", 32, 32) in calls and ("val images", 16, 16) in calls
 
 
 @pytest.mark.parametrize(
@@ -295,3 +297,41 @@ def test_the_baseline_of_an_encoder_with_a_trained_pooling_has_a_random_one(tiny
     assert not torch.equal(one.vit.attn_pool.latent, tiny.vit.attn_pool.latent)
     results = evaluate(tiny, "mine", str(greys), EvalConfig(protocols=("knn",)))
     assert [result.settings["pool"] for result in results] == ["map", "map"]
+
+
+def test_a_result_says_what_it_is_about_and_what_was_left_out(tiny, greys, tmp_path):
+    (plain,) = evaluate(tiny, "", str(greys), EvalConfig(protocols=("knn",), baseline=False))
+    assert describe_result(plain) == "16 val images, 32 px"
+    shutil.copytree(greys, tmp_path / "greys")
+    for split in ("train", "val"):
+        (tmp_path / "greys" / split / "grey0" / "0.png").write_bytes(b"no image")
+    (damaged,) = evaluate(
+        tiny, "", str(tmp_path / "greys"), EvalConfig(protocols=("linear-probe",), epochs=2, baseline=False)
+    )
+    assert describe_result(damaged) == (
+        "16 val images, 32 px, preset small; left out: 1 unreadable, 1 unreadable in train"
+    )
+    assert describe_result(Result("knn", "", "", {}, {}, {})) == ""
+
+
+def test_classes_without_evaluated_images_are_left_out_and_said_to_be(tiny, greys, tmp_path):
+    shutil.copytree(greys, tmp_path / "greys")
+    for label in (1, 3):
+        shutil.rmtree(tmp_path / "greys" / "val" / f"grey{label}")
+    for protocol in ("knn", "linear-probe"):
+        config = EvalConfig(protocols=(protocol,), epochs=2 if protocol == "linear-probe" else None, baseline=False)
+        (result,) = evaluate(tiny, "", str(tmp_path / "greys"), config)
+        assert describe_result(result).endswith("left out: 2 of 5 classes, which have no such images (grey1, grey3)")
+        assert 0 <= result.metrics["balanced_top1"] <= 1 and math.isnan(result.per_class["recall"]["grey1"])
+
+
+def test_the_evaluated_split_has_its_own_name(tiny, greys, scenes, photos):
+    (held_out,) = evaluate(tiny, "", str(greys / "train"), EvalConfig(protocols=("knn",), baseline=False))
+    assert describe_result(held_out) == "7 held-out images, 32 px"
+    (few,) = evaluate(tiny, "", str(photos), EvalConfig(protocols=("rank",), num_images=5, baseline=False))
+    assert describe_result(few) == "5 of 24 images, 32 px"
+    config = EvalConfig(protocols=("overclustering",), repeats=1, baseline=False)
+    (clusters,) = evaluate(tiny, "", str(scenes), config)
+    assert describe_result(clusters) == (
+        "6 val images, 32 px, preset small, 96 patches; left out: K = 300, 500 (too few patches)"
+    )

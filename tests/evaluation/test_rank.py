@@ -65,5 +65,5 @@ def test_mistakes_get_one_line(tiny, tmp_path, photos, features_of):
     with pytest.raises(ConfigError, match="pool=cls needs a class token"):
         rank(features_of(without, photos, "images"), EvalConfig(pool="cls"))
     (tmp_path / "a.png").write_bytes((photos / "00.jpg").read_bytes()[:50])
-    with pytest.raises(DataError, match="none of the 1 test images can be read"):
+    with pytest.raises(DataError, match="none of the 1 images can be read"):
         rank(features_of(tiny, tmp_path, "images"), EvalConfig())

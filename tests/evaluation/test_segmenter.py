@@ -230,5 +230,5 @@ def test_mistakes_are_told_in_one_line(tiny, scenes, oblong, features_of):
         segmenter(features_of(tiny, oblong, "masks"), EvalConfig(iters=1))
     for name, (height, width) in {"b": (70, 33), "c": (300, 20)}.items():
         write_image(oblong / "masks" / f"val{name}.png", np.full((height, width), 255, dtype=np.uint8))
-    with pytest.raises(DataError, match="no labelled pixel in the masks of the 4 test images"):
+    with pytest.raises(DataError, match="no labelled pixel in the masks of the 4 val images"):
         segmenter(features_of(tiny, oblong, "masks"), EvalConfig(iters=1))

@@ -31,7 +31,7 @@ def test_timm_opens_the_folder_and_gives_the_same_tokens(tmp_path, arguments):
     encoder = tiny(**arguments)
     export = export_timm(encoder.train(), tmp_path / "out")
     assert export.path == tmp_path / "out" and export.difference <= TOLERANCE
-    assert sorted(path.name for path in export.path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in export.path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     model = timm.create_model(f"local-dir:{export.path}", pretrained=True).eval()
     images = torch.rand(2, encoder.in_chans, *encoder.img_size)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_new_head_can_be_put_on_it(tmp_path):
 def test_an_empty_folder_is_filled_and_a_full_one_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     export_timm(tiny(img_size=32), tmp_path / "empty")
-    with pytest.raises(ConfigError, match=r"not empty \(it holds config.json\)"):
+    with pytest.raises(ConfigError, match=r"not empty \(it holds README.md\)"):
         export_timm(tiny(img_size=32), tmp_path / "empty")
 
 

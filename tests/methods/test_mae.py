@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
-from smalti.methods.mae import MAE, MAEConfig, reconstruction_loss
+from smalti.methods.mae import MAE, MAEConfig, mean_patch_error, reconstruction_loss
 from smalti.models.encoder import build_encoder
 
 
@@ -50,6 +50,13 @@ def test_a_perfect_prediction_costs_nothing_and_zero_costs_the_variance() -> Non
     standardised = (pixels - pixels.mean(-1, keepdim=True)) / pixels.std(-1, keepdim=True)
     assert reconstruction_loss(standardised, pixels, True) < 1e-9
     assert_close(reconstruction_loss(torch.zeros_like(pixels), pixels, True).item(), 63 / 64, rtol=1e-4, atol=0)
+
+
+def test_the_mean_of_all_hidden_patches_costs_what_the_log_says() -> None:
+    target = torch.randn(3, 5, 12) * torch.arange(1.0, 4.0)[:, None, None] + 2.0
+    mean = target.flatten(0, 1).mean(0).expand_as(target)
+    assert_close(mean_patch_error(target, False), reconstruction_loss(mean, target, False))
+    assert mean_patch_error(target, True) <= 1.0  # standardised patches: the mean costs at most their variance
 
 
 def test_the_loss_has_the_right_gradient() -> None:

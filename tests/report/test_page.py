@@ -196,3 +196,29 @@ def test_a_result_without_a_baseline_is_shown_and_not_judged(make_run):
     write_results(run / "results" / "evaluate_d.json", [result])
     text = Page(write_report(run, num_images=0)).text
     assert "No comparison with a baseline" in text and "accuracy of each class (2)" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "kind", "words"), [(-0.01, "same", "Not better than"), (0.02, "better", "Better than")]
+)
+def test_an_interval_that_holds_zero_is_not_called_better(low: float, kind: str, words: str) -> None:
+    ends = {"difference": 0.05, "difference_low": low, "difference_high": 0.11}
+    units = {"top1": "share of 1, higher is better"}
+    trained = Result("knn", "a", "d", {"top1": 0.5}, units, {}, intervals={"top1": ends})
+    before = Result("knn", "a", "d", {"top1": 0.45}, units, {}, baseline="untrained")
+    said, sentence = verdict(compare([trained, before]))
+    assert said == kind and sentence.startswith(f"{words} the same network untrained")
+    assert f"(+0.050, 95 % interval {low:+.3f} to +0.110)" in sentence
+
+
+def test_a_run_that_has_learned_nothing_says_so_first(make_run):
+    run = make_run()
+    info = json.loads((run / "run.json").read_text())
+    sentence = "nothing learned: the position loss is 4.158 at the end, 0.0 % better than the uniform guess"
+    (run / "run.json").write_text(json.dumps({**info, "reference": {"sentence": sentence}}))
+    text = Page(write_report(run, num_images=0)).text
+    assert text.index("Nothing learned: the position loss") < text.index("Better than the same network untrained")
+    learned = "the position loss is 1 at the end; the uniform guess gets 4.158"
+    (run / "run.json").write_text(json.dumps({**info, "reference": {"sentence": learned}}))
+    text = Page(write_report(run, num_images=0)).text
+    assert text.index("Better than the same network untrained") < text.index("The position loss is 1 at the end")

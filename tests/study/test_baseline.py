@@ -1,6 +1,7 @@
 """The baseline of a trained encoder is its own network before training."""
 
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -13,12 +14,13 @@ from test_methods import SMALL, WITH_ENCODER
 import smalti
 from smalti.config import merge, read_yaml
 from smalti.errors import DataError
+from smalti.evaluation.keep_curve import OWN_HEAD
 from smalti.evaluation.protocol import EvalConfig, read_results, write_results
 from smalti.methods.base import get_method
 from smalti.models.loading import as_loaded
 from smalti.models.weights import LoadConfig
 from smalti.study.baseline import baseline_of, untrained_network
-from smalti.study.pretrain import CONFIG_FILE, resolve
+from smalti.study.pretrain import CONFIG_FILE, end_of_log, resolve
 from smalti.study.rows import result_cells
 
 TINY: dict[str, Any] = {
@@ -163,3 +165,22 @@ def test_groups_change_the_intervals_and_no_score(mae: Path, class_folders: Path
     assert grouped[0].settings["intervals"].endswith(r"of 3 groups of images (/(\d)\.png)")
     with pytest.raises(DataError, match=r"eval\.groups=blue/\(\.\): does not match val/red/0\.png"):
         smalti.evaluate(encoder, str(mae), str(class_folders), dataclasses.replace(KNN, groups="blue/(.)"))
+
+
+def test_a_keep_curve_reads_the_untrained_network_through_its_own_untrained_head(
+    class_folders: Path, tmp_path: Path
+) -> None:
+    run = train(tmp_path / "run", "supervised", class_folders)
+    config = EvalConfig(protocols=("keep-curve",), image_size=32, rates=(0.0, 0.5), speed=False, orders=("halton",))
+    results = smalti.evaluate(smalti.load(run, quiet=True), str(run), str(class_folders), config)
+    assert [result.baseline for result in results] == [None, "untrained"]
+    assert [result.settings["head"] for result in results] == [OWN_HEAD, OWN_HEAD]
+    assert [result.settings["order"] for result in results] == ["halton", "halton"]
+
+
+def test_a_run_keeps_what_a_predictor_that_ignores_the_image_gets(mae: Path) -> None:
+    reference = json.loads((mae / "run.json").read_text())["reference"]
+    last = end_of_log(mae)
+    assert reference["value"] == pytest.approx(last["loss/reconstruction"])
+    assert reference["constant"] == pytest.approx(last["mean_predictor_mse"])
+    assert not reference["has_learned"] and reference["sentence"].startswith("nothing learned: ")  # after two steps

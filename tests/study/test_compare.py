@@ -17,12 +17,12 @@ import yaml
 import smalti
 from smalti.errors import ConfigError, DataError, RunError
 from smalti.evaluation.intervals import Interval
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.protocol import EvalConfig, Result
 from smalti.models.loading import weights_digest
 from smalti.study import compare as module
 from smalti.study.cell import TRAINED, digest, images_digest
 from smalti.study.compare import compare, read_comparison, read_plan
-from smalti.study.rows import Row
+from smalti.study.rows import Row, about_lines, metric_rows, shared_headline
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
 
@@ -239,6 +239,29 @@ def test_paths_may_be_relative_to_the_plan(plan, photos, class_folders, tmp_path
     plan["data"] = "photos"
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     assert read_plan(tmp_path / "plan.yaml").data == str((tmp_path / "photos").resolve())
+
+
+def test_arms_with_other_numbers_of_clusters_share_a_headline():
+    def result(*clusters: int) -> Result:
+        metrics = {f"miou_k{k}": 0.01 * k for k in clusters}
+        told = {"num_test": 6, "image_size": 32, "num_patches": 96, "clusters": sorted(clusters)}
+        left_out = [k for k in (300, 500) if k not in clusters]
+        units = dict.fromkeys(metrics, "share of 1, higher is better")
+        return Result("overclustering", "", "", metrics, units, {**told, "clusters_left_out": left_out})
+
+    arms = {"large": {0: result(500, 300, 21)}, "small": {0: result(300, 21)}}
+    headline = shared_headline([results[0] for results in arms.values()])
+    assert headline == "miou_k300"
+    rows = metric_rows(arms, "miou_k300", "d", headline=headline)
+    assert [row.is_headline for row in rows] == [True, True]
+    (row,) = metric_rows({"large": arms["large"]}, "miou_k500", "d", headline=headline)
+    assert not row.is_headline
+    assert about_lines(rows) == [
+        "large: 6 images, 32 px, 96 patches",
+        "small: 6 images, 32 px, 96 patches; left out: K = 500 (too few patches)",
+    ]
+    assert about_lines(rows[:1]) == ["6 images, 32 px, 96 patches"]
+    assert shared_headline([result(500), result(21)]) is None
 
 
 def test_words_follow_the_interval_and_the_direction():

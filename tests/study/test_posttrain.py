@@ -102,7 +102,7 @@ def test_the_best_step_is_chosen_on_val_and_judged_on_test(
     headlines = {row.arm: row.score.mean for row in verdict.rows if row.is_headline}
     assert len({round(score, 3) for score in headlines.values()}) == 3, "arms that are swapped can be told"
     assert (verdict.judged, dict(verdict.steps)) == ("best", {"before": 0, "last": 4, "best": 2})
-    assert "judged on test (5)" in verdict.images and "Step 2 was chosen on val" in verdict.notes[0]
+    assert verdict.images.startswith("5 test images, ") and "Step 2 was chosen on val" in verdict.notes[0]
     assert {
         json.loads(f.read_text())["results"][0]["settings"]["num_test"] for f in run.glob("results/step_*.json")
     } == {4}
@@ -246,16 +246,22 @@ def verdict_of(gap: Interval, judged: str = "last", best: int | None = 10, unit:
     return Verdict((before, after), {"before": 0, "last": 10, judged: 10}, judged, best, "test (5)", ())
 
 
-def test_the_sentence_says_what_the_interval_allows() -> None:
+def test_the_sentence_says_what_the_interval_allows_and_does_not_know() -> None:
+    alone = (
+        "; one seed: another may come out differently; images that belong together (frames of a video, slices of a "
+        "patient) count as independent without eval.groups"
+    )
     better = verdict_of(Interval(0.03, 0.01, 0.05, "images"))
     assert (better.kind, better.sentence) == (
         "better",
-        "better by 0.030: in-context miou 0.310 -> 0.340 (+0.030, 95 % interval 0.010 to 0.050) at step 10",
+        f"better by 0.030: in-context miou 0.310 -> 0.340 (+0.030, 95 % interval 0.010 to 0.050) at step 10{alone}",
     )
+    grouped = verdict_of(Interval(0.03, 0.01, 0.05, "groups"))
+    assert "one seed: another may come out differently; whole groups of images" in grouped.sentence
     unsure = verdict_of(Interval(0.01, -0.01, 0.03, "images"))
     assert (unsure.kind, unsure.sentence) == (
         "same",
-        "not better: in-context miou 0.310 -> 0.320 (+0.010, 95 % interval -0.010 to 0.030) at step 10",
+        f"not better: in-context miou 0.310 -> 0.320 (+0.010, 95 % interval -0.010 to 0.030) at step 10{alone}",
     )
     worse = verdict_of(Interval(-0.02, -0.03, -0.01, "images"))
     assert worse.kind == "worse" and worse.sentence.startswith(

@@ -47,21 +47,24 @@ def _print(comparison: "Comparison") -> None:
     from rich.table import Table
 
     from smalti.study.compare import COST_COLUMNS, cost_cells
-    from smalti.study.rows import table_cells
+    from smalti.study.rows import about_lines, table_cells
 
     console = Console()
     first = next(iter(comparison.plan.arms))
     for title, rows in comparison.table():
-        table = Table(title=f"{title} ({rows[0].unit})", title_justify="left")
+        print(f"{title} ({rows[0].unit})")
+        print("\n".join(about_lines(rows)))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name in ("arm", "mean", f"difference to {first}", ""):
-            table.add_column(name)
+            table.add_column(name, overflow="fold")
         for cells in table_cells(rows):
             arm, mean, _, gap, verdict = cells
             table.add_row(arm, mean, gap, verdict)
         console.print(table)
+        print()
     costs = Table(title="cost, mean over seeds", title_justify="left")
     for name in ("arm", *COST_COLUMNS):
-        costs.add_column(name)
+        costs.add_column(name, overflow="fold")
     for arm, cost in comparison.costs.items():
         costs.add_row(arm, *cost_cells(cost))
     console.print(costs)

@@ -114,7 +114,7 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from smalti.evaluation.protocol import BASELINE_LABELS, write_results
+    from smalti.evaluation.protocol import BASELINE_LABELS, describe_result, write_results
     from smalti.study.rows import result_cells
 
     console = Console()
@@ -132,12 +132,13 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
         for metric in result.metrics:
             table.add_row(metric, *result_cells(result, baseline, metric))
         print(f"{result.encoder} on {result.data}")
+        print(describe_result(result) or "nothing is known of what was evaluated")
         console.print(table)
         print()
         if "intervals" in result.settings:
-            told[f"In brackets: {result.settings['intervals']}"] = None
+            told[f"In brackets: {result.settings['intervals']}{'; differences are paired' if beside else ''}."] = None
     for line in told:
-        print(f"{line}; differences are paired.")
+        print(line)
     if json_path:
         write_results(json_path, results)
 

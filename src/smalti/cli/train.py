@@ -68,6 +68,7 @@ def _say_what_next(run: Path) -> None:
     from smalti.evaluation.protocol import read_results
     from smalti.methods.base import TokenMethod, get_method
     from smalti.study.posttrain import read_verdict
+    from smalti.study.pretrain import read_run_file
     from smalti.training.checkpoint import read_state
 
     state, verdict = read_state(run), read_verdict(run)
@@ -77,6 +78,9 @@ def _say_what_next(run: Path) -> None:
     elif last.is_file():
         baselines = [result for result in read_results(first) if result.is_baseline] if first.is_file() else []
         print_results([*read_results(last), *baselines], None)
+    if (reference := read_run_file(run).get("reference")) is not None:
+        sentence = str(reference["sentence"])
+        print(f"{sentence[0].upper()}{sentence[1:]}.")
     chosen = run
     if state.best_step is not None and state.best_step != state.step:
         chosen = run / "best"
@@ -105,9 +109,11 @@ def _print_verdict(verdict: "Verdict") -> None:
     from smalti.study.posttrain import VERDICT_COLUMNS, verdict_cells
 
     console = Console()
-    table = Table(title=f"{verdict.rows[0].data}: {verdict.images}", title_justify="left")
+    print(verdict.rows[0].data)
+    print(verdict.images)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in VERDICT_COLUMNS:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for cells in verdict_cells(verdict):
         table.add_row(*cells)
     console.print(table)

@@ -40,7 +40,7 @@ Kind = Literal["labels", "masks", "boxes"]
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Images to learn from and others to be judged on."""
+    """Images to learn from and others to be evaluated on."""
 
     train: ImageSet
     test: ImageSet
@@ -49,6 +49,16 @@ class LabelledData:
     """How the two came about, one line for logs and results."""
     drawn: bool = False
     """Whether ``train`` is a draw from the training images."""
+    split: str = "test"
+    """The evaluated split by its own name; ``held-out`` of a seeded split, empty where all images are evaluated."""
+
+    missing: tuple[str, ...] = ()
+    """Classes of class folders that have training images and none to be evaluated."""
+
+    @property
+    def evaluated(self) -> str:
+        """What the evaluated images are called, such as ``val images``."""
+        return f"{self.split} images".strip()
 
 
 def open_labelled(data: str | Path, *, split: str | None = None, seed: int = 0, need: Kind) -> LabelledData:
@@ -61,8 +71,8 @@ def open_labelled(data: str | Path, *, split: str | None = None, seed: int = 0, 
         need: class labels, masks, or boxes of objects.
 
     Raises:
-        DataError: if the layout hasn't what is needed, a split is missing, train and test differ in their classes, or
-            a file of boxes contradicts itself or the images.
+        DataError: if the layout hasn't what is needed, a split is missing, classes are to be evaluated that have no
+            training images, or a file of boxes contradicts itself or the images.
     """
     images = open_images(data)
     found = {"labels": any(sample.label is not None for sample in images.samples)}
@@ -84,11 +94,10 @@ def open_labelled(data: str | Path, *, split: str | None = None, seed: int = 0, 
         raise DataError(f"{images.root}: split 'train' is what an evaluation learns from; judge on val or test")
     test_name = split or ("val" if "val" in images.splits else "test")
     test, train = images.subset(test_name), images.subset("train")
-    if need == "labels":
-        _check_classes(train, test)
-    return LabelledData(
-        train, test, images.classes, f"learned from train ({len(train)}), judged on {test_name} ({len(test)})"
-    )
+    missing = _missing_classes(images, train, test) if need == "labels" else ()
+    note = f"learned from train ({len(train)}), evaluated on {test_name} ({len(test)})"
+    split = SPLITS.get(test_name, test_name)
+    return LabelledData(train, test, images.classes, note, split=split, missing=missing)
 
 
 def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
@@ -161,27 +170,28 @@ def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_lab
     ]
     train, test = (replace(images, samples=part, classes=classes) for part in parts)
     note = f"no splits found: a seeded 80/20 split, seed {seed} ({len(train)} and {len(test)} images)"
-    return LabelledData(train, test, classes, note)
+    missing = _missing_classes(images, train, test) if by_label else ()
+    return LabelledData(train, test, classes, note, split="held-out", missing=missing)
 
 
-def _check_classes(train: ImageSet, test: ImageSet) -> None:
-    """Refuse class folders that one split has and the other hasn't; empty ones are there."""
-    known = {"train": _class_folders(train), str(test.samples[0].split): _class_folders(test)}
-    everywhere = set.intersection(*known.values())
-    differences = [
-        f"only in {split}: {', '.join(sorted(names - everywhere))}"
-        for split, names in known.items()
-        if names - everywhere
-    ]
-    if differences:
-        raise DataError(f"{train.root}: the splits have different classes; {'; '.join(differences)}")
+def _missing_classes(images: ImageSet, train: ImageSet, test: ImageSet) -> tuple[str, ...]:
+    """Names of the classes that have training images and none to be evaluated.
 
-
-def _class_folders(images: ImageSet) -> set[str]:
+    Raises:
+        DataError: if it is the other way round for some: nothing can learn what they are.
+    """
     classes = images.classes or ()
-    folder = images.samples[0].path.parent.parent
-    with_images = {classes[sample.label] for sample in images.samples if sample.label is not None}
-    return with_images | {name for name in classes if (folder / name).is_dir()}
+    learned, evaluated = ({sample.label for sample in one.samples if sample.label is not None} for one in (train, test))
+    if evaluated - learned:
+        split = str(test.samples[0].split)
+        names = ", ".join(classes[label] for label in sorted(evaluated - learned))
+        others = [name for name in images.splits if name not in ("train", split)]
+        other = f", or evaluate another split (eval.split={others[0]})" if others else ""
+        raise DataError(
+            f"{images.root}: {split} has images of {names} and train has none, so nothing can learn these classes; add "
+            f"training images of them, or take them out of {split}{other}"
+        )
+    return tuple(classes[label] for label in sorted(learned - evaluated))
 
 
 def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:

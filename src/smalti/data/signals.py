@@ -216,6 +216,13 @@ class LabelledSignals:
     classes: tuple[str, ...] = STAGES
     drawn: bool = False
     """Whether ``train`` is a draw from the training subjects."""
+    split: str = "test"
+    """The evaluated split by its own name."""
+
+    @property
+    def evaluated(self) -> str:
+        """What the evaluated windows are called, such as ``test windows``."""
+        return f"{self.split} windows"
 
 
 def is_signals(data: str | Path) -> bool:
@@ -335,7 +342,7 @@ def open_labelled_signals(
                 f"{signals.root}: subject {min(both)} is in train and in {judged}; a split is by subject; "
                 f"if these are two people, say so in {TABLE} (columns file, subject, split)"
             )
-        return LabelledSignals(train, test, note)
+        return LabelledSignals(train, test, note, split=judged)
     parts = split_subjects(scored.subjects, seed)
     judged = SPLITS.get(split or "test", split or "test")
     if judged not in parts or not parts[judged] or not parts["train"]:
@@ -344,7 +351,7 @@ def open_labelled_signals(
         )
     counts = ", ".join(f"{name} {len(names)}" for name, names in parts.items())
     note = f"no splits found: subjects split by seed {seed} ({counts}), judged on {judged}{rest}"
-    return LabelledSignals(scored.of_subjects(parts["train"]), scored.of_subjects(parts[judged]), note)
+    return LabelledSignals(scored.of_subjects(parts["train"]), scored.of_subjects(parts[judged]), note, split=judged)
 
 
 def _refuse_doubtful_subjects(signals: SignalSet) -> None:

@@ -212,7 +212,7 @@ def attention(features: Features, config: EvalConfig) -> Scores:
     assert isinstance(seen, AttentionObserver)
     places = sorted(seen.nmi)
     if not places:
-        raise DataError(f"{images.root}: none of the {len(images)} test images can be read")
+        raise DataError(f"{images.root}: none of the {len(images)} {features.evaluated} can be read")
     nmi, distance = (torch.stack([of[place] for place in places]) for of in (seen.nmi, seen.distance))  # (n, layers, H)
     metrics: dict[str, float] = {}
     tallies = {}
@@ -247,7 +247,7 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         "image_size": size,
         "resize": "to a square, aspect ratio ignored",
         "num_images": len(places),
-        "chosen": "spread evenly over the test images" if len(places) < len(images) else "all",
+        "chosen": f"spread evenly over the {features.evaluated}" if len(places) < len(images) else "all",
         "layers": encoder.depth,
         "num_prefix_tokens": encoder.num_prefix_tokens,
         "prefix": "left out of the attention, rows divided by their sums again"

@@ -520,9 +520,9 @@ def _judge(
             waiting.append((place, *item))
         if len(waiting) == at_once or place + 1 == len(images):
             flush()
-        features.progress("detection: test images", place + 1, len(images))
+        features.progress(f"detection: {features.evaluated}", place + 1, len(images))
     if not truth:
-        raise DataError(f"{images.root}: none of the {len(images)} test images can be read")
+        raise DataError(f"{images.root}: none of the {len(images)} {features.evaluated} can be read")
     return truth, found, shown
 
 
@@ -572,7 +572,7 @@ def _check_objects(features: Features, masks: bool | None) -> bool:
     """
     lacking: tuple[ImageSample, CocoObject] | None = None
     only_boxes = True
-    for split, images in (("train", features.data.train), ("test", features.data.test)):
+    for called, images in (("train images", features.data.train), (features.evaluated, features.data.test)):
         count = 0
         for sample in images.samples:
             image = annotated_image(sample)
@@ -584,7 +584,7 @@ def _check_objects(features: Features, masks: bool | None) -> bool:
                 elif not item.is_crowd and not is_only_box(item):
                     only_boxes = False
         if not count:
-            raise DataError(f"{images.root}: no object in the annotations of the {len(images)} {split} images")
+            raise DataError(f"{images.root}: no object in the annotations of the {len(images)} {called}")
     if masks and (lacking is not None or only_boxes):
         which = "all outlines are their boxes' rectangles"
         if lacking is not None:

@@ -143,7 +143,7 @@ def equivariance(features: Features, config: EvalConfig) -> Scores:
                 values[chosen[position]] = [found[name] for name in VIEWS]
         features.progress("equivariance", done, len(few))
     if not np.isfinite(values).any():
-        raise DataError(f"{images.root}: none of the {len(few)} test images can be read")
+        raise DataError(f"{images.root}: none of the {len(few)} {features.evaluated} can be read")
     columns = {
         "match": values[:, :, 0].mean(1),
         **{f"match_{name}": values[:, i, 0] for i, name in enumerate(VIEWS)},

@@ -17,7 +17,7 @@ from smalti.data.folders import ImageSet
 from smalti.data.labelled import EvalCrop, LabelledData, eval_batches
 from smalti.data.signals import LabelledSignals
 from smalti.errors import ConfigError, DataError, RunError
-from smalti.models.encoder import Encoder, PatchFeatures, pool_features
+from smalti.models.encoder import ClassHead, Encoder, PatchFeatures, pool_features
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``."""
@@ -34,6 +34,14 @@ T = TypeVar("T")
 def spread(number: int, few: int) -> tuple[int, ...]:
     """At most ``few`` of the places 0..number-1, spread evenly, in rising order."""
     return tuple(sorted({i * number // few for i in range(few)})) if number else ()
+
+
+def own_head(encoder: Encoder, classes: tuple[str, ...]) -> ClassHead | None:
+    """The head that came with the weights, if it classifies the classes of the data."""
+    head = encoder.class_head
+    if head is None or len(head.weight) != len(classes) or (head.classes and head.classes != classes):
+        return None
+    return head
 
 
 class Observer(abc.ABC):
@@ -160,6 +168,8 @@ class Features:
         norm: whether patch tokens of dense protocols go through the encoder's final norm; see ``EvalConfig``.
         progress: called as ``progress(what, done, total)``.
         observers: what else watches the test images pass, by name.
+        own_heads: whether a head that came with the weights may be used; not where what the encoder is compared with
+            has none.
     """
 
     def __init__(
@@ -174,6 +184,7 @@ class Features:
         norm: bool = True,
         progress: Progress | None = None,
         observers: Mapping[str, Observer] | None = None,
+        own_heads: bool = True,
     ) -> None:
         self.encoder = encoder
         self.data = cast(LabelledData, data)  # protocols for signals take :attr:`signals`
@@ -191,6 +202,12 @@ class Features:
         self._observers = dict(observers or {})
         self._observed: set[tuple[str, int]] = set()
         self._memo: dict[Hashable, Any] = {}
+        self._own_heads = own_heads
+
+    @property
+    def class_head(self) -> ClassHead | None:
+        """The encoder's own head, if it classifies the classes of the data and may be used."""
+        return own_head(self.encoder, self.data.classes) if self._own_heads else None
 
     @property
     def signals(self) -> LabelledSignals:
@@ -202,6 +219,11 @@ class Features:
     def names(self) -> tuple[str, ...]:
         """Test images, relative to the data set where they lie in it."""
         return self.data.test.names
+
+    @property
+    def evaluated(self) -> str:
+        """What the evaluated images are called, such as ``val images``."""
+        return self.data.evaluated
 
     @property
     def shown(self) -> tuple[int, ...]:
@@ -290,7 +312,7 @@ class Features:
         if key not in self._image_level:
             images = self._split(split)
             patches, prefix, places, attended = [], [], list[int](), list[Tensor]()
-            for features, positions in self.encode(images, size, "crop", self.batch_size, f"{split} images"):
+            for features, positions in self.encode(images, size, "crop", self.batch_size, self._called(split)):
                 patches.append(features.patches.mean(1, keepdim=True).float().cpu())
                 prefix.append(features.prefix.float().cpu())
                 if pool:
@@ -298,7 +320,7 @@ class Features:
                         attended.append(self.encoder.pooled(features, pool).float().cpu())
                 places += positions
             if not places:
-                raise DataError(f"{images.root}: none of the {len(images)} {split} images can be read")
+                raise DataError(f"{images.root}: none of the {len(images)} {self._called(split)} can be read")
             self._image_level[key] = ImageFeatures(
                 PatchFeatures(torch.cat(patches), torch.cat(prefix), (1, 1)),
                 torch.tensor(
@@ -325,7 +347,7 @@ class Features:
             height, width = self.encoder.check_size(size, size)
             needed = len(images) * height * width * self.encoder.embed_dim * self.dtype.itemsize
             fits = keep and needed <= self._bytes_left
-            tokens = PatchTokens(self, images, size, f"{split} tokens", fits, split)
+            tokens = PatchTokens(self, images, size, f"tokens of {self._called(split)}", fits, split)
             if not fits:
                 return tokens
             self._bytes_left -= needed
@@ -382,6 +404,9 @@ class Features:
                 f"{self.encoder.name}: features are not finite; its weights are damaged, or training went wrong"
             )
         return features
+
+    def _called(self, split: Split) -> str:
+        return "train images" if split == "train" else self.evaluated
 
     def _split(self, split: Split) -> ImageSet:
         return self.data.train if split == "train" else self.data.test

@@ -4,8 +4,9 @@ Source: Guo et al., "The Collapse of Patches", 2025, arXiv:2511.22281, Table 5 a
 over the rates 0, 0.01 ... 0.98, not normalised) and knee. Differs from it: orders that look at no image (one random
 permutation for all images; the mean order) are always drawn beside the others, as the paper lacks them; accuracy comes
 with intervals; the time of an image is measured, with what ranking its patches costs where that is known.
-The head is the run's own where its method trained one, else a linear layer that is fitted on whole training images as
-linear-probe does. Dropped patches are never embedded.
+The head is the run's own where its method trained one; else, and beside a baseline that has none (of another run, with
+other classes, or of an imported encoder), a linear layer that is fitted on whole training images as linear-probe does.
+Encoder and baseline always have the same kind of head. Dropped patches are never embedded.
 Letters: n images, N patches, k kept ones, K classes, S rates.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from smalti.data.labelled import eval_batches
 from smalti.data.orders import OrderCache, check_fits, check_order, grid_order, read_orders
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.features import Features
+from smalti.evaluation.features import Features, own_head
 from smalti.evaluation.intervals import LEVEL
 from smalti.evaluation.linear_probe import BATCH_SIZE, LEARNING_RATES, fit_probe
 from smalti.evaluation.metrics import ConfusionMatrix, class_recall
@@ -45,20 +46,23 @@ PAPER_RATES = tuple(round(0.01 * step, 2) for step in range(99))
 TABLE = (0.3, 0.5, 0.78)
 """Rates of the paper's Table 5: always measured, and no part of the area unless they are among the rates."""
 SPEED_BATCH, SPEED_ROUNDS = 8, 5
+OWN_HEAD = "the run's own, trained or untrained as the encoder is"
 
 
 @dataclasses.dataclass(frozen=True)
 class Orders:
-    """Orders of the patches of test images, by name."""
+    """Orders of the patches of evaluated images, by name."""
 
     names: tuple[str, ...]
-    """The one that counts first."""
+    """The one that counts first is the first."""
     own: str
     """With which the encoder learned; empty: with none."""
+    asked: bool
+    """Whether the user named the first."""
     caches: tuple[OrderCache, ...]
     encoder: Encoder
     images: tuple[str, ...]
-    """Names of the test images."""
+    """Names of the evaluated images."""
     seed: int
 
     def of(self, name: str, pixels: Tensor, places: Sequence[int]) -> Int[Tensor, "B N"]:
@@ -91,7 +95,9 @@ class Orders:
 
 
 def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
-    """The orders that are asked for, those that the encoder learned with, and the controls.
+    """The orders that are asked for, in that order, the one that the encoder learned with, and the controls.
+
+    A file stands for all orders in it. The first that was asked for counts first; where none was, the encoder's own.
 
     Raises:
         ConfigError: for an unknown name.
@@ -99,21 +105,21 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
     """
     encoder, head = features.encoder, features.encoder.class_head
     own = head.order if head is not None else ""
-    files = dict.fromkeys(Path(order).expanduser() for order in config.orders if order.endswith(".parquet"))
-    named = [check_order(order) for order in config.orders if not order.endswith(".parquet")]
+    named = [order if order.endswith(".parquet") else check_order(order) for order in config.orders]
+    files = {order: Path(order).expanduser() for order in named if order.endswith(".parquet")}
     if own and not files and head is not None and head.orders:
-        files[Path(head.orders)] = None
-    caches = tuple(read_orders(file) for file in files)
+        files[head.orders] = Path(head.orders)
+    read = {order: read_orders(file) for order, file in files.items()}
+    caches = tuple(read.values())
     grid = encoder.check_size(size, size)
     for cache in caches:
         check_fits(cache, features.data.test, grid, flips_needed=False)
     stored = [name for cache in caches for name in cache.stored]
-    wanted = [own] if own else []
-    wanted += named or stored or ([] if own else list(PLAIN))
-    wanted += CONTROLS
+    asked = [name for order in named for name in (read[order].stored if order in files else (order,))]
+    wanted = [*asked, *([own] if own else [] if asked else PLAIN), *([] if asked else stored), *CONTROLS]
     wanted += ["collapse_static"] if "collapse" in stored else []
     names = tuple(dict.fromkeys(wanted))
-    orders = Orders(names, own, caches, encoder, features.names, config.seed)
+    orders = Orders(names, own, bool(asked), caches, encoder, features.names, config.seed)
     for name in names:
         needs_file = grid_order(name, grid) is None and name not in ("random", "variance")
         if not needs_file or orders.cache_of(name) is not None:
@@ -122,17 +128,9 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
             if not encoder.has_class_token:
                 raise ConfigError(f"eval.orders: {encoder.name} has no class token whose attention could order patches")
             continue
-        given = f"; {', '.join(map(str, files))} can give {', '.join(stored)}" if files else ""
+        given = f"; {', '.join(map(str, files.values()))} can give {', '.join(stored)}" if files else ""
         raise DataError(f"order '{name}' stands in a file of smalti rank: add it, eval.orders=[FILE.parquet]{given}")
     return orders
-
-
-def own_head(encoder: Encoder, classes: tuple[str, ...]) -> ClassHead | None:
-    """The head that came with the weights, if it tells the classes of the data."""
-    head = encoder.class_head
-    if head is None or len(head.weight) != len(classes) or (head.classes and head.classes != classes):
-        return None
-    return head
 
 
 def fit_head(features: Features, config: EvalConfig, size: int) -> tuple[ClassHead, dict[str, Any]]:
@@ -184,12 +182,14 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     if len(rates) < 2 or any(after <= before for before, after in itertools.pairwise(rates)):
         raise ConfigError(f"eval.rates={list(rates)}: at least two that rise are needed")
     orders = open_orders(features, config, size)
-    head = own_head(encoder, classes)
-    told: dict[str, Any] = {"head": "the run's own"}
+    head = features.class_head
+    told: dict[str, Any] = {"head": OWN_HEAD}
     if head is None:
         head, told = fit_head(features, config, size)
-        if encoder.class_head is not None and len(encoder.class_head.weight):
-            told["head_note"] = "the run's own head tells other classes"
+        if own_head(encoder, classes) is not None:
+            told["head_note"] = "the baseline has no head of its own: both have fitted ones"
+        elif encoder.class_head is not None and len(encoder.class_head.weight):
+            told["head_note"] = "the run's own head classifies other classes"
     head = head._replace(weight=head.weight.to(features.device), bias=head.bias.to(features.device))
     measured = tuple(sorted({0.0, *rates, *TABLE}))
     preds, places = _predictions(features, orders, head, measured, size)
@@ -229,7 +229,11 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     settings = {
         "preset": config.preset,
         "order": first,
-        "order_note": "the one that the encoder learned with" if orders.own else "the first that was asked for",
+        "order_note": "the first that was asked for"
+        if orders.asked
+        else "the one that the encoder learned with"
+        if orders.own
+        else "none was asked for",
         "orders": list(orders.names),
         "files": {str(cache.path): cache.source for cache in orders.caches},
         **told,
@@ -239,7 +243,7 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
         "kept": {f"{rate:g}": num_kept(grid[0] * grid[1], rate) for rate in measured},
         "image_size": size,
         "resize": "the largest central square",
-        "interval": f"{LEVEL:.0%}, Wilson's, over the test images",
+        "interval": f"{LEVEL:.0%}, Wilson's, over the {features.evaluated}",
         "keep_curve": {name: _curve(right[name], measured) for name in orders.names},
     }
     if config.speed:
@@ -285,7 +289,7 @@ def _predictions(
                 found[name].append(torch.stack(columns, dim=1))
         features.progress("keep-curve", done, len(test))
     if not places:
-        raise DataError(f"{test.root}: none of the {len(test)} test images can be read")
+        raise DataError(f"{test.root}: none of the {len(test)} {features.evaluated} can be read")
     return {name: torch.cat(parts) for name, parts in found.items()}, places
 
 

@@ -270,7 +270,7 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))
     masks = read_masks(images, len(classes), recipe.mask_size)
-    unlabelled = unlabelled_of(images, masks, ignore)
+    unlabelled = unlabelled_of(images, masks, ignore, features.evaluated)
     train_masks = read_masks(features.data.train, len(classes), recipe.mask_size)
     rate, reached = recipe.learning_rates[0], dict[str, float]()
     if len(recipe.learning_rates) > 1:
@@ -346,25 +346,26 @@ def read_masks(images: ImageSet, num_classes: int, size: int) -> Integer[Tensor,
     return masks
 
 
-def unlabelled_of(images: ImageSet, masks: Integer[Tensor, "n M M"], ignore: int) -> list[int]:
-    """Places of the test images whose masks, as :func:`read_masks` gives them, have no labelled pixel, with a warning.
+def unlabelled_of(images: ImageSet, masks: Integer[Tensor, "n M M"], ignore: int, called: str) -> list[int]:
+    """Places of the evaluated images whose masks, as :func:`read_masks` gives them, have no labelled pixel, with a
+    warning.
 
     Raises:
         DataError: if none has a label.
     """
     places = (masks == ignore).flatten(1).all(1).nonzero()[:, 0].tolist()
     if len(places) == len(images):
-        raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} test images")
-    warn_unlabelled(images, places, "test")
+        raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} {called}")
+    warn_unlabelled(images, places, called)
     return places
 
 
-def warn_unlabelled(images: ImageSet, places: Sequence[int], which: str) -> None:
+def warn_unlabelled(images: ImageSet, places: Sequence[int], called: str) -> None:
     """One line about images without a labelled pixel, from one place, so that Python can tell repetitions."""
     if places:
         first = images.samples[places[0]].path.name
         warnings.warn(
-            f"{images.root}: {len(places)} of {len(images)} {which} images have no labelled pixel and are left out "
+            f"{images.root}: {len(places)} of {len(images)} {called} have no labelled pixel and are left out "
             f"(the first is {first})",
             stacklevel=1,  # the same place for all
         )

@@ -161,7 +161,7 @@ def neighbours(
         done += len(images)
     if not done:
         judged = features.data.test
-        raise DataError(f"{judged.root}: none of the {len(judged)} test images can be read")
+        raise DataError(f"{judged.root}: none of the {len(judged)} {features.evaluated} can be read")
 
 
 def unlabelled_places(features: Features) -> frozenset[int]:
@@ -182,11 +182,11 @@ def unlabelled_places(features: Features) -> frozenset[int]:
             if mask is not None and (mask == ignore).all():
                 empty.append(place)
         if len(empty) == len(images):
-            raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} test images")
-        warn_unlabelled(images, empty, "test")
+            raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} {features.evaluated}")
+        warn_unlabelled(images, empty, features.evaluated)
         return frozenset(empty)
 
-    return features.once("unlabelled test images", look)
+    return features.once("unlabelled", look)
 
 
 def masks_of(images: ImageSet, places: Sequence[int], num_classes: int, size: int) -> Integer[Tensor, "B M M"]:
@@ -318,7 +318,7 @@ def _make_memory(features: Features, recipe: Recipe, seed: int) -> PatchMemory:
         raise DataError(f"{images.root}: none of the {len(order)} train images can be read")
     if not size:
         raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(seen)} training images")
-    warn_unlabelled(images, sorted(empty), "training")
+    warn_unlabelled(images, sorted(empty), "train images")
     return PatchMemory(keys[:size], counts[:size], len(seen) - len(empty))
 
 

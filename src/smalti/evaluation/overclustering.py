@@ -155,14 +155,14 @@ def overclustering(features: Features, config: EvalConfig) -> Scores:
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))
     masks = read_masks(images, len(classes), recipe.mask_size)
-    unlabelled = unlabelled_of(images, masks, ignore)
+    unlabelled = unlabelled_of(images, masks, ignore, features.evaluated)
     points, places = _project(features, recipe.image_size)
     num_patches = len(places) * points.shape[1]
     chosen, left_out = choose_clusters(config.clusters, len(classes), num_patches)
     if not chosen:
         raise DataError(
-            f"{images.root}: {len(images)} test images have {num_patches} patches, too few for {min(left_out)} "
-            "clusters; set a smaller eval.clusters, or judge on more or larger images"
+            f"{images.root}: {len(images)} {features.evaluated} have {num_patches} patches, too few for "
+            f"{min(left_out)} clusters; set a smaller eval.clusters, or evaluate on more or larger images"
         )
     grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
     # (M, M): the patch that each pixel of a mask takes
@@ -255,7 +255,7 @@ def _project(features: Features, size: int) -> tuple[Float[np.ndarray, "n N d"],
     tokens = features.tokens("test", size)
     images = features.data.test
     if not any(True for _ in tokens.batches(batch_size=1)):
-        raise DataError(f"{images.root}: none of the {len(images)} test images can be read")
+        raise DataError(f"{images.root}: none of the {len(images)} {features.evaluated} can be read")
     mean, basis = fit_projection((batch for batch, _ in tokens.batches()), NUM_DIMS)
     by_place: dict[int, np.ndarray] = {}
     for batch, places in tokens.batches():

@@ -23,7 +23,7 @@ from smalti.data.folders import ImageSet, open_images
 from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
 from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.features import Features, Observer, Progress
+from smalti.evaluation.features import Features, Observer, Progress, own_head
 from smalti.evaluation.intervals import group_images
 from smalti.evaluation.metrics import Absent
 from smalti.evaluation.shown import Shown, show
@@ -38,6 +38,7 @@ Preset = Literal["small", "full", "paper"]
 Count = Annotated[int, Field(ge=1)]
 CountFromZero = Annotated[int, Field(ge=0)]
 
+_FEW_NAMES = 5
 SHARE = "share of 1, higher is better"
 """Unit of accuracies and IoUs."""
 
@@ -140,8 +141,8 @@ class EvalConfig:
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
     orders: tuple[str, ...] = ()
-    """keep-curve: orders of patches by name, and files of ``smalti rank`` (.parquet); a file alone: all of its orders.
-    What the encoder learned with, random and fixed ones are always among them."""
+    """keep-curve: orders of patches by name, and files of ``smalti rank`` (.parquet), each for all orders in it. The
+    first counts first; the one that the encoder learned with, random and fixed ones are always among them."""
     rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
     """keep-curve: shares of patches that are dropped, rising; empty: 0, 0.05 ... 0.95 (paper: 0, 0.01 ... 0.98)."""
     speed: bool = True
@@ -444,12 +445,15 @@ def evaluate(
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
-    results = _judge(encoder, name, data, protocols, sets, config, progress, figures)
     compared = [protocol for protocol in protocols if protocol.has_baseline]
-    beside: dict[str, Result] = {}
+    other: Encoder | None = None
     if config.baseline and compared and baseline is not None:
         other = baseline.make().to(next(encoder.parameters()).device)
-        found = _judge(other, f"{name} ({baseline.label})", data, compared, sets, config, progress, figures)
+    results = _judge(encoder, name, data, protocols, sets, config, progress, figures, other)
+    beside: dict[str, Result] = {}
+    if other is not None and baseline is not None:
+        label = f"{name} ({baseline.label})"
+        found = _judge(other, label, data, compared, sets, config, progress, figures, encoder)
         beside = {result.protocol: dataclasses.replace(result, baseline=baseline.kind) for result in found}
     return [one for result in results for one in (result, beside.get(result.protocol)) if one is not None]
 
@@ -493,9 +497,11 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
         for need in needs
     }
     for need, labelled in sets.items():
-        for split, images in (("train", labelled.train), ("test", labelled.test))[need == "images" :]:
+        for called, images in (("train images", labelled.train), (labelled.evaluated, labelled.test))[
+            need == "images" :
+        ]:
             if not len(images):
-                raise DataError(f"{data}: no {split} images; evaluation fits on train and judges on test")
+                raise DataError(f"{data}: no {called}; an evaluation learns from train and is about another split")
     if config.groups is not None:
         for labelled in sets.values():
             group_images(labelled.test.names, config.groups)
@@ -527,7 +533,8 @@ def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
     name = split or (held_out[0] if held_out else None)
     judged = images.subset(name) if name else images
     nothing = dataclasses.replace(images, samples=())
-    return LabelledData(nothing, judged, (), f"no labels needed: {name or 'all images'} ({len(judged)})")
+    note = f"no labels needed: {name or 'all images'} ({len(judged)})"
+    return LabelledData(nothing, judged, (), note, split=name or "")
 
 
 def random_baseline(encoder: Encoder, seed: int) -> Baseline:
@@ -543,6 +550,42 @@ def random_init(encoder: Encoder, seed: int) -> Encoder:
     if head is not None:  # no classes: only the order of patches in which both are asked
         made.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
     return made.to(next(encoder.parameters()).device)
+
+
+def describe_result(result: Result) -> str:
+    """What must be known to read the numbers of a result: how many images of which split, their size, the preset, and
+    what was left out."""
+    told, parts = result.settings, list[str]()
+    if (number := told.get("num_test")) is not None:
+        looked_at = told.get("num_images")
+        few = f"{looked_at} of " if looked_at is not None and looked_at < number else ""
+        parts.append(f"{few}{number} {told.get('evaluated', 'images')}")
+    if (size := told.get("image_size")) is not None:
+        parts.append(f"{size} px")
+    if told.get("preset") is not None:
+        parts.append(f"preset {told['preset']}")
+    if told.get("keep_curve"):
+        parts.append(f"order {told['order']}")
+    if told.get("clusters"):
+        parts.append(f"{told['num_patches']} patches")
+    line = ", ".join(parts)
+    if left_out := _left_out(told):
+        line += f"{'; ' if line else ''}left out: {', '.join(left_out)}"
+    return line
+
+
+def _left_out(told: Mapping[str, Any]) -> list[str]:
+    unreadable = told.get("num_unreadable", 0)
+    evaluated = told.get("num_unreadable_evaluated", unreadable)
+    clusters, missing = told.get("clusters_left_out") or (), told.get("classes_without_images") or ()
+    names = ", ".join(missing[:_FEW_NAMES]) + (", ..." if len(missing) > _FEW_NAMES else "")
+    return [
+        *([f"{evaluated} unreadable"] if evaluated else []),
+        *([f"{unreadable - evaluated} unreadable in train"] if unreadable > evaluated else []),
+        *([f"{told['num_unlabelled']} without a label"] if told.get("num_unlabelled") else []),
+        *([f"K = {', '.join(map(str, clusters))} (too few patches)"] if clusters else []),
+        *([f"{len(missing)} of {told['num_classes']} classes, which have no such images ({names})"] if missing else []),
+    ]
 
 
 def results_json(results: list[Result]) -> str:
@@ -587,8 +630,10 @@ def _judge(
     config: EvalConfig,
     progress: Progress | None,
     figures: bool,
+    beside: Encoder | None,
 ) -> list[Result]:
-    """One result a protocol; features are computed once for all of them."""
+    """One result a protocol; features are computed once for all of them. Own heads are used only where ``beside``, the
+    encoder that this one is compared with, has one, too."""
     results = []
     with eval_mode(encoder):
         features = {
@@ -606,6 +651,7 @@ def _judge(
                     for protocol in protocols
                     if protocol.observer is not None and _source(protocol, sets) == need
                 },
+                own_heads=beside is None or own_head(beside, labelled.classes) is not None,
             )
             for need, labelled in sets.items()
         }
@@ -619,9 +665,11 @@ def _judge(
                 "fitted": [] if encoder.report is None else [*encoder.report.resampled, *encoder.report.notes],
                 "pos_resampling": encoder.pos_resampling._asdict(),
                 "split": sets[need].note,
+                "evaluated": source.evaluated,
                 "num_train": len(source.data.train),
                 "num_test": len(source.data.test),
                 "num_unreadable": len(source.skipped),
+                "num_unreadable_evaluated": len(source.skipped.keys() & set(map(str, source.data.test.paths))),
                 "num_classes": len(source.data.classes),
                 "layout": source.data.test.layout,
                 "seed": config.seed,
@@ -632,6 +680,8 @@ def _judge(
                 shared["tokens"] = "behind the final norm" if config.norm else "of the last block, without final norm"
             if source.data.test.label_note is not None:
                 shared["labels"] = source.data.test.label_note
+            if need == "labels" and source.data.missing:
+                shared["classes_without_images"] = list(source.data.missing)
             if source.data.drawn:
                 shared["train_images"] = source.data.train.names
             if config.groups is not None:

@@ -40,7 +40,7 @@ def rank(features: Features, config: EvalConfig) -> Scores:
             all_patches = all_patches.plus(moments)
         pooled.append(encoder.pooled(found, pool).float())
     if not pooled:
-        raise DataError(f"{images.root}: none of the {len(few)} test images can be read")
+        raise DataError(f"{images.root}: none of the {len(few)} {features.evaluated} can be read")
     all_images = sum_moments(pooled)
     metrics = {}
     for name, moments in (("patches", all_patches), ("images", all_images)):

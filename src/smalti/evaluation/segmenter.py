@@ -344,8 +344,8 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
     recipe = choose_recipe(features, config)
     encoder, classes = features.encoder, features.data.classes
     ignore = ignored_value(len(classes))
-    for split, images in (("train", features.data.train), ("test", features.data.test)):
-        _check_labelled(images, split, len(classes))
+    for called, images in (("train images", features.data.train), (features.evaluated, features.data.test)):
+        _check_labelled(images, called, len(classes))
     with seeded(config.seed, features.device):
         model = Segmenter(trainable_copy(encoder, recipe.drop_path), len(classes))
         optimizer = create_optimizer_v2(
@@ -374,7 +374,7 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
             what="segmenter",
         )
         tally, predictions, unlabelled = _judge(model, features, recipe)
-    warn_unlabelled(features.data.test, unlabelled, "test")
+    warn_unlabelled(features.data.test, unlabelled, features.evaluated)
     matrix = tally.confusion.matrix
     settings = {
         "preset": config.preset,
@@ -431,7 +431,7 @@ def _judge(model: Segmenter, features: Features, recipe: Recipe) -> tuple[PixelT
     num_read, unlabelled = 0, list[int]()
     items = _TestImages(images, recipe.crop, num_classes, features.encoder)
     for place, item in enumerate(stream(items, len(images), features.num_workers)):
-        features.progress("segmenter: test images", place + 1, len(images))
+        features.progress(f"segmenter: {features.evaluated}", place + 1, len(images))
         if isinstance(item, Skipped):
             features.skipped[str(item.path)] = item.reason
             continue
@@ -448,11 +448,11 @@ def _judge(model: Segmenter, features: Features, recipe: Recipe) -> tuple[PixelT
                 pred.numpy().astype(np.int32), *(max(1, round(side * factor)) for side in mask.shape)
             )
     if not num_read:
-        raise DataError(f"{images.root}: none of the {len(images)} test images can be read")
+        raise DataError(f"{images.root}: none of the {len(images)} {features.evaluated} can be read")
     return tally, predictions, unlabelled
 
 
-def _check_labelled(images: ImageSet, split: str, num_classes: int) -> None:
+def _check_labelled(images: ImageSet, called: str, num_classes: int) -> None:
     """Find out before the training that there is something to learn and to judge; stops at the first labelled mask."""
     ignore = ignored_value(num_classes)
     for sample in images.samples:
@@ -462,4 +462,4 @@ def _check_labelled(images: ImageSet, split: str, num_classes: int) -> None:
             continue
         if (read_mask(sample, num_classes) != ignore).any():
             return
-    raise DataError(f"{images.root}: no labelled pixel in the masks of the {len(images)} {split} images")
+    raise DataError(f"{images.root}: no labelled pixel in the masks of the {len(images)} {called}")

@@ -363,7 +363,7 @@ def judge_labels(
                 parts.append(model(encoder.normalize(pixels.to(features.device))).cpu())
             places += positions
     if not places:
-        raise DataError(f"{images.root}: none of the {len(images)} test images can be read")
+        raise DataError(f"{images.root}: none of the {len(images)} {features.evaluated} can be read")
     logits = torch.cat(parts)
     preds = logits.argmax(1)
     labels = torch.tensor([images.samples[place].label for place in places])

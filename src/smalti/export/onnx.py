@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from smalti.config import write_atomically
 from smalti.errors import ConfigError, MissingExtraError, WeightsError
+from smalti.export.card import CARD, Input, input_metadata, model_card
 from smalti.export.timm import check_target
 from smalti.functional.orders import random_orders
 from smalti.models.encoder import ClassHead, Encoder, clone_encoder
@@ -45,16 +46,18 @@ class OnnxExport(NamedTuple):
 
 
 class Exported(nn.Module):
-    """What is written: images in 0..1 in, tokens, vector and class scores out.
+    """What is written: images in, tokens, vector and class scores out.
 
     Args:
-        encoder: its normalisation is a part of it.
-        head: what tells classes; None: nothing does.
+        encoder: its normalisation is a part of the model with ``input="unit"``.
+        head: linear classification head; None: there is none.
+        input: what the images are.
     """
 
-    def __init__(self, encoder: Encoder, head: ClassHead | None) -> None:
+    def __init__(self, encoder: Encoder, head: ClassHead | None, input: Input = "normalized") -> None:
         super().__init__()
         self.encoder = encoder
+        self.input = input
         self.head: nn.Linear | None = None
         if head is not None:
             self.head = nn.Linear(head.weight.shape[1], len(head.weight))
@@ -62,16 +65,26 @@ class Exported(nn.Module):
             self.head.bias = nn.Parameter(head.bias.detach().clone())
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, ...]:
-        """``(B, C, H, W)`` float in 0..1, and ``(B, L)`` raster numbers of the patches to look at; None: all."""
-        features = self.encoder.encode(self.encoder.normalize(images), ids_keep=ids_keep)
+        """``(B, C, H, W)`` float as ``input`` says, and ``(B, L)`` raster numbers of the patches to look at; None:
+        all."""
+        images = self.encoder.normalize(images) if self.input == "unit" else images
+        features = self.encoder.encode(images, ids_keep=ids_keep)
         vector = self.encoder.pooled(features)
         return (features.patches, vector) if self.head is None else (features.patches, vector, self.head(vector))
 
 
-def export_onnx(encoder: Encoder, out: Path, *, image_size: int | None = None, keep: int | None = None) -> OnnxExport:
-    """Write a folder with ``encoder.onnx``, ``keep.onnx`` and ``config.json``.
+def export_onnx(
+    encoder: Encoder,
+    out: Path,
+    *,
+    image_size: int | None = None,
+    keep: int | None = None,
+    input: Input = "normalized",
+) -> OnnxExport:
+    """Write a folder with ``encoder.onnx``, ``keep.onnx``, ``config.json`` and a model card.
 
-    Both models take ``images`` ``(B, C, H, W)`` float32 in 0..1, any B: the normalisation is inside. ``keep.onnx`` also
+    Both models take ``images`` ``(B, C, H, W)`` float32, any B: what the exported timm model takes, too, or with
+    ``input="unit"`` pixels in 0..1. The files' metadata name range, mean and std. ``keep.onnx`` also
     takes ``ids_keep`` ``(B, L)`` int64: the first L patches of an order, as raster numbers; the others are not even
     embedded. The files are run by ONNX Runtime, compared with torch for several B and L, and only then get their name.
 
@@ -80,6 +93,7 @@ def export_onnx(encoder: Encoder, out: Path, *, image_size: int | None = None, k
         out: a folder that does not exist yet, or is empty.
         image_size: side of the images in pixels; None takes the encoder's own size.
         keep: L as a fixed number; None leaves it free.
+        input: ``normalized`` images, or in 0..1 (``unit``): the normalisation is inside then.
 
     Raises:
         MissingExtraError: without onnx, onnxscript or onnxruntime.
@@ -97,20 +111,21 @@ def export_onnx(encoder: Encoder, out: Path, *, image_size: int | None = None, k
             f"keep={keep}: an image of {height}x{width} pixels has {num_patches} patches; 1..{num_patches}"
         )
     head = encoder.class_head
-    model = Exported(clone_encoder(encoder).cpu().float().eval(), head).eval()
+    model = Exported(clone_encoder(encoder).cpu().float().eval(), head, input).eval()
     outputs = ("tokens", "vector", "logits")[: 2 if head is None else 3]
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         temporary.chmod(0o755)  # mkdtemp makes it private
+        told = input_metadata(encoder, input)
         images = _images(2, encoder.in_chans, height, width)
         some = keep or max(2, num_patches // 2)
-        _write(model, (images,), temporary / WHOLE, ("images",), outputs, {"images": {0: "batch"}})
+        _write(model, (images,), temporary / WHOLE, ("images",), outputs, {"images": {0: "batch"}}, told)
         free = {0: "batch"} if keep else {0: "batch", 1: "kept"}
         arguments = (images, random_orders(torch.arange(2), num_patches)[:, :some])
         shapes = {"images": {0: "batch"}, "ids_keep": free}
-        _write(model, arguments, temporary / KEEP, ("images", "ids_keep"), outputs, shapes)
+        _write(model, arguments, temporary / KEEP, ("images", "ids_keep"), outputs, shapes, told)
         difference = compare(model, temporary, (height, width), (keep,) if keep else (1, some, num_patches))
         if not difference <= TOLERANCE:  # also NaN
             raise WeightsError(
@@ -118,7 +133,7 @@ def export_onnx(encoder: Encoder, out: Path, *, image_size: int | None = None, k
                 f"{TOLERANCE:g} is allowed; {out} was not written"
             )
         described = {
-            "images": {"shape": ["B", encoder.in_chans, height, width], "range": "0..1, float32, not normalised"},
+            "images": {"shape": ["B", encoder.in_chans, height, width], **told},
             "ids_keep": {"shape": ["B", keep or "L"], "range": f"0..{num_patches - 1}, int64, raster order"},
             "outputs": list(outputs),
             "grid": list(grid),
@@ -128,6 +143,11 @@ def export_onnx(encoder: Encoder, out: Path, *, image_size: int | None = None, k
             "smalti": encoder.config(),
         }
         write_atomically(temporary / CONFIG, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+        usage = f"""import onnxruntime
+
+session = onnxruntime.InferenceSession("{WHOLE}")
+{", ".join(outputs)} = session.run(None, {{"images": images}})"""
+        write_atomically(temporary / CARD, model_card(encoder, input, (height, width), usage))
         if out.is_dir():
             out.rmdir()
         temporary.replace(out)
@@ -175,6 +195,7 @@ def compare(model: Exported, folder: Path, size: tuple[int, int], kept: tuple[in
     worst = 0.0
     for batch in _TRIED:
         images = _images(batch, model.encoder.in_chans, *size)
+        images = model.encoder.normalize(images) if model.input == "normalized" else images
         num_patches = model(images)[0].shape[1]
         pairs = [(model(images), whole.run(None, {"images": images.numpy()}))]
         for count in kept:
@@ -189,6 +210,17 @@ def compare(model: Exported, folder: Path, size: tuple[int, int], kept: tuple[in
     return worst
 
 
+def _add_metadata(path: Path, values: Mapping[str, str]) -> None:
+    """Entries of a file's own metadata, beside those that the exporter wrote; weights outside of it stay where they
+    are."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**known, **values})
+    onnx.save(model, path)
+
+
 def _images(batch: int, channels: int, height: int, width: int) -> Tensor:
     return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(batch))
 
@@ -200,6 +232,7 @@ def _write(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     shapes: Mapping[str, Mapping[int, str]],
+    metadata: Mapping[str, str],
 ) -> None:
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     free: dict[str, Any] = {
@@ -223,6 +256,7 @@ def _write(
             external_data=size > _ONE_FILE_BYTES,
             verbose=False,
         )
+    _add_metadata(path, metadata)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from smalti.config import write_atomically
 from smalti.errors import ConfigError, WeightsError
+from smalti.export.card import CARD, model_card
 from smalti.models.encoder import Encoder, PatchFeatures, clone_encoder
 
 TOLERANCE = 1e-6
@@ -29,7 +30,7 @@ class TimmExport(NamedTuple):
 
 
 def export_timm(encoder: Encoder, out: Path) -> TimmExport:
-    """Write an encoder as ``model.safetensors`` and ``config.json``, which timm opens without Smalti.
+    """Write an encoder as ``model.safetensors`` and ``config.json``, which timm opens without Smalti, and a model card.
 
     The folder is written under a temporary name beside its place, opened through timm, compared with the encoder on a
     random image, and only then renamed: what stands under ``out`` has passed. ``smalti.load("OUT/model.safetensors")``
@@ -54,6 +55,11 @@ def export_timm(encoder: Encoder, out: Path) -> TimmExport:
         state = {key: value.contiguous() for key, value in encoder.to_timm().state_dict().items()}
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         write_atomically(temporary / "config.json", json.dumps(timm_config(encoder), indent=2) + "\n")
+        usage = f"""import timm
+
+model = timm.create_model("local-dir:{out}", pretrained=True).eval()
+features = model.forward_features(images)"""
+        write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage))
         difference = compare(encoder, temporary)
         if not difference <= TOLERANCE:  # also NaN
             raise WeightsError(

@@ -5,6 +5,7 @@ what happens after a step. It is told how far training is (``progress`` in [0, 1
 """
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,82 @@ class Findings:
     """For the log; the same names each time."""
     warnings: Mapping[str, str] = field(default_factory=dict)
     """Name of a fault to what was seen; told once each."""
+
+
+LEAST_GAIN = 0.01
+"""A loss that is less than this fraction below the reference's has learned nothing that could be told from it."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a predictor that ignores the image gets, beside what the method gets."""
+
+    metric: str
+    """What is compared, in words, such as ``the position loss``."""
+    value: float
+    constant: float
+    """Of the predictor that ignores the image."""
+    predictor: str
+    """Which one that is, such as ``the uniform guess among 64 cells``."""
+    higher_is_better: bool = False
+    """Of fractions in 0..1: the errors (1 less the value) are compared then."""
+
+    @property
+    def gain(self) -> float:
+        """By which fraction of the constant predictor's error the method is better; negative where it is worse."""
+        value, constant = (1 - self.value, 1 - self.constant) if self.higher_is_better else (self.value, self.constant)
+        return (constant - value) / constant if constant > 0 else 0.0
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the method is better by at least :data:`LEAST_GAIN`."""
+        return self.gain >= LEAST_GAIN
+
+    @property
+    def sentence(self) -> str:
+        """For people; the first words say where nothing was learned."""
+        better = f"{abs(100 * self.gain):.1f} % {'better' if self.gain >= 0 else 'worse'}"
+        if self.has_learned:
+            return (
+                f"{self.metric} is {self.value:.4g} at the end; {self.predictor} gets {self.constant:.4g} without "
+                f"looking at the image ({better})"
+            )
+        return (
+            f"nothing learned: {self.metric} is {self.value:.4g} at the end, {better} than {self.predictor}, which "
+            f"gets {self.constant:.4g} without looking at the image"
+        )
+
+
+def uniform_guess(row: Mapping[str, float], term: str, count: int, of: str, weight: float = 1.0) -> Reference | None:
+    """The reference of a cross-entropy: ``ln K``, which the uniform guess pays whatever the targets.
+
+    Args:
+        row: of the log, see :meth:`Method.reference`.
+        term: of the loss.
+        count: K.
+        of: what is guessed, such as ``cells``.
+        weight: by which the term was multiplied.
+    """
+    if not weight or f"loss/{term}" not in row or count < 2:
+        return None
+    value = row[f"loss/{term}"] / weight
+    return Reference(f"the {term} loss", value, math.log(count), f"the uniform guess among {count} {of}")
+
+
+def same_for_all(row: Mapping[str, float], term: str, entropy: str, weight: float = 1.0) -> Reference | None:
+    """The reference of self-distillation: the best distribution that is the same for all images, which pays the entropy
+    of the mean target. It is ``ln K`` where prototypes are used alike, and near 0 where all targets are one.
+
+    Args:
+        row: of the log, see :meth:`Method.reference`.
+        term: of the loss.
+        entropy: the observation that holds the entropy of the mean target.
+        weight: by which the term was multiplied.
+    """
+    if not weight or not {f"loss/{term}", entropy} <= row.keys():
+        return None
+    value = row[f"loss/{term}"] / weight
+    return Reference(f"the {term} loss", value, row[entropy], "the best distribution that is the same for all images")
 
 
 class Method(nn.Module, ABC):
@@ -130,6 +207,17 @@ class Method(nn.Module, ABC):
         """Called when the log is written, with the batch of that step: what is too dear to look at in every step. It
         must leave everything as it is, and draw no random number."""
         return Findings()
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """What a predictor that ignores the image would get, to be told at the end of training.
+
+        Args:
+            row: means over the end of the log: ``loss/TERM`` and the observations, by name.
+
+        Returns:
+            None where no such predictor is known, or the row lacks what is needed.
+        """
+        return None
 
     def after_step(self, progress: float) -> None:
         """Called after the optimiser: teacher, centre, queue."""

@@ -12,6 +12,7 @@ the same numbers for more work; the average of weights reaches back at most over
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
@@ -27,7 +28,7 @@ from smalti.functional.graphs import descending
 from smalti.functional.orders import num_kept
 from smalti.functional.patches import patch_variance
 from smalti.functional.random import sample_uniform
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, Reference, register, uniform_guess
 from smalti.methods.supervised import class_loss
 from smalti.methods.teacher import Average
 from smalti.models.encoder import ClassHead, Encoder
@@ -180,6 +181,10 @@ class CViT(Method):
     def after_step(self, progress: float) -> None:
         """The average takes in the new weights."""
         self.teacher.follow(self.student)
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The uniform guess of the class."""
+        return uniform_guess(row, "class", self.config.num_classes or 0, "classes")
 
     def networks(self) -> dict[str, Encoder]:
         """The trained network, and the average of its weights, which is handed on."""

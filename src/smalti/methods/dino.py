@@ -8,6 +8,7 @@ Differs from the paper: the mean over pairs of views, where Eq. (3) sums: crops 
 beside them and in the recipe); "epochs" are shares of training.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.layers.heads import ProjectionHead, Prototypes
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, Reference, register, same_for_all
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
@@ -277,6 +278,10 @@ class DINO(Method):
         self.center.lerp_(mean, 1 - self.config.center_momentum)
         self._teacher_sum, self._teacher_count = None, 0
         self.teacher.update(self.student, cosine_momentum(self.config.momentum, progress))
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The best distribution that is the same for all images."""
+        return same_for_all(row, "dino", "prototype_usage_entropy")
 
     def networks(self) -> dict[str, Encoder]:
         """Both encoders; the teacher is the better one (Fig. 6) and is handed on."""

@@ -9,6 +9,7 @@ attentive reconstruction come from an encoder in eval mode, and are summed over 
 only where they are missing: equal numbers for less work. Tokens aren't shuffled: no network here sees their order.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,7 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import weighted_mean
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, Reference, register
 from smalti.methods.mae import init_encoder, init_linear_layers, reconstruction_loss
 from smalti.models.encoder import Encoder, PatchFeatures, eval_mode
 
@@ -270,6 +271,14 @@ class DropPos(Method):
         if config.legacy_smoothing:
             return legacy_labels(self.head_grid, self.encoder.patch_size[0], sigma, device)
         return smoothed_labels(self.head_grid, sigma, device)
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The uniform guess of the cell; of the accuracy, since the loss leaves confident patches out."""
+        num_cells, accuracy = self.decoder.head.out_features, row.get("position_accuracy")
+        if accuracy is None:
+            return None
+        guess = f"the uniform guess among {num_cells} cells"
+        return Reference("the accuracy of positions", accuracy, 1 / num_cells, guess, higher_is_better=True)
 
     def networks(self) -> dict[str, Encoder]:
         """The encoder is all that is handed on."""

@@ -31,7 +31,7 @@ from smalti.functional.transfer import move
 from smalti.functional.transport import sinkhorn_offsets
 from smalti.layers.heads import PrototypeHead
 from smalti.layers.last_block import Chosen, place_of
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, Reference, register, same_for_all
 from smalti.methods.dino import color_jitter, draw_weights, resample_as_released
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
@@ -466,6 +466,10 @@ class IBOT(Method):
             center.copy_(torch.where(count > 0, moved, center))  # no token anywhere: it stays
         self._sums = {}
         self.teacher.update(self.student, cosine_momentum(self.config.momentum, progress))
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The best distribution of image tokens that is the same for all images."""
+        return same_for_all(row, IMAGE, f"{IMAGE}_usage_entropy", self.weight(IMAGE))
 
     def networks(self) -> dict[str, Encoder]:
         """Both encoders; the teacher is handed on."""

@@ -12,6 +12,7 @@ which its centre lies; the code reads it half a pixel of the view further right 
 resized twice by the nearest pixel: about 5 % of the labels differ.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,7 +31,7 @@ from smalti.functional.random import sample_uniform, step_key
 from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.layers.heads import ProjectionHead, Prototypes
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, Reference, register, uniform_guess
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
@@ -325,6 +326,10 @@ class LOCA(Method):
         """The teacher follows, clusters and all."""
         if self.teacher is not None:
             self.teacher.update(self.student, cosine_momentum(self.config.momentum, progress))
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The uniform guess of the cell."""
+        return uniform_guess(row, "position", self.position_head.out_features, "cells")
 
     def networks(self) -> dict[str, Encoder]:
         """The student, which is handed on, and the teacher, where there is one."""

@@ -7,6 +7,7 @@ loss sees; hidden patches are never embedded, and the prediction head reads hidd
 work.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import Method, refuse_changed, register
+from smalti.methods.base import Method, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 
@@ -61,6 +62,14 @@ def reconstruction_loss(
     if norm_pix:
         target = standardize_patches(target)
     return (at_least_float32(prediction) - target).square().mean()  # every image hides as many patches: one mean serves
+
+
+@torch.no_grad()
+def mean_patch_error(target: Float[Tensor, "B M P"], norm_pix: bool) -> Float[Tensor, ""]:
+    """What :func:`reconstruction_loss` would be if every hidden patch were predicted by the mean of them all."""
+    target = at_least_float32(target)
+    target = standardize_patches(target) if norm_pix else target
+    return target.flatten(0, 1).var(0, correction=0).mean()
 
 
 @register("mae")
@@ -129,7 +138,15 @@ class MAE(Method):
 
         pixels = patchify(images, self.encoder.patch_size)
         target = pixels.gather(1, hidden[..., None].expand(-1, -1, pixels.shape[-1]))
+        self.observations = {"mean_predictor_mse": mean_patch_error(target, self.config.norm_pix_loss)}
         return {"reconstruction": reconstruction_loss(prediction, target, self.config.norm_pix_loss)}
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The mean of all hidden patches."""
+        if not {"loss/reconstruction", "mean_predictor_mse"} <= row.keys():
+            return None
+        value, constant = row["loss/reconstruction"], row["mean_predictor_mse"]
+        return Reference("the reconstruction loss", value, constant, "the mean of all hidden patches")
 
     def networks(self) -> dict[str, Encoder]:
         """The encoder is all that is handed on."""

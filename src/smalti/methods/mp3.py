@@ -7,6 +7,7 @@ Differs from the code: the class token stands first, which a network without pos
 flipped and jittered in colour, without RandAugment, whose fills leave frames that show where the border is.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import hidden_ids
 from smalti.layers.relative_encoder import init_linear
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, Reference, register, uniform_guess
 from smalti.models.encoder import Encoder
 
 
@@ -133,6 +134,10 @@ class MP3(Method):
         num_prefix = self.encoder.num_prefix_tokens
         is_key = None if mask is None else F.pad(~mask, (num_prefix, 0), value=True)
         return self.encoder.forward_tokens(self.encoder.assemble(tokens, None), is_key)[:, num_prefix:]
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The uniform guess of the cell."""
+        return uniform_guess(row, "position", self.head.out_features, "cells")
 
     def networks(self) -> dict[str, Encoder]:
         """The encoder is all that is handed on: without positions, until it is fine-tuned."""

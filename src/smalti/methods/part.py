@@ -12,6 +12,7 @@ of one row: patches are drawn along time alone, all channels together, and there
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ from smalti.functional.random import fork_keys, sample_uniform, step_key
 from smalti.functional.transfer import move
 from smalti.layers.heads import ProjectionHead
 from smalti.layers.relative_encoder import DifferenceHead, PairMLP, PairwiseLinear, RelativeEncoder
-from smalti.methods.base import Method, refuse_changed, register
+from smalti.methods.base import Method, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 ALL_PAIRS_BELOW = 100
@@ -400,6 +401,14 @@ class PART(Method):
             misses.append(there[..., place : place + 1] - back[..., place : place + 1])
             misses.append(there[..., place + 1 :] + back[..., place + 1 :])
         return torch.cat(misses, dim=-1).square().mean()
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The mean offset of all pairs."""
+        if not {"r2", "mean_predictor_mse"} <= row.keys():
+            return None
+        constant = row["mean_predictor_mse"]
+        value = (1 - row["r2"]) * constant
+        return Reference("the mean squared error of offsets", value, constant, "the mean offset of all pairs")
 
     def couplings(self) -> dict[str, bool]:
         """The contrastive term compares images; the variance of targets is that of a batch."""

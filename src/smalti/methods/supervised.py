@@ -7,6 +7,7 @@ Differs from both: no RandAugment, random erasing or repeated augmentation: crop
 library's views; the learning rate falls along half a cosine, as DeiT's (LocAtViT's is linear).
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from smalti.data.signals import SignalSet
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, Reference, register, uniform_guess
 from smalti.models.encoder import ClassHead, Encoder
 
 
@@ -168,6 +169,10 @@ class Supervised(Method):
         finally:
             np.random.set_state(state)  # noqa: NPY002
         return mixed, targets
+
+    def reference(self, row: Mapping[str, float]) -> Reference | None:
+        """The uniform guess of the class."""
+        return uniform_guess(row, "class", self.config.num_classes or 0, "classes")
 
     def networks(self) -> dict[str, Encoder]:
         """The encoder; its patch tokens are handed on as they are, whatever the pooling."""

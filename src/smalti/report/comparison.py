@@ -35,7 +35,7 @@ from smalti.study.compare import (
     read_comparison,
     short_name,
 )
-from smalti.study.rows import NO_DIFFERENCE, Row, gain_cells, table_cells
+from smalti.study.rows import NO_DIFFERENCE, Row, about_lines, gain_cells, table_cells
 
 _MAX_SENTENCES = 12
 
@@ -137,8 +137,8 @@ def _page(comparison: Comparison) -> str:
     if len(said) > len(shown):
         shown.append(f"{len(said) - len(shown)} further sentences are in the tables below.")
     caution = (
-        "Intervals of 95 % over test images and seeds; “no difference found” is not “no difference”. Each comparison "
-        "stands by itself: among twenty comparisons of equal arms, one difference is expected to be found."
+        "Intervals of 95 % over evaluated images and seeds; “no difference found” is not “no difference”. Each "
+        "comparison stands by itself: among twenty comparisons of equal arms, one difference is expected to be found."
     )
     if few := few_seeds(len(comparison.plan.seeds)):
         caution = f"{few} {caution}"
@@ -218,7 +218,9 @@ def _table(rows: Sequence[Row], first: str) -> Html:
                 _word(word),
             )
         )
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *lines), class_="numbers"), class_="scroll")
+    about = (tag("div", line, class_="muted") for line in about_lines(rows))
+    table = tag("table", tag("thead", head), tag("tbody", *lines), class_="numbers")
+    return join((*about, tag("div", table, class_="scroll")))
 
 
 def _word(word: str) -> Html:
@@ -259,7 +261,7 @@ def _read_cells(
     comparison: Comparison,
 ) -> tuple[list[Judged], dict[str, dict[int, RunFiles]], list[str]]:
     """Results by evaluation and arm, the arms' training runs by seed, and what could not be read."""
-    found: dict[tuple[int, str], dict[str, list[Result]]] = {}
+    found: dict[tuple[int, str, int], dict[str, list[Result]]] = {}
     runs: dict[str, dict[int, RunFiles]] = {}
     lost = []
     by_arm = sorted(comparison.cells, key=lambda cell: list(comparison.plan.arms).index(cell.arm))
@@ -268,17 +270,30 @@ def _read_cells(
             if problem:
                 lost.append(f"{cell.arm}, seed {cell.seed}: {problem}")
             for result in results:
-                found.setdefault((number, result.protocol), {}).setdefault(cell.arm, []).append(result)
+                key = (number, result.protocol, _num_clusters(result))
+                found.setdefault(key, {}).setdefault(cell.arm, []).append(result)
         if (cell.folder / RUN).is_dir():
             try:
                 runs.setdefault(cell.arm, {})[cell.seed] = read_run(cell.folder / RUN)
             except SmaltiError as error:
                 lost.append(f"{cell.arm}, seed {cell.seed}: {error}")
     judged = [
-        Judged(short_name(str(comparison.plan.evaluate[number]["data"]), comparison.plan), protocol, arms)
-        for (number, protocol), arms in sorted(found.items(), key=lambda item: item[0][0])
+        Judged(
+            short_name(str(comparison.plan.evaluate[number]["data"]), comparison.plan),
+            f"{protocol} (K = {clusters})"
+            if len([key for key in found if key[:2] == (number, protocol)]) > 1
+            else protocol,
+            arms,
+        )
+        for (number, protocol, clusters), arms in sorted(found.items(), key=lambda item: item[0][0])
     ]
     return judged, runs, lost
+
+
+def _num_clusters(result: Result) -> int:
+    """Of overclustering: K of what stands class by class and in pictures, which must be the same in one figure; else
+    0."""
+    return max(result.settings.get("clusters") or (0,))
 
 
 def _results_of(cell: Cell) -> list[tuple[int, list[Result], str]]:

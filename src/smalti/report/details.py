@@ -201,13 +201,13 @@ def _predictions(judged: Sequence[Judged]) -> Html | None:
             maps = [picture.truth, *guesses.values()] if picture.truth is not None else list(guesses.values())
             blocks.append(picture_block(name, cells, picture.aspect, _legend(maps, classes)))
         hidden = "" if pictures else " The images themselves were not kept with these results."
-        lead = tag("p", f"Classes of pixels on test images, by seed {_seed(one)}.{hidden}", class_="lead")
+        lead = tag("p", f"Classes of pixels on evaluated images, by seed {_seed(one)}.{hidden}", class_="lead")
         parts.append(join((tag("h3", one.name), lead, picture_blocks(blocks))))
     return join(parts) if parts else None
 
 
 def _label_sweeps(judged: Sequence[Judged]) -> Html | None:
-    """Kappa against the share of the subjects that was learned from, with intervals over the test recordings."""
+    """Kappa against the share of the subjects that was learned from, with intervals over the evaluated recordings."""
     parts = []
     for one in judged:
         lines: dict[str, list[SweepPoint]] = {}
@@ -255,8 +255,8 @@ def _keep_curves(judged: Sequence[Judged]) -> Html | None:
             svg = sweep_chart(f"{title}, by order", lines, muted=BASELINES, axis="rates")
             meaning = (
                 "top-1 against the share of patches that is dropped, for each order of what is kept; bands: 95 % over "
-                "the test images. random, fixed_random and collapse_static look at no image: what an order says of "
-                "the image must lie above them."
+                "the evaluated images. random, fixed_random and collapse_static look at no image: what an order says "
+                "of the image must lie above them."
             )
             charts.append(chart_figure(title, meaning, svg, "wide"))
             if speed := _speed_lines(known[arm]):
@@ -330,8 +330,8 @@ def _objects(judged: Sequence[Judged]) -> Html | None:
             blocks.append(picture_block(name, cells, picture.aspect, _legend(labels, ("", *classes))))
         lead = tag(
             "p",
-            f"Objects on test images by seed {_seed(one)}: true ones, crowds among them, and those found with a score "
-            "of 0.3 or more.",
+            f"Objects on evaluated images by seed {_seed(one)}: true ones, crowds among them, and those found with a "
+            "score of 0.3 or more.",
             class_="lead",
         )
         parts.append(join((tag("h3", one.name), lead, picture_blocks(blocks))))

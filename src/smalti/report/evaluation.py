@@ -86,7 +86,7 @@ def _page(folder: Path, results: Sequence[Result], problem: str) -> str:
         dict.fromkeys(str(pair.trained.settings.get("generated") or pair.trained.encoder) for pair in comparisons)
     )
     sets = ", ".join(dict.fromkeys(pair.trained.data for pair in comparisons))
-    return whole_page(names, f"judged on {sets}", verdict_box(kind, said, caution), sections)
+    return whole_page(names, f"evaluated on {sets}", verdict_box(kind, said, caution), sections)
 
 
 def _settings(folder: Path, results: Sequence[Result]) -> Html:

@@ -14,7 +14,7 @@ import numpy as np
 from smalti.config import flatten, write_atomically
 from smalti.data.folders import ImageSet, open_images, read_image
 from smalti.errors import ConfigError, DataError, SmaltiError
-from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result
+from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result, describe_result
 from smalti.functional.components import reduce_patches
 from smalti.methods.base import TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder
@@ -210,13 +210,16 @@ def verdict(comparisons: Sequence[Comparison], method: type[TokenMethod] | None 
     first = measured[0]
     metric = first.trained.headline[0]
     gain = first.gain(metric)
-    kind = "same" if abs(gain) < SAME else "better" if gain > 0 else "worse"
+    low, high = (first.trained.intervals.get(metric, {}).get(f"difference_{end}", math.nan) for end in ("low", "high"))
+    holds_zero = low <= 0 <= high
+    kind = "same" if abs(gain) < SAME or holds_zero else "better" if gain > 0 else "worse"
     word = {"better": "better", "same": "not better", "worse": "worse"}[kind]
-    word = f"slightly {word}" if SAME <= abs(gain) < SLIGHT else word
+    word = f"slightly {word}" if SAME <= abs(gain) < SLIGHT and not holds_zero else word
     trained, baseline = first.values(metric)
+    span = f", 95 % interval {low:+.3f} to {high:+.3f}" if math.isfinite(low) else ""
     sentence = (
         f"{word.capitalize()} than {_BASELINES_IN_WORDS[first.label]}: {first.name} is {decimals(trained)}, "
-        f"against {decimals(baseline)} ({_signed(gain, first)})"
+        f"against {decimals(baseline)} ({_signed(gain, first)}{span})"
     )
     if len(measured) > 1:
         improved = sum(pair.gain(pair.trained.headline[0]) >= SAME for pair in measured)
@@ -253,26 +256,37 @@ def _page(files: RunFiles, shown: tuple[Html, Html] | str | None) -> str:
         "settings": ("What was run", _settings(files)),
         "reproduce": ("Reproduce", _reproduce(files)),
     }
+    learned = _learned(files)
+    said = (
+        [sentence] if learned is None else [learned, sentence] if learned.startswith("Nothing") else [sentence, learned]
+    )
     return whole_page(
         files.path.resolve().name,
         _one_line(files),
-        verdict_box(kind, [sentence], _caution(files) if comparisons else None)
+        verdict_box(kind, said, _caution(files) if comparisons else None)
         if files.verdict is None
-        else _before_and_after(files.verdict),
+        else _before_and_after(files.verdict, learned),
         sections,
         facts=_facts(files),
         script=(resources.files("smalti.report") / "page.js").read_text(encoding="utf-8"),
     )
 
 
-def _before_and_after(verdict: Verdict) -> Html:
+def _learned(files: RunFiles) -> str | None:
+    """The loss at the end beside that of a predictor that ignores the image, a sentence; None where none is known."""
+    reference = files.info.get("reference")
+    sentence = str(reference.get("sentence") or "") if isinstance(reference, dict) else ""
+    return f"{sentence[0].upper()}{sentence[1:]}." if sentence else None
+
+
+def _before_and_after(verdict: Verdict, learned: str | None) -> Html:
     """What post-training was worth, said first, with its table."""
-    sentence = f"Post-training: {verdict.sentence}."
+    sentences = [f"Post-training: {verdict.sentence}.", *([learned] if learned else [])]
     rows = [dict(zip(VERDICT_COLUMNS, cells, strict=True)) for cells in verdict_cells(verdict)]
     title = tag("h2", "Before and after")
     lead = tag("p", f"On {verdict.rows[0].data}, {verdict.images}. In brackets: 95 % intervals.", class_="lead")
     table = tag("section", title, lead, text_table(VERDICT_COLUMNS, rows), id="before-and-after")
-    return join((verdict_box(verdict.kind, [sentence], " ".join(verdict.notes)), table))
+    return join((verdict_box(verdict.kind, sentences, " ".join(verdict.notes)), table))
 
 
 def _one_line(files: RunFiles) -> str:
@@ -338,7 +352,7 @@ def results_table(comparisons: Sequence[Comparison]) -> Html:
             kind = "good" if gain >= SAME else "bad" if gain <= -SAME else ""
             cells = (
                 tag("td", pair.trained.protocol if is_first else ""),
-                tag("td", pair.trained.data if is_first else "", class_="path"),
+                tag("td", *_where(pair.trained), class_="path") if is_first else tag("td"),
                 tag("td", metric, title=pair.trained.units.get(metric)),
                 tag("td", shown, class_="number"),
             )
@@ -363,6 +377,12 @@ def results_table(comparisons: Sequence[Comparison]) -> Html:
         class_="lead",
     )
     return join((lead, tag("div", table, class_="scroll")))
+
+
+def _where(result: Result) -> tuple[Any, ...]:
+    """The data set, and below it what must be known to read the numbers."""
+    told = describe_result(result)
+    return (result.data, tag("div", told, class_="muted")) if told else (result.data,)
 
 
 def judged(pair: Comparison) -> Judged:
@@ -608,7 +628,7 @@ def _events(files: RunFiles) -> Html:
 
 
 def _settings(files: RunFiles) -> Html:
-    info = {key: value for key, value in files.info.items() if key != "command"}
+    info = {key: value for key, value in files.info.items() if key not in ("command", "reference")}
     parts = [settings_table(info) if info else None]
     parts += [tag("p", note, class_="missing") for note in files.notes]
     parts.append(

@@ -80,17 +80,27 @@ def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | N
         problem = "it can't be found" if known else "the run does not say what it was"
         warnings.warn(f"{run}: no baseline: init={config.init} has changed since, or {problem}", stacklevel=2)
         return None
+    classes = encoder.class_head.classes if encoder.class_head is not None else ()
     return Baseline(
-        kind, lambda: _like(encoder, as_loaded(untrained_network(config, own, origin.network), origin.load))
+        kind,
+        lambda: _like(encoder, as_loaded(untrained_network(config, own, origin.network, classes), origin.load)),
     )
 
 
-def untrained_network(config: RunConfig, own: Any, network: str) -> Encoder:
-    """A network of a run as it is before the first step, on the CPU: bit-equal to the checkpoint of step 0."""
+def untrained_network(config: RunConfig, own: Any, network: str, classes: tuple[str, ...] = ()) -> Encoder:
+    """A network of a run as it is before the first step, on the CPU: bit-equal to the checkpoint of step 0.
+
+    Args:
+        config: the run's settings.
+        own: the method's.
+        network: name of one of the method's networks.
+        classes: names for the head for classes, where the method trains one.
+    """
     method = build_method(config, own)
     encoder = method.networks()[network]
     encoder.source = f"step 0 ({network})"
-    encoder.class_head = method.class_head(network)
+    head = method.class_head(network)
+    encoder.class_head = head._replace(classes=classes) if head is not None else None
     return encoder
 
 

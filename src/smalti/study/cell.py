@@ -223,8 +223,11 @@ def _encoder(job: Job, folder: Path) -> Encoder:
     pool = options.pop("pool", None)
     if job.untrained:
         config, own = resolve(job.train)
-        own = count_classes(config, own, open_training(config))[1]
-        encoder = as_loaded(untrained_network(config, own, get_method(config.method["name"]).export_network))
+        images = open_training(config)
+        own = count_classes(config, own, images)[1]
+        classes = (images.classes or ()) if isinstance(images, ImageSet) else ()
+        network = get_method(config.method["name"]).export_network
+        encoder = as_loaded(untrained_network(config, own, network, classes))
     elif job.load == RANDOM:
         config, _ = resolve({"method": "mae", **job.train})
         encoder = starting_encoder(config).eval()

@@ -48,7 +48,16 @@ from smalti.study.cell import (
 )
 from smalti.study.machine import describe_machine
 from smalti.study.pretrain import absolute, check_start, resolve
-from smalti.study.rows import Row, gain_cells, metric_rows, read_row, row_tree, table_cells
+from smalti.study.rows import (
+    Row,
+    about_lines,
+    gain_cells,
+    metric_rows,
+    read_row,
+    row_tree,
+    shared_headline,
+    table_cells,
+)
 from smalti.training.launch import num_processes, split_batch
 
 PLAN_FILE, CELLS, TABLE, MARKDOWN, SUMMARY = "plan.yaml", "cells", "comparison.parquet", "comparison.md", "compare.json"
@@ -485,9 +494,11 @@ def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
     network before training."""
     found: dict[tuple[int, str, str], dict[str, dict[int, Result]]] = {}
     before: dict[tuple[int, str], dict[str, dict[int, Result]]] = {}
+    of_protocol: dict[tuple[int, str], list[Result]] = {}
     for cell in cells:
         for number in range(len(cell.evaluations)):
             for result in cell.results_of(number):
+                of_protocol.setdefault((number, result.protocol), []).append(result)
                 for metric in result.metrics:
                     place = found.setdefault((number, result.protocol, metric), {})
                     place.setdefault(cell.arm, {})[cell.seed] = result
@@ -497,8 +508,8 @@ def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
     for (number, protocol, metric), by_arm in sorted(found.items(), key=lambda item: item[0][0]):
         ordered = {arm: by_arm[arm] for arm in plan.arms if arm in by_arm}
         data, first = short_name(plan.evaluate[number]["data"], plan), next(iter(plan.arms))
-        groups = plan.evaluate[number].get("groups")
-        rows += metric_rows(ordered, metric, data, first, before.get((number, protocol)), groups)
+        groups, headline = plan.evaluate[number].get("groups"), shared_headline(of_protocol[number, protocol])
+        rows += metric_rows(ordered, metric, data, first, before.get((number, protocol)), groups, headline)
     return rows
 
 
@@ -595,6 +606,7 @@ def markdown(comparison: Comparison) -> str:
             lines += ["## All metrics", ""]
         for title, rows in comparison.table(only_headlines):
             lines += [f"{'##' if only_headlines else '###'} {title} ({rows[0].unit})", ""]
+            lines += [*("  \n".join(about_lines(rows)),), ""]
             lines += ["| arm | mean | seeds | difference | | gain | |", "|---|---|---|---|---|---|---|"]
             pairs = zip(table_cells(rows), map(gain_cells, rows), strict=True)
             lines += [f"| {' | '.join((*cells, *gain))} |" for cells, gain in pairs]

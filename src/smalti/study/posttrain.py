@@ -19,10 +19,11 @@ from smalti.config import write_atomically
 from smalti.data.folders import SPLITS, open_images
 from smalti.errors import DataError
 from smalti.evaluation.details import read_details, write_details
-from smalti.evaluation.intervals import LEVEL, RESAMPLINGS
+from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval
 from smalti.evaluation.protocol import (
     EvalConfig,
     Result,
+    describe_result,
     determining,
     evaluate,
     fitting_protocols,
@@ -87,6 +88,7 @@ class Verdict:
             numbers += (
                 f", of the {self.network}; unless told weights={self.network}, export hands on the {self.handed_on}"
             )
+        numbers += _unknown(gap)
         if self.kind == "better":
             return f"better by {abs(gap.mean):.3f}: {numbers}"
         word = f"not better, worse by {abs(gap.mean):.3f}" if self.kind == "worse" else "not better"
@@ -156,14 +158,15 @@ class Judge:
         if not self.is_apart:  # chosen on these very images: no claim
             rows = [dataclasses.replace(row, difference=None) if row.arm == BEST else row for row in rows]
         judged = BEST if self.is_apart and BEST in steps else LAST
-        images = str(results[BEFORE][0].settings["split"])
+        images = describe_result(results[BEFORE][0]) or str(results[BEFORE][0].settings["split"])
         notes = tuple(self._notes(steps, best))
         verdict = Verdict(tuple(rows), steps, judged, best, images, notes, self.network, self.handed_on)
         tree = {
             "sentence": verdict.sentence,
             "kind": verdict.kind,
             **{name: getattr(verdict, name) for name in (*_PLAIN, "notes")},
-            "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of the images, paired",
+            "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of the "
+            f"{'groups of images' if self.config.groups else 'images'}, paired",
             "rows": [row_tree(row) for row in rows],
         }
         write_atomically(verdict_path(self.run), json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
@@ -187,7 +190,8 @@ class Judge:
                 notes.append(f"The score of step {best} is the highest of several on these images: too good to claim.")
             if self.config.patience:
                 notes.append("If eval.patience ended training, that, too, was decided on these images.")
-        notes.append("The interval is over the images; one seed says nothing of how another run would come out.")
+        of = f"groups of images ({self.config.groups})" if self.config.groups else "images"
+        notes.append(f"The interval is over the {of}; one seed says nothing of how another run would come out.")
         return notes
 
     def _folder(self, step: int) -> Path:
@@ -207,6 +211,18 @@ class Judge:
     def _results(self, step: int) -> list[Result]:
         folder = self._folder(step)
         return read_details(folder / "results", read_results(folder / "results.json"))
+
+
+def _unknown(gap: Interval) -> str:
+    """What an interval of one run does not know about, to be added to its numbers."""
+    if gap.over == "nothing":
+        return ""
+    groups = (
+        "images that belong together (frames of a video, slices of a patient) count as independent without eval.groups"
+        if gap.over == "images"
+        else "whole groups of images (eval.groups) were resampled"
+    )
+    return f"; one seed: another may come out differently; {groups}"
 
 
 def verdict_path(run: Path) -> Path:

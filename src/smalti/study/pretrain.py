@@ -84,7 +84,7 @@ from smalti.training.launch import (
     split_batch,
     under_launcher,
 )
-from smalti.training.logs import CSVLog, Screen, Trackers
+from smalti.training.logs import LOG_FILE, CSVLog, Screen, Trackers, read_csv
 from smalti.training.loop import Listener, LogConfig, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, peak_lr
@@ -789,7 +789,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
         for tracker in accelerator.trackers:
             tracker.finish()  # not end_training: it would take the processes apart, who meet once more below
     if main:
-        _note_end(run, started)
+        _note_end(run, started, method)
         if hook is not None and hook.before_and_after is not None:
             best = state.best_step if state.num_judged > 1 else None  # of one score nothing is chosen
             hook.before_and_after.conclude(state.step, best, partial(_encoder_of, run, config, own))
@@ -949,11 +949,26 @@ def _check_same_images(run: Path, images: ImageSet | SignalSet) -> None:
         )
 
 
-def _note_end(run: Path, started: float) -> None:
+def _note_end(run: Path, started: float, method: Method) -> None:
     content = read_run_file(run)
+    reference = method.reference(end_of_log(run))
+    if reference is not None:
+        content["reference"] = {
+            **dataclasses.asdict(reference),
+            "has_learned": reference.has_learned,
+            "sentence": reference.sentence,
+        }
     content["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
     content["training_s"] = round(content.get("training_s", 0) + time.time() - started, 1)
     write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
+
+
+def end_of_log(run: Path) -> dict[str, float]:
+    """Means over the last tenth of the rows of ``log.csv``, one row at least, of the columns that are known there."""
+    rows = read_csv(run / LOG_FILE) if (run / LOG_FILE).is_file() else []
+    last = rows[-max(1, len(rows) // 10) :]
+    columns = {name: [float(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}
+    return {name: float(np.mean(values)) for name, values in columns.items() if values and np.isfinite(values).all()}
 
 
 def _is_first_process() -> bool:

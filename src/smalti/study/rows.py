@@ -22,7 +22,7 @@ from smalti.evaluation.intervals import (
     interval,
     resample,
 )
-from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Result
+from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Result, describe_result
 
 NO_DIFFERENCE = "no difference found"
 
@@ -46,6 +46,8 @@ class Row:
     """Of a trained arm: against its own network before training, paired over the same seeds and images."""
     gain_over: str = ""
     """Name of that baseline."""
+    about: str = ""
+    """What must be known to read the score: images, split, size, preset, what was left out."""
 
     @property
     def verdict(self) -> str:
@@ -73,6 +75,12 @@ def _verdict(gap: Interval | None, unit: str) -> str:
     return "higher" if up else "lower"
 
 
+def shared_headline(results: Sequence[Result]) -> str | None:
+    """The first metric of one protocol that all results have, so that arms never stand beside each other with different
+    ones: an encoder with too few patches for 500 clusters has another headline by itself than one with enough."""
+    return next((name for name in results[0].metrics if all(name in result.metrics for result in results)), None)
+
+
 def metric_rows(
     by_arm: Mapping[str, Mapping[int, Result]],
     metric: str,
@@ -80,6 +88,7 @@ def metric_rows(
     reference: str | None = None,
     baselines: Mapping[str, Mapping[int, Result]] | None = None,
     groups: str | None = None,
+    headline: str | None = None,
 ) -> list[Row]:
     """One metric of all arms, in their order.
 
@@ -90,6 +99,7 @@ def metric_rows(
         reference: the arm that differences are taken against; None: the first.
         baselines: arm -> seed -> result of its network before training, of the arms that were trained.
         groups: pattern of :func:`smalti.evaluation.intervals.group_images`; intervals resample whole groups.
+        headline: metric that counts first for all arms; None: that of each arm.
     """
     reference = reference or next(iter(by_arm))
     resampled = {arm: _resampled(results, metric, groups) for arm, results in by_arm.items()}
@@ -111,10 +121,11 @@ def metric_rows(
                 score=_within_range(interval(resampled[arm]), one.units[metric]),
                 seeds={seed: float(result.metrics[metric]) for seed, result in results.items()},
                 difference=against,
-                is_headline=one.headline[0] == metric,
+                is_headline=(headline or one.headline[0]) == metric,
                 gain=_difference(results, untrained, metric, resampled[arm], _resampled(untrained, metric, groups))
                 if first is not None and all(metric in result.metrics for result in untrained.values())
                 else None,
+                about=describe_result(one),
                 gain_over=BASELINE_LABELS[first.baseline] if first is not None and first.baseline else "",
             )
         )
@@ -210,6 +221,16 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         )
         for row in rows
     ]
+
+
+def about_lines(rows: Sequence[Row]) -> list[str]:
+    """What must be known to read a table: one line where it is the same for all arms, else a line for each group."""
+    by_text: dict[str, list[str]] = {}
+    for row in rows:
+        by_text.setdefault(row.about, []).append(row.arm)
+    if len(by_text) == 1:
+        return [text for text in by_text if text]
+    return [f"{', '.join(arms)}: {text or 'not known'}" for text, arms in by_text.items()]
 
 
 def gain_cells(row: Row) -> tuple[str, str]:

@@ -1,0 +1,61 @@
+"""What an exported model wants as input, in words: the same in the terminal, the model card and the files' metadata."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from smalti.models.encoder import Encoder
+
+CARD = "README.md"
+Input = Literal["normalized", "unit"]
+"""What a model takes: pixels that are normalised already, or in 0..1 as they are read."""
+
+
+def input_words(encoder: Encoder, input: Input) -> str:
+    """Channels, range, mean and std of what a model takes, in one line."""
+    if encoder.takes_signals:
+        return "float32 windows of signals, as they are read"
+    mean, std = (numbers(values) for values in (encoder.mean, encoder.std))
+    channels = "RGB" if encoder.in_chans == 3 else f"{encoder.in_chans} channels"
+    if input == "unit":
+        return f"float32, {channels}, in 0..1; the model itself subtracts mean {mean} and divides by std {std}"
+    return f"float32, {channels}, normalised: (pixels in 0..1 - mean) / std, with mean {mean}, std {std}"
+
+
+def input_metadata(encoder: Encoder, input: Input) -> dict[str, str]:
+    """The same for a file's metadata: ``input``, ``range``, ``mean`` and ``std``."""
+    return {
+        "input": input,
+        "range": input_words(encoder, input),
+        "mean": numbers(encoder.mean),
+        "std": numbers(encoder.std),
+    }
+
+
+def numbers(values: Sequence[float]) -> str:
+    """Few digits, as people write them."""
+    return f"({', '.join(f'{value:g}' for value in values)})"
+
+
+def model_card(encoder: Encoder, input: Input, size: tuple[int, int], usage: str) -> str:
+    """A short page for a folder of exported files.
+
+    Args:
+        encoder: that was exported.
+        input: what the files take.
+        size: height and width of the images in pixels.
+        usage: code that opens them.
+    """
+    height, width = size
+    patch = "x".join(map(str, encoder.patch_size))
+    return f"""# {encoder.name}
+
+{encoder.depth} blocks, width {encoder.embed_dim}, patches of {patch} pixels. Exported by Smalti from:
+{encoder.source or "weights as given"}.
+
+**Input**: (B, {encoder.in_chans}, {height}, {width}), {input_words(encoder, input)}.
+Other input gives other features, without an error.
+
+```python
+{usage}
+```
+"""
