@@ -13,9 +13,9 @@ def test_the_demo_ends_with_a_verdict(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(demo, "SCENES", scenes)
     small = {"encoder": {"embed_dim": 24, "depth": 1, "num_heads": 3}, "data": {"image_size": 32}, "steps": 4}
     done = demo.run_demo(tmp_path / "demo", {**small, "batch_size": 4, "method": {"decoder_dim": 16}}, quiet=True)
-    assert [result.protocol for result in done.results] == ["knn", "knn", "linear-segmentation", "linear-segmentation"]
+    assert [result.protocol for result in done.results] == ["linear-probe"] * 2 + ["linear-segmentation"] * 2
     assert [result.is_baseline for result in done.results] == [False, True, False, True]
-    assert "untrained network: knn top1" in done.verdict and "linear-segmentation miou" in done.verdict
+    assert "untrained network: linear-probe top1" in done.verdict and "linear-segmentation miou" in done.verdict
     assert (done.run / "results" / "evaluate_demo.json").is_file()
     with pytest.raises(ConfigError, match="is not empty; choose another --out"):
         demo.run_demo(tmp_path / "demo")
