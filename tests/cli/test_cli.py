@@ -90,8 +90,7 @@ def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, 
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-TWO_PROCESSES = {
-    "mae": MAE,
+TWO_PROCESSES = {  # mae, part and plain droppos: tests/training/test_loop.py
     "dino": [*DINO, "drop_path=0"],
     "droppos": [*MAE, "method.ignore_confident=true"],
     "loca": [*LOCA, "drop_path=0"],

@@ -29,7 +29,7 @@ def test_koleo_by_hand() -> None:  # known answer
 
 
 def test_one_image_is_refused_before_anything_is_written(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="batch_size=1: KoLeo needs at least 2 images a device"):
+    with pytest.raises(ConfigError, match="micro_batch=1: KoLeo needs at least 2 images"):
         train(recipe="dinov2_tiny64", data=photos, out=tmp_path / "run", overrides={"batch_size": 1}, quiet=True)
     assert not (tmp_path / "run").exists()
     tiny(DINOv2, koleo_weight=0.0).check_batch(1)

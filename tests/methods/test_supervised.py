@@ -103,7 +103,7 @@ def test_mixing_shares_classes_as_it_shares_pixels(class_folders: Path) -> None:
     assert not torch.equal(mixed, method.mixed(images, labels, views.keys + 1)[0])
     plain = build(label_smoothing=0.0)
     assert method.eval()(views, 0.5)["class"] == plain.eval()(views, 0.5)["class"]  # nothing is mixed when it is judged
-    with pytest.raises(ConfigError, match="batch_size=3: mixup and cutmix mix pairs"):
+    with pytest.raises(ConfigError, match="micro_batch=3: mixup and cutmix mix pairs"):
         method.mixed(images[:3], labels[:3], views.keys[:3])
 
 
@@ -155,7 +155,7 @@ def test_mistakes_are_one_line_each(more: dict[str, Any], line: str, class_folde
 
 def test_an_odd_batch_is_not_mixed(class_folders: Path, tmp_path: Path) -> None:
     settings = pretrain.merge(TINY, {"method": {"mixup": 0.8}, "batch_size": 3})
-    with pytest.raises(ConfigError, match="batch_size=3: mixup and cutmix mix pairs of images; make it even"):
+    with pytest.raises(ConfigError, match="micro_batch=3: mixup and cutmix mix pairs of images; make it even"):
         smalti.train("supervised", class_folders, tmp_path / "run", overrides=settings, quiet=True)
     assert not (tmp_path / "run").exists()
 

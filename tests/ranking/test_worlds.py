@@ -56,6 +56,7 @@ def test_without_a_floor_the_temperature_runs_away_and_takes_the_term_with_it() 
     assert float(((rows @ rows.mT).sum() - 64) / (64 * 63)) > 0.5  # rows are alike nevertheless
 
 
+@pytest.mark.slow  # four trainings; a budget is also what the tests of coverage below train with
 def test_little_noise_finds_another_order_with_each_seed_and_a_budget_finds_it_again() -> None:
     stuck = [scores(learned("hub", sigma=0.1, seed=seed)) for seed in range(2)]
     found = [scores(learned("hub", budget=0.15)), scores(learned("hub", budget=0.15, seed=1))]
