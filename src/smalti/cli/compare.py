@@ -47,7 +47,7 @@ def _print(comparison: "Comparison") -> None:
     from rich.table import Table
 
     from smalti.study.compare import COST_COLUMNS, cost_cells
-    from smalti.study.rows import about_lines, table_cells
+    from smalti.study.rows import about_lines, gain_cells, table_cells
 
     console = Console()
     first = next(iter(comparison.plan.arms))
@@ -61,12 +61,23 @@ def _print(comparison: "Comparison") -> None:
             arm, mean, _, gap, verdict = cells
             table.add_row(arm, mean, gap, verdict)
         console.print(table)
+        if over := dict.fromkeys(row.gain_over for row in rows if row.gain_over):
+            gains = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            for name in ("arm", f"gain over {' or '.join(over)}", ""):
+                gains.add_column(name, overflow="fold")
+            for row in rows:
+                if row.gain is not None:
+                    gains.add_row(row.arm, *gain_cells(row))
+            print()
+            console.print(gains)
         print()
-    costs = Table(title="cost, mean over seeds", title_justify="left")
+    print("cost, mean over seeds")
+    costs = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("arm", *COST_COLUMNS):
         costs.add_column(name, overflow="fold")
     for arm, cost in comparison.costs.items():
         costs.add_row(arm, *cost_cells(cost))
     console.print(costs)
+    print()
     notes = [f"In brackets: {comparison.info['intervals']}.", str(comparison.info.get("few_seeds", ""))]
     console.print("\n".join(filter(None, notes)), highlight=False, markup=False)

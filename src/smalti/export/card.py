@@ -49,7 +49,7 @@ def model_card(encoder: Encoder, input: Input, size: tuple[int, int], usage: str
     patch = "x".join(map(str, encoder.patch_size))
     return f"""# {encoder.name}
 
-{encoder.depth} blocks, width {encoder.embed_dim}, patches of {patch} pixels. Exported by Smalti from:
+Depth {encoder.depth}, width {encoder.embed_dim}, patches of {patch} pixels. Exported by Smalti from:
 {encoder.source or "weights as given"}.
 
 **Input**: (B, {encoder.in_chans}, {height}, {width}), {input_words(encoder, input)}.
