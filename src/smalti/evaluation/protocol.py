@@ -1,7 +1,7 @@
 """The contract of an evaluation: an encoder and labelled data in, a Result out.
 
 A protocol is a function in a file of its own, registered by name with what it needs of the data and which settings it
-heeds. :func:`evaluate` opens the data, computes the features that protocols share once, and evaluates a baseline beside
+uses. :func:`evaluate` opens the data, computes the features that protocols share once, and evaluates a baseline beside
 the encoder: the gain over the same network before training is what training was worth.
 """
 

@@ -183,7 +183,8 @@ class Method(nn.Module, ABC):
     @property
     def couples_samples(self) -> str:
         """What couples the samples of a micro-batch, as text; empty where each sample counts alone, so that a step's
-        result depends on ``micro_batch`` by rounding only (stochastic depth and dropout aside, which draw anew)."""
+        result depends on ``micro_batch`` by rounding only (stochastic depth and dropout aside: they draw other
+        random numbers)."""
         return ", ".join(name for name, couples in self.couplings().items() if couples)
 
     def check_batch(self, micro_batch: int) -> None:
