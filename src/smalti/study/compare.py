@@ -616,7 +616,7 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-COST_COLUMNS = ("steps", "images seen", "training", "CPU", "GPU", "peak memory", "evaluation", "parameters")
+COST_COLUMNS = ("steps", "images seen", "training", "CPU", "GPU", "peak memory", "eval", "parameters")
 
 
 def cost_cells(cost: Cost) -> tuple[str, ...]:
