@@ -65,7 +65,7 @@ def train(samples: Path, width: int, depth: int, batch: int) -> None:
 
 
 def in_front(priority: int) -> None:
-    """Runs in a new process: its session's share of the machine, by Linux' autogroup."""
+    """Runs in a new process: sets the priority of its session (Linux autogroup)."""
     if priority:
         Path("/proc/self/autogroup").write_text(str(priority))
 

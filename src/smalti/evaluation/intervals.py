@@ -38,7 +38,7 @@ class Interval:
     """NaN where nothing can be drawn anew: one seed, and a score that is no sum over images."""
     high: float
     over: str
-    """What was drawn anew: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
+    """What was resampled: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
     ``nothing``."""
 
     @property

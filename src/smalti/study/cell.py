@@ -149,11 +149,8 @@ def run_cell(job: Job) -> None:
         if (target / RESULTS_FILE).is_file():
             continue
         started, cpu = time.perf_counter(), cpu_seconds()
-        own = {
-            **entry["settings"],
-            "seed": job.seed,
-            "groups": None,
-        }  # no score depends on groups: the tables draw them
+        # no score depends on groups: the tables resample them
+        own = {**entry["settings"], "seed": job.seed, "groups": None}
         config = build(EvalConfig, own, "evaluate")
         progress = None if job.quiet else _say(job.name)
         results = evaluate(encoder, job.name, entry["data"], config, progress=progress, figures=True)
