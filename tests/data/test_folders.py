@@ -1,5 +1,7 @@
 import os
 import re
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from smalti.data.folders import open_images, training_images
+from smalti.data.folders import LeftOut, open_images, training_images
+from smalti.data.labelled import open_labelled
 from smalti.errors import ConfigError, DataError
 
 
@@ -65,8 +68,8 @@ def test_class_folders_with_splits_call_validation_val(write, tmp_path):
     assert images.describe() == "classes: 4 images (train 2, val 1, test 1), 2 classes"
     assert images.subset("validation").paths == images.subset("val").paths == (tmp_path / "validation/cat/3.jpg",)
     assert names(training_images(images)) == ["train/ant/2.jpg", "train/cat/1.jpg"]
-    with pytest.raises(DataError, match="no split 'dev'; it has: train, val, test"):
-        images.subset("dev")
+    with pytest.raises(DataError, match="no split 'extra'; it has: train, val, test"):
+        images.subset("extra")
 
 
 @pytest.mark.parametrize(
@@ -144,8 +147,13 @@ def test_masks_are_found_by_stem_and_splits_by_name_with_or_without_ending(write
     write("objects/train/x/1.png"), write("masks_preview/a.png")
     (tmp_path / "train.txt").write_text("a\nb.jpg\n")
     (tmp_path / "val.txt").write_text("images/c.jpg\n")
-    images = open_images(tmp_path)
-    assert images.describe() == "masks: 4 images (train 2, val 1), 2 classes"
+    with pytest.warns(LeftOut, match=r"left out: 1 image in no split \(images/d.jpg\)"):
+        images = open_images(tmp_path)
+    assert images.describe() == "masks: 4 images (train 2, val 1, in no split 1), 2 classes"
+    assert images.account().endswith(
+        "; left out: 1 image in no split (images/d.jpg); "
+        "not read: 2 images outside of images/ and masks/ (the first: masks_preview/a.png)"
+    )
     first = images.samples[0]
     assert (first.path, first.mask) == (tmp_path / "images/a.jpg", tmp_path / "masks/a.png")
     assert [sample.split for sample in images.samples] == ["train", "train", "val", None]
@@ -170,12 +178,11 @@ def test_masks_win_over_instances(write, tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda p: (p / "masks/b.png").unlink(), "1 of 3 images have no mask in masks/, the first: images/b.jpg"),
         (
             lambda p: (p / "val.txt").write_text("c\nq\nr.png\n"),
-            r"val.txt: 2 of 3 names have no image in images/, the first: q \(line 2\)",
+            r"val.txt: 2 of 3 names have no image, the first: q \(line 2\)",
         ),
-        (lambda p: (p / "val.txt").write_text("a\n"), "image 'a' is in both train.txt and val.txt"),
+        (lambda p: (p / "val.txt").write_text("a\n"), "'a' is in both train.txt and val.txt"),
         (lambda p: (p / "validation.txt").write_text("c\n"), "the same split twice: val.txt, validation.txt"),
         (lambda p: (p / "images/a.jpg").rename(p / "images/b.png"), "b.jpg and b.png have the same stem"),
         (lambda p: (p / "classes.txt").write_text("sky\nsky\n"), "class 'sky' stands in several lines"),
@@ -190,11 +197,19 @@ def test_masks_that_dont_fit_are_one_line(write, tmp_path, change, line):
         open_images(tmp_path)
 
 
-def test_an_image_without_mask_is_fine_if_no_split_names_it(write, tmp_path):
+def test_an_image_without_mask_stops_an_evaluation_only_if_a_split_names_it(write, tmp_path):
     scene(write, tmp_path)
     (tmp_path / "masks/d.png").unlink()
     (tmp_path / "train.txt").write_text("a\nb\n")
-    assert len(open_images(tmp_path)) == 4
+    (tmp_path / "val.txt").write_text("c\n")
+    with pytest.warns(LeftOut, match="in no split"):
+        assert len(open_images(tmp_path)) == 4
+    with pytest.warns(LeftOut):
+        assert len(open_labelled(tmp_path, need="masks").test) == 1
+    (tmp_path / "val.txt").write_text("c\nd\n")
+    assert len(training_images(open_images(tmp_path))) == 2
+    with pytest.raises(DataError, match=r"1 of 2 images have no mask, the first: d.jpg; add masks, or list"):
+        open_labelled(tmp_path, need="masks")
 
 
 def test_missing_and_empty_places_are_one_line(tmp_path):
@@ -203,18 +218,120 @@ def test_missing_and_empty_places_are_one_line(tmp_path):
     with pytest.raises(DataError, match=r"no images found .*jpg, jpeg, png, webp, bmp, tif, tiff, in any case"):
         open_images(tmp_path)
     (tmp_path / "x.bin").write_text("x")
-    with pytest.raises(DataError, match=r"a file; give a folder of images, or a .txt list"):
+    with pytest.raises(DataError, match=r"a file; give a folder of images, a .txt list"):
         open_images(tmp_path / "x.bin")
     with pytest.raises(DataError, match="layout 'list' needs a text file with one path a line, this is a folder"):
         open_images(f"list={tmp_path}")
+    Image.new("L", (4, 4)).save(tmp_path / "x.png")
     with pytest.raises(DataError, match="layout 'masks' needs the folders images/ and masks/"):
         open_images(f"masks={tmp_path}")
 
 
 def test_forced_classes_say_which_image_lies_elsewhere(write, tmp_path):
     write("a/1.png"), write("b/deep/2.png")
-    with pytest.raises(DataError, match=r"b/deep/2.png doesn't lie where a/1.png does; .*CLASS/image or SPLIT"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 images don't lie where .* b/deep/2.png beside a/1.png; .*CLASS/image or SPLIT"
+    ):
         open_images(f"classes={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "stray", ["overview.png", "cat/@eaDir/0.png/thumb.jpg", "cat/thumbs/0.png", "__MACOSX/cat/0.png"]
+)
+def test_a_stray_picture_does_not_change_the_layout(write, tmp_path, stray):
+    for number in range(5):
+        write(f"cat/{number}.png"), write(f"dog/{number}.png")
+    write(stray)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOut)
+        images = open_images(tmp_path)
+    assert images.describe() == "classes: 10 images, 2 classes"
+    assert stray.split("/")[0] in images.account() or "thumbs" in images.account()
+
+
+def test_a_class_called_thumbs_stays_one(write, tmp_path):
+    write("thumbs/1.png"), write("fists/1.png")
+    assert open_images(tmp_path).classes == ("fists", "thumbs")
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        (["train/a/1.png", "train/b/2.png", "holdout/a/3.png"], "holdout/ lies beside train/ and is no split; rename"),
+        (["train/1.png", "test/2.png", "extra/3.png"], "extra/ lies beside test/, train/ and is no split"),
+        (["train_images/1.png", "test_images/2.png"], "test_images/, train_images/ look like splits; name them so"),
+        (["cat/train/1.png", "cat/test/2.png", "dog/train/3.png"], "cat/ holds test, train; put splits above"),
+    ],
+    ids=["unknown", "unknown, flat", "resembling", "inside classes"],
+)
+def test_folders_that_may_be_splits_are_not_guessed(write, tmp_path, files, line):
+    for name in files:
+        write(name)
+    with pytest.raises(DataError, match=re.escape(line)):
+        open_images(tmp_path)
+    assert len(open_images(f"folder={tmp_path}")) == len(files)
+
+
+def test_train_may_be_a_class_if_the_user_says_so(write, tmp_path):
+    write("train/1.png"), write("bus/2.png")
+    with pytest.raises(DataError, match=f"classes={re.escape(str(tmp_path))} takes every folder as a class"):
+        open_images(tmp_path)
+    with pytest.warns(LeftOut, match="no split: 'train' is read as a class"):
+        assert open_images(f"classes={tmp_path}").classes == ("bus", "train")
+
+
+@pytest.mark.parametrize("names", [("Train", "valid", "testing"), ("training", "dev", "TEST")])
+def test_every_spelling_of_a_split_is_known_and_test_is_not_trained_on(write, tmp_path, names):
+    for name in names:
+        write(f"{name}/1.png"), write(f"{name}/2.png")
+    images = open_images(tmp_path)
+    assert images.describe() == "folder: 6 images (train 2, val 2, test 2)"
+    assert {path.parent.name for path in training_images(images).paths} == {names[0]}
+
+
+def test_an_archive_s_outer_folder_is_looked_through(write, tmp_path):
+    for name in ("set/set/train/a/1.png", "set/set/train/b/2.png", "set/set/test/a/3.png"):
+        write(name)
+    images = open_images(tmp_path)
+    assert images.describe() == "classes: 3 images (train 2, test 1), 2 classes" and images.root.name == "set"
+
+
+def test_lists_beside_plain_images_are_splits(write, tmp_path):
+    for number in range(4):
+        write(f"photos/{number}.png")
+    (tmp_path / "train.txt").write_text("photos/0.png\nphotos/1.png\n")
+    (tmp_path / "valid.txt").write_text("photos/2.png\n")
+    with pytest.warns(LeftOut, match=r"1 image in no list \(photos/3.png\)"):
+        images = open_images(tmp_path)
+    assert images.describe() == "folder: 4 images (train 2, val 1, in no split 1)"
+    (tmp_path / "holdout.txt").write_text("photos/3.png\n")
+    with pytest.raises(DataError, match=r"holdout.txt: lists images beside train.txt, and its name is no split"):
+        open_images(tmp_path)
+
+
+def test_nested_class_folders_need_a_depth(write, tmp_path):
+    for name in ("animal/cat/1.png", "animal/dog/2.png", "plant/fern/3.png"):
+        write(name)
+    with pytest.raises(DataError, match=r"folders are nested 2 deep .animal/cat.; say which name the class: class_d"):
+        open_labelled(tmp_path, need="labels")
+    assert open_images(tmp_path, class_depth=1).classes == ("animal", "plant")
+    assert open_images(tmp_path, class_depth=2).classes == ("animal/cat", "animal/dog", "plant/fern")
+    assert open_images(tmp_path, class_depth="deepest").classes == ("cat", "dog", "fern")
+
+
+def test_class_names_that_differ_in_unicode_form_alone_are_refused(write, tmp_path):
+    write("e\u0301t\u00e9/1.png"), write("\u00e9t\u00e9/2.png")
+    with pytest.raises(DataError, match="two class folders are both called 'été', in different Unicode forms"):
+        open_images(tmp_path)
+
+
+def test_class_names_are_printable(write, tmp_path):
+    for folder in (b"caf\xe9", b"two\nlines", b"plain"):
+        path = tmp_path / os.fsdecode(folder)
+        path.mkdir()
+        shutil.copy(write("x.png"), path / "1.png")
+    (tmp_path / "x.png").unlink()
+    assert open_images(tmp_path).classes == ("caf\\xe9", "plain", "two\\nlines")
 
 
 def test_the_same_split_under_two_names_is_refused(write, tmp_path):

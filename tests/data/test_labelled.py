@@ -60,7 +60,7 @@ def test_without_splits_a_seeded_fifth_of_every_class_is_judged_on(write, tmp_pa
 
 def test_a_single_image_cant_be_split(write, tmp_path):
     class_folders(write, {"a": 1, "b": 1})
-    with pytest.raises(DataError, match="2 images, too few to learn from some and judge on others"):
+    with pytest.raises(DataError, match="2 images, too few to learn from some and evaluate others"):
         open_labelled(tmp_path, need="labels")
 
 

@@ -49,7 +49,7 @@ def _print(comparison: "Comparison") -> None:
     from smalti.study.compare import COST_COLUMNS, cost_cells
     from smalti.study.rows import about_lines, gain_cells, table_cells
 
-    console = Console()
+    console = Console(markup=False)
     first = next(iter(comparison.plan.arms))
     for title, rows in comparison.table():
         print(f"{title} ({rows[0].unit})")

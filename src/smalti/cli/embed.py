@@ -1,5 +1,6 @@
 """``smalti embed``: features of a folder of images as a table."""
 
+import sys
 from typing import Annotated, Any, Literal
 
 import typer
@@ -51,6 +52,8 @@ def command(
     from smalti.export.embeddings import embed
 
     images = open_images(data)
+    if not quiet:
+        print(f"data: {images.account()}", file=sys.stderr)
     model = load_encoder(
         encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug
     ).to(best_device())

@@ -57,7 +57,7 @@ def command(
     if protocol:
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
 
-    from smalti.cli.options import Progress, best_device, load_encoder, print_results
+    from smalti.cli.options import Progress, best_device, load_encoder, print_results, say_data
     from smalti.config import build, check_writable
     from smalti.evaluation.details import write_details
     from smalti.evaluation.protocol import EvalConfig, open_sets, write_results
@@ -69,6 +69,8 @@ def command(
         check_free(out)
         check_writable(out / RESULTS_FILE)
     open_sets(str(data), config)
+    if not quiet:
+        say_data(str(data), config.class_depth)
     model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial, load=fit, debug=debug)
     model = model.to(best_device())
     if json:

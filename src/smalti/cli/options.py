@@ -102,6 +102,15 @@ def load_encoder(
     return encoder
 
 
+def say_data(data: str, class_depth: Any = None) -> None:
+    """What lies at a path, how it is read, and what is left out: one line on stderr, before anything is computed."""
+    from smalti.data.folders import open_images
+    from smalti.data.signals import is_signals
+
+    if not is_signals(data):
+        print(f"data: {open_images(data, class_depth=class_depth).account()}", file=sys.stderr)
+
+
 def best_device() -> "torch.device":
     """A GPU, where there is one."""
     import torch
@@ -117,7 +126,7 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
     from smalti.evaluation.protocol import BASELINE_LABELS, describe_result, write_results
     from smalti.study.rows import result_cells
 
-    console = Console()
+    console = Console(markup=False)
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
     told: dict[str, None] = {}
     for result in results:

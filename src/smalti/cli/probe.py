@@ -52,7 +52,7 @@ def command(
     table = Table("probe", "value", "meaning", title=f"positions of {run}", title_justify="left")
     for name, value in probe.metrics.items():
         table.add_row(name, f"{value:.4g}", UNITS.get(name, ""))
-    Console().print(table)
+    Console(markup=False).print(table)
     print(f"written: {path} and {path.with_suffix('.png').name}; they stand in the page of: smalti report {run}")
     if json:
         write_json(

@@ -65,13 +65,15 @@ def command(
         raise ConfigError("--orders names none; leave it out for all")
     file = _file_of(Path(out).expanduser(), ORDERS_FILE)
 
-    from smalti.cli.options import Progress, best_device, write_json
+    from smalti.cli.options import Progress, best_device, say_data, write_json
     from smalti.config import check_writable
     from smalti.report.ranking import write_page
 
     for path in (json, *(file.with_suffix(ending) for ending in (".json", ".html", ".png"))):
         if path is not None:
             check_writable(path)
+    if not quiet:
+        say_data(str(data))
     ranking = rank(
         spec,
         str(data),
@@ -136,4 +138,4 @@ def _print_table(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[
         table.add_column("\n".join(words), justify="right", no_wrap=True)
     for order, numbers in rows.items():
         table.add_row(order, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns))
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -108,7 +108,7 @@ def _print_verdict(verdict: "Verdict") -> None:
 
     from smalti.study.posttrain import VERDICT_COLUMNS, verdict_cells
 
-    console = Console()
+    console = Console(markup=False)
     print(verdict.rows[0].data)
     print(verdict.images)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

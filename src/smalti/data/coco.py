@@ -6,7 +6,8 @@ Source: Lin et al., COCO, arXiv:1405.0312; the data format on its site.
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ def read_annotations(path: Path) -> CocoAnnotations:
         names = {int(category["id"]): str(category["name"]) for category in tree["categories"]}
         if len(names) < len(tree["categories"]):
             raise DataError(f"{path}: two categories have the same id")
+        if repeated := [name for name, count in Counter(names.values()).items() if count > 1]:
+            same = ", ".join(str(category_id) for category_id, name in names.items() if name == repeated[0])
+            raise DataError(f"{path}: categories {same} are both called '{repeated[0]}'; rename or merge them")
         ids = tuple(sorted(names))
         place = {category_id: i for i, category_id in enumerate(ids)}
         where = "'images'"
@@ -90,7 +94,7 @@ def read_annotations(path: Path) -> CocoAnnotations:
             str(row["file_name"]): CocoImage(image_id, int(row["height"]), int(row["width"]), tuple(objects[image_id]))
             for image_id, row in rows.items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"can't be used: {error}"
@@ -106,7 +110,7 @@ def _object(item: Mapping[str, Any], label: int) -> CocoObject:
         box=(left, top, left + width, top + height),
         label=label,
         is_crowd=bool(item.get("iscrowd", 0)),
-        area=float(item.get("area", width * height)),
+        area=float(item.get("area") or width * height),
         outline=item.get("segmentation"),
     )
 
@@ -188,6 +192,7 @@ def _listed_name(sample: ImageSample) -> str | None:
 
 
 def _check_boxes(table: CocoAnnotations) -> None:
+    _check_box_format(table)
     over = 0
     for name, image in table.images.items():
         if min(image.height, image.width) < 1:
@@ -202,3 +207,46 @@ def _check_boxes(table: CocoAnnotations) -> None:
             over += x0 < -1 or y0 < -1 or x1 > image.width + 1 or y1 > image.height + 1
     if over:
         warnings.warn(f"{table.path}: {over:,} boxes reach over the border of their image; clipped", stacklevel=4)
+
+
+def _check_box_format(table: CocoAnnotations) -> None:
+    """Refuse boxes that are fractions of the image, or corners (x0 y0 x1 y1) where left, top, width and height belong.
+
+    Corners are known by the outlines of the objects, or by boxes that would reach over the border of their image.
+    """
+    boxes = [(image, item) for image in table.images.values() for item in image.objects]
+    if not boxes:
+        return
+    needed = "boxes are left, top, width and height in pixels"
+    if all(max(item.box) <= 1 for _, item in boxes) and max(max(image.height, image.width) for image, _ in boxes) > 2:
+        raise DataError(f"{table.path}: all {len(boxes):,} boxes lie in 0..1, as fractions of the image; {needed}")
+    fits_file = fits_corners = over = 0
+    for image, item in boxes:
+        x0, y0, x1, y1 = item.box
+        corners = (x0, y0, x1 - x0, y1 - y0)
+        over += x1 > image.width + 1 or y1 > image.height + 1
+        if corners[2] <= x0 or corners[3] <= y0 or corners[2] > image.width + 1 or corners[3] > image.height + 1:
+            fits_corners -= len(boxes)  # these are no corners, so none are
+        elif (outline := _outline_box(item.outline)) is not None:
+            fits_file += _near(outline, item.box)
+            fits_corners += _near(outline, corners)
+    if fits_corners > fits_file or (fits_corners >= 0 and fits_file == 0 and over >= max(1, 0.1 * len(boxes))):
+        raise DataError(
+            f"{table.path}: boxes look like corners (x0, y0, x1, y1): read as left, top, width and height, {over:,} of "
+            f"{len(boxes):,} reach over the border or don't fit their outlines; {needed}"
+        )
+
+
+def _outline_box(outline: Any) -> tuple[float, float, float, float] | None:
+    """The box around polygons; None of other outlines."""
+    try:
+        points = [float(value) for polygon in outline for value in polygon]
+    except (TypeError, ValueError):
+        return None
+    if len(points) < 6 or len(points) % 2:
+        return None
+    return min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2])
+
+
+def _near(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(abs(a - b) <= 2 for a, b in zip(one, other, strict=True))

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from smalti.data.coco import read_annotations
+from smalti.data.files import image_names
 from smalti.data.image_set import (
     IGNORED,
     REFUSED,
@@ -23,10 +24,10 @@ from smalti.data.image_set import (
     ImageSet,
     LabelMap,
     by_stem,
-    image_names,
     read_json,
     read_lines,
 )
+from smalti.data.splits import folder_splits, split_of, stray_note
 from smalti.errors import DataError
 
 VOC_CLASSES = (
@@ -111,6 +112,7 @@ _PANOPTIC = (
     "annotations/panoptic_val2017.json",
 )
 _INSTANCES = ("annotations", "annotations/annotations", "annotations/instances_annotations")
+_ROBOFLOW = "_annotations.coco.json"
 _ADE20K_SPLITS = {"train": "training", "val": "validation"}
 
 
@@ -129,6 +131,8 @@ def detect(root: Path) -> str | None:
         return _warn_unless(root, "ade20k", home / "annotations/*", "ADE_*")
     if _find(root, ("leftImg8bit",)) and _find(root, ("gtFine",)):
         return "cityscapes"
+    if _roboflow(root):
+        return "coco"
     files = _instances(root)
     has_images = any(_find(root, _COCO_IMAGES, name) for name in (*files, *_COCO_SPLITS.values()))
     if not has_images and not (files and _find(root, ("images",))):
@@ -235,8 +239,11 @@ def read_coco(root: Path) -> ImageSet:
     """COCO's images, with the file of their boxes and outlines where there is one; that file isn't read if it needn't.
 
     ``annotations/instances_NAME.json`` with ``images/NAME`` (or ``NAME``), or with all images in ``images``. Without
-    such files, ``train2017`` and ``val2017``, each by itself or in ``images``.
+    such files, ``train2017`` and ``val2017``, each by itself or in ``images``. Or as Roboflow exports it:
+    ``SPLIT/_annotations.coco.json`` among the split's images.
     """
+    if exported := _roboflow(root):
+        return _read_roboflow(root, exported)
     files: dict[str, Path | None] = {**_instances(root)} or dict.fromkeys(_COCO_SPLITS.values())
     folders = {name: folder for name in files if (folder := _find(root, _COCO_IMAGES, name))}
     if not folders and (not _instances(root) or _find(root, ("images",)) is None):
@@ -257,6 +264,21 @@ def read_coco(root: Path) -> ImageSet:
             paths = _listed(root / "images", path)
         samples += [ImageSample(image, split=split, annotations=path) for image in paths]
     return ImageSet(root, "coco", tuple(samples), None)
+
+
+def _read_roboflow(root: Path, files: Mapping[str, Path]) -> ImageSet:
+    names = image_names(root)
+    splits = folder_splits(root, names) or tuple(files)
+    if without := [split for split in splits if split not in files]:
+        raise DataError(f"{root}: {without[0]}/ has no {_ROBOFLOW}, and {next(iter(files))}/ has one")
+    samples = tuple(
+        ImageSample(root / name, split=split_of(name.parts[0]), annotations=files[name.parts[0]])
+        for name in names
+        if name.parts[0] in files
+    )
+    strays = [name for name in names if name.parts[0] not in files]
+    notes = (stray_note(strays, f"beside the folders with {_ROBOFLOW}"),) if strays else ()
+    return ImageSet(root, "coco", samples, None, not_read=notes)
 
 
 READERS: dict[str, Callable[[Path], ImageSet]] = {
@@ -360,6 +382,11 @@ def _things(root: Path) -> tuple[Mapping[str, Sequence[int]], str]:
     return {name: groups[name] for name in sorted(groups)}, f"table of {path.name}"
 
 
+def _roboflow(root: Path) -> dict[str, Path]:
+    """``{folder: its file of annotations}`` of Roboflow's export, in order."""
+    return {path.parent.name: path for path in sorted(root.glob(f"*/{_ROBOFLOW}"))}
+
+
 def _instances(root: Path) -> dict[str, Path]:
     """``{train2017: annotations/instances_train2017.json}`` and so on, in order."""
     folder = next((root / name for name in _INSTANCES if any((root / name).glob("instances_*.json"))), root)
@@ -368,7 +395,10 @@ def _instances(root: Path) -> dict[str, Path]:
 
 def _listed(folder: Path, path: Path) -> list[Path]:
     """Images that a file of annotations names, where they have no folder of their own."""
-    paths = [folder / name.removeprefix("images/") for name in sorted(read_annotations(path).images)]
+    names = sorted(read_annotations(path).images)
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in PurePosixPath(name).parts]:
+        raise DataError(f"{path}: the image '{outside[0]}' lies outside of {folder}; names are relative to that folder")
+    paths = [folder / name.removeprefix("images/") for name in names]
     if missing := [image for image in paths if not image.is_file()]:
         raise DataError(f"{path}: {len(missing):,} of {len(paths):,} images don't exist, the first: {missing[0]}")
     return paths

@@ -1,55 +1,72 @@
-"""Readers: a folder tree, a list file, class folders, images with masks or a public data set becomes one
+"""Readers: a folder tree, a list or table of files, class folders, images with masks or a public data set becomes one
 :class:`ImageSet`.
 
-The layout is detected, or forced by ``NAME=PATH``. Nothing is decoded here; order never depends on the file system.
+The layout is detected, or forced by ``NAME=PATH``; what could be read in two ways is refused. Images are not decoded
+here, apart from a few where one of two folders may hold masks; order never depends on the file system.
 """
 
 import re
-from collections import Counter
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from smalti.config import unknown_key
 from smalti.data import datasets
-from smalti.data.image_set import SPLIT_ORDER, by_stem, image_names, read_lines
+from smalti.data.files import Found, find_images
 from smalti.data.image_set import SPLITS as SPLITS
 from smalti.data.image_set import ImageSample as ImageSample
 from smalti.data.image_set import ImageSet as ImageSet
+from smalti.data.image_set import as_text, read_class_names
 from smalti.data.images import read_image as read_image
+from smalti.data.mask_folders import find_mask_folders, masks_beside, read_masks, refuse_masks_as_classes
+from smalti.data.splits import folder_splits, image_keys, read_split_lists, split_of, stray_note
+from smalti.data.tables import TABLES, read_list, read_table
 from smalti.errors import ConfigError, DataError
 
+ClassDepth = int | Literal["deepest"]
+"""How many folders name a class: 1 the outermost, 2 ``a/b``, and so on; ``deepest`` the folder of the image alone."""
+_MOST_STRAYS = 0.02
+_ENOUGH_FOR_ONE = 10
+"""Images outside of class folders are left out if they are at most this fraction, or one beside this many; beyond it,
+the folders are no classes."""
 
-def open_images(data: str | Path, layout: str | None = None) -> ImageSet:
+
+class LeftOut(UserWarning):
+    """Images of a data set that are left out, and why."""
+
+
+def open_images(data: str | Path, layout: str | None = None, *, class_depth: ClassDepth | None = None) -> ImageSet:
     """The images at a path, their layout detected or forced.
 
+    Images that are left out are counted in ``left_out`` and in a warning.
+
     Args:
-        data: a folder or a list file; ``NAME=PATH`` forces the reader NAME.
-        layout: forces a reader as well: ``folder``, ``list``, ``classes`` or ``masks``. ``folder`` takes all images of
-            the tree; ``list`` a text file with a path a line, relative to it or absolute; ``classes`` ``CLASS/img`` or
-            ``SPLIT/CLASS/img``; ``masks`` ``images/`` with ``masks/`` or ``instances/``, by stem. Those of
-            :mod:`~smalti.data.datasets` take the folders that a public data set comes in.
+        data: a folder, a list or a table; ``NAME=PATH`` forces the reader NAME.
+        layout: forces a reader as well: ``folder``, ``list``, ``table``, ``classes`` or ``masks``. ``folder`` takes all
+            images of the tree as one set; ``list`` a text file with a path a line, relative to it or absolute, perhaps
+            with a label; ``table`` CSV, JSONL or Parquet with the columns path and label, split, group; ``classes``
+            ``CLASS/img`` or ``SPLIT/CLASS/img``; ``masks`` ``images/`` with ``masks/`` or ``instances/``, by stem.
+            Those of :mod:`~smalti.data.datasets` take the folders that a public data set comes in.
+        class_depth: how many folders name a class, where class folders are nested; None: one is expected.
 
     Raises:
         ConfigError: if there is no reader of that name.
-        DataError: if the path is missing, holds no images, or doesn't fit the layout; one line.
+        DataError: if the path is missing, holds no images, doesn't fit the layout, or could be read in two ways; one
+            line.
     """
     path, layout = _split_name(data, layout)
     if layout is not None and layout not in READERS:
         raise ConfigError(unknown_key(layout, READERS, "--data").replace("field", "reader"))
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    if layout is not None:
-        if path.is_dir() == (layout == "list"):
-            needed = "a text file with one path a line" if layout == "list" else "a folder"
-            raise DataError(
-                f"{path}: layout '{layout}' needs {needed}, this is a {'folder' if path.is_dir() else 'file'}"
-            )
-        return READERS[layout](path)
-    if path.is_file():
-        if path.suffix.lower() == ".txt":
-            return _read_list(path)
-        raise DataError(f"{path}: a file; give a folder of images, or a .txt list with one path a line")
-    return _detect(path)
+        raise DataError(f"{as_text(path)}: no such file or folder")
+    images = _read(path, layout, class_depth)
+    if images.left_out:
+        warnings.warn(f"{as_text(images.root)}: left out: {', '.join(images.left_out)}", LeftOut, stacklevel=2)
+    return images
 
 
 def training_images(images: ImageSet) -> ImageSet:
@@ -62,8 +79,8 @@ def training_images(images: ImageSet) -> ImageSet:
         return images
     if "train" not in images.splits:
         raise DataError(
-            f"{images.root}: holds the split{'s' * (len(images.splits) > 1)} {', '.join(images.splits)}, but no train; "
-            f"to read every image, write folder={images.root}"
+            f"{as_text(images.root)}: holds the split{'s' * (len(images.splits) > 1)} {', '.join(images.splits)}, but "
+            f"no train; to read every image, write folder={as_text(images.root)}"
         )
     return images.subset("train")
 
@@ -78,140 +95,195 @@ def _split_name(data: str | Path, layout: str | None) -> tuple[Path, str | None]
     return path, layout
 
 
-def _detect(root: Path) -> ImageSet:
-    if (root / "images").is_dir() and ((root / "masks").is_dir() or (root / "instances").is_dir()):
-        return _read_masks(root)
-    if known := datasets.detect(root):
+def _read(path: Path, layout: str | None, class_depth: ClassDepth | None) -> ImageSet:
+    is_table = path.suffix.lower() in TABLES
+    if layout is None and path.is_file():
+        if path.suffix.lower() != ".txt" and not is_table:
+            raise DataError(
+                f"{as_text(path)}: a file; give a folder of images, a .txt list with one path a line, or a table "
+                f"({', '.join(TABLES)})"
+            )
+        layout = "table" if is_table else "list"
+    if layout is None:
+        return _detect(path, class_depth)
+    of_file = {"list": "a text file with one path a line", "table": f"a file ({', '.join(TABLES)})"}
+    if path.is_dir() == (layout in of_file):
+        raise DataError(
+            f"{as_text(path)}: layout '{layout}' needs {of_file.get(layout, 'a folder')}, this is a "
+            f"{'folder' if path.is_dir() else 'file'}"
+        )
+    if layout == "classes":
+        return _read_classes(path, class_depth)
+    return READERS[layout](path)
+
+
+def _detect(root: Path, class_depth: ClassDepth | None) -> ImageSet:
+    if known := _known_folders(root):
         return READERS[known](root)
-    names = image_names(root)
-    if _class_problem(names) is None and len({name.parts[-2] for name in names}) > 1:
-        return _class_set(root, names)
-    return _folder_set(root, names)
+    found = find_images(root)
+    if find_mask_folders(root, found.names):
+        return read_masks(root, found)
+    top = {name.parts[0] for name in found.names}
+    if len(top) == 1 and len(found.names[0].parts) > 2 and not split_of(next(iter(top))):  # as archives are packed
+        inner = _detect(root / next(iter(top)), class_depth)
+        if inner.layout != "folder" or inner.splits:
+            return replace(inner, not_read=(*inner.not_read, *found.not_read))
+    return _detect_plain(root, found, class_depth)
+
+
+def _known_folders(root: Path) -> str | None:
+    """``masks`` by its own names of folders, or a public data set."""
+    folders = {entry.name.lower() for entry in root.iterdir() if entry.is_dir()}
+    if "images" in folders and folders & {"masks", "instances"}:
+        return "masks"
+    return datasets.detect(root)
+
+
+def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
+    """Class folders, or one set of images; with splits where folders or lists name them."""
+    beside = masks_beside(found.names)
+    masks = {mask for some in beside.values() for mask in some}
+    names = [name for name in found.names if name not in masks]
+    refuse_masks_as_classes(root, names)
+    splits = folder_splits(root, names)
+    lists = {} if splits else read_split_lists(root, image_keys(names))
+    kept, strays = names, list[PurePosixPath]()
+    if splits:
+        kept = [name for name in names if len(name.parts) > 1]
+        strays = [name for name in names if len(name.parts) == 1]
+    notes = [stray_note(sorted(strays), "beside the split folders")] if strays else []
+    labelled = _class_set(root, kept, len(splits) > 0, class_depth)
+    images = replace(
+        labelled or ImageSet(root, "folder", tuple(ImageSample(root / name) for name in kept), None),
+        hint="" if labelled else _why_no_classes(kept, len(splits) > 0, class_depth),
+    )
+    images = _with_splits(images, len(splits) > 0, lists)
+    if masks and labelled is None and all(len(some) == 1 for some in beside.values()):
+        mask_of = {root / image: root / some[0] for image, some in beside.items()}
+        samples = tuple(replace(sample, mask=mask_of.get(sample.path)) for sample in images.samples)
+        images = replace(images, layout="masks", samples=samples, classes=read_class_names(root))
+    elif masks:
+        notes.append(stray_note(sorted(masks), "named as masks of others, beside class folders" if labelled else ""))
+        images = replace(images, hint=f"{len(masks):,} masks lie beside their images; put them into masks/")
+    if lists and (unlisted := [name for name in kept if name.as_posix() not in lists]):
+        notes.append(stray_note(unlisted, "in no list"))
+    return replace(images, left_out=(*notes, *images.left_out), not_read=found.not_read)
+
+
+def _with_splits(images: ImageSet, by_folder: bool, lists: dict[str, str]) -> ImageSet:
+    if not by_folder and not lists:
+        return images
+    split = [
+        split_of(path.relative_to(images.root).parts[0])
+        if by_folder
+        else lists.get(path.relative_to(images.root).as_posix())
+        for path in images.paths
+    ]
+    samples = tuple(replace(sample, split=name) for sample, name in zip(images.samples, split, strict=True))
+    return replace(images, samples=samples)
 
 
 def _read_folder(root: Path) -> ImageSet:
-    return _folder_set(root, image_names(root))
+    found = find_images(root)
+    samples = tuple(ImageSample(root / name) for name in found.names)
+    return ImageSet(root, "folder", samples, None, not_read=found.not_read)
 
 
-def _folder_set(root: Path, names: Sequence[PurePosixPath]) -> ImageSet:
-    return ImageSet(root, "folder", tuple(ImageSample(root / name) for name in names), None)
+def _read_classes(root: Path, class_depth: ClassDepth | None = None) -> ImageSet:
+    found = find_images(root)
+    tops = {split_of(name.parts[0]) for name in found.names if len(name.parts) > 1}
+    has_splits = None not in tops and all(len(name.parts) > 2 for name in found.names if len(name.parts) > 1)
+    images = _class_set(root, found.names, has_splits, class_depth, forced=True)
+    if images is None:
+        why = _why_no_classes(found.names, has_splits, class_depth)
+        raise DataError(f"{as_text(root)}: {why}; layout 'classes' needs CLASS/image or SPLIT/CLASS/image everywhere")
+    images = _with_splits(images, has_splits, {})
+    return replace(images, not_read=found.not_read)
 
 
-def _read_list(path: Path) -> ImageSet:
-    entries = [(number, path.parent / Path(line).expanduser()) for number, line in read_lines(path)]
-    if not entries:
-        raise DataError(f"{path}: an empty list; it needs one image path a line")
-    missing = [(number, entry) for number, entry in entries if not entry.is_file()]
-    if missing:
-        number, entry = missing[0]
+def _class_set(
+    root: Path,
+    names: Sequence[PurePosixPath],
+    has_splits: bool,
+    class_depth: ClassDepth | None,
+    forced: bool = False,
+) -> ImageSet | None:
+    """Images with the class of their folder; None where the folders are no classes.
+
+    A few images that lie elsewhere are left out; no split is set.
+
+    Raises:
+        DataError: if two folders have the same name in different Unicode forms.
+    """
+    inside, strays = _class_level(names, has_splits, class_depth)
+    if not inside or len(strays) > max(len(inside) >= _ENOUGH_FOR_ONE, _MOST_STRAYS * len(names)):
+        return None
+    name_of = {name: _class_name(name, has_splits, class_depth) for name in inside}
+    folders = sorted(set(name_of.values()))
+    if len(folders) < 2 and not forced:
+        return None
+    forms: dict[str, list[str]] = defaultdict(list)
+    for folder in folders:
+        forms[unicodedata.normalize("NFC", folder)].append(folder)
+    if twins := [form for form, same in forms.items() if len(same) > 1]:
         raise DataError(
-            f"{path}: {len(missing)} of {len(entries)} files don't exist, the first: {entry} (line {number})"
+            f"{as_text(root)}: two class folders are both called '{twins[0]}', in different Unicode forms (NFC and "
+            "NFD); merge or rename them"
         )
-    return ImageSet(path, "list", tuple(ImageSample(entry) for _, entry in entries), None)
+    number = {folder: place for place, folder in enumerate(folders)}
+    samples = tuple(ImageSample(root / name, label=number[name_of[name]]) for name in inside)
+    notes: tuple[str, ...] = (stray_note(strays, "outside of the class folders"),) if strays else ()
+    if test := [folder for folder in folders if split_of(folder) and not has_splits]:
+        notes += (f"no split: '{test[0]}' is read as a class",)
+    return ImageSet(root, "classes", samples, tuple(map(as_text, folders)), left_out=notes)
 
 
-def _read_classes(root: Path) -> ImageSet:
-    names = image_names(root)
-    if problem := _class_problem(names):
-        raise DataError(f"{root}: {problem}; layout 'classes' needs CLASS/image or SPLIT/CLASS/image everywhere")
-    return _class_set(root, names)
+def _class_level(
+    names: Sequence[PurePosixPath], has_splits: bool, class_depth: ClassDepth | None
+) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    """The images at the depth where classes are, and the others."""
+    above = 1 + has_splits
+    if isinstance(class_depth, int):
+        inside = [name for name in names if len(name.parts) >= above + class_depth]
+    elif class_depth == "deepest":
+        inside = [name for name in names if len(name.parts) > above]
+    else:
+        inside = [name for name in names if len(name.parts) == above + 1]
+    chosen = set(inside)
+    return inside, [name for name in names if name not in chosen]
 
 
-def _class_problem(names: Sequence[PurePosixPath]) -> str | None:
-    """Why these aren't class folders; None where they are."""
-    depth = 3 if names[0].parts[0].lower() in SPLITS else 2
-    for name in names:
-        is_split = name.parts[0].lower() in SPLITS
-        if len(name.parts) != depth or is_split != (depth == 3):
-            return f"{name} doesn't lie where {names[0]} does" if name != names[0] else f"{name} has no class folder"
-    return None
+def _class_name(name: PurePosixPath, has_splits: bool, class_depth: ClassDepth | None) -> str:
+    folders = name.parts[has_splits:-1]
+    return folders[-1] if class_depth == "deepest" else "/".join(folders[: class_depth or 1])
 
 
-def _class_set(root: Path, names: Sequence[PurePosixPath]) -> ImageSet:
-    has_splits = len(names[0].parts) == 3
-    for split in SPLIT_ORDER if has_splits else ():
-        spellings = sorted({name.parts[0] for name in names if SPLITS[name.parts[0].lower()] == split})
-        if len(spellings) > 1:
-            raise DataError(f"{root}: the same split twice: {', '.join(spellings)}; keep one")
-    classes = tuple(sorted({name.parts[-2] for name in names}))
-    number = {name: i for i, name in enumerate(classes)}
-    samples = tuple(
-        ImageSample(
-            root / name,
-            label=number[name.parts[-2]],
-            split=SPLITS[name.parts[0].lower()] if has_splits else None,
+def _why_no_classes(names: Sequence[PurePosixPath], has_splits: bool, class_depth: ClassDepth | None) -> str:
+    depths = Counter(len(name.parts) - has_splits - 1 for name in names)
+    deepest = max(depths)
+    inside, strays = _class_level(names, has_splits, class_depth)
+    if class_depth is None and deepest > 1 and len(depths) == 1:
+        first = "/".join(names[0].parts[has_splits:-1])
+        return (
+            f"folders are nested {deepest} deep ({as_text(first)}); say which name the class: class_depth=1 for the "
+            f"outermost, class_depth=deepest for the innermost"
         )
-        for name in names
-    )
-    return ImageSet(root, "classes", samples, classes)
-
-
-def _read_masks(root: Path) -> ImageSet:
-    if not (root / "images").is_dir() or not ((root / "masks").is_dir() or (root / "instances").is_dir()):
-        raise DataError(f"{root}: layout 'masks' needs the folders images/ and masks/ (or images/ and instances/)")
-    images = by_stem(root / "images", image_names(root / "images"))
-    masks = by_stem(root / "masks", image_names(root / "masks")) if (root / "masks").is_dir() else {}
-    instances = {}
-    if (root / "instances").is_dir():
-        instances = by_stem(root / "instances", image_names(root / "instances"))
-    split_of = _read_splits(root, images)
-    wanted = [stem for stem in images if not split_of or stem in split_of]
-    folder, there = ("masks", masks) if (root / "masks").is_dir() else ("instances", instances)
-    missing = [stem for stem in wanted if stem not in there]
-    if missing:
-        raise DataError(
-            f"{root}: {len(missing)} of {len(wanted)} images have no mask in {folder}/, "
-            f"the first: {images[missing[0]].relative_to(root).as_posix()}"
+    if inside and strays:
+        return (
+            f"{len(strays):,} of {len(names):,} images don't lie where the others do, such as "
+            f"{as_text(str(strays[0]))} beside {as_text(str(inside[0]))}"
         )
-    samples = tuple(
-        ImageSample(path, mask=masks.get(stem), split=split_of.get(stem), instances=instances.get(stem))
-        for stem, path in images.items()
-    )
-    return ImageSet(root, "masks", samples, _read_class_names(root, has_masks=folder == "masks"))
-
-
-def _read_splits(root: Path, images: dict[str, Path]) -> dict[str, str]:
-    """``{stem: split}`` from train.txt, val.txt and test.txt."""
-    by_name = {path.relative_to(root / "images").as_posix(): stem for stem, path in images.items()}
-    split_of: dict[str, str] = {}
-    sources: dict[str, Path] = {}
-    for spelling, split in SPLITS.items():
-        path = root / f"{spelling}.txt"
-        if not path.is_file():
-            continue
-        if split in sources:
-            raise DataError(f"{root}: the same split twice: {sources[split].name}, {path.name}; keep one")
-        sources[split] = path
-        names = [(number, line.removeprefix("images/")) for number, line in read_lines(path)]
-        stems = [by_name.get(name, name) for _, name in names]
-        unknown = [entry for entry, stem in zip(names, stems, strict=True) if stem not in images]
-        if unknown:
-            number, name = unknown[0]
-            raise DataError(
-                f"{path}: {len(unknown)} of {len(names)} names have no image in images/, "
-                f"the first: {name} (line {number})"
-            )
-        for stem in stems:
-            if split_of.setdefault(stem, split) != split:
-                raise DataError(f"{root}: image '{stem}' is in both {split_of[stem]}.txt and {path.name}")
-    return split_of
-
-
-def _read_class_names(root: Path, has_masks: bool) -> tuple[str, ...] | None:
-    path = root / "classes.txt"
-    if path.is_file():
-        classes = tuple(line for _, line in read_lines(path))
-        if repeated := [name for name, count in Counter(classes).items() if count > 1]:
-            raise DataError(f"{path}: class '{repeated[0]}' stands in several lines")
-        return classes or None
-    return None if has_masks else ("background", "object")
+    if inside:
+        return "there is only one class folder"
+    return f"{as_text(str(names[0]))} has no class folder"
 
 
 READERS: dict[str, Callable[[Path], ImageSet]] = {
     "folder": _read_folder,
     "classes": _read_classes,
-    "list": _read_list,
-    "masks": _read_masks,
+    "list": read_list,
+    "table": read_table,
+    "masks": read_masks,
     **datasets.READERS,
 }
 """Name -> reader: what may stand before ``=PATH``."""

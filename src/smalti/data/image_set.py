@@ -1,27 +1,35 @@
-"""What a reader hands back, an :class:`ImageSet`, and how files below a folder are found.
+"""What a reader returns, an :class:`ImageSet`, and the small text files that lie beside images."""
 
-Nothing is decoded here; order never depends on the file system.
-"""
-
+import itertools
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from smalti.data.images import ENDINGS
 from smalti.errors import DataError
 
-SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-"""Names of split folders and lists, and what we call them."""
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Names of split folders and lists, in lower case, and what we call them."""
 SPLIT_ORDER = ("train", "val", "test")
 
 IGNORED = 255
 """Value of the pixels in a mask that count for nothing, as long as there are at most 255 classes."""
+_CVAT_CLASS = re.compile(r"([^:]+):\d+,\d+,\d+:[^:]*:[^:]*")
 REFUSED = -1
 """Class of the values that a data set's masks must not hold."""
 
@@ -61,6 +69,8 @@ class ImageSample:
     """What the values in the mask mean; None where they are places in ``ImageSet.classes``."""
     annotations: Path | None = None
     """COCO's JSON with the objects of this and other images."""
+    group: str | None = None
+    """What the image belongs to (a video, patient or site), where a table says so."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,12 @@ class ImageSet:
     layout: str
     samples: tuple[ImageSample, ...] = field(repr=False)
     classes: tuple[str, ...] | None
+    left_out: tuple[str, ...] = ()
+    """Images or masks that the layout would have and that are not in ``samples``, and why: a phrase each."""
+    not_read: tuple[str, ...] = ()
+    """What else lies there: a phrase each."""
+    hint: str = ""
+    """Why there are no class labels or masks, where something looks like them."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -82,10 +98,9 @@ class ImageSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Files of the images, relative to the set where they lie in it."""
-        return tuple(
-            (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix() for path in self.paths
-        )
+        """Files of the images as printable text, relative to the set where they lie in it."""
+        relative = (path.relative_to(self.root) if path.is_relative_to(self.root) else path for path in self.paths)
+        return tuple(as_text(path.as_posix()) for path in relative)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -115,15 +130,35 @@ class ImageSet:
     def describe(self) -> str:
         """One line for the log: layout, number of images, splits, classes."""
         counts = Counter(sample.split for sample in self.samples)
-        splits = ", ".join(f"{split} {counts[split]:,}" for split in self.splits)
+        named = [(split, counts[split]) for split in self.splits]
+        if named and counts[None]:
+            named.append(("in no split", counts[None]))
+        splits = ", ".join(f"{split} {count:,}" for split, count in named)
         classes = f", {len(self.classes)} classes" if self.classes else ""
         images = f"{len(self):,} image{'s' * (len(self) != 1)}"
         return f"{self.layout}: {images}{f' ({splits})' if splits else ''}{classes}"
 
+    def account(self) -> str:
+        """:meth:`describe`, and what was left out or not read."""
+        parts = [self.describe()]
+        parts += [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
+        parts += [f"not read: {', '.join(self.not_read)}"] if self.not_read else []
+        return "; ".join(parts)
+
 
 def as_text(name: str | Path) -> str:
-    """A file's name as text, also one that is not UTF-8."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    """A file's name as printable text on one line: bytes that are not UTF-8 and control characters are escaped."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def is_text(name: str | Path) -> bool:
+    """Whether a file's name is UTF-8."""
+    try:
+        os.fsencode(name).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def by_stem(root: Path, names: Iterable[PurePosixPath]) -> dict[str, Path]:
@@ -148,45 +183,35 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def image_names(root: Path) -> list[PurePosixPath]:
-    """Images below a folder as relative paths, sorted; hidden files are left out, links followed, folders read once.
+def read_class_names(root: Path) -> tuple[str, ...] | None:
+    """Names of the classes of masks from ``classes.txt``: one a line, the first for value 0; None without that file.
+
+    CVAT's ``labelmap.txt`` under that name is understood: the name is what comes before the first colon.
 
     Raises:
-        DataError: if there is none, or a folder can't be read.
+        DataError: if the file can't be read, or has a blank line between names, or a name twice.
     """
-    found: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    # Links come after all real folders, so that a folder keeps its own name and a loop ends.
-    waiting = [(str(root), "")]
-    links: list[tuple[str, str]] = []
-    try:
-        while waiting or links:
-            folder, prefix = waiting.pop() if waiting else links.pop()
-            status = os.stat(folder)  # noqa: PTH116
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
-                for entry in sorted(entries, key=lambda e: e.name, reverse=True):
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.name.rpartition(".")[2].lower() in ENDINGS and _is(entry.is_file):
-                        found.append(prefix + entry.name)
-                    elif _is(entry.is_dir):
-                        (links if entry.is_symlink() else waiting).append((entry.path, f"{prefix}{entry.name}/"))
-    except OSError as error:
-        raise DataError(f"{error.filename or root}: can't be read ({error.strerror or error})") from None
-    if not found:
-        raise DataError(f"{root}: no images found (looked in all its folders for {', '.join(ENDINGS)}, in any case)")
-    return [PurePosixPath(name) for name in sorted(found)]
-
-
-def _is(question: Callable[[], bool]) -> bool:
-    """The answer, no for a link that leads to itself."""
-    try:
-        return question()
-    except OSError:
-        return False
+    path = root / "classes.txt"
+    if not path.is_file():
+        return None
+    lines = read_lines(path)
+    if lines and lines[0][1].startswith("#") and all(_CVAT_CLASS.fullmatch(line) for _, line in lines[1:]):
+        lines = lines[1:]
+    elif lines and lines[0][1].startswith("#"):
+        raise DataError(
+            f"{as_text(path)}: line {lines[0][0]} begins with #, and comments are not read; remove it, or a class is "
+            "counted too many"
+        )
+    if gap := next((number for (number, _), (after, _) in itertools.pairwise(lines) if after > number + 1), None):
+        raise DataError(
+            f"{as_text(path)}: line {gap + 1} is blank; every value needs a name, so name that class or remove the line"
+        )
+    if lines and lines[0][0] > 1 and not all(_CVAT_CLASS.fullmatch(line) for _, line in lines):
+        raise DataError(f"{as_text(path)}: line 1 is blank; it needs the name of value 0, or to be removed")
+    names = tuple(match[1] if (match := _CVAT_CLASS.fullmatch(line)) else line for _, line in lines)
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{as_text(path)}: class '{repeated[0]}' stands in several lines; each needs a name of its own")
+    return names or None
 
 
 def read_json(path: Path) -> Any:

@@ -4,8 +4,7 @@ Unlike in training nothing is random here: the same file gives the same array, r
 """
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,20 +17,21 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.coco import with_objects
-from smalti.data.folders import SPLITS, ImageSample, ImageSet, open_images, read_image
+from smalti.data.folders import SPLITS, ClassDepth, ImageSample, ImageSet, open_images, read_image
 from smalti.data.image_set import IGNORED as IGNORED
-from smalti.data.image_set import REFUSED
-from smalti.data.images import PILLOW_ERRORS, image_size
+from smalti.data.image_set import as_text
 from smalti.data.loader import epoch_order, start_worker, unchanged
+from smalti.data.masks import eval_mask as eval_mask
+from smalti.data.masks import read_mask as read_mask
+from smalti.data.masks import values_seen, warn_of_black_and_white, with_values
 from smalti.data.views import Skipped, centre_crop
 from smalti.errors import ConfigError, DataError
 
 EvalCrop = Literal["crop", "squash", "centre"]
 """How an image becomes a square; see :func:`eval_image`."""
-_TEST_SHARE = 0.2
-_LOOKED_AT = 10  # masks, before an evaluation, for a mistake that would not show in it
+_TEST_RATIO = 0.2
 _NEEDED = {
-    "labels": "class folders (CLASS/image or SPLIT/CLASS/image)",
+    "labels": "class folders (CLASS/image or SPLIT/CLASS/image), or a table with path and label",
     "masks": "masks (images/ with masks/ or instances/, and classes.txt)",
     "boxes": "boxes (COCO's annotations/instances_SPLIT.json beside images/)",
 }
@@ -61,43 +61,80 @@ class LabelledData:
         return f"{self.split} images".strip()
 
 
-def open_labelled(data: str | Path, *, split: str | None = None, seed: int = 0, need: Kind) -> LabelledData:
+def open_labelled(
+    data: str | Path,
+    *,
+    split: str | None = None,
+    seed: int = 0,
+    need: Kind,
+    class_depth: ClassDepth | None = None,
+    mask_values: Mapping[int, int | str] | None = None,
+    ignore: Sequence[int | str] = (),
+) -> LabelledData:
     """The labelled images at a path, in two parts.
 
     Args:
         data: as for :func:`~smalti.data.folders.open_images`.
-        split: what to judge on; None takes val, else test, else a fifth of the images, chosen by the seed.
+        split: what to evaluate on; None takes val, else test, else a random 20 % of the images (seeded).
         seed: of that choice.
         need: class labels, masks, or boxes of objects.
+        class_depth: how many folders name a class, where class folders are nested.
+        mask_values: value in the mask files -> class, by number or name; other values are refused. None: the value is
+            the class.
+        ignore: values in the mask files, or names of classes, whose pixels count for nothing, as 255 does.
 
     Raises:
+        ConfigError: for a class in ``mask_values`` or ``ignore`` that isn't there.
         DataError: if the layout hasn't what is needed, a split is missing, classes are to be evaluated that have no
             training images, or a file of boxes contradicts itself or the images.
     """
-    images = open_images(data)
+    images = open_images(data, class_depth=class_depth)
     found = {"labels": any(sample.label is not None for sample in images.samples)}
     found["masks"] = any(sample.mask is not None or sample.instances is not None for sample in images.samples)
     found["boxes"] = any(sample.annotations is not None for sample in images.samples)
     if not found[need]:
         raise DataError(
-            f"{images.root}: found layout '{images.layout}', this needs {_NEEDED[need]}{_hint(images, need)}"
+            f"{as_text(images.root)}: found layout '{images.layout}', this needs {_NEEDED[need]}{_hint(images, need)}"
         )
     if need == "boxes":
         images = with_objects(images)
-    if not images.classes:
-        raise DataError(f"{images.root}: no classes.txt; it needs one class name a line, the first for value 0")
+    classes = images.classes
+    if not classes:
+        raise DataError(
+            f"{as_text(images.root)}: no classes.txt; it needs one class name a line, the first for value 0"
+            f"{values_seen(images)}"
+        )
     if need == "masks":
-        _warn_of_black_and_white(images)
+        if mask_values is not None or ignore:
+            images = with_values(images, classes, mask_values, ignore)
+        warn_of_black_and_white(images)
     if split is None and set(images.splits) <= {"train"}:
-        return _split_by_seed(images, images.classes, seed, by_label=need == "labels")
+        listed = images.subset("train") if images.splits else images
+        _check_masks(listed, need)
+        return _split_by_seed(listed, classes, seed, by_label=need == "labels")
     if split is not None and SPLITS.get(split, split) == "train":
-        raise DataError(f"{images.root}: split 'train' is what an evaluation learns from; judge on val or test")
+        raise DataError(
+            f"{as_text(images.root)}: split 'train' is what an evaluation learns from; evaluate on val or test"
+        )
     test_name = split or ("val" if "val" in images.splits else "test")
     test, train = images.subset(test_name), images.subset("train")
+    _check_masks(train, need)
+    _check_masks(test, need)
     missing = _missing_classes(images, train, test) if need == "labels" else ()
     note = f"learned from train ({len(train)}), evaluated on {test_name} ({len(test)})"
     split = SPLITS.get(test_name, test_name)
-    return LabelledData(train, test, images.classes, note, split=split, missing=missing)
+    return LabelledData(train, test, classes, note, split=split, missing=missing)
+
+
+def _check_masks(images: ImageSet, need: Kind) -> None:
+    """Refuse images without masks where masks are needed."""
+    if need != "masks":
+        return
+    if missing := [sample.path for sample in images.samples if sample.mask is None and sample.instances is None]:
+        raise DataError(
+            f"{as_text(images.root)}: {len(missing)} of {len(images)} images have no mask, the first: "
+            f"{as_text(missing[0].name)}; add masks, or list the images that have one in train.txt and val.txt"
+        )
 
 
 def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
@@ -127,6 +164,8 @@ def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
 def _hint(images: ImageSet, need: Kind) -> str:
     if need == "boxes" and any(images.root.glob("annotations/instances_*.json")):
         return f"; COCO's files there are read with coco={images.root}"
+    if images.hint:
+        return f"; {images.hint}"
     objects = images.root / "objects"
     if need == "labels" and objects.is_dir():
         return f"; there are some in {objects}"
@@ -135,41 +174,34 @@ def _hint(images: ImageSet, need: Kind) -> str:
     return ""
 
 
-def _warn_of_black_and_white(images: ImageSet) -> None:
-    """Warn once where masks seem to be black and white pictures: 255 is ignored, so one class would be all there is."""
-    masks = [sample.mask for sample in images.samples if sample.mask is not None and sample.label_map is None]
-    values: set[int] = set()
-    for mask in masks[:: max(1, len(masks) // _LOOKED_AT)][:_LOOKED_AT]:
-        try:
-            values.update(np.unique(_read_numbers(mask)).tolist())
-        except DataError:  # told when it is read, if its image can be
-            return
-    if IGNORED in values and values <= {0, IGNORED} and images.classes and len(images.classes) <= IGNORED:
-        warnings.warn(
-            f"{images.root}: masks hold only 0 and {IGNORED}, and {IGNORED} is ignored, so nothing but "
-            f"'{images.classes[0]}' counts; save the other class as 1",
-            stacklevel=3,
-        )
-
-
 def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_label: bool) -> LabelledData:
-    """A fifth of the images to be judged on, of each class alike; at least one stays to learn from."""
-    groups: dict[int | None, list[int]] = {}
+    """A fifth of the images to be evaluated, of each class alike, or of the groups, which stay whole; at least one
+    stays to learn from."""
+    has_groups = any(sample.group is not None for sample in images.samples)
+    strata: dict[int | None, dict[str | int, list[int]]] = {}
     for i, sample in enumerate(images.samples):
-        groups.setdefault(sample.label if by_label else None, []).append(i)
-    judged: set[int] = set()
-    for group, members in groups.items():
-        num_test = min(max(1, round(_TEST_SHARE * len(members))), len(members) - 1)
-        order = epoch_order(seed, group or 0, len(members))
-        judged.update(members[i] for i in order[:num_test])
-    if not judged:
-        raise DataError(f"{images.root}: {len(images)} images, too few to learn from some and judge on others")
+        stratum = None if has_groups or not by_label else sample.label
+        unit = i if sample.group is None else sample.group
+        strata.setdefault(stratum, {}).setdefault(unit, []).append(i)
+    evaluated: set[int] = set()
+    for stratum, units in strata.items():
+        members = list(units.values())
+        num_test = min(max(1, round(_TEST_RATIO * len(members))), len(members) - 1)
+        order = epoch_order(seed, stratum or 0, len(members))
+        evaluated.update(i for unit in order[:num_test] for i in members[unit])
+    if not evaluated:
+        what = "group" if has_groups else "image"
+        raise DataError(
+            f"{as_text(images.root)}: {len(images)} images{' of one group' * has_groups}, too few to learn from some "
+            f"and evaluate others; add a second {what} of each class, or splits"
+        )
     parts = [
-        tuple(sample for i, sample in enumerate(images.samples) if (i in judged) == is_test)
+        tuple(sample for i, sample in enumerate(images.samples) if (i in evaluated) == is_test)
         for is_test in (False, True)
     ]
     train, test = (replace(images, samples=part, classes=classes) for part in parts)
-    note = f"no splits found: a seeded 80/20 split, seed {seed} ({len(train)} and {len(test)} images)"
+    by = " by groups" if has_groups else ""
+    note = f"no splits found: a seeded 80/20 split{by}, seed {seed} ({len(train)} and {len(test)} images)"
     missing = _missing_classes(images, train, test) if by_label else ()
     return LabelledData(train, test, classes, note, split="held-out", missing=missing)
 
@@ -192,66 +224,6 @@ def _missing_classes(images: ImageSet, train: ImageSet, test: ImageSet) -> tuple
             f"training images of them, or take them out of {split}{other}"
         )
     return tuple(classes[label] for label in sorted(learned - evaluated))
-
-
-def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:
-    """Class of each pixel: ``(H, W)``, uint8 for up to 255 classes (255 is ignored), else int64.
-
-    Palette masks give their indices; the values of known data sets become classes. Where there are only instances, 1 is
-    any instance and 0 the rest.
-
-    Raises:
-        DataError: if the mask can't be read, has colours instead of numbers, another size than its image, or a value
-            for which there is no class.
-    """
-    source = sample.mask or sample.instances
-    if source is None:
-        raise DataError(f"{sample.path}: has no mask")
-    numbers = _read_numbers(source)
-    size = image_size(sample.path)
-    if numbers.shape != size:
-        mask_height, mask_width = numbers.shape
-        raise DataError(
-            f"{source}: {mask_width}x{mask_height} pixels, its image {sample.path.name} has {size[1]}x{size[0]}; "
-            "they must be the same"
-        )
-    if sample.mask is None:
-        return (numbers > 0).astype(np.uint8)
-    if sample.label_map is not None:
-        classes = sample.label_map.classes(numbers)
-        is_refused = classes == REFUSED
-        if is_refused.any():
-            value = numbers[is_refused].min()
-            raise DataError(
-                f"{source}: holds the value {value}, which no mask of {sample.label_map.name} has "
-                f"({sample.label_map.note})"
-            )
-        return classes.astype(np.uint8)
-    is_wrong = (numbers >= num_classes) | (numbers < 0)
-    if num_classes <= IGNORED:
-        is_wrong &= numbers != IGNORED
-    if is_wrong.any():
-        raise DataError(
-            f"{source}: holds the value {numbers[is_wrong].min()}, but classes.txt names {num_classes} classes "
-            f"(0..{num_classes - 1}; {IGNORED} is ignored)"
-        )
-    return numbers.astype(np.uint8 if num_classes <= IGNORED else np.int64)
-
-
-def _read_numbers(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
-                raise DataError(
-                    f"{path}: a mask of mode {image.mode}, it needs one number a pixel (grey or palette): "
-                    "the line in classes.txt, from 0"
-                )
-            numbers = np.asarray(image)
-    except PILLOW_ERRORS as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: can't be read as a mask ({error})") from None
-    return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 
 def load_images(
@@ -321,18 +293,6 @@ def _resize_antialiased(image: np.ndarray, height: int, width: int, kind: Litera
     if image.dtype == np.uint8:
         return resized.round().clamp(0, 255).to(torch.uint8).numpy()
     return resized.clamp(0, 1).numpy()
-
-
-def eval_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """``(size, size)``: the mask by nearest pixel, in the rule of ``F.interpolate(mode="nearest")``."""
-    rows, columns = (_nearest(side, size) for side in mask.shape)
-    return mask[rows[:, None], columns[None, :]]
-
-
-def _nearest(side: int, size: int) -> np.ndarray:
-    """``(size,)``: which of ``side`` places each of ``size`` places takes."""
-    ramp = torch.arange(side, dtype=torch.float32)[None, None]  # as masks travel in the sources
-    return F.interpolate(ramp, size=size, mode="nearest")[0, 0].long().numpy()
 
 
 def eval_batches(

@@ -204,6 +204,10 @@ class SignalSet:
             f"{self.config.resample_hz:g} Hz, channels {', '.join(self.channels)}"
         )
 
+    def account(self) -> str:
+        """What was read, as of an :class:`~smalti.data.image_set.ImageSet`."""
+        return self.describe()
+
 
 @dataclass(frozen=True)
 class LabelledSignals:

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from smalti.config import settings, to_tree, write_atomically
-from smalti.data.folders import ImageSet, open_images
+from smalti.data.folders import ClassDepth, ImageSet, open_images
 from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
 from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
@@ -74,6 +74,15 @@ class EvalConfig:
     groups: str | None = None
     """A regular expression on each evaluated image's relative path; its first group, or the whole match, names what
     the image belongs to (a video, patient or site). Intervals then resample whole groups; no score depends on it."""
+    class_depth: Annotated[int, Field(ge=1)] | Literal["deepest"] | None = None
+    """Nested class folders: how many of them name the class (1: the outermost, 2: ``a/b``), or ``deepest``: the folder
+    of the image; None: there is one above each image."""
+    mask_values: dict[int, int | str] | None = None
+    """Masks of your own: value in the files -> class, by number or name, such as ``{0: 0, 255: 1}``; other values are
+    refused. None: the value is the line in classes.txt, from 0."""
+    ignore: tuple[int | str, ...] = ()
+    """Masks of your own: values, or names of classes, whose pixels count for nothing; 255 is always ignored, unless
+    ``mask_values`` gives it a class."""
     train_size: Annotated[float, Field(gt=0)] | None = None
     """Learn from fewer training images, drawn by the seed: a share below 1, or a number of images; None takes all."""
     baseline: bool = True
@@ -169,7 +178,12 @@ SHARED = frozenset(
 """Settings that every protocol heeds."""
 
 
-LATER = ("orders", "rates", "speed")
+_READING: Mapping[Need, frozenset[str]] = {
+    "labels": frozenset({"class_depth"}),
+    "masks": frozenset({"mask_values", "ignore"}),
+}
+"""Settings of how labels are read."""
+LATER = ("orders", "rates", "speed", "class_depth", "mask_values", "ignore")
 """Settings that older results don't know: as long as they are at their defaults, the old results are the same."""
 
 
@@ -372,7 +386,7 @@ def register_protocol(
 
     def register(run: Callable[[Features, EvalConfig], Scores]) -> Callable[[Features, EvalConfig], Scores]:
         summary = (run.__doc__ or "").strip().splitlines()[0]
-        heeded = frozenset(heeds) | SHARED
+        heeded = SHARED.union(heeds, *(_READING.get(source, ()) for source in (need, *prefers)))
         _REGISTRY[name] = Protocol(name, need, heeded, run, summary, by_default, observer, prefers, has_baseline, check)
         return run
 
@@ -398,14 +412,14 @@ def find_protocol(name: str) -> Protocol:
     raise ConfigError(f"no protocol '{name}'; {hint}")
 
 
-def fitting_protocols(data: str) -> tuple[str, ...]:
+def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
     """Names of the protocols that the layout of the data allows and that end in minutes, in registration order.
 
     Data with neither labels nor masks get those that need none.
     """
     if is_signals(data):
         return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need == "stages")
-    has = _has(open_images(data)) or {"images"}
+    has = _has(open_images(data, class_depth=class_depth)) or {"images"}
     return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has and protocol.by_default)
 
 
@@ -442,7 +456,9 @@ def evaluate(
         DataError: if the data lacks what a protocol needs.
         ShapeError: if the patch size does not divide the image size, or the encoder wants other channels.
     """
-    protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
+    protocols = [
+        find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config.class_depth)
+    ]
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
     compared = [protocol for protocol in protocols if protocol.has_baseline]
@@ -465,7 +481,9 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
         ConfigError: for an unknown protocol.
         DataError: if the data lacks what a protocol needs.
     """
-    protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
+    protocols = [
+        find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config.class_depth)
+    ]
     of_signals = is_signals(data)
     for protocol in protocols:
         if protocol.check is not None:
@@ -485,7 +503,9 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
         if config.groups is not None:
             group_images(signals.test.names, config.groups)
         return {"stages": signals}
-    images = open_images(data) if any(protocol.prefers for protocol in protocols) else None
+    images = (
+        open_images(data, class_depth=config.class_depth) if any(protocol.prefers for protocol in protocols) else None
+    )
     # without a train split or class names, what is only preferred can't be opened
     has = _has(images) if images and images.classes and (not images.splits or "train" in images.splits) else ()
     needs = dict.fromkeys(_source(protocol, has) for protocol in protocols)
@@ -493,7 +513,15 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
     sets: dict[Need, LabelledData] = {
         need: open_unlabelled(data, split=config.split)
         if need == "images"
-        else open_labelled(data, split=config.split, seed=seed, need=_KINDS[need])
+        else open_labelled(
+            data,
+            split=config.split,
+            seed=seed,
+            need=_KINDS[need],
+            class_depth=config.class_depth,
+            mask_values=config.mask_values,
+            ignore=config.ignore,
+        )
         for need in needs
     }
     for need, labelled in sets.items():

@@ -497,7 +497,8 @@ def _framed(picture: np.ndarray, grid: tuple[int, int], query: int) -> np.ndarra
 
 
 def _svg_style(title: str) -> AbstractContextManager[None]:
-    return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8, "path.simplify": True})
+    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8, "path.simplify": True}
+    return matplotlib.rc_context({**settings, "text.parse_math": False})  # names of classes and images may hold $
 
 
 def _plain_axes(axes: Axes) -> None:

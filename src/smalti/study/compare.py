@@ -261,8 +261,12 @@ def compare(
     started = time.time()
     for entry in plan.evaluate:
         open_sets(entry["data"], build(EvalConfig, {**entry, "split_seed": plan.split_seed}, "evaluate"))
-    images = training_images(open_images(plan.data)) if plan.data else None
-    evaluated = [open_images(entry["data"]) for entry in plan.evaluate]
+    data = open_images(plan.data) if plan.data else None
+    evaluated = [open_images(entry["data"], class_depth=entry.get("class_depth")) for entry in plan.evaluate]
+    for name, one in (("train on", data), *(("evaluate on", images) for images in evaluated)):
+        if one is not None:
+            _note(f"{name}: {one.account()}", quiet)
+    images = training_images(data) if data is not None else None
     arms = {name: _prepare(name, plan, folder, images, evaluated, quiet) for name in plan.arms}
     failures = {name: arm.error for name, arm in arms.items() if arm.error}
     write_yaml(folder / PLAN_FILE, to_tree(plan))

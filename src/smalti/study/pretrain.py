@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from timm.models.vision_transformer import Block
 
 from smalti.config import (
@@ -29,6 +30,7 @@ from smalti.config import (
     write_yaml,
 )
 from smalti.data.folders import ImageSet, open_images, read_image, training_images
+from smalti.data.image_set import as_text, is_text
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
 from smalti.data.signals import (
     SignalConfig,
@@ -107,6 +109,9 @@ class DataConfig:
 
     path: str | None = None
     """A folder of images, a list file, class folders or images with masks; ``NAME=PATH`` forces a reader."""
+    class_depth: Annotated[int, Field(ge=1)] | Literal["deepest"] | None = None
+    """``supervised``: how many nested class folders name the class (1: the outermost), or ``deepest``: the folder of
+    the image; None: there is one above each image."""
     image_size: int = 224
     """Side of the main crop in pixels, a multiple of the patch size."""
     channels: int = 3
@@ -469,16 +474,36 @@ def _signal_methods() -> str:
     return ", ".join(name for name in method_names() if get_method(name).takes_signals)
 
 
-def open_training(config: RunConfig) -> ImageSet | SignalSet:
-    """What a run learns from: the images, or windows of signals, of the train split where there are splits.
+def open_data(config: RunConfig) -> ImageSet | SignalSet:
+    """All images, or windows of signals, at the run's path.
 
     Raises:
         ConfigError, DataError: as the readers do.
     """
     path = str(config.data.path)
     if config.data.signal is None:
-        return training_images(open_images(path))
-    signals = training_signals(open_signals(path, config.data.signal))
+        return open_images(path, class_depth=config.data.class_depth)
+    return open_signals(path, config.data.signal)
+
+
+def open_training(config: RunConfig) -> ImageSet | SignalSet:
+    """What a run learns from: the images, or windows of signals, of the train split where there are splits.
+
+    Raises:
+        ConfigError, DataError: as the readers do.
+    """
+    return training_part(open_data(config), config)
+
+
+def training_part(data: ImageSet | SignalSet, config: RunConfig) -> ImageSet | SignalSet:
+    """The train split of :func:`open_data`, or all of it where there are no splits.
+
+    Raises:
+        ConfigError, DataError: if there are splits and none is for training, or the channels are not as configured.
+    """
+    if isinstance(data, ImageSet):
+        return training_images(data)
+    signals = training_signals(data)
     if config.data.channels != len(signals.channels):
         raise ConfigError(
             f"data.channels={config.data.channels}: the signals have {len(signals.channels)} "
@@ -550,14 +575,19 @@ def train(
     run = Path(out).expanduser()
     if run.is_file():
         raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
+    if not is_text(run.absolute()):
+        raise ConfigError(f"{as_text(run)}: its path is not UTF-8, and weights can't be read from there; rename it")
     if run.is_dir() and any(run.iterdir()) and _is_first_process():
         raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
-    images = open_training(config)
+    found = open_data(config)
+    images = training_part(found, config)
     config, own = count_classes(config, own, images)
     _check_before_writing(config, own, images, quiet=under_launcher() and not _is_first_process())
     if _is_first_process():
-        if not quiet and (note := posttrain_note(tree, config)):
-            print(note, file=sys.stderr)
+        if not quiet:
+            print(f"data: {found.account()}", file=sys.stderr)
+            if note := posttrain_note(tree, config):
+                print(note, file=sys.stderr)
         write_yaml(run / CONFIG_FILE, to_tree(config))
         _write_run_file(run, config, images)
     _start(run, config, None, quiet)
