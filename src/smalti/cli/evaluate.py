@@ -99,7 +99,8 @@ def _as_generated(folder: str, settings: dict[str, Any]) -> str:
 
 def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Signals are read as the run read them, but for the window, and for what the user says."""
-    from smalti.data.signals import as_read, is_signals
+    from smalti.data.signal_config import as_read
+    from smalti.data.signals import is_signals
 
     if not is_signals(data):
         return settings
