@@ -24,7 +24,7 @@ def tones(parts: Sequence[tuple[str, int]], rate_hz: int = 100, seed: int = 0) -
     return np.concatenate(waves)
 
 
-def heard(window: np.ndarray, rate_hz: float = 100) -> str:
+def tone_of(window: np.ndarray, rate_hz: float = 100) -> str:
     """The stage whose tone a window holds."""
     spectrum = np.abs(np.fft.rfft(window))
     frequency = np.fft.rfftfreq(len(window), 1 / rate_hz)[spectrum.argmax()]

@@ -117,10 +117,10 @@ def test_labels_are_as_long_as_fits_whatever_the_format(tmp_path, count, stages)
 def test_labels_that_fit_no_length_or_several_are_refused(tmp_path):
     with pytest.raises(DataError) as error:
         scored(tmp_path, "n_hypnogram.txt", "N3\n" * 6)
-    assert "6 labels fit no lengths of a label (30 s at 5 s, 60 s at 10 s, 120 s at 20 s, 180 s at 30 s; the" in str(
+    assert "6 labels fit no label length (30 s at 5 s, 60 s at 10 s, 120 s at 20 s, 180 s at 30 s; the" in str(
         error.value
     )
-    with pytest.raises(DataError, match=r"2 labels fit 2 lengths of a label \(40 s at 20 s, 60 s at 30 s"):
+    with pytest.raises(DataError, match=r"2 labels fit 2 label lengths \(40 s at 20 s, 60 s at 30 s"):
         scored(tmp_path, "n_hypnogram.txt", "N3\nW\n", seconds=50)
     assert scored(tmp_path, "n_hypnogram.txt", "N3\nW\n", seconds=50, stage_s=30) == [3]
     assert scored(tmp_path, "n_hypnogram.txt", "N3\nW\n", seconds=71) == [3, 0]  # the last part was not scored

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from edf import write_edf, write_hypnogram
-from signal_files import heard, noise, save, tones
+from signal_files import noise, save, tone_of, tones
 from smalti.data.hypnograms import STAGES
 from smalti.data.preparation import Recording, condition_channel, prepare_recording
 from smalti.data.recording_list import ListedRecording
@@ -28,12 +28,12 @@ def prepared(path: Path, hypnogram: Path | None = None, channel: str = "C3-M2", 
     return prepare_recording(path.parent, ListedRecording(path, "s", None, None, hypnogram), [channel], config)
 
 
-def heard_and_scored(recording: Recording) -> list[tuple[str, str]]:
+def tones_and_stages(recording: Recording) -> list[tuple[str, str]]:
     """Of each window the stage that its tone has, and the stage that it was given."""
     assert recording.stages is not None
     windows = recording.signal[0].reshape(len(recording.stages), -1)
     names = ["?" if stage < 0 else STAGES[stage] for stage in recording.stages]
-    return [(heard(window), name) for window, name in zip(windows, names, strict=True)]
+    return [(tone_of(window), name) for window, name in zip(windows, names, strict=True)]
 
 
 def power_at(signal: np.ndarray, frequency_hz: float, rate_hz: float) -> float:
@@ -92,7 +92,7 @@ def test_a_recording_with_a_gap_is_cut_there_and_keeps_its_times(tmp_path):
     stages = [(0, 90, "Sleep stage W"), (300, 120, "Sleep stage N3"), (420, 60, "Sleep stage W")]
     path = write_edf(tmp_path / "a.edf", {"C3-M2": values}, 100, stages=stages, onsets=onsets)
     recording = prepared(path)
-    assert heard_and_scored(recording) == [("W", "W")] * 2 + [("N3", "N3")] * 4 + [("W", "W")] * 2
+    assert tones_and_stages(recording) == [("W", "W")] * 2 + [("N3", "N3")] * 4 + [("W", "W")] * 2
     assert_array_equal(recording.starts_s, [0, 30, 300, 330, 360, 390, 420, 450])
     assert (recording.recorded_s, recording.gaps_s) == (250, 230)
     whole = {"onsets": list(range(250)), "stages": [(0, 70, "W"), (70, 120, "N3"), (190, 60, "W")]}
@@ -124,11 +124,11 @@ def test_a_hypnogram_that_starts_later_gives_its_stages_later(tmp_path):
     path = write_edf(tmp_path / "n.edf", {"C3-M2": values}, 100, start="31.12.1923.58.00")
     stages = [(0, 60, "Sleep stage W"), (60, 120, "Sleep stage N2")]
     later = write_hypnogram(tmp_path / "n_hypnogram.edf", stages, start="01.01.2000.00.00")
-    assert heard_and_scored(prepared(path, later)) == [("W", "?")] * 4 + [("W", "W")] * 2 + [("N2", "N2")] * 4
+    assert tones_and_stages(prepared(path, later)) == [("W", "?")] * 4 + [("W", "W")] * 2 + [("N2", "N2")] * 4
     odd = write_hypnogram(tmp_path / "odd_hypnogram.edf", stages, start="01.01.2000.00.10")
     assert_array_equal(prepared(path, odd).starts_s, 10 + 30 * np.arange(9))  # windows lie on the labels
     undated = write_hypnogram(tmp_path / "u_hypnogram.edf", stages, start="01.01.8500.00.00")
-    assert heard_and_scored(prepared(path, undated))[:2] == [("W", "W")] * 2
+    assert tones_and_stages(prepared(path, undated))[:2] == [("W", "W")] * 2
     far = write_hypnogram(tmp_path / "far_hypnogram.edf", stages, start="02.01.2000.00.00")
     with pytest.raises(DataError, match=r"its hypnogram lies outside \(it starts 2020-01-02 00:00:00, the recording"):
         prepared(path, far)
@@ -141,12 +141,12 @@ def test_a_file_shorter_than_its_header_is_read_with_its_stages_in_place(tmp_pat
     write_edf(tmp_path / "a.edf", {"C3-M2": values}, 100, counted=360)
     with pytest.warns(UserWarning, match=r"a\.edf: ends 210 s before its header says; the 150 s that it holds are"):
         signals = open_signals(tmp_path, SignalConfig())
-    assert heard_and_scored(signals.recordings[0]) == [("W", "W")] * 2 + [("N3", "N3")] * 3
+    assert tones_and_stages(signals.recordings[0]) == [("W", "W")] * 2 + [("N3", "N3")] * 3
     write_edf(tmp_path / "a.edf", {"C3-M2": values}, 100, counted=120)
     hypnogram.write_text("W\n" * 2 + "N3\n" * 2)
     with pytest.warns(UserWarning, match="holds 30 s more than its header says; they are left out"):
         signals = open_signals(tmp_path, SignalConfig())
-    assert heard_and_scored(signals.recordings[0]) == [("W", "W")] * 2 + [("N3", "N3")] * 2
+    assert tones_and_stages(signals.recordings[0]) == [("W", "W")] * 2 + [("N3", "N3")] * 2
 
 
 def test_of_a_file_that_was_never_closed_labels_need_their_length(tmp_path):
@@ -156,7 +156,7 @@ def test_of_a_file_that_was_never_closed_labels_need_their_length(tmp_path):
         open_signals(tmp_path, SignalConfig())
     with pytest.warns(UserWarning, match=r"does not count its records \(-1\); the 120 s that it holds are read"):
         signals = open_signals(tmp_path, SignalConfig(stage_s=30))
-    assert heard_and_scored(signals.recordings[0]) == [("W", "W")] * 2 + [("N3", "N3")] * 2
+    assert tones_and_stages(signals.recordings[0]) == [("W", "W")] * 2 + [("N3", "N3")] * 2
 
 
 def test_channels_of_different_rates_keep_one_time(tmp_path):
@@ -166,7 +166,7 @@ def test_channels_of_different_rates_keep_one_time(tmp_path):
     signals = open_signals(tmp_path, SignalConfig())
     assert signals.recordings[0].rates_hz == (100, 256, 64) and signals.recordings[0].signal.shape == (3, 15_000)
     for channel in signals.recordings[0].signal:
-        assert [heard(channel[i * 3000 : (i + 1) * 3000]) for i in range(5)] == ["W", "W", "N1", "N3", "N3"]
+        assert [tone_of(channel[i * 3000 : (i + 1) * 3000]) for i in range(5)] == ["W", "W", "N1", "N3", "N3"]
     assert "recorded at 64, 100, 256 Hz" in signals.describe()
 
 
@@ -183,7 +183,7 @@ def test_no_polarity_and_no_limits_are_read_as_the_header_has_them(tmp_path):
 def test_clipped_channels_are_reported_once_with_their_number(tmp_path):
     for name in ("a", "b", "c"):
         write_edf(tmp_path / f"{name}.edf", {"C3-M2": noise(60, seed=ord(name))[0] * (1 if name == "b" else 40)}, 100)
-    with pytest.warns(UserWarning, match=r"a\.edf: a hundredth or more of C3-M2 .* \(the same in 1 more recordings\)"):
+    with pytest.warns(UserWarning, match=r"a\.edf: a hundredth or more of C3-M2 .* \(the same in 1 more recording\)"):
         assert len(open_signals(tmp_path, SignalConfig())) == 6
 
 
@@ -196,5 +196,5 @@ def test_a_flat_channel_is_named(tmp_path):
 
 def test_a_rate_beside_the_file_must_be_the_files(tmp_path):
     path = save(tmp_path / "a.npz", noise(60), channels=np.array(["C3-M2"]))
-    with pytest.raises(DataError, match=r"says 100 Hz, signal\.rate_hz=200; leave it out for such files"):
+    with pytest.raises(DataError, match=r"says 100 Hz, data\.signal\.rate_hz=200; leave it out for such files"):
         prepared(path, rate_hz=200)

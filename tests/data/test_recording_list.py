@@ -76,6 +76,8 @@ def test_two_hypnograms_of_one_recording_are_refused_unless_the_table_names_one(
         open_signals(tmp_path, SignalConfig())
     (tmp_path / "recordings.csv").write_text("file,stages\nn.npz,n_hypnogram.txt\n")
     assert open_signals(tmp_path, SignalConfig()).stages.tolist() == [0, 0]
+    save(tmp_path / "n.npz", noise(60), ["17", "18"])  # what the file itself says is not read then
+    assert open_signals(tmp_path, SignalConfig()).stages.tolist() == [0, 0]
 
 
 def test_what_is_not_read_is_said(tmp_path):
@@ -89,6 +91,14 @@ def test_what_is_not_read_is_said(tmp_path):
         "1 hypnogram of no recording here (other_hypnogram.txt)",
     )
     assert "left out: 1 copy in another format (n.npy), 1 text" in open_signals(tmp_path, SignalConfig()).describe()
+
+
+def test_a_recording_that_is_named_like_a_hypnogram_is_not_lost_silently(tmp_path):
+    write_edf(tmp_path / "hypnosis.edf", {"C3-M2": noise(60)[0]}, 100)
+    with pytest.raises(DataError, match=r"no recordings found .*; hypnosis\.edf is taken as a hypnogram, by its name"):
+        list_recordings(tmp_path)
+    write_edf(tmp_path / "n.edf", {"C3-M2": noise(60)[0]}, 100)
+    assert list_recordings(tmp_path).left_out == ("1 hypnogram of no recording here (hypnosis.edf)",)
 
 
 def test_one_recording_is_listed_once(tmp_path):

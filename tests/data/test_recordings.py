@@ -72,7 +72,7 @@ def test_a_damaged_archive_is_one_line(tmp_path, content):
         open_signals(tmp_path, SignalConfig())
 
 
-def test_channels_of_one_name_are_told_apart_by_their_order(tmp_path):
+def test_channels_of_one_name_are_numbered_in_their_order(tmp_path):
     first, second, third = noise(60, channels=3)
     path = write_edf(tmp_path / "a.edf", [("EEG C3-M2", first), ("C4-M1", second), ("C3_M2", third)], 100)
     assert channel_names(path) == ("EEG C3-M2#1", "C4-M1", "C3_M2#2")
@@ -85,7 +85,7 @@ def test_channels_of_one_name_are_told_apart_by_their_order(tmp_path):
     assert open_signals(tmp_path, SignalConfig(channels=("C4-M1",))).channels == ("C4-M1",)
 
 
-def test_two_names_of_one_channel_in_an_array_are_told_apart_too(tmp_path):
+def test_channels_of_one_name_in_an_array_are_numbered_too(tmp_path):
     path = save(tmp_path / "a.npz", noise(60, channels=2), channels=np.array(["C3", "C3"]))
     assert channel_names(path) == ("C3#1", "C3#2")
 

@@ -117,7 +117,7 @@ def test_what_can_not_be_used_is_said_in_one_line(tmp_path):
     refused("no recording has sleep stages", stages=["?", "?"])
     refused("can't be split into train and test by subject", stages=["W", "W"])
     refused("has no channel C4; it has: ch1", config=SignalConfig(channels=("C4",)))
-    refused("says 100 Hz, signal.rate_hz=200", config=SignalConfig(rate_hz=200))
+    refused("says 100 Hz, eval.signal.rate_hz=200", config=SignalConfig(rate_hz=200))
     refused("its stages 120 s; do they belong", stages=["W"] * 4, stage_s=30.0)
     refused("'nap', which is no sleep stage", stages=["nap", "W"])
     refused("1 Hz leaves nothing between", values=noise(60), rate_hz=1.0, config=SignalConfig(low_hz=0.5))
@@ -206,3 +206,11 @@ def test_one_line_says_what_was_read(tmp_path):
         "channels C3-M2; 1 with gaps (40 s in all); stages of 1 from hypnogram files and 1 from the files, 1 without, "
         "10 scored windows"
     )
+
+
+def test_settings_are_called_as_the_command_that_reads_calls_them(tmp_path):
+    save(tmp_path / "a.npz", noise(60), ["0", "1"])
+    with pytest.raises(DataError, match=r"data\.signal\.codes=aasm"):
+        open_signals(tmp_path, SignalConfig())
+    with pytest.raises(DataError, match=r"eval\.signal\.codes=aasm"):
+        open_labelled_signals(tmp_path, SignalConfig())

@@ -28,6 +28,8 @@ _CLIPPED = 0.01
 """Fraction of samples at the limits of the converter from which on a channel is reported."""
 _ROUNDING_S = 1e-3
 """Onsets of records are texts, often rounded to a millisecond."""
+_DRIFT_S = 0.1
+"""How far onsets may drift from the samples within a piece."""
 _WIDTHS = {  # columns of the header in their order, bytes for each signal
     "label": 16,
     "transducer": 80,
@@ -105,12 +107,15 @@ class Timeline:
 
         Args:
             record_s: of a record.
-            fastest_hz: highest sampling rate; half a sample, or a millisecond, is no gap.
+            fastest_hz: highest sampling rate; half a sample, or a millisecond, is no gap. Clocks that drift so slowly
+                are set right by a new part every tenth of a second.
         """
         allowed = max(_ROUNDING_S, 0.5 / fastest_hz)
+        late_s = self.onsets - np.arange(len(self.onsets)) * record_s
         firsts = [0]
-        for record, onset in enumerate(self.onsets):
-            if abs(onset - self.onsets[firsts[-1]] - (record - firsts[-1]) * record_s) > allowed:
+        for record in range(1, len(late_s)):
+            is_gap = abs(late_s[record] - late_s[record - 1]) > allowed
+            if is_gap or abs(late_s[record] - late_s[firsts[-1]]) > _DRIFT_S:
                 firsts.append(record)
         return tuple(
             (first, following - first) for first, following in zip(firsts, [*firsts[1:], len(self.onsets)], strict=True)

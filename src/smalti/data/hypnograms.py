@@ -241,8 +241,9 @@ def time_labels(
         return labels.timed((exact or fitting)[0])
     lasting = ", ".join(f"{count * length:g} s at {length:g} s" for length in fitting or LABELS_S)
     raise DataError(
-        f"{labels.path}: {count:,} labels fit {len(fitting) or 'no'} lengths of a label ({lasting}; the recording "
-        f"{recording.name} lasts {span_s:g} s); say it with data.signal.stage_s, or give a csv with onset_s and stage"
+        f"{labels.path}: {count:,} labels fit {f'{len(fitting)} label lengths' if fitting else 'no label length'} "
+        f"({lasting}; the recording {recording.name} lasts {span_s:g} s); set data.signal.stage_s, or give a csv with "
+        "onset_s and stage"
     )
 
 

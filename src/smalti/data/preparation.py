@@ -73,7 +73,7 @@ def prepare_recording(root: Path, listed: ListedRecording, channels: Sequence[st
         DataError: if it can't be read or used, or its stages contradict it; one line.
     """
     path = listed.path
-    raw = read_signal(path, channels, config.codes, config.stage_s)
+    raw = read_signal(path, channels, config.codes, config.stage_s, with_stages=listed.hypnogram is None)
     scoring = raw.scoring
     if listed.hypnogram is not None:
         scoring = read_hypnogram(listed.hypnogram, config.codes, config.stage_s)
@@ -84,26 +84,23 @@ def prepare_recording(root: Path, listed: ListedRecording, channels: Sequence[st
         rates_hz = _fitting_rates(path, raw, scoring)
     ends_s = [piece.start_s + _seconds(piece, rates_hz) for piece in raw.pieces]
     recorded_s = sum(_seconds(piece, rates_hz) for piece in raw.pieces)
-    gaps_s = ends_s[-1] - recorded_s if len(raw.pieces) > 1 else 0.0
+    gaps_s = max(0.0, ends_s[-1] - recorded_s) if len(raw.pieces) > 1 else 0.0
     full_s = None if raw.missing_s is None else ends_s[-1] + raw.missing_s
     if isinstance(scoring, Labels):
         scoring = time_labels(scoring, path, full_s, gaps_s, config.codes)
     if scoring is not None:
         scoring = align(scoring, path, raw.start, full_s or max(ends_s[-1], scoring.end_s))
         _check_length(path, scoring, full_s, raw, config)
+    kept = [piece for piece in raw.pieces if _seconds(piece, rates_hz) + 1e-9 >= config.window_s]
     ready = [
         condition_channel(
-            [(piece.start_s, piece.values[number]) for piece in raw.pieces if _holds_window(piece, rates_hz, config)],
-            rates_hz[number],
-            config,
-            f"{path}: channel {channel}",
+            [(piece.start_s, piece.values[number]) for piece in kept], rate_hz, config, f"{path}: channel {channel}"
         )
-        for number, channel in enumerate(channels)
+        for number, (channel, rate_hz) in enumerate(zip(channels, rates_hz, strict=True))
     ]
-    starts_s = [piece.start_s for piece in raw.pieces if _holds_window(piece, rates_hz, config)]
     cut = [
-        _cut([channel[number] for channel in ready], start_s, scoring, config)
-        for number, start_s in enumerate(starts_s)
+        _cut([channel[number] for channel in ready], piece.start_s, scoring, config)
+        for number, piece in enumerate(kept)
     ]
     starts = np.concatenate([windows for _, windows in cut]) if cut else np.zeros(0)
     if not len(starts):
@@ -210,10 +207,6 @@ def _seconds(piece: Piece, rates_hz: Sequence[float]) -> float:
     return min(len(values) / rate_hz for values, rate_hz in zip(piece.values, rates_hz, strict=True))
 
 
-def _holds_window(piece: Piece, rates_hz: Sequence[float], config: SignalConfig) -> bool:
-    return _seconds(piece, rates_hz) + 1e-9 >= config.window_s
-
-
 def _known_rates(
     path: Path, own: tuple[float, ...] | None, listed: float | None, num_channels: int, config: SignalConfig
 ) -> tuple[float, ...] | None:
@@ -232,7 +225,7 @@ def _known_rates(
             raise DataError(f"{path}: says {known:g} Hz, {TABLE} says {listed:g} Hz")
         if config.rate_hz and not math.isclose(known, config.rate_hz, rel_tol=1e-3):
             raise DataError(
-                f"{path}: says {known:g} Hz, signal.rate_hz={config.rate_hz:g}; leave it out for such files"
+                f"{path}: says {known:g} Hz, data.signal.rate_hz={config.rate_hz:g}; leave it out for such files"
             )
     rate_hz = listed or config.rate_hz
     return own or (None if rate_hz is None else (rate_hz,) * num_channels)

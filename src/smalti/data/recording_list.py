@@ -127,7 +127,8 @@ def _found(root: Path) -> RecordingList:
         if (hypnogram := find_hypnogram(path)) is not None or path.suffix.lower() not in TEXT
     ]
     if not chosen:
-        raise DataError(f"{root}: no recordings found (looked in all its folders for {', '.join(ENDINGS)})")
+        named = f"; {hypnograms[0].name} is taken as a hypnogram, by its name" if hypnograms else ""
+        raise DataError(f"{root}: no recordings found (looked in all its folders for {', '.join(ENDINGS)}){named}")
     read = {one.path for one in chosen} | {one.hypnogram for one in chosen}
     alone = [path for path in best.values() if path not in read]
     copies = [path for stem, paths in formats.items() if best[stem] in read for path in paths if path != best[stem]]

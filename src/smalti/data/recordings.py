@@ -111,7 +111,12 @@ def channel_names(path: Path) -> tuple[str, ...]:
 
 
 def read_signal(
-    path: Path, channels: Sequence[str], codes: Codes | None = None, stage_s: float | None = None
+    path: Path,
+    channels: Sequence[str],
+    codes: Codes | None = None,
+    stage_s: float | None = None,
+    *,
+    with_stages: bool = True,
 ) -> RawSignal:
     """The channels of a file that are asked for, in that order.
 
@@ -121,6 +126,7 @@ def read_signal(
         channels: names, compared by :func:`plain_name`.
         codes: what bare numbers of stages mean in an ``.npz``; see :data:`~smalti.data.hypnograms.CODES`.
         stage_s: seconds of a label where the file doesn't say.
+        with_stages: False leaves out the stages inside the file.
 
     Raises:
         DataError: if the file can't be read, or lacks a channel or has two of its name; the text lists those it has.
@@ -139,11 +145,11 @@ def read_signal(
             raise DataError(f"{path}: has no channel {', '.join(missing)}; it has: {', '.join(names)}")
     places = [known[plain_name(channel)] for channel in channels]
     if path.suffix.lower() in edf.ENDINGS:
-        return _read_edf(path, places, stage_s)
+        return _read_edf(path, places, stage_s, with_stages)
     if path.suffix.lower() in ARRAYS:
         array = _read_array(path)
         rates_hz = None if array.rate_hz is None else (array.rate_hz,) * len(places)
-        stages = None if array.stages is None else parse_stages(path, array.stages, codes)
+        stages = None if array.stages is None or not with_stages else parse_stages(path, array.stages, codes)
         labels = None if stages is None else Labels(path, stages, array.stage_s or stage_s)
         return RawSignal((Piece(0.0, tuple(array.values[places])),), rates_hz, labels)
     _, delimiter, skipped = _text_header(path)
@@ -185,7 +191,7 @@ def _eeg_channels(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _read_edf(path: Path, places: Sequence[int], stage_s: float | None) -> RawSignal:
+def _read_edf(path: Path, places: Sequence[int], stage_s: float | None, with_stages: bool) -> RawSignal:
     header = edf.open_edf(path)
     timeline = edf.read_timeline(header)
     channels = tuple(header.channels[place] for place in places)
@@ -201,7 +207,7 @@ def _read_edf(path: Path, places: Sequence[int], stage_s: float | None) -> RawSi
         )
         for first, count in timeline.pieces(header.record_s, max(channel.rate_hz for channel in channels))
     ]
-    scoring = stages_of(path, timeline.annotations, stage_s)
+    scoring = stages_of(path, timeline.annotations, stage_s) if with_stages else None
     counted = header.counted_records
     clipped = [channel.label for channel, one in zip(channels, values, strict=True) if edf.is_clipped(channel, one)]
     return RawSignal(

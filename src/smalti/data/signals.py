@@ -134,10 +134,11 @@ class SignalSet:
         gaps_s = sum(recording.gaps_s for recording in gapped)
         return "; ".join(
             [
-                f"{self.layout}: {len(self.recordings):,} recordings of {len(self.subjects):,} subjects"
+                f"{self.layout}: {_counted(len(self.recordings), 'recording')} of "
+                f"{_counted(len(self.subjects), 'subject')}"
                 f"{f' ({splits})' if splits else ''}",
-                f"{len(self):,} windows of {self.config.window_s:g} s at {self.config.resample_hz:g} Hz, from "
-                f"{recorded_h:.1f} h recorded at {', '.join(f'{rate:g}' for rate in rates)} Hz",
+                f"{_counted(len(self), 'window')} of {self.config.window_s:g} s at {self.config.resample_hz:g} Hz, "
+                f"from {recorded_h:.1f} h recorded at {', '.join(f'{rate:g}' for rate in rates)} Hz",
                 f"channels {', '.join(self.channels)}",
                 *([f"{len(gapped):,} with gaps ({gaps_s:g} s in all)"] if gapped else []),
                 self._stage_sources(),
@@ -154,9 +155,8 @@ class SignalSet:
         scored = int((self.stages != UNDEFINED).sum())
         if not parts:
             return "no stages"
-        return (
-            f"stages of {' and '.join(parts)}{f', {without:,} without' if without else ''}, {scored:,} scored windows"
-        )
+        rest = f", {without:,} without" if without else ""
+        return f"stages of {' and '.join(parts)}{rest}, {_counted(scored, 'scored window')}"
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def open_signals(data: str | Path, config: SignalConfig) -> SignalSet:
         raise DataError(f"{root}: a file; give the folder of the recordings")
     if not math.isclose(config.window_s * config.resample_hz, config.window, rel_tol=1e-9):
         raise ConfigError(
-            f"signal.window_s={config.window_s:g} at {config.resample_hz:g} Hz is no whole number of samples "
+            f"data.signal.window_s={config.window_s:g} at {config.resample_hz:g} Hz is no whole number of samples "
             f"({config.window_s * config.resample_hz:g}); stages would drift against windows"
         )
     listing = list_recordings(root)
@@ -235,7 +235,7 @@ def _opened(root: Path, listing: RecordingList, config: SignalConfig, stamps: tu
     channels = config.channels or common_channels([one.path for one in listing.recordings])
     names = [plain_name(channel) for channel in channels]
     if len(set(names)) < len(names):
-        raise ConfigError(f"signal.channels={', '.join(channels)}: names a channel twice")
+        raise ConfigError(f"data.signal.channels={', '.join(channels)}: names a channel twice")
     recordings = tuple(prepare_recording(root, one, channels, config) for one in listing.recordings)
     _warn_of_faults(recordings)
     without = [recording.name for recording in recordings if recording.split is None]
@@ -255,7 +255,7 @@ def _warn_of_faults(recordings: Sequence[Recording]) -> None:
         for kind, text in recording.faults:
             found[kind].append(text)
     for texts in found.values():
-        more = f" (the same in {len(texts) - 1:,} more recordings)" if len(texts) > 1 else ""
+        more = f" (the same in {_counted(len(texts) - 1, 'more recording')})" if len(texts) > 1 else ""
         warnings.warn(f"{texts[0]}{more}", stacklevel=3)
 
 
@@ -284,7 +284,10 @@ def open_labelled_signals(
     Raises:
         DataError: if no recording has stages, or there are too few subjects; and as :func:`open_signals`.
     """
-    signals = open_signals(data, config)
+    try:
+        signals = open_signals(data, config)
+    except (ConfigError, DataError) as error:  # their settings are those of training
+        raise type(error)(str(error).replace("data.signal.", "eval.signal.")) from None
     scored = replace(
         signals,
         recordings=tuple(r for r in signals.recordings if r.stages is not None and (r.stages != UNDEFINED).any()),
@@ -352,6 +355,10 @@ def draw_subjects(signals: SignalSet, share: float, seed: int) -> SignalSet:
     subjects = signals.subjects
     order = epoch_order(seed, 1, len(subjects))
     return signals.of_subjects(subjects[i] for i in order[: max(1, round(share * len(subjects)))])
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def _split_name(data: str | Path) -> tuple[Path, bool]:
