@@ -145,3 +145,9 @@ def test_no_damage_to_a_file_ends_in_anything_but_one_line(tmp_path, seed):
             assert "\n" not in str(error)
         path.write_bytes(content)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 500_000
+
+
+def test_records_of_annotations_alone_may_last_no_time(tmp_path):
+    path = write_hypnogram(tmp_path / "h.edf", STAGES)
+    annotations = read_timeline(open_edf(changed(path, 244, b"0       "))).annotations
+    assert [text for _, _, text in annotations] == ["Sleep stage W", "Sleep stage N2"]
