@@ -30,7 +30,7 @@ from scipy import stats
 
 import smalti
 from smalti.config import write_atomically
-from smalti.data.signals import SignalConfig
+from smalti.data.signal_config import SignalConfig
 from smalti.data.sleep_samples import write_nights
 from smalti.evaluation.protocol import EvalConfig, evaluate, random_twin
 from smalti.evaluation.sleep_staging import area_under_log

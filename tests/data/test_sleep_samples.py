@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from smalti.data.recordings import STAGES
-from smalti.data.signals import SignalConfig, open_labelled_signals, open_signals
+from smalti.data.hypnograms import STAGES
+from smalti.data.signal_config import SignalConfig
+from smalti.data.signals import open_labelled_signals, open_signals
 from smalti.data.sleep_samples import CHANNELS, RATE_HZ, draw_night, write_nights
 from smalti.errors import DataError
 

@@ -15,8 +15,9 @@ from torch.testing import assert_close
 
 from smalti.cli.evaluate import as_trained
 from smalti.config import build, read_yaml, write_yaml
-from smalti.data.recordings import STAGES
-from smalti.data.signals import SignalConfig, open_labelled_signals, open_signals
+from smalti.data.hypnograms import STAGES
+from smalti.data.signal_config import SignalConfig
+from smalti.data.signals import open_labelled_signals, open_signals
 from smalti.data.sleep_samples import write_nights
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.details import read_details
@@ -228,6 +229,7 @@ def test_dreams_goes_the_whole_way(tmp_path):
         overrides={
             "encoder": {"patch_size": 100, "embed_dim": 24, "depth": 2, "num_heads": 3},
             "method": {"num_pairs": 100},
+            "data": {"signal": {"codes": "dreams"}},
             "steps": 3,
             "batch_size": 4,
             "devices": "cpu",

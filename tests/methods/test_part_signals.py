@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from smalti.config import read_yaml
-from smalti.data.signals import SignalConfig, open_signals
+from smalti.data.signal_config import SignalConfig
+from smalti.data.signals import open_signals
 from smalti.data.sleep_samples import write_nights
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError

@@ -59,6 +59,8 @@ def command(
 
     from smalti.cli.options import Progress, best_device, load_encoder, print_results, say_data
     from smalti.config import build, check_writable
+    from smalti.data.signal_config import SignalConfig
+    from smalti.data.signals import open_signals
     from smalti.evaluation.details import write_details
     from smalti.evaluation.protocol import EvalConfig, open_sets, write_results
     from smalti.report.evaluation import RESULTS_FILE, check_free, save_evaluation
@@ -68,8 +70,10 @@ def command(
     if out:
         check_free(out)
         check_writable(out / RESULTS_FILE)
-    open_sets(str(data), config)
-    if not quiet:
+    sets = open_sets(str(data), config)
+    if not quiet and "stages" in sets:
+        print(f"data: {open_signals(str(data), config.signal or SignalConfig()).account()}", file=sys.stderr)
+    elif not quiet:
         say_data(str(data), config.class_depth)
     model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial, load=fit, debug=debug)
     model = model.to(best_device())
@@ -101,7 +105,8 @@ def _as_generated(folder: str, settings: dict[str, Any]) -> str:
 
 def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Signals are read as the run read them, but for the window, and for what the user says."""
-    from smalti.data.signals import as_read, is_signals
+    from smalti.data.signal_config import as_read
+    from smalti.data.signals import is_signals
 
     if not is_signals(data):
         return settings

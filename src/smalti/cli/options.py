@@ -103,12 +103,10 @@ def load_encoder(
 
 
 def say_data(data: str, class_depth: Any = None) -> None:
-    """What lies at a path, how it is read, and what is left out: one line on stderr, before anything is computed."""
+    """What images lie at a path, how they are read, and what is left out: one line on stderr."""
     from smalti.data.folders import open_images
-    from smalti.data.signals import is_signals
 
-    if not is_signals(data):
-        print(f"data: {open_images(data, class_depth=class_depth).account()}", file=sys.stderr)
+    print(f"data: {open_images(data, class_depth=class_depth).account()}", file=sys.stderr)
 
 
 def best_device() -> "torch.device":

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float
 
 from smalti.config import write_atomically
+from smalti.data.hypnograms import STAGES
 from smalti.data.loader import sample_key
-from smalti.data.recordings import STAGES
-from smalti.data.signals import TABLE
+from smalti.data.recording_list import TABLE
 from smalti.errors import DataError
 
 RATE_HZ, EPOCH_S = 100.0, 30.0

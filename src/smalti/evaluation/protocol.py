@@ -21,7 +21,8 @@ from pydantic import Field
 from smalti.config import settings, to_tree, write_atomically
 from smalti.data.folders import ClassDepth, ImageSet, open_images
 from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
-from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
+from smalti.data.signal_config import SignalConfig
+from smalti.data.signals import LabelledSignals, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress, own_head
 from smalti.evaluation.intervals import group_images

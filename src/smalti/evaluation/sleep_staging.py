@@ -22,8 +22,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smalti.data.recordings import UNDEFINED
-from smalti.data.signals import SignalSet, check_window, draw_subjects
+from smalti.data.hypnograms import UNDEFINED
+from smalti.data.signal_config import check_window
+from smalti.data.signals import SignalSet, draw_subjects
 from smalti.errors import DataError, ShapeError
 from smalti.evaluation.features import Features, spread
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS

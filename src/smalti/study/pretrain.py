@@ -32,15 +32,8 @@ from smalti.config import (
 from smalti.data.folders import ImageSet, open_images, read_image, training_images
 from smalti.data.image_set import as_text, is_text
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
-from smalti.data.signals import (
-    SignalConfig,
-    SignalSet,
-    as_read,
-    check_window,
-    is_signals,
-    open_signals,
-    training_signals,
-)
+from smalti.data.signal_config import SignalConfig, as_read, check_window
+from smalti.data.signals import SignalSet, is_signals, open_signals, training_signals
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError, DataError, RunError
 from smalti.evaluation.protocol import (
