@@ -110,7 +110,7 @@ def test_a_partial_match_is_refused_unless_told(state: dict[str, torch.Tensor], 
 def test_truncated_safetensors_are_refused(file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(file.read_bytes()[:100_000])
-    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+    with pytest.raises(WeightsError, match="can't be read as a safetensors file"):
         load(f"timm:{NAME}@{broken}")
 
 
@@ -135,7 +135,7 @@ def test_pickled_objects_are_refused_and_never_run(how: str, tmp_path: Path) -> 
         torch.save({"state_dict": {"cls_token": torch.ones(1)}, "args": Evil(str(trap))}, path)
     else:
         path.write_bytes(pickle.dumps(Evil(str(trap)), protocol=2))
-    with pytest.raises(WeightsError, match=r"pickled Python objects|damaged or not a torch file"):
+    with pytest.raises(WeightsError, match=r"pickled Python objects|can't be read as a torch file"):
         load(f"timm:{NAME}@{path}")
     assert not trap.exists()
 
@@ -153,7 +153,7 @@ def test_other_mistakes_are_one_line_each(tmp_path: Path, file: Path) -> None:
     with pytest.raises(WeightsError, match="not a known kind of weights file"):
         load(f"timm:{NAME}@{tmp_path / 'x.txt'}")
     (tmp_path / "x.pth").write_text("hello")
-    with pytest.raises(WeightsError, match=r"x.pth: (damaged|holds pickled)"):
+    with pytest.raises(WeightsError, match=r"x.pth: (can't be read as a torch file|holds pickled)"):
         load(f"timm:{NAME}@{tmp_path / 'x.pth'}")
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="no vision transformer found"):

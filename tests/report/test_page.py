@@ -116,7 +116,7 @@ def test_damaged_results_and_a_cut_log_leave_the_rest(make_run):
     with (run / "log.csv").open("a") as file:
         file.write("9999,1.0,0.0")
     page = Page(write_report(run, num_images=0))
-    assert "evaluate_other.json: not a file of results" in page.text
+    assert "evaluate_other.json: can't be read as a file of results" in page.text
     assert "200 / 200" in page.text and "No images were asked for" in page.text
 
 

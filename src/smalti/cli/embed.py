@@ -3,10 +3,9 @@
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import PositiveInt
 
 from smalti.cli.options import Data, Debug, EncoderSpec, Out, Partial, Quiet, Settings, needed, take
-from smalti.config import settings
+from smalti.config import BatchSize, ImageSize, settings
 
 NAME = "embed"
 
@@ -19,9 +18,9 @@ class EmbedConfig:
     """Network of a run: student or teacher."""
     pool: str | None = None
     """cls, avg or auto; None takes the encoder's own."""
-    batch_size: PositiveInt = 64
+    batch_size: BatchSize = 64
     """Images at a time."""
-    image_size: PositiveInt | None = None
+    image_size: ImageSize | None = None
     """Pixels; None takes the encoder's own."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the numbers in the file."""

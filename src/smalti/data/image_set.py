@@ -3,13 +3,11 @@
 Nothing is decoded here; order never depends on the file system.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -187,17 +185,3 @@ def _is(question: Callable[[], bool]) -> bool:
         return question()
     except OSError:
         return False
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        DataError: if it can't be read or isn't JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not a JSON file ({error})") from None

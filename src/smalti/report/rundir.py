@@ -1,6 +1,5 @@
 """What a run directory holds, read for people: every part but ``config.yaml`` may be missing."""
 
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from smalti.config import Tree, read_yaml
 from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details
 from smalti.evaluation.protocol import Result, read_results
+from smalti.reading import read_csv, read_mapping
 from smalti.study.posttrain import VERDICT_FILE, Verdict, read_verdict
-from smalti.training.logs import read_csv
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,10 @@ def _number(text: str) -> float:
 
 def _read_info(path: Path, notes: list[str]) -> Tree:
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        info = None
-    if not isinstance(info, dict):
+        return read_mapping(path)
+    except SmaltiError:
         notes.append("run.json is missing or damaged: versions, machine and command aren't known.")
         return {}
-    return info
 
 
 def _read_all_results(folder: Path, notes: list[str]) -> tuple[list[Result], list[tuple[int, Result]]]:

@@ -17,7 +17,12 @@ import torch
 from timm.models.vision_transformer import Block
 
 from smalti.config import (
+    BatchSize,
+    Count,
+    ImageSize,
+    Seed,
     Tree,
+    Workers,
     build,
     field_names,
     flatten,
@@ -69,6 +74,7 @@ from smalti.models.loading import (
 )
 from smalti.models.tokens import fill_tokens, with_network
 from smalti.models.weights import LoadConfig, read_tensors
+from smalti.reading import read_csv, read_mapping, shorten
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
 from smalti.study.posttrain import COSTLESS, Judge
@@ -84,7 +90,7 @@ from smalti.training.launch import (
     split_batch,
     under_launcher,
 )
-from smalti.training.logs import LOG_FILE, CSVLog, Screen, Trackers, read_csv
+from smalti.training.logs import LOG_FILE, CSVLog, Screen, Trackers
 from smalti.training.loop import Listener, LogConfig, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, peak_lr
@@ -107,9 +113,9 @@ class DataConfig:
 
     path: str | None = None
     """A folder of images, a list file, class folders or images with masks; ``NAME=PATH`` forces a reader."""
-    image_size: int = 224
+    image_size: ImageSize = 224
     """Side of the main crop in pixels, a multiple of the patch size."""
-    channels: int = 3
+    channels: Count = 3
     """Channels of an image, 1..N; of signals as many as are read."""
     signal: SignalConfig | None = None
     """How signals are read; set where the data are some."""
@@ -117,7 +123,7 @@ class DataConfig:
     """Normalisation per channel, of images in 0..1; None: the encoder's own."""
     std: tuple[float, ...] | None = None
     """Likewise."""
-    num_workers: int | None = None
+    num_workers: Workers | None = None
     """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU. Never changes the trained weights."""
 
 
@@ -138,14 +144,14 @@ class RunConfig:
     """Weights to start from: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None starts from random ones."""
     load: LoadConfig = LoadConfig()
     """How the weights of ``init`` are fitted."""
-    steps: int = 10_000
+    steps: Count = 10_000
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per optimiser step, over all devices and accumulated gradients."""
     micro_batch: int | None = None
     """Images that one device takes at a time; None: ``batch_size / devices``. Gradients are accumulated until a step's
     images are seen. Changes memory and time; results change by rounding only, except for losses that couple samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, data order, augmentation and everything else random."""
     devices: int | str = "auto"
     """``auto`` (one GPU, else the CPU), ``cpu``, or a number of devices, one process each."""
@@ -184,7 +190,10 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
         ConfigError: for an unknown key or method (the nearest is named), or a value that can't be used.
     """
     chosen = tree.get("method")
-    chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen or {})
+    chosen = {"name": chosen} if isinstance(chosen, str) else chosen or {}
+    if not isinstance(chosen, Mapping):
+        raise ConfigError(f"{where}: method={shorten(repr(chosen))}: write 'method: NAME', one method")
+    chosen = dict(chosen)
     if "name" not in chosen:
         raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
     method = get_method(str(chosen.pop("name")))
@@ -203,16 +212,6 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     if isinstance(optim, Mapping) and "base_lr" in optim and "lr" not in optim:  # else the default would win over it
         defaults = merge(defaults, {"optim": {"lr": None}})
     config = build(RunConfig, merge(defaults, {**tree, "method": {"name": method.name, **to_tree(own)}}), where)
-    for name in ("steps", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{where}: {name}={getattr(config, name)}: at least 1 is needed")
-    for name, value in (
-        ("checkpoint.every", config.checkpoint.every),
-        ("log.every", config.log.every),
-        ("data.channels", config.data.channels),
-    ):
-        if value < 1:
-            raise ConfigError(f"{where}: {name}={value}: at least 1 is needed")
     if issubclass(method, TokenMethod):
         _check_no_encoder(config, where)
         if method.needs_start and not config.init:
@@ -918,9 +917,13 @@ def _write_run_file(run: Path, config: RunConfig, images: ImageSet | SignalSet) 
 
 
 def read_run_file(run: Path) -> dict[str, Any]:
-    """What ``run.json`` of a run directory holds; nothing where there is none."""
+    """What ``run.json`` of a run directory holds; nothing where there is none.
+
+    Raises:
+        RunError: if it is damaged.
+    """
     path = run / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_mapping(path, "a run's notes", RunError) if path.is_file() else {}
 
 
 def _names_digest(images: ImageSet | SignalSet) -> str:

@@ -13,7 +13,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from smalti.config import check_writable, read_yaml, settings, write_atomically
+from smalti.config import ImageSize, Workers, check_writable, read_yaml, settings, write_atomically
 from smalti.data.folders import open_images
 from smalti.data.image_set import ImageSet
 from smalti.data.labelled import eval_batches
@@ -64,13 +64,13 @@ class RankConfig:
     """Targets at a time, of a run of comae; never changes the orders. None: what 256 MiB hold."""
     damping: float = 0.85
     """Of PageRank, in 0..1 (1 excluded)."""
-    image_size: PositiveInt | None = None
+    image_size: ImageSize | None = None
     """Side of the ranked squares in pixels, of an encoder; None: its own. A run of comae has one size."""
     weights: str | None = None
     """Network of a run: student or teacher."""
     load: LoadConfig = LoadConfig()
     """How weights of others are fitted."""
-    num_workers: NonNegativeInt | None = None
+    num_workers: Workers | None = None
     """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU."""
     judged: PositiveInt = 512
     """Images of the curves, at most: of the test split where there is one, else of val, else of all."""
