@@ -32,6 +32,16 @@ CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
 """A number of things, or none."""
 ImageSize = Annotated[int, Field(ge=1, le=16384)]
 """Side of an image in pixels that an encoder sees; a million patches of 16 pixels, more than attention can take."""
+Few = Annotated[int, Field(ge=0, le=1024)]
+"""A number of things that are made one by one, such as views of an image."""
+Width = Annotated[int, Field(ge=1, le=65536)]
+"""Width of tokens or of a hidden layer."""
+Depth = Annotated[int, Field(ge=1, le=1024)]
+"""Layers of a network."""
+DepthFromZero = Annotated[int, Field(ge=0, le=1024)]
+"""Layers of a network that may have none."""
+NumHeads = Annotated[int, Field(ge=1, le=1024)]
+"""Attention heads."""
 Workers = Annotated[int, Field(ge=0, le=1024)]
 """Processes that read data; 0 reads in the process itself."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -257,7 +267,7 @@ def unknown_key(name: str, known: Iterable[str], group: str = "") -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean '{near[0]}'?" if near else f"it has: {', '.join(known)}"
-    return f"{group or 'settings'} has no field '{name}'; {hint}"
+    return f"{group or 'settings'} has no field '{shorten(name)}'; {hint}"
 
 
 def field_names(cls: type) -> list[str]:

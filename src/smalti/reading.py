@@ -7,6 +7,7 @@ Parsers fail in more ways than anyone can list (``RecursionError`` for ten thous
 import contextlib
 import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def reason(problem: Exception) -> str:
 
 
 def shorten(text: str) -> str:
-    """The first line of a text; from the middle of a long one, three dots are left."""
-    line = text.strip().partition("\n")[0].strip()
+    """The first line of a text, control characters written out; from the middle of a long one, three dots are left."""
+    line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text.strip().partition("\n")[0].strip())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 50]} ... {line[-45:]}"
 
 
@@ -89,6 +90,14 @@ def read_mapping(path: Path, what: str = "a JSON file", error: type[SmaltiError]
     if not isinstance(content, dict):
         raise error(f"{path}: can't be read as {what} (it holds a {type(content).__name__}, an object is needed)")
     return content
+
+
+def as_number(text: str) -> float:
+    """A cell of a table as a number; NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def read_csv(path: Path, error: type[SmaltiError] = DataError) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from smalti.config import Tree, read_yaml
 from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details
 from smalti.evaluation.protocol import Result, read_results
-from smalti.reading import read_csv, read_mapping
+from smalti.reading import as_number, read_csv, read_mapping
 from smalti.study.posttrain import VERDICT_FILE, Verdict, read_verdict
 
 
@@ -96,8 +96,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _read_log(path: Path) -> dict[str, list[float]]:
-    rows = [row for row in _read_rows(path) if math.isfinite(_number(row.get("step", "")))]
-    return {key: [_number(row[key]) for row in rows] for key in rows[0]} if rows else {}
+    rows = [row for row in _read_rows(path) if math.isfinite(as_number(row.get("step", "")))]
+    return {key: [as_number(row[key]) for row in rows] for key in rows[0]} if rows else {}
 
 
 def _identity(result: Result) -> tuple[str, str, str, str]:
@@ -105,13 +105,6 @@ def _identity(result: Result) -> tuple[str, str, str, str]:
     weights = str(result.settings.get("weights", ""))
     network = weights.rpartition("(")[2].removesuffix(")") if weights.endswith(")") else ""
     return result.protocol, result.data, result.encoder, network
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def _read_info(path: Path, notes: list[str]) -> Tree:

@@ -1,5 +1,6 @@
 """The main job: a folder of images in, a run directory with a better encoder out."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -45,7 +46,7 @@ from smalti.data.signals import (
     training_signals,
 )
 from smalti.data.views import Views, collate
-from smalti.errors import ConfigError, DataError, RunError
+from smalti.errors import ConfigError, DataError, RunError, SmaltiError, WeightsError
 from smalti.evaluation.protocol import (
     BaselineKind,
     EvalConfig,
@@ -74,7 +75,7 @@ from smalti.models.loading import (
 )
 from smalti.models.tokens import fill_tokens, with_network
 from smalti.models.weights import LoadConfig, read_tensors
-from smalti.reading import read_csv, read_mapping, shorten
+from smalti.reading import as_number, read_csv, read_mapping, reading, reason, shorten
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
 from smalti.study.posttrain import COSTLESS, Judge
@@ -374,7 +375,7 @@ def build_method(
         quiet: don't print how many tensors of ``init`` matched.
     """
     method = get_method(config.method["name"])
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _building(method.name):
         torch.manual_seed(config.seed)
         if issubclass(method, TokenMethod):
             chosen = config.tokens or TokenConfig()
@@ -391,19 +392,38 @@ def build_method(
         return method(encoder, own)
 
 
+@contextlib.contextmanager
+def _building(name: str) -> Iterator[None]:
+    """What arithmetic and memory say of numbers that don't fit together, as an error about the settings.
+
+    Raises:
+        ConfigError: in place of these exceptions.
+    """
+    try:
+        yield
+    except SmaltiError:
+        raise
+    except (ArithmeticError, MemoryError, RuntimeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{name} can't be built with these settings ({reason(error)}); look at method.* and encoder.*"
+        ) from error
+
+
 def load_method(run: Path) -> Method:
     """The method of a run with the weights of its newest checkpoint, in eval mode on the CPU.
 
     Raises:
         RunError: if it is no run directory, or holds no checkpoint.
+        WeightsError: if the checkpoint is damaged, or of another method than the run's settings say.
     """
     checkpoint = latest_checkpoint(run) if (run / CONFIG_FILE).is_file() else None
     if checkpoint is None:
         raise RunError(f"{run}: is not a run with a checkpoint; give what --out of smalti train named")
-    config, own = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
-    method = build_method(config, own, encoder_description(checkpoint))
-    method.load_state_dict(read_tensors(checkpoint / WEIGHTS_FILE))
-    return method.eval()
+    with reading(checkpoint, "a checkpoint of this run", WeightsError):
+        config, own = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
+        method = build_method(config, own, encoder_description(checkpoint))
+        method.load_state_dict(read_tensors(checkpoint / WEIGHTS_FILE))
+        return method.eval()
 
 
 def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = None, quiet: bool = True) -> Encoder:
@@ -970,7 +990,7 @@ def end_of_log(run: Path) -> dict[str, float]:
     """Means over the last tenth of the rows of ``log.csv``, one row at least, of the columns that are known there."""
     rows = read_csv(run / LOG_FILE) if (run / LOG_FILE).is_file() else []
     last = rows[-max(1, len(rows) // 10) :]
-    columns = {name: [float(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}
+    columns = {name: [as_number(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}
     return {name: float(np.mean(values)) for name, values in columns.items() if values and np.isfinite(values).all()}
 
 
