@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from smalti.data.images import decode_image, image_size, inspect_image, read_image
+from smalti.data.images import ImageFacts, decode_image, image_size, inspect_image, read_image
 from smalti.errors import DataError
 
 COLOR = np.tile(np.array([200, 20, 10], np.uint8), (8, 12, 1))
@@ -213,7 +213,7 @@ def test_a_comment_with_a_wrong_checksum_is_forgiven():
 
 def test_errors_name_the_file(tmp_path):
     path = tmp_path / "half.jpg"
-    with pytest.raises(DataError, match=re.escape(f"{path}: can't be read (No such file")):
+    with pytest.raises(DataError, match=re.escape(f"{path}: can't be read as an image (No such file")):
         read_image(path)
     path.write_bytes(b"")
     with pytest.raises(DataError, match=re.escape(f"{path}: an empty file")):
@@ -252,8 +252,9 @@ def test_files_with_wrong_bytes_give_an_image_or_one_clear_error(kind, places):
 
 
 def test_facts_tell_format_by_content_and_depth_by_sample():
-    assert inspect_image(encoded(COLOR, "JPEG")) == (8, 12, 3, 8, "jpeg")
-    assert inspect_image(encoded(np.zeros((4, 5), np.uint16), "PNG")) == (4, 5, 1, 16, "png")
+    assert inspect_image(encoded(COLOR, "JPEG")) == ImageFacts(8, 12, 3, 8, "jpeg")
+    deep = inspect_image(encoded(np.arange(20, dtype=np.uint16).reshape(4, 5) * 200, "PNG"))
+    assert deep == ImageFacts(4, 5, 1, 16, "png", (0, 3800), "uint16")
     five = tiff(np.zeros((8, 9, 5), np.uint16), photometric="minisblack", planarconfig="contig")
-    assert inspect_image(five) == (8, 9, 5, 16, "tiff")
-    assert inspect_image(encoded(Image.fromarray(COLOR).convert("RGBA"), "TIFF")) == (8, 12, 4, 8, "tiff")
+    assert inspect_image(five) == ImageFacts(8, 9, 5, 16, "tiff", (0, 0), "uint16")
+    assert inspect_image(encoded(Image.fromarray(COLOR).convert("RGBA"), "TIFF")) == ImageFacts(8, 12, 4, 8, "tiff")

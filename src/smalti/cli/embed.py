@@ -4,14 +4,26 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smalti.cli.options import Data, Debug, EncoderSpec, Out, Partial, Quiet, Settings, needed, take
-from smalti.config import BatchSize, ImageSize, settings
+from smalti.cli.options import (
+    Data,
+    Debug,
+    EncoderSpec,
+    Out,
+    Partial,
+    Quiet,
+    Settings,
+    needed,
+    pixels_of_run,
+    settings_of_run,
+)
+from smalti.config import BatchSize, ImageSize, build, parse_overrides, settings
+from smalti.data.pixels import PixelConfig
 
 NAME = "embed"
 
 
 @settings
-class EmbedConfig:
+class EmbedConfig(PixelConfig):
     """How images are encoded."""
 
     weights: str | None = None
@@ -40,16 +52,17 @@ def command(
 ) -> None:
     """Write features of all images, as .parquet or .npz.
 
-    Settings: weights, pool, batch_size, image_size, dtype (float32 or float16), load.* (see docs/weights.md).
+    Settings: weights, pool, batch_size, image_size, dtype (float32 or float16), scale, max_pixels, load.* (see
+    docs/weights.md).
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "features.parquet")
-    given = take(words, EmbedConfig)
+    given = build(EmbedConfig, {**pixels_of_run(settings_of_run(encoder)), **parse_overrides(words or [])})
 
     from smalti.cli.options import best_device, load_encoder
     from smalti.data.folders import open_images
     from smalti.export.embeddings import embed
 
-    images = open_images(data)
+    images = open_images(data).with_pixels(given.pixels)
     model = load_encoder(
         encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug
     ).to(best_device())

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from smalti.data.images import ENDINGS
+from smalti.data.images import ENDINGS, NO_PIXELS, PixelConfig, read_image
 from smalti.errors import DataError
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -59,6 +59,12 @@ class ImageSample:
     """What the values in the mask mean; None where they are places in ``ImageSet.classes``."""
     annotations: Path | None = None
     """COCO's JSON with the objects of this and other images."""
+    pixels: PixelConfig = NO_PIXELS
+    """How its file is decoded; one object for all images of a set."""
+
+    def read(self, channels: int = 3) -> np.ndarray:
+        """Its pixels, see :func:`~smalti.data.images.read_image`."""
+        return read_image(self.path, channels, self.pixels)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,17 @@ class ImageSet:
         return tuple(
             (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix() for path in self.paths
         )
+
+    @property
+    def pixels(self) -> PixelConfig:
+        """How the files are decoded."""
+        return self.samples[0].pixels if self.samples else NO_PIXELS
+
+    def with_pixels(self, pixels: PixelConfig) -> "ImageSet":
+        """The same images, decoded in another way."""
+        if pixels == self.pixels:
+            return self
+        return replace(self, samples=tuple(replace(sample, pixels=pixels) for sample in self.samples))
 
     @property
     def splits(self) -> tuple[str, ...]:

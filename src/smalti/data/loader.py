@@ -218,7 +218,7 @@ class _Files:
     """Image files as a :class:`Source`."""
 
     def __init__(self, images: ImageSet, channels: int):
-        self._root, self._channels = images.root, channels
+        self._root, self._channels, self._pixels = images.root, channels, images.pixels
         self._paths = _Paths(images.paths)
 
     @property
@@ -232,7 +232,7 @@ class _Files:
         return self._paths[index]
 
     def read(self, index: int) -> np.ndarray:
-        return read_image(self._paths[index], self._channels)
+        return read_image(self._paths[index], self._channels, self._pixels)
 
 
 class _Paths:

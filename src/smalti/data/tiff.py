@@ -18,7 +18,7 @@ _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254,
 _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 274, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _KEPT = (_HEIGHT, _COMPRESSION, _FILL_ORDER, _ROWS, _TILE_HEIGHT)
-_MAX_PAGES = 4096  # a loop in the chain of directories ends here
+_MAX_PAGES, _MAX_ENTRIES = 4096, 4096
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Page:
     def is_colour(self) -> bool:
         """Whether the samples are RGB, CMYK, YCbCr or palette colours, not channels of their own."""
         return self.first(_PHOTOMETRIC, 1) not in (0, 1)
+
+    @property
+    def is_lab(self) -> bool:
+        """Whether its colours are lightness and two opponents, which decoders turn into RGB in their own ways."""
+        return self.first(_PHOTOMETRIC, 1) in (8, 9, 10)
 
     @property
     def has_alpha(self) -> bool:
@@ -109,10 +114,14 @@ class Tiff:
         value_size = 8 if self.big else 4
         offset = self._unpack(data, offset_letter, 8 if self.big else 4)
         pages: list[Page] = []
+        seen: set[int] = set()
         while offset and len(pages) < _MAX_PAGES:
             num_entries = self._unpack(data, count_letter, offset)
+            if offset in seen or num_entries > _MAX_ENTRIES:
+                raise DataError("a damaged TIFF: its directories lead back to one another, or are too long")
+            seen.add(offset)
             start = offset + struct.calcsize("<" + count_letter)
-            tags = {}
+            tags: dict[int, tuple[int, ...]] = {}
             for place in range(start, start + num_entries * entry_size, entry_size):
                 tag, kind = self._unpack(data, "H", place), self._unpack(data, "H", place + 2)
                 count = self._unpack(data, offset_letter, place + 4)
@@ -123,9 +132,9 @@ class Tiff:
                     where = self._unpack(data, offset_letter, where)
                 if where + count * _SIZES[kind] > len(data):
                     raise IndexError
-                tags[tag] = struct.unpack_from(f"{self.order}{count}{_LETTERS[kind]}", data, where)
+                tags.setdefault(tag, struct.unpack_from(f"{self.order}{count}{_LETTERS[kind]}", data, where))
             page = Page(tags)
-            if not page.first(_SUBFILE, 0) & 1:  # bit 0: a smaller copy of another page
+            if not pages or not page.first(_SUBFILE, 0) & 1:  # bit 0: a smaller copy of another page
                 pages.append(page)
             offset = self._unpack(data, offset_letter, start + num_entries * entry_size)
         return pages

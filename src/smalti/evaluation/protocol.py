@@ -21,6 +21,7 @@ from pydantic import Field
 from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree, write_atomically
 from smalti.data.folders import ImageSet, open_images
 from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
+from smalti.data.pixels import PixelConfig
 from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress, own_head
@@ -43,7 +44,7 @@ SHARE = "share of 1, higher is better"
 
 
 @settings
-class EvalConfig:
+class EvalConfig(PixelConfig):
     """Settings of all protocols. Where a protocol doesn't heed a setting that was changed, a warning says so."""
 
     data: str | None = None
@@ -163,12 +164,14 @@ SHARED = frozenset(
         "num_workers",
         "seed",
         "baseline",
+        "max_pixels",
+        "scale",
     }
 )
 """Settings that every protocol heeds."""
 
 
-LATER = ("orders", "rates", "speed")
+LATER = ("orders", "rates", "speed", "max_pixels", "scale")
 """Settings that older results don't know: as long as they are at their defaults, the old results are the same."""
 
 
@@ -495,6 +498,7 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
         else open_labelled(data, split=config.split, seed=seed, need=_KINDS[need])
         for need in needs
     }
+    sets = {need: labelled.with_pixels(config.pixels) for need, labelled in sets.items()}
     for need, labelled in sets.items():
         for called, images in (("train images", labelled.train), (labelled.evaluated, labelled.test))[
             need == "images" :

@@ -36,6 +36,7 @@ from smalti.config import (
     write_yaml,
 )
 from smalti.data.folders import ImageSet, open_images, training_images
+from smalti.data.pixels import NO_PIXELS, trained_pixels
 from smalti.errors import ConfigError, RunError, SmaltiError
 from smalti.evaluation.details import read_details
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval, few_seeds
@@ -345,8 +346,11 @@ def _prepare(
     arm = dict(plan.arms[name])
     own_eval = arm.pop("eval", {})
     try:
+        pixels = to_tree(trained_pixels(merge(plan.settings, {"data": arm.get("data") or {}})))
+        pixels = {key: value for key, value in pixels.items() if value != getattr(NO_PIXELS, key)}
         evaluations = [
-            {**entry, **own_eval, "split_seed": plan.split_seed, "data": entry["data"]} for entry in plan.evaluate
+            {**pixels, **entry, **own_eval, "split_seed": plan.split_seed, "data": entry["data"]}
+            for entry in plan.evaluate
         ]
         for entry in evaluations:
             for protocol in build(EvalConfig, entry, f"arm '{name}': eval").protocols:

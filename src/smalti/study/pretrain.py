@@ -34,8 +34,10 @@ from smalti.config import (
     write_atomically,
     write_yaml,
 )
-from smalti.data.folders import ImageSet, open_images, read_image, training_images
+from smalti.data.folders import ImageSet, open_images, training_images
+from smalti.data.images import read_values
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
+from smalti.data.pixels import NO_PIXELS, PixelConfig, Range
 from smalti.data.signals import (
     SignalConfig,
     SignalSet,
@@ -45,6 +47,7 @@ from smalti.data.signals import (
     open_signals,
     training_signals,
 )
+from smalti.data.value_range import percentile_ranges
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError, WeightsError
 from smalti.evaluation.protocol import (
@@ -102,6 +105,8 @@ INIT_DIGEST = "init_digest"
 DEFAULT_ENCODER = "vit_small_patch16_224"
 SIGNAL_ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 50, "embed_dim": 256, "depth": 8, "num_heads": 8}
 """Where the data are signals: timm's plain vision transformer with these arguments, patches in samples."""
+SCALE_SAMPLE = 256
+"""Images in which ``data.scale=percentiles`` looks."""
 FIRST_LOOK = 20
 """Images of which one must be readable before a run is begun."""
 MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_workers")
@@ -109,8 +114,13 @@ MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_w
 
 
 @settings
-class DataConfig:
+class DataConfig(PixelConfig):
     """What is read, and how."""
+
+    scale: Range | tuple[Range, ...] | Literal["percentiles"] | None = None  # type: ignore[assignment]
+    """Values that become 0 and 1: one pair or one a channel, such as [0, 4095] for 12 bits in 16-bit files; what lies
+    outside is clipped. ``percentiles`` finds a pair a channel in 256 images, and the run keeps it. None: 0..255 of 8
+    bits, 0..65535 of unsigned 16, 0..1 of floats."""
 
     path: str | None = None
     """A folder of images, a list file, class folders or images with masks; ``NAME=PATH`` forces a reader."""
@@ -231,7 +241,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     for name in config.eval.protocols:
         find_protocol(name)
     check_trackers(config.log.trackers)
-    return config, own
+    return _as_trained(config), own
 
 
 def _check_no_encoder(config: RunConfig, where: str) -> None:
@@ -496,7 +506,8 @@ def open_training(config: RunConfig) -> ImageSet | SignalSet:
     """
     path = str(config.data.path)
     if config.data.signal is None:
-        return training_images(open_images(path))
+        images = training_images(open_images(path))
+        return images if config.data.scale == "percentiles" else images.with_pixels(config.data.pixels)
     signals = training_signals(open_signals(path, config.data.signal))
     if config.data.channels != len(signals.channels):
         raise ConfigError(
@@ -504,6 +515,32 @@ def open_training(config: RunConfig) -> ImageSet | SignalSet:
             f"({', '.join(signals.channels)}); leave it out, and name them with data.signal.channels=A,B"
         )
     return signals
+
+
+def measure_scale(config: RunConfig, images: ImageSet | SignalSet) -> tuple[RunConfig, ImageSet | SignalSet]:
+    """Settings and images with the ranges of values that ``data.scale=percentiles`` asks for, found in a sample.
+
+    Raises:
+        DataError: if no image of the sample can be read, or a channel has one value nearly everywhere.
+    """
+    if config.data.scale != "percentiles" or isinstance(images, SignalSet):
+        return config, images
+    values = []
+    for place in np.linspace(0, len(images) - 1, min(len(images), SCALE_SAMPLE)).round().astype(int):
+        with contextlib.suppress(DataError):
+            values.append(read_values(images.paths[place], config.data.channels, config.data.max_pixels))
+    data = dataclasses.replace(config.data, scale=percentile_ranges(values))
+    config = _as_trained(dataclasses.replace(config, data=data))
+    return config, images.with_pixels(config.data.pixels)
+
+
+def _as_trained(config: RunConfig) -> RunConfig:
+    """Settings with which evaluation in training decodes images as training does, unless they say otherwise."""
+    if config.data.scale == "percentiles":
+        return config
+    known = {name: getattr(config.data, name) for name in field_names(PixelConfig)}
+    given = {name: value for name in known if (value := getattr(config.eval, name)) != getattr(NO_PIXELS, name)}
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **{**known, **given}))
 
 
 def with_signals(tree: Tree) -> Tree:
@@ -571,7 +608,7 @@ def train(
         raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
     if run.is_dir() and any(run.iterdir()) and _is_first_process():
         raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
-    images = open_training(config)
+    config, images = measure_scale(config, open_training(config))
     config, own = count_classes(config, own, images)
     _check_before_writing(config, own, images, quiet=under_launcher() and not _is_first_process())
     if _is_first_process():
@@ -648,9 +685,9 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet | Signal
     if config.eval.data and config.eval.image_size:
         method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
     trouble: DataError | None = None
-    for path in images.paths[:FIRST_LOOK]:
+    for sample in images.samples[:FIRST_LOOK]:
         try:
-            views(read_image(path, config.data.channels), np.random.default_rng(0))
+            views(sample.read(config.data.channels), np.random.default_rng(0))
             return
         except DataError as error:
             trouble = error
@@ -1039,6 +1076,8 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
         ConfigError, DataError, WeightsError: as :func:`train` does.
     """
     images = open_training(config) if config.data.path else None
+    if images is not None:
+        config, images = measure_scale(config, images)
     config, own = count_classes(config, own, images)
     precision = resolve_precision(config.precision, device.type)
     dtype = torch.bfloat16 if precision == "bf16" else None

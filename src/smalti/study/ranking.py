@@ -19,6 +19,7 @@ from smalti.data.image_set import ImageSet
 from smalti.data.labelled import eval_batches
 from smalti.data.loader import default_workers
 from smalti.data.orders import OrderCache, check_fits, read_orders
+from smalti.data.pixels import PixelConfig
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError, RunError, ShapeError
 from smalti.methods.base import TokenMethod, get_method
@@ -55,7 +56,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @settings
-class RankConfig:
+class RankConfig(PixelConfig):
     """How patches are ranked."""
 
     batch_size: int = 16
@@ -145,7 +146,7 @@ def rank(
         ConfigError, DataError, ShapeError, RunError, WeightsError: for what doesn't exist or fit.
     """
     config, device = config or RankConfig(), device or torch.device("cpu")
-    images = open_images(data)
+    images = open_images(data).with_pixels(config.pixels)
     ranker = open_ranker(spec, config, orders, device)
     asked, named = choose_names(ranker, orders)
     other = _open_other(against, config, [name for name in named if name in asked], ranker, device)
