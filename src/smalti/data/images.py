@@ -280,6 +280,7 @@ def _decode_bytes(data: bytes, flags: int) -> np.ndarray:
 
 def _decode_tiff(data: bytes, channels: int) -> np.ndarray:
     tiff = Tiff(data)
+    tiff.check_sums()
     page = tiff.pages[0]
     if tiff.channels == channels > 1 and (len(tiff.pages) > 1 or not (page.is_colour and channels == 3)):
         return tiff.read_channels()

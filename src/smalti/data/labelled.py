@@ -21,10 +21,11 @@ from smalti.data.coco import with_objects
 from smalti.data.folders import SPLITS, ImageSample, ImageSet, open_images, read_image
 from smalti.data.image_set import IGNORED as IGNORED
 from smalti.data.image_set import REFUSED
-from smalti.data.images import NO_PIXELS, PILLOW_ERRORS, PixelConfig, image_size
+from smalti.data.images import NO_PIXELS, PixelConfig, image_size
 from smalti.data.loader import epoch_order, start_worker, unchanged
 from smalti.data.views import Skipped, centre_crop
 from smalti.errors import ConfigError, DataError
+from smalti.reading import reading
 
 EvalCrop = Literal["crop", "squash", "centre"]
 """How an image becomes a square; see :func:`eval_image`."""
@@ -212,14 +213,8 @@ def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:
     source = sample.mask or sample.instances
     if source is None:
         raise DataError(f"{sample.path}: has no mask")
-    numbers = _read_numbers(source)
-    size = image_size(sample.path)
-    if numbers.shape != size:
-        mask_height, mask_width = numbers.shape
-        raise DataError(
-            f"{source}: {mask_width}x{mask_height} pixels, its image {sample.path.name} has {size[1]}x{size[0]}; "
-            "they must be the same"
-        )
+    numbers = _read_numbers(source, sample.pixels.max_pixels)
+    _check_same_size(source, numbers.shape, sample.path, image_size(sample.path))
     if sample.mask is None:
         return (numbers > 0).astype(np.uint8)
     if sample.label_map is not None:
@@ -243,19 +238,45 @@ def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:
     return numbers.astype(np.uint8 if num_classes <= IGNORED else np.int64)
 
 
-def _read_numbers(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
-                raise DataError(
-                    f"{path}: a mask of mode {image.mode}, it needs one number a pixel (grey or palette): "
-                    "the line in classes.txt, from 0"
-                )
-            numbers = np.asarray(image)
-    except PILLOW_ERRORS as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: can't be read as a mask ({error})") from None
+def check_headers(images: ImageSet) -> None:
+    """Compare the sizes of images and masks by their headers, before anything is fitted to them.
+
+    Images whose header can't be read are left for the reader, which counts them. Cost: 0.1 ms a file.
+
+    Raises:
+        DataError: for the first mask that has another size than its image.
+    """
+    for sample in images.samples:
+        mask = sample.mask or sample.instances
+        if mask is None:
+            continue
+        try:
+            size = image_size(sample.path)
+        except DataError:
+            continue
+        _check_same_size(mask, image_size(mask), sample.path, size)
+
+
+def _check_same_size(mask: Path, mask_size: tuple[int, ...], image: Path, size: tuple[int, int]) -> None:
+    if mask_size != size:
+        raise DataError(
+            f"{mask}: {mask_size[1]}x{mask_size[0]} pixels, its image {image.name} has {size[1]}x{size[0]}; "
+            "they must be the same"
+        )
+
+
+def _read_numbers(path: Path, max_pixels: int = NO_PIXELS.max_pixels) -> np.ndarray:
+    with reading(path, "a mask"), Image.open(path) as image:
+        if image.width * image.height > max_pixels:
+            raise DataError(
+                f"{path}: {image.width}x{image.height} pixels, more than max_pixels={max_pixels}; make it smaller"
+            )
+        if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
+            raise DataError(
+                f"{path}: a mask of mode {image.mode}, it needs one number a pixel (grey or palette): "
+                "the line in classes.txt, from 0"
+            )
+        numbers = np.asarray(image)
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 

@@ -5,6 +5,7 @@ form it can: a page of N samples is a grey image N times as wide, once the direc
 """
 
 import struct
+import zlib
 from dataclasses import dataclass
 
 import cv2
@@ -18,6 +19,8 @@ _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254,
 _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 274, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _KEPT = (_HEIGHT, _COMPRESSION, _FILL_ORDER, _ROWS, _TILE_HEIGHT)
+_DEFLATE = (8, 32946)
+_AT_ONCE = 2**20  # bytes: a strip of some kB may hold gigabytes
 _MAX_PAGES, _MAX_ENTRIES = 4096, 4096
 
 
@@ -146,6 +149,25 @@ class Tiff:
             end = max((a + b for a, b in zip(page.chunks, sizes, strict=False)), default=0)
             if end > len(self.data):
                 raise DataError(f"cut short: {len(self.data)} bytes, its pixels end at byte {end}")
+
+    def check_sums(self) -> None:
+        """Refuse deflated strips whose checksum is wrong, of which OpenCV gives what it has; they are inflated for it.
+
+        Raises:
+            DataError: for the first of them.
+        """
+        for page in self.pages:
+            if page.first(_COMPRESSION, 1) not in _DEFLATE:
+                continue
+            sizes = page.tags.get(_STRIP_BYTES) or page.tags.get(_TILE_BYTES) or ()
+            for start, size in zip(page.chunks, sizes, strict=False):
+                stream = zlib.decompressobj()
+                try:
+                    stream.decompress(self.data[start : start + size], _AT_ONCE)
+                    while stream.unconsumed_tail:
+                        stream.decompress(stream.unconsumed_tail, _AT_ONCE)
+                except zlib.error:
+                    raise DataError(f"a damaged TIFF: the checksum of its strip at byte {start} is wrong") from None
 
     def _read_page(self, page: Page) -> np.ndarray:
         samples, (height, width) = page.samples, page.size

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree, write_atomically
 from smalti.data.folders import ImageSet, open_images
-from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
+from smalti.data.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
 from smalti.data.pixels import PixelConfig
 from smalti.data.signals import LabelledSignals, SignalConfig, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
@@ -447,6 +447,10 @@ def evaluate(
     protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data)]
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
+    for need, labelled in sets.items():
+        if need == "masks" and isinstance(labelled, LabelledData):
+            check_headers(labelled.train)
+            check_headers(labelled.test)
     compared = [protocol for protocol in protocols if protocol.has_baseline]
     other: Encoder | None = None
     if config.baseline and compared and baseline is not None:

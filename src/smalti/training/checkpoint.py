@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smalti.config import Count, build, settings, write_atomically
-from smalti.errors import RunError, SmaltiError, WeightsError
+from smalti.errors import ConfigError, RunError, SmaltiError, WeightsError
 from smalti.methods.base import Method
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors, read_torch
@@ -218,7 +218,10 @@ def _read_state(path: Path) -> TrainingState:
         known = json.loads(file.read_bytes())["state"]
         if "num_judged" not in known and known.get("best_step") is not None:
             known["num_judged"] = 2  # from before they were counted: more than one, as far as anyone knows
-        return build(TrainingState, known, str(file), group="state")
+        try:
+            return build(TrainingState, known, str(file), group="state")
+        except ConfigError as error:
+            raise WeightsError(str(error)) from error
 
 
 def _is_disk_trouble(error: Exception) -> bool:
