@@ -116,7 +116,7 @@ class Counted:
 )
 def test_a_value_that_yaml_cannot_read_is_text_which_the_settings_type_refuses(word, value):
     assert parse_overrides([word]) == {"steps": value}
-    with pytest.raises(ConfigError, match=r"steps=.*: input should be a valid integer") as refused:
+    with pytest.raises(ConfigError, match=r"steps=.*: (input should be a|unable to parse)") as refused:
         build(Counted, parse_overrides([word]))
     assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
 
@@ -139,9 +139,7 @@ def test_numbers_have_ranges_and_are_finite(tree, words):
         build(Counted, tree)
 
 
-BOMB = "a: &a [1, 2]\n" + "".join(
-    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in itertools.pairwise("abcdefg")
-)
+BOMB = "a: &a [1, 2]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 10}]\n" for a, b in itertools.pairwise("abcdefg"))
 
 
 @pytest.mark.parametrize(

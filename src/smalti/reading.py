@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smalti.errors import DataError, SmaltiError
+from smalti.errors import DataError, SmaltiError, one_line
 
 _LONGEST = 200  # characters of a reason or a value in an error
 
@@ -66,7 +66,7 @@ def reason(problem: Exception) -> str:
 
 def shorten(text: str) -> str:
     """The first line of a text, control characters written out; from the middle of a long one, three dots are left."""
-    line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text.strip().partition("\n")[0].strip())
+    line = one_line(text.strip().partition("\n")[0].strip())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 50]} ... {line[-45:]}"
 
 
