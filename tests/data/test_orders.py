@@ -161,6 +161,19 @@ def test_damaged_files_are_refused(tmp_path):
     pq.write_table(table.drop_columns(["flip"]), path)
     with pytest.raises(DataError, match=r"orders.parquet: can't be read as a file of orders"):
         read_orders(path)
+    for grid in ("[Infinity, 1]", "[-3, -4]", "[0, 12]", '"34"', "[[3], 4]", "[1e999, 4]"):
+        damaged = json.dumps({**note, "grid": None}).replace("null", grid, 1)
+        pq.write_table(table.replace_schema_metadata({"smalti": damaged}), path)
+        with pytest.raises(DataError, match=r"orders.parquet: can't be read as a file of orders"):
+            read_orders(path)
+    pq.write_table(table.replace_schema_metadata({"smalti": "[" * 100_000}), path)
+    with pytest.raises(DataError, match=r"orders.parquet: is no file of orders"):
+        read_orders(path)
+    for name, value in (("image", None), ("image", 3), ("split", 1.5), ("flip", "no"), ("collapse", "text")):
+        column = pa.array([value] * len(table), pa.string() if value is None else None)
+        pq.write_table(table.drop_columns([name]).append_column(name, column), path)
+        with pytest.raises(DataError, match=r"orders.parquet: can't be read as a file of orders"):
+            read_orders(path)
 
 
 def test_what_is_no_order_is_not_written(tmp_path):

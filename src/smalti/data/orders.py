@@ -30,7 +30,7 @@ from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional import orders as geometry
 from smalti.functional.transfer import move
-from smalti.reading import reading
+from smalti.reading import reading, shorten
 
 GEOMETRIC = ("raster", "spiral", "centre_out", "border_in", "halton")
 """Orders of the grid alone."""
@@ -400,9 +400,9 @@ def read_orders(path: str | Path) -> OrderCache:
             f"{path}: is of version {note.get('version')}, version {_VERSION} is needed; rank the images again"
         )
     with reading(path, "a file of orders", advice="rank the images again"):
-        grid = (int(note["grid"][0]), int(note["grid"][1]))
-        if min(grid) < 1:
-            raise ValueError(f"a grid of {grid[0]}x{grid[1]} patches")
+        grid = (note["grid"][0], note["grid"][1])
+        if not all(isinstance(side, int) and side >= 1 for side in grid):
+            raise ValueError(f"a grid of {shorten(str(grid))} patches")
         names = [str(name) for name in note["orders"]]
         num = grid[0] * grid[1]
         scored = [name for name in names if f"{name}_score" in table.column_names]

@@ -439,7 +439,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     found = [
         (int(folder.name.removeprefix("step_")), folder)
         for folder in (run / CHECKPOINTS).glob("step_*")
-        if folder.name.removeprefix("step_").isdigit() and (folder / STATE_FILE).is_file()
+        if folder.name.removeprefix("step_").isdecimal() and (folder / STATE_FILE).is_file()
     ]
     return max(found)[1] if found else None
 

@@ -16,7 +16,7 @@ from smalti.layers.tokens import CODED, DEFAULT_DIM, CodeTokens, TokenConfig, To
 from smalti.models.layouts import Tensors
 from smalti.models.loading import WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors
-from smalti.reading import read_mapping
+from smalti.reading import read_mapping, reading
 
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 METHOD = "autoencoder"
@@ -38,24 +38,25 @@ def describe_tokens(path: str, kind: str) -> dict[str, Any]:
     """
     place = Path(path).expanduser()
     if kind == "autoencoder":
-        known = _run_settings(place)
-        shape = {key: known["method"][key] for key in NETWORK_SHAPE}
-        tokens = known["tokens"]
-        return {
-            "patch_size": tokens["patch_size"],
-            "dim": tokens["dim"] or DEFAULT_DIM,
-            "network": shape,
-            "channels": known["data"]["channels"],
-        }
+        with reading(place, f"a run of {METHOD}", WeightsError):
+            known = _run_settings(place)
+            tokens = known["tokens"]
+            return {
+                "patch_size": tokens["patch_size"],
+                "dim": tokens["dim"] or DEFAULT_DIM,
+                "network": {key: known["method"][key] for key in NETWORK_SHAPE},
+                "channels": known["data"]["channels"],
+            }
     if kind == "vae":
-        shape = _vae_settings(place)
-        network = KLVAE(shape)
-        return {
-            "patch_size": network.patch_size,
-            "dim": network.code_dim,
-            "network": shape,
-            "channels": network.in_chans,
-        }
+        with reading(place, "a KL autoencoder", WeightsError):
+            shape = _vae_settings(place)
+            network = KLVAE(shape)
+            return {
+                "patch_size": network.patch_size,
+                "dim": network.code_dim,
+                "network": shape,
+                "channels": network.in_chans,
+            }
     raise ConfigError(f"tokens.path={path}: tokens.kind={kind} reads none; kinds that do: {', '.join(CODED)}")
 
 

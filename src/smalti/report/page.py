@@ -424,7 +424,7 @@ def _curves(files: RunFiles) -> Html:
     if not log:
         return missing("No log.csv to draw from.")
     steps = log["step"]
-    marks = [float(e["step"]) for e in files.events if e.get("step", "").isdigit()]
+    marks = [float(e["step"]) for e in files.events if e.get("step", "").isdecimal()]
     terms = {key.removeprefix("loss/"): values for key, values in log.items() if key.startswith("loss/")}
     losses = {"loss": log["loss"]} if "loss" in log else {}
     if len(terms) > 1:

@@ -283,16 +283,17 @@ def with_start(tree: Tree) -> Tree:
     run = Path(str(tree["init"]))
     if not (run / CONFIG_FILE).is_file():
         raise RunError(f"init={run}: is not a run directory; {name} starts from what --out of smalti train named")
-    before = read_yaml(run / CONFIG_FILE)
-    found = before["method"]["name"]
-    allowed = dict.fromkeys((*method.starts_from, method.name))
-    if found not in allowed:
-        raise ConfigError(f"init={run}: is a run of {found}; {name} starts from {' or '.join(allowed)}")
     shared = field_names(method.Config)
-    fixed: Tree = {
-        "data": {key: before["data"][key] for key in ("image_size", "channels")},
-        "tokens": before["tokens"],
-    }
+    with reading(run / CONFIG_FILE, "the settings of a run", ConfigError):
+        before = read_yaml(run / CONFIG_FILE)
+        found = before["method"]["name"]
+        allowed = dict.fromkeys((*method.starts_from, method.name))
+        if found not in allowed:
+            raise ConfigError(f"init={run}: is a run of {found}; {name} starts from {' or '.join(allowed)}")
+        fixed: Tree = {
+            "data": {key: before["data"][key] for key in ("image_size", "channels")},
+            "tokens": before["tokens"],
+        }
     own = {key: value for key, value in before["method"].items() if key in shared}
     given = flatten(tree)
     for key, value in flatten(fixed).items():
