@@ -1,10 +1,22 @@
 """Settings: strict, documented, with a nearest name for every wrong one."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
-from smalti.config import build, field_docs, merge, parse_overrides, read_yaml, settings, unfold, write_atomically
+from smalti.config import (
+    Count,
+    Seed,
+    build,
+    field_docs,
+    merge,
+    parse_overrides,
+    read_yaml,
+    settings,
+    unfold,
+    write_atomically,
+)
 from smalti.errors import ConfigError
 
 
@@ -80,3 +92,76 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@settings
+class Counted:
+    steps: Count = 1
+    seed: Seed = 0
+    rate: float = 0.1
+    free: int = 0
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("steps=2001-99-99", "2001-99-99"),
+        ("steps=2001-01-01", "2001-01-01"),
+        ("steps=0x_", "0x_"),
+        ("steps=!!int abc", "!!int abc"),
+        ("steps=&a [*a]", "&a [*a]"),
+        ("steps=" + "[" * 3000, "[" * 3000),
+        ("steps=" + "9" * 5000, "9" * 5000),
+    ],
+)
+def test_a_value_that_yaml_cannot_read_is_text_which_the_settings_type_refuses(word, value):
+    assert parse_overrides([word]) == {"steps": value}
+    with pytest.raises(ConfigError, match=r"steps=.*: (input should be a|unable to parse)") as refused:
+        build(Counted, parse_overrides([word]))
+    assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"steps": 0}, "steps=0: at least 1 is needed"),
+        ({"steps": 2**63}, "steps=9223372036854775808: less than 2147483648 is needed"),
+        ({"seed": 10**40}, "seed=1000.*: less than 4294967296 is needed"),
+        ({"seed": -1}, "seed=-1: at least 0 is needed"),
+        ({"rate": float("nan")}, "rate=nan: input should be a finite number"),
+        ({"rate": "1e999"}, "rate='1e999': input should be a finite number"),
+        ({"free": 2**63}, "free=9223372036854775808: a whole number must fit into 64 bits"),
+        ({"free": 16**9000}, "a whole number must fit into 64 bits"),
+    ],
+)
+def test_numbers_have_ranges_and_are_finite(tree, words):
+    with pytest.raises(ConfigError, match=words):
+        build(Counted, tree)
+
+
+BOMB = "a: &a [1, 2]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 10}]\n" for a, b in itertools.pairwise("abcdefg"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [*a]", "at line 1 .an alias stands inside of what it repeats"),
+        ("a: " + "[" * 3000, "it is nested too deeply"),
+        ("steps: !!int abc", "can't be read as a YAML file .invalid literal for int"),
+        ("steps: " + "9" * 5000, "can't be read as a YAML file"),
+        (BOMB, "its aliases write out to more than 100,000 values"),
+        (f"{'a.' * 40}b: 1", "at most 16 dots"),
+    ],
+)
+def test_a_recipe_that_is_a_trap_is_one_line(tmp_path, text, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as refused:
+        read_yaml(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_aliases_of_ordinary_size_and_dates_as_text_are_read(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("x: &x {a: 1}\ny: {<<: *x, b: 2}\nz: *x\nwhen: 2001-02-03\n")
+    assert read_yaml(path) == {"x": {"a": 1}, "y": {"a": 1, "b": 2}, "z": {"a": 1}, "when": "2001-02-03"}

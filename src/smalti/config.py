@@ -12,29 +12,92 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform, get_args
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from smalti.errors import ConfigError
+from smalti.reading import reading, shorten
 
 T = TypeVar("T")
 Tree = dict[str, Any]
 
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+"""A number of things, at least one."""
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Images at a time."""
+CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
+"""A number of things, or none."""
+ImageSize = Annotated[int, Field(ge=1, le=16384)]
+"""Side of an image in pixels that an encoder sees; a million patches of 16 pixels, more than attention can take."""
+Few = Annotated[int, Field(ge=0, le=1024)]
+"""A number of things that are made one by one, such as views of an image."""
+Width = Annotated[int, Field(ge=1, le=65536)]
+"""Width of tokens or of a hidden layer."""
+Depth = Annotated[int, Field(ge=1, le=1024)]
+"""Layers of a network."""
+DepthFromZero = Annotated[int, Field(ge=0, le=1024)]
+"""Layers of a network that may have none."""
+NumHeads = Annotated[int, Field(ge=1, le=1024)]
+"""Attention heads."""
+Workers = Annotated[int, Field(ge=0, le=1024)]
+"""Processes that read data; 0 reads in the process itself."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed, within what torch, NumPy and scikit-learn take."""
+
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # pydantic's names
+_DEEPEST = 16  # groups inside of groups
+_MOST_VALUES = 100_000  # in a YAML file, aliases written out
+
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys and keeps field docs."""
-    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False)
+    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys and numbers that aren't
+    finite, and keeps field docs."""
+    config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False, allow_inf_nan=False
+    )
     return pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 wants a point in front of an exponent; here ``1e-5`` is a number, too."""
+    """YAML 1.1 wants a point in front of an exponent; here ``1e-5`` is a number, too. Dates stay text. Aliases that
+    hold themselves, or write out to more values than any recipe has, are refused."""
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return self.construct_document(node)
 
 
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values below a node with its aliases written out."""
+    if id(node) not in known:
+        known[id(node)] = 0  # until it is counted: none but itself can ask for it before
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_count_values(child, known) for child in children)
+    count = known[id(node)]
+    if not count:
+        raise yaml.MarkedYAMLError(problem="an alias stands inside of what it repeats", problem_mark=node.start_mark)
+    if count > _MOST_VALUES:
+        raise yaml.MarkedYAMLError(
+            problem=f"its aliases write out to more than {_MOST_VALUES:,} values", problem_mark=node.start_mark
+        )
+    return count
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -46,25 +109,29 @@ def read_yaml(path: Path) -> Tree:
     Raises:
         ConfigError: if the file is missing, isn't YAML, or holds something else than a mapping.
     """
-    try:
+    with reading(path, "a YAML file", ConfigError):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read as a YAML file ({error})") from error
-    try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path}: not valid YAML{line}; expected lines such as 'steps: 1000'") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}, needs a mapping of settings such as 'steps: 1000'")
-    return unfold(tree)
+        try:
+            tree = yaml.load(text, Loader=_Loader)
+        except yaml.MarkedYAMLError as error:
+            where = error.problem_mark
+            line = f" at line {where.line + 1}" if where else ""
+            why = shorten(str(error.problem))
+            raise ConfigError(
+                f"{path}: not valid YAML{line} ({why}); expected are lines such as 'steps: 1000'"
+            ) from error
+        if tree is None:
+            return {}
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"{path}: holds a {type(tree).__name__}, needs a mapping of settings such as 'steps: 1000'"
+            )
+        return unfold(tree)
 
 
 def parse_overrides(words: Iterable[str]) -> Tree:
-    """The tree that trailing ``key=value`` words describe; values are read as YAML scalars or lists.
+    """The tree that trailing ``key=value`` words describe; values are read as YAML scalars or lists, and as text where
+    that fails.
 
     Example:
         >>> parse_overrides(["steps=10", "optim.lr=1e-3", "eval.protocols=[knn]"])
@@ -77,10 +144,10 @@ def parse_overrides(words: Iterable[str]) -> Tree:
     for word in words:
         key, separator, text = word.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(f"'{word}' is not a setting; write key=value, for example steps=1000")
+            raise ConfigError(f"'{shorten(word)}' is not a setting; write key=value, for example steps=1000")
         try:
             flat[key.strip()] = yaml.load(text, Loader=_Loader) if text else ""
-        except yaml.YAMLError:
+        except Exception:  # a bracket in a file's name, `0x_`, 5,000 digits: the setting's own type says what it needs
             flat[key.strip()] = text
     return unfold(flat)
 
@@ -97,7 +164,9 @@ def unfold(tree: Mapping[str, Any]) -> Tree:
     result: Tree = {}
     for key, value in tree.items():
         if not isinstance(key, str):
-            raise ConfigError(f"settings have text keys, got {key!r}")
+            raise ConfigError(f"settings have text keys, got {_shown(key)}")
+        if key.count(".") > _DEEPEST:
+            raise ConfigError(f"settings have at most {_DEEPEST} dots in their keys, got {_shown(key)}")
         node: Tree = {}
         leaf = node
         *parents, last = key.split(".")
@@ -151,9 +220,13 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings", group:
         ConfigError: one line: the first unknown key with its nearest name, or the first value that doesn't fit.
     """
     try:
-        return TypeAdapter(cls).validate_python(dict(tree))
+        built = TypeAdapter(cls).validate_python(dict(tree))
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first_problem(cls, error, group)}") from None
+    for key, value in flatten(to_tree(built), f"{group}." if group else "").items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{where}: {key}={_shown(value)}: a whole number must fit into 64 bits")
+    return built
 
 
 def _first_problem(cls: type, error: ValidationError, group: str) -> str:
@@ -169,7 +242,19 @@ def _first_problem(cls: type, error: ValidationError, group: str) -> str:
         *groups, name = path.split(".")
         return unknown_key(name, field_names(parent), ".".join(groups))
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}={problem.get('input')!r}: {message[0].lower()}{message[1:]}"
+    limits = problem.get("ctx", {})
+    for limit, words in _LIMITS.items():
+        if limit in limits:
+            message = f"{words} {str(limits[limit]).removesuffix('.0')} is needed"
+    return f"{path}={_shown(problem.get('input'))}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as errors show it."""
+    try:
+        return shorten(repr(value))
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        return "a value too long to show"
 
 
 def unknown_key(name: str, known: Iterable[str], group: str = "") -> str:
@@ -182,7 +267,7 @@ def unknown_key(name: str, known: Iterable[str], group: str = "") -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean '{near[0]}'?" if near else f"it has: {', '.join(known)}"
-    return f"{group or 'settings'} has no field '{name}'; {hint}"
+    return f"{group or 'settings'} has no field '{shorten(name)}'; {hint}"
 
 
 def field_names(cls: type) -> list[str]:

@@ -5,8 +5,21 @@ prints that line and exits with 2. Anything else that escapes is a bug of ours a
 """
 
 
+def one_line(text: str) -> str:
+    """A text with control characters, ends of lines and what is no text written out: names of files hold all of them.
+
+    Example:
+        >>> one_line("a\\nb")
+        'a\\\\nb'
+    """
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
 class SmaltiError(Exception):
     """Base of all errors that Smalti raises on purpose; its text is one line for the user."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(SmaltiError, ValueError):

@@ -193,7 +193,7 @@ def wrong(runs: Path, images: Path, folder: Path) -> dict[str, tuple[list[object
         "no run": ([folder / "none", *good[1:]], "none"),
         "no images": ([runs / "c0", "--data", folder / "none", "--out", folder / "out"], "none"),
         "no other": ([*good, "--against", folder / "none.parquet"], "is not a file; orders are written by smalti rank"),
-        "other is text": ([*good, "--against", folder / "a.txt"], "can't be read as Parquet"),
+        "other is text": ([*good, "--against", folder / "a.txt"], "can't be read as a Parquet file"),
         "other of other patches": ([*good, "--against", runs / "c6"], "orders 2x2 patches, these are 4x4"),
         "nothing in common": ([*good, "--orders", "halton", "--against", runs / "c1"], "none of the orders that are"),
         "workers": ([*good, "num_workers=-1"], "num_workers=-1"),

@@ -82,7 +82,7 @@ def test_a_file_that_contradicts_itself_is_one_line(write_json, change, line):
 def test_a_file_that_is_no_json_is_one_line(tmp_path):
     path = tmp_path / "instances_val.json"
     path.write_text('{"images": [')
-    with pytest.raises(DataError, match=r"instances_val.json: not a JSON file"):
+    with pytest.raises(DataError, match=r"instances_val.json: can't be read as a JSON file"):
         read_annotations(path)
     with pytest.raises(DataError, match="can't be read"):
         read_annotations(tmp_path / "none.json")

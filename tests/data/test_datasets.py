@@ -304,10 +304,10 @@ def test_coco_things_without_a_table_takes_cocos_and_another_table_is_heeded(pho
     panoptic(write_list, "annotations/panoptic_val2017.json", extra=[("aardvarks", (240,))])
     assert open_images(f"coco-things={tmp_path}").classes[:2] == ("aardvarks", "accessory")
     write_list("annotations/panoptic_val2017.json", '{"categories": [{"id": 1}]}')
-    with pytest.raises(DataError, match=r"panoptic_val2017.json: no table of things"):
+    with pytest.raises(DataError, match=r"panoptic_val2017.json: can't be read as a table of things"):
         open_images(f"coco-things={tmp_path}")
     write_list("annotations/panoptic_val2017.json", '{"categories":')
-    with pytest.raises(DataError, match=r"panoptic_val2017.json: not a JSON file"):
+    with pytest.raises(DataError, match=r"panoptic_val2017.json: can't be read as a JSON file"):
         open_images(f"coco-things={tmp_path}")
 
 

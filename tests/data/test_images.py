@@ -1,6 +1,7 @@
 import io
 import re
 import struct
+import tracemalloc
 import zlib
 
 import cv2
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from smalti.data.images import decode_image, image_size, inspect_image, read_image
+from smalti.data.headers import stored_size
+from smalti.data.images import ImageFacts, decode_image, image_size, inspect_image, read_image
+from smalti.data.pixels import PixelConfig
 from smalti.errors import DataError
 
 COLOR = np.tile(np.array([200, 20, 10], np.uint8), (8, 12, 1))
@@ -213,7 +216,7 @@ def test_a_comment_with_a_wrong_checksum_is_forgiven():
 
 def test_errors_name_the_file(tmp_path):
     path = tmp_path / "half.jpg"
-    with pytest.raises(DataError, match=re.escape(f"{path}: can't be read (No such file")):
+    with pytest.raises(DataError, match=re.escape(f"{path}: can't be read as an image (No such file")):
         read_image(path)
     path.write_bytes(b"")
     with pytest.raises(DataError, match=re.escape(f"{path}: an empty file")):
@@ -252,8 +255,108 @@ def test_files_with_wrong_bytes_give_an_image_or_one_clear_error(kind, places):
 
 
 def test_facts_tell_format_by_content_and_depth_by_sample():
-    assert inspect_image(encoded(COLOR, "JPEG")) == (8, 12, 3, 8, "jpeg")
-    assert inspect_image(encoded(np.zeros((4, 5), np.uint16), "PNG")) == (4, 5, 1, 16, "png")
+    assert inspect_image(encoded(COLOR, "JPEG")) == ImageFacts(8, 12, 3, 8, "jpeg")
+    deep = inspect_image(encoded(np.arange(20, dtype=np.uint16).reshape(4, 5) * 200, "PNG"))
+    assert deep == ImageFacts(4, 5, 1, 16, "png", (0, 3800), "uint16")
     five = tiff(np.zeros((8, 9, 5), np.uint16), photometric="minisblack", planarconfig="contig")
-    assert inspect_image(five) == (8, 9, 5, 16, "tiff")
-    assert inspect_image(encoded(Image.fromarray(COLOR).convert("RGBA"), "TIFF")) == (8, 12, 4, 8, "tiff")
+    assert inspect_image(five) == ImageFacts(8, 9, 5, 16, "tiff", (0, 0), "uint16")
+    assert inspect_image(encoded(Image.fromarray(COLOR).convert("RGBA"), "TIFF")) == ImageFacts(8, 12, 4, 8, "tiff")
+
+
+def with_size(data: bytes, kind: str, height: int, width: int) -> bytes:
+    """The same file with a header that says another size."""
+    changed = bytearray(data)
+    if kind == "JPEG":
+        place = data.index(b"\xff\xc0") + 5
+        changed[place : place + 4] = struct.pack(">HH", height, width)
+    elif kind == "PNG":
+        changed[16:24] = struct.pack(">II", width, height)
+        changed[29:33] = struct.pack(">I", zlib.crc32(changed[12:29]))
+    elif kind == "BMP":
+        changed[18:26] = struct.pack("<ii", width, height)
+    elif kind == "WEBP":
+        bits = (width - 1) | (height - 1) << 14 | int.from_bytes(data[21:25], "little") & 0xF0000000
+        changed[21:25] = bits.to_bytes(4, "little")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(kind):
+    data = encoded(COLOR, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    assert stored_size(data) == (8, 12)
+    side = 16000 if kind == "WEBP" else 30000
+    huge = with_size(data, kind, side, side)
+    assert stored_size(huge) == (side, side)
+    if kind == "BMP":  # its pixels would be missing
+        huge += b"\0" * 100
+        with pytest.raises(DataError, match="a BMP cut short"):
+            decode_image(huge)
+        return
+    tracemalloc.start()
+    with pytest.raises(DataError, match=f"{side}x{side} pixels, more than data.max_pixels=178956970"):
+        decode_image(huge)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": Image.Exif()}])
+def test_headers_say_the_size_of_every_kind_of_webp(options):
+    data = encoded(NOISE, "WEBP", **options)
+    assert stored_size(data) == NOISE.shape[:2]
+
+
+def test_the_limit_counts_pages_and_channels_and_is_a_setting():
+    five = tiff(FIVE, photometric="minisblack", planarconfig="contig")  # 99 pixels of five channels: 123.75
+    assert decode_image(five, 5, PixelConfig(max_pixels=124)).shape == FIVE.shape
+    with pytest.raises(DataError, match=r"11x9 pixels, more than data.max_pixels=123"):
+        decode_image(five, 5, PixelConfig(max_pixels=123))
+    with pytest.raises(DataError, match=r"12x8 pixels, more than data\.max_pixels=95"):
+        decode_image(encoded(Image.fromarray(COLOR), "GIF"), 3, PixelConfig(max_pixels=95))
+    with pytest.raises(DataError, match=r"12x8 pixels, more than data\.max_pixels=95"):
+        inspect_image(encoded(COLOR, "PNG"), 95)
+
+
+def test_a_tiff_whose_directory_leads_to_itself_is_refused():
+    data = bytearray(encoded(COLOR, "TIFF"))
+    first = int.from_bytes(data[4:8], "little")
+    entries = int.from_bytes(data[first : first + 2], "little")
+    place = first + 2 + 12 * entries
+    data[place : place + 4] = data[4:8]
+    with pytest.raises(DataError, match="its directories lead back to one another"):
+        decode_image(bytes(data))
+
+
+def test_a_deflated_tiff_with_a_flipped_bit_is_refused():
+    data = bytearray(encoded(NOISE, "TIFF", compression="tiff_adobe_deflate"))
+    assert decode_image(bytes(data)).shape == NOISE.shape
+    data[len(data) // 2] ^= 4
+    with pytest.raises(DataError, match="a damaged TIFF: the checksum of its strip at byte"):
+        decode_image(bytes(data))
+
+
+def test_a_tiff_of_lab_colours_is_refused():
+    with pytest.raises(DataError, match="Lab colours"):
+        decode_image(tiff(COLOR, photometric="cielab"))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32, np.float32, np.float64])
+def test_a_scale_says_which_values_become_0_and_1(dtype):
+    values = np.array([[0, 25, 50], [75, 100, 110]]).astype(dtype)
+    image = decode_image(tiff(values), 1, PixelConfig(scale=(0, 100)))
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image[..., 0], [[0, 0.25, 0.5], [0.75, 1, 1]], atol=1e-6)
+
+
+def test_a_scale_may_have_a_range_for_each_channel():
+    image = decode_image(encoded(COLOR, "PNG"), 3, PixelConfig(scale=((0, 200), (0, 40), (0, 100))))
+    np.testing.assert_allclose(image[0, 0], [1, 0.5, 0.1], atol=1e-6)
+    with pytest.raises(DataError, match=r"data\.scale has 2 ranges, the image has 3 channels"):
+        decode_image(encoded(COLOR, "PNG"), 3, PixelConfig(scale=((0, 200), (0, 40))))
+
+
+def test_values_outside_of_their_range_are_refused_with_the_setting_that_says_what_they_mean():
+    for values in (np.full((2, 3), -5, np.int16), np.full((2, 3), 300, np.float32)):
+        with pytest.raises(DataError, match=r"data\.scale=\[LOW,HIGH\] says which values become 0 and 1"):
+            decode_image(tiff(values), 1)
+    with pytest.raises(DataError, match="no finite numbers"):
+        decode_image(tiff(np.array([[0, np.nan]], np.float32)), 1, PixelConfig(scale=(0, 1)))

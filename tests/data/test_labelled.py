@@ -1,5 +1,6 @@
 import itertools
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from smalti.data.folders import ImageSample, ImageSet, open_images
 from smalti.data.labelled import (
     LabelledData,
+    check_headers,
     draw_training,
     eval_batches,
     eval_image,
@@ -21,6 +23,7 @@ from smalti.data.labelled import (
     open_labelled,
     read_mask,
 )
+from smalti.data.pixels import PixelConfig
 from smalti.errors import ConfigError, DataError
 
 
@@ -289,3 +292,31 @@ def test_real_masks_fit_their_classes(shared):
         assert len(data.classes) == classes and data.test.splits == ("val",)
         for sample in data.test.samples[:10]:
             assert read_mask(sample, classes).max() < classes
+
+
+@pytest.mark.parametrize("shape", [(1, 12_000), (12_000, 1)])
+def test_a_strip_is_cropped_before_it_is_enlarged(write, shape):
+    strip = np.zeros((*shape, 3), np.uint8)
+    strip.reshape(-1, 3)[5_900:6_100] = 250  # its middle
+    path = write("strip.png", strip)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (eval_image(path, 224, 3, "crop") == 250).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024, "MiB"
+
+
+def test_masks_of_another_size_are_found_by_their_headers(write, tmp_path):
+    for name, shape in (("a", (24, 32)), ("b", (24, 31))):
+        write(f"images/{name}.png")
+        write(f"masks/{name}.png", np.zeros(shape, np.uint8))
+    (tmp_path / "classes.txt").write_text("sky\n")
+    with pytest.raises(DataError, match=r"masks/b\.png: 31x24 pixels, its image b\.png has 32x24"):
+        check_headers(open_images(tmp_path))
+
+
+def test_a_mask_of_too_many_pixels_is_refused_before_it_is_decoded(write, tmp_path):
+    write("images/a.png")
+    write("masks/a.png", np.zeros((24, 32), np.uint8))
+    (tmp_path / "classes.txt").write_text("sky\n")
+    (sample,) = open_images(tmp_path).with_pixels(PixelConfig(max_pixels=767)).samples
+    with pytest.raises(DataError, match=r"masks/a\.png: 32x24 pixels, more than max_pixels=767"):
+        read_mask(sample, 1)

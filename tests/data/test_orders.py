@@ -139,7 +139,7 @@ def test_files_that_hold_no_orders_are_refused(tmp_path):
     with pytest.raises(DataError, match="is not a file"):
         read_orders(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("no parquet")
-    with pytest.raises(DataError, match="can't be read as Parquet"):
+    with pytest.raises(DataError, match="can't be read as a Parquet file"):
         read_orders(tmp_path / "text.parquet")
     pq.write_table(pa.table({"path": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="is no file of orders"):
@@ -156,11 +156,24 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="'collapse' is no permutation"):
         read_orders(path)
     pq.write_table(table.replace_schema_metadata({"smalti": json.dumps({**note, "grid": [5, 5]})}), path)
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match=r"orders.parquet: can't be read as a file of orders"):
         read_orders(path)
     pq.write_table(table.drop_columns(["flip"]), path)
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match=r"orders.parquet: can't be read as a file of orders"):
         read_orders(path)
+    for grid in ("[Infinity, 1]", "[-3, -4]", "[0, 12]", '"34"', "[[3], 4]", "[1e999, 4]"):
+        damaged = json.dumps({**note, "grid": None}).replace("null", grid, 1)
+        pq.write_table(table.replace_schema_metadata({"smalti": damaged}), path)
+        with pytest.raises(DataError, match=r"orders.parquet: can't be read as a file of orders"):
+            read_orders(path)
+    pq.write_table(table.replace_schema_metadata({"smalti": "[" * 100_000}), path)
+    with pytest.raises(DataError, match=r"orders.parquet: is no file of orders"):
+        read_orders(path)
+    for name, value in (("image", None), ("image", 3), ("split", 1.5), ("flip", "no"), ("collapse", "text")):
+        column = pa.array([value] * len(table), pa.string() if value is None else None)
+        pq.write_table(table.drop_columns([name]).append_column(name, column), path)
+        with pytest.raises(DataError, match=r"orders.parquet: can't be read as a file of orders"):
+            read_orders(path)
 
 
 def test_what_is_no_order_is_not_written(tmp_path):

@@ -84,5 +84,5 @@ def test_pages_show_nothing_that_was_not_asked_for(tiny, greys):
 
 
 def test_a_folder_of_something_else_is_named(tmp_path):
-    with pytest.raises(DataError, match="not a folder of details"):
+    with pytest.raises(DataError, match="can't be read as a folder of details"):
         read_details(tmp_path, [])

@@ -217,7 +217,7 @@ def test_results_survive_their_file(tmp_path):
     assert math.isnan(nan) and math.isnan(again.per_class["iou"]["ghost"])
     for text in ("[]", '{"results": [{"metrics": 3}]}', "{"):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(DataError, match="not a file of results"):
+        with pytest.raises(DataError, match="can't be read as a file of results"):
             read_results(tmp_path / "bad.json")
 
 

@@ -580,21 +580,20 @@ class AttributeDict(dict):  # type: ignore[type-arg]
     """As Lightning pickles its hyper-parameters."""
 
 
-def test_a_lightning_checkpoint_with_pickled_settings_says_how_to_convert_it(tmp_path: Path) -> None:
+def test_a_lightning_checkpoint_with_pickled_settings_is_not_opened_and_no_advice_is_unsafe(tmp_path: Path) -> None:
     path = tmp_path / "neco.ckpt"
     torch.save({"state_dict": under("model.", state(tiny())), "hyper_parameters": AttributeDict(lr=1.0)}, path)
-    with pytest.raises(WeightsError, match=r"AttributeDict.*torch.save\(torch.load\(\"neco.ckpt\", weights_only=False"):
+    with pytest.raises(WeightsError, match=r"AttributeDict.*a file of tensors alone is needed") as refused:
         load(f"timm:{PLAIN}@{path}")
-    torch.save(torch.load(path, weights_only=False)["state_dict"], tmp_path / "tensors.pth")  # what the line says
-    assert load(f"timm:{PLAIN}@{tmp_path / 'tensors.pth'}", quiet=True).report
+    assert "weights_only" not in str(refused.value)
 
 
 def test_arrays_with_python_objects_or_damage_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(WeightsError, match="it holds Python objects"):
+    with pytest.raises(WeightsError, match="holds Python objects"):
         read_checkpoint(tmp_path / "a.npz")
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:90])
-    with pytest.raises(WeightsError, match="not a whole npz file"):
+    with pytest.raises(WeightsError, match="can't be read as an npz file"):
         read_checkpoint(tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", x=np.zeros(2, dtype="V2"))
     with pytest.raises(WeightsError, match="'x' is of no number type"):

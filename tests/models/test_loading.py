@@ -1,7 +1,10 @@
 """Five names for an encoder; weights of others; files that are damaged, unsafe or of another architecture."""
 
 import argparse
+import json
+import math
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from torch.testing import assert_close
 
 import smalti
 from smalti.errors import WeightsError
+from smalti.export.timm import export_timm
 from smalti.models.encoder import build_encoder
 from smalti.models.layouts import to_timm_names
 from smalti.models.loading import load
@@ -110,7 +114,7 @@ def test_a_partial_match_is_refused_unless_told(state: dict[str, torch.Tensor], 
 def test_truncated_safetensors_are_refused(file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(file.read_bytes()[:100_000])
-    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+    with pytest.raises(WeightsError, match="can't be read as a safetensors file"):
         load(f"timm:{NAME}@{broken}")
 
 
@@ -135,7 +139,7 @@ def test_pickled_objects_are_refused_and_never_run(how: str, tmp_path: Path) -> 
         torch.save({"state_dict": {"cls_token": torch.ones(1)}, "args": Evil(str(trap))}, path)
     else:
         path.write_bytes(pickle.dumps(Evil(str(trap)), protocol=2))
-    with pytest.raises(WeightsError, match=r"pickled Python objects|damaged or not a torch file"):
+    with pytest.raises(WeightsError, match=r"pickled Python objects|can't be read as a torch file"):
         load(f"timm:{NAME}@{path}")
     assert not trap.exists()
 
@@ -153,7 +157,7 @@ def test_other_mistakes_are_one_line_each(tmp_path: Path, file: Path) -> None:
     with pytest.raises(WeightsError, match="not a known kind of weights file"):
         load(f"timm:{NAME}@{tmp_path / 'x.txt'}")
     (tmp_path / "x.pth").write_text("hello")
-    with pytest.raises(WeightsError, match=r"x.pth: (damaged|holds pickled)"):
+    with pytest.raises(WeightsError, match=r"x.pth: (can't be read as a torch file|holds pickled)"):
         load(f"timm:{NAME}@{tmp_path / 'x.pth'}")
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="no vision transformer found"):
@@ -184,3 +188,64 @@ def test_a_real_vit_loads_whole(shared: Path) -> None:
     path = shared / "weights" / "vit_small_patch14_dinov2_imgfocus_fp16.safetensors"
     encoder = load(f"timm:vit_small_patch14_dinov2@{path}", quiet=True)
     assert (encoder.embed_dim, encoder.depth, encoder.img_size) == (384, 12, (518, 518))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 346316432\n"
+PAGE = "<!DOCTYPE html>\n<html><body>Sign in to download</body></html>"
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors", "npz"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (POINTER, "is a Git LFS pointer, not the weights; fetch them with: git lfs pull --include x"),
+        (PAGE, "is a web page, not the weights"),
+        ("", "is empty"),
+    ],
+)
+def test_what_is_saved_in_the_place_of_weights_is_named(tmp_path: Path, ending: str, content: str, words: str) -> None:
+    path = tmp_path / f"x.{ending}"
+    path.write_text(content)
+    for spec in (path, f"timm:{NAME}@{path}"):
+        with pytest.raises(WeightsError, match=rf"x\.{ending}: {words}"):
+            load(spec)
+
+
+def test_a_torch_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, object] = {"weight": 1}
+    content["group"] = content
+    torch.save(content, tmp_path / "loop.pth")
+    with pytest.raises(WeightsError, match=r"loop\.pth: .*it is nested too deeply"):
+        load(f"timm:{NAME}@{tmp_path / 'loop.pth'}")
+
+
+def test_arrays_of_impossible_shape_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 99999), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"\0" * 16)
+    with pytest.raises(WeightsError, match=r"x\.npz: can't be read as an npz file"):
+        load(f"timm:{NAME}@{path}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("mean", [math.nan, 0.5, 0.5], "finite numbers are needed"),
+        ("std", [math.inf, 0.5, 0.5], "finite numbers are needed"),
+        ("std", "wide", r"out/(model\.safetensors|config\.json): "),
+        ("model_args", {"depth": -1}, r"encoder\.depth=-1: a number from 1 to 1024"),
+        ("model_args", {"img_size": 10**9}, r"encoder\.img_size=1000000000: a number from 1 to 16384"),
+        ("model_args", {"patch_size": 0}, r"encoder\.patch_size=0"),
+        ("model_args", [1], "can't be read as an encoder"),
+        ("architecture", 7, "can't be read as an encoder"),
+    ],
+)
+def test_a_description_that_cannot_be_is_one_line(tmp_path: Path, key: str, value: object, words: str) -> None:
+    encoder = build_encoder(NAME, img_size=32, depth=1, embed_dim=12, num_heads=1, seed=0)
+    export_timm(encoder, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["smalti"][key] = value
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=words):
+        load(tmp_path / "out/model.safetensors")

@@ -110,13 +110,25 @@ def test_an_unreadable_image_gives_its_place_to_another(make_run, encoder, tmp_p
     assert names == [f"image_{number}.png" for number in (1, 2, 3, 4)]
 
 
+def test_tables_of_bytes_become_notes_of_the_page(make_run):
+    run = make_run()
+    for name in ("log.csv", "events.csv", "unreadable.csv"):
+        (run / name).write_bytes(b"step\xff\x00\n1")
+    (run / "run.json").write_text("[" * 100_000)
+    (run / "results" / "evaluate_x.json").write_text('{"results": [{"protocol": "knn", "metrics": {"top1": "high"}}]}')
+    text = Page(write_report(run, num_images=0)).text
+    for name in ("log.csv", "events.csv", "unreadable.csv", "evaluate_x.json"):
+        assert f"{name}: can't be read as a" in text
+    assert "run.json is missing or damaged" in text
+
+
 def test_damaged_results_and_a_cut_log_leave_the_rest(make_run):
     run = make_run()
     (run / "results" / "evaluate_other.json").write_text('{"results": [')
     with (run / "log.csv").open("a") as file:
         file.write("9999,1.0,0.0")
     page = Page(write_report(run, num_images=0))
-    assert "evaluate_other.json: not a file of results" in page.text
+    assert "evaluate_other.json: can't be read as a file of results" in page.text
     assert "200 / 200" in page.text and "No images were asked for" in page.text
 
 

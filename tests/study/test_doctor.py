@@ -4,6 +4,8 @@ import shutil
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +60,24 @@ def test_an_accumulated_step_takes_the_time_of_its_parts():
     assert step.seconds == pytest.approx(64 * 0.42) and step.memory_mib == pytest.approx(1700)
     assert step.proposed_micro_batch == 128  # of 2048 images of a device, 178 fit
     assert "batch_size=4,096 on 2 devices: micro_batch=32 x 64 accumulated" in "\n".join(step.lines())
+
+
+def test_values_that_fill_a_small_part_of_16_bits_are_told_with_the_setting_for_them(tmp_path):
+    values = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 4
+    cv2.imwrite(str(tmp_path / "a.png"), values)
+    report = doctor(str(tmp_path))
+    assert "values       0 to 4092 in uint16 files" in "\n".join(report.lines())
+    assert "values reach 4092 of 65535; data.scale=[0,4095] spreads them (12 bits)" in "\n".join(report.lines())
+    cv2.imwrite(str(tmp_path / "a.png"), values * 16)
+    assert "data.scale" not in "\n".join(doctor(str(tmp_path)).lines())
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_values_outside_of_0_and_1_are_told_with_the_settings_that_read_them(tmp_path, dtype):
+    cv2.imwrite(str(tmp_path / "a.tif"), (np.arange(48).reshape(6, 8) * 40 - 1000).astype(dtype))
+    scan = scan_images(open_images(tmp_path))
+    assert scan.unreadable == ()
+    assert scan.scale_hint.startswith(f"values from -1000 to 880 ({dtype}); they need data.scale=[-1000,880] or")
 
 
 def test_checkpoints_larger_than_the_disk_are_a_problem(tmp_path):

@@ -320,9 +320,9 @@ def test_the_command_ends_with_the_table_and_the_sentence_and_so_does_the_report
     assert "Before and after" in page and verdict.notes[0] in page
     assert f"{verdict.headline.protocol} {verdict.headline.metric} " in page
     verdict_path(run).write_text("{}")
-    with pytest.raises(DataError, match=r"posttrain.json: not a verdict"):
+    with pytest.raises(DataError, match=r"posttrain.json: can't be read as a verdict"):
         read_verdict(run)
-    assert "not a verdict" in write_report(run, num_images=0).read_text()
+    assert "be read as a verdict" in write_report(run, num_images=0).read_text()
 
 
 def test_without_labelled_images_the_command_says_how_to_get_a_verdict(

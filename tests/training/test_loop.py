@@ -6,20 +6,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import smalti
+from smalti.cli.evaluate import as_trained
 from smalti.config import read_yaml
 from smalti.errors import ConfigError, DataError, RunError, WeightsError
 from smalti.evaluation.protocol import SHARE, Result, write_results
 from smalti.methods.mae import MAE
 from smalti.models.loading import latest_checkpoint
+from smalti.reading import read_csv
 from smalti.study import pretrain
 from smalti.study.catalogue import find_recipe, recipe_files
-from smalti.training.checkpoint import Checkpoints
-from smalti.training.logs import read_csv
+from smalti.training.checkpoint import Checkpoints, read_state
+from smalti.training.optim import build_optimizer
 
 TINY: dict[str, Any] = {
     "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
@@ -300,8 +304,8 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     fails("precision='int8'", precision="int8")
     fails("devices=0", devices=0)
     fails("weights=teacher: mae has encoder", weights="teacher")
-    fails("optim.warmup_share=2: input should be", optim={"warmup_share": 2})
-    fails("optim.betas.0=2.0: input should be", optim={"betas": [2.0, 0.9]})
+    fails("optim.warmup_share=2: at most 1 is needed", optim={"warmup_share": 2})
+    fails("optim.betas.0=2.0: less than 1 is needed", optim={"betas": [2.0, 0.9]})
     fails("optim.lr=-1", optim={"lr": -1})
     fails("which patch_size=8 does not divide", eval={"data": str(class_folders), "image_size": 33})
     fails("foo", eval={"data": str(class_folders), "split": "foo"})
@@ -344,8 +348,53 @@ def test_a_damaged_checkpoint_is_refused(photos: Path, tmp_path: Path) -> None:
     folder = latest_checkpoint(run)
     whole = (folder / "weights.safetensors").read_bytes()
     (folder / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+    with pytest.raises(WeightsError, match="can't be read as a safetensors file"):
         pretrain.resume(run, {"log": {"every": 1}}, quiet=True)
+
+
+def test_images_of_12_bits_train_and_are_evaluated_with_the_scale_of_the_run(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("dark", "light"):
+            for number in range(4):
+                path = tmp_path / "data" / split / label / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                values = rng.integers(200, 1800, (32, 32)) + 2000 * (label == "light")
+                cv2.imwrite(str(path), values.astype(np.uint16))
+    run = train(
+        tmp_path / "a",
+        tmp_path / "data",
+        data={"scale": "percentiles"},
+        eval={"data": str(tmp_path / "data"), "protocols": ["knn"]},
+    )
+    config = read_yaml(run / "config.yaml")
+    ((low, high), *_) = scale = config["data"]["scale"]
+    assert len(scale) == 3 and 200 <= low < 300 and 3700 < high <= 3800
+    assert config["eval"]["scale"] == scale
+    images = pretrain.open_training(pretrain.resolve(config)[0])
+    assert images.samples[-1].read().max() == 1
+    assert as_trained(str(run), str(tmp_path / "data"), {}) == {"scale": scale}
+    assert as_trained(str(run), str(tmp_path / "data"), {"scale": [0, 1]}) == {"scale": [0, 1]}
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 1000, b"PK\x03\x04"])
+def test_an_optimizer_file_that_is_none_is_one_line(photos: Path, tmp_path: Path, content: bytes) -> None:
+    run = train(tmp_path / "a", photos)
+    folder = latest_checkpoint(run)
+    (folder / "optimizer.pt").write_bytes(content)
+    config, own = pretrain.resolve(read_yaml(run / "config.yaml"))
+    method = pretrain.build_method(config, own)
+    optimizer = build_optimizer(method.param_groups(), config.optim)
+    with pytest.raises(WeightsError, match=r"optimizer\.pt: (is empty|can't be read as a torch file)"):
+        Checkpoints(run, method, optimizer, config.checkpoint).restore(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", '{"state": 3}', '{"state": {"step": "many"}}'])
+def test_a_state_that_is_none_is_one_line(photos: Path, tmp_path: Path, content: str) -> None:
+    run = train(tmp_path / "a", photos)
+    (latest_checkpoint(run) / "state.json").write_text(content)
+    with pytest.raises(WeightsError, match=r"state\.json: "):
+        read_state(run)
 
 
 def test_a_finished_run_resumes_to_itself(photos: Path, tmp_path: Path) -> None:

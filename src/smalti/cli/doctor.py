@@ -42,6 +42,7 @@ def command(
     import sys
 
     from smalti.config import read_yaml
+    from smalti.data.pixels import trained_pixels
     from smalti.data.signals import is_signals
     from smalti.study.doctor import doctor, measure_step
 
@@ -78,7 +79,9 @@ def command(
         if sys.stderr.isatty() and (done == total or done % 100 == 0):
             print(f"reading images: {done} of {total}", file=sys.stderr, end="\n" if done == total else "\r")
 
-    report = doctor(data, against=against, out=out, step=step, progress=show)
+    limit = (tree.get("data") or {}).get("max_pixels") if isinstance(tree.get("data"), dict) else None
+    pixels = trained_pixels({"data": {} if limit is None else {"max_pixels": limit}})
+    report = doctor(data, against=against, out=out, step=step, pixels=pixels, progress=show)
     print("\n".join(report.lines()))
     if json:
         write_json(json, report.to_json())

@@ -4,25 +4,36 @@ import sys
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import PositiveInt
 
-from smalti.cli.options import Data, Debug, EncoderSpec, Out, Partial, Quiet, Settings, needed, take
-from smalti.config import settings
+from smalti.cli.options import (
+    Data,
+    Debug,
+    EncoderSpec,
+    Out,
+    Partial,
+    Quiet,
+    Settings,
+    needed,
+    pixels_of_run,
+    settings_of_run,
+)
+from smalti.config import BatchSize, ImageSize, build, parse_overrides, settings
+from smalti.data.pixels import PixelConfig
 
 NAME = "embed"
 
 
 @settings
-class EmbedConfig:
+class EmbedConfig(PixelConfig):
     """How images are encoded."""
 
     weights: str | None = None
     """Network of a run: student or teacher."""
     pool: str | None = None
     """cls, avg or auto; None takes the encoder's own."""
-    batch_size: PositiveInt = 64
+    batch_size: BatchSize = 64
     """Images at a time."""
-    image_size: PositiveInt | None = None
+    image_size: ImageSize | None = None
     """Pixels; None takes the encoder's own."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the numbers in the file."""
@@ -42,16 +53,17 @@ def command(
 ) -> None:
     """Write features of all images, as .parquet or .npz.
 
-    Settings: weights, pool, batch_size, image_size, dtype (float32 or float16), load.* (see docs/weights.md).
+    Settings: weights, pool, batch_size, image_size, dtype (float32 or float16), scale, max_pixels, load.* (see
+    docs/weights.md).
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "features.parquet")
-    given = take(words, EmbedConfig)
+    given = build(EmbedConfig, {**pixels_of_run(settings_of_run(encoder)), **parse_overrides(words or [])})
 
     from smalti.cli.options import best_device, load_encoder
     from smalti.data.folders import open_images
     from smalti.export.embeddings import embed
 
-    images = open_images(data)
+    images = open_images(data).with_pixels(given.pixels)
     if not quiet:
         print(f"data: {images.account()}", file=sys.stderr)
     model = load_encoder(

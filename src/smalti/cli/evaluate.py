@@ -8,8 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from smalti.cli.options import Data, Debug, EncoderSpec, Json, Out, Partial, Quiet, Settings, group, needed
-from smalti.config import merge, parse_overrides, read_yaml, unknown_key
+from smalti.cli.options import (
+    Data,
+    Debug,
+    EncoderSpec,
+    Json,
+    Out,
+    Partial,
+    Quiet,
+    Settings,
+    group,
+    needed,
+    pixels_of_run,
+    settings_of_run,
+)
+from smalti.config import merge, parse_overrides, unknown_key
 from smalti.errors import ConfigError
 
 NAME = "evaluate"
@@ -104,15 +117,13 @@ def _as_generated(folder: str, settings: dict[str, Any]) -> str:
 
 
 def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Signals are read as the run read them, but for the window, and for what the user says."""
+    """Data are read as the run read them, but for the window of signals, and for what the user says."""
     from smalti.data.signal_config import as_read
     from smalti.data.signals import is_signals
 
+    tree = settings_of_run(encoder)
     if not is_signals(data):
-        return settings
-    run = Path(encoder).expanduser()
-    for folder in (run, run.parent, run.parent.parent):  # RUN, RUN/best, RUN/checkpoints/step_...
-        if (folder / "config.yaml").is_file():
-            known = (read_yaml(folder / "config.yaml").get("data") or {}).get("signal")
-            return merge({"signal": as_read(known)} if known else {}, settings)
-    return settings
+        return {**pixels_of_run(tree), **settings}
+    of_run = tree.get("data")
+    known = of_run.get("signal") if isinstance(of_run, dict) else None
+    return merge({"signal": as_read(known)} if isinstance(known, dict) else {}, settings)

@@ -6,7 +6,7 @@ import typer
 from pydantic import PositiveInt
 
 from smalti.cli.options import Debug, EncoderSpec, Out, Partial, Settings, needed, take
-from smalti.config import settings
+from smalti.config import ImageSize, settings
 from smalti.errors import ConfigError
 
 NAME = "export"
@@ -24,7 +24,7 @@ class ExportConfig:
     """The vector that stands for an image, other than the encoder's own: auto, cls, avg or prr."""
     load: dict[str, Any] | None = None
     """Group: how weights of others are fitted, such as load.img_size."""
-    image_size: PositiveInt | None = None
+    image_size: ImageSize | None = None
     """onnx: pixels; None takes the encoder's own."""
     keep: PositiveInt | None = None
     """onnx: number of patches that keep.onnx looks at; None leaves it free."""

@@ -50,7 +50,7 @@ def command(
     decoder: Annotated[
         str, typer.Option("--decoder", help="all: as trained; needed: without mask tokens of later steps, faster.")
     ] = "all",
-    seed: Annotated[int, typer.Option("--seed", help="The same seed draws the same images.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed draws the same images.")] = 0,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Images at a time; default: as many as fit.")
     ] = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from smalti.config import build, parse_overrides
+from smalti.config import build, parse_overrides, read_yaml, to_tree
 from smalti.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,23 @@ def needed(value: Any, option: str, example: str) -> Any:
     if value is None:
         raise ConfigError(f"{option} is needed, for example {option} {example}")
     return value
+
+
+def settings_of_run(encoder: str) -> dict[str, Any]:
+    """What the ``config.yaml`` of the run holds from which an encoder is named; empty for other encoders."""
+    run = Path(encoder).expanduser()
+    for folder in (run, run.parent, run.parent.parent):  # RUN, RUN/best, RUN/checkpoints/step_...
+        if (folder / "config.yaml").is_file():
+            return read_yaml(folder / "config.yaml")
+    return {}
+
+
+def pixels_of_run(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``scale`` and ``max_pixels`` in a run's settings, where they aren't the defaults."""
+    from smalti.data.pixels import NO_PIXELS, trained_pixels
+
+    known = to_tree(trained_pixels(tree))
+    return {key: value for key, value in known.items() if value != getattr(NO_PIXELS, key)}
 
 
 def group(tree: dict[str, Any], name: str) -> dict[str, Any]:

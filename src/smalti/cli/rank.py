@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smalti.cli.options import Data, Debug, Json, Out, Quiet, Settings, needed, take
+from smalti.cli.options import Data, Debug, Json, Out, Quiet, Settings, needed, pixels_of_run, settings_of_run
+from smalti.config import build, parse_overrides
 from smalti.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ def command(
     (.png).
 
     Settings: batch_size, chunk, damping (of comae), image_size, weights, load.* (of encoders), num_workers, judged,
-    shown. See docs/ranking.md.
+    shown, scale, max_pixels. See docs/ranking.md.
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "orders")
     from smalti.study.ranking import ORDERS_FILE, RankConfig, rank, ranking_content, write_ranking
 
-    config = take(words, RankConfig)
+    config = build(RankConfig, {**pixels_of_run(settings_of_run(spec)), **parse_overrides(words or [])})
     names = [name.strip() for name in (orders or "").split(",") if name.strip()]
     if orders is not None and not names:
         raise ConfigError("--orders names none; leave it out for all")

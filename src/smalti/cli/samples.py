@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from smalti.cli.options import Debug, Out, Quiet, Settings, needed, take
-from smalti.config import parse_overrides, settings
+from smalti.config import Seed, parse_overrides, settings
 
 NAME = "samples"
 SCENES = ("num_train", "num_val", "num_objects_train", "num_objects_val", "size", "seed")
@@ -37,7 +37,7 @@ class SamplesConfig:
     """``sleep``: windows of 30 s in a night."""
     num_channels: Annotated[int, Field(ge=1, le=6)] = 1
     """``sleep``: EEG channels."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything."""
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smalti.data.image_set import ImageSample, ImageSet, read_json
+from smalti.data.image_set import ImageSample, ImageSet
 from smalti.errors import DataError
+from smalti.reading import read_json, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,11 @@ def read_annotations(path: Path) -> CocoAnnotations:
             str(row["file_name"]): CocoImage(image_id, int(row["height"]), int(row["width"]), tuple(objects[image_id]))
             for image_id, row in rows.items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = f"lacks {error}" if isinstance(error, KeyError) else f"can't be used: {error}"
-        raise DataError(f"{path}: {where} {reason}") from None
+    except DataError:
+        raise
+    except Exception as error:  # as in `reading`, with the place in the file
+        problem = f"lacks {error}" if isinstance(error, KeyError) else f"can't be used: {reason(error)}"
+        raise DataError(f"{path}: {where} {problem}") from error
     return CocoAnnotations(path, tuple(names[category_id] for category_id in ids), ids, images)
 
 

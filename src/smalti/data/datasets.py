@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from smalti.data.coco import read_annotations
-from smalti.data.files import image_names
+from smalti.data.image_files import image_names
 from smalti.data.image_set import (
     IGNORED,
     REFUSED,
@@ -24,11 +24,11 @@ from smalti.data.image_set import (
     ImageSet,
     LabelMap,
     by_stem,
-    read_json,
     read_lines,
 )
 from smalti.data.splits import folder_splits, split_of, stray_note
 from smalti.errors import DataError
+from smalti.reading import read_json, reading
 
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -371,12 +371,10 @@ def _things(root: Path) -> tuple[Mapping[str, Sequence[int]], str]:
         return _THINGS, "COCO's own table"
     groups: dict[str, list[int]] = {}
     table: Any = read_json(path)
-    try:
+    with reading(path, "a table of things"):
         for category in table["categories"]:
             if category["isthing"]:
                 groups.setdefault(str(category["supercategory"]), []).append(int(category["id"]))
-    except (KeyError, TypeError, ValueError):
-        groups = {}
     if not groups or not all(0 <= label_id < 256 for ids in groups.values() for label_id in ids):
         raise DataError(f"{path}: no table of things; 'categories' need id (0..255), supercategory and isthing")
     return {name: groups[name] for name in sorted(groups)}, f"table of {path.name}"

@@ -16,7 +16,7 @@ from typing import Literal
 
 from smalti.config import unknown_key
 from smalti.data import datasets
-from smalti.data.files import Found, find_images
+from smalti.data.image_files import Found, find_images
 from smalti.data.image_set import SPLITS as SPLITS
 from smalti.data.image_set import ImageSample as ImageSample
 from smalti.data.image_set import ImageSet as ImageSet

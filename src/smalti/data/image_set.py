@@ -1,17 +1,16 @@
 """What a reader returns, an :class:`ImageSet`, and the small text files that lie beside images."""
 
 import itertools
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
+from smalti.data.images import NO_PIXELS, PixelConfig, read_image
 from smalti.errors import DataError
 
 SPLITS = {
@@ -71,6 +70,12 @@ class ImageSample:
     """COCO's JSON with the objects of this and other images."""
     group: str | None = None
     """What the image belongs to (a video, patient or site), where a table says so."""
+    pixels: PixelConfig = NO_PIXELS
+    """How its file is decoded; one object for all images of a set."""
+
+    def read(self, channels: int = 3) -> np.ndarray:
+        """Its pixels, see :func:`~smalti.data.images.read_image`."""
+        return read_image(self.path, channels, self.pixels)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,17 @@ class ImageSet:
         """Files of the images as printable text, relative to the set where they lie in it."""
         relative = (path.relative_to(self.root) if path.is_relative_to(self.root) else path for path in self.paths)
         return tuple(as_text(path.as_posix()) for path in relative)
+
+    @property
+    def pixels(self) -> PixelConfig:
+        """How the files are decoded."""
+        return self.samples[0].pixels if self.samples else NO_PIXELS
+
+    def with_pixels(self, pixels: PixelConfig) -> "ImageSet":
+        """The same images, decoded in another way."""
+        if pixels == self.pixels:
+            return self
+        return replace(self, samples=tuple(replace(sample, pixels=pixels) for sample in self.samples))
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -212,17 +228,3 @@ def read_class_names(root: Path) -> tuple[str, ...] | None:
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{as_text(path)}: class '{repeated[0]}' stands in several lines; each needs a name of its own")
     return names or None
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        DataError: if it can't be read or isn't JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not a JSON file ({error})") from None

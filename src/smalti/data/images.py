@@ -4,9 +4,11 @@ Decoding is OpenCV's, from the file's bytes. Some decoders return the upper half
 end of each file is looked at first.
 """
 
+import io
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +16,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from smalti.data.headers import TIFF_STARTS, jpeg_segments, stored_size
+from smalti.data.pixels import NO_PIXELS as NO_PIXELS
+from smalti.data.pixels import PixelConfig as PixelConfig
 from smalti.data.tiff import Tiff
+from smalti.data.value_range import to_unit
 from smalti.errors import DataError
+from smalti.reading import reading
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 """Endings of the files that are read as images, in lower case; upper case is the same."""
@@ -32,40 +39,60 @@ _DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # alpha dropped, palette re
 _RGB_FLAG = getattr(cv2, "IMREAD_COLOR_RGB", 0)  # since OpenCV 4.11
 _DECODE_RGB = (_RGB_FLAG or cv2.IMREAD_COLOR) | cv2.IMREAD_ANYDEPTH
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # neither stuffing, nor restart, nor filling
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _STARTS = {b"\xff\xd8": "jpeg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp"}
-_FLOAT_SLACK = 1e-3  # how far a float image may leave 0..1 by rounding
 
 
-def read_image(path: Path, channels: int = 3) -> np.ndarray:
-    """Pixels of an image file: ``(H, W, channels)``, RGB, uint8; float32 in 0..1 for 16-bit and float files.
+def read_image(path: Path, channels: int = 3, pixels: PixelConfig = NO_PIXELS) -> np.ndarray:
+    """Pixels of an image file: ``(H, W, channels)``, RGB, uint8; float32 in 0..1 for 16-bit and float files, and for
+    all where ``pixels`` has a scale.
 
     Grey becomes three channels by repeating, colour becomes one by luminance, alpha is dropped, palettes are resolved,
     EXIF orientation is applied. TIFFs of N samples a pixel, or of N grey pages, are read with ``channels=N``.
 
     Raises:
-        DataError: if the file can't be read, is cut short or damaged, or has another number of channels.
+        DataError: if the file can't be read, is cut short or damaged, too large, or has another number of channels.
     """
-    try:
+    return _read(path, lambda data: decode_image(data, channels, pixels))
+
+
+def read_values(path: Path, channels: int = 3, max_pixels: int = NO_PIXELS.max_pixels) -> np.ndarray:
+    """Values of an image file as they are stored: ``(H, W, channels)`` in the file's own type.
+
+    Raises:
+        DataError: as :func:`read_image`.
+    """
+    return _read(path, lambda data: decode_values(data, channels, max_pixels))
+
+
+def _read(path: Path, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    with reading(path, "an image"):
         data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror or error})") from None
-    try:
-        return decode_image(data, channels)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        try:
+            return decode(data)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
 
 
-def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
+def decode_image(data: bytes, channels: int = 3, pixels: PixelConfig = NO_PIXELS) -> np.ndarray:
     """The same as :func:`read_image` for the bytes of a file; errors don't name the file."""
+    return to_unit(decode_values(data, channels, pixels.max_pixels), pixels.scale)
+
+
+def decode_values(data: bytes, channels: int = 3, max_pixels: int = NO_PIXELS.max_pixels) -> np.ndarray:
+    """``(H, W, channels)`` in the file's own type and values; integers that OpenCV has no colours for become float32.
+
+    Raises:
+        DataError: as :func:`decode_image`.
+    """
     check_complete(data)
-    if data[:4] in _TIFF_STARTS:
+    _check_size(data, max_pixels)
+    if data[:4] in TIFF_STARTS:
         image = _decode_tiff(data, channels)
     elif data[:2] == b"\xff\xd8" and channels == 3:
         image = _decode_bytes(data, _DECODE_RGB)  # its decoder repeats grey by itself, in three quarters of the time
     else:
         image = _decode_bytes(data, _DECODE if channels in (1, 3) else cv2.IMREAD_UNCHANGED)
-    return _to_range(_to_channels(image, channels))
+    return _to_channels(image, channels)
 
 
 def as_picture(image: np.ndarray) -> np.ndarray:
@@ -87,7 +114,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     try:
         with path.open("rb") as file:
-            is_tiff = file.read(4) in _TIFF_STARTS
+            is_tiff = file.read(4) in TIFF_STARTS
         if is_tiff:
             page = Tiff(path.read_bytes()).pages[0]
             return page.size if not page.is_turned else page.size[::-1]
@@ -108,24 +135,35 @@ class ImageFacts(NamedTuple):
     bits: int
     """A sample."""
     format: str
+    values: tuple[float, float] | None = None
+    """Smallest and largest value, of files that aren't 8 bits unsigned."""
+    kind: str = "uint8"
+    """NumPy's name of the type of the values."""
 
 
-def inspect_image(data: bytes) -> ImageFacts:
+def inspect_image(data: bytes, max_pixels: int = NO_PIXELS.max_pixels) -> ImageFacts:
     """Facts about the bytes of an image file, decoded as it is.
 
     Raises:
         DataError: if it can't be read, without the file's name.
     """
-    check_complete(data)
-    if data[:4] in _TIFF_STARTS:
+    if data[:4] in TIFF_STARTS:
+        check_complete(data)
         tiff = Tiff(data)
         page = tiff.pages[0]
-        height, width, _ = decode_image(data, 3 if page.is_colour and len(tiff.pages) == 1 else tiff.channels).shape
-        return ImageFacts(height, width, tiff.channels, page.bits, "tiff")
-    image = _decode_bytes(data, cv2.IMREAD_UNCHANGED)
-    kind = next((name for start, name in _STARTS.items() if data.startswith(start)), "other")
-    channels = 1 if image.ndim == 2 else image.shape[2]
-    return ImageFacts(image.shape[0], image.shape[1], channels, image.itemsize * 8, kind)
+        is_picture = page.is_colour and len(tiff.pages) == 1
+        image = decode_values(data, 3 if is_picture else tiff.channels, max_pixels)
+        facts = ImageFacts(image.shape[0], image.shape[1], tiff.channels, page.bits, "tiff")
+    else:
+        check_complete(data)
+        _check_size(data, max_pixels)
+        image = _decode_bytes(data, cv2.IMREAD_UNCHANGED)
+        kind = next((name for start, name in _STARTS.items() if data.startswith(start)), "other")
+        channels = 1 if image.ndim == 2 else image.shape[2]
+        facts = ImageFacts(image.shape[0], image.shape[1], channels, image.itemsize * 8, kind)
+    if image.dtype == np.uint8:
+        return facts
+    return facts._replace(values=(float(image.min()), float(image.max())), kind=image.dtype.name)
 
 
 def check_complete(data: bytes) -> None:
@@ -151,19 +189,10 @@ def check_complete(data: bytes) -> None:
 
 def _jpeg_is_complete(data: bytes) -> bool:
     """Whether the image's own end marker is there: thumbnails inside and films appended have markers too."""
-    place = 2
-    while place + 4 <= len(data):  # segments, each with its length, up to the first scan
-        if data[place] != 0xFF:
-            return False
-        marker = data[place + 1]
-        if marker in (0xFF, 0x01):
-            place += 1 if marker == 0xFF else 2
-            continue
-        if marker == 0xD9:
-            return False  # an end before any pixel
-        place += 2 + struct.unpack_from(">H", data, place + 2)[0]
-        if marker == 0xDA:
-            break
+    *_, (marker, place) = (0, 0), *jpeg_segments(data)
+    if marker != 0xDA:
+        return False  # an end before any pixel
+    place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     while match := _JPEG_MARKER.search(data, place):  # after a scan: its end, or tables and another scan
         if match[1] == b"\xd9":
             return True
@@ -171,6 +200,35 @@ def _jpeg_is_complete(data: bytes) -> bool:
             return False
         place = match.end() + struct.unpack_from(">H", data, match.end())[0]
     return False
+
+
+def _check_size(data: bytes, max_pixels: int) -> None:
+    """Refuse an image that is too large by its header.
+
+    Raises:
+        DataError: without the file's name.
+    """
+    if data[:4] in TIFF_STARTS:
+        sizes = [(*page.size, max(1.0, page.samples / 4)) for page in Tiff(data).pages]
+    else:
+        sizes = [(*(stored_size(data) or _other_size(data)), 1.0)]
+    count = sum(height * width * each for height, width, each in sizes)
+    if count > max_pixels:
+        height, width, _ = sizes[0]
+        pages = f" on {len(sizes)} pages" if len(sizes) > 1 else ""
+        raise DataError(
+            f"{width}x{height} pixels{pages}, more than data.max_pixels={max_pixels}; make it smaller, "
+            "or raise the limit (an image takes 3 bytes a pixel and more)"
+        )
+
+
+def _other_size(data: bytes) -> tuple[int, int]:
+    """Height and width by Pillow, of what isn't named by its content: GIF, AVIF, JPEG 2000 and others."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except PILLOW_ERRORS:
+        raise DataError("can't be decoded; it is damaged, or not an image") from None
 
 
 def _check_png(data: bytes) -> None:
@@ -222,9 +280,12 @@ def _decode_bytes(data: bytes, flags: int) -> np.ndarray:
 
 def _decode_tiff(data: bytes, channels: int) -> np.ndarray:
     tiff = Tiff(data)
+    tiff.check_sums()
     page = tiff.pages[0]
     if tiff.channels == channels > 1 and (len(tiff.pages) > 1 or not (page.is_colour and channels == 3)):
         return tiff.read_channels()
+    if page.is_lab:
+        raise DataError("a TIFF of Lab colours; save it as RGB")
     is_picture = page.is_colour or page.samples == 1 or (page.samples == 2 and page.has_alpha)
     if len(tiff.pages) > 1 or not is_picture or page.samples > 4:
         raise DataError(_channels_line(tiff.describe(), tiff.channels, channels))
@@ -239,23 +300,10 @@ def _to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     if found == 1 and channels == 3:
         return cv2.merge([image] * 3)
     if found == 3 and channels == 1:
-        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
+        known = image.dtype in (np.uint8, np.uint16, np.float32)
+        return cv2.cvtColor(image if known else image.astype(np.float32), cv2.COLOR_RGB2GRAY)[:, :, None]
     raise DataError(_channels_line(f"{found} channel{'s' * (found > 1)}", found, channels))
 
 
 def _channels_line(what: str, found: int, channels: int) -> str:
     return f"{what}, but data.channels={channels}; set data.channels={found} or convert the image"
-
-
-def _to_range(image: np.ndarray) -> np.ndarray:
-    """uint8 as it is; 16-bit and float -> float32 in 0..1."""
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype == np.uint16:
-        return image.astype(np.float32) / np.float32(65535)
-    if image.dtype not in (np.float32, np.float64):
-        raise DataError(f"pixels of type {image.dtype}; save it as 8 or 16 bit unsigned, or as float in 0..1")
-    low, high = float(image.min()), float(image.max())
-    if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):  # also true of nan
-        raise DataError(f"float pixels from {low:g} to {high:g}; they must lie in 0..1")
-    return np.clip(image, 0, 1).astype(np.float32)

@@ -20,7 +20,9 @@ from smalti.data.coco import with_objects
 from smalti.data.folders import SPLITS, ClassDepth, ImageSample, ImageSet, open_images, read_image
 from smalti.data.image_set import IGNORED as IGNORED
 from smalti.data.image_set import as_text
+from smalti.data.images import NO_PIXELS, PixelConfig
 from smalti.data.loader import epoch_order, start_worker, unchanged
+from smalti.data.masks import check_headers as check_headers
 from smalti.data.masks import eval_mask as eval_mask
 from smalti.data.masks import read_mask as read_mask
 from smalti.data.masks import values_seen, warn_of_black_and_white, with_values
@@ -30,6 +32,7 @@ from smalti.errors import ConfigError, DataError
 EvalCrop = Literal["crop", "squash", "centre"]
 """How an image becomes a square; see :func:`eval_image`."""
 _TEST_RATIO = 0.2
+_LONGEST = 64  # sides of a strip
 _NEEDED = {
     "labels": "class folders (CLASS/image or SPLIT/CLASS/image), or a table with path and label",
     "masks": "masks (images/ with masks/ or instances/, and classes.txt)",
@@ -59,6 +62,10 @@ class LabelledData:
     def evaluated(self) -> str:
         """What the evaluated images are called, such as ``val images``."""
         return f"{self.split} images".strip()
+
+    def with_pixels(self, pixels: PixelConfig) -> "LabelledData":
+        """The same images, decoded in another way."""
+        return replace(self, train=self.train.with_pixels(pixels), test=self.test.with_pixels(pixels))
 
 
 def open_labelled(
@@ -227,7 +234,11 @@ def _missing_classes(images: ImageSet, train: ImageSet, test: ImageSet) -> tuple
 
 
 def load_images(
-    paths: str | Path | Sequence[str | Path], size: int, channels: int = 3, mode: EvalCrop = "crop"
+    paths: str | Path | Sequence[str | Path],
+    size: int,
+    channels: int = 3,
+    mode: EvalCrop = "crop",
+    pixels: PixelConfig = NO_PIXELS,
 ) -> Tensor:
     """Images ready for :meth:`smalti.Encoder.encode`: ``(B, channels, size, size)``, uint8, or float32 in 0..1 where
     one of the files has 16 bits or floats.
@@ -237,18 +248,19 @@ def load_images(
         size: side in pixels, a multiple of the patch size.
         channels: as the encoder takes.
         mode: see :func:`eval_image`.
+        pixels: how the files are decoded.
 
     Raises:
         DataError: if a file can't be read.
     """
     files = [paths] if isinstance(paths, (str, Path)) else paths
-    images = [torch.tensor(eval_image(Path(file), size, channels, mode)).permute(2, 0, 1) for file in files]
+    images = [torch.tensor(eval_image(Path(file), size, channels, mode, pixels)).permute(2, 0, 1) for file in files]
     if any(image.dtype != torch.uint8 for image in images):
         images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
     return torch.stack(images)
 
 
-def eval_image(path: Path, size: int, channels: int, mode: EvalCrop) -> np.ndarray:
+def eval_image(path: Path, size: int, channels: int, mode: EvalCrop, pixels: PixelConfig = NO_PIXELS) -> np.ndarray:
     """An image ready for an encoder: ``(size, size, C)``, uint8, or float32 in 0..1 for 16-bit and float files.
 
     Args:
@@ -259,17 +271,19 @@ def eval_image(path: Path, size: int, channels: int, mode: EvalCrop) -> np.ndarr
             ``squash``: to ``size`` x ``size`` whatever its shape, bilinear: segmentation.
             ``centre``: the largest central square to ``size``, bicubic: nothing of a square image is cut off, as in
             :class:`smalti.data.views.CentreCrop`. All antialiased.
+        pixels: how the file is decoded.
 
     Raises:
         DataError: if the file can't be read.
 
     Source: Caron et al., DINO, arXiv:2104.14294v2, evaluation code (crop); Balazevic et al., arXiv:2306.01667 (squash).
     """
-    image = read_image(path, channels)
+    image = read_image(path, channels, pixels)
     if mode == "squash":
         return _resize_antialiased(image, size, size, "bilinear")
     if mode == "centre":
         return centre_crop(image, size)
+    image = _middle(image)
     height, width = image.shape[:2]
     short = round(size * 256 / 224)
     if height <= width:
@@ -278,6 +292,14 @@ def eval_image(path: Path, size: int, channels: int, mode: EvalCrop) -> np.ndarr
         image = _resize_antialiased(image, max(short, int(short * height / width)), short, "bicubic")
     top, left = (round((side - size) / 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    """The middle of a strip, :data:`_LONGEST` times as long as it is wide: the rest would be enlarged to be cut off."""
+    height, width = image.shape[:2]
+    most = _LONGEST * min(height, width)
+    top, left = max(0, (height - most) // 2), max(0, (width - most) // 2)
+    return image[top : top + most, left : left + most]
 
 
 def _resize_antialiased(image: np.ndarray, height: int, width: int, kind: Literal["bilinear", "bicubic"]) -> np.ndarray:
@@ -330,6 +352,7 @@ class _EvalBatches(Dataset[tuple[Tensor, list[int], list[Skipped]]]):
         batch_size: int,
     ):
         self.paths = [sample.path for sample in samples]
+        self.pixels = samples[0].pixels if samples else NO_PIXELS
         self.size, self.channels, self.mode, self.batch_size = size, channels, mode, batch_size
 
     def __len__(self) -> int:
@@ -340,7 +363,7 @@ class _EvalBatches(Dataset[tuple[Tensor, list[int], list[Skipped]]]):
         first = batch * self.batch_size
         for place, path in enumerate(self.paths[first : first + self.batch_size], first):
             try:
-                arrays.append(eval_image(path, self.size, self.channels, self.mode))
+                arrays.append(eval_image(path, self.size, self.channels, self.mode, self.pixels))
                 places.append(place)
             except DataError as error:
                 skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))

@@ -25,6 +25,7 @@ from smalti.data.folders import ImageSet, read_image
 from smalti.data.image_set import as_text
 from smalti.data.views import SampleViews, Skipped, ViewMaker, Views, collate
 from smalti.errors import DataError, RunError
+from smalti.reading import reading
 from smalti.threads import usable_cores
 
 _MAX_TRIES = 32
@@ -218,7 +219,7 @@ class _Files:
     """Image files as a :class:`Source`."""
 
     def __init__(self, images: ImageSet, channels: int):
-        self._root, self._channels = images.root, channels
+        self._root, self._channels, self._pixels = images.root, channels, images.pixels
         self._paths = _Paths(images.paths)
 
     @property
@@ -232,7 +233,7 @@ class _Files:
         return self._paths[index]
 
     def read(self, index: int) -> np.ndarray:
-        return read_image(self._paths[index], self._channels)
+        return read_image(self._paths[index], self._channels, self._pixels)
 
 
 class _Paths:
@@ -307,7 +308,7 @@ class UnreadableLog:
     def _read(self) -> None:
         if not self.path.exists():
             return
-        with self.path.open(encoding="utf-8", newline="") as file:
+        with reading(self.path, "a list of unreadable images"), self.path.open(encoding="utf-8", newline="") as file:
             for row in csv.reader(file):
                 if len(row) == 2 and tuple(row) != _HEADER:
                     self._reasons.setdefault(row[0], row[1])

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from smalti.data.files import Found, find_images
+from smalti.data.image_files import Found, find_images
 from smalti.data.image_set import ImageSample, ImageSet, as_text, read_class_names
 from smalti.data.images import PILLOW_ERRORS
 from smalti.data.splits import folder_splits, image_keys, read_split_lists, split_of, stray_note

@@ -30,6 +30,7 @@ from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional import orders as geometry
 from smalti.functional.transfer import move
+from smalti.reading import reading, shorten
 
 GEOMETRIC = ("raster", "spiral", "centre_out", "border_in", "halton")
 """Orders of the grid alone."""
@@ -386,22 +387,22 @@ def read_orders(path: str | Path) -> OrderCache:
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"{path}: is not a file; orders are written by smalti rank RUN --data DIR --out FILE.parquet")
-    try:
+    with reading(path, "a Parquet file"):
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: can't be read as Parquet ({str(error).splitlines()[0]})") from None
     try:
         note = json.loads((table.schema.metadata or {})[b"smalti"])
         if note["kind"] != "orders":
             raise KeyError("kind")
-    except (KeyError, TypeError, ValueError):
+    except Exception:
         raise DataError(f"{path}: is no file of orders; such a file is written by smalti rank") from None
     if note.get("version") != _VERSION:
         raise DataError(
             f"{path}: is of version {note.get('version')}, version {_VERSION} is needed; rank the images again"
         )
-    try:
-        grid = (int(note["grid"][0]), int(note["grid"][1]))
+    with reading(path, "a file of orders", advice="rank the images again"):
+        grid = (note["grid"][0], note["grid"][1])
+        if not all(isinstance(side, int) and side >= 1 for side in grid):
+            raise ValueError(f"a grid of {shorten(str(grid))} patches")
         names = [str(name) for name in note["orders"]]
         num = grid[0] * grid[1]
         scored = [name for name in names if f"{name}_score" in table.column_names]
@@ -411,22 +412,28 @@ def read_orders(path: str | Path) -> OrderCache:
             image_size=int(note["image_size"]),
             root=str(note["root"]),
             source=str(note["source"]),
-            images=tuple(table["image"].to_pylist()),
-            splits=tuple(table["split"].to_pylist()),
-            flips=np.array(table["flip"].to_pylist(), dtype=bool),
+            images=tuple(_cells(table, "image", str)),
+            splits=tuple(_cells(table, "split", str, type(None))),
+            flips=np.array(_cells(table, "flip", bool), dtype=bool),
             stored={name: _rows(table[name], num) for name in names},
             scores={name: _rows(table[f"{name}_score"], num) for name in scored},
             seconds={str(name): float(value) for name, value in (note.get("seconds") or {}).items()},
             unreadable=frozenset(map(str, note.get("unreadable") or ())),
         )
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, pa.ArrowException) as error:
-        raise DataError(f"{path}: is damaged ({str(error).splitlines()[0]}); rank the images again") from None
     for name, values in cache.stored.items():
         if not _are_permutations(values):
             raise DataError(f"{path}: is damaged (order '{name}' is no permutation in some row); rank the images again")
     if len(cache._place) < len(cache.images):
         raise DataError(f"{path}: is damaged (an image stands in it twice); rank the images again")
     return cache
+
+
+def _cells(table: pa.Table, name: str, *kinds: type) -> list[Any]:
+    """A column's values, of these types."""
+    values = table[name].to_pylist()
+    if wrong := [value for value in values if not isinstance(value, kinds)]:
+        raise TypeError(f"column '{name}' holds {wrong[0]!r}")
+    return values
 
 
 def _rows(column: pa.ChunkedArray, num: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What is in a folder of images, before a run is spent on it: sizes, channels, damage, duplicates, leakage."""
 
 import hashlib
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,12 @@ from smalti.data.folders import ImageSet
 from smalti.data.images import ImageFacts, inspect_image
 from smalti.data.views import Skipped
 from smalti.errors import DataError
+from smalti.reading import reading
 from smalti.threads import usable_cores
 
 _CHUNK = 1024
 _SHOWN = 3
+_FULL = 0.5  # part of the range of 16 bits below which a scale is proposed
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class ScanReport:
     channels: dict[int, int]
     """``{channels: images}``, the most frequent first; also below."""
     bit_depths: dict[int, int]
+    values: dict[str, tuple[float, float]]
+    """Type of the values -> smallest and largest one, of files that aren't 8 bits unsigned."""
     formats: dict[str, int]
     """By content, whatever the file's ending."""
     unreadable: tuple[Skipped, ...]
@@ -40,6 +45,18 @@ class ScanReport:
     shared: tuple[tuple[Path, Path], ...]
     """Files with the same bytes as one of the set compared with, and which."""
     against: Path | None = None
+
+    @property
+    def scale_hint(self) -> str:
+        """What to set for values that fill a small part of their range, or leave it; empty where none do."""
+        for kind, (low, high) in self.values.items():
+            if kind == "uint16" and high < _FULL * 65535:
+                bits = max(1, math.ceil(math.log2(high + 1)))
+                return f"values reach {high:g} of 65535; data.scale=[0,{2**bits - 1}] spreads them ({bits} bits)"
+            if kind != "uint16" and not (low >= 0 and high <= 1):
+                needed = f"data.scale=[{low:g},{high:g}] or data.scale=percentiles"
+                return f"values from {low:g} to {high:g} ({kind}); they need {needed}"
+        return ""
 
     def lines(self) -> list[str]:
         """The report as text, a fact a line."""
@@ -50,6 +67,7 @@ class ScanReport:
                 f"channels     {_counts(self.channels)}",
                 f"bit depth    {_counts(self.bit_depths)}",
                 f"format       {_counts(self.formats)}",
+                *(f"values       {low:g} to {high:g} in {kind} files" for kind, (low, high) in self.values.items()),
             ]
         result.append(f"unreadable   {len(self.unreadable):,}")
         result += _some([f"{path}: {reason}" for path, reason in self.unreadable])
@@ -63,7 +81,10 @@ class ScanReport:
 
 
 def scan_images(
-    images: ImageSet, *, against: ImageSet | None = None, progress: Callable[[int, int], None] | None = None
+    images: ImageSet,
+    *,
+    against: ImageSet | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ScanReport:
     """Read every image once and say what there is.
 
@@ -76,12 +97,12 @@ def scan_images(
     done = 0
     found: list[_Found] = []
     others: dict[bytes, Path] = {}
-    for file in _look_at(images.paths, decode=True):
+    for file in _look_at(images.paths, images.pixels.max_pixels):
         found.append(file)
         done += 1
         if progress is not None:
             progress(done, total)
-    for file in _look_at(against.paths if against is not None else (), decode=False):
+    for file in _look_at(against.paths if against is not None else (), None):
         if file.digest:
             others.setdefault(file.digest, file.path)
         done += 1
@@ -99,6 +120,7 @@ def scan_images(
         width=_spread([fact.width for fact in facts]),
         channels=dict(Counter(fact.channels for fact in facts).most_common()),
         bit_depths=dict(Counter(fact.bits for fact in facts).most_common()),
+        values=_values(facts),
         formats=dict(Counter(fact.format for fact in facts).most_common()),
         unreadable=tuple(Skipped(file.path, file.facts) for file in found if isinstance(file.facts, str)),
         duplicates=tuple(tuple(group) for group in groups.values() if len(group) > 1),
@@ -115,23 +137,35 @@ class _Found(NamedTuple):
     """A text says why the file can't be read; None where it wasn't decoded."""
 
 
-def _look_at(paths: Sequence[Path], decode: bool) -> Iterator[_Found]:
-    """Facts of each file, in order; decoding runs in threads, since OpenCV lets go of Python's lock."""
+def _look_at(paths: Sequence[Path], max_pixels: int | None) -> Iterator[_Found]:
+    """Facts of each file, in order; decoding runs in threads, since OpenCV lets go of Python's lock. None: don't."""
     with ThreadPoolExecutor(max_workers=usable_cores()) as threads:
         for first in range(0, len(paths), _CHUNK):
-            yield from threads.map(lambda path: _look_at_one(path, decode), paths[first : first + _CHUNK])
+            yield from threads.map(lambda path: _look_at_one(path, max_pixels), paths[first : first + _CHUNK])
 
 
-def _look_at_one(path: Path, decode: bool) -> _Found:
+def _look_at_one(path: Path, max_pixels: int | None) -> _Found:
     try:
         data = path.read_bytes()
     except OSError as error:
         return _Found(path, b"", 0, f"can't be read ({error.strerror or error})")
     digest = hashlib.sha256(data).digest() if data else b""  # empty files are no duplicates of one another
+    if max_pixels is None:
+        return _Found(path, digest, len(data), None)
     try:
-        return _Found(path, digest, len(data), inspect_image(data) if decode else None)
+        with reading(path, "an image"):
+            return _Found(path, digest, len(data), inspect_image(data, max_pixels))
     except DataError as error:
-        return _Found(path, digest, len(data), str(error))
+        return _Found(path, digest, len(data), str(error).removeprefix(f"{path}: "))
+
+
+def _values(facts: Sequence[ImageFacts]) -> dict[str, tuple[float, float]]:
+    found: dict[str, tuple[float, float]] = {}
+    for fact in facts:
+        if fact.values is not None:
+            low, high = found.get(fact.kind, fact.values)
+            found[fact.kind] = (min(low, fact.values[0]), max(high, fact.values[1]))
+    return found
 
 
 def _spread(values: Sequence[int]) -> tuple[int, float, int]:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from smalti.data.files import first_of
+from smalti.data.image_files import first_of
 from smalti.data.image_set import SPLIT_ORDER, SPLITS, as_text, read_lines
 from smalti.errors import DataError
 

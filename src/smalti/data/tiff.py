@@ -5,6 +5,7 @@ form it can: a page of N samples is a grey image N times as wide, once the direc
 """
 
 import struct
+import zlib
 from dataclasses import dataclass
 
 import cv2
@@ -18,7 +19,9 @@ _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254,
 _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 274, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _KEPT = (_HEIGHT, _COMPRESSION, _FILL_ORDER, _ROWS, _TILE_HEIGHT)
-_MAX_PAGES = 4096  # a loop in the chain of directories ends here
+_DEFLATE = (8, 32946)
+_AT_ONCE = 2**20  # bytes: a strip of some kB may hold gigabytes
+_MAX_PAGES, _MAX_ENTRIES = 4096, 4096
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Page:
     def is_colour(self) -> bool:
         """Whether the samples are RGB, CMYK, YCbCr or palette colours, not channels of their own."""
         return self.first(_PHOTOMETRIC, 1) not in (0, 1)
+
+    @property
+    def is_lab(self) -> bool:
+        """Whether its colours are lightness and two opponents, which decoders turn into RGB in their own ways."""
+        return self.first(_PHOTOMETRIC, 1) in (8, 9, 10)
 
     @property
     def has_alpha(self) -> bool:
@@ -109,10 +117,14 @@ class Tiff:
         value_size = 8 if self.big else 4
         offset = self._unpack(data, offset_letter, 8 if self.big else 4)
         pages: list[Page] = []
+        seen: set[int] = set()
         while offset and len(pages) < _MAX_PAGES:
             num_entries = self._unpack(data, count_letter, offset)
+            if offset in seen or num_entries > _MAX_ENTRIES:
+                raise DataError("a damaged TIFF: its directories lead back to one another, or are too long")
+            seen.add(offset)
             start = offset + struct.calcsize("<" + count_letter)
-            tags = {}
+            tags: dict[int, tuple[int, ...]] = {}
             for place in range(start, start + num_entries * entry_size, entry_size):
                 tag, kind = self._unpack(data, "H", place), self._unpack(data, "H", place + 2)
                 count = self._unpack(data, offset_letter, place + 4)
@@ -123,9 +135,9 @@ class Tiff:
                     where = self._unpack(data, offset_letter, where)
                 if where + count * _SIZES[kind] > len(data):
                     raise IndexError
-                tags[tag] = struct.unpack_from(f"{self.order}{count}{_LETTERS[kind]}", data, where)
+                tags.setdefault(tag, struct.unpack_from(f"{self.order}{count}{_LETTERS[kind]}", data, where))
             page = Page(tags)
-            if not page.first(_SUBFILE, 0) & 1:  # bit 0: a smaller copy of another page
+            if not pages or not page.first(_SUBFILE, 0) & 1:  # bit 0: a smaller copy of another page
                 pages.append(page)
             offset = self._unpack(data, offset_letter, start + num_entries * entry_size)
         return pages
@@ -137,6 +149,25 @@ class Tiff:
             end = max((a + b for a, b in zip(page.chunks, sizes, strict=False)), default=0)
             if end > len(self.data):
                 raise DataError(f"cut short: {len(self.data)} bytes, its pixels end at byte {end}")
+
+    def check_sums(self) -> None:
+        """Refuse deflated strips whose checksum is wrong, of which OpenCV gives what it has; they are inflated for it.
+
+        Raises:
+            DataError: for the first of them.
+        """
+        for page in self.pages:
+            if page.first(_COMPRESSION, 1) not in _DEFLATE:
+                continue
+            sizes = page.tags.get(_STRIP_BYTES) or page.tags.get(_TILE_BYTES) or ()
+            for start, size in zip(page.chunks, sizes, strict=False):
+                stream = zlib.decompressobj()
+                try:
+                    stream.decompress(self.data[start : start + size], _AT_ONCE)
+                    while stream.unconsumed_tail:
+                        stream.decompress(stream.unconsumed_tail, _AT_ONCE)
+                except zlib.error:
+                    raise DataError(f"a damaged TIFF: the checksum of its strip at byte {start} is wrong") from None
 
     def _read_page(self, page: Page) -> np.ndarray:
         samples, (height, width) = page.samples, page.size

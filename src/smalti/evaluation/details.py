@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors
 import safetensors.torch
 from PIL import Image
 
 from smalti.config import write_atomically
-from smalti.errors import DataError
 from smalti.evaluation.protocol import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
 from smalti.functional.colours import palette
+from smalti.reading import reading
 
 INDEX, PER_IMAGE, CONFUSION, PREDICTIONS = "details.json", "per_image.parquet", "confusion.csv", "predictions"
 PICTURES = "pictures"
@@ -80,16 +79,14 @@ def read_details(folder: Path, results: Sequence[Result]) -> list[Result]:
     Raises:
         DataError: if the folder isn't of that form.
     """
-    try:
+    with reading(folder, "a folder of details"):
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         once = cache(lambda text: _read_shown(folder, json.loads(text)))  # several results share one
         found = {}
         for entry in index:
             shown = once(json.dumps(entry["shown"])) if entry.get("shown") else None
             found[entry["number"]] = dataclasses.replace(_read_one(folder / entry["folder"], entry), shown=shown)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid, safetensors.SafetensorError) as error:
-        raise DataError(f"{folder}: not a folder of details ({type(error).__name__}: {error})") from error
-    return [dataclasses.replace(result, details=found.get(number)) for number, result in enumerate(results)]
+        return [dataclasses.replace(result, details=found.get(number)) for number, result in enumerate(results)]
 
 
 def _index_of(shown: Shown, folder: str) -> dict[str, Any]:

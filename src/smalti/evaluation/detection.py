@@ -34,7 +34,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from smalti.data.coco import CocoImage, CocoObject, annotated_image
-from smalti.data.folders import ImageSample, ImageSet, read_image
+from smalti.data.folders import ImageSample, ImageSet
 from smalti.data.images import image_size
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError, SmaltiError
@@ -293,7 +293,7 @@ class Augmented:
         """``(C, S, S)`` normalised: scaled, cropped, flipped, filled up; and what to find in it. Crowds are not."""
         sample, size = self.samples[place], self.recipe.image_size
         try:
-            image = read_image(sample.path, len(self.mean))
+            image = sample.read(len(self.mean))
         except DataError as error:
             return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
         objects = [item for item in annotated_image(sample).objects if not item.is_crowd]
@@ -340,7 +340,7 @@ class _TestImages(Dataset[Any]):
     def __getitem__(self, place: int) -> tuple[Tensor, tuple[int, int]] | Skipped | SmaltiError:
         sample, size = self._samples[place], self._size
         try:
-            image = read_image(sample.path, len(self._mean))
+            image = sample.read(len(self._mean))
         except DataError as error:
             return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
         factor = size / max(image.shape[:2])

@@ -369,7 +369,8 @@ def _sheets(fake: _Encoded, real: _Encoded, train: _Encoded | None, channels: in
     """Pictures for the page: generated images beside real ones, and with the nearest real ones, of training if any."""
 
     def picture(of: _Encoded, number: int) -> np.ndarray:
-        return as_picture(eval_image(of.images.paths[of.places[number]], _SHEET_PX, channels, "centre"))
+        path = of.images.paths[of.places[number]]
+        return as_picture(eval_image(path, _SHEET_PX, channels, "centre", of.images.pixels))
 
     def grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
         return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)

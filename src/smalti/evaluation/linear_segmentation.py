@@ -23,7 +23,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from smalti.data.folders import ImageSample, ImageSet, read_image
+from smalti.data.folders import ImageSample, ImageSet
 from smalti.data.images import image_size
 from smalti.data.labelled import eval_mask, read_mask
 from smalti.data.loader import epoch_order, sample_key
@@ -402,7 +402,7 @@ def augmented_tokens(
     def make(position: int) -> tuple[Tensor, Tensor, int] | Skipped:
         sample = images.samples[position]
         try:
-            image = read_image(sample.path, channels)
+            image = sample.read(channels)
         except DataError as error:
             return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
         mask = read_mask(sample, num_classes)

@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from smalti.config import settings, to_tree, write_atomically
+from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree, write_atomically
 from smalti.data.folders import ClassDepth, ImageSet, open_images
-from smalti.data.labelled import Kind, LabelledData, draw_training, open_labelled
+from smalti.data.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
+from smalti.data.pixels import PixelConfig
 from smalti.data.signal_config import SignalConfig
 from smalti.data.signals import LabelledSignals, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
@@ -30,14 +31,13 @@ from smalti.evaluation.metrics import Absent
 from smalti.evaluation.shown import Shown, show
 from smalti.evaluation.tally import Tally
 from smalti.models.encoder import Encoder, encoder_from_config, eval_mode
+from smalti.reading import reading
 
 Need = Literal["labels", "masks", "boxes", "images", "stages"]
 """What the data must have; ``images`` are enough for what needs no labels, ``stages`` are those of signals."""
 _KINDS: Mapping[Need, Kind] = {"labels": "labels", "masks": "masks", "boxes": "boxes"}
 Labelled = LabelledData | LabelledSignals
 Preset = Literal["small", "full", "paper"]
-Count = Annotated[int, Field(ge=1)]
-CountFromZero = Annotated[int, Field(ge=0)]
 
 _FEW_NAMES = 5
 SHARE = "share of 1, higher is better"
@@ -45,7 +45,7 @@ SHARE = "share of 1, higher is better"
 
 
 @settings
-class EvalConfig:
+class EvalConfig(PixelConfig):
     """Settings of all protocols. Where a protocol doesn't heed a setting that was changed, a warning says so."""
 
     data: str | None = None
@@ -58,19 +58,19 @@ class EvalConfig:
     """While training: evaluate every so many steps; 0 evaluates not before the end."""
     patience: CountFromZero = 0
     """While training: stop after so many evaluations in a row without a new best; 0 never stops early."""
-    image_size: Count | None = None
+    image_size: ImageSize | None = None
     """Side of the images in pixels, a multiple of the patch size; None takes the preset's, else the encoder's own."""
-    batch_size: Count = 64
+    batch_size: BatchSize = 64
     """Images that are encoded at a time. Changes memory and time, not the numbers."""
-    num_workers: CountFromZero = 0
+    num_workers: Workers = 0
     """Workers that read images; 0 reads in this process. Does not change the numbers."""
     cache_mib: CountFromZero = 2048
     """Patch tokens up to this size are kept in memory; beyond it they are computed again for each epoch."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """Precision to which patch tokens are rounded, whether they are kept or computed again."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the split (where the data has none), the heads' initial weights, their order of images, and the baseline."""
-    split_seed: int | None = None
+    split_seed: Seed | None = None
     """Of the split alone, where the data has none, and of the draw of ``train_size``; None takes ``seed``."""
     groups: str | None = None
     """A regular expression on each evaluated image's relative path; its first group, or the whole match, names what
@@ -130,7 +130,7 @@ class EvalConfig:
     """attention, rank, equivariance: images that are looked at where all would be too many."""
     epochs: Count | None = None
     """Heads and fine-tuning: passes over the training images; None takes the protocol's own."""
-    head_batch_size: Count | None = None
+    head_batch_size: BatchSize | None = None
     """Heads and fine-tuning: images a step; None takes the protocol's own."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """linear-segmentation, finetune, segmenter, detection: highest learning rate; None takes the protocol's own (in the
@@ -146,7 +146,7 @@ class EvalConfig:
     augment: bool | None = None
     """linear-probe, linear-segmentation, knn-patch, in-context, retrieval: crop and alter the training images; None
     takes the preset's."""
-    mask_size: Count | None = None
+    mask_size: ImageSize | None = None
     """linear-segmentation, overclustering, in-context: side of the masks in pixels; None takes the preset's."""
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
@@ -174,6 +174,8 @@ SHARED = frozenset(
         "num_workers",
         "seed",
         "baseline",
+        "max_pixels",
+        "scale",
     }
 )
 """Settings that every protocol heeds."""
@@ -184,7 +186,7 @@ _READING: Mapping[Need, frozenset[str]] = {
     "masks": frozenset({"mask_values", "ignore"}),
 }
 """Settings of how labels are read."""
-LATER = ("orders", "rates", "speed", "class_depth", "mask_values", "ignore")
+LATER = ("orders", "rates", "speed", "class_depth", "mask_values", "ignore", "max_pixels", "scale")
 """Settings that older results don't know: as long as they are at their defaults, the old results are the same."""
 
 
@@ -462,6 +464,10 @@ def evaluate(
     ]
     _warn_unheeded(protocols, config)
     sets = open_sets(data, config)
+    for need, labelled in sets.items():
+        if need == "masks" and isinstance(labelled, LabelledData):
+            check_headers(labelled.train)
+            check_headers(labelled.test)
     compared = [protocol for protocol in protocols if protocol.has_baseline]
     other: Encoder | None = None
     if config.baseline and compared and baseline is not None:
@@ -525,6 +531,7 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
         )
         for need in needs
     }
+    sets = {need: labelled.with_pixels(config.pixels) for need, labelled in sets.items()}
     for need, labelled in sets.items():
         for called, images in (("train images", labelled.train), (labelled.evaluated, labelled.test))[
             need == "images" :
@@ -633,21 +640,23 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         DataError: if the file isn't there or isn't of that form.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
-        return [
-            Result(
-                **{
-                    **row,
-                    "metrics": _numbers(row["metrics"]),
-                    "per_class": {name: _numbers(values) for name, values in row.get("per_class", {}).items()},
-                    "intervals": {name: _numbers(values) for name, values in row.get("intervals", {}).items()},
-                }
-            )
-            for row in rows
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a file of results ({type(error).__name__}: {error})") from error
+    with reading(path, "a file of results"):
+        return [_result(row) for row in json.loads(path.read_bytes())["results"]]
+
+
+def _result(row: Mapping[str, Any]) -> Result:
+    """A result from its row in JSON; null is NaN again. Raises ValueError where a value has another type."""
+    texts = [row["protocol"], row["encoder"], row["data"], *row["units"].values()]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"a text is needed, not {wrong[0]!r}")
+    if not row["metrics"] or not isinstance(row["settings"], dict):
+        raise ValueError("metrics and settings are needed")
+    if row.get("baseline") not in (None, *BASELINE_LABELS):
+        raise ValueError(f"baseline={row['baseline']!r} is of no known kind")
+    groups = {
+        key: {name: _numbers(values) for name, values in row.get(key, {}).items()} for key in ("per_class", "intervals")
+    }
+    return Result(**{**row, "metrics": _numbers(row["metrics"]), **groups})
 
 
 def _judge(
@@ -759,7 +768,7 @@ def _warn_unheeded(protocols: Sequence[Protocol], config: EvalConfig) -> None:
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
     """JSON's null is NaN again."""
-    return {name: float("nan") if value is None else value for name, value in values.items()}
+    return {name: float("nan") if value is None else float(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:

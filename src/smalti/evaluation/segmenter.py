@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from smalti.data.folders import ImageSample, ImageSet, read_image
+from smalti.data.folders import ImageSample, ImageSet
 from smalti.data.labelled import read_mask
 from smalti.data.views import Box, Skipped
 from smalti.errors import DataError, SmaltiError
@@ -46,6 +46,8 @@ from smalti.models.encoder import Encoder
 
 FLIP_PROB, DISTORT_PROB = 0.5, 0.5
 CROP_TRIES = 10
+LONGEST_TEST = 64
+"""Of test images, times their short side: each is enlarged until that fills the crop."""
 LONGEST = 4
 """Long side over crop side, at most, before the random scale: 2048 to 512."""
 MOMENTUM = 0.9
@@ -288,7 +290,7 @@ class Augmented:
         """``(C, S, S)`` normalised, and its ``(S, S)`` mask: scaled, cropped, flipped, distorted, padded."""
         sample, crop, ignore = self.samples[place], self.recipe.crop, ignored_value(self.num_classes)
         try:
-            image = read_image(sample.path, len(self.mean))
+            image = sample.read(len(self.mean))
         except DataError as error:
             return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
         mask = read_mask(sample, self.num_classes)
@@ -320,14 +322,17 @@ class _TestImages(Dataset[Any]):
     def __getitem__(self, place: int) -> Example | Skipped | SmaltiError:
         sample = self._samples[place]
         try:
-            image = read_image(sample.path, len(self._mean))
+            image = sample.read(len(self._mean))
         except DataError as error:
             return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
         try:
             mask = read_mask(sample, self._num_classes)
         except DataError as error:
             return error
-        factor = self._crop / min(image.shape[:2])
+        short, long = sorted(image.shape[:2])
+        if long > LONGEST_TEST * short:
+            return Skipped(sample.path, f"a strip of {long}x{short} pixels, longer than {LONGEST_TEST} times its width")
+        factor = self._crop / short
         height, width = (max(self._crop, round(side * factor)) for side in image.shape[:2])
         pixels = normalized(resize_to(image, height, width), self._mean, self._std)
         return pixels, torch.from_numpy(mask.astype(np.int64))
@@ -457,7 +462,7 @@ def _check_labelled(images: ImageSet, called: str, num_classes: int) -> None:
     ignore = ignored_value(num_classes)
     for sample in images.samples:
         try:
-            read_image(sample.path)
+            sample.read()
         except DataError:
             continue
         if (read_mask(sample, num_classes) != ignore).any():

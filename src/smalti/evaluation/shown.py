@@ -80,7 +80,7 @@ def show(features: Features, wanted: int | None) -> Shown | None:
     num_classes = len(features.data.classes)
     for place in places:
         sample = images.samples[place]
-        pictures[place] = as_picture(eval_image(sample.path, PICTURE_PX, encoder.in_chans, "squash"))
+        pictures[place] = as_picture(eval_image(sample.path, PICTURE_PX, encoder.in_chans, "squash", sample.pixels))
         height, width = image_size(sample.path)
         aspects.append(width / height)
         if num_classes and (sample.mask is not None or sample.instances is not None):

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from smalti.data.folders import ImageSample, read_image
+from smalti.data.folders import ImageSample
 from smalti.data.labelled import eval_batches
 from smalti.data.loader import epoch_order, sample_key, start_worker, unchanged
 from smalti.data.views import Skipped, random_resized_crop, resize
@@ -146,7 +146,7 @@ def random_view(
         mode: interpolation, antialiased.
     """
     try:
-        image = read_image(sample.path, channels)
+        image = sample.read(channels)
     except DataError as error:
         return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
     rng = np.random.default_rng(key)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.config import settings
+from smalti.config import DepthFromZero, Width, settings
 from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.patches import patchify
@@ -36,9 +36,9 @@ _FEWEST_PATCHES = 4
 class AutoencoderConfig:
     """Settings of the autoencoder; what a code is (``tokens.patch_size``, ``tokens.dim``) stands in ``tokens.*``."""
 
-    width: int = 32
+    width: Width = 32
     """Channels at full size; 2 and 4 times as many at the levels below."""
-    num_blocks: int = 1
+    num_blocks: DepthFromZero = 1
     """Residual blocks a level."""
     kl_weight: float = 1e-6
     """Of the divergence from a standard normal, in nats an image over pixel values an image; 1e-6 in the paper."""

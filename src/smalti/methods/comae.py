@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Depth, DepthFromZero, Few, NumHeads, Width, settings
 from smalti.data.views import CentreCrop, Views
 from smalti.errors import ConfigError
 from smalti.functional.graphs import descending, pagerank
@@ -40,17 +40,17 @@ _TARGETS, _NOISE = 0, 1  # streams of a sample's random numbers
 class CoMAEConfig:
     """Settings of CoMAE: the paper's main text where it says something, and the budget on top."""
 
-    encoder_dim: int = 64
+    encoder_dim: Width = 64
     """Width of the network that selects; 256 in the paper's supplement, which makes graphs 11 times dearer."""
-    encoder_depth: int = 12
+    encoder_depth: Depth = 12
     """Its blocks."""
-    encoder_num_heads: int = 4
+    encoder_num_heads: NumHeads = 4
     """Its heads; the width must be a multiple of four times them."""
-    decoder_dim: int = 256
+    decoder_dim: Width = 256
     """Width of the network that reconstructs; 64 in the supplement."""
-    decoder_depth: int = 12
+    decoder_depth: DepthFromZero = 12
     """Its blocks."""
-    decoder_num_heads: int = 8
+    decoder_num_heads: NumHeads = 8
     """Its heads."""
     readout: Literal["removed", "cross"] = "removed"
     """``removed``: a pass for each target, with that token taken out (the paper's); ``cross``: all targets at once, as
@@ -59,7 +59,7 @@ class CoMAEConfig:
     """From z to w: ``(1 + tanh z) / 2``, ``tanh(max(z, 0))`` or ``|tanh z|``."""
     sigma: float = 0.3
     """Of the noise in Eq. (3); the paper gives no value."""
-    num_targets: int = 16
+    num_targets: Few = 16
     """T, at most N."""
     contrast_weight: float = 0.01
     """Of L_c in the loss; 0 leaves it out."""
@@ -77,7 +77,7 @@ class CoMAEConfig:
     """Even steps update the selecting network, odd ones the other; False: both at every step."""
     flip_prob: float = 0.5
     """Share of images that are mirrored left to right."""
-    diagnosed: int = 16
+    diagnosed: Few = 16
     """Images of a batch whose whole graphs are looked at when the log is written; N passes each; 0: none."""
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Count, Few, ImageSize, Width, settings
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
@@ -32,11 +32,11 @@ from smalti.models.encoder import Encoder
 class DINOConfig:
     """Settings of DINO."""
 
-    num_prototypes: int = 4096
+    num_prototypes: Count = 4096
     """K; the paper's is 65536, for a million images."""
-    hidden_dim: int = 2048
+    hidden_dim: Width = 2048
     """Width of the projection head's hidden layers."""
-    bottleneck_dim: int = 256
+    bottleneck_dim: Width = 256
     """Width of the unit vectors in front of the prototypes."""
     norm_last_layer: bool = True
     """Keep the gain of each prototype at 1."""
@@ -54,9 +54,9 @@ class DINOConfig:
     """m in Eq. (4)."""
     freeze_last_layer_share: float = 0.01
     """Share of training in which the prototypes stay fixed (one epoch of a hundred)."""
-    num_local_views: int = 6
+    num_local_views: Few = 6
     """Local views an image; the paper's ViT runs use 8 or 10."""
-    local_size: int | None = None
+    local_size: ImageSize | None = None
     """Pixels of a local view; None: three sevenths of the global views', to the next multiple of the patch."""
     global_scale: tuple[float, float] = (0.4, 1.0)
     """Area of a global view, as a share of the image."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Count, Few, settings
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.masking import block_mask, stratified_counts
 from smalti.functional.precision import at_least_float32
@@ -32,7 +32,7 @@ SMALLEST_BLOCK = 4
 class DINOv2Config(IBOTConfig):
     """Settings of DINOv2: iBOT's, some with other defaults, and its own."""
 
-    num_prototypes: int = 4096
+    num_prototypes: Count = 4096
     """K; the paper's is 65536 for ImageNet-1k, 131072 for more."""
     separate_heads: bool = True
     """A head of their own for patches (the paper's large models); otherwise image and patches share one."""
@@ -47,7 +47,7 @@ class DINOv2Config(IBOTConfig):
     mask_dealing: Literal["stratified", "independent"] = "stratified"
     """``stratified``: just ``mask_share`` of a batch's global crops are masked, each with a ratio of its own stratum;
     ``independent``: each crop draws for itself, as in iBOT, so that a sample's masks don't depend on its batch."""
-    num_local_views: int = 8
+    num_local_views: Few = 8
     """Local views an image."""
     global_scale: tuple[float, float] = (0.32, 1.0)
     """Area of a global view, as a share of the image."""

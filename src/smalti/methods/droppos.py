@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import DepthFromZero, NumHeads, Width, settings
 from smalti.data.views import MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
@@ -66,11 +66,11 @@ class DropPosConfig:
     """Weight of the position loss beside ``reconstruct``, and only there (0.1 for ViT-L)."""
     norm_pix_loss: bool = True
     """``reconstruct``: standardise the pixels of each target patch."""
-    decoder_dim: int | None = None
+    decoder_dim: Width | None = None
     """Width of the decoder; None: 512 for encoders of 768 and more (the published one), else two thirds of theirs."""
-    decoder_depth: int = 2
+    decoder_depth: DepthFromZero = 2
     """Blocks of the decoder that finds positions, and of that of ``reconstruct``."""
-    decoder_num_heads: int | None = None
+    decoder_num_heads: NumHeads | None = None
     """Attention heads of the decoders; None: one for every 32 of their width (16 at 512, the published one)."""
     positions: Literal["sincos", "learned"] = "sincos"
     """``sincos`` (fixed, as published) or ``learned``; weights that are continued keep the positions they have."""

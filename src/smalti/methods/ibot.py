@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Count, Few, ImageSize, Width, settings
 from smalti.data.views import MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.distillation import distill
@@ -45,11 +45,11 @@ RATIO_STREAM, BLOCK_STREAM = 1, 10_000
 class IBOTConfig:
     """Settings of iBOT."""
 
-    num_prototypes: int = 8192
+    num_prototypes: Count = 8192
     """K."""
-    hidden_dim: int = 2048
+    hidden_dim: Width = 2048
     """Width of the projection heads' hidden layers."""
-    bottleneck_dim: int = 256
+    bottleneck_dim: Width = 256
     """E."""
     separate_heads: bool = False
     """A head of their own for patches; otherwise image and patches share one."""
@@ -57,7 +57,7 @@ class IBOTConfig:
     """Keep the gain of each prototype at 1."""
     targets: Literal["centering", "sinkhorn"] = "centering"
     """How targets stay spread: DINO's centre, or Sinkhorn's rounds over the batch of all processes."""
-    sinkhorn_iterations: int = 3
+    sinkhorn_iterations: Few = 3
     """Rounds."""
     patch_center: Literal["all", "masked"] = "all"
     """Whose mean the centre of patches follows: that of all patches of the global views, or of the masked ones."""
@@ -89,9 +89,9 @@ class IBOTConfig:
     """Share of the global crops in which patches are masked."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     """Smallest and largest share of patches that are masked there; the sampler may fall short."""
-    num_local_views: int = 10
+    num_local_views: Few = 10
     """Local views an image."""
-    local_size: int | None = None
+    local_size: ImageSize | None = None
     """Pixels of a local view; None: three sevenths of the global views', to the next multiple of the patch."""
     global_scale: tuple[float, float] = (0.25, 1.0)
     """Area of a global view, as a share of the image."""

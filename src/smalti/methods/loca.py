@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Count, Few, ImageSize, Width, settings
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.boxes import reference_cells
@@ -45,9 +45,9 @@ _TRUNCATED_STD = 0.87962566103423978  # of a standard normal that is cut at two 
 class LOCAConfig:
     """Settings of LOCA; the values of the released preset for ViT-B."""
 
-    num_small_queries: int = 9
+    num_small_queries: Few = 9
     """Small query views, beside the large one."""
-    small_size: int | None = None
+    small_size: ImageSize | None = None
     """Pixels of a small query; None: three sevenths of the reference, to the next multiple of the patch."""
     large_scale: tuple[float, float] = (0.32, 1.0)
     """Area of the reference and of the large query, as a share of the image."""
@@ -67,17 +67,17 @@ class LOCAConfig:
     cluster: bool = True
     """The cluster loss and its teacher. Without it the student encodes the kept patches of the reference, too, and
     queries have no positions."""
-    num_prototypes: int = 4096
+    num_prototypes: Count = 4096
     """K."""
-    hidden_dim: int = 2048
+    hidden_dim: Width = 2048
     """Width of the projection head's hidden layers."""
-    bottleneck_dim: int = 256
+    bottleneck_dim: Width = 256
     """Width of the unit vectors in front of the prototypes."""
     student_temp: float = 0.1
     """Temperature of the student's softmax over prototypes."""
     teacher_temp: float = 0.05
     """Temperature of the teacher's."""
-    sinkhorn_iterations: int = 3
+    sinkhorn_iterations: Few = 3
     """Rounds that spread the teacher's assignments over the prototypes."""
     momentum: float = 0.996
     """Teacher momentum at the start; a half cosine takes it to 1."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import DepthFromZero, NumHeads, Width, settings
 from smalti.data.signal_views import SignalViews
 from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
@@ -36,11 +36,11 @@ class MAEConfig:
     """Share of hidden patches, in (0, 1); ``int(N * (1 - mask_ratio))`` stay visible."""
     norm_pix_loss: bool = True
     """Standardise the pixels of each target patch."""
-    decoder_dim: int | None = None
+    decoder_dim: Width | None = None
     """Width of the decoder; None: 512 for encoders of 768 and more (the paper's), else two thirds of theirs."""
-    decoder_depth: int = 8
+    decoder_depth: DepthFromZero = 8
     """Blocks of the decoder."""
-    decoder_num_heads: int | None = None
+    decoder_num_heads: NumHeads | None = None
     """Attention heads of the decoder; None: one for every 32 of its width (16 at 512, the paper's)."""
     positions: str = "sincos"
     """``sincos`` (fixed, the paper's) or ``learned``; weights that are continued keep the positions they have."""

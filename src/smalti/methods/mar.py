@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Count, Depth, DepthFromZero, Few, NumHeads, Width, settings
 from smalti.data.views import CentreCrop, Views
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.orders import random_orders
@@ -45,13 +45,13 @@ class MARConfig:
 
     num_classes: int | None = None
     """K; None: as many as the data has, 0: don't look at classes."""
-    embed_dim: int = 768
+    embed_dim: Width = 768
     """Width of encoder and decoder."""
-    depth: int = 12
+    depth: Depth = 12
     """Blocks of the encoder."""
-    decoder_depth: int = 12
+    decoder_depth: DepthFromZero = 12
     """Blocks of the decoder."""
-    num_heads: int = 12
+    num_heads: NumHeads = 12
     """Attention heads of both."""
     buffer_size: int = 64
     """Slots in front of the tokens that hold the class."""
@@ -59,18 +59,18 @@ class MARConfig:
     """Of attention and of what blocks add, in training."""
     head: Literal["diffusion", "mixture"] = "diffusion"
     """What a token is drawn by: a diffusion, or a mixture of Gaussians whose likelihood is exact (not in the paper)."""
-    head_depth: int = 6
+    head_depth: DepthFromZero = 6
     """Residual blocks of the head."""
-    head_width: int = 1024
+    head_width: Width = 1024
     """Their width."""
-    diffusion_steps: int = 1000
+    diffusion_steps: Count = 1000
     """Steps of the diffusion in training."""
-    diffusion_repeats: int = 4
+    diffusion_repeats: Few = 4
     """Noise levels at which a token is seen in a step."""
     clip: float | None = None
     """Largest absolute value of estimates of a token in sampling; None: none, as in the paper. Short runs need one: at
     the noisiest step an error of the head stands in the estimate 20,000 times as large."""
-    num_components: int = 8
+    num_components: Few = 8
     """Gaussians of the mixture."""
     min_std: float = 0.01
     """Smallest standard deviation of a mixture's Gaussians."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Count, Few, ImageSize, Width, settings
 from smalti.data.views import Box, ColorConfig, MultiCrop, Views, ViewSpec, random_resized_crop
 from smalti.errors import ConfigError
 from smalti.functional.attention import foreground
@@ -50,7 +50,7 @@ class NeCoConfig:
 
     from_scratch: bool = False
     """Train from random weights, without ``init``. The method is made for encoders that are trained already."""
-    roi_size: int = 7
+    roi_size: Few = 7
     """k: the overlap of two views is cut out of both on a grid of k x k cells."""
     network: Literal["bitonic", "odd_even", "none"] = "bitonic"
     """Sorting network; ``none`` is the ablation: cross-entropy of two softmaxes over the references."""
@@ -65,7 +65,7 @@ class NeCoConfig:
     """Of a cell to a reference: cosine, or the negative distance (the released code sorts the distance itself)."""
     references: Literal["batch", "queue"] = "batch"
     """Cells of the batch, each once, or teacher tokens of this and earlier batches."""
-    queue_size: int = 8192
+    queue_size: Count = 8192
     """Tokens in the queue of each global view."""
     exclude_self: bool = False
     """Take no references from the image that is compared (``references=batch``, at least two images)."""
@@ -73,9 +73,9 @@ class NeCoConfig:
     """Compare all cells, or those of the foreground or background by the teacher's attention (``references=batch``)."""
     top_k: int | None = None
     """Only the teacher's so many nearest references count; None: all."""
-    num_local_views: int = 4
+    num_local_views: Few = 4
     """Local views an image."""
-    local_size: int | None = None
+    local_size: ImageSize | None = None
     """Pixels of a local view; None: 98, or seven sixteenths of the global views' where that is less, down to a multiple
     of the patch."""
     global_scale: tuple[float, float] = (0.25, 1.0)
@@ -84,9 +84,9 @@ class NeCoConfig:
     """Area of a local view."""
     min_overlap: float = 0.01
     """Share of the image that a view has in common with each global one, at least; twice that between global ones."""
-    hidden_dim: int = 2048
+    hidden_dim: Width = 2048
     """Width of the head's hidden layers."""
-    out_dim: int = 256
+    out_dim: Width = 256
     """E."""
     head_init: Literal["copied", "independent"] = "copied"
     """Whether the teacher's head starts as the student's or from a draw of its own."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Few, NumHeads, Width, settings
 from smalti.data.signal_views import SignalViews
 from smalti.data.views import ColorConfig, MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
@@ -76,7 +76,7 @@ class PARTConfig:
     """Law of the sides of ``offgrid_scale``; the code's favours small ones."""
     aspect: bool = True
     """``offgrid_scale``: width and height are independent."""
-    num_wholes: int = 4
+    num_wholes: Few = 4
     """Wholes of ``hierarchical``, among the N."""
     uniform_share: float = 0.2
     """``saliency``: share of patches drawn uniformly."""
@@ -99,7 +99,7 @@ class PARTConfig:
     places."""
     query: Literal["patch_cat", "positional"] = "patch_cat"
     """``cross_attention``: what asks, the tokens of a pair or codes of their numbers."""
-    head_num_heads: int = 1
+    head_num_heads: NumHeads = 1
     """``cross_attention``: attention heads."""
     head_residual: bool = False
     """``cross_attention``: add the query to the answer."""
@@ -134,7 +134,7 @@ class PARTConfig:
     """Weight of InfoNCE between the class tokens of two views; 0: one view."""
     contrastive_temp: float = 0.2
     """Its temperature."""
-    contrastive_dim: int = 128
+    contrastive_dim: Width = 128
     """Width of the vectors that are compared."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, as a share of the image."""

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import Depth, NumHeads, Width, settings
 from smalti.data.views import CentreCrop, ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
@@ -32,11 +32,11 @@ _COUNT, _WHICH = 0, 1  # streams of a sample's random numbers
 class PrefixConfig:
     """Settings of the judge."""
 
-    dim: int = 192
+    dim: Width = 192
     """D, a multiple of 4 and of ``num_heads``."""
-    depth: int = 6
+    depth: Depth = 6
     """Transformer blocks."""
-    num_heads: int = 3
+    num_heads: NumHeads = 3
     """Attention heads."""
     flip_prob: float = 0.5
     """Share of images that are mirrored left to right."""

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import difflib
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +31,23 @@ from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig, PRRPool
 from smalti.layers.position_field import PositionField
 from smalti.models.weights import LoadConfig, LoadReport
+from smalti.reading import reason, shorten
 
 MODULES = ("vision_transformer", "deit")
 """timm's files of models that are plain ``VisionTransformer``s."""
 POOLS = ("auto", "cls", "avg", "map", "prr")
 """The vectors that can stand for an image, see :meth:`Encoder.set_pool`."""
+_SIZES: Mapping[str, tuple[float, float]] = {
+    "img_size": (1, 16384),
+    "patch_size": (1, 16384),
+    "in_chans": (1, 65536),
+    "embed_dim": (1, 65536),
+    "depth": (1, 1024),
+    "num_heads": (1, 1024),
+    "mlp_ratio": (0.01, 64),
+    "reg_tokens": (0, 4096),
+}
+"""Arguments of timm's ``VisionTransformer``, and what is far below and above any that was ever trained."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -140,13 +153,15 @@ class Encoder(nn.Module):
         """Mean and standard deviation of images in 0..1: one value a channel, or one for all.
 
         Raises:
-            ConfigError: for another number of values, or a standard deviation that isn't above 0.
+            ConfigError: for another number of values, one that isn't finite, or a deviation that isn't above 0.
         """
         self.mean, self.std = (
             _per_channel(values, self.in_chans, what) for values, what in ((mean, "mean"), (std, "std"))
         )
         if min(self.std) <= 0:
             raise ConfigError(f"std={list(self.std)}: standard deviations must be above 0")
+        if not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ConfigError(f"mean={list(self.mean)}, std={list(self.std)}: finite numbers are needed")
         self._mean.copy_(torch.tensor(self.mean).view(1, -1, 1, 1))
         self._std.copy_(torch.tensor(self.std).view(1, -1, 1, 1))
 
@@ -713,6 +728,7 @@ def build_encoder(
     if model_args.get("global_pool") in ("map", "prr"):
         raise ConfigError(f"encoder.global_pool={model_args['global_pool']}: write pool={model_args['global_pool']}")
     arguments = {**model_args, "in_chans": in_chans}
+    _check_arguments({**arguments, **({} if img_size is None else {"img_size": img_size})})
     if img_size is not None:
         arguments["img_size"] = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
     try:
@@ -723,9 +739,9 @@ def build_encoder(
                 architecture,
                 **{**arguments, "num_classes": 0, "global_pool": "", "fc_norm": False, "dynamic_img_size": True},
             )
-    except (TypeError, AssertionError, ValueError) as error:
+    except Exception as error:  # timm checks little: zero divides, widths that don't fit, memory that isn't there
         raise ConfigError(
-            f"timm can't build '{architecture}' with {arguments} as a vision transformer: {error}"
+            f"timm can't build '{architecture}' with {shorten(str(arguments))} as a vision transformer: {reason(error)}"
         ) from error
     known = in_chans == 3
     encoder = Encoder(
@@ -737,6 +753,20 @@ def build_encoder(
     )
     encoder.check_size(*encoder.img_size)
     return encoder
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse sizes that no vision transformer has, before memory is taken for them.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    for name, (least, most) in _SIZES.items():
+        given = arguments.get(name)
+        for value in given if isinstance(given, (list, tuple)) else (given,):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (is_number and least <= value <= most):
+                raise ConfigError(f"encoder.{name}={shorten(repr(given))}: a number from {least} to {most} is needed")
 
 
 def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:

@@ -5,7 +5,6 @@
 
 import contextlib
 import hashlib
-import json
 import socket
 import sys
 import urllib.parse
@@ -23,6 +22,7 @@ from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
 from smalti.models.encoder import ClassHead, Encoder, Origin, build_encoder, encoder_from_config
 from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
 from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
+from smalti.reading import read_mapping, reading
 
 FORMS = "RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME"
 CHECKPOINTS = "checkpoints"
@@ -113,6 +113,17 @@ def open_encoder(
         encoder = build_encoder(rest, seed=seed, img_size=config.img_size, in_chans=in_chans or 3, **arguments)
         encoder.set_pos_resampling(config.pos_mode, config.pos_antialias, config.pos_offset)
         return encoder.eval()
+    with reading(text, "an encoder", WeightsError):
+        encoder = _open_weights(text, config, seed, in_chans, partial)
+    encoder.pretrained = True
+    if encoder.report is not None and not quiet:
+        print(f"{encoder.report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
+    return encoder.eval()
+
+
+def _open_weights(text: str, config: LoadConfig, seed: int, in_chans: int | None, partial: bool) -> Encoder:
+    """An encoder that isn't random, from a file, a run or the hub."""
+    kind, _, rest = text.partition(":")
     if kind == "timm" and rest:
         name, at, file = rest.partition("@")
         foreign, source = _from_file(Path(file).expanduser(), config) if at else _from_hub(name, config)
@@ -131,10 +142,7 @@ def open_encoder(
             encoder = _from_run(description, tensors, f"{folder} ({name})", config, folder / STATE_FILE)
             encoder.class_head = _class_head(folder, name)
             encoder.origin = Origin(folder, name, config)
-    encoder.pretrained = True
-    if encoder.report is not None and not quiet:
-        print(f"{encoder.report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
-    return encoder.eval()
+    return encoder
 
 
 def as_loaded(encoder: Encoder, config: LoadConfig = LoadConfig()) -> Encoder:
@@ -244,7 +252,7 @@ def _from_file(file: Path, config: LoadConfig) -> tuple[ForeignViT, str]:
         wanted = config.weights if held.network is None else None
         foreign = to_timm_names(held.tensors, wanted, held.beside)
     except WeightsError as error:
-        raise WeightsError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
+        raise _of(file, error) from error
     return foreign, f"{file} ({held.network})" if held.network else str(file)
 
 
@@ -295,8 +303,13 @@ def _exported(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignV
     try:
         foreign = to_timm_names(read_tensors(path), network)
     except WeightsError as error:
-        raise WeightsError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+        raise _of(path, error) from error
     return config.get("smalti") or _from_timm_config(config), foreign
+
+
+def _of(file: Path, error: WeightsError) -> WeightsError:
+    """The error with the file's name in front, unless it stands there."""
+    return error if str(error).startswith(str(file)) else WeightsError(f"{file}: {error}")
 
 
 def _bare(path: Path) -> str:
@@ -306,7 +319,7 @@ def _bare(path: Path) -> str:
         network = ""
     except WeightsError as error:
         if "choose weights=" not in str(error):
-            return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+            return str(_of(path, error))
         tensors = to_timm_names(read_checkpoint(path).tensors, "student").tensors
         network = " weights=student"
     known = [name for name in likely_names(tensors) if timm.is_model(name)]
@@ -426,7 +439,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     found = [
         (int(folder.name.removeprefix("step_")), folder)
         for folder in (run / CHECKPOINTS).glob("step_*")
-        if folder.name.removeprefix("step_").isdigit() and (folder / STATE_FILE).is_file()
+        if folder.name.removeprefix("step_").isdecimal() and (folder / STATE_FILE).is_file()
     ]
     return max(found)[1] if found else None
 
@@ -445,10 +458,4 @@ def encoder_description(checkpoint: Path) -> dict[str, Any]:
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(missing)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, needs a mapping")
-    return content
+    return read_mapping(path, error=WeightsError)

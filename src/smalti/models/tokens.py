@@ -4,7 +4,6 @@ A run keeps both in its own settings and checkpoints, so that what they were rea
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from smalti.layers.tokens import CODED, DEFAULT_DIM, CodeTokens, TokenConfig, To
 from smalti.models.layouts import Tensors
 from smalti.models.loading import WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors
+from smalti.reading import read_mapping, reading
 
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 METHOD = "autoencoder"
@@ -38,24 +38,25 @@ def describe_tokens(path: str, kind: str) -> dict[str, Any]:
     """
     place = Path(path).expanduser()
     if kind == "autoencoder":
-        known = _run_settings(place)
-        shape = {key: known["method"][key] for key in NETWORK_SHAPE}
-        tokens = known["tokens"]
-        return {
-            "patch_size": tokens["patch_size"],
-            "dim": tokens["dim"] or DEFAULT_DIM,
-            "network": shape,
-            "channels": known["data"]["channels"],
-        }
+        with reading(place, f"a run of {METHOD}", WeightsError):
+            known = _run_settings(place)
+            tokens = known["tokens"]
+            return {
+                "patch_size": tokens["patch_size"],
+                "dim": tokens["dim"] or DEFAULT_DIM,
+                "network": {key: known["method"][key] for key in NETWORK_SHAPE},
+                "channels": known["data"]["channels"],
+            }
     if kind == "vae":
-        shape = _vae_settings(place)
-        network = KLVAE(shape)
-        return {
-            "patch_size": network.patch_size,
-            "dim": network.code_dim,
-            "network": shape,
-            "channels": network.in_chans,
-        }
+        with reading(place, "a KL autoencoder", WeightsError):
+            shape = _vae_settings(place)
+            network = KLVAE(shape)
+            return {
+                "patch_size": network.patch_size,
+                "dim": network.code_dim,
+                "network": shape,
+                "channels": network.in_chans,
+            }
     raise ConfigError(f"tokens.path={path}: tokens.kind={kind} reads none; kinds that do: {', '.join(CODED)}")
 
 
@@ -131,11 +132,8 @@ def _vae_settings(place: Path) -> dict[str, Any]:
         raise WeightsError(
             f"tokens.path={place}: lacks {missing.name}; a folder with config.json and {VAE_FILE} is needed"
         )
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: can't be read ({error})") from error
-    found = known.get("_class_name", CLASS) if isinstance(known, dict) else None
+    known = read_mapping(path, error=WeightsError)
+    found = known.get("_class_name", CLASS)
     if found != CLASS:
         raise ConfigError(f"{path}: describes {found}; tokens.kind=vae takes {CLASS}")
     return {key: value for key, value in known.items() if not key.startswith("_")}

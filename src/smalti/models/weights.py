@@ -8,7 +8,6 @@ import argparse
 import math
 import pickle
 import re
-import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from timm.layers import resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from smalti.config import settings
+from smalti.config import ImageSize, settings
 from smalti.errors import WeightsError
 from smalti.functional.positions import Resampling, resample_positions
 from smalti.models.layouts import ForeignViT, Tensors, describe, fuse_part_attention, some
+from smalti.reading import reading
 
 CONTAINERS = ("state_dict", "model", "ema_state_dict", "module")
 NETWORKS = {
@@ -34,6 +34,8 @@ NETWORKS = {
     "teacher": ("teacher", "ema_params", "model_ema", "ema_state_dict"),
 }
 """Keys under which training checkpoints keep the two networks of a method."""
+AGAIN = "it may be cut short or damaged, copy or download it again"
+"""Advice for a file of weights that isn't whole."""
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")
 
 
@@ -43,13 +45,13 @@ class LoadConfig:
 
     weights: str | None = None
     """``student`` or ``teacher``, where a file or run holds both; None takes the one that its project hands on."""
-    img_size: int | None = None
+    img_size: ImageSize | None = None
     """Native image size in pixels, to whose grid positions are resampled; None takes the architecture's own."""
     registers: Literal["keep", "drop"] = "keep"
     """``drop`` loads a file with register tokens into a model without them (NeCo's "XR" models)."""
     fold_layer_scale: bool = False
     """Multiply LayerScale into the layers before it: the same outputs from a model without LayerScale."""
-    patch_size: int | None = None
+    patch_size: ImageSize | None = None
     """Patch side in pixels, other than the file's: its patch embedding is resampled; None takes the architecture's."""
     patch_resample: Literal["pinv", "bicubic"] = "pinv"
     """``pinv`` keeps the response to a patch that is enlarged (FlexiViT, timm); ``bicubic`` resizes the kernel."""
@@ -123,18 +125,14 @@ def read_tensors(path: Path, prefix: str = "", keys: Collection[str] | None = No
     if path.suffix == ".npz":
         return _read_arrays(path)
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {
-                    key.removeprefix(prefix): file.get_tensor(key)
-                    for key in file.keys()
-                    if key.startswith(prefix) and (keys is None or key in keys)
-                }
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(
-                f"{path}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"
-            ) from error
-    return unwrap(read_torch(path)).tensors
+        _check_weights(path)
+        with reading(path, "a safetensors file", WeightsError, AGAIN), safe_open(path, framework="pt") as file:
+            return {
+                key.removeprefix(prefix): file.get_tensor(key)
+                for key in file.keys()
+                if key.startswith(prefix) and (keys is None or key in keys)
+            }
+    return unwrap_file(path).tensors
 
 
 def read_checkpoint(path: Path, network: str | None = None) -> Container:
@@ -149,18 +147,41 @@ def read_checkpoint(path: Path, network: str | None = None) -> Container:
         WeightsError: as :func:`read_tensors`, and if the network isn't there.
     """
     if path.is_file() and path.suffix in SUFFIXES and path.suffix not in (".safetensors", ".npz"):
-        return unwrap(read_torch(path), network)
+        return unwrap_file(path, network)
     return Container(read_tensors(path))
+
+
+def _check_weights(path: Path) -> None:
+    """Name what is often saved in the place of weights: the pointer of Git LFS, a web page, nothing.
+
+    Raises:
+        WeightsError: if it is one of these.
+    """
+    with reading(path, "weights", WeightsError), path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise WeightsError(f"{path}: is empty; {AGAIN}")
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path}: is a Git LFS pointer, not the weights; fetch them with: git lfs pull --include {path.name}"
+        )
+    if re.match(rb"\s*<(!doctype|html|\?xml|head|body)", start, re.IGNORECASE):
+        raise WeightsError(
+            f"{path}: is a web page, not the weights; download the file itself, not the page that shows it"
+        )
 
 
 def _read_arrays(path: Path) -> Tensors:
     """Arrays by name, such as a Flax tree that was saved with numpy under joined names."""
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        reason = "it holds Python objects" if "allow_pickle" in str(error) else str(error).splitlines()[0]
-        raise WeightsError(f"{path}: not a whole npz file of plain arrays ({reason})") from error
+    _check_weights(path)
+    with reading(path, "an npz file of plain arrays", WeightsError, AGAIN):
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except ValueError as error:
+            if "allow_pickle" in str(error):
+                raise WeightsError(f"{path}: holds Python objects; save plain arrays") from error
+            raise
     numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "fiub"}
     strange = next((name for name in arrays if arrays[name].dtype.kind == "V"), None)
     if strange is not None:
@@ -174,21 +195,35 @@ def read_torch(path: Path) -> Any:
     Raises:
         WeightsError: if it holds pickled objects other than tensors and plain values, or is damaged.
     """
-    try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # plain attributes: MAE, DINO, PART keep their args
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({found.group(1)})" if found else ""
-        raise WeightsError(
-            f"{path}: holds pickled Python objects{what}, which can run code when loaded; Smalti reads tensors only; "
-            f'where you trust the file, write its tensors alone: torch.save(torch.load("{path.name}", '
-            'weights_only=False)["state_dict"], "tensors.pth") (or its key "model", "teacher")'
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: damaged or not a torch file ({str(error).splitlines()[0]})") from error
+    _check_weights(path)
+    with reading(path, "a torch file", WeightsError, AGAIN):
+        try:
+            with torch.serialization.safe_globals(
+                [argparse.Namespace]
+            ):  # plain attributes: MAE, DINO, PART keep their args
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if not found:  # torch's own text says how to load it unsafely
+                raise ValueError("it holds something else than tensors and plain values") from error
+            raise WeightsError(
+                f"{path}: holds pickled Python objects ({found.group(1)}), which can run code when loaded, so it isn't "
+                "opened; a file of tensors alone is needed: safetensors, or torch.save of a state_dict"
+            ) from error
+
+
+def unwrap_file(path: Path, network: str | None = None) -> Container:
+    """:func:`unwrap` of a torch file.
+
+    Raises:
+        WeightsError: as :func:`read_torch` and :func:`unwrap`, naming the file.
+    """
+    content = read_torch(path)
+    with reading(path, "a file of tensors by name", WeightsError):
+        try:
+            return unwrap(content, network)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
 
 
 def unwrap(content: Any, network: str | None = None) -> Container:

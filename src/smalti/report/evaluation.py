@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smalti.config import write_atomically
-from smalti.errors import ConfigError, RunError, SmaltiError
+from smalti.errors import ConfigError, DataError, RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details, write_details
 from smalti.evaluation.protocol import Result, read_results, write_results
+from smalti.reading import read_mapping
 from smalti.report.details import detail_sections
 from smalti.report.html import Html, settings_table, tag, verdict_box, whole_page
 from smalti.report.page import compare, judged, results_table, verdict
@@ -91,10 +92,10 @@ def _page(folder: Path, results: Sequence[Result], problem: str) -> str:
 
 def _settings(folder: Path, results: Sequence[Result]) -> Html:
     try:
-        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        info = read_mapping(folder / INFO)
+    except DataError:
         info = {}
-    parts = [settings_table(info)] if isinstance(info, dict) and info else []
+    parts = [settings_table(info)] if info else []
     parts += [
         tag("details", tag("summary", f"{r.protocol} on {r.data}, {r.encoder}"), settings_table(r.settings))
         for r in results

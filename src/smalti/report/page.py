@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from smalti.config import flatten, write_atomically
-from smalti.data.folders import ImageSet, open_images, read_image
+from smalti.data.folders import ImageSet, open_images
+from smalti.data.pixels import trained_pixels
 from smalti.errors import ConfigError, DataError, SmaltiError
 from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result, describe_result
 from smalti.functional.components import reduce_patches
@@ -423,7 +424,7 @@ def _curves(files: RunFiles) -> Html:
     if not log:
         return missing("No log.csv to draw from.")
     steps = log["step"]
-    marks = [float(e["step"]) for e in files.events if e.get("step", "").isdigit()]
+    marks = [float(e["step"]) for e in files.events if e.get("step", "").isdecimal()]
     terms = {key.removeprefix("loss/"): values for key, values in log.items() if key.startswith("loss/")}
     losses = {"loss": log["loss"]} if "loss" in log else {}
     if len(terms) > 1:
@@ -456,9 +457,10 @@ def _choose_images(
         path = files.setting("data.path")
         if path is None:
             raise DataError("the run's settings name no data.path")
-        images = open_images(str(path))
+        images = open_images(str(path)).with_pixels(trained_pixels(files.config))
     split = next((split for split in _SPLITS_SHOWN if split in images.splits), None)
-    paths = (images.subset(split) if split else images).paths
+    samples = (images.subset(split) if split else images).samples
+    paths = [sample.path for sample in samples]
     tries = np.linspace(0, len(paths) - 1, min(len(paths), 2 * num_images)).round().astype(int)
     order = dict.fromkeys(
         [*tries[::2].tolist(), *tries[1::2].tolist()]
@@ -468,7 +470,7 @@ def _choose_images(
         if len(chosen) == num_images:
             break
         try:
-            chosen[number] = read_image(paths[number], channels)
+            chosen[number] = samples[number].read(channels)
         except DataError:
             continue
     if not chosen:

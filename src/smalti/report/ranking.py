@@ -229,8 +229,8 @@ def _pictures(ranking: Ranking, num_shown: int) -> Iterator[tuple[str, dict[str,
     num = grid[0] * grid[1]
     beside: Sequence[str] = [n for n in ("collapse_static", "random") if n == "random" or n in ranking.cache.names]
     for place in spread_evenly(len(ranking.images), num_shown):
-        name, path = ranking.images.names[place], ranking.images.samples[place].path
-        picture = enlarge(as_picture(eval_image(path, _VIEW_PX, 3, "centre")), grid)
+        name, sample = ranking.images.names[place], ranking.images.samples[place]
+        picture = enlarge(as_picture(eval_image(sample.path, _VIEW_PX, 3, "centre", sample.pixels)), grid)
         orders = {one: look_up(ranking.cache, one, [name], False, draw=place)[0].numpy() for one in (main, *beside)}
         found = {"image": picture}
         if main in ranking.cache.scores:

@@ -1,6 +1,5 @@
 """What a run directory holds, read for people: every part but ``config.yaml`` may be missing."""
 
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from smalti.config import Tree, read_yaml
 from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details
 from smalti.evaluation.protocol import Result, read_results
+from smalti.reading import as_number, read_csv, read_mapping
 from smalti.study.posttrain import VERDICT_FILE, Verdict, read_verdict
-from smalti.training.logs import read_csv
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def read_run(path: Path) -> RunFiles:
         raise RunError(f"{path}: not a run directory (it has no config.yaml); give what --out of smalti train named")
     notes: list[str] = []
     results, during = _read_all_results(path / "results", notes)
-    log = _read_log(path / "log.csv")
+    log = _read_log(path / "log.csv", notes)
     if not log:
         notes.append("log.csv is missing or empty: no curves.")
     info = _read_info(path / "run.json", notes)
@@ -83,8 +82,8 @@ def read_run(path: Path) -> RunFiles:
         config=read_yaml(path / "config.yaml"),
         info=info,
         log=log,
-        events=_read_rows(path / "events.csv"),
-        unreadable=_read_rows(path / "unreadable.csv"),
+        events=_read_rows(path / "events.csv", notes),
+        unreadable=_read_rows(path / "unreadable.csv", notes),
         results=results,
         during=during,
         notes=notes,
@@ -92,13 +91,17 @@ def read_run(path: Path) -> RunFiles:
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    return read_csv(path) if path.is_file() else []
+def _read_rows(path: Path, notes: list[str]) -> list[dict[str, str]]:
+    try:
+        return read_csv(path) if path.is_file() else []
+    except SmaltiError as error:
+        notes.append(f"{error}.")
+        return []
 
 
-def _read_log(path: Path) -> dict[str, list[float]]:
-    rows = [row for row in _read_rows(path) if math.isfinite(_number(row.get("step", "")))]
-    return {key: [_number(row[key]) for row in rows] for key in rows[0]} if rows else {}
+def _read_log(path: Path, notes: list[str]) -> dict[str, list[float]]:
+    rows = [row for row in _read_rows(path, notes) if math.isfinite(as_number(row.get("step", "")))]
+    return {key: [as_number(row[key]) for row in rows] for key in rows[0]} if rows else {}
 
 
 def _identity(result: Result) -> tuple[str, str, str, str]:
@@ -108,22 +111,12 @@ def _identity(result: Result) -> tuple[str, str, str, str]:
     return result.protocol, result.data, result.encoder, network
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 def _read_info(path: Path, notes: list[str]) -> Tree:
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        info = None
-    if not isinstance(info, dict):
+        return read_mapping(path)
+    except SmaltiError:
         notes.append("run.json is missing or damaged: versions, machine and command aren't known.")
         return {}
-    return info
 
 
 def _read_all_results(folder: Path, notes: list[str]) -> tuple[list[Result], list[tuple[int, Result]]]:
@@ -140,7 +133,7 @@ def _read_all_results(folder: Path, notes: list[str]) -> tuple[list[Result], lis
             notes.append(f"{error}.")
             continue
         step = file.stem.removeprefix("step_")
-        if step != file.stem and step.isdigit():
+        if step != file.stem and step.isdecimal():
             during += [(int(step), result) for result in results]
         else:
             final.update({_identity(result): result for result in results})

@@ -23,14 +23,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import smalti
-from smalti.config import build, merge, read_yaml, settings, to_tree, unfold, unknown_key, write_atomically, write_yaml
+from smalti.config import (
+    Seed,
+    build,
+    merge,
+    read_yaml,
+    settings,
+    to_tree,
+    unfold,
+    unknown_key,
+    write_atomically,
+    write_yaml,
+)
 from smalti.data.folders import ImageSet, open_images, training_images
+from smalti.data.pixels import NO_PIXELS, trained_pixels
 from smalti.errors import ConfigError, RunError, SmaltiError
 from smalti.evaluation.details import read_details
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval, few_seeds
 from smalti.evaluation.protocol import BaselineKind, EvalConfig, Result, find_protocol, open_sets, read_results
 from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig
+from smalti.reading import read_mapping, reading
 from smalti.study.catalogue import find_recipe
 from smalti.study.cell import (
     DETAILS,
@@ -84,11 +97,11 @@ class Plan:
     """Images to train on; not needed if no arm is trained."""
     budget: dict[str, float] = dataclasses.field(default_factory=dict)
     """One for all arms: ``steps``, ``images`` seen, or ``minutes`` of wall time for training."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Of weights, data order and augmentation, and of the evaluations' heads."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of training that all arms share, such as ``encoder`` and ``batch_size``; an arm's own come on top."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Of the split of evaluation data that has none; the same for all seeds, so that all judge the same images."""
 
 
@@ -299,13 +312,16 @@ def read_comparison(out: str | Path) -> Comparison:
         RunError: if there is no finished comparison in it.
     """
     folder = Path(out).expanduser()
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    if not (folder / SUMMARY).is_file():
+        raise RunError(f"{folder}: holds no finished comparison; smalti compare PLAN --out writes one")
+    with reading(folder / SUMMARY, "the summary of a comparison", RunError):
+        summary = json.loads((folder / SUMMARY).read_bytes())
+        rows = tuple(read_row(row) for row in summary["rows"])
         plan = build(Plan, read_yaml(folder / PLAN_FILE), str(folder / PLAN_FILE))
         return Comparison(
             out=folder,
             plan=plan,
-            rows=tuple(read_row(row) for row in summary["rows"]),
+            rows=rows,
             cells=tuple(
                 Cell(
                     cell["arm"],
@@ -320,9 +336,6 @@ def read_comparison(out: str | Path) -> Comparison:
             costs={arm: Cost(**cost) for arm, cost in summary["costs"].items()},
             info=summary["info"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise RunError(f"{folder}: holds no finished comparison ({problem}); smalti compare makes one") from error
 
 
 def _prepare(
@@ -337,8 +350,11 @@ def _prepare(
     arm = dict(plan.arms[name])
     own_eval = arm.pop("eval", {})
     try:
+        pixels = to_tree(trained_pixels(merge(plan.settings, {"data": arm.get("data") or {}})))
+        pixels = {key: value for key, value in pixels.items() if value != getattr(NO_PIXELS, key)}
         evaluations = [
-            {**entry, **own_eval, "split_seed": plan.split_seed, "data": entry["data"]} for entry in plan.evaluate
+            {**pixels, **entry, **own_eval, "split_seed": plan.split_seed, "data": entry["data"]}
+            for entry in plan.evaluate
         ]
         for entry in evaluations:
             for protocol in build(EvalConfig, entry, f"arm '{name}': eval").protocols:
@@ -523,9 +539,9 @@ def _cost(cells: Sequence[Cell]) -> Cost:
     parameters = 0
     for cell in cells:
         if (cell.folder / TRAINED).is_file():
-            trained.append(json.loads((cell.folder / TRAINED).read_text(encoding="utf-8")))
+            trained.append(read_mapping(cell.folder / TRAINED, error=RunError))
         for key in cell.evaluations:
-            judged.append(json.loads((cell.folder / key / "cost.json").read_text(encoding="utf-8")))
+            judged.append(read_mapping(cell.folder / key / "cost.json", error=RunError))
             parameters = int(judged[-1].get("parameters", parameters))
 
     def mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -20,6 +20,7 @@ import torch
 from smalti.config import to_tree
 from smalti.data.folders import open_images
 from smalti.data.loader import MAX_UNREADABLE
+from smalti.data.pixels import NO_PIXELS, PixelConfig
 from smalti.data.scan import ScanReport, scan_images
 from smalti.errors import ConfigError
 from smalti.study.machine import describe_machine, package_version
@@ -271,6 +272,7 @@ def doctor(
     against: str | None = None,
     out: Path = Path(),
     step: StepEstimate | None = None,
+    pixels: PixelConfig = NO_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> DoctorReport:
     """Look at this machine and, if named, at images.
@@ -280,6 +282,7 @@ def doctor(
         against: a second set, such as the one to evaluate on; images in both are reported.
         out: where a run would be written; need not exist.
         step: from :func:`measure_step`.
+        pixels: how the images are decoded.
         progress: called with (files read, files in all) while images are read.
 
     Raises:
@@ -291,7 +294,7 @@ def doctor(
     scan = None
     if data is not None:
         other = open_images(against) if against is not None else None
-        scan = scan_images(open_images(data), against=other, progress=progress)
+        scan = scan_images(open_images(data).with_pixels(pixels), against=other, progress=progress)
     return DoctorReport(
         versions=describe_machine()["versions"] | {"cuda": str(torch.version.cuda or "not in this torch")},
         extras={name: package_version(package) for name, package in _EXTRAS.items()},
@@ -498,6 +501,8 @@ def _scan_problems(scan: ScanReport) -> list[str]:
         found.append(
             f"{len(scan.unreadable):,} of {scan.count:,} images can't be read; training stops at more than a tenth"
         )
+    if scan.scale_hint:
+        found.append(scan.scale_hint)
     if scan.shared:
         found.append(f"{len(scan.shared):,} images are also in {scan.against}: results there would flatter the encoder")
     if len(scan.channels) > 1 and not set(scan.channels) <= {1, 3, 4}:

@@ -1,6 +1,5 @@
 """Images out of a run of MAR or CMAR: which classes, in which orders, and the drawing itself, within memory."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from torch import Tensor
 from smalti.config import unknown_key
 from smalti.data.loader import sample_key
 from smalti.data.orders import CACHED, OrderCache, check_order, grid_order, read_orders
-from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.errors import ConfigError, DataError, RunError, ShapeError
 from smalti.functional.orders import random_orders, static_order
 from smalti.functional.random import fork_keys, sample_uniform
 from smalti.methods.cmar import CMAR
 from smalti.methods.mar import MAR, SamplerConfig
-from smalti.study.pretrain import RUN_FILE, load_method
+from smalti.study.pretrain import load_method, read_run_file
 
 SOURCES = ("bank", "class_mean", "global_mean")
 _BANK = 6  # branch of an image's keys
@@ -64,9 +63,10 @@ def load_generator(run: Path) -> Generator:
     if not isinstance(method, MAR):
         raise ConfigError(f"{run}: is a run of {method.name}; images are drawn by runs of mar and cmar")
     try:
-        names = json.loads((run / RUN_FILE).read_text(encoding="utf-8")).get("classes") or []
-    except (OSError, ValueError, AttributeError):
-        names = []
+        names = read_run_file(run).get("classes")
+    except RunError:  # classes have their numbers then
+        names = None
+    names = names if isinstance(names, list) else []
     known = len(names) == method.num_classes
     return Generator(method, tuple(str(name) for name in (names if known else range(method.num_classes))))
 

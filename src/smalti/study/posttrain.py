@@ -31,6 +31,7 @@ from smalti.evaluation.protocol import (
     write_results,
 )
 from smalti.models.encoder import Encoder
+from smalti.reading import read_json, reading
 from smalti.study.rows import Row, metric_rows, read_row, row_tree, table_cells
 
 VERDICT_FILE = "posttrain.json"
@@ -126,8 +127,8 @@ class Judge:
     def knows(self, step: int) -> bool:
         """Whether a step was judged with these settings."""
         try:
-            return bool(json.loads((self._folder(step) / _SETTINGS).read_text(encoding="utf-8")) == self._settings())
-        except (OSError, ValueError):
+            return bool(read_json(self._folder(step) / _SETTINGS) == self._settings())
+        except DataError:
             return False
 
     def judge(self, step: int, encoder: Encoder) -> None:
@@ -239,15 +240,13 @@ def read_verdict(run: Path) -> Verdict | None:
     path = verdict_path(run)
     if not path.is_file():
         return None
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "a verdict"):
+        tree = json.loads(path.read_bytes())
         return Verdict(
             rows=tuple(read_row(row) for row in tree["rows"]),
             notes=tuple(tree["notes"]),
             **{name: tree[name] for name in _PLAIN if name in tree or name not in ("network", "handed_on")},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a verdict ({type(error).__name__}: {error})") from error
 
 
 VERDICT_COLUMNS = ("protocol", "metric", "weights", "score", "difference to before", "")

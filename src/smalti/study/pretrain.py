@@ -1,5 +1,6 @@
 """The main job: a folder of images in, a run directory with a better encoder out."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,7 +19,12 @@ from pydantic import Field
 from timm.models.vision_transformer import Block
 
 from smalti.config import (
+    BatchSize,
+    Count,
+    ImageSize,
+    Seed,
     Tree,
+    Workers,
     build,
     field_names,
     flatten,
@@ -29,13 +35,16 @@ from smalti.config import (
     write_atomically,
     write_yaml,
 )
-from smalti.data.folders import ImageSet, open_images, read_image, training_images
+from smalti.data.folders import ImageSet, open_images, training_images
 from smalti.data.image_set import as_text, is_text
+from smalti.data.images import read_values
 from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
+from smalti.data.pixels import NO_PIXELS, PixelConfig, Range
 from smalti.data.signal_config import SignalConfig, as_read, check_window
 from smalti.data.signals import SignalSet, is_signals, open_signals, training_signals
+from smalti.data.value_range import percentile_ranges
 from smalti.data.views import Views, collate
-from smalti.errors import ConfigError, DataError, RunError
+from smalti.errors import ConfigError, DataError, RunError, SmaltiError, WeightsError
 from smalti.evaluation.protocol import (
     BaselineKind,
     EvalConfig,
@@ -64,6 +73,7 @@ from smalti.models.loading import (
 )
 from smalti.models.tokens import fill_tokens, with_network
 from smalti.models.weights import LoadConfig, read_tensors
+from smalti.reading import as_number, read_csv, read_mapping, reading, reason, shorten
 from smalti.study.catalogue import find_recipe
 from smalti.study.machine import describe_machine
 from smalti.study.posttrain import COSTLESS, Judge
@@ -79,7 +89,7 @@ from smalti.training.launch import (
     split_batch,
     under_launcher,
 )
-from smalti.training.logs import LOG_FILE, CSVLog, Screen, Trackers, read_csv
+from smalti.training.logs import LOG_FILE, CSVLog, Screen, Trackers
 from smalti.training.loop import Listener, LogConfig, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, peak_lr
@@ -90,6 +100,8 @@ INIT_DIGEST = "init_digest"
 DEFAULT_ENCODER = "vit_small_patch16_224"
 SIGNAL_ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 50, "embed_dim": 256, "depth": 8, "num_heads": 8}
 """Where the data are signals: timm's plain vision transformer with these arguments, patches in samples."""
+SCALE_SAMPLE = 256
+"""Images in which ``data.scale=percentiles`` looks."""
 FIRST_LOOK = 20
 """Images of which one must be readable before a run is begun."""
 MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_workers")
@@ -97,17 +109,22 @@ MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_w
 
 
 @settings
-class DataConfig:
+class DataConfig(PixelConfig):
     """What is read, and how."""
+
+    scale: Range | tuple[Range, ...] | Literal["percentiles"] | None = None  # type: ignore[assignment]
+    """Values that become 0 and 1: one pair or one a channel, such as [0, 4095] for 12 bits in 16-bit files; what lies
+    outside is clipped. ``percentiles`` finds a pair a channel in 256 images, and the run keeps it. None: 0..255 of 8
+    bits, 0..65535 of unsigned 16, 0..1 of floats."""
 
     path: str | None = None
     """A folder of images, a list file, class folders or images with masks; ``NAME=PATH`` forces a reader."""
     class_depth: Annotated[int, Field(ge=1)] | Literal["deepest"] | None = None
     """``supervised``: how many nested class folders name the class (1: the outermost), or ``deepest``: the folder of
     the image; None: there is one above each image."""
-    image_size: int = 224
+    image_size: ImageSize = 224
     """Side of the main crop in pixels, a multiple of the patch size."""
-    channels: int = 3
+    channels: Count = 3
     """Channels of an image, 1..N; of signals as many as are read."""
     signal: SignalConfig | None = None
     """How signals are read; set where the data are some."""
@@ -115,7 +132,7 @@ class DataConfig:
     """Normalisation per channel, of images in 0..1; None: the encoder's own."""
     std: tuple[float, ...] | None = None
     """Likewise."""
-    num_workers: int | None = None
+    num_workers: Workers | None = None
     """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU. Never changes the trained weights."""
 
 
@@ -136,14 +153,14 @@ class RunConfig:
     """Weights to start from: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None starts from random ones."""
     load: LoadConfig = LoadConfig()
     """How the weights of ``init`` are fitted."""
-    steps: int = 10_000
+    steps: Count = 10_000
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per optimiser step, over all devices and accumulated gradients."""
     micro_batch: int | None = None
     """Images that one device takes at a time; None: ``batch_size / devices``. Gradients are accumulated until a step's
     images are seen. Changes memory and time; results change by rounding only, except for losses that couple samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, data order, augmentation and everything else random."""
     devices: int | str = "auto"
     """``auto`` (one GPU, else the CPU), ``cpu``, or a number of devices, one process each."""
@@ -182,7 +199,10 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
         ConfigError: for an unknown key or method (the nearest is named), or a value that can't be used.
     """
     chosen = tree.get("method")
-    chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen or {})
+    chosen = {"name": chosen} if isinstance(chosen, str) else chosen or {}
+    if not isinstance(chosen, Mapping):
+        raise ConfigError(f"{where}: method={shorten(repr(chosen))}: write 'method: NAME', one method")
+    chosen = dict(chosen)
     if "name" not in chosen:
         raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
     method = get_method(str(chosen.pop("name")))
@@ -201,16 +221,6 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     if isinstance(optim, Mapping) and "base_lr" in optim and "lr" not in optim:  # else the default would win over it
         defaults = merge(defaults, {"optim": {"lr": None}})
     config = build(RunConfig, merge(defaults, {**tree, "method": {"name": method.name, **to_tree(own)}}), where)
-    for name in ("steps", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{where}: {name}={getattr(config, name)}: at least 1 is needed")
-    for name, value in (
-        ("checkpoint.every", config.checkpoint.every),
-        ("log.every", config.log.every),
-        ("data.channels", config.data.channels),
-    ):
-        if value < 1:
-            raise ConfigError(f"{where}: {name}={value}: at least 1 is needed")
     if issubclass(method, TokenMethod):
         _check_no_encoder(config, where)
         if method.needs_start and not config.init:
@@ -229,7 +239,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> tuple[RunConfig
     for name in config.eval.protocols:
         find_protocol(name)
     check_trackers(config.log.trackers)
-    return config, own
+    return _as_trained(config), own
 
 
 def _check_no_encoder(config: RunConfig, where: str) -> None:
@@ -271,16 +281,17 @@ def with_start(tree: Tree) -> Tree:
     run = Path(str(tree["init"]))
     if not (run / CONFIG_FILE).is_file():
         raise RunError(f"init={run}: is not a run directory; {name} starts from what --out of smalti train named")
-    before = read_yaml(run / CONFIG_FILE)
-    found = before["method"]["name"]
-    allowed = dict.fromkeys((*method.starts_from, method.name))
-    if found not in allowed:
-        raise ConfigError(f"init={run}: is a run of {found}; {name} starts from {' or '.join(allowed)}")
     shared = field_names(method.Config)
-    fixed: Tree = {
-        "data": {key: before["data"][key] for key in ("image_size", "channels")},
-        "tokens": before["tokens"],
-    }
+    with reading(run / CONFIG_FILE, "the settings of a run", ConfigError):
+        before = read_yaml(run / CONFIG_FILE)
+        found = before["method"]["name"]
+        allowed = dict.fromkeys((*method.starts_from, method.name))
+        if found not in allowed:
+            raise ConfigError(f"init={run}: is a run of {found}; {name} starts from {' or '.join(allowed)}")
+        fixed: Tree = {
+            "data": {key: before["data"][key] for key in ("image_size", "channels")},
+            "tokens": before["tokens"],
+        }
     own = {key: value for key, value in before["method"].items() if key in shared}
     given = flatten(tree)
     for key, value in flatten(fixed).items():
@@ -373,7 +384,7 @@ def build_method(
         quiet: don't print how many tensors of ``init`` matched.
     """
     method = get_method(config.method["name"])
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _building(method.name):
         torch.manual_seed(config.seed)
         if issubclass(method, TokenMethod):
             chosen = config.tokens or TokenConfig()
@@ -390,19 +401,38 @@ def build_method(
         return method(encoder, own)
 
 
+@contextlib.contextmanager
+def _building(name: str) -> Iterator[None]:
+    """What arithmetic and memory say of numbers that don't fit together, as an error about the settings.
+
+    Raises:
+        ConfigError: in place of these exceptions.
+    """
+    try:
+        yield
+    except SmaltiError:
+        raise
+    except (ArithmeticError, MemoryError, RuntimeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{name} can't be built with these settings ({reason(error)}); look at method.* and encoder.*"
+        ) from error
+
+
 def load_method(run: Path) -> Method:
     """The method of a run with the weights of its newest checkpoint, in eval mode on the CPU.
 
     Raises:
         RunError: if it is no run directory, or holds no checkpoint.
+        WeightsError: if the checkpoint is damaged, or of another method than the run's settings say.
     """
     checkpoint = latest_checkpoint(run) if (run / CONFIG_FILE).is_file() else None
     if checkpoint is None:
         raise RunError(f"{run}: is not a run with a checkpoint; give what --out of smalti train named")
-    config, own = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
-    method = build_method(config, own, encoder_description(checkpoint))
-    method.load_state_dict(read_tensors(checkpoint / WEIGHTS_FILE))
-    return method.eval()
+    with reading(checkpoint, "a checkpoint of this run", WeightsError):
+        config, own = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
+        method = build_method(config, own, encoder_description(checkpoint))
+        method.load_state_dict(read_tensors(checkpoint / WEIGHTS_FILE))
+        return method.eval()
 
 
 def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = None, quiet: bool = True) -> Encoder:
@@ -475,7 +505,8 @@ def open_data(config: RunConfig) -> ImageSet | SignalSet:
     """
     path = str(config.data.path)
     if config.data.signal is None:
-        return open_images(path, class_depth=config.data.class_depth)
+        images = open_images(path, class_depth=config.data.class_depth)
+        return images if config.data.scale == "percentiles" else images.with_pixels(config.data.pixels)
     return open_signals(path, config.data.signal)
 
 
@@ -503,6 +534,32 @@ def training_part(data: ImageSet | SignalSet, config: RunConfig) -> ImageSet | S
             f"({', '.join(signals.channels)}); leave it out, and name them with data.signal.channels=A,B"
         )
     return signals
+
+
+def measure_scale(config: RunConfig, images: ImageSet | SignalSet) -> tuple[RunConfig, ImageSet | SignalSet]:
+    """Settings and images with the ranges of values that ``data.scale=percentiles`` asks for, found in a sample.
+
+    Raises:
+        DataError: if no image of the sample can be read, or a channel has one value nearly everywhere.
+    """
+    if config.data.scale != "percentiles" or isinstance(images, SignalSet):
+        return config, images
+    values = []
+    for place in np.linspace(0, len(images) - 1, min(len(images), SCALE_SAMPLE)).round().astype(int):
+        with contextlib.suppress(DataError):
+            values.append(read_values(images.paths[place], config.data.channels, config.data.max_pixels))
+    data = dataclasses.replace(config.data, scale=percentile_ranges(values))
+    config = _as_trained(dataclasses.replace(config, data=data))
+    return config, images.with_pixels(config.data.pixels)
+
+
+def _as_trained(config: RunConfig) -> RunConfig:
+    """Settings with which evaluation in training decodes images as training does, unless they say otherwise."""
+    if config.data.scale == "percentiles":
+        return config
+    known = {name: getattr(config.data, name) for name in field_names(PixelConfig)}
+    given = {name: value for name in known if (value := getattr(config.eval, name)) != getattr(NO_PIXELS, name)}
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **{**known, **given}))
 
 
 def with_signals(tree: Tree) -> Tree:
@@ -573,7 +630,7 @@ def train(
     if run.is_dir() and any(run.iterdir()) and _is_first_process():
         raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
     found = open_data(config)
-    images = training_part(found, config)
+    config, images = measure_scale(config, training_part(found, config))
     config, own = count_classes(config, own, images)
     _check_before_writing(config, own, images, quiet=under_launcher() and not _is_first_process())
     if _is_first_process():
@@ -652,9 +709,9 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet | Signal
     if config.eval.data and config.eval.image_size:
         method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
     trouble: DataError | None = None
-    for path in images.paths[:FIRST_LOOK]:
+    for sample in images.samples[:FIRST_LOOK]:
         try:
-            views(read_image(path, config.data.channels), np.random.default_rng(0))
+            views(sample.read(config.data.channels), np.random.default_rng(0))
             return
         except DataError as error:
             trouble = error
@@ -941,9 +998,13 @@ def _write_run_file(run: Path, config: RunConfig, images: ImageSet | SignalSet) 
 
 
 def read_run_file(run: Path) -> dict[str, Any]:
-    """What ``run.json`` of a run directory holds; nothing where there is none."""
+    """What ``run.json`` of a run directory holds; nothing where there is none.
+
+    Raises:
+        RunError: if it is damaged.
+    """
     path = run / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_mapping(path, "a run's notes", RunError) if path.is_file() else {}
 
 
 def _names_digest(images: ImageSet | SignalSet) -> str:
@@ -990,7 +1051,7 @@ def end_of_log(run: Path) -> dict[str, float]:
     """Means over the last tenth of the rows of ``log.csv``, one row at least, of the columns that are known there."""
     rows = read_csv(run / LOG_FILE) if (run / LOG_FILE).is_file() else []
     last = rows[-max(1, len(rows) // 10) :]
-    columns = {name: [float(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}
+    columns = {name: [as_number(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}
     return {name: float(np.mean(values)) for name, values in columns.items() if values and np.isfinite(values).all()}
 
 
@@ -1039,6 +1100,8 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
         ConfigError, DataError, WeightsError: as :func:`train` does.
     """
     images = open_training(config) if config.data.path else None
+    if images is not None:
+        config, images = measure_scale(config, images)
     config, own = count_classes(config, own, images)
     precision = resolve_precision(config.precision, device.type)
     dtype = torch.bfloat16 if precision == "bf16" else None

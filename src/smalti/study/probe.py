@@ -20,6 +20,7 @@ from torch import Tensor
 from smalti.config import read_yaml, write_atomically
 from smalti.data.folders import ImageSet, open_images
 from smalti.data.loader import TrainLoader
+from smalti.data.pixels import trained_pixels
 from smalti.data.views import MultiCrop, collate
 from smalti.errors import ConfigError
 from smalti.functional.offgrid import Patches, resample_boxes
@@ -109,7 +110,7 @@ def probe_positions(
     views = method.make_views(int(config["data"]["image_size"]))
     if not isinstance(views, MultiCrop):
         raise ConfigError(f"{run}: probes of positions are for images; of signals, r2_time in the log tells the fit")
-    images = _held_out(open_images(data or str(config["data"]["path"])))
+    images = _held_out(open_images(data or str(config["data"]["path"])).with_pixels(trained_pixels(config)))
     channels = method.encoder.in_chans
     batch = next(iter(TrainLoader(images, views, batch_size=num_images, seed=seed, channels=channels)))
     crops = batch.global_crops[:num_images]

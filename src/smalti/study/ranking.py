@@ -13,12 +13,13 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from smalti.config import check_writable, read_yaml, settings, write_atomically
+from smalti.config import ImageSize, Workers, check_writable, read_yaml, settings, write_atomically
 from smalti.data.folders import open_images
 from smalti.data.image_set import ImageSet
 from smalti.data.labelled import eval_batches
 from smalti.data.loader import default_workers
 from smalti.data.orders import OrderCache, check_fits, read_orders
+from smalti.data.pixels import PixelConfig
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError, RunError, ShapeError
 from smalti.methods.base import TokenMethod, get_method
@@ -55,7 +56,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @settings
-class RankConfig:
+class RankConfig(PixelConfig):
     """How patches are ranked."""
 
     batch_size: int = 16
@@ -64,13 +65,13 @@ class RankConfig:
     """Targets at a time, of a run of comae; never changes the orders. None: what 256 MiB hold."""
     damping: float = 0.85
     """Of PageRank, in 0..1 (1 excluded)."""
-    image_size: PositiveInt | None = None
+    image_size: ImageSize | None = None
     """Side of the ranked squares in pixels, of an encoder; None: its own. A run of comae has one size."""
     weights: str | None = None
     """Network of a run: student or teacher."""
     load: LoadConfig = LoadConfig()
     """How weights of others are fitted."""
-    num_workers: NonNegativeInt | None = None
+    num_workers: Workers | None = None
     """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU."""
     judged: PositiveInt = 512
     """Images of the curves, at most: of the test split where there is one, else of val, else of all."""
@@ -145,7 +146,7 @@ def rank(
         ConfigError, DataError, ShapeError, RunError, WeightsError: for what doesn't exist or fit.
     """
     config, device = config or RankConfig(), device or torch.device("cpu")
-    images = open_images(data)
+    images = open_images(data).with_pixels(config.pixels)
     ranker = open_ranker(spec, config, orders, device)
     asked, named = choose_names(ranker, orders)
     other = _open_other(against, config, [name for name in named if name in asked], ranker, device)

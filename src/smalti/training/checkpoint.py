@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smalti.config import settings, write_atomically
-from smalti.errors import RunError, SmaltiError, WeightsError
+from smalti.config import Count, build, settings, write_atomically
+from smalti.errors import ConfigError, RunError, SmaltiError, WeightsError
 from smalti.methods.base import Method
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors, read_torch
+from smalti.reading import reading
 
 OPTIMIZER_FILE = "optimizer.pt"
 
@@ -29,9 +30,9 @@ OPTIMIZER_FILE = "optimizer.pt"
 class CheckpointConfig:
     """When checkpoints are written, and which stay; nothing here changes the trained weights."""
 
-    every: int = 500
+    every: Count = 500
     """Steps between checkpoints; the last step always has one."""
-    keep: int = 2
+    keep: Count = 2
     """Newest checkpoints that stay; the best one, where there is an evaluation in training, stays too."""
 
 
@@ -143,6 +144,10 @@ class Checkpoints:
         Raises:
             WeightsError: if a part is missing, damaged or of another method.
         """
+        with reading(path, "a checkpoint of this run", WeightsError):
+            return self._restore(path)
+
+    def _restore(self, path: Path) -> TrainingState:
         state = _read_state(path)
         weights = read_tensors(path / WEIGHTS_FILE)
         own = self.method.state_dict()
@@ -208,13 +213,15 @@ def read_state(run: Path) -> TrainingState:
 
 
 def _read_state(path: Path) -> TrainingState:
-    try:
-        known = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["state"]
+    file = path / STATE_FILE
+    with reading(file, "the state of a checkpoint", WeightsError):
+        known = json.loads(file.read_bytes())["state"]
         if "num_judged" not in known and known.get("best_step") is not None:
             known["num_judged"] = 2  # from before they were counted: more than one, as far as anyone knows
-        return TrainingState(**known)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path}: its {STATE_FILE} can't be read ({type(error).__name__}: {error})") from error
+        try:
+            return build(TrainingState, known, str(file), group="state")
+        except ConfigError as error:
+            raise WeightsError(str(error)) from error
 
 
 def _is_disk_trouble(error: Exception) -> bool:

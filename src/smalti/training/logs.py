@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from smalti.config import write_atomically
+from smalti.reading import read_csv
 
 LOG_FILE, EVENTS_FILE = "log.csv", "events.csv"
 
@@ -58,13 +59,6 @@ class CSVLog:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.log, text.getvalue())
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header; a last row that was cut short by a kill is left out."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values() and None not in row]
 
 
 def _append(path: Path, values: list[str]) -> None:

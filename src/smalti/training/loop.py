@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from smalti.config import settings
+from smalti.config import Count, settings
 from smalti.data.loader import UnreadableLog, sample_key
 from smalti.data.views import Views
 from smalti.errors import RunError
@@ -30,7 +30,7 @@ HEALTH_IMAGES = 32
 class LogConfig:
     """What is written down; nothing here changes the trained weights."""
 
-    every: int = 50
+    every: Count = 50
     """Steps between rows of ``log.csv``; the finite check is read at the same moments."""
     trackers: tuple[str, ...] = ()
     """Further trackers by Accelerate's names: ``tensorboard``, ``wandb``, ``mlflow``."""

@@ -1,0 +1,112 @@
+"""Reading a user's file: whatever is wrong with it becomes one of our errors, one line that names the file.
+
+Parsers fail in more ways than anyone can list (``RecursionError`` for ten thousand brackets, ``OverflowError`` for
+``1e999``, ``MemoryError`` for an impossible shape). So each reader parses inside :func:`reading`, which takes them all.
+"""
+
+import contextlib
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smalti.errors import DataError, SmaltiError, one_line
+
+_LONGEST = 200  # characters of a reason or a value in an error
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, what: str, error: type[SmaltiError] = DataError, advice: str = "") -> Iterator[None]:
+    """Turn every exception of a parser into ``PATH: can't be read as WHAT (REASON); ADVICE``.
+
+    Only the parsing of one file belongs in the block: a mistake of ours in it would be reported as the file's, and
+    only ``--debug`` would show where it is. Errors of ours pass as they are.
+
+    Args:
+        path: the file.
+        what: what it should be, with its article, such as ``a JSON file``.
+        error: what to raise.
+        advice: what to do about it.
+
+    Raises:
+        error: for anything else than a :class:`SmaltiError`, which it chains.
+    """
+    try:
+        yield
+    except SmaltiError:
+        raise
+    except Exception as problem:
+        text = f"{path}: can't be read as {what} ({reason(problem)})"
+        raise error(f"{text}; {advice}" if advice else text) from problem
+
+
+def reason(problem: Exception) -> str:
+    """What an exception says, as a short phrase for people.
+
+    Example:
+        >>> reason(KeyError("grid"))
+        "it lacks 'grid'"
+    """
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror
+    if isinstance(problem, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(problem, MemoryError):
+        return "it needs more memory than there is"
+    if isinstance(problem, UnicodeDecodeError):
+        return f"it isn't UTF-8 text: byte {problem.start} is {problem.object[problem.start]:#04x}"
+    if isinstance(problem, KeyError):
+        return f"it lacks {'' if isinstance(problem.args[0], str) else 'entry '}{shorten(str(problem))}"
+    if isinstance(problem, (TypeError, AttributeError, IndexError)):
+        return f"it has another form: {shorten(str(problem))}"
+    return shorten(str(problem)) or type(problem).__name__
+
+
+def shorten(text: str) -> str:
+    """The first line of a text, control characters written out; from the middle of a long one, three dots are left."""
+    line = one_line(text.strip().partition("\n")[0].strip())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 50]} ... {line[-45:]}"
+
+
+def read_json(path: Path, what: str = "a JSON file", error: type[SmaltiError] = DataError) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        error: if it can't be read or isn't JSON.
+    """
+    with reading(path, what, error):
+        return json.loads(path.read_bytes())
+
+
+def read_mapping(path: Path, what: str = "a JSON file", error: type[SmaltiError] = DataError) -> dict[str, Any]:
+    """What a JSON file holds, which must be an object.
+
+    Raises:
+        error: if it can't be read, isn't JSON, or holds something else.
+    """
+    content = read_json(path, what, error)
+    if not isinstance(content, dict):
+        raise error(f"{path}: can't be read as {what} (it holds a {type(content).__name__}, an object is needed)")
+    return content
+
+
+def as_number(text: str) -> float:
+    """A cell of a table as a number; NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def read_csv(path: Path, error: type[SmaltiError] = DataError) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header; rows with too few or too many cells are left out, such as a last one that was
+    cut short by a kill.
+
+    Raises:
+        error: if it can't be read or isn't CSV.
+    """
+    with reading(path, "a CSV file", error), path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and None not in row]
