@@ -244,7 +244,7 @@ def check_headers(images: ImageSet) -> None:
     Images whose header can't be read are left for the reader, which counts them. Cost: 0.1 ms a file.
 
     Raises:
-        DataError: for the first mask that has another size than its image.
+        DataError: for the first mask that can't be read, or has another size than its image.
     """
     for sample in images.samples:
         mask = sample.mask or sample.instances
@@ -254,7 +254,9 @@ def check_headers(images: ImageSet) -> None:
             size = image_size(sample.path)
         except DataError:
             continue
-        _check_same_size(mask, image_size(mask), sample.path, size)
+        with reading(mask, "a mask"), Image.open(mask) as picture:  # as it is stored, not turned by EXIF
+            mask_size = (picture.height, picture.width)
+        _check_same_size(mask, mask_size, sample.path, size)
 
 
 def _check_same_size(mask: Path, mask_size: tuple[int, ...], image: Path, size: tuple[int, int]) -> None:
