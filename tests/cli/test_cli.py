@@ -244,8 +244,8 @@ def test_debug_shows_the_traceback(photos: Path, tmp_path: Path) -> None:
 
 def test_a_warning_is_one_line_and_comes_once(tmp_path: Path) -> None:
     code = (
-        "import warnings; from smalti.cli import main\n"
-        "main._warn_in_one_line()\n"
+        "import warnings; from smalti import streams\n"
+        "streams.warn_in_one_line()\n"
         "for _ in range(2):\n"
         "    with warnings.catch_warnings():\n"
         "        pass\n"  # which makes Python forget what it has shown

@@ -10,6 +10,7 @@ import typer
 
 from smalti.cli.options import Data, Debug, Json, Out, Quiet, Settings, needed, take
 from smalti.errors import ConfigError
+from smalti.files import check_writable, is_free
 
 if TYPE_CHECKING:
     from smalti.study.ranking import Ranking
@@ -66,7 +67,6 @@ def command(
     file = _file_of(Path(out).expanduser(), ORDERS_FILE)
 
     from smalti.cli.options import Progress, best_device, write_json
-    from smalti.config import check_writable
     from smalti.report.ranking import write_page
 
     for path in (json, *(file.with_suffix(ending) for ending in (".json", ".html", ".png"))):
@@ -109,7 +109,7 @@ def _file_of(out: Path, name: str) -> Path:
         return out
     if out.suffix and not out.is_dir():
         raise ConfigError(f"{out}: name a folder, or a file that ends in .parquet")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / name).is_file()):
+    if not is_free(out) and not (out / name).is_file():
         raise ConfigError(f"{out}: is not empty and holds no {name}; choose another --out")
     return out / name
 

@@ -8,22 +8,23 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from smalti.data.coco import with_objects
 from smalti.data.folders import SPLITS, ImageSample, ImageSet, open_images, read_image
 from smalti.data.image_set import IGNORED as IGNORED
 from smalti.data.image_set import REFUSED
 from smalti.data.images import PILLOW_ERRORS, image_size
-from smalti.data.loader import epoch_order, start_worker, unchanged
+from smalti.data.loader import epoch_order
 from smalti.data.views import Skipped, centre_crop
+from smalti.data.workers import load_items
 from smalti.errors import ConfigError, DataError
 
 EvalCrop = Literal["crop", "squash", "centre"]
@@ -348,16 +349,7 @@ def eval_batches(
     Unreadable images are left out, so a batch may be smaller than ``batch_size``, or empty.
     """
     batches = _EvalBatches(images.samples, size, channels, mode, batch_size)
-    loader: DataLoader[Any] = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(len(batches)),
-        num_workers=num_workers,
-        collate_fn=unchanged,
-        worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(0),  # leaves torch's own generator alone
-    )
-    yield from loader
+    yield from load_items(batches, range(len(batches)), num_workers)
 
 
 class _EvalBatches(Dataset[tuple[Tensor, list[int], list[Skipped]]]):

@@ -22,11 +22,11 @@ import safetensors
 import safetensors.torch
 from PIL import Image
 
-from smalti.config import write_atomically
 from smalti.errors import DataError
 from smalti.evaluation.protocol import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
+from smalti.files import write_atomically
 from smalti.functional.colours import palette
 
 INDEX, PER_IMAGE, CONFUSION, PREDICTIONS = "details.json", "per_image.parquet", "confusion.csv", "predictions"

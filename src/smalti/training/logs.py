@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from smalti.config import write_atomically
+from smalti.errors import DataError
+from smalti.files import set_aside, write_atomically
 
 LOG_FILE, EVENTS_FILE = "log.csv", "events.csv"
 
@@ -23,12 +24,18 @@ class CSVLog:
         self._columns: list[str] = []
 
     def started(self, step: int, steps: int) -> None:
-        """Rows after ``step`` are dropped: they are made again."""
+        """Rows after ``step`` are dropped: they are made again. A damaged log is set aside, and a new one begun."""
+        self._columns = []
         if not self.log.exists():
             return
-        rows = read_csv(self.log)
+        try:
+            rows = read_csv(self.log)
+            kept = [row for row in rows if float(row["step"]) <= step]
+        except (DataError, KeyError, ValueError) as error:
+            set_aside(self.log, error)
+            return
         self._columns = list(rows[0]) if rows else []
-        self._rewrite([row for row in rows if float(row["step"] or 0) <= step])
+        self._rewrite(kept)
 
     def step(self, step: int) -> None:
         """Rows are enough."""
@@ -61,10 +68,21 @@ class CSVLog:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header; a last row that was cut short by a kill is left out."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values() and None not in row]
+    """Rows of a CSV file with a header; a last row that was cut short by a kill is left out.
+
+    Raises:
+        DataError: if it can't be read as text and rows.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a table of comma-separated values ({error})") from error
+    if rows and (None in rows[-1].values() or None in rows[-1]):
+        rows.pop()
+    if any(None in row.values() or None in row for row in rows):
+        raise DataError(f"{path}: not a table of comma-separated values (its rows differ in length)")
+    return rows
 
 
 def _append(path: Path, values: list[str]) -> None:
