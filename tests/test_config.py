@@ -5,18 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smalti.config import (
-    Count,
-    Seed,
-    build,
-    field_docs,
-    merge,
-    parse_overrides,
-    read_yaml,
-    settings,
-    unfold,
-    write_atomically,
-)
+from smalti.config import Count, Seed, build, field_docs, merge, parse_overrides, read_yaml, settings, unfold
 from smalti.errors import ConfigError
 
 
@@ -78,20 +67,6 @@ def test_yaml_that_is_broken_or_no_mapping_is_one_line(tmp_path: Path) -> None:
         read_yaml(tmp_path / "b.yaml")
     with pytest.raises(ConfigError, match="can't be read"):
         read_yaml(tmp_path / "none.yaml")
-
-
-def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_atomically(path, "old")
-
-    def full(self: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(ConfigError, match=r"x.json: can't be written \(No space left on device\)"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 @settings

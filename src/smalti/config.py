@@ -7,9 +7,7 @@ text, are converted by the field's type.
 
 import dataclasses
 import difflib
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
@@ -19,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from smalti.errors import ConfigError
+from smalti.files import write_atomically
 from smalti.reading import reading, shorten
 
 T = TypeVar("T")
@@ -317,42 +316,3 @@ def to_tree(value: Any) -> Any:
 def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
     """Write a tree as YAML, to a temporary name first and then renamed."""
     write_atomically(path, yaml.safe_dump(to_tree(tree), sort_keys=False, allow_unicode=True))
-
-
-def check_writable(path: Path) -> None:
-    """Find out before the work whether a file can be written after it; nothing is left behind.
-
-    Raises:
-        ConfigError: if it can't.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        Path(temporary).unlink()
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be written ({error.strerror or error})") from error
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write text (UTF-8) or bytes to a temporary name in the same folder, then rename: whole file or none. What of a
-    file's name is no text stands in it as ``\\udcXX``.
-
-    Raises:
-        ConfigError: if ``path`` is a folder or its parent can't be written, naming the reason.
-    """
-    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # noqa: PTH101  # mkstemp makes it private
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise ConfigError(f"{path}: can't be written ({error.strerror or error})") from error

@@ -101,12 +101,15 @@ def as_number(text: str) -> float:
 
 
 def read_csv(path: Path, error: type[SmaltiError] = DataError) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header; rows with too few or too many cells are left out, such as a last one that was
-    cut short by a kill.
+    """Rows of a CSV file with a header; a last row that was cut short by a kill is left out.
 
     Raises:
-        error: if it can't be read or isn't CSV.
+        error: if it can't be read, isn't CSV, or its rows differ in length.
     """
     with reading(path, "a CSV file", error), path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values() and None not in row]
+        if rows and (None in rows[-1].values() or None in rows[-1]):
+            rows.pop()
+        if any(None in row.values() or None in row for row in rows):
+            raise ValueError("its rows differ in length")
+    return rows

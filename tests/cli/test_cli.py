@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,6 +90,67 @@ def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, 
     smalti_process("train", "--resume", tmp_path / "b", "--quiet")
     ours, theirs = weights(run), weights(tmp_path / "b")
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_gives_a_checkpoint_a_line_and_143_and_resuming_the_same_bits(
+    devices: int, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "b"
+    words = ["train", "mae", "--data", photos, "steps=200", *TINY, *MAE, "checkpoint.every=500", f"devices={devices}"]
+    command = [sys.executable, "-m", "smalti", *map(str, words), "--quiet"]
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (out / "log.csv").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    addresses = [
+        connection.laddr.ip
+        for one in psutil.Process(process.pid).children(recursive=True)
+        for connection in one.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert set(addresses) == ({"127.0.0.1"} if devices == 2 else set())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    checkpoint = latest_checkpoint(out)
+    assert process.returncode == 143
+    assert said == (
+        f"smalti: interrupted by SIGTERM; checkpoint: {checkpoint}; resume with: smalti train --resume {out}\n"
+    )
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert 0 < step < 200 and step % 500
+    smalti("train", "--resume", out, "--quiet")
+    smalti(*words, "--out", tmp_path / "a", "--quiet")
+    ours, theirs = weights(tmp_path / "a"), weights(out)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_two_evaluations_in_the_same_second_leave_two_files(
+    run: Path, class_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *_: "20261130-060000")
+    for _ in range(2):
+        smalti("evaluate", run, "--data", class_folders, "--protocol", "knn", "eval.baseline=false", "--quiet")
+    names = sorted(path.name for path in (run / "results").glob("evaluate_20261130-060000*.json"))
+    assert names == ["evaluate_20261130-060000-2.json", "evaluate_20261130-060000.json"]
+    for path in (run / "results").glob("evaluate_20261130-060000*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_results_that_cannot_be_written_are_known_before_the_work(
+    run: Path, class_folders: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    inside = tmp_path / "file" / "x"
+    fails("can't be written", "evaluate", run, "--data", class_folders, "--protocol", "knn", "--json", inside)
+    fails("can't be written", "evaluate", run, "--data", class_folders, "--protocol", "knn", "--out", inside)
+    fails("can't be written", "train", "mae", "--data", photos, "--out", inside, *TINY, *MAE)
+    fails("can't be written", "doctor", photos, "--json", inside)
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("results"))
+    (other / "results").write_text("in the way")
+    fails("results: can't be written", "evaluate", other, "--data", class_folders, "--protocol", "knn")
 
 
 TWO_PROCESSES = {  # mae, part and plain droppos: tests/training/test_loop.py
@@ -245,8 +307,8 @@ def test_debug_shows_the_traceback(photos: Path, tmp_path: Path) -> None:
 
 def test_a_warning_is_one_line_and_comes_once(tmp_path: Path) -> None:
     code = (
-        "import warnings; from smalti.cli import main\n"
-        "main._warn_in_one_line()\n"
+        "import warnings; from smalti import streams\n"
+        "streams.warn_in_one_line()\n"
         "for _ in range(2):\n"
         "    with warnings.catch_warnings():\n"
         "        pass\n"  # which makes Python forget what it has shown

@@ -17,6 +17,7 @@ from smalti.data.folders import open_images
 from smalti.data.orders import write_orders
 from smalti.errors import SmaltiError
 from smalti.functional.orders import fixed_random, halton, raster
+from smalti.methods.mar import MAR
 from smalti.report.page import write_report
 from smalti.study.pretrain import train
 
@@ -176,3 +177,31 @@ def test_a_cmar_needs_a_mar_and_its_images_orders(mar: Path, orders: Path, class
             fit("cmar", data, out, "devices=cpu", *words, init=init)
         assert expected in str(raised.value) and "\n" not in str(raised.value), str(raised.value)
         assert not out.exists()
+
+
+def test_a_stopped_command_resumes_and_draws_only_what_is_missing(
+    mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"num": 12, "batch_size": 2, "seed": 3}
+    draw(mar, tmp_path / "whole", **options)
+    original, drawn = MAR.draw, []
+
+    def stop(self: MAR, orders: torch.Tensor, *more: Any) -> torch.Tensor:
+        drawn.append(len(orders))
+        if len(drawn) == 6:
+            raise KeyboardInterrupt
+        return original(self, orders, *more)
+
+    monkeypatch.setattr(MAR, "draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        draw(mar, tmp_path / "out", **options)
+    with pytest.raises(SmaltiError, match=r"was begun with another seed \(3, now 4\); choose another --out"):
+        draw(mar, tmp_path / "out", **{**options, "seed": 4})
+    draw(mar, tmp_path / "out", **options)
+    assert len(drawn) == 6 + 5  # the film's four batches once more, since it was not written, and the missing one
+    files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.png"))
+    assert len(files) == 12 + 2
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
+    with pytest.raises(SmaltiError, match="all its images are drawn; choose another --out"):
+        draw(mar, tmp_path / "out", **options)

@@ -18,6 +18,7 @@ from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import Method, Reference, TokenMethod, get_method, method_names, uniform_guess
 from smalti.models.encoder import build_encoder
 from smalti.study.catalogue import recipe_files
+from smalti.training.health import Health
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 
 MAR_SMALL: dict[str, object] = {
@@ -281,6 +282,16 @@ def test_images_of_another_size_than_the_positions(name: str, size: int, photos:
     method = build(name, img_size=32)
     losses = method(batch(method, photos, size=size), 0.5)
     assert all(math.isfinite(value.item()) for value in losses.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_checkpoint_keeps_is_finite_after_a_step(name: str, photos: Path) -> None:
+    """Training rolls back where it isn't, so no method may keep an infinity on purpose."""
+    method = build(name)
+    optimizer = build_optimizer(method.param_groups(), OptimConfig())
+    health, views = Health(), batch(method, photos)
+    health.observe(1, {"loss": torch.tensor(step(method, views, optimizer, 0.5))}, torch.tensor(1.0), {})
+    assert health.read(1, method.state_dict().values()).bad == {}
 
 
 @pytest.mark.parametrize("name", NAMES)

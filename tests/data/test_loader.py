@@ -1,10 +1,8 @@
 import csv
 import itertools
 import multiprocessing
-import os
 import pickle
 import re
-import signal
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti.data.folders import open_images
-from smalti.data.loader import TrainLoader, UnreadableLog, default_workers, epoch_order, sample_key
+from smalti.data.loader import TrainLoader, UnreadableLog, epoch_order, sample_key
 from smalti.data.views import ColorConfig, MultiCrop, Skipped, ViewSpec
 from smalti.errors import DataError, RunError
 
@@ -138,19 +136,6 @@ def test_a_wrong_number_of_channels_reaches_the_user(coordinate_images):
         take(coordinate_images, 1, channels=5)
 
 
-def kill_own_process(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Deadly(MultiCrop):
-    __call__ = kill_own_process
-
-
-def test_a_killed_worker_is_one_line(coordinate_images):
-    with pytest.raises(RunError, match=r"a data worker was killed .*lower data\.num_workers or free memory"):
-        take(coordinate_images, 1, views=Deadly(VIEWS.specs), num_workers=1)
-
-
 def test_what_goes_to_a_worker_can_be_pickled(coordinate_images):
     batches = TrainLoader(coordinate_images, VIEWS, batch_size=2, seed=7)._batches
     assert_same([pickle.loads(pickle.dumps(batches))[3]], [batches[3]])
@@ -164,11 +149,6 @@ def test_workers_may_be_spawned(coordinate_images):
         assert_same(take(coordinate_images, 3, num_workers=1), take(coordinate_images, 3))
     finally:
         multiprocessing.set_start_method(before, force=True)
-
-
-def test_a_run_on_a_cpu_starts_no_workers():
-    assert default_workers("cpu") == 0
-    assert 1 <= default_workers("cuda") <= 8
 
 
 def test_sixteen_bit_and_many_channel_images_are_trained_on(write, tmp_path):

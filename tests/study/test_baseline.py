@@ -20,8 +20,9 @@ from smalti.methods.base import get_method
 from smalti.models.loading import as_loaded
 from smalti.models.weights import LoadConfig
 from smalti.study.baseline import baseline_of, untrained_network
-from smalti.study.pretrain import CONFIG_FILE, end_of_log, resolve
+from smalti.study.pretrain import resolve
 from smalti.study.rows import result_cells
+from smalti.study.run_folder import CONFIG_FILE, end_of_log
 
 TINY: dict[str, Any] = {
     "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -149,7 +150,7 @@ def test_an_arm_that_fails_while_it_runs_costs_the_others_nothing(plan, tmp_path
     ("code", "line"), [(1, "ended with exit code 1"), (-9, r"ended with signal 9 \(out of memory\?\)")]
 )
 def test_a_process_that_ends_without_a_word_is_named(code, line, plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    monkeypatch.setattr(module, "run_process", lambda *_: (code, 0))
     with pytest.raises(RunError, match=line):
         compare(plan, tmp_path / "out", quiet=True)
 
@@ -316,6 +317,29 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(plan, tmp_path):
     result = compare(plan, tmp_path / "out", quiet=True)
     assert {path: path.stat().st_mtime_ns for path in finished} == stamps
     assert [dataclasses.asdict(row) for row in result.rows] == [dataclasses.asdict(row) for row in straight.rows]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_comparison_with_a_checkpoint_of_its_cell_and_the_same_command_resumes(plan, tmp_path):
+    plan |= {"seeds": [0], "budget": {"steps": 300}}
+    del plan["arms"]["start"]
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    command = [sys.executable, "-m", "smalti", "compare", str(tmp_path / "plan.yaml")]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (logs := list((tmp_path / "out").rglob("log.csv"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(RunError, match=f"out: process {process.pid} on .* is writing here"):
+        compare(plan, tmp_path / "out", quiet=True)
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143
+    assert said.splitlines()[-1] == "smalti: interrupted by SIGTERM; the same command resumes"
+    assert (logs[0].parent / "events.csv").read_text().endswith("interrupted,SIGTERM\n")
+    result = compare(plan, tmp_path / "out", quiet=True)
+    straight = compare(plan, tmp_path / "straight", quiet=True)
+    assert [row.seeds for row in result.rows] == [row.seeds for row in straight.rows]
 
 
 def test_a_cell_in_a_process_of_its_own_gives_the_same_numbers(plan, tmp_path):

@@ -16,10 +16,25 @@ def test_means_and_the_first_bad_step_of_each_term() -> None:
         bad = math.nan if step >= 3 else 1.0
         losses = {"a": torch.tensor(float(step)), "b": torch.tensor(bad)}
         health.observe(step, losses, torch.tensor(math.inf if step >= 4 else 2.0), {"watched": torch.tensor(math.nan)})
-    reading = health.read()
+    reading = health.read(5, [torch.ones(2)])
     assert reading.means["loss/a"] == 3.0
     assert reading.bad == {"loss/b": 3, "grad_norm": 4}
-    assert health.read().bad == {}, "a reading starts afresh"
+    assert health.read(5, []).bad == {}, "a reading starts afresh"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
+def test_weights_that_are_not_finite_or_whose_squares_overflow_are_bad(value: float) -> None:
+    health = Health()
+    health.observe(7, {"a": torch.tensor(1.0)}, torch.tensor(1.0), {})
+    weights = [torch.ones(3), torch.tensor([1.0, value]), torch.tensor([2**62])]
+    assert health.read(7, weights).bad == {"weights": 7}
+
+
+def test_tokens_that_overflow_give_nan_instead_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=3, seed=0)
+    patches = torch.full((4, 64, 24), math.inf)
+    monkeypatch.setattr(encoder, "encode", lambda _: PatchFeatures(patches, patches[:, :0], (8, 8)))
+    assert all(math.isnan(value) for value in feature_health(encoder, torch.randn(4, 3, 32, 32)).values())
 
 
 def test_a_constant_encoder_has_rank_one_and_a_wide_one_more(monkeypatch: pytest.MonkeyPatch) -> None:

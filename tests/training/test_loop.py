@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ from safetensors.torch import load_file, save_file
 import smalti
 from smalti.cli.evaluate import as_trained
 from smalti.config import read_yaml
-from smalti.errors import ConfigError, DataError, RunError, WeightsError
+from smalti.errors import ConfigError, DataError, Interrupted, RunError, WeightsError
 from smalti.evaluation.protocol import SHARE, Result, write_results
+from smalti.files import temporary_name
 from smalti.methods.mae import MAE
 from smalti.models.loading import latest_checkpoint
 from smalti.reading import read_csv
 from smalti.study import pretrain
 from smalti.study.catalogue import find_recipe, recipe_files
-from smalti.training.checkpoint import Checkpoints, read_state
+from smalti.study.lock import locked
+from smalti.training.checkpoint import REPLACED, Checkpoints, read_state
 from smalti.training.optim import build_optimizer
 
 TINY: dict[str, Any] = {
@@ -88,6 +92,163 @@ def test_a_resumed_run_ends_with_the_same_bits(
     pretrain.resume(tmp_path / "b", quiet=True)
     assert same(undisturbed, weights(tmp_path / "b"))
     assert_logs_equal(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("step", [2, 3, 7])
+def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_the_same_bits(
+    step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"drop_path": 0.2}
+    undisturbed = weights(train(tmp_path / "a", photos, "dino", **more))
+    cls = pretrain.get_method("dino")
+    original, made = cls.after_step, []
+
+    def stop(self: Any, progress: float) -> None:
+        original(self, progress)
+        made.append(progress)
+        if len(made) == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(cls, "after_step", stop)
+    with pytest.raises(Interrupted) as end:
+        train(tmp_path / "b", photos, "dino", **more)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path / "b").name == f"step_{step:08d}"
+    assert (end.value.code, str(end.value)) == (
+        143,
+        f"interrupted by SIGUSR1; checkpoint: {latest_checkpoint(tmp_path / 'b')}; "
+        f"resume with: smalti train --resume {tmp_path / 'b'}",
+    )
+    pretrain.resume(tmp_path / "b", quiet=True)
+    assert same(undisturbed, weights(tmp_path / "b"))
+    events = [(row["step"], row["event"]) for row in read_csv(tmp_path / "b" / "events.csv")]
+    assert events == [(str(step), "interrupted"), (str(step), "resumed")]
+
+
+def test_a_signal_at_the_last_step_lets_the_run_end(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = MAE.after_step
+
+    def stop(self: Any, progress: float) -> None:
+        original(self, progress)
+        if progress == 7 / 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MAE, "after_step", stop)
+    run = train(tmp_path / "a", photos)
+    assert "finished" in json.loads((run / "run.json").read_text()) and not (run / "events.csv").exists()
+
+
+@pytest.mark.parametrize("step", [0, 3, 8])
+def test_a_signal_ends_an_evaluation_and_resuming_makes_up_for_it(
+    step: int, photos: Path, class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = {"data": str(class_folders), "every": 3, "protocols": ["knn"], "image_size": 32, "baseline": False}
+    whole = train(tmp_path / "a", photos, checkpoint={"every": 2}, eval=evaluation)
+    judge = pretrain.EvaluationHook.judge
+
+    def interrupted(self: pretrain.EvaluationHook, at: int, method: Any) -> list[Result]:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return judge(self, at, method)
+
+    monkeypatch.setattr(pretrain.EvaluationHook, "judge", interrupted)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "b", photos, checkpoint={"every": 2}, eval=evaluation)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path / "b").name == f"step_{step:08d}"
+    assert not (tmp_path / "b" / "results" / f"step_{step:08d}.json").exists()
+    pretrain.resume(tmp_path / "b", quiet=True)
+    assert same(weights(whole), weights(tmp_path / "b"))
+    assert state_of(whole) == state_of(tmp_path / "b")
+    for name in ("step_00000000", "step_00000003", "step_00000006", "step_00000008"):
+        scores = [json.loads((run / "results" / f"{name}.json").read_text()) for run in (whole, tmp_path / "b")]
+        assert scores[0]["results"][0]["metrics"] == scores[1]["results"][0]["metrics"]
+
+
+def test_weights_that_overflow_go_back_before_they_are_kept(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of step 3 is that of the weights before it: finite, while the step makes them infinite."""
+    original, made = MAE.after_step, []
+
+    def overflow(self: MAE, progress: float) -> None:
+        original(self, progress)
+        made.append(progress)
+        if len(made) == 3:
+            with torch.no_grad():
+                self.decoder.head.weight.fill_(1e30)
+
+    monkeypatch.setattr(MAE, "after_step", overflow)
+    run = train(tmp_path / "a", photos)
+    (event,) = read_csv(run / "events.csv")
+    assert (event["step"], event["event"]) == ("0", "went back")
+    assert "the weights are not finite at step 3 (the others are finite)" in event["detail"]
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+
+
+def test_a_learning_rate_that_overflows_ends_in_one_line_and_leaves_a_good_checkpoint(
+    photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=r"this is the 3rd time, training stops: lower optim.lr"):
+        train(tmp_path / "a", photos, optim={"lr": 1e12, "warmup_share": 0.0})
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "a").values())
+
+
+SIDE_FILES = {
+    "log.csv": b"step,loss\n\xff\xfe,1\n",
+    "run.json": b'{"classes": 3',
+    "unreadable.csv": b"path,reason\n\xff,x\n",
+}
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_a_damaged_side_file_is_a_note_and_is_kept(name: str, photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    whole = weights(run)
+    shutil.rmtree(run / "checkpoints" / "step_00000008")
+    (run / name).write_bytes(SIDE_FILES[name])
+    (run / "events.csv").write_bytes(b"\xff\x00")
+    with pytest.warns(UserWarning, match=rf"{name}: is damaged and kept as damaged_{name}; a new one is begun"):
+        pretrain.resume(run, quiet=True)
+    assert same(whole, weights(run))
+    assert (run / f"damaged_{name}").read_bytes() == SIDE_FILES[name]
+    assert json.loads((run / "run.json").read_text())["num_images"] == 24
+    assert [int(row["step"]) for row in read_csv(run / "log.csv")][-1] == 8
+
+
+def test_a_log_whose_rows_are_no_numbers_is_set_aside(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    (run / "log.csv").write_text("step,loss\nmany,1\n")
+    with pytest.warns(UserWarning, match="log.csv: is damaged and kept"):
+        pretrain.resume(run, quiet=True)
+
+
+def test_what_a_kill_left_is_removed_and_a_checkpoint_without_its_name_gets_it_back(
+    photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    temporary_name(out / "config.yaml").parent.mkdir()
+    temporary_name(out / "config.yaml").write_text("half")
+    run = train(out, photos)  # a folder with temporary names only is empty
+    whole = weights(run)
+    folder = run / "checkpoints"
+    (folder / "step_00000008").rename(folder / f"{REPLACED}step_00000008")  # between two renames
+    (folder / ".writing_step_00000008").mkdir()
+    pretrain.resume(run, quiet=True)
+    assert same(whole, weights(run))
+    assert not [path for path in run.rglob(".*") if path.name != ".lock"]
+
+
+def test_a_run_has_one_writer(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    with locked(run):
+        with pytest.raises(RunError, match=r"a: process \d+ on .* is writing here"):
+            pretrain.resume(run, quiet=True)
+    with locked(tmp_path / "b"), pytest.raises(RunError, match="is writing here"):
+        train(tmp_path / "b", photos)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [".lock"]
 
 
 def assert_logs_equal(a: Path, b: Path) -> None:
@@ -167,7 +328,10 @@ def test_a_bad_stretch_goes_back_with_half_the_rate(
     run = train(tmp_path / "a", photos)
     events = read_csv(run / "events.csv")
     assert [event["event"] for event in events] == ["went back"]
-    assert "loss term 'reconstruction' is not finite at step 5 (also not finite: grad_norm)" in events[0]["detail"]
+    assert (
+        "loss term 'reconstruction' is not finite at step 5 (also not finite: grad_norm, weights)"
+        in events[0]["detail"]
+    )
     rows = read_csv(run / "log.csv")
     assert [int(row["step"]) for row in rows] == [1, 2, 4, 6, 8]
     state = json.loads((latest_checkpoint(run) / "state.json").read_text())["state"]
@@ -319,7 +483,7 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     with pytest.raises(ConfigError, match="there is no method 'maee'; did you mean 'mae'"):
         smalti.train("maee", photos, tmp_path / "x")
     run = train(tmp_path / "a", photos)
-    with pytest.raises(ConfigError, match="is not empty; choose another --out, or go on with"):
+    with pytest.raises(ConfigError, match="is not empty; choose another --out, or resume it with"):
         train(run, photos)
     with pytest.raises(ConfigError, match="batch_size can't change when a run is resumed"):
         pretrain.resume(run, {"batch_size": 8})
@@ -343,13 +507,65 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
         find_recipe("mae_vitb.yaml")
 
 
-def test_a_damaged_checkpoint_is_refused(photos: Path, tmp_path: Path) -> None:
+def damage(path: Path) -> None:
+    """Change one byte in the middle, as a bad disk does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.pt", "state.json"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_gives_the_same_bits(
+    file: str, photos: Path, tmp_path: Path
+) -> None:
     run = train(tmp_path / "a", photos)
-    folder = latest_checkpoint(run)
-    whole = (folder / "weights.safetensors").read_bytes()
-    (folder / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(WeightsError, match="can't be read as a safetensors file"):
-        pretrain.resume(run, {"log": {"every": 1}}, quiet=True)
+    before = {name: value.clone() for name, value in weights(run).items()}  # not the file's own memory
+    if file == "state.json":
+        (run / "checkpoints" / "step_00000008" / file).write_bytes(b"\0" * 400)  # as after a power failure
+    else:
+        damage(run / "checkpoints" / "step_00000008" / file)
+    with pytest.warns(UserWarning, match=r"step_00000008.*going back to step_00000006; it is kept as damaged_step"):
+        pretrain.resume(run, quiet=True)
+    assert same(before, weights(run))
+    assert (run / "checkpoints" / "damaged_step_00000008").is_dir()
+    assert read_csv(run / "events.csv")[0]["detail"].endswith("step_00000006")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_is(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    for name in names:
+        damage(run / "checkpoints" / name / "weights.safetensors")
+    with pytest.raises(WeightsError, match=rf"none of its {len(names)} checkpoints can be .*newest: .*step_00000008"):
+        pretrain.resume(run, quiet=True)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+
+
+def test_a_checkpoint_without_checksums_is_read_instead(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    for file in run.rglob("crc32.json"):
+        file.unlink()
+    whole = (run / "checkpoints" / "step_00000008" / "weights.safetensors").read_bytes()
+    (run / "checkpoints" / "step_00000008" / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match="not a whole safetensors file .*going back to step_00000006"):
+        pretrain.resume(run, quiet=True)
+
+
+def test_a_run_goes_back_past_a_damaged_checkpoint(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {8})
+    save = Checkpoints.save
+
+    def save_damaged(self: Checkpoints, state: Any) -> None:
+        save(self, state)
+        if state.step == 6:
+            damage(self.path(6) / "weights.safetensors")
+
+    monkeypatch.setattr(Checkpoints, "save", save_damaged)
+    run = train(tmp_path / "a", photos)
+    (event,) = read_csv(run / "events.csv")
+    assert event["step"] == "3" and "last good checkpoint" in event["detail"]
 
 
 def test_images_of_12_bits_train_and_are_evaluated_with_the_scale_of_the_run(tmp_path: Path) -> None:

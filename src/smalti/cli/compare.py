@@ -33,9 +33,10 @@ def command(
     from smalti.study.compare import compare
 
     comparison = compare(plan, folder, quiet=quiet)
+    page = write_comparison(comparison)
     _print(comparison)
     print(f"tables: {folder / 'comparison.md'}, {folder / 'comparison.parquet'}")
-    print(f"report: {write_comparison(comparison)}")
+    print(f"report: {page}")
     if comparison.failures:
         broken = "; ".join(f"{arm}: {error}" for arm, error in comparison.failures.items())
         number, all_arms = len(comparison.failures), len(comparison.plan.arms)

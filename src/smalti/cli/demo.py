@@ -33,11 +33,11 @@ def command(
     from smalti.study.demo import run_demo
 
     done = run_demo(out, overrides, quiet=quiet)
-    print_results(done.results, None)
     page = write_report(done.run)
     scenes = open_images(done.samples).subset("val").paths[:3]
     hero = hero_figure(
         load(done.run, quiet=True), [read_image(path) for path in scenes], out / "hero.png", size=(96, 96)
     )
+    print_results(done.results)
     print(done.verdict)
     print(f"samples: {done.samples}\nrun:     {done.run}\nreport:  {page}\npicture: {hero}")

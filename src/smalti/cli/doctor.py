@@ -8,6 +8,7 @@ import typer
 from smalti.cli.options import Debug, Json, write_json
 from smalti.config import merge, parse_overrides
 from smalti.errors import ConfigError
+from smalti.files import check_writable
 
 NAME = "doctor"
 
@@ -35,6 +36,8 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Look at this machine, at a folder of images, and at what a run will need in memory, time and disk."""
+    if json:
+        check_writable(json)
     words = list(words or [])
     data = words.pop(0) if words and _is_data(words[0]) else None
     tree = parse_overrides(words)
@@ -50,7 +53,7 @@ def command(
     if method or recipe or tree:
         from smalti.cli.options import best_device
         from smalti.study.catalogue import find_recipe
-        from smalti.study.pretrain import resolve, step_maker, with_signals, with_start
+        from smalti.study.pretrain import resolve, shared_by_workers, step_maker, with_signals, with_start
         from smalti.training.launch import num_processes
 
         given = read_yaml(find_recipe(recipe)) if recipe else {}
@@ -68,6 +71,7 @@ def command(
             device=device,
             checkpoint_mib=checkpoint_mib,
             keep=config.checkpoint.keep,
+            shared_mib=shared_by_workers(config, own),
         )
 
     if data is not None and is_signals(data):
@@ -82,9 +86,9 @@ def command(
     limit = (tree.get("data") or {}).get("max_pixels") if isinstance(tree.get("data"), dict) else None
     pixels = trained_pixels({"data": {} if limit is None else {"max_pixels": limit}})
     report = doctor(data, against=against, out=out, step=step, pixels=pixels, progress=show)
-    print("\n".join(report.lines()))
     if json:
         write_json(json, report.to_json())
+    print("\n".join(report.lines()))
 
 
 def _is_data(word: str) -> bool:

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,18 +70,26 @@ def command(
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
 
     from smalti.cli.options import Progress, best_device, load_encoder, print_results, say_data
-    from smalti.config import build, check_writable
+    from smalti.config import build
     from smalti.data.signal_config import SignalConfig
     from smalti.data.signals import open_signals
     from smalti.evaluation.details import write_details
     from smalti.evaluation.protocol import EvalConfig, open_sets, write_results
+    from smalti.files import check_folder, check_writable
     from smalti.report.evaluation import RESULTS_FILE, check_free, save_evaluation
     from smalti.study.baseline import evaluate
+    from smalti.study.run_folder import CONFIG_FILE, RESULTS, new_results_file
 
     config = build(EvalConfig, settings, "eval")
+    run = Path(encoder).expanduser()
+    is_run = (run / CONFIG_FILE).is_file()
     if out:
         check_free(out)
         check_writable(out / RESULTS_FILE)
+    if json:
+        check_writable(json)
+    if is_run:
+        check_folder(run / RESULTS)
     sets = open_sets(str(data), config)
     if not quiet and "stages" in sets:
         print(f"data: {open_signals(str(data), config.signal or SignalConfig()).account()}", file=sys.stderr)
@@ -90,17 +97,17 @@ def command(
         say_data(str(data), config.class_depth)
     model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial, load=fit, debug=debug)
     model = model.to(best_device())
-    if json:
-        check_writable(json)
     results = evaluate(model, encoder, str(data), config, progress=None if quiet else Progress(), figures=True)
-    run = Path(encoder).expanduser()
-    if (run / "config.yaml").is_file():
-        file = run / "results" / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}.json"
+    if is_run:
+        file = new_results_file(run)
         write_details(file.with_suffix(""), results)
         write_results(file, results)
-    print_results(results, json)
-    if out:
-        print(f"report: {save_evaluation(out, results, shlex.join(['smalti', *sys.argv[1:]]))}")
+    if json:
+        write_results(json, results)
+    page = save_evaluation(out, results, shlex.join(["smalti", *sys.argv[1:]])) if out else None
+    print_results(results)
+    if page:
+        print(f"report: {page}")
 
 
 def _as_generated(folder: str, settings: dict[str, Any]) -> str:

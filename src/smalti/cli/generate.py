@@ -1,19 +1,25 @@
 """``smalti generate``: images drawn by a run of MAR or CMAR."""
 
+import contextlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from smalti.cli.options import Debug, Out, Quiet, needed
 from smalti.config import build
 from smalti.errors import ConfigError
+from smalti.files import check_folder, is_free, remove_leftovers, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "generate"
-FILM_IMAGES = 8
+FILM_IMAGES, GRID_IMAGES = 8, 64
+SETTINGS, GRID, FILM = "samples.json", "grid.png", "film.png"
+"""Written first (and again at the end, with the rate), and the pictures of the first images."""
 
 
 def command(
@@ -60,21 +66,26 @@ def command(
 ) -> None:
     """Draw images: PNG files, a grid of them, and a film strip of what was drawn first.
 
-    The grid and the strip also stand in the run's page (smalti report RUN), until others are drawn.
+    The grid and the strip also stand in the run's page (smalti report RUN), until others are drawn. The same command
+    resumes where it was stopped: images that are there are not drawn again.
     """
     out = needed(out, "--out", "DIR")
     for option, value in (("--num", num), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: at least 1 is needed")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if not is_free(out) and not (out / SETTINGS).is_file():
         raise ConfigError(f"{out}: is not empty; choose another --out")
+    check_folder(out)
 
     import torch
+    from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
 
     from smalti.cli.options import best_device, write_json
+    from smalti.data.folders import read_image
     from smalti.data.orders import CACHED
     from smalti.methods.mar import SamplerConfig
+    from smalti.models.loading import weights_digest
     from smalti.report.samples import FOLDER, as_pixels, film_strip, picture_grid, write_png
     from smalti.study.generate import (
         choose_classes,
@@ -85,6 +96,7 @@ def command(
         open_cache,
         own_order,
     )
+    from smalti.study.lock import locked
 
     given = {
         "iterations": iterations,
@@ -115,18 +127,40 @@ def command(
     )
     method = method.to(best_device())
     names = [classes[number] if number < len(classes) else "" for number in numbers]
-    first_ones: "list[Tensor]" = []
+    files = [out / "images" / name / f"{place:05d}.png" for place, name in enumerate(names)]
+    settings = {
+        "run": str(run),
+        "weights": weights_digest(str(run)),
+        "num": num,
+        "seed": seed,
+        "labels": names,
+        "order": name,
+        "orders": None if file is None else str(file),
+        "order_source": order_source,
+        **given,
+    }
 
     def keep(first: int, images: "Tensor") -> None:
         for place, image in enumerate(images.unbind(), start=first):
             pixels = as_pixels(image)
             if pixels.shape[2] not in (1, 3):
                 raise ConfigError(f"images of {pixels.shape[2]} channels can't be PNG files; 1 or 3 can")
-            write_png(out / "images" / names[place] / f"{place:05d}.png", pixels)
-            if place < 64:
-                first_ones.append(image)
+            write_png(files[place], pixels)
 
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), transient=True, disable=quiet) as bar:
+    def is_kept(place: int) -> bool:
+        return files[place].is_file() and (place >= FILM_IMAGES or (out / FILM).is_file())
+
+    with (
+        locked(out),
+        Progress(
+            *Progress.get_default_columns()[:-1],
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=quiet,
+        ) as bar,
+    ):
+        _begin(out, settings)
         task = bar.add_task("drawing", total=None)
 
         def progress(done: int, total: int) -> None:
@@ -140,30 +174,44 @@ def command(
             sampler=sampler,
             batch_size=batch_size,
             keep=keep,
+            is_kept=is_kept,
             progress=progress,
             film_images=FILM_IMAGES,
         )
-    assert film is not None
-    pictures = {"grid.png": picture_grid(torch.stack(first_ones)), "film.png": film_strip(film)}
-    for folder in (out, run / FOLDER):
-        for file_name, picture in pictures.items():
-            try:
-                write_png(folder / file_name, picture)
-            except ConfigError:
-                if folder == out:
-                    raise
-    write_json(
-        out / "samples.json",
-        {
-            "run": str(run),
-            "num": num,
-            "seed": seed,
-            "labels": names,
-            "order": name,
-            "orders": None if file is None else str(file),
-            "order_source": order_source,
-            **given,
-            "images_per_s": round(rate, 3),
-        },
-    )
-    print(f"written: {num} images in {out / 'images'}, {out / 'grid.png'} and film.png; {rate:.3g} images/s")
+        if film is not None:
+            write_png(out / FILM, film_strip(film))
+        shown = [
+            torch.from_numpy(read_image(path, 1 if method.tokens.in_chans == 1 else 3)) for path in files[:GRID_IMAGES]
+        ]
+        write_png(out / GRID, picture_grid(torch.stack(shown).permute(0, 3, 1, 2) / 255))
+        for picture in (FILM, GRID):
+            with contextlib.suppress(ConfigError):  # the run may be somebody else's
+                write_atomically(run / FOLDER / picture, (out / picture).read_bytes())
+        write_json(out / SETTINGS, {**settings, "images_per_s": round(rate, 3)})
+    print(f"written: {num} images in {out / 'images'}, {out / GRID} and {FILM}; {rate:.3g} images/s")
+
+
+def _begin(out: Path, settings: Mapping[str, Any]) -> None:
+    """Note the settings, or compare them with those of the command that began here.
+
+    Raises:
+        ConfigError: if images of other settings lie here, or all are drawn.
+    """
+    from smalti.cli.options import write_json
+
+    remove_leftovers(out)
+    if not (out / SETTINGS).is_file():
+        write_json(out / SETTINGS, settings)
+        return
+    try:
+        known = dict(json.loads((out / SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{out / SETTINGS}: is damaged ({error}); choose another --out") from error
+    if "images_per_s" in known:
+        raise ConfigError(f"{out}: is not empty, all its images are drawn; choose another --out")
+    for name, value in settings.items():
+        if known.get(name) != value:
+            raise ConfigError(
+                f"{out}: is not empty and was begun with another {name} ({known.get(name)}, now {value}); "
+                "choose another --out"
+            )

@@ -1,15 +1,13 @@
 """The command ``smalti``: one file a verb; errors of ours become one line and exit code 2."""
 
-import io
-import os
+import signal
 import sys
-import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import smalti
-from smalti import threads
+from smalti import streams, threads
 from smalti.cli import (
     compare,
     demo,
@@ -25,8 +23,10 @@ from smalti.cli import (
     samples,
     train,
 )
-from smalti.errors import SmaltiError
+from smalti.errors import Interrupted, SmaltiError, exit_code, machine_trouble
 
+RESUMING = (compare.NAME, generate.NAME)
+"""Commands that, typed again, continue where they were stopped."""
 app = typer.Typer(
     name="smalti",
     help="Smalti learns from the pieces of an image: pretrain vision transformers on your own images, "
@@ -54,46 +54,48 @@ def main(
     """Options that stand before the verb."""
 
 
-def _warn_in_one_line() -> None:
-    """Each warning as one line, once, without its place in the code. What a data set leaves out stands in the line
-    about that data set; glyphs that matplotlib lacks are drawn by the browser."""
-    shown: set[str] = set()
-
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        is_known = category.__name__ == "LeftOut" or str(message).startswith("Glyph ")
-        if str(message) not in shown and not is_known:
-            shown.add(str(message))
-            print(f"smalti: warning: {message}", file=sys.stderr)
-
-    warnings.showwarning = show
-
-
 def run(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Run the command line and leave with its exit code: 0 done, 2 a mistake or a machine that can't, 130 interrupted,
+    143 ended by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint."""
     threads.set_environment()  # before anything imports torch
+    streams.protect_streams()
     words = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
     if "--debug" not in words:
-        _warn_in_one_line()
+        streams.warn_in_one_line()
+    sys.exit(_run(words))
+
+
+def _run(words: list[str]) -> int:
     try:
-        sys.exit(app(words, standalone_mode=False) or 0)
-    except SmaltiError as error:
-        if "--debug" in words:
-            raise
-        print(f"smalti: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = int(app(words, standalone_mode=False) or 0)
+        if (error := streams.lost_output()) is not None:
+            print(f"smalti: the output can't be written ({error.strerror}); all files are", file=sys.stderr)
+            return code or 2
+        return code
+    except Interrupted as end:
+        if end.line:
+            print(f"smalti: {end.line}", file=sys.stderr)
+        return int(end.code or 0)
     except (KeyboardInterrupt, typer.Abort):
-        print("smalti: interrupted; a training run goes on with: smalti train --resume RUN", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # a reader such as head has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        verb = next((word for word in words if not word.startswith("-")), "")
+        print(f"smalti: interrupted{'; the same command resumes' if verb in RESUMING else ''}", file=sys.stderr)
+        return exit_code(signal.SIGINT)
     except Exception as error:
-        usage = getattr(error, "format_message", None)  # of click's errors, which some releases of typer carry inside
-        if usage is None:
+        line = str(error) if isinstance(error, SmaltiError) else machine_trouble(error)
+        if line is not None and "--debug" in words:
             raise
-        context = getattr(error, "ctx", None)
-        verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
-        print(f"smalti: {usage()} (see: smalti{verb} --help)", file=sys.stderr)
-        sys.exit(2)
+        line = line or _usage(error)
+        if line is None:
+            raise
+        print(f"smalti: {line}", file=sys.stderr)
+        return 2
+
+
+def _usage(error: Exception) -> str | None:
+    """What the command line says of a wrong option; None for any other error."""
+    usage = getattr(error, "format_message", None)  # of click's errors, which some releases of typer carry inside
+    if usage is None:
+        return None
+    context = getattr(error, "ctx", None)
+    verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
+    return f"{usage()} (see: smalti{verb} --help)"

@@ -133,12 +133,12 @@ def best_device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def print_results(results: "list[Result]", json_path: Path | None) -> None:
-    """A table a protocol, the baseline beside the encoder, with intervals; ``--json`` writes them, too."""
+def print_results(results: "list[Result]") -> None:
+    """A table a protocol, the baseline beside the encoder, with intervals."""
     from rich.console import Console
     from rich.table import Table
 
-    from smalti.evaluation.protocol import BASELINE_LABELS, describe_result, write_results
+    from smalti.evaluation.protocol import BASELINE_LABELS, describe_result
     from smalti.study.rows import result_cells
 
     console = Console(markup=False)
@@ -163,13 +163,11 @@ def print_results(results: "list[Result]", json_path: Path | None) -> None:
             told[f"In brackets: {result.settings['intervals']}{'; differences are paired' if beside else ''}."] = None
     for line in told:
         print(line)
-    if json_path:
-        write_results(json_path, results)
 
 
 def write_json(path: Path, content: Any) -> None:
     """JSON, whole file or none."""
-    from smalti.config import write_atomically
+    from smalti.files import write_atomically
 
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -34,7 +34,7 @@ def command(
     from rich.table import Table
 
     from smalti.cli.options import write_json
-    from smalti.config import check_writable
+    from smalti.files import check_writable
     from smalti.report.positions import draw_positions
     from smalti.study.probe import UNITS, probe_positions, write_probe
 
@@ -49,12 +49,12 @@ def command(
         probe = probe_positions(run, data, images, learn_by_heart=overfit, progress=progress)
     path = write_probe(run, probe)
     draw_positions(probe, path.with_suffix(".png"))
+    if json:
+        write_json(
+            json, {"metrics": {name: None if value != value else value for name, value in probe.metrics.items()}}
+        )
     table = Table("probe", "value", "meaning", title=f"positions of {run}", title_justify="left")
     for name, value in probe.metrics.items():
         table.add_row(name, f"{value:.4g}", UNITS.get(name, ""))
     Console(markup=False).print(table)
     print(f"written: {path} and {path.with_suffix('.png').name}; they stand in the page of: smalti report {run}")
-    if json:
-        write_json(
-            json, {"metrics": {name: None if value != value else value for name, value in probe.metrics.items()}}
-        )

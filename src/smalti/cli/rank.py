@@ -11,6 +11,7 @@ import typer
 from smalti.cli.options import Data, Debug, Json, Out, Quiet, Settings, needed, pixels_of_run, settings_of_run
 from smalti.config import build, parse_overrides
 from smalti.errors import ConfigError
+from smalti.files import check_writable, is_free
 
 if TYPE_CHECKING:
     from smalti.study.ranking import Ranking
@@ -67,7 +68,6 @@ def command(
     file = _file_of(Path(out).expanduser(), ORDERS_FILE)
 
     from smalti.cli.options import Progress, best_device, say_data, write_json
-    from smalti.config import check_writable
     from smalti.report.ranking import write_page
 
     for path in (json, *(file.with_suffix(ending) for ending in (".json", ".html", ".png"))):
@@ -112,7 +112,7 @@ def _file_of(out: Path, name: str) -> Path:
         return out
     if out.suffix and not out.is_dir():
         raise ConfigError(f"{out}: name a folder, or a file that ends in .parquet")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / name).is_file()):
+    if not is_free(out) and not (out / name).is_file():
         raise ConfigError(f"{out}: is not empty and holds no {name}; choose another --out")
     return out / name
 

@@ -68,7 +68,7 @@ def _say_what_next(run: Path) -> None:
     from smalti.evaluation.protocol import read_results
     from smalti.methods.base import TokenMethod, get_method
     from smalti.study.posttrain import read_verdict
-    from smalti.study.pretrain import read_run_file
+    from smalti.study.run_folder import read_run_file
     from smalti.training.checkpoint import read_state
 
     state, verdict = read_state(run), read_verdict(run)
@@ -77,7 +77,7 @@ def _say_what_next(run: Path) -> None:
         _print_verdict(verdict)
     elif last.is_file():
         baselines = [result for result in read_results(first) if result.is_baseline] if first.is_file() else []
-        print_results([*read_results(last), *baselines], None)
+        print_results([*read_results(last), *baselines])
     if (reference := read_run_file(run).get("reference")) is not None:
         sentence = str(reference["sentence"])
         print(f"{sentence[0].upper()}{sentence[1:]}.")

@@ -7,26 +7,27 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from smalti.data.coco import with_objects
 from smalti.data.folders import SPLITS, ClassDepth, ImageSample, ImageSet, open_images, read_image
 from smalti.data.image_set import IGNORED as IGNORED
 from smalti.data.image_set import as_text
 from smalti.data.images import NO_PIXELS, PixelConfig
-from smalti.data.loader import epoch_order, start_worker, unchanged
+from smalti.data.loader import epoch_order
 from smalti.data.masks import check_headers as check_headers
 from smalti.data.masks import eval_mask as eval_mask
 from smalti.data.masks import read_mask as read_mask
 from smalti.data.masks import values_seen, warn_of_black_and_white, with_values
 from smalti.data.views import Skipped, centre_crop
+from smalti.data.workers import load_items
 from smalti.errors import ConfigError, DataError
 
 EvalCrop = Literal["crop", "squash", "centre"]
@@ -330,16 +331,7 @@ def eval_batches(
     Unreadable images are left out, so a batch may be smaller than ``batch_size``, or empty.
     """
     batches = _EvalBatches(images.samples, size, channels, mode, batch_size)
-    loader: DataLoader[Any] = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(len(batches)),
-        num_workers=num_workers,
-        collate_fn=unchanged,
-        worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(0),  # leaves torch's own generator alone
-    )
-    yield from loader
+    yield from load_items(batches, range(len(batches)), num_workers)
 
 
 class _EvalBatches(Dataset[tuple[Tensor, list[int], list[Skipped]]]):

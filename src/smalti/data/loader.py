@@ -9,24 +9,21 @@ import contextlib
 import csv
 import functools
 import io
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from smalti.data.folders import ImageSet, read_image
 from smalti.data.image_set import as_text
 from smalti.data.views import SampleViews, Skipped, ViewMaker, Views, collate
+from smalti.data.workers import default_workers, load_items
 from smalti.errors import DataError, RunError
-from smalti.reading import reading
-from smalti.threads import usable_cores
+from smalti.files import set_aside
 
 _MAX_TRIES = 32
 MAX_UNREADABLE = 0.1
@@ -56,11 +53,6 @@ def _sample_keys(seed: int, epoch: int, index: np.ndarray, stream: int = 0) -> n
             z = (z ^ (z >> np.uint64(27))) * _MIX_B
             state = z ^ (z >> np.uint64(31))
     return (state >> np.uint64(1)).astype(np.int64)
-
-
-def default_workers(device_type: str) -> int:
-    """Worker processes that a run starts unless told: none on a CPU, where they would fight the training for cores."""
-    return 0 if device_type == "cpu" else min(8, usable_cores())
 
 
 @runtime_checkable
@@ -124,25 +116,7 @@ class TrainLoader:
             DataError: if many images in a row can't be read.
             RunError: if a worker process was killed.
         """
-        loader: DataLoader[Views | DataError] = DataLoader(
-            self._batches,
-            batch_size=None,
-            sampler=_Steps(self.start_step),
-            num_workers=self.num_workers,
-            collate_fn=unchanged,
-            worker_init_fn=start_worker,
-            pin_memory=self.pin_memory,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed % 2**63),  # leaves torch's own generator alone
-        )
-        batches = iter(loader)
-        while True:
-            try:
-                batch = next(batches)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise RunError(f"a data worker was killed ({error}); lower data.num_workers or free memory") from error
+        for batch in load_items(self._batches, _Steps(self.start_step), self.num_workers, self.seed, self.pin_memory):
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -256,18 +230,6 @@ def _cached_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return epoch_order(seed, epoch, n)
 
 
-def unchanged(batch: Any) -> Any:
-    """A collate function, for data that come as batches; a name, so that workers can be given it."""
-    return batch
-
-
-def start_worker(worker: int) -> None:
-    """What each worker process does first."""
-    cv2.setNumThreads(0)
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
-
-
 class UnreadableLog:
     """The images of a run that couldn't be read, in a CSV file that several processes may write."""
 
@@ -308,10 +270,16 @@ class UnreadableLog:
     def _read(self) -> None:
         if not self.path.exists():
             return
-        with reading(self.path, "a list of unreadable images"), self.path.open(encoding="utf-8", newline="") as file:
-            for row in csv.reader(file):
-                if len(row) == 2 and tuple(row) != _HEADER:
-                    self._reasons.setdefault(row[0], row[1])
+        try:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.reader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            with contextlib.suppress(FileNotFoundError):  # another process has set it aside
+                set_aside(self.path, error)
+            return
+        for row in rows:
+            if len(row) == 2 and tuple(row) != _HEADER:
+                self._reasons.setdefault(row[0], row[1])
 
     def _append(self, rows: Iterable[tuple[str, str]]) -> None:
         try:

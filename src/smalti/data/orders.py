@@ -23,11 +23,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.config import write_atomically
 from smalti.data.image_set import SPLITS, ImageSet, as_text
 from smalti.data.signals import SignalSet
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.files import write_atomically
 from smalti.functional import orders as geometry
 from smalti.functional.transfer import move
 from smalti.reading import reading, shorten

@@ -9,9 +9,6 @@ import functools
 import importlib.util
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ from smalti.data.folders import read_image
 from smalti.data.loader import sample_key
 from smalti.data.views import resize
 from smalti.errors import DataError, MissingExtraError
+from smalti.files import folder_beside, is_free
 
 CLASSES = (
     "background",
@@ -271,7 +269,7 @@ def write_samples(
         DataError: if ``out`` holds something already, or can't be written.
         MissingExtraError: if scikit-image isn't installed.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not is_free(out):
         raise DataError(f"{out}: {'not empty' if out.is_dir() else 'a file'}; choose a new folder for the samples")
     if min(num_train, num_val, size - 31) < 1:
         raise DataError(f"{num_train} and {num_val} scenes of {size} px; at least one of each, and 32 px, are needed")
@@ -279,17 +277,11 @@ def write_samples(
     total = num_train + num_val + num_kinds * (num_objects_train + num_objects_val)
     done = 0
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            draft.chmod(0o755)  # mkdtemp makes it private
+        with folder_beside(out, durable=False) as draft:
             for written in _write_all(draft, num_train, num_val, num_objects_train, num_objects_val, size, seed):
                 done += written
                 if progress is not None:
                     progress(done, total)
-            os.replace(draft, out)  # noqa: PTH105  # Path.replace says the same
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{out}: samples can't be written ({error.strerror or error})") from error
     return out

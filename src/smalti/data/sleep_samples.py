@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from smalti.config import write_atomically
 from smalti.data.hypnograms import STAGES
 from smalti.data.loader import sample_key
 from smalti.data.recording_list import TABLE
-from smalti.errors import DataError
+from smalti.errors import ConfigError, DataError
+from smalti.files import folder_beside, is_free
 
 RATE_HZ, EPOCH_S = 100.0, 30.0
 CHANNELS = ("C3-M2", "O1-M2", "F3-M2", "C4-M1", "O2-M1", "F4-M1")
@@ -110,8 +110,17 @@ def write_nights(
         DataError: if ``out`` holds something already.
         ConfigError: if it can't be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise DataError(f"{out}: is not empty; choose another --out")
+    try:
+        with folder_beside(out, durable=False) as draft:
+            _write_all(draft, num_train, num_test, epochs, num_channels, seed)
+    except OSError as error:
+        raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
+    return out
+
+
+def _write_all(out: Path, num_train: int, num_test: int, epochs: int, num_channels: int, seed: int) -> None:
     rows = [("file", "subject", "split")]
     for split, count, first in (("train", num_train, 0), ("test", num_test, _VAL_FIRST)):
         for number in range(count):
@@ -126,12 +135,11 @@ def write_nights(
                 stages=np.array([STAGES[stage] for stage in night.stages]),
                 stage_s=EPOCH_S,
             )
-            write_atomically(out / f"{name}.npz", content.getvalue())
+            (out / f"{name}.npz").write_bytes(content.getvalue())
             rows.append((f"{name}.npz", name, split))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomically(out / TABLE, text.getvalue())  # last: a folder with it is whole
-    return out
+    (out / TABLE).write_text(text.getvalue(), encoding="utf-8")
 
 
 class _Subject:

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import safetensors.torch
 from PIL import Image
 
-from smalti.config import write_atomically
 from smalti.evaluation.protocol import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
+from smalti.files import write_atomically
 from smalti.functional.colours import palette
 from smalti.reading import reading
 

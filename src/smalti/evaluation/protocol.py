@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree, write_atomically
+from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree
 from smalti.data.folders import ClassDepth, ImageSet, open_images
 from smalti.data.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
 from smalti.data.pixels import PixelConfig
@@ -30,6 +30,7 @@ from smalti.evaluation.intervals import group_images
 from smalti.evaluation.metrics import Absent
 from smalti.evaluation.shown import Shown, show
 from smalti.evaluation.tally import Tally
+from smalti.files import write_atomically
 from smalti.models.encoder import Encoder, encoder_from_config, eval_mode
 from smalti.reading import reading
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from smalti.data.folders import ImageSample
 from smalti.data.labelled import eval_batches
-from smalti.data.loader import epoch_order, sample_key, start_worker, unchanged
+from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import Skipped, random_resized_crop, resize
+from smalti.data.workers import load_items
 from smalti.errors import DataError, RunError, SmaltiError
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
@@ -244,16 +245,7 @@ def stream(items: Dataset[Any], count: int, num_workers: int) -> Iterator[Any]:
     Raises:
         SmaltiError: if an item is one.
     """
-    loader: DataLoader[Any] = DataLoader(
-        items,
-        batch_size=None,
-        sampler=range(count),
-        num_workers=num_workers,
-        collate_fn=unchanged,
-        worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(0),  # leaves torch's own generator alone
-    )
-    for item in loader:
+    for item in load_items(items, range(count), num_workers):
         if isinstance(item, SmaltiError):
             raise item
         yield item

@@ -3,13 +3,11 @@
 Letters: n images, N = h*w patches an image, D embed_dim.
 """
 
-import contextlib
 import json
-import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +23,7 @@ from smalti.data.image_set import as_text
 from smalti.data.labelled import eval_batches
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError
+from smalti.files import check_writable, written_beside
 from smalti.models.encoder import Encoder, check_pool
 
 LEVELS, DTYPES, ENDINGS = ("image", "patch"), ("float32", "float16"), (".parquet", ".npz")
@@ -96,8 +95,7 @@ def embed(
             raise ConfigError(f"{name}={value}: one of {', '.join(known)} is needed")
     if out.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{out}: the ending says the format; name a file that ends in {' or '.join(ENDINGS)}")
-    if out.is_dir():
-        raise ConfigError(f"{out}: is a folder, a file name is needed")
+    check_writable(out)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: 1 or more is needed")
     check_pool(pool, encoder.has_class_token)
@@ -120,7 +118,7 @@ def embed(
     count = done = 0
     make_sink = _Parquet if out.suffix.lower() == ".parquet" else _Npz
     with (
-        _written_beside(out) as temporary,
+        written_beside(out) as temporary,
         make_sink(temporary, shape, dtype, grid if is_patches else None, note) as sink,
     ):
         for pixels, places, unreadable in batches:
@@ -151,25 +149,6 @@ def _features(encoder: Encoder, pixels: torch.Tensor, pool: str, is_patches: boo
 
 def _remedy(dtype: str, encoder: Encoder) -> str:
     return "use dtype=float32" if dtype == "float16" else f"the weights of {encoder.name} are damaged or diverged"
-
-
-@contextlib.contextmanager
-def _written_beside(out: Path) -> Iterator[Path]:
-    """A temporary name that becomes ``out`` at the end; nothing stays behind after an error."""
-    temporary = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        temporary.chmod(0o644)  # mkstemp makes it private
-        temporary.replace(out)
-    except OSError as error:  # also a full disk, and what pyarrow raises
-        raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 class _Parquet:

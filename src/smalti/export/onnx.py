@@ -7,8 +7,6 @@ Letters: B images, N patches, L kept ones, D embed_dim, K classes.
 import contextlib
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smalti.config import write_atomically
 from smalti.errors import ConfigError, MissingExtraError, WeightsError
 from smalti.export.card import CARD, Input, input_metadata, model_card
 from smalti.export.timm import check_target
+from smalti.files import folder_beside, write_atomically
 from smalti.functional.orders import random_orders
 from smalti.models.encoder import ClassHead, Encoder, clone_encoder
 
@@ -113,52 +111,43 @@ def export_onnx(
     head = encoder.class_head
     model = Exported(clone_encoder(encoder).cpu().float().eval(), head, input).eval()
     outputs = ("tokens", "vector", "logits")[: 2 if head is None else 3]
-    temporary = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        told = input_metadata(encoder, input)
-        images = _images(2, encoder.in_chans, height, width)
-        some = keep or max(2, num_patches // 2)
-        _write(model, (images,), temporary / WHOLE, ("images",), outputs, {"images": {0: "batch"}}, told)
-        free = {0: "batch"} if keep else {0: "batch", 1: "kept"}
-        arguments = (images, random_orders(torch.arange(2), num_patches)[:, :some])
-        shapes = {"images": {0: "batch"}, "ids_keep": free}
-        _write(model, arguments, temporary / KEEP, ("images", "ids_keep"), outputs, shapes, told)
-        difference = compare(model, temporary, (height, width), (keep,) if keep else (1, some, num_patches))
-        if not difference <= TOLERANCE:  # also NaN
-            raise WeightsError(
-                f"ONNX Runtime's numbers differ from torch's by {difference:.3g} of the largest, at most "
-                f"{TOLERANCE:g} is allowed; {out} was not written"
-            )
-        described = {
-            "images": {"shape": ["B", encoder.in_chans, height, width], **told},
-            "ids_keep": {"shape": ["B", keep or "L"], "range": f"0..{num_patches - 1}, int64, raster order"},
-            "outputs": list(outputs),
-            "grid": list(grid),
-            "classes": list(head.classes) if head else [],
-            "order": head.order if head else "",
-            "opset": OPSET,
-            "smalti": encoder.config(),
-        }
-        write_atomically(temporary / CONFIG, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
-        usage = f"""import onnxruntime
+        with folder_beside(out) as temporary:
+            told = input_metadata(encoder, input)
+            images = _images(2, encoder.in_chans, height, width)
+            some = keep or max(2, num_patches // 2)
+            _write(model, (images,), temporary / WHOLE, ("images",), outputs, {"images": {0: "batch"}}, told)
+            free = {0: "batch"} if keep else {0: "batch", 1: "kept"}
+            arguments = (images, random_orders(torch.arange(2), num_patches)[:, :some])
+            shapes = {"images": {0: "batch"}, "ids_keep": free}
+            _write(model, arguments, temporary / KEEP, ("images", "ids_keep"), outputs, shapes, told)
+            difference = compare(model, temporary, (height, width), (keep,) if keep else (1, some, num_patches))
+            if not difference <= TOLERANCE:  # also NaN
+                raise WeightsError(
+                    f"ONNX Runtime's numbers differ from torch's by {difference:.3g} of the largest, at most "
+                    f"{TOLERANCE:g} is allowed; {out} was not written"
+                )
+            described = {
+                "images": {"shape": ["B", encoder.in_chans, height, width], **told},
+                "ids_keep": {"shape": ["B", keep or "L"], "range": f"0..{num_patches - 1}, int64, raster order"},
+                "outputs": list(outputs),
+                "grid": list(grid),
+                "classes": list(head.classes) if head else [],
+                "order": head.order if head else "",
+                "opset": OPSET,
+                "smalti": encoder.config(),
+            }
+            write_atomically(temporary / CONFIG, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+            usage = f"""import onnxruntime
 
 session = onnxruntime.InferenceSession("{WHOLE}")
 {", ".join(outputs)} = session.run(None, {{"images": images}})"""
-        write_atomically(temporary / CARD, model_card(encoder, input, (height, width), usage))
-        if out.is_dir():
-            out.rmdir()
-        temporary.replace(out)
+            write_atomically(temporary / CARD, model_card(encoder, input, (height, width), usage))
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ConfigError(f"{encoder.name} with pool={encoder.pool} can't be written as ONNX ({reason})") from error
     except OSError as error:
         raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return OnnxExport(out, outputs, difference)
 
 

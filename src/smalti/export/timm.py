@@ -1,8 +1,6 @@
 """An encoder as a folder that timm opens by itself, proven to give the same tokens."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from smalti.config import write_atomically
 from smalti.errors import ConfigError, WeightsError
 from smalti.export.card import CARD, model_card
+from smalti.files import first_held, folder_beside, write_atomically
 from smalti.models.encoder import Encoder, PatchFeatures, clone_encoder
 
 TOLERANCE = 1e-6
@@ -47,33 +45,24 @@ def export_timm(encoder: Encoder, out: Path) -> TimmExport:
         WeightsError: if timm's model differs by more than :data:`TOLERANCE`; nothing is left behind.
     """
     check_target(out)
-    temporary = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        state = {key: value.contiguous() for key, value in encoder.to_timm().state_dict().items()}
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-        write_atomically(temporary / "config.json", json.dumps(timm_config(encoder), indent=2) + "\n")
-        usage = f"""import timm
+        with folder_beside(out) as temporary:
+            state = {key: value.contiguous() for key, value in encoder.to_timm().state_dict().items()}
+            save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+            write_atomically(temporary / "config.json", json.dumps(timm_config(encoder), indent=2) + "\n")
+            usage = f"""import timm
 
 model = timm.create_model("local-dir:{out}", pretrained=True).eval()
 features = model.forward_features(images)"""
-        write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage))
-        difference = compare(encoder, temporary)
-        if not difference <= TOLERANCE:  # also NaN
-            raise WeightsError(
-                f"timm's model differs from the encoder by {difference:.3g} on a random image, "
-                f"at most {TOLERANCE:g} is allowed; {out} was not written"
-            )
-        if out.is_dir():
-            out.rmdir()
-        temporary.replace(out)
+            write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage))
+            difference = compare(encoder, temporary)
+            if not difference <= TOLERANCE:  # also NaN
+                raise WeightsError(
+                    f"timm's model differs from the encoder by {difference:.3g} on a random image, "
+                    f"at most {TOLERANCE:g} is allowed; {out} was not written"
+                )
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{out}: can't be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return TimmExport(out, difference)
 
 
@@ -84,8 +73,7 @@ def check_target(out: Path) -> None:
         ConfigError: naming what is there.
     """
     if out.is_dir():
-        held = next(iter(sorted(out.iterdir())), None)
-        if held is not None:
+        if (held := first_held(out)) is not None:
             raise ConfigError(f"{out}: the folder is not empty (it holds {held.name}); name a new or an empty folder")
     elif out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: is a file, a folder is needed; name a new or an empty folder")

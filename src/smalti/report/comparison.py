@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from smalti.config import flatten, to_tree, write_atomically
+from smalti.config import flatten, to_tree
 from smalti.errors import SmaltiError
 from smalti.evaluation.intervals import few_seeds
 from smalti.evaluation.protocol import Result
+from smalti.files import write_atomically
 from smalti.report.details import Judged, detail_sections
 from smalti.report.figures import ForestRow, forest_chart, line_chart
 from smalti.report.html import (

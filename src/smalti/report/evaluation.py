@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from smalti.config import write_atomically
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details, write_details
 from smalti.evaluation.protocol import Result, read_results, write_results
+from smalti.files import is_free, write_atomically
 from smalti.reading import read_mapping
 from smalti.report.details import detail_sections
 from smalti.report.html import Html, settings_table, tag, verdict_box, whole_page
@@ -25,7 +25,7 @@ def check_free(folder: Path) -> None:
         ConfigError: if there is something in it that :func:`save_evaluation` did not write.
     """
     is_ours = (folder / INFO).is_file() or (folder / RESULTS_FILE).is_file()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_ours):
+    if not is_ours and not is_free(folder):
         raise ConfigError(f"{folder}: is not empty and holds no evaluation; choose another --out")
 
 

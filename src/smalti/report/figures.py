@@ -24,8 +24,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from smalti.config import write_atomically
 from smalti.data.images import as_picture
+from smalti.files import write_atomically
 from smalti.functional.colours import palette
 from smalti.functional.components import reduce_patches
 from smalti.models.encoder import Encoder, eval_mode

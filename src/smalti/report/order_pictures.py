@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from smalti.config import write_atomically
+from smalti.files import write_atomically
 
 LEAST_PX, MOST_PX, CELL_PX = 320, 768, 34
 """Side of a picture, and of a patch in it where that goes."""

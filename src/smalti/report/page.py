@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from smalti.config import flatten, write_atomically
+from smalti.config import flatten
 from smalti.data.folders import ImageSet, open_images
 from smalti.data.pixels import trained_pixels
 from smalti.errors import ConfigError, DataError, SmaltiError
 from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result, describe_result
+from smalti.files import write_atomically
 from smalti.functional.components import reduce_patches
 from smalti.methods.base import TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from smalti.config import write_atomically
+from smalti.files import write_atomically
 from smalti.study.probe import GATES, PositionProbe
 
 _POINTS = 2000

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from smalti.config import write_atomically
 from smalti.data.image_set import as_text
 from smalti.data.images import as_picture
 from smalti.data.labelled import eval_image
+from smalti.files import write_atomically
 from smalti.ranking.curves import UNITS as CURVE_UNITS
 from smalti.ranking.diagnostics import TOP, UNITS, num_top, spread_evenly
 from smalti.ranking.orders import look_up

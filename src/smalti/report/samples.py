@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.config import write_atomically
 from smalti.data.images import as_picture
+from smalti.files import write_atomically
 from smalti.study.generate import Film
 
 FOLDER = "samples"

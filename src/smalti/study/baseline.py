@@ -10,8 +10,9 @@ from smalti.evaluation.features import Progress
 from smalti.evaluation.protocol import Baseline, BaselineKind, EvalConfig, Result, random_baseline
 from smalti.models.encoder import Encoder
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, as_loaded, open_encoder, weights_digest
-from smalti.study.pretrain import CONFIG_FILE, INIT_DIGEST, RunConfig, build_method, read_run_file, resolve
+from smalti.study.pretrain import RunConfig, build_method, resolve
 from smalti.study.rows import with_intervals
+from smalti.study.run_folder import CONFIG_FILE, INIT_DIGEST, read_run_file
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 A cell's folder is named by a digest of what determines its weights; in it every evaluation has a folder named by a
 digest of what determines that. What is finished is never done again; training that was cut short is resumed.
-``python -m smalti.study.cell JOB.json`` runs one; :mod:`smalti.study.compare` writes the jobs.
+``python -m smalti.study.cell JOB.json PARENT`` runs one; :mod:`smalti.study.compare` writes the jobs.
 """
 
 import dataclasses
@@ -21,18 +21,19 @@ import psutil
 import torch
 
 import smalti
-from smalti.config import build, merge, settings, to_tree, write_atomically
+from smalti.config import build, merge, settings, to_tree
 from smalti.data.folders import ImageSet
-from smalti.errors import RunError, SmaltiError
+from smalti.errors import RunError, SmaltiError, machine_trouble
 from smalti.evaluation.details import write_details
 from smalti.evaluation.protocol import EvalConfig, determining, evaluate, write_results
+from smalti.files import remove_leftovers, write_atomically
 from smalti.methods.base import get_method
 from smalti.models.encoder import Encoder
 from smalti.models.loading import as_loaded, file_digest, load, weights_digest
+from smalti.streams import protect_streams, warn_in_one_line
 from smalti.study.baseline import untrained_network
 from smalti.study.doctor import measure_step
 from smalti.study.pretrain import (
-    CONFIG_FILE,
     count_classes,
     open_training,
     resolve,
@@ -41,7 +42,9 @@ from smalti.study.pretrain import (
     step_maker,
     train,
 )
-from smalti.training.launch import end_with_parent, num_processes, resolve_devices
+from smalti.study.run_folder import CONFIG_FILE
+from smalti.training.launch import num_processes, resolve_devices
+from smalti.training.processes import end_with
 
 RANDOM = "random"
 """As ``load`` of an arm: the encoder that the plan's trained arms start from."""
@@ -139,6 +142,7 @@ def run_cell(job: Job) -> None:
     """
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     if is_trained(job) and not (folder / TRAINED).is_file():
         _train(job, folder)
     if all((folder / entry["key"] / RESULTS_FILE).is_file() for entry in job.evaluations):
@@ -273,9 +277,16 @@ def _say(name: str) -> Any:
     return progress
 
 
-def main(path: str) -> int:
-    """Run the job in a file; what went wrong is written to the cell's folder. Returns the exit code."""
-    end_with_parent()
+def main(path: str, parent: int) -> int:
+    """Run the job in a file; what went wrong is written to the cell's folder. Returns the exit code.
+
+    Args:
+        path: the job, as JSON.
+        parent: number of the process that compares; this one ends with it.
+    """
+    end_with(parent)
+    protect_streams()
+    warn_in_one_line()
     job = build(Job, json.loads(Path(path).read_text(encoding="utf-8")), path)
     failed = Path(job.folder) / FAILED
     failed.unlink(missing_ok=True)
@@ -285,6 +296,9 @@ def main(path: str) -> int:
         write_atomically(failed, f"{error}\n")
         return 2
     except Exception as error:
+        if (line := machine_trouble(error)) is not None:
+            write_atomically(failed, f"{line}\n")
+            return 2
         traceback.print_exc()
         write_atomically(failed, f"{type(error).__name__}: {error}\n")
         return 1
@@ -292,4 +306,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,24 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import smalti
-from smalti.config import (
-    Seed,
-    build,
-    merge,
-    read_yaml,
-    settings,
-    to_tree,
-    unfold,
-    unknown_key,
-    write_atomically,
-    write_yaml,
-)
+from smalti.config import Seed, build, merge, read_yaml, settings, to_tree, unfold, unknown_key, write_yaml
 from smalti.data.folders import ImageSet, open_images, training_images
 from smalti.data.pixels import NO_PIXELS, trained_pixels
-from smalti.errors import ConfigError, RunError, SmaltiError
+from smalti.errors import ConfigError, Interrupted, RunError, SmaltiError
 from smalti.evaluation.details import read_details
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval, few_seeds
 from smalti.evaluation.protocol import BaselineKind, EvalConfig, Result, find_protocol, open_sets, read_results
+from smalti.files import check_folder, is_free, remove_leftovers, write_atomically
 from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig
 from smalti.reading import read_mapping, reading
@@ -59,6 +49,7 @@ from smalti.study.cell import (
     training_key,
     untrained_key,
 )
+from smalti.study.lock import locked
 from smalti.study.machine import describe_machine
 from smalti.study.pretrain import absolute, check_start, resolve
 from smalti.study.rows import (
@@ -72,6 +63,7 @@ from smalti.study.rows import (
     table_cells,
 )
 from smalti.training.launch import num_processes, split_batch
+from smalti.training.processes import STOPPED, run_process
 
 PLAN_FILE, CELLS, TABLE, MARKDOWN, SUMMARY = "plan.yaml", "cells", "comparison.parquet", "comparison.md", "compare.json"
 PAGE = "report.html"
@@ -269,8 +261,9 @@ def compare(
     """
     plan = plan if isinstance(plan, Plan) else read_plan(plan)
     folder = Path(out).expanduser()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file()):
+    if not is_free(folder) and not (folder / PLAN_FILE).is_file():
         raise ConfigError(f"{folder}: is not empty and holds no comparison; choose another --out")
+    check_folder(folder)
     started = time.time()
     for entry in plan.evaluate:
         open_sets(entry["data"], build(EvalConfig, {**entry, "split_seed": plan.split_seed}, "evaluate"))
@@ -282,10 +275,12 @@ def compare(
     images = training_images(data) if data is not None else None
     arms = {name: _prepare(name, plan, folder, images, evaluated, quiet) for name in plan.arms}
     failures = {name: arm.error for name, arm in arms.items() if arm.error}
-    write_yaml(folder / PLAN_FILE, to_tree(plan))
     for name, error in failures.items():
         _note(f"arm '{name}' can't run: {error}", quiet=False)
-    cells = _run_all(plan, arms, failures, quiet, isolate)
+    with locked(folder):
+        remove_leftovers(folder)
+        write_yaml(folder / PLAN_FILE, to_tree(plan))
+        cells = _run_all(plan, arms, failures, quiet, isolate)
     if not cells:
         raise RunError(f"{folder}: no arm came through; {'; '.join(f'{name}: {e}' for name, e in failures.items())}")
     rows = _rows(plan, cells)
@@ -496,12 +491,14 @@ def _run(job: Job, isolate: bool) -> str:
         return ""
     path = folder / "job.json"
     write_atomically(path, json.dumps(to_tree(job), indent=1))
-    command = [sys.executable, "-m", "smalti.study.cell", str(path)]
-    code = subprocess.run(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode
+    command = [sys.executable, "-m", "smalti.study.cell", str(path), str(os.getpid())]
+    code, asked = run_process(command, {**os.environ, "PYTHONUNBUFFERED": "1"})
+    if code in STOPPED and not asked:  # somebody has stopped the cell, not the comparison
+        asked = signal.SIGINT if code == STOPPED[0] else signal.SIGTERM
+    if asked:
+        raise Interrupted(asked, f"interrupted by {signal.Signals(asked).name}; the same command resumes")
     if code == 0:
         return ""
-    if code in (-2, 130):
-        raise KeyboardInterrupt
     try:
         return (folder / FAILED).read_text(encoding="utf-8").strip()
     except OSError:

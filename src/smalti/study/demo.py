@@ -11,9 +11,11 @@ from smalti.data.samples import write_samples
 from smalti.errors import ConfigError
 from smalti.evaluation.details import write_details
 from smalti.evaluation.protocol import EvalConfig, Result, write_results
+from smalti.files import check_folder, is_free
 from smalti.models.loading import load
 from smalti.study.baseline import evaluate
-from smalti.study.pretrain import CONFIG_FILE, RESULTS, train
+from smalti.study.pretrain import train
+from smalti.study.run_folder import CONFIG_FILE, RESULTS
 
 SCENES: dict[str, Any] = {
     "num_train": 3000,
@@ -72,8 +74,9 @@ def run_demo(out: Path, overrides: Mapping[str, Any] | None = None, *, quiet: bo
         ConfigError: if ``out`` is a file or holds something.
         MissingExtraError: without scikit-image.
     """
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+    if not is_free(out):
         raise ConfigError(f"{out}: is not empty; choose another --out")
+    check_folder(out)
     start = time.perf_counter()
     samples = write_samples(out / "samples", **SCENES)
     run = train("mae", samples, out / "run", overrides=merge(SETTINGS, overrides or {}), quiet=quiet)

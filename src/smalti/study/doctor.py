@@ -22,6 +22,7 @@ from smalti.data.folders import open_images
 from smalti.data.loader import MAX_UNREADABLE
 from smalti.data.pixels import NO_PIXELS, PixelConfig
 from smalti.data.scan import ScanReport, scan_images
+from smalti.data.workers import SHARED_MEMORY, shared_memory_mib
 from smalti.errors import ConfigError
 from smalti.study.machine import describe_machine, package_version
 from smalti.threads import usable_cores
@@ -109,6 +110,8 @@ class StepEstimate:
     """One checkpoint: weights and optimiser."""
     keep: int
     """Checkpoints that stay."""
+    shared_mib: float = 0.0
+    """Shared memory that data workers need."""
 
     @property
     def seconds(self) -> float:
@@ -206,6 +209,8 @@ class DoctorReport:
     data: str | None
     scan: ScanReport | None
     step: StepEstimate | None
+    shared_mib: float | None = None
+    """Free shared memory, through which data workers hand over batches; None where the system has none."""
 
     @property
     def problems(self) -> list[str]:
@@ -228,6 +233,7 @@ class DoctorReport:
             [_line("extras", ", ".join(f"{name} {version}" for name, version in self.extras.items()))],
             self.devices.lines(),
             [_line("disk", f"{self.disk_free_mib / 1024:,.1f} GiB free at {self.out.absolute()}")],
+            [_line("shared mem", f"{self.shared_mib:,.0f} MiB free in {SHARED_MEMORY}")] if self.shared_mib else [],
         ]
         parts = [[line for part in parts for line in part]]
         if self.scan is not None:
@@ -249,6 +255,11 @@ class DoctorReport:
 
     def _step_problems(self, step: StepEstimate) -> list[str]:
         found = []
+        if self.shared_mib is not None and step.shared_mib > self.shared_mib:
+            found.append(
+                f"data workers need {step.shared_mib:,.0f} MiB of shared memory, {SHARED_MEMORY} has "
+                f"{self.shared_mib:,.0f} MiB free; lower data.num_workers, or enlarge it (docker run --shm-size=8g)"
+            )
         if not step.fits:
             size = step.proposed_micro_batch
             remedy = f"use micro_batch={size}" if size else "use a smaller encoder or image_size"
@@ -304,6 +315,7 @@ def doctor(
         data=data,
         scan=scan,
         step=step,
+        shared_mib=shared_memory_mib(),
     )
 
 
@@ -331,6 +343,7 @@ def measure_step(
     checkpoint_mib: float = 0.0,
     keep: int = 2,
     batch_sizes: tuple[int, int] | None = None,
+    shared_mib: float = 0.0,
 ) -> StepEstimate:
     """Make a few steps at two batch sizes, and say what a run will need.
 
@@ -349,6 +362,7 @@ def measure_step(
         checkpoint_mib: size of one checkpoint, weights and optimiser.
         keep: checkpoints that stay.
         batch_sizes: the two to measure at, growing; None chooses them.
+        shared_mib: shared memory that data workers of the run need.
 
     Raises:
         ConfigError: if not even one image fits, or the batch sizes don't grow.
@@ -372,6 +386,7 @@ def measure_step(
         free_mib=_free_mib(device),
         checkpoint_mib=checkpoint_mib,
         keep=keep,
+        shared_mib=shared_mib,
     )
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from smalti.config import unknown_key
 from smalti.data.loader import sample_key
 from smalti.data.orders import CACHED, OrderCache, check_order, grid_order, read_orders
-from smalti.errors import ConfigError, DataError, RunError, ShapeError
+from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.orders import random_orders, static_order
 from smalti.functional.random import fork_keys, sample_uniform
 from smalti.methods.cmar import CMAR
 from smalti.methods.mar import MAR, SamplerConfig
-from smalti.study.pretrain import load_method, read_run_file
+from smalti.study.pretrain import load_method
+from smalti.study.run_folder import read_run_file
 
 SOURCES = ("bank", "class_mean", "global_mean")
 _BANK = 6  # branch of an image's keys
@@ -62,11 +63,7 @@ def load_generator(run: Path) -> Generator:
     method = load_method(run)
     if not isinstance(method, MAR):
         raise ConfigError(f"{run}: is a run of {method.name}; images are drawn by runs of mar and cmar")
-    try:
-        names = read_run_file(run).get("classes")
-    except RunError:  # classes have their numbers then
-        names = None
-    names = names if isinstance(names, list) else []
+    names = read_run_file(run).get("classes") or []
     known = len(names) == method.num_classes
     return Generator(method, tuple(str(name) for name in (names if known else range(method.num_classes))))
 
@@ -211,6 +208,7 @@ def draw_images(
     sampler: SamplerConfig = SamplerConfig(),
     batch_size: int | None = None,
     keep: Callable[[int, Float[Tensor, "_ C H W"]], None],
+    is_kept: Callable[[int], bool] = lambda row: False,
     progress: Callable[[int, int], None] | None = None,
     film_images: int = 0,
     film_frames: int = 8,
@@ -225,12 +223,13 @@ def draw_images(
         sampler: how.
         batch_size: images at a time; None: as many as fit.
         keep: is given the number of a batch's first image and the images, in 0..1, on the CPU.
+        is_kept: whether an image, by its number, was drawn before; a batch is drawn again if one of its images wasn't.
         progress: is told the work done and in all, in tokens.
         film_images: F, how many of the first images are watched.
         film_frames: S, in how many frames; fewer where there are fewer steps.
 
     Returns:
-        The film, if any was asked for, and images a second.
+        The film, if any was asked for and its images were drawn now; and images a second.
     """
     device = next(method.parameters()).device
     num, counts = len(labels), method.plan(sampler)
@@ -239,9 +238,12 @@ def draw_images(
     shots = sorted({int(ends[round(place)]) for place in np.linspace(0, len(ends) - 1, min(film_frames, len(ends)))})
     shown: list[Tensor] = []
     frames: list[Tensor] = []
-    started, first = time.perf_counter(), 0
+    started, first, drawn_now = time.perf_counter(), 0, 0
     while first < num:
         rows = range(first, min(first + batch, num))
+        if all(map(is_kept, rows)):
+            first = rows.stop
+            continue
         keys = image_keys(seed, rows).to(device)
         shown.clear()
 
@@ -266,11 +268,12 @@ def draw_images(
             torch.cuda.empty_cache()
             continue
         keep(first, method.tokens.decode(tokens).cpu())
+        drawn_now += len(rows)
         if shown:
             frames.append(torch.stack(shown, dim=1))
         first = rows.stop
     film = _film(method, torch.cat(frames), orders[: min(film_images, num)], tuple(shots)) if frames else None
-    return film, num / (time.perf_counter() - started)
+    return film, drawn_now / (time.perf_counter() - started)
 
 
 def image_keys(seed: int, rows: Sequence[int]) -> Int[Tensor, " B"]:

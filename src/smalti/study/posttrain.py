@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smalti.config import write_atomically
 from smalti.data.folders import SPLITS, open_images
 from smalti.errors import DataError
 from smalti.evaluation.details import read_details, write_details
@@ -30,6 +29,7 @@ from smalti.evaluation.protocol import (
     read_results,
     write_results,
 )
+from smalti.files import write_atomically
 from smalti.models.encoder import Encoder
 from smalti.reading import read_json, reading
 from smalti.study.rows import Row, metric_rows, read_row, row_tree, table_cells
@@ -106,10 +106,19 @@ class Judge:
         config: settings of evaluation in training; ``data`` is given.
         network: which network is judged, by name.
         handed_on: which one is handed on by default.
+        progress: told how far an evaluation is; it may end one by an exception.
     """
 
-    def __init__(self, run: Path, config: EvalConfig, network: str = "encoder", handed_on: str = "encoder") -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: EvalConfig,
+        network: str = "encoder",
+        handed_on: str = "encoder",
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
         data = str(config.data)
+        self.progress = progress
         self.run, self.data = run, data
         self.network, self.handed_on = network, handed_on
         self.chosen_on, self.is_apart = _splits(data, config)
@@ -133,7 +142,7 @@ class Judge:
 
     def judge(self, step: int, encoder: Encoder) -> None:
         """Judge a step's encoder on the images of the verdict."""
-        self._keep(step, evaluate(encoder, f"{self.run} (step {step})", self.data, self.config))
+        self._keep(step, evaluate(encoder, f"{self.run} (step {step})", self.data, self.config, progress=self.progress))
 
     def conclude(self, last: int, best: int | None, encoder_of: Callable[[int], Encoder]) -> Verdict:
         """The verdict, also written to ``results/posttrain.json``.

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
+import shlex
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -32,19 +34,19 @@ from smalti.config import (
     read_yaml,
     settings,
     to_tree,
-    write_atomically,
     write_yaml,
 )
 from smalti.data.folders import ImageSet, open_images, training_images
 from smalti.data.image_set import as_text, is_text
 from smalti.data.images import read_values
-from smalti.data.loader import TrainLoader, UnreadableLog, default_workers
+from smalti.data.loader import TrainLoader, UnreadableLog
 from smalti.data.pixels import NO_PIXELS, PixelConfig, Range
 from smalti.data.signal_config import SignalConfig, as_read, check_window
 from smalti.data.signals import SignalSet, is_signals, open_signals, training_signals
 from smalti.data.value_range import percentile_ranges
 from smalti.data.views import Views, collate
-from smalti.errors import ConfigError, DataError, RunError, SmaltiError, WeightsError
+from smalti.data.workers import check_workers, default_workers, needed_mib
+from smalti.errors import ConfigError, DataError, Interrupted, RunError, SmaltiError, WeightsError
 from smalti.evaluation.protocol import (
     BaselineKind,
     EvalConfig,
@@ -56,6 +58,7 @@ from smalti.evaluation.protocol import (
     open_sets,
     write_results,
 )
+from smalti.files import check_folder, is_free, remove_leftovers
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import Method, TokenMethod, get_method, method_names
@@ -69,18 +72,27 @@ from smalti.models.loading import (
     load,
     names_best,
     open_encoder,
-    weights_digest,
 )
 from smalti.models.tokens import fill_tokens, with_network
 from smalti.models.weights import LoadConfig, read_tensors
-from smalti.reading import as_number, read_csv, read_mapping, reading, reason, shorten
+from smalti.reading import reading, reason, shorten
 from smalti.study.catalogue import find_recipe
-from smalti.study.machine import describe_machine
+from smalti.study.lock import locked
 from smalti.study.posttrain import COSTLESS, Judge
-from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
+from smalti.study.run_folder import (
+    CONFIG_FILE,
+    RESULTS,
+    RUN_FILE,
+    check_same_images,
+    mend_folder,
+    note_end,
+    write_run_file,
+)
+from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState, usable_checkpoint
+from smalti.training.interrupt import Interrupt, StopRequested, end_at_once, handled_signals
 from smalti.training.launch import (
+    PATIENCE,
     check_trackers,
-    launch,
     limit_threads,
     make_accelerator,
     num_processes,
@@ -89,14 +101,12 @@ from smalti.training.launch import (
     split_batch,
     under_launcher,
 )
-from smalti.training.logs import LOG_FILE, CSVLog, Screen, Trackers
+from smalti.training.logs import CSVLog, Screen, Trackers
 from smalti.training.loop import Listener, LogConfig, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, peak_lr
+from smalti.training.processes import launch
 
-CONFIG_FILE, RUN_FILE, RESULTS = "config.yaml", "run.json", "results"
-INIT_DIGEST = "init_digest"
-"""Entry of ``run.json``: changes with the weights that the run started from."""
 DEFAULT_ENCODER = "vit_small_patch16_224"
 SIGNAL_ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 50, "embed_dim": 256, "depth": 8, "num_heads": 8}
 """Where the data are signals: timm's plain vision transformer with these arguments, patches in samples."""
@@ -610,6 +620,7 @@ def train(
 
     Raises:
         ConfigError, DataError, WeightsError, RunError: each with one line that says what to do.
+        Interrupted: after a signal; what was done is kept, and :func:`resume` continues.
     """
     tree = read_yaml(find_recipe(recipe)) if recipe else {}
     given: dict[str, Any] = {"method": {"name": method}} if method else {}
@@ -627,20 +638,24 @@ def train(
         raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
     if not is_text(run.absolute()):
         raise ConfigError(f"{as_text(run)}: its path is not UTF-8, and weights can't be read from there; rename it")
-    if run.is_dir() and any(run.iterdir()) and _is_first_process():
-        raise ConfigError(f"{run}: is not empty; choose another --out, or go on with: smalti train --resume {run}")
+    if _is_first_process():
+        _check_free(run)
+        check_folder(run)
     found = open_data(config)
     config, images = measure_scale(config, training_part(found, config))
     config, own = count_classes(config, own, images)
     _check_before_writing(config, own, images, quiet=under_launcher() and not _is_first_process())
-    if _is_first_process():
-        if not quiet:
-            print(f"data: {found.account()}", file=sys.stderr)
-            if note := posttrain_note(tree, config):
-                print(note, file=sys.stderr)
-        write_yaml(run / CONFIG_FILE, to_tree(config))
-        _write_run_file(run, config, images)
-    _start(run, config, None, quiet)
+    with _written_by_this_process(run):
+        if _is_first_process():
+            _check_free(run)  # another process may have been quicker
+            remove_leftovers(run)
+            if not quiet:
+                print(f"data: {found.account()}", file=sys.stderr)
+                if note := posttrain_note(tree, config):
+                    print(note, file=sys.stderr)
+            write_yaml(run / CONFIG_FILE, to_tree(config))
+            write_run_file(run, images, config.init, _precision(config))
+        _start(run, config, None, quiet)
     return run
 
 
@@ -654,6 +669,9 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
 
     Raises:
         ConfigError: if there is no such run, or a setting can't change any more.
+        RunError: if another process writes into it.
+        WeightsError: if it has checkpoints, none of which can be read.
+        Interrupted: after a signal; what was done is kept.
     """
     run = Path(run).expanduser()
     path = run / CONFIG_FILE
@@ -671,12 +689,36 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
     config, _ = resolve(merge(before, _absolute_paths(overrides)), str(path))
     _split(config)
     _check_evaluation(config)
-    _check_same_images(run, open_training(config))
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None and _is_first_process():
-        print(f"{run}: has no checkpoint yet; it starts from step 0", file=sys.stderr)
-    _start(run, config, checkpoint, quiet)
+    images = open_training(config)
+    with _written_by_this_process(run):
+        if _is_first_process():
+            mend_folder(run)
+        check_same_images(run, images)
+        checkpoint, notes = usable_checkpoint(run, set_aside=_is_first_process())
+        if _is_first_process():
+            for note in notes:
+                warnings.warn(note, stacklevel=2)
+            if not (run / RUN_FILE).exists():
+                write_run_file(run, images, config.init, _precision(config))
+            if checkpoint is None:
+                print(f"{run}: has no checkpoint yet; it starts from step 0", file=sys.stderr)
+        _start(run, config, checkpoint, quiet)
     return run
+
+
+def _check_free(run: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        ConfigError: naming the command that resumes it.
+    """
+    if not is_free(run):
+        raise ConfigError(f"{run}: is not empty; choose another --out, or resume it with: smalti train --resume {run}")
+
+
+def _written_by_this_process(run: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of a run directory; of several processes the first one holds it."""
+    return locked(run) if _is_first_process() else contextlib.nullcontext()
 
 
 def _check_before_writing(config: RunConfig, own: Any, images: ImageSet | SignalSet, quiet: bool) -> None:
@@ -703,15 +745,17 @@ def _check_before_writing(config: RunConfig, own: Any, images: ImageSet | Signal
     build_optimizer(method.param_groups(), config.optim)
     _check_freeze(method, config.optim)
     _check_pool(method, config)
+    workers = _num_workers(config)
     if isinstance(images, SignalSet):  # all of them are read already
-        views(images.read(0), np.random.default_rng(0))
+        check_workers(views(images.read(0), np.random.default_rng(0)), micro_batch, workers)
         return
     if config.eval.data and config.eval.image_size:
         method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
     trouble: DataError | None = None
     for sample in images.samples[:FIRST_LOOK]:
         try:
-            views(sample.read(config.data.channels), np.random.default_rng(0))
+            view = views(sample.read(config.data.channels), np.random.default_rng(0))
+            check_workers(view, micro_batch, workers, resolve_devices(config.devices).processes)
             return
         except DataError as error:
             trouble = error
@@ -751,20 +795,43 @@ def _check_pool(method: Method, config: RunConfig) -> None:
 
 
 def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
-    """Run the processes that ``devices`` asks for, or this one where a launcher has started it already."""
+    """Run the processes that ``devices`` asks for, or this one where a launcher has started it already.
+
+    Raises:
+        Interrupted: after a signal, with the line that says how to resume.
+    """
     devices = resolve_devices(config.devices)
-    precision = resolve_precision(config.precision, devices.kind)
     if config.precision == "auto" and not quiet and _is_first_process():
-        print(f"precision=auto: {precision} on this {'GPU' if devices.kind == 'cuda' else 'CPU'}", file=sys.stderr)
-    if devices.processes > 1 and not under_launcher():
-        launch(_work, (run, config, checkpoint, quiet), devices.processes)
-    else:
-        _work(run, config, checkpoint, quiet)
+        kind = "GPU" if devices.kind == "cuda" else "CPU"
+        print(f"precision=auto: {_precision(config)} on this {kind}", file=sys.stderr)
+    try:
+        if devices.processes > 1 and not under_launcher():
+            launch(_work, (run, config, checkpoint, quiet), devices.processes)
+        else:
+            _work(run, config, checkpoint, quiet)
+    except Interrupted as end:
+        kept = latest_checkpoint(run)
+        where = f"; checkpoint: {kept}" if kept is not None else ""
+        name = signal.Signals(end.number).name
+        line = f"interrupted by {name}{where}; resume with: smalti train --resume {shlex.quote(str(run))}"
+        raise Interrupted(end.number, line if _is_first_process() else "") from None
+
+
+def _precision(config: RunConfig) -> str:
+    """What a run computes in on this machine."""
+    return resolve_precision(config.precision, resolve_devices(config.devices).kind)
 
 
 def _split(config: RunConfig) -> tuple[int, int]:
     """``micro_batch`` and accumulated passes of a run on this machine, see :func:`split_batch`."""
     return split_batch(config.batch_size, config.micro_batch, num_processes(config.devices))
+
+
+def _num_workers(config: RunConfig) -> int:
+    """Worker processes that read images for one process of a run."""
+    if config.data.num_workers is not None:
+        return config.data.num_workers
+    return default_workers(resolve_devices(config.devices).kind)
 
 
 def _resumed(state: TrainingState, checkpoint: Path | None, processes: int, micro_batch: int) -> str:
@@ -781,13 +848,28 @@ def _resumed(state: TrainingState, checkpoint: Path | None, processes: int, micr
 
 
 def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
-    """One process of a run."""
+    """One process of a run.
+
+    Raises:
+        Interrupted: after a signal.
+    """
+    interrupt = Interrupt()
+    with handled_signals(interrupt.ask, None if under_launcher() else end_at_once):
+        try:
+            _train(run, config, checkpoint, quiet, interrupt)
+        except StopRequested as stop:
+            raise Interrupted(stop.number) from None
+
+
+def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, interrupt: Interrupt) -> None:
     _, own = resolve(to_tree(config))
     kind = resolve_devices("cpu" if config.devices == "cpu" else "auto").kind
     micro_batch, accumulate = _split(config)
     accelerator = make_accelerator(
         kind, resolve_precision(config.precision, kind), accumulate, config.log.trackers, run
     )
+    if accelerator.num_processes > 1:
+        interrupt.share(PATIENCE)
     images = open_training(config)
     description = None if checkpoint is None else encoder_description(checkpoint)
     method = build_method(config, own, description)
@@ -818,7 +900,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
                 channels=config.data.channels,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
-                num_workers=default_workers(kind) if config.data.num_workers is None else config.data.num_workers,
+                num_workers=_num_workers(config),
                 start_step=start,
                 pin_memory=kind == "cuda",
             )
@@ -834,7 +916,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
         listeners += (Trackers(accelerator),) if main else ()
     if main and state is not None:
         csv_log.event(state.step, "resumed", _resumed(state, checkpoint, accelerator.num_processes, micro_batch))
-    hook = EvaluationHook(config, run, judges=main) if config.eval.data else None
+    hook = EvaluationHook(config, run, judges=main, progress=interrupt.check) if config.eval.data else None
     counted = -1 if state is None else state.judged_step
     if hook is not None and main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
         hook.judge(counted, method)  # counted already, but its file is lost
@@ -862,6 +944,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
             hooks=() if hook is None else (hook,),
             listeners=listeners,
             unreadable=UnreadableLog(run / "unreadable.csv", len(images)),
+            interrupt=interrupt,
         )
     finally:
         if screen is not None:
@@ -869,7 +952,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
         for tracker in accelerator.trackers:
             tracker.finish()  # not end_training: it would take the processes apart, who meet once more below
     if main:
-        _note_end(run, started, method)
+        note_end(run, started, method)
         if hook is not None and hook.before_and_after is not None:
             best = state.best_step if state.num_judged > 1 else None  # of one score nothing is chosen
             hook.before_and_after.conclude(state.step, best, partial(_encoder_of, run, config, own))
@@ -911,12 +994,17 @@ class EvaluationHook:
     Where training starts from weights, it also keeps what the verdict of :mod:`smalti.study.posttrain` needs.
     """
 
-    def __init__(self, config: RunConfig, run: Path, judges: bool) -> None:
+    def __init__(
+        self, config: RunConfig, run: Path, judges: bool, progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
         self.config = config
         self.run = run
+        self.progress = progress  # of an evaluation; it may end one by an exception
         handed_on = get_method(config.method["name"]).export_network
         self.before_and_after = (
-            Judge(run, config.eval, config.weights or handed_on, handed_on) if config.init and judges else None
+            Judge(run, config.eval, config.weights or handed_on, handed_on, progress)
+            if config.init and judges
+            else None
         )
         self.judges = judges  # one process does; the others know when, since all read the finite check together
 
@@ -948,7 +1036,7 @@ class EvaluationHook:
         data = str(self.config.eval.data)
         protocols = self.config.eval.protocols or fitting_protocols(data)
         config = dataclasses.replace(self.config.eval, protocols=protocols)
-        results = evaluate(encoder, f"{self.run} (step {step})", data, config)
+        results = evaluate(encoder, f"{self.run} (step {step})", data, config, progress=self.progress)
         kind: BaselineKind | None = None
         if step == 0 and config.baseline:
             kind = "before" if self.config.init else "untrained"
@@ -980,79 +1068,6 @@ def _check_evaluation(config: RunConfig) -> None:
     names = pair if method.export_network in pair else (method.export_network,)
     if config.weights is not None and config.weights not in names:
         raise ConfigError(f"weights={config.weights}: {method.name} has {', '.join(names)}")
-
-
-def _write_run_file(run: Path, config: RunConfig, images: ImageSet | SignalSet) -> None:
-    content = {
-        "command": " ".join(sys.argv),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "images": images.describe(),
-        "classes": list(images.classes or ()) if isinstance(images, ImageSet) else [],
-        "num_images": len(images),
-        "names_digest": _names_digest(images),
-        **({INIT_DIGEST: weights_digest(config.init)} if config.init else {}),
-        "precision": resolve_precision(config.precision, resolve_devices(config.devices).kind),
-        **describe_machine(),
-    }
-    write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
-
-
-def read_run_file(run: Path) -> dict[str, Any]:
-    """What ``run.json`` of a run directory holds; nothing where there is none.
-
-    Raises:
-        RunError: if it is damaged.
-    """
-    path = run / RUN_FILE
-    return read_mapping(path, "a run's notes", RunError) if path.is_file() else {}
-
-
-def _names_digest(images: ImageSet | SignalSet) -> str:
-    """A number for the names of the images and their order; of signals, also for how long they are."""
-    if isinstance(images, SignalSet):
-        listed = "\n".join(f"{one.name} {one.signal.shape[1]}" for one in images.recordings)
-        return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()[:16]
-    names = "\n".join(
-        path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else str(path)
-        for path in images.paths
-    )
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def _check_same_images(run: Path, images: ImageSet | SignalSet) -> None:
-    """A resumed run must see the images that it saw: their order follows from their names.
-
-    Raises:
-        DataError: if there are others now.
-    """
-    known = read_run_file(run)
-    if known.get("names_digest", _names_digest(images)) != _names_digest(images):
-        raise DataError(
-            f"{run}: was trained on {known.get('num_images')} images, {images.root} now has {len(images)} or others; "
-            "bring them back, or start a new run with --init from this one"
-        )
-
-
-def _note_end(run: Path, started: float, method: Method) -> None:
-    content = read_run_file(run)
-    reference = method.reference(end_of_log(run))
-    if reference is not None:
-        content["reference"] = {
-            **dataclasses.asdict(reference),
-            "has_learned": reference.has_learned,
-            "sentence": reference.sentence,
-        }
-    content["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
-    content["training_s"] = round(content.get("training_s", 0) + time.time() - started, 1)
-    write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
-
-
-def end_of_log(run: Path) -> dict[str, float]:
-    """Means over the last tenth of the rows of ``log.csv``, one row at least, of the columns that are known there."""
-    rows = read_csv(run / LOG_FILE) if (run / LOG_FILE).is_file() else []
-    last = rows[-max(1, len(rows) // 10) :]
-    columns = {name: [as_number(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}
-    return {name: float(np.mean(values)) for name, values in columns.items() if values and np.isfinite(values).all()}
 
 
 def _is_first_process() -> bool:
@@ -1091,6 +1106,25 @@ def absolute(text: str, beside: Path | None = None) -> str:
     return text
 
 
+def shared_by_workers(config: RunConfig, own: Any) -> float:
+    """Shared memory in MiB that the data workers of a run need on this machine, all its processes together."""
+    workers = _num_workers(config)
+    if not workers:
+        return 0.0
+    views = build_method(config, own).make_views(config.data.image_size)
+    sample = views(_noise(config), np.random.default_rng(0))
+    return needed_mib(sample, _split(config)[0], workers) * resolve_devices(config.devices).processes
+
+
+def _noise(config: RunConfig) -> np.ndarray:
+    """An image, or a window of signals, of random numbers."""
+    noise = np.random.default_rng(0).integers(0, 256, (375, 500, config.data.channels), dtype=np.uint8)
+    if config.data.signal is None:
+        return noise
+    window = noise.reshape(-1)[: config.data.signal.window * config.data.channels].astype(np.float32)
+    return np.resize(window, (1, config.data.signal.window, config.data.channels))
+
+
 def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Callable[[int], Callable[[], None]], float]:
     """What :func:`smalti.study.doctor.measure_step` needs: a maker of training steps, and a checkpoint's size in MiB.
 
@@ -1122,10 +1156,7 @@ def step_maker(config: RunConfig, own: Any, device: torch.device) -> tuple[Calla
         if images is not None:
             batches = iter(TrainLoader(images, views, batch_size=batch_size, seed=0, channels=config.data.channels))
         else:
-            noise = np.random.default_rng(0).integers(0, 256, (375, 500, config.data.channels), dtype=np.uint8)
-            if config.data.signal is not None:
-                noise = noise.reshape(-1)[: config.data.signal.window * config.data.channels].astype(np.float32)
-                noise = np.resize(noise, (1, config.data.signal.window, config.data.channels))
+            noise = _noise(config)
             batches = itertools.repeat(collate([views(noise, np.random.default_rng(n)) for n in range(batch_size)]))
 
         def step() -> None:

@@ -17,17 +17,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.config import read_yaml, write_atomically
+from smalti.config import read_yaml
 from smalti.data.folders import ImageSet, open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.pixels import trained_pixels
 from smalti.data.views import MultiCrop, collate
 from smalti.errors import ConfigError
+from smalti.files import check_folder, write_atomically
 from smalti.functional.offgrid import Patches, resample_boxes
 from smalti.functional.pairs import r_squared, select_pairs
 from smalti.methods.part import PART, pair_loss
 from smalti.models.encoder import eval_mode
-from smalti.study.pretrain import CONFIG_FILE, build_method, load_method, resolve
+from smalti.study.pretrain import build_method, load_method, resolve
+from smalti.study.run_folder import CONFIG_FILE
 
 FOLDER = "probes"
 NUM_TRIPLES, NUM_REFERENCES, NUM_SHOWN, NUM_DISTANCES = 4096, 8, 4, 10
@@ -104,6 +106,7 @@ def probe_positions(
     if num_images < NUM_SHOWN:
         raise ConfigError(f"num_images={num_images}: at least {NUM_SHOWN} are needed")
     method = load_method(run)
+    check_folder(run / FOLDER)
     if not isinstance(method, PART):
         raise ConfigError(f"{run}: probes of positions are for part, this is {method.name}")
     config = read_yaml(run / CONFIG_FILE)

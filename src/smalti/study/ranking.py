@@ -13,15 +13,16 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from smalti.config import ImageSize, Workers, check_writable, read_yaml, settings, write_atomically
+from smalti.config import ImageSize, Workers, read_yaml, settings
 from smalti.data.folders import open_images
 from smalti.data.image_set import ImageSet
 from smalti.data.labelled import eval_batches
-from smalti.data.loader import default_workers
 from smalti.data.orders import OrderCache, check_fits, read_orders
 from smalti.data.pixels import PixelConfig
 from smalti.data.views import Skipped
+from smalti.data.workers import default_workers
 from smalti.errors import ConfigError, DataError, RunError, ShapeError
+from smalti.files import check_writable, write_atomically
 from smalti.methods.base import TokenMethod, get_method
 from smalti.methods.comae import CoMAE
 from smalti.methods.prefix import Prefix
@@ -43,7 +44,8 @@ from smalti.ranking.orders import (
 )
 from smalti.study.doctor import free_bytes
 from smalti.study.machine import describe_machine
-from smalti.study.pretrain import CONFIG_FILE, load_method
+from smalti.study.pretrain import load_method
+from smalti.study.run_folder import CONFIG_FILE
 
 CONTROLS = ("random", "fixed_random", "collapse_static", "collapse_shuffled", "halton", "centre_out")
 """Orders that every curve stands beside."""

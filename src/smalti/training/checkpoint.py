@@ -1,13 +1,16 @@
 """Checkpoints: written whole or not at all, resumed to the bit.
 
 A checkpoint is a folder ``checkpoints/step_00001000`` with ``weights.safetensors`` (the method), ``optimizer.pt``
-(tensors and numbers, read with ``weights_only=True``) and ``state.json``. The data order, the augmentation and all
-random numbers are functions of the seed and the step, so the step is all the loader and RNG state there is.
+(tensors and numbers, read with ``weights_only=True``), ``state.json``, and ``crc32.json`` with checksums of the first
+two. The data order, the augmentation and all random numbers are functions of the seed and the step, so the step is all
+the loader and RNG state there is.
 """
 
+import contextlib
 import errno
 import json
 import shutil
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smalti.config import Count, build, settings, write_atomically
+from smalti.config import Count, build, settings
 from smalti.errors import ConfigError, RunError, SmaltiError, WeightsError
+from smalti.files import WRITING, remove_leftovers, sync, sync_folder, write_atomically
 from smalti.methods.base import Method
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors, read_torch
 from smalti.reading import reading
 
-OPTIMIZER_FILE = "optimizer.pt"
+OPTIMIZER_FILE, CHECKSUM_FILE = "optimizer.pt", "crc32.json"
+REPLACED = ".replaced_"
+"""Start of the name that a checkpoint has while a new one of the same step takes its place."""
 
 
 @settings
@@ -109,18 +115,22 @@ class Checkpoints:
         if not self.main_process:
             return
         final = self.path(state.step)
-        temporary, aside = (self.folder / f".{what}_{final.name}" for what in ("writing", "replaced"))
+        temporary, aside = (self.folder / f"{start}{final.name}" for start in (WRITING, REPLACED))
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             weights = {key: value.detach().contiguous() for key, value in self.method.state_dict().items()}
             save_file(weights, temporary / WEIGHTS_FILE)
             torch.save(self.optimizer.state_dict(), temporary / OPTIMIZER_FILE)
+            sums = {name: _checksum(temporary / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
+            (temporary / CHECKSUM_FILE).write_text(json.dumps(sums), encoding="utf-8")
             (temporary / STATE_FILE).write_text(json.dumps(self._describe(state), indent=2), encoding="utf-8")
+            sync_folder(temporary)
             shutil.rmtree(aside, ignore_errors=True)
             if final.exists():
                 final.rename(aside)
             temporary.rename(final)
+            sync(self.folder)
             shutil.rmtree(aside, ignore_errors=True)
         except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
             shutil.rmtree(temporary, ignore_errors=True)
@@ -129,7 +139,7 @@ class Checkpoints:
             last = latest_checkpoint(self.run)
             raise RunError(
                 f"{final}: the checkpoint could not be written ({_reason(error)}); last good checkpoint: "
-                f"{last or 'none'}; free some space and go on with: smalti train --resume {self.run}"
+                f"{last or 'none'}; free some space and resume with: smalti train --resume {self.run}"
             ) from error
         self._prune(state)
 
@@ -180,16 +190,20 @@ class Checkpoints:
             **({"class_heads": heads} if heads else {}),
         }
 
-    def last_regular(self) -> Path:
-        """The newest checkpoint whose step is a multiple of ``checkpoint.every``: where a run goes back to.
+    def last_good(self) -> Path | None:
+        """The newest checkpoint that can be read and whose step is a multiple of ``checkpoint.every``: where a run goes
+        back to; None where there is none.
 
-        Those that an evaluation leaves behind don't count, so that ``eval.*`` can't change the weights.
+        Those that an evaluation or a signal leaves behind don't count, so that neither can change the weights.
         """
-        return self._regular()[-1][1]
+        for _, path in reversed(self._regular()):
+            with contextlib.suppress(WeightsError):
+                check_checkpoint(path)
+                return path
+        return None
 
     def _regular(self) -> list[tuple[int, Path]]:
-        steps = ((int(path.name.removeprefix("step_")), path) for path in self.folder.glob("step_*"))
-        return sorted((step, path) for step, path in steps if step % self.config.every == 0)
+        return sorted((step, path) for step, path in _finished(self.run) if step % self.config.every == 0)
 
     def _prune(self, state: TrainingState) -> None:
         """Of the regular checkpoints the newest stay, of the others only the best and the one just written."""
@@ -198,6 +212,89 @@ class Checkpoints:
         for path in self.folder.glob("step_*"):
             if path not in stay:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Read a checkpoint whole, and compare its checksums; where these are missing, open its parts.
+
+    Raises:
+        WeightsError: if a part is missing or damaged.
+    """
+    _read_state(path)
+    if not (path / CHECKSUM_FILE).exists():
+        read_tensors(path / WEIGHTS_FILE)
+        read_torch(path / OPTIMIZER_FILE)
+        return
+    try:
+        sums = json.loads((path / CHECKSUM_FILE).read_text(encoding="utf-8"))
+        for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
+            if _checksum(path / name) != sums[name]:
+                raise WeightsError(f"{path / name}: is damaged (its checksum is not the one it was written with)")
+    except WeightsError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: can't be read ({type(error).__name__}: {error})") from error
+
+
+def usable_checkpoint(run: Path, set_aside: bool) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that can be read, and a line about each newer one, which can't.
+
+    Args:
+        run: the run directory.
+        set_aside: whether to give the newer ones names (``damaged_step_...``) under which nothing finds them; of
+            several processes one does.
+
+    Returns:
+        None where the run has no checkpoint yet.
+
+    Raises:
+        WeightsError: if it has some, and none of them can be read.
+    """
+    folder = run / CHECKPOINTS
+    broken: list[tuple[Path, WeightsError]] = []
+    for _, path in sorted(_finished(run), reverse=True):
+        try:
+            check_checkpoint(path)
+            break
+        except WeightsError as error:
+            broken.append((path, error))
+    else:
+        if broken:
+            raise WeightsError(f"{run}: none of its {len(broken)} checkpoints can be read; the newest: {broken[0][1]}")
+        return None, []
+    if set_aside:
+        for old, _ in broken:
+            aside = folder / f"damaged_{old.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            old.rename(aside)
+    kept = f"going back to {path.name}; it is kept as damaged_"
+    return path, [f"{error}; {kept}{old.name}" for old, error in broken]
+
+
+def _finished(run: Path) -> list[tuple[int, Path]]:
+    """Checkpoints under their own names and their steps, damaged ones included."""
+    found = ((path.name.removeprefix("step_"), path) for path in (run / CHECKPOINTS).glob("step_*"))
+    return [(int(step), path) for step, path in found if step.isdigit()]
+
+
+def tidy(run: Path) -> None:
+    """Remove what a kill left among the checkpoints; one that it left without its name gets it back."""
+    folder = run / CHECKPOINTS
+    for aside in folder.glob(f"{REPLACED}*"):
+        final = folder / aside.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(final)
+    remove_leftovers(folder)
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            total = zlib.crc32(part, total)
+    return total
 
 
 def read_state(run: Path) -> TrainingState:
@@ -234,4 +331,6 @@ def _is_disk_trouble(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if "unexpected pos" in str(error):  # torch's own words for a write that was cut short
+        return "the disk is full, or a limit on the size of files"
     return "the disk is full" if full else str(error).splitlines()[0]

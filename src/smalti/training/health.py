@@ -1,16 +1,19 @@
 """Is the run well? Sums and a finite check that stay on the device, read now and then."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from smalti.models.encoder import Encoder, eval_mode
 
 GRAD_NORM = "grad_norm"
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Reading:
     means: dict[str, float]
     """Name -> mean over steps and processes: loss terms, observations, ``grad_norm``."""
     bad: dict[str, int]
-    """Name -> first step at which it was not finite, of the loss terms and ``grad_norm``; empty if all is well."""
+    """Name -> first step at which it was not finite, of the loss terms, ``grad_norm`` and ``weights``; empty if all is
+    well."""
 
 
 class Health:
@@ -59,17 +63,27 @@ class Health:
         self._steps += 1
 
     @torch.no_grad()
-    def read(self) -> Reading:
-        """Means and the first bad step since the last reading, over all processes; this waits for the device."""
+    def read(self, step: int, weights: Iterable[Tensor]) -> Reading:
+        """Means and the first bad step since the last reading, over all processes; this waits for the device.
+
+        Weights are bad where they, or the sum of their squares, are not finite: a loss can stay finite for some steps
+        while they overflow.
+
+        Args:
+            step: steps made.
+            weights: everything that a checkpoint keeps, looked at now; integers are passed over.
+        """
         if self._sum is None or self._first_bad is None:
             return Reading({}, {})
-        mean, first_bad = self._sum / self._steps, self._first_bad
+        never = torch.iinfo(torch.int64).max
+        is_finite = torch.isfinite(get_total_norm([value for value in weights if value.is_floating_point()]))
+        of_weights = torch.where(is_finite, never, step).to(self._first_bad)
+        mean, first_bad = self._sum / self._steps, torch.cat([self._first_bad, of_weights[None]])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()
             torch.distributed.all_reduce(first_bad, op=torch.distributed.ReduceOp.MIN)
-        never = torch.iinfo(torch.int64).max
-        steps = dict(zip(self._names, first_bad.tolist(), strict=False))
+        steps = dict(zip([*self._names[: self._watched], WEIGHTS], first_bad.tolist(), strict=True))
         reading = Reading(
             dict(zip(self._names, mean.tolist(), strict=True)),
             {name: step for name, step in steps.items() if step != never},
@@ -99,6 +113,8 @@ def feature_health(encoder: Encoder, images: Float[Tensor, "B C H W"], max_token
     # bf16 is too coarse
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens[:: max(1, len(tokens) // max_tokens)]
+        if not torch.isfinite(tokens).all():  # weights that are about to overflow
+            return {"feature_std": math.nan, "effective_rank": math.nan}
         centred = tokens - tokens.mean(0)
         values = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp(min=0).sqrt()
         shares = values / values.sum().clamp(min=1e-12)

@@ -1,24 +1,16 @@
-"""Devices and processes: what ``devices=`` means, and starting the processes that it asks for."""
+"""Devices and processes: what ``devices=``, ``precision=`` and ``micro_batch=`` mean on this machine."""
 
-import importlib
 import importlib.util
-import logging
 import os
-import socket
-import sys
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from smalti.config import unknown_key
-from smalti.errors import ConfigError, MissingExtraError, SmaltiError
+from smalti.errors import ConfigError, MissingExtraError
 from smalti.functional.precision import has_bf16
 from smalti.methods.base import Method
 from smalti.models.encoder import Encoder
@@ -179,64 +171,3 @@ def layer_work(encoder: Encoder, batch_size: int) -> int:
     multiplications."""
     (height, width), (patch_height, patch_width) = encoder.img_size, encoder.patch_size
     return batch_size * (height // patch_height) * (width // patch_width) * encoder.embed_dim**2
-
-
-def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
-    """Run ``function(*arguments)`` in several processes of this machine, as torchrun would, and wait for all.
-
-    Raises:
-        SmaltiError: if one of them failed; it has printed its own line.
-    """
-    multiprocessing: Any = importlib.import_module("torch.multiprocessing")  # its names are not typed as public
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    try:
-        multiprocessing.start_processes(
-            _process, (processes, port, function, arguments), nprocs=processes, start_method="spawn"
-        )
-    except multiprocessing.ProcessExitedException as error:
-        if error.exit_code == 2:  # a mistake of the user's: the process has said so in its line
-            raise SystemExit(2) from None
-        raise ProcessFailed(
-            f"process {error.error_index} of {processes} stopped with exit code {error.exit_code}"
-        ) from None
-
-
-class ProcessFailed(SmaltiError, RuntimeError):
-    """One of several training processes stopped; its own line says why."""
-
-
-def end_with_parent() -> None:
-    """End this process when the one that started it is gone: killed, it could not say so, and the child would go on
-    writing beside a resumed run."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _process(rank: int, processes: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    end_with_parent()
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    share_threads(processes)
-    try:
-        function(*arguments)
-    except SmaltiError as error:
-        print(f"smalti: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # the others wait in a collective: leave without their consent
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

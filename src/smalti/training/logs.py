@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from smalti.config import write_atomically
+from smalti.errors import DataError
+from smalti.files import set_aside, write_atomically
 from smalti.reading import read_csv
 
 LOG_FILE, EVENTS_FILE = "log.csv", "events.csv"
@@ -24,12 +25,18 @@ class CSVLog:
         self._columns: list[str] = []
 
     def started(self, step: int, steps: int) -> None:
-        """Rows after ``step`` are dropped: they are made again."""
+        """Rows after ``step`` are dropped: they are made again. A damaged log is set aside, and a new one begun."""
+        self._columns = []
         if not self.log.exists():
             return
-        rows = read_csv(self.log)
+        try:
+            rows = read_csv(self.log)
+            kept = [row for row in rows if float(row["step"]) <= step]
+        except (DataError, KeyError, ValueError) as error:
+            set_aside(self.log, error)
+            return
         self._columns = list(rows[0]) if rows else []
-        self._rewrite([row for row in rows if float(row["step"] or 0) <= step])
+        self._rewrite(kept)
 
     def step(self, step: int) -> None:
         """Rows are enough."""

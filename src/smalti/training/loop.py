@@ -1,11 +1,12 @@
 """The only training loop. It knows no method; a method knows no loop."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 from smalti.config import Count, settings
 from smalti.data.loader import UnreadableLog, sample_key
 from smalti.data.views import Views
-from smalti.errors import RunError
+from smalti.errors import Interrupted, RunError
 from smalti.methods.base import Method
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
-from smalti.training.health import Health, feature_health
+from smalti.training.health import GRAD_NORM, WEIGHTS, Health, feature_health
+from smalti.training.interrupt import Interrupt, StopRequested
 from smalti.training.optim import OptimConfig, apply_schedules, clip_gradients, freeze, peak_lr
 
+_WATCHED = {GRAD_NORM: "the gradient norm is", WEIGHTS: "the weights are"}
 MAX_SETBACKS = 3
 HEALTH_IMAGES = 32
 
@@ -97,8 +100,9 @@ def train(
     hooks: tuple[Hook, ...] = (),
     listeners: tuple[Listener, ...] = (),
     unreadable: UnreadableLog | None = None,
+    interrupt: Interrupt | None = None,
 ) -> TrainingState:
-    """Train until ``config.steps``, or until ``config.patience`` scores of hooks brought no new best.
+    """Train until ``config.steps``, until ``config.patience`` scores of hooks brought no new best, or until a signal.
 
     Args:
         method: on the accelerator's device, not wrapped.
@@ -111,11 +115,13 @@ def train(
         hooks: called after the steps at which they are due, step 0 included.
         listeners: told about rows and events.
         unreadable: told about images that could not be read.
+        interrupt: knows whether a signal has asked for an end; None never does.
 
     Returns:
         The state after the last step.
 
     Raises:
+        Interrupted: after a signal; the step that was under way is finished and its checkpoint written.
         RunError: at the third non-finite stretch, or when a checkpoint can't be written.
         DataError: when too many images are unreadable.
     """
@@ -131,19 +137,21 @@ def train(
     state.num_processes, state.micro_batch = world, config.batch_size // (config.accumulate * world)
     if is_new:
         checkpoints.save(state)  # somewhere to go back to
+    interrupt = interrupt or Interrupt()
 
     health, clock = Health(), Clock(config.batch_size)
     batches = make_batches(state.step * config.accumulate)
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
     method.train()
+    stop = 0
     if state.judged_step < state.step:  # before training, or an evaluation that a kill took
-        _judge([hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator)
+        stop = _judge([hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator)
     clock.start(state.step)
     for listener in listeners:
         listener.started(state.step, config.steps)
 
-    while state.step < config.steps and not _has_lost_patience(state, config):
+    while state.step < config.steps and not _has_lost_patience(state, config) and not stop:
         progress = state.step / config.steps
         peak = peak_lr(optim, config.batch_size) * state.lr_scale
         lr, decay = apply_schedules(optimizer, optim, peak=peak, progress=progress)
@@ -170,14 +178,15 @@ def train(
             parts.append((losses, method.observations))
         method.after_step(progress)
         state.step += 1
+        stop = interrupt.agreed()
         health.observe(state.step, _mean([one for one, _ in parts]), grad_norm, _mean([one for _, one in parts]))
 
         last = state.step == config.steps
         to_log = last or state.step == 1 or state.step % config.log.every == 0
-        to_save = last or state.step % config.checkpoint.every == 0
+        to_save = last or state.step % config.checkpoint.every == 0 or stop != 0
         due = [hook for hook in hooks if hook.due(state.step)]
         if to_log or to_save or due:
-            reading = health.read()
+            reading = health.read(state.step, method.state_dict().values())
             if reading.bad:
                 state = _go_back(checkpoints, state, reading.bad, listeners)
                 accelerator.wait_for_everyone()
@@ -206,30 +215,53 @@ def train(
             listener.step(state.step)
         if to_save:
             checkpoints.save(state)
-        if due:
-            _judge(due, method, state, checkpoints, accelerator)
+        if due and not stop:
+            stop = _judge(due, method, state, checkpoints, accelerator)
+            if stop and not to_save:
+                checkpoints.save(state)
             if _has_lost_patience(state, config) and not last:
                 if not to_save:
                     checkpoints.save(state)
                 text = f"no evaluation was better than that of step {state.best_step} in the last {config.patience}"
                 for listener in listeners:
                     listener.event(state.step, "stopped early", text)
+    interrupt.finish()
+    is_judged = state.judged_step == state.step or not any(hook.due(state.step) for hook in hooks)
+    if stop and not (state.step == config.steps and is_judged):
+        for listener in listeners:
+            listener.event(state.step, "interrupted", signal.Signals(stop).name)
+        accelerator.wait_for_everyone()  # until the checkpoint is written
+        raise Interrupted(stop)
     return state
 
 
 def _judge(
-    hooks: list[Hook], method: Method, state: TrainingState, checkpoints: Checkpoints, accelerator: Accelerator
-) -> None:
+    hooks: list[Hook],
+    method: Method,
+    state: TrainingState,
+    checkpoints: Checkpoints,
+    accelerator: Accelerator,
+) -> int:
     """Call the hooks and keep count of the best; what is counted is written beside the step's weights, so that a
-    resumed run stops where an undisturbed one does."""
+    resumed run stops where an undisturbed one does.
+
+    Returns:
+        The signal that ended a hook early, 0 where none did; a resumed run calls the hooks again.
+    """
     if not hooks:
-        return
+        return 0
     is_best = False
     for hook in hooks:
-        scores = [hook(state.step, method)]
+        heard: list[Any] = [None, 0]
+        try:
+            heard[0] = hook(state.step, method)
+        except StopRequested as stop:
+            heard[1] = stop.number
         if accelerator.num_processes > 1:
-            broadcast_object_list(scores)  # all stop, or none
-        score = scores[0]
+            broadcast_object_list(heard)  # all stop, or none
+        score, number = heard
+        if number:
+            return int(number)
         if score is None:
             continue
         state.num_judged += not math.isnan(score)
@@ -242,6 +274,7 @@ def _judge(
         checkpoints.save(state)
     elif checkpoints.path(state.step).exists():
         checkpoints.update_state(state)
+    return 0
 
 
 @torch.no_grad()
@@ -268,16 +301,18 @@ def _go_back(
         RunError: at the third time, naming the term, the step and the checkpoint.
     """
     name, step = min(bad.items(), key=lambda item: item[1])
-    kind = f"loss term '{name.removeprefix('loss/')}'" if name.startswith("loss/") else "the gradient norm"
+    kind = f"loss term '{name.removeprefix('loss/')}' is" if name.startswith("loss/") else _WATCHED[name]
     others = "the others are finite" if len(bad) == 1 else f"also not finite: {', '.join(k for k in bad if k != name)}"
-    path = checkpoints.last_regular()
-    text = f"{kind} is not finite at step {step} ({others}); last good checkpoint: {path}"
+    path = checkpoints.last_good()
+    text = f"{kind} not finite at step {step} ({others}); last good checkpoint: {path}"
     setbacks = state.setbacks + 1
     if setbacks >= MAX_SETBACKS:
         raise RunError(
             f"{text}; this is the {setbacks}rd time, training stops: lower optim.lr (it was halved {setbacks - 1} "
             "times), clip gradients (optim.clip_norm=1) or use precision=fp32"
         )
+    if path is None:
+        raise RunError(f"{text}; there is nothing to go back to, start again with a lower optim.lr")
     state = checkpoints.restore(path)
     state.setbacks, state.lr_scale = setbacks, 0.5**setbacks
     checkpoints.update_state(state)

@@ -1,0 +1,146 @@
+"""Signals that ask a run to end: it finishes its step, writes a checkpoint and says how to resume.
+
+SIGTERM, SIGUSR1 and SIGHUP come from schedulers (SLURM's preemption and ``--signal=USR1@120``, spot machines, a closed
+terminal), SIGINT from Ctrl-C. Of several training processes each may get the signal, or only one; all stop after the
+same step. A second signal, more than a second after the first, ends the process at once.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from smalti.errors import exit_code
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+REPEAT_S = 1.0
+"""Signals this soon after the first are the same request: schedulers send it to a process and to its group."""
+
+
+class StopRequested(Exception):
+    """Raised between two parts of work that is not a training step, such as an evaluation, to end it early."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        """Of the signal."""
+
+
+class Interrupt:
+    """Whether a signal has asked this run to end."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._group: Any = None
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def share(self, timeout: timedelta) -> None:
+        """From now on all processes agree on the step; each of them calls this. ``timeout``: how long one waits."""
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+    def ask(self, number: int) -> None:
+        """Note a signal; the first counts."""
+        self.number = self.number or number
+
+    def check(self, *_: object) -> None:
+        """Called by long work between its parts; takes what progress callbacks are given.
+
+        Raises:
+            StopRequested: if a signal has come.
+        """
+        if self.number:
+            raise StopRequested(self.number)
+
+    def agreed(self) -> int:
+        """The signal after which all processes stop now, 0 if there is none; called once a step by all of them.
+
+        One process answers for itself. Of several, each sends its signal at a step and reads the others' at the next,
+        so that none waits: the exchange runs beside the step. It stays off the GPU.
+        """
+        if self._group is None:
+            return self.number
+        heard = 0
+        if self._pending is not None:
+            work, told = self._pending
+            work.wait()
+            heard = int(told)
+        told = torch.tensor(self.number)
+        work = torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = work, told
+        return heard
+
+    def finish(self) -> None:
+        """Wait for the last exchange, so that no process leaves while another still sends."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
+
+@contextlib.contextmanager
+def handled_signals(ask: Callable[[int], None], at_once: Callable[[int], None] | None) -> Iterator[None]:
+    """Within the block, the first signal of :data:`SIGNALS` calls ``ask``, and one that comes :data:`REPEAT_S` later
+    calls ``at_once``. Both are given its number.
+
+    Signals that somebody else handles or ignores (a host program, nohup) are left to them. Outside of the main thread
+    nothing is handled: Python allows it there only. Blocked signals are let in.
+
+    Args:
+        ask: takes note; it runs between two instructions of the main thread.
+        at_once: ends the process; None ignores further signals, as where a launcher decides.
+    """
+    first: list[float] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not first:
+            first.append(now)
+            ask(number)
+        elif at_once is not None and now - first[0] > REPEAT_S:
+            at_once(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = [number for number, handler in before.items() if handler in defaults]
+    for number in ours:
+        signal.signal(number, handle)
+    _unblock()
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+def end_at_once(number: int) -> None:
+    """End this process without another word; what was being written keeps its temporary name."""
+    os._exit(exit_code(number))
+
+
+@contextlib.contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Within the block, signals wait; a process that is started in it lets them in by :func:`handled_signals`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _unblock() -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -1,0 +1,199 @@
+"""Several training processes on one machine: started, told of signals, and ended together.
+
+They listen on the loopback interface only: nothing outside of the machine can reach them.
+"""
+
+import contextlib
+import importlib
+import logging
+import multiprocessing.connection
+import multiprocessing.resource_tracker
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+
+from smalti.errors import Interrupted, SmaltiError, exit_code, machine_trouble
+from smalti.streams import protect_streams, warn_in_one_line
+from smalti.training.interrupt import blocked_signals, end_at_once, handled_signals
+from smalti.training.launch import PATIENCE, share_threads
+
+HOST = "127.0.0.1"
+STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
+"""Exit codes of a process that a signal ended after its checkpoint."""
+_GRACE_S = 30.0  # after the first process has stopped: the others only take leave
+
+
+class ProcessFailed(SmaltiError, RuntimeError):
+    """One of several training processes stopped; its own line says why."""
+
+
+def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
+    """Run ``function(*arguments)`` in several processes of this machine, as torchrun would, and wait for all.
+
+    Signals that ask for an end are passed on; a second one ends all at once.
+
+    Raises:
+        SmaltiError: if one of them failed; it has printed its own line.
+        Interrupted: if they were stopped by a signal.
+    """
+    torch_processes: Any = importlib.import_module("torch.multiprocessing")  # its names are not typed as public
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    multiprocessing.resource_tracker.ensure_running()  # it would let signals in while it starts
+    with blocked_signals():
+        context = torch_processes.start_processes(
+            _process,
+            (processes, port, os.getpid(), function, arguments),
+            nprocs=processes,
+            join=False,
+            start_method="spawn",
+        )
+        with passed_on(context.pids()) as asked:
+            try:
+                _wait(context)
+            except torch_processes.ProcessExitedException as error:
+                _explain(error, processes, asked)
+
+
+def _explain(error: Any, processes: int, asked: list[int]) -> None:
+    """Raise what the end of the first process means."""
+    code = error.exit_code
+    if code in STOPPED:
+        number = signal.SIGINT if code == STOPPED[0] else signal.SIGTERM
+        raise Interrupted(asked[0] if asked else number) from None
+    if code == 2:  # a mistake of the user's: the process has said so in its line
+        raise SystemExit(2) from None
+    reason = f"was ended by signal {-code}" if code < 0 else f"stopped with exit code {code}"
+    memory = " (out of memory?)" if code == -signal.SIGKILL else ""
+    raise ProcessFailed(f"process {error.error_index} of {processes} {reason}{memory}") from None
+
+
+@contextlib.contextmanager
+def passed_on(pids: list[int]) -> Iterator[list[int]]:
+    """Within the block, the first signal that asks for an end is passed on to processes that were started; a second one
+    kills them and ends this process.
+
+    Yields:
+        The signals that were passed on: none, or one.
+    """
+    asked: list[int] = []
+
+    def pass_on(number: int) -> None:
+        asked.append(number)
+        _send(pids, number)
+
+    def kill(number: int) -> None:
+        _send(pids, signal.SIGKILL)
+        end_at_once(number)
+
+    with handled_signals(pass_on, kill):
+        yield asked
+
+
+def run_process(command: list[str], environment: dict[str, str]) -> tuple[int, int]:
+    """Run a command and wait for its end; signals are passed on.
+
+    Returns:
+        Its exit code, negative where a signal ended it; and the signal that was passed on, 0 if there was none.
+    """
+    process = subprocess.Popen(command, env=environment)
+    with passed_on([process.pid]) as asked:
+        code = process.wait()
+    return code, asked[0] if asked else 0
+
+
+def _send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _wait(context: Any) -> None:
+    """Until all processes have ended; where one fails, the others wait for it in vain and are killed."""
+    while True:
+        multiprocessing.connection.wait(list(context.sentinels))
+        failed = [process.exitcode for process in context.processes if process.exitcode]
+        if failed and failed[0] not in STOPPED:
+            for process in context.processes:
+                process.kill()
+        if context.join(timeout=0, grace_period=_GRACE_S):
+            return
+
+
+def end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: killed, it could not say so, and the child would go on
+    writing beside a resumed run.
+
+    Args:
+        parent: number of that process, as it gave it: it may be gone before this one asks.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _process(
+    rank: int, processes: int, port: int, parent: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    end_with(parent)
+    protect_streams()
+    warn_in_one_line()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+    }
+    share_threads(processes)
+    try:
+        _meet(rank, processes, port)
+        function(*arguments)
+    except Exception as error:
+        line = str(error) if isinstance(error, SmaltiError) else machine_trouble(error)
+        if line is None:
+            raise
+        print(f"smalti: {line}", file=sys.stderr, flush=True)
+        os._exit(2)  # the others wait in a collective: leave without their consent
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _meet(rank: int, processes: int, port: int) -> None:
+    """Join the process group, over the loopback interface; left to itself, torch listens on all of them."""
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, _loopback())
+    listening = None
+    if rank == 0:
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((HOST, port))
+        server.listen()
+        listening = server.detach()  # the store closes it
+    stores: Any = torch.distributed  # TCPStore is not typed as public
+    store = stores.TCPStore(HOST, port, processes, is_master=rank == 0, master_listen_fd=listening, timeout=PATIENCE)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
+
+
+def _loopback() -> str:
+    """Name of the loopback interface: lo on Linux, lo0 on macOS."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name in ("lo", "lo0")), "lo")

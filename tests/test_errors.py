@@ -1,0 +1,50 @@
+"""The machine's errors in one line, and exit codes of signals."""
+
+import errno
+import signal
+
+import pytest
+
+from smalti.errors import Interrupted, exit_code, machine_trouble
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device; free some space"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n 4096"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a data worker was killed"),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                "are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            "/dev/shm is too small",
+        ),
+        (RuntimeError("received 0 items of ancdata"), "too many open files"),
+        (RuntimeError("DataLoader timed out after 900 seconds"), "gave no batch"),
+        (OSError("Caught OSError in DataLoader worker process 0.\nTraceback:\n  File\nOSError: gone"), "OSError: gone"),
+    ],
+)
+def test_an_error_of_the_machine_is_one_line(error: Exception, line: str) -> None:
+    told = machine_trouble(error)
+    assert told is not None and line in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("No space left on device"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\nRuntimeError: a bug"),
+    ],
+)
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    assert machine_trouble(error) is None
+
+
+def test_exit_codes_are_those_that_shells_give() -> None:
+    assert exit_code(signal.SIGINT) == 130
+    assert {exit_code(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)} == {143}
+    assert Interrupted(signal.SIGTERM, "resume").code == 143
