@@ -19,6 +19,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -154,6 +156,22 @@ def read_masks(folder: Path) -> None:
     for sample in (*data.train.samples, *data.test.samples):
         with contextlib.suppress(DataError):
             read_mask(sample, len(data.classes))
+
+
+def make_tables(folder: Path) -> None:
+    for name in "ab":
+        cv2.imwrite(str(folder / f"{name}.png"), np.full((24, 32, 3), 90, np.uint8))
+    rows = [{"path": f"{name}.png", "label": name, "split": "train", "group": "1"} for name in "ab"]
+    (folder / "t.csv").write_text("path,label,split,group\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+    (folder / "list.txt").write_text("a.png 1\nb.png 2\n")
+
+
+def read_tables(folder: Path) -> None:
+    for name in ("t.csv", "t.jsonl", "t.parquet", "list.txt"):
+        with contextlib.suppress(SmaltiError):  # each is read, though another is damaged
+            open_images(folder / name)
 
 
 def make_coco(folder: Path) -> None:
@@ -317,6 +335,7 @@ def read_edf(folder: Path) -> None:
 KINDS = (
     Kind("images", make_images, read_images),
     Kind("masks", make_masks, read_masks),
+    Kind("tables", make_tables, read_tables),
     Kind("coco", make_coco, lambda folder: open_labelled(folder, need="boxes")),
     Kind("recipe", make_recipe, read_recipe),
     Kind("overrides", make_overrides, read_overrides),

@@ -6,6 +6,7 @@ import pytest
 
 from smalti.data.coco import read_annotations
 from smalti.data.folders import open_images, training_images
+from smalti.data.labelled import open_labelled
 from smalti.errors import DataError
 
 
@@ -171,3 +172,80 @@ def test_real_coco_is_read_whole(shared):
         for image, thing in objects:
             x0, y0, x1, y1 = thing.box
             assert 0 <= x0 <= x1 <= image.width + 1 and 0 <= y0 <= y1 <= image.height + 1
+
+
+def boxed(write, write_json, change):
+    """Three images of 60x40 pixels with two objects each, in COCO's folders, after a change of the file."""
+    tree = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 60, "height": 40} for i in range(3)],
+        "annotations": [
+            {"id": 2 * i + k, "image_id": i, "category_id": k, "bbox": [5 + 20 * k, 5, 15, 20], "iscrowd": 0,
+             "segmentation": [[5 + 20 * k, 5, 20 + 20 * k, 5, 20 + 20 * k, 25, 5 + 20 * k, 25]]}
+            for i in range(3) for k in range(2)
+        ],
+        "categories": [{"id": k, "name": f"c{k}"} for k in range(2)],
+    }  # fmt: skip
+    change(tree)
+    for split in ("train", "val"):
+        write_json(tree, f"annotations/instances_{split}.json")
+        for i in range(3):
+            write(f"images/{split}/{i}.jpg", np.zeros((40, 60, 3), np.uint8))
+
+
+def as_corners(tree, outlines=True):
+    for item in tree["annotations"]:
+        x, y, width, height = item["bbox"]
+        item["bbox"] = [x, y, x + width, y + height]
+        if not outlines:
+            del item["segmentation"]
+
+
+def as_fractions(tree):
+    for item in tree["annotations"]:
+        x, y, width, height = item["bbox"]
+        item["bbox"] = [x / 60, y / 40, width / 60, height / 40]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (as_fractions, r"all 6 boxes lie in 0..1, as fractions of the image; boxes are left, top, width and height"),
+        (as_corners, r"boxes look like corners .x0, y0, x1, y1.: read as left, top, width and height, 3 of 6 reach"),
+        (lambda tree: as_corners(tree, outlines=False), "boxes look like corners"),
+        (lambda tree: tree["categories"][1].update(name="c0"), "categories 0, 1 are both called 'c0'; rename or merge"),
+        (lambda tree: tree["annotations"][0].update(bbox=[0, 0, 1e999, 1]), "annotation 0"),
+        (lambda tree: tree["annotations"][0].update(image_id=float("inf")), "annotation 0"),
+    ],
+    ids=["fractions", "corners", "corners without outlines", "names", "infinite", "infinite id"],
+)
+def test_boxes_that_are_read_in_another_way_than_meant_are_refused(write, write_json, tmp_path, change, line):
+    boxed(write, write_json, change)
+    with pytest.raises(DataError, match=line):
+        open_labelled(f"coco={tmp_path}", need="boxes")
+
+
+def test_boxes_as_they_should_be_are_read_also_when_a_few_reach_over_the_border(write, write_json, tmp_path):
+    boxed(write, write_json, lambda tree: tree["annotations"][0].update(bbox=[50, 30, 30, 30]))
+    with pytest.warns(UserWarning, match="1 boxes reach over the border of their image; clipped"):
+        assert len(open_labelled(f"coco={tmp_path}", need="boxes").train) == 3
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../x.jpg"])
+def test_files_outside_of_the_folder_of_images_are_refused(write, write_json, tmp_path, name):
+    tree = small()
+    tree["images"][0]["file_name"] = name
+    write_json(tree, "annotations/instances_train.json")
+    write("images/a.jpg")
+    with pytest.raises(DataError, match=f"the image '{name}' lies outside of"):
+        open_images(f"coco={tmp_path}")
+
+
+def test_roboflow_s_export_has_splits_and_boxes(write, write_json, tmp_path):
+    for split in ("train", "valid"):
+        tree = small()
+        write_json(tree, f"{split}/_annotations.coco.json")
+        for image in tree["images"]:
+            write(f"{split}/{image['file_name']}", np.zeros((20, 30, 3), np.uint8))
+    data = open_labelled(tmp_path, need="boxes")
+    assert data.note == "learned from train (2), evaluated on val (2)" and data.classes == ("car", "toothbrush")
+    assert open_images(tmp_path).layout == "coco"

@@ -1,5 +1,4 @@
 import itertools
-import re
 import resource
 from pathlib import Path
 
@@ -10,20 +9,15 @@ import torchvision.transforms as T
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch.nn import functional as F
 
 from smalti.data.folders import ImageSample, ImageSet, open_images
 from smalti.data.labelled import (
     LabelledData,
-    check_headers,
     draw_training,
     eval_batches,
     eval_image,
-    eval_mask,
     open_labelled,
-    read_mask,
 )
-from smalti.data.pixels import PixelConfig
 from smalti.errors import ConfigError, DataError
 
 
@@ -90,121 +84,12 @@ def test_an_empty_class_folder_is_a_class(write, tmp_path):
     assert open_labelled(tmp_path, need="labels").classes == ("a", "b")
 
 
-def scene(write, root, numbers, names="sky\nsea\nland\n"):
-    write("images/a.png", np.zeros((*numbers.shape[:2], 3), np.uint8))
-    write("images/b.png", np.zeros((*numbers.shape[:2], 3), np.uint8))
-    for stem in "ab":
-        write(f"masks/{stem}.png", numbers)
-    (root / "classes.txt").write_text(names)
-
-
 def test_what_is_needed_and_what_came_stand_in_one_line(write, tmp_path):
     write("flat/1.png")
     with pytest.raises(DataError, match=r"found layout 'folder', this needs class folders \(CLASS/image or SPLIT"):
         open_labelled(tmp_path / "flat", need="labels")
     with pytest.raises(DataError, match=r"found layout 'folder', this needs masks \(images/ with masks/"):
         open_labelled(tmp_path / "flat", need="masks")
-
-
-def test_masks_need_names_and_hint_at_class_folders(write, tmp_path):
-    scene(write, tmp_path, np.zeros((4, 5), np.uint8))
-    assert open_labelled(tmp_path, need="masks").classes == ("sky", "sea", "land")
-    (tmp_path / "objects").mkdir()
-    with pytest.raises(DataError, match=f"this needs class folders .*; there are some in {tmp_path / 'objects'}"):
-        open_labelled(tmp_path, need="labels")
-    (tmp_path / "classes.txt").unlink()
-    with pytest.raises(DataError, match=r"no classes.txt; it needs one class name a line, the first for value 0"):
-        open_labelled(tmp_path, need="masks")
-
-
-NUMBERS = np.array([[0, 1, 2], [255, 2, 1]], np.uint8)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "I;16"])
-def test_grey_palette_and_16_bit_masks_give_their_numbers(write, tmp_path, mode):
-    if mode == "P":
-        picture = Image.fromarray(NUMBERS).convert("P")
-        picture.putdata(NUMBERS.ravel().tolist())
-        picture.putpalette([200, 7, 7] * 256)
-    else:
-        picture = NUMBERS.astype(np.uint16) if mode == "I;16" else NUMBERS
-    scene(write, tmp_path, NUMBERS)
-    write("masks/a.png", picture)
-    mask = read_mask(open_images(tmp_path).samples[0], 3)
-    assert mask.dtype == np.uint8
-    np.testing.assert_array_equal(mask, NUMBERS)
-
-
-def test_one_bit_masks_are_zero_and_one(write, tmp_path):
-    scene(write, tmp_path, NUMBERS)
-    write("masks/a.png", np.array([[True, False, True], [False, False, True]]))
-    np.testing.assert_array_equal(read_mask(open_images(tmp_path).samples[0], 2), [[1, 0, 1], [0, 0, 1]])
-
-
-def test_over_255_classes_no_value_is_ignored(write, tmp_path):
-    scene(write, tmp_path, NUMBERS)
-    write("masks/a.png", np.array([[0, 255, 256], [299, 1, 2]], np.uint16))
-    mask = read_mask(open_images(tmp_path).samples[0], 300)
-    assert mask.dtype == np.int64 and mask[0].tolist() == [0, 255, 256]
-
-
-def test_instances_are_one_and_the_rest_zero(write, tmp_path):
-    image = write("a.png", np.zeros((2, 3), np.uint8))
-    instances = write("i.png", np.array([[0, 700, 3], [1, 0, 0]], np.uint16))
-    mask = read_mask(ImageSample(image, instances=instances), 2)
-    np.testing.assert_array_equal(mask, [[0, 1, 1], [1, 0, 0]])
-
-
-@pytest.mark.parametrize(
-    ("mask", "line"),
-    [
-        (np.zeros((2, 3, 3), np.uint8), "a.png: a mask of mode RGB, it needs one number a pixel"),
-        (np.array([[0, 1, 7], [9, 2, 1]], np.uint8), r"holds the value 7, but classes.txt names 3 classes \(0..2; 255"),
-        (np.zeros((3, 3), np.uint8), "a.png: 3x3 pixels, its image a.png has 3x2; they must be the same"),
-    ],
-)
-def test_masks_that_dont_fit_are_one_line(write, tmp_path, mask, line):
-    scene(write, tmp_path, NUMBERS)
-    write("masks/a.png", mask)
-    with pytest.raises(DataError, match=line):
-        read_mask(open_images(tmp_path).samples[0], 3)
-
-
-def test_a_broken_mask_is_one_line(write, tmp_path):
-    scene(write, tmp_path, NUMBERS)
-    path = tmp_path / "masks/a.png"
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(DataError, match=re.escape(f"{path}: can't be read as a mask (")):
-        read_mask(open_images(tmp_path).samples[0], 3)
-
-
-def black_and_white(write, root, values=(0, 255), names="background\nobject\n"):
-    scene(write, root, np.resize(np.array(values, np.uint8), (2, 3)), names)
-
-
-def test_masks_of_0_and_255_are_warned_of_once_since_one_class_would_be_all_there_is(write, tmp_path):
-    black_and_white(write, tmp_path)
-    line = (
-        "masks hold only 0 and 255, and 255 is ignored, so nothing but 'background' counts; save the other class as 1"
-    )
-    with pytest.warns(UserWarning, match=line) as caught:
-        open_labelled(tmp_path, need="masks")
-    assert len(caught) == 1
-
-
-@pytest.mark.parametrize("values", [(0,), (0, 1), (0, 1, 255)])
-def test_masks_that_hold_classes_are_not_warned_of(write, tmp_path, values):
-    black_and_white(write, tmp_path, values)
-    open_labelled(tmp_path, need="masks")
-
-
-def test_a_broken_mask_is_told_when_it_is_read_not_before(write, tmp_path):
-    black_and_white(write, tmp_path)
-    (tmp_path / "masks/a.png").write_bytes(b"no image")
-    data = open_labelled(tmp_path, need="masks")
-    with pytest.raises(DataError, match=r"a.png: can't be read as a mask"):
-        for sample in (*data.train.samples, *data.test.samples):
-            read_mask(sample, 2)
 
 
 @given(total=st.integers(1, 60), seed=st.integers(0, 5), share=st.floats(0.01, 0.99), larger=st.floats(0.01, 0.99))
@@ -255,19 +140,6 @@ def test_sixteen_bit_images_are_resized_like_eight_bit_ones(write, mode):
     assert np.abs(ours - theirs / 255).max() < 0.01
 
 
-@given(height=st.integers(1, 60), width=st.integers(1, 60), size=st.integers(1, 80))
-def test_masks_are_resized_by_torchs_nearest(height, width, size):
-    mask = np.random.default_rng(height).integers(0, 256, (height, width), dtype=np.uint8)
-    theirs = F.interpolate(torch.from_numpy(mask)[None, None], size=(size, size), mode="nearest")[0, 0]
-    np.testing.assert_array_equal(eval_mask(mask, size), theirs.numpy())
-
-
-def test_e6_nearest_takes_these_pixels():
-    assert eval_mask(np.array([[0, 1], [2, 3]]), 3).tolist() == [[0, 0, 1], [0, 0, 1], [2, 2, 3]]
-    numbers = np.arange(16).reshape(4, 4)
-    assert eval_mask(numbers, 3).tolist() == numbers[:3, :3].tolist()
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_give_every_readable_image_once_in_order(write, tmp_path, num_workers):
@@ -286,14 +158,6 @@ def test_batches_give_every_readable_image_once_in_order(write, tmp_path, num_wo
     assert {reason for _, reason in skipped} == {"an empty file"}
 
 
-def test_real_masks_fit_their_classes(shared):
-    for name, classes in (("ccp-clothing-parsing", 59), ("dsb2018-nuclei", 2)):
-        data = open_labelled(shared / name, need="masks")
-        assert len(data.classes) == classes and data.test.splits == ("val",)
-        for sample in data.test.samples[:10]:
-            assert read_mask(sample, classes).max() < classes
-
-
 @pytest.mark.parametrize("shape", [(1, 12_000), (12_000, 1)])
 def test_a_strip_is_cropped_before_it_is_enlarged(write, shape):
     strip = np.zeros((*shape, 3), np.uint8)
@@ -302,21 +166,3 @@ def test_a_strip_is_cropped_before_it_is_enlarged(write, shape):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert (eval_image(path, 224, 3, "crop") == 250).all()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024, "MiB"
-
-
-def test_masks_of_another_size_are_found_by_their_headers(write, tmp_path):
-    for name, shape in (("a", (24, 32)), ("b", (24, 31))):
-        write(f"images/{name}.png")
-        write(f"masks/{name}.png", np.zeros(shape, np.uint8))
-    (tmp_path / "classes.txt").write_text("sky\n")
-    with pytest.raises(DataError, match=r"masks/b\.png: 31x24 pixels, its image b\.png has 32x24"):
-        check_headers(open_images(tmp_path))
-
-
-def test_a_mask_of_too_many_pixels_is_refused_before_it_is_decoded(write, tmp_path):
-    write("images/a.png")
-    write("masks/a.png", np.zeros((24, 32), np.uint8))
-    (tmp_path / "classes.txt").write_text("sky\n")
-    (sample,) = open_images(tmp_path).with_pixels(PixelConfig(max_pixels=767)).samples
-    with pytest.raises(DataError, match=r"masks/a\.png: 32x24 pixels, more than max_pixels=767"):
-        read_mask(sample, 1)
