@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.config import Tree, read_yaml
-from smalti.errors import RunError, SmaltiError
+from smalti.errors import DataError, RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details
 from smalti.evaluation.protocol import Result, read_results
 from smalti.study.posttrain import VERDICT_FILE, Verdict, read_verdict
@@ -69,7 +69,7 @@ def read_run(path: Path) -> RunFiles:
         raise RunError(f"{path}: not a run directory (it has no config.yaml); give what --out of smalti train named")
     notes: list[str] = []
     results, during = _read_all_results(path / "results", notes)
-    log = _read_log(path / "log.csv")
+    log = _read_log(path / "log.csv", notes)
     if not log:
         notes.append("log.csv is missing or empty: no curves.")
     info = _read_info(path / "run.json", notes)
@@ -83,8 +83,8 @@ def read_run(path: Path) -> RunFiles:
         config=read_yaml(path / "config.yaml"),
         info=info,
         log=log,
-        events=_read_rows(path / "events.csv"),
-        unreadable=_read_rows(path / "unreadable.csv"),
+        events=_read_rows(path / "events.csv", notes),
+        unreadable=_read_rows(path / "unreadable.csv", notes),
         results=results,
         during=during,
         notes=notes,
@@ -92,12 +92,16 @@ def read_run(path: Path) -> RunFiles:
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    return read_csv(path) if path.is_file() else []
+def _read_rows(path: Path, notes: list[str]) -> list[dict[str, str]]:
+    try:
+        return read_csv(path) if path.is_file() else []
+    except DataError as error:
+        notes.append(f"{error}.")
+        return []
 
 
-def _read_log(path: Path) -> dict[str, list[float]]:
-    rows = [row for row in _read_rows(path) if math.isfinite(_number(row.get("step", "")))]
+def _read_log(path: Path, notes: list[str]) -> dict[str, list[float]]:
+    rows = [row for row in _read_rows(path, notes) if math.isfinite(_number(row.get("step", "")))]
     return {key: [_number(row[key]) for row in rows] for key in rows[0]} if rows else {}
 
 
