@@ -23,6 +23,7 @@ from smalti.files import temporary_name
 from smalti.methods.mae import MAE
 from smalti.models.loading import latest_checkpoint
 from smalti.reading import read_csv
+from smalti.report.page import write_report
 from smalti.study import pretrain
 from smalti.study.catalogue import find_recipe, recipe_files
 from smalti.study.lock import locked
@@ -216,6 +217,14 @@ def test_a_damaged_side_file_is_a_note_and_is_kept(name: str, photos: Path, tmp_
     assert (run / f"damaged_{name}").read_bytes() == SIDE_FILES[name]
     assert json.loads((run / "run.json").read_text())["num_images"] == 24
     assert [int(row["step"]) for row in read_csv(run / "log.csv")][-1] == 8
+
+
+def test_a_page_is_written_of_a_run_whose_tables_are_damaged(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    for name in ("log.csv", "events.csv", "unreadable.csv"):
+        (run / name).write_bytes(b"step,loss\n\xff,1\n")
+    page = write_report(run, num_images=0).read_text()
+    assert page.count("not a table of comma-separated values") >= 3
 
 
 def test_a_log_whose_rows_are_no_numbers_is_set_aside(photos: Path, tmp_path: Path) -> None:

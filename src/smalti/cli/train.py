@@ -1,6 +1,7 @@
 """``smalti train``: pretrain or post-train an encoder on images."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +9,7 @@ import typer
 
 from smalti.cli.options import Data, Debug, Out, Quiet
 from smalti.config import parse_overrides, read_yaml
-from smalti.errors import ConfigError
+from smalti.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from smalti.study.posttrain import Verdict
@@ -34,9 +35,7 @@ def command(
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="A YAML file of settings.")] = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with a run that was stopped.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Resume an interrupted run.")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -71,13 +70,17 @@ def _say_what_next(run: Path) -> None:
     from smalti.study.run_folder import read_run_file
     from smalti.training.checkpoint import read_state
 
-    state, verdict = read_state(run), read_verdict(run)
+    state, verdict = read_state(run), None
     first, last = (run / "results" / f"step_{step:08d}.json" for step in (0, state.step))
-    if verdict is not None:
-        _print_verdict(verdict)
-    elif last.is_file():
-        baselines = [result for result in read_results(first) if result.is_baseline] if first.is_file() else []
-        print_results([*read_results(last), *baselines])
+    try:
+        verdict = read_verdict(run)
+        if verdict is not None:
+            _print_verdict(verdict)
+        elif last.is_file():
+            baselines = [result for result in read_results(first) if result.is_baseline] if first.is_file() else []
+            print_results([*read_results(last), *baselines])
+    except DataError as error:  # training is done, whatever became of its results
+        warnings.warn(str(error), stacklevel=2)
     if (reference := read_run_file(run).get("reference")) is not None:
         sentence = str(reference["sentence"])
         print(f"{sentence[0].upper()}{sentence[1:]}.")

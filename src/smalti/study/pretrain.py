@@ -660,7 +660,7 @@ def train(
 
 
 def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Path:
-    """Go on with a run that was stopped, from its newest checkpoint; what ``smalti train --resume RUN`` does.
+    """Resume an interrupted run from its newest checkpoint that can be read; what ``smalti train --resume RUN`` does.
 
     Args:
         run: the run directory.

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,11 @@ def check_same_images(run: Path, images: ImageSet | SignalSet) -> None:
 
 def note_end(run: Path, started: float, method: Method) -> None:
     """Add to ``run.json`` when training ended, how long it took since ``started``, and whether it has learned."""
-    content = read_run_file(run)
-    reference = method.reference(end_of_log(run))
+    content, reference = read_run_file(run), None
+    try:
+        reference = method.reference(end_of_log(run))
+    except (DataError, ValueError) as error:  # training is done: a log that was damaged meanwhile is no reason to fail
+        warnings.warn(f"{run / LOG_FILE}: does not say whether anything was learned ({error})", stacklevel=2)
     if reference is not None:
         content["reference"] = {
             **dataclasses.asdict(reference),

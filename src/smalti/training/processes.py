@@ -29,7 +29,7 @@ from smalti.training.launch import PATIENCE, share_threads
 HOST = "127.0.0.1"
 STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
 """Exit codes of a process that a signal ended after its checkpoint."""
-_GRACE_S = 30.0  # after the first process has stopped: the others only take leave
+_GRACE_S = 30.0  # after the first process has stopped after its checkpoint: the others only close their connections
 
 
 class ProcessFailed(SmaltiError, RuntimeError):
@@ -170,7 +170,7 @@ def _process(
         if line is None:
             raise
         print(f"smalti: {line}", file=sys.stderr, flush=True)
-        os._exit(2)  # the others wait in a collective: leave without their consent
+        os._exit(2)  # the others wait in a collective, where a clean exit would wait for them
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
