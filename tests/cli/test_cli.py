@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from command import Done, smalti, smalti_process
 from smalti.models.loading import latest_checkpoint
-from smalti.training.logs import read_csv
+from smalti.reading import read_csv
 
 TINY = (
     "encoder=vit_tiny_patch16_224 encoder.patch_size=8 encoder.embed_dim=24 encoder.depth=2 encoder.num_heads=3 "
