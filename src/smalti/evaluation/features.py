@@ -320,7 +320,9 @@ class Features:
                         attended.append(self.encoder.pooled(features, pool).float().cpu())
                 places += positions
             if not places:
-                raise DataError(f"{images.root}: none of the {len(images)} {self._called(split)} can be read")
+                first = str(images.paths[0])
+                why = f"; {first}: {self.skipped[first]}" if first in self.skipped else ""
+                raise DataError(f"{images.root}: none of the {len(images)} {self._called(split)} can be read{why}")
             self._image_level[key] = ImageFeatures(
                 PatchFeatures(torch.cat(patches), torch.cat(prefix), (1, 1)),
                 torch.tensor(
