@@ -28,7 +28,7 @@ _FILES, _FILES_A_WORKER = 32, 4
 
 
 def default_workers(device_type: str) -> int:
-    """Worker processes that a run starts unless told: none on a CPU, where they would fight the training for cores."""
+    """Worker processes that a run starts by default: none on a CPU, where they would fight the training for cores."""
     return 0 if device_type == "cpu" else min(8, usable_cores())
 
 

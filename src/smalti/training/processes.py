@@ -1,4 +1,4 @@
-"""Several training processes on one machine: started, told of signals, and ended together.
+"""Several training processes on one machine: started, signalled and ended together.
 
 They listen on the loopback interface only: nothing outside of the machine can reach them.
 """
