@@ -18,13 +18,11 @@ import psutil
 import torch
 
 from smalti.config import to_tree
-from smalti.data.folders import open_images
-from smalti.data.loader import MAX_UNREADABLE
-from smalti.data.pixels import NO_PIXELS, PixelConfig
-from smalti.data.scan import ScanReport, scan_images
 from smalti.data.workers import SHARED_MEMORY, shared_memory_mib
 from smalti.errors import ConfigError
+from smalti.study.doctor_data import DataReport, Progress, fact_line, look_at_data
 from smalti.study.machine import describe_machine, package_version
+from smalti.study.pretrain import DataConfig
 from smalti.threads import usable_cores
 from smalti.training.launch import split_batch
 
@@ -70,13 +68,13 @@ class Devices:
     def lines(self) -> list[str]:
         """One line a device."""
         result = [
-            _line("processor", f"{self.processor}, {self.cores} core{'s' * (self.cores != 1)}"),
-            _line("memory", f"{self.free_mib / 1024:.1f} of {self.total_mib / 1024:.1f} GiB free"),
+            fact_line("processor", f"{self.processor}, {self.cores} core{'s' * (self.cores != 1)}"),
+            fact_line("memory", f"{self.free_mib / 1024:.1f} of {self.total_mib / 1024:.1f} GiB free"),
         ]
         for number, gpu in enumerate(self.gpus):
             memory = f"{gpu.free_mib / 1024:.1f} of {gpu.total_mib / 1024:.1f} GiB free"
-            result.append(_line(f"GPU {number}", f"{gpu.name}, {memory}, {'bf16' if gpu.bf16 else 'no bf16'}"))
-        return result if self.gpus else [*result, _line("GPU", "none")]
+            result.append(fact_line(f"GPU {number}", f"{gpu.name}, {memory}, {'bf16' if gpu.bf16 else 'no bf16'}"))
+        return result if self.gpus else [*result, fact_line("GPU", "none")]
 
 
 @dataclass(frozen=True)
@@ -174,12 +172,12 @@ class StepEstimate:
         devices = "" if own == self.batch_size else f" on {self.batch_size // own} devices"
         times = "" if self.accumulate == 1 else f" x {self.accumulate:,} accumulated"
         return [
-            _line("batch", f"batch_size={self.batch_size:,}{devices}: micro_batch={self.micro_batch:,}{times}"),
-            _line("step", f"{self.seconds:.3g} s on {self.device} ({rate:,.3g} images/s per device)"),
-            _line("", f"measured at micro_batch {sizes}"),
-            _line("needs memory", f"{self.memory_mib / 1024:.2f} of {self.free_mib / 1024:.1f} GiB free; {limit}"),
-            _line("needs time", f"{_duration(self.seconds * self.steps)} for {self.steps:,} steps"),
-            _line(
+            fact_line("batch", f"batch_size={self.batch_size:,}{devices}: micro_batch={self.micro_batch:,}{times}"),
+            fact_line("step", f"{self.seconds:.3g} s on {self.device} ({rate:,.3g} images/s per device)"),
+            fact_line("", f"measured at micro_batch {sizes}"),
+            fact_line("needs memory", f"{self.memory_mib / 1024:.2f} of {self.free_mib / 1024:.1f} GiB free; {limit}"),
+            fact_line("needs time", f"{_duration(self.seconds * self.steps)} for {self.steps:,} steps"),
+            fact_line(
                 "needs disk",
                 f"{self.disk_mib / 1024:.2f} GiB: checkpoints of {self.checkpoint_mib:,.0f} MiB, {self.keep} kept, "
                 "the best, one being written",
@@ -206,8 +204,7 @@ class DoctorReport:
     disk_free_mib: float
     out: Path
     """Where the disk was looked at."""
-    data: str | None
-    scan: ScanReport | None
+    data: DataReport | None
     step: StepEstimate | None
     shared_mib: float | None = None
     """Free shared memory, through which data workers hand over batches; None where the system has none."""
@@ -215,9 +212,7 @@ class DoctorReport:
     @property
     def problems(self) -> list[str]:
         """What will go wrong or mislead, a sentence each; empty if nothing is known to."""
-        found: list[str] = []
-        if self.scan is not None:
-            found += _scan_problems(self.scan)
+        found = list(self.data.problems) if self.data is not None else []
         if self.step is not None:
             found += self._step_problems(self.step)
         return found
@@ -227,17 +222,17 @@ class DoctorReport:
         have = [f"{name} {version}" for name, version in self.versions.items()]
         parts = [
             [
-                _line("versions", ", ".join(have[:4])),
-                *(_line("", ", ".join(have[n : n + 4])) for n in range(4, len(have), 4)),
+                fact_line("versions", ", ".join(have[:4])),
+                *(fact_line("", ", ".join(have[n : n + 4])) for n in range(4, len(have), 4)),
             ],
-            [_line("extras", ", ".join(f"{name} {version}" for name, version in self.extras.items()))],
+            [fact_line("extras", ", ".join(f"{name} {version}" for name, version in self.extras.items()))],
             self.devices.lines(),
-            [_line("disk", f"{self.disk_free_mib / 1024:,.1f} GiB free at {self.out.absolute()}")],
-            [_line("shared mem", f"{self.shared_mib:,.0f} MiB free in {SHARED_MEMORY}")] if self.shared_mib else [],
+            [fact_line("disk", f"{self.disk_free_mib / 1024:,.1f} GiB free at {self.out.absolute()}")],
+            [fact_line("shared mem", f"{self.shared_mib:,.0f} MiB free in {SHARED_MEMORY}")] if self.shared_mib else [],
         ]
         parts = [[line for part in parts for line in part]]
-        if self.scan is not None:
-            parts.append([_line("data", str(self.data)), *self.scan.lines()])
+        if self.data is not None:
+            parts.append(self.data.lines())
         if self.step is not None:
             parts.append(self.step.lines())
         problems = self.problems
@@ -272,48 +267,43 @@ class DoctorReport:
                 f"checkpoints need {step.disk_mib / 1024:.2f} GiB, {self.out} has {self.disk_free_mib / 1024:.2f} GiB "
                 "free; lower checkpoint.keep or choose another --out"
             )
-        if self.scan is not None and self.scan.count - len(self.scan.unreadable) < step.batch_size:
+        if self.data is not None and self.data.files is not None and self.data.trained_on < step.batch_size:
             found.append(f"fewer images than a batch of {step.batch_size:,}: each batch repeats some of them")
         return found
 
 
 def doctor(
     data: str | None = None,
+    settings: DataConfig | None = None,
     *,
     against: str | None = None,
     out: Path = Path(),
     step: StepEstimate | None = None,
-    pixels: PixelConfig = NO_PIXELS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> DoctorReport:
-    """Look at this machine and, if named, at images.
+    """Look at this machine and, if named, at data.
 
     Args:
-        data: images as for :func:`~smalti.data.folders.open_images`; all are read once.
-        against: a second set, such as the one to evaluate on; images in both are reported.
+        data: images or recordings as for :func:`~smalti.study.doctor_data.look_at_data`; all images are read once.
+        settings: how the data are read; None: the defaults.
+        against: a second set, to evaluate on; its images that are also trained on are reported.
         out: where a run would be written; need not exist.
         step: from :func:`measure_step`.
-        pixels: how the images are decoded.
         progress: called with (files read, files in all) while images are read.
 
     Raises:
-        ConfigError: for ``against`` without ``data``.
-        DataError: if there are no images.
+        ConfigError: for ``against`` without images.
+        DataError: if there is nothing to read, or it could be read in two ways.
     """
     if against is not None and data is None:
         raise ConfigError("--against compares two sets of images; name the first one, too: smalti doctor DATA")
-    scan = None
-    if data is not None:
-        other = open_images(against) if against is not None else None
-        scan = scan_images(open_images(data).with_pixels(pixels), against=other, progress=progress)
     return DoctorReport(
         versions=describe_machine()["versions"] | {"cuda": str(torch.version.cuda or "not in this torch")},
         extras={name: package_version(package) for name, package in _EXTRAS.items()},
         devices=find_devices(),
         disk_free_mib=shutil.disk_usage(_existing(out)).free / _MIB,
         out=out,
-        data=data,
-        scan=scan,
+        data=None if data is None else look_at_data(data, settings, against=against, progress=progress),
         step=step,
         shared_mib=shared_memory_mib(),
     )
@@ -510,21 +500,6 @@ def _fit(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
     return at_high - each * high, each
 
 
-def _scan_problems(scan: ScanReport) -> list[str]:
-    found = []
-    if scan.count and len(scan.unreadable) > MAX_UNREADABLE * scan.count:
-        found.append(
-            f"{len(scan.unreadable):,} of {scan.count:,} images can't be read; training stops at more than a tenth"
-        )
-    if scan.scale_hint:
-        found.append(scan.scale_hint)
-    if scan.shared:
-        found.append(f"{len(scan.shared):,} images are also in {scan.against}: results there would flatter the encoder")
-    if len(scan.channels) > 1 and not set(scan.channels) <= {1, 3, 4}:
-        found.append("images differ in their channels; set data.channels and convert those that don't fit")
-    return found
-
-
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     path = path.expanduser().absolute()
@@ -539,7 +514,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _line(label: str, text: str) -> str:
-    return f"{label:<13}{text}"
