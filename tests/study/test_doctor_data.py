@@ -49,7 +49,7 @@ def test_pictures_of_train_that_are_evaluated_are_a_problem(leaky):
     report = look_at_data(str(leaky))
     text = report.lines()
     assert text[1] == "read as      classes: 11 images (train 6, val 5), 2 classes"
-    assert text[text.index("classes      2, images of train, val") + 1 :][:2] == ["  blue: 3, 3", "  red: 3, 2"]
+    assert text[text.index("classes      2; images of train, val:") + 1 :][:2] == ["  blue: 3, 3", "  red: 3, 2"]
     assert "repeated     0 of 6 training images repeat an earlier one" in text
     assert "shared       2 of 5 val images are also trained on (1 identical, 1 near-duplicate)" in text
     assert f"  {leaky}/val/red/again.jpg = {leaky}/train/red/3.png (near-duplicate)" in text
@@ -64,6 +64,8 @@ def test_a_folder_is_not_compared_with_itself(leaky, photos):
     plain = look_at_data(str(photos), against=f"folder={photos}")
     assert plain.lines()[-1] == "against      the same folder, which has no splits: nothing to compare"
     assert not plain.problems
+    (problem,) = look_at_data(f"folder={leaky}", against=str(leaky)).problems  # reads val as training images
+    assert problem.startswith(f"5 of 5 val images of {leaky} are also trained on (5 identical, 0 near-duplicate)")
 
 
 def test_a_second_set_is_compared_by_its_evaluated_split(leaky, tmp_path):
@@ -114,6 +116,7 @@ def test_more_than_twenty_classes_are_cut(tmp_path):
     for number in range(23):
         put(tmp_path / f"{number:02d}/a.png", photo(number))
     text = look_at_data(str(tmp_path)).lines()
+    assert "classes      23; images:" in text
     assert "  19: 1" in text and "  20: 1" not in text and "  ... and 3 more" in text
 
 

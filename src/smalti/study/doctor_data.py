@@ -157,8 +157,11 @@ def look_at_data(
 
 def _to_compare(images: ImageSet, other: ImageSet) -> tuple[ImageSet | None, str | None]:
     """The evaluated images of a second set, or why they are not compared."""
-    pairs = zip(images.paths, other.paths, strict=False)
-    if len(images) == len(other) and all(one == two or one.resolve() == two.resolve() for one, two in pairs):
+    pairs = zip(images.samples, other.samples, strict=False)
+    if len(images) == len(other) and all(
+        one.split == two.split and (one.path == two.path or one.path.resolve() == two.path.resolve())
+        for one, two in pairs
+    ):
         if images.splits:
             return None, "the same folder: its own splits are compared"
         return None, "the same folder, which has no splits: nothing to compare"
@@ -256,7 +259,8 @@ def _file_lines(files: ScanReport) -> list[str]:
 
 def _class_lines(classes: dict[str, dict[str, int]]) -> list[str]:
     splits = list(next(iter(classes.values())))
-    result = [fact_line("classes", f"{len(classes):,}, images of {', '.join(splits)}")]
+    of = "" if splits == [_UNSPLIT] else f" of {', '.join(splits)}"
+    result = [fact_line("classes", f"{len(classes):,}; images{of}:")]
     for name, counts in list(classes.items())[:_SHOWN_CLASSES]:
         result.append(f"  {name}: {', '.join(f'{count:,}' for count in counts.values())}")
     more = len(classes) - _SHOWN_CLASSES
