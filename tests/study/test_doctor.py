@@ -9,8 +9,9 @@ import torch
 
 from smalti.errors import ConfigError
 from smalti.study import doctor as doctor_file
-from smalti.study.doctor import Measured, StepEstimate, doctor, find_devices, measure_step
+from smalti.study.doctor import Measured, StepEstimate, doctor, measure_step
 from smalti.study.doctor_data import look_at_data
+from smalti.study.doctor_devices import find_devices
 
 
 def estimate(**changes) -> StepEstimate:
@@ -161,24 +162,6 @@ def test_an_image_that_does_not_fit_is_one_line():
 
     with pytest.raises(ConfigError, match="not even a batch of 1 image fits"):
         measure_step(make_step, batch_size=4, steps=1, batch_sizes=(2, 4))
-
-
-def test_the_devices_are_those_of_this_machine():
-    devices = find_devices()
-    assert devices.processor and devices.cores >= 1
-    assert 0 < devices.free_mib <= devices.total_mib
-    assert len(devices.gpus) == torch.cuda.device_count()
-    assert len(devices.lines()) == 2 + max(len(devices.gpus), 1)
-
-
-def test_a_containers_limit_bounds_the_memory(tmp_path, monkeypatch):
-    (tmp_path / "max").write_text(f"{600 * 2**20}\n")
-    (tmp_path / "current").write_text(f"{400 * 2**20}\n")
-    monkeypatch.setattr(doctor_file, "_CGROUP_FILES", ((str(tmp_path / "max"), str(tmp_path / "current")),))
-    devices = find_devices()
-    assert devices.total_mib == 600 and devices.free_mib == 200
-    (tmp_path / "max").write_text("max\n")
-    assert find_devices().total_mib > 600
 
 
 def test_the_report_tells_versions_devices_images_and_problems(photos: Path, tmp_path):
