@@ -32,7 +32,6 @@ from smalti.data.folders import open_images
 from smalti.data.images import image_size, read_image
 from smalti.data.labelled import eval_image, open_labelled, read_mask
 from smalti.data.orders import read_orders, write_orders
-from smalti.data.scan import scan_images
 from smalti.data.signals import SignalConfig, open_signals
 from smalti.errors import DataError, SmaltiError
 from smalti.export.timm import export_timm
@@ -41,6 +40,7 @@ from smalti.models.loading import load
 from smalti.report.page import write_report
 from smalti.report.rundir import read_run
 from smalti.study import pretrain
+from smalti.study.doctor_data import look_at_data
 from smalti.training.checkpoint import TrainingState
 
 CASE_S = 20
@@ -132,7 +132,7 @@ def make_images(folder: Path) -> None:
 
 def read_images(folder: Path) -> None:
     images = open_images(folder)
-    scan_images(images)
+    look_at_data(str(folder))
     for path in images.paths:
         for read in (image_size, read_image, lambda path: eval_image(path, 16, 3, "crop")):
             with contextlib.suppress(DataError):
@@ -152,6 +152,7 @@ def make_masks(folder: Path) -> None:
 
 
 def read_masks(folder: Path) -> None:
+    look_at_data(str(folder))
     data = open_labelled(folder, need="masks")
     for sample in (*data.train.samples, *data.test.samples):
         with contextlib.suppress(DataError):

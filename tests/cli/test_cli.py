@@ -251,7 +251,7 @@ def test_evaluation_in_training_is_shown_at_the_end(photos: Path, class_folders:
 
 def test_the_machine_and_the_images_are_looked_at(photos: Path) -> None:
     done = smalti("doctor", photos, "--against", photos, "--method", "mae", "steps=100", *TINY, *MAE)
-    for word in ("torch", "24", "duplicate", "GiB", "batch"):
+    for word in ("torch", "24", "repeat an earlier one", "the same folder", "GiB", "batch"):
         assert word in done.stdout, done.stdout
     assert "24" in smalti("doctor", f"folder={photos}").stdout
     fails("layout 'voc' needs", "doctor", f"voc={photos}")

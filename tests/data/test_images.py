@@ -255,12 +255,20 @@ def test_files_with_wrong_bytes_give_an_image_or_one_clear_error(kind, places):
 
 
 def test_facts_tell_format_by_content_and_depth_by_sample():
-    assert inspect_image(encoded(COLOR, "JPEG")) == ImageFacts(8, 12, 3, 8, "jpeg")
-    deep = inspect_image(encoded(np.arange(20, dtype=np.uint16).reshape(4, 5) * 200, "PNG"))
-    assert deep == ImageFacts(4, 5, 1, 16, "png", (0, 3800), "uint16")
+    assert inspect_image(encoded(COLOR, "JPEG"))[0] == ImageFacts(8, 12, 3, 8, "jpeg")
+    deep, values = inspect_image(encoded(np.arange(20, dtype=np.uint16).reshape(4, 5) * 200, "PNG"))
+    assert deep == ImageFacts(4, 5, 1, 16, "png", (0, 3800), "uint16") and values.max() == 3800
     five = tiff(np.zeros((8, 9, 5), np.uint16), photometric="minisblack", planarconfig="contig")
-    assert inspect_image(five) == ImageFacts(8, 9, 5, 16, "tiff", (0, 0), "uint16")
-    assert inspect_image(encoded(Image.fromarray(COLOR).convert("RGBA"), "TIFF")) == ImageFacts(8, 12, 4, 8, "tiff")
+    assert inspect_image(five)[0] == ImageFacts(8, 9, 5, 16, "tiff", (0, 0), "uint16", is_picture=False)
+    assert inspect_image(encoded(Image.fromarray(COLOR).convert("RGBA"), "TIFF"))[0] == ImageFacts(8, 12, 4, 8, "tiff")
+
+
+def test_a_turned_jpeg_is_inspected_as_it_is_read():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(COLOR, "JPEG", exif=exif)
+    facts, pixels = inspect_image(data)
+    assert (facts.height, facts.width) == (12, 8) and np.array_equal(pixels, decode_image(data))
 
 
 def with_size(data: bytes, kind: str, height: int, width: int) -> bytes:

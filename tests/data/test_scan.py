@@ -1,47 +1,74 @@
+import cv2
 import numpy as np
+import pytest
 from PIL import Image
 
 from smalti.data.folders import open_images
-from smalti.data.scan import scan_images
+from smalti.data.pixels import NO_PIXELS
+from smalti.data.scan import scan_files, summarise
 
 
-def test_a_scan_tells_sizes_channels_depths_formats_and_damage(write, tmp_path):
-    write("mine/a.png", np.zeros((20, 30, 3), np.uint8))
-    write("mine/b.jpg", np.zeros((40, 30), np.uint8))
-    write("mine/c.png", np.zeros((60, 90), np.uint16))
-    write("mine/d.png", Image.new("RGBA", (30, 30)))
-    broken = write("mine/e.png")
+def scan(folder):
+    return list(scan_files(open_images(folder).paths, NO_PIXELS.max_pixels))
+
+
+def test_a_scan_counts_sizes_channels_depths_formats_and_damage(write, tmp_path):
+    write("a.png", np.zeros((20, 30, 3), np.uint8))
+    write("b.jpg", np.zeros((40, 30), np.uint8))
+    write("c.png", np.zeros((60, 90), np.uint16))
+    write("d.png", Image.new("RGBA", (30, 30)))
+    broken = write("e.png")
     broken.write_bytes(broken.read_bytes()[:200])
-    (tmp_path / "mine/f.jpg").write_bytes(b"")
-    (tmp_path / "mine/g.tif").write_bytes((tmp_path / "mine/a.png").read_bytes())
-    write("other/x.png")
-    (tmp_path / "other/y.png").write_bytes((tmp_path / "mine/b.jpg").read_bytes())
-    calls = []
-    mine, other = open_images(tmp_path / "mine"), open_images(tmp_path / "other")
-    report = scan_images(mine, against=other, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i, 9) for i in range(1, 10)]
-    assert report.count == 7 and report.total_bytes == sum(path.stat().st_size for path in mine.paths)
+    (tmp_path / "f.jpg").write_bytes(b"")
+    (tmp_path / "g.tif").write_bytes((tmp_path / "a.png").read_bytes())
+    report = summarise(scan(tmp_path))
+    assert report.count == 7
+    assert report.total_bytes == sum(path.stat().st_size for path in open_images(tmp_path).paths)
     assert report.height == (20, 30, 60) and report.width == (30, 30, 90)
     assert report.channels == {3: 2, 1: 2, 4: 1} and report.bit_depths == {8: 4, 16: 1}
     assert report.formats == {"png": 4, "jpeg": 1}  # g.tif is a PNG in truth
+    assert report.set_channels == report.best_channels == 3 and report.wrong_channels == ()
     assert [(skipped.path.name, skipped.reason) for skipped in report.unreadable] == [
         ("e.png", "a PNG cut short after 200 bytes"),
         ("f.jpg", "an empty file"),
     ]
-    assert [[path.name for path in group] for group in report.duplicates] == [["a.png", "g.tif"]]
-    assert [(a.name, b.name) for a, b in report.shared] == [("b.jpg", "y.png")]
-    text = report.lines()
-    assert "size         height 20 to 60 (median 30), width 30 to 90 (median 30) px" in text
-    assert "duplicates   1 (same bytes as an earlier image)" in text
-    assert f"shared       1 with {tmp_path / 'other'}" in text
 
 
-def test_a_set_of_one_broken_file_is_still_reported(tmp_path):
+def test_a_set_of_one_broken_file_is_still_summarised(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    report = scan_images(open_images(tmp_path))
-    assert report.lines() == [
-        "images       1 (0.0 MiB)",
-        "unreadable   1",
-        f"  {tmp_path / 'a.png'}: an empty file",
-        "duplicates   0 (same bytes as an earlier image)",
+    (one,) = scan(tmp_path)
+    assert one.digest == b"" and one.picture is None
+    report = summarise([one])
+    assert report.count == len(report.unreadable) == 1 and report.height == (0, 0.0, 0)
+
+
+def test_channels_that_no_setting_reads_together_are_named(write, tmp_path):
+    tifffile = pytest.importorskip("tifffile", reason="tifffile comes with scikit-image")
+    write("a.png")
+    for number in range(2):
+        path = tmp_path / f"{number}.tif"
+        tifffile.imwrite(path, np.zeros((8, 9, 5), np.uint8), photometric="minisblack", planarconfig="contig")
+    found = scan(tmp_path)
+    default, five = summarise(found), summarise(found, channels=5)
+    assert default.best_channels == five.best_channels == 5
+    assert [(path.name, why) for path, why in default.wrong_channels] == [
+        ("0.tif", "5 channels"),
+        ("1.tif", "5 channels"),
     ]
+    assert [(path.name, why) for path, why in five.wrong_channels] == [("a.png", "3 channels")]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_images_with_numbers_that_are_not_finite_are_unreadable(tmp_path, value):
+    cv2.imwrite(str(tmp_path / "a.tif"), np.full((6, 8), value, np.float32))
+    report = summarise(scan(tmp_path))
+    assert [reason for _, reason in report.unreadable] == ["pixels that are no finite numbers"]
+    assert report.values == {} and report.scale_hint == ""
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_values_outside_of_0_and_1_come_with_the_settings_that_read_them(tmp_path, dtype):
+    cv2.imwrite(str(tmp_path / "a.tif"), (np.arange(48).reshape(6, 8) * 40 - 1000).astype(dtype))
+    report = summarise(scan(tmp_path))
+    assert report.unreadable == ()
+    assert report.scale_hint.startswith(f"values from -1000 to 880 ({dtype}); they need data.scale=[-1000,880] or")

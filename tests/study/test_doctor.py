@@ -4,16 +4,14 @@ import shutil
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 
-from smalti.data.folders import open_images
-from smalti.data.scan import scan_images
 from smalti.errors import ConfigError
 from smalti.study import doctor as doctor_file
-from smalti.study.doctor import Measured, StepEstimate, doctor, find_devices, measure_step
+from smalti.study.doctor import Measured, StepEstimate, doctor, measure_step
+from smalti.study.doctor_data import look_at_data
+from smalti.study.doctor_devices import find_devices
 
 
 def estimate(**changes) -> StepEstimate:
@@ -60,24 +58,6 @@ def test_an_accumulated_step_takes_the_time_of_its_parts():
     assert step.seconds == pytest.approx(64 * 0.42) and step.memory_mib == pytest.approx(1700)
     assert step.proposed_micro_batch == 128  # of 2048 images of a device, 178 fit
     assert "batch_size=4,096 on 2 devices: micro_batch=32 x 64 accumulated" in "\n".join(step.lines())
-
-
-def test_values_that_fill_a_small_part_of_16_bits_are_told_with_the_setting_for_them(tmp_path):
-    values = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 4
-    cv2.imwrite(str(tmp_path / "a.png"), values)
-    report = doctor(str(tmp_path))
-    assert "values       0 to 4092 in uint16 files" in "\n".join(report.lines())
-    assert "values reach 4092 of 65535; data.scale=[0,4095] spreads them (12 bits)" in "\n".join(report.lines())
-    cv2.imwrite(str(tmp_path / "a.png"), values * 16)
-    assert "data.scale" not in "\n".join(doctor(str(tmp_path)).lines())
-
-
-@pytest.mark.parametrize("dtype", ["int16", "float32"])
-def test_values_outside_of_0_and_1_are_told_with_the_settings_that_read_them(tmp_path, dtype):
-    cv2.imwrite(str(tmp_path / "a.tif"), (np.arange(48).reshape(6, 8) * 40 - 1000).astype(dtype))
-    scan = scan_images(open_images(tmp_path))
-    assert scan.unreadable == ()
-    assert scan.scale_hint.startswith(f"values from -1000 to 880 ({dtype}); they need data.scale=[-1000,880] or")
 
 
 def test_checkpoints_larger_than_the_disk_are_a_problem(tmp_path):
@@ -184,24 +164,6 @@ def test_an_image_that_does_not_fit_is_one_line():
         measure_step(make_step, batch_size=4, steps=1, batch_sizes=(2, 4))
 
 
-def test_the_devices_are_those_of_this_machine():
-    devices = find_devices()
-    assert devices.processor and devices.cores >= 1
-    assert 0 < devices.free_mib <= devices.total_mib
-    assert len(devices.gpus) == torch.cuda.device_count()
-    assert len(devices.lines()) == 2 + max(len(devices.gpus), 1)
-
-
-def test_a_containers_limit_bounds_the_memory(tmp_path, monkeypatch):
-    (tmp_path / "max").write_text(f"{600 * 2**20}\n")
-    (tmp_path / "current").write_text(f"{400 * 2**20}\n")
-    monkeypatch.setattr(doctor_file, "_CGROUP_FILES", ((str(tmp_path / "max"), str(tmp_path / "current")),))
-    devices = find_devices()
-    assert devices.total_mib == 600 and devices.free_mib == 200
-    (tmp_path / "max").write_text("max\n")
-    assert find_devices().total_mib > 600
-
-
 def test_the_report_tells_versions_devices_images_and_problems(photos: Path, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -218,19 +180,19 @@ def test_the_report_tells_versions_devices_images_and_problems(photos: Path, tmp
         "processor",
         "GiB free",
         "unreadable   1",
-        "shared       4 with",
+        "shared       4 of 24 images of",
         "! 1 of 5 images can't be read",
-        "! 4 images are also in",
+        "! 4 of 24 images of",
         "! fewer images than a batch of 32",
     ):
         assert words in text, words
-    assert report.scan == scan_images(open_images(copy), against=open_images(photos))
+    assert report.data == look_at_data(str(copy), against=str(photos))
 
 
 def test_the_json_has_what_was_worked_out(photos: Path):
     plain = json.loads(json.dumps(doctor(str(photos), step=estimate(free_mib=1000.0)).to_json()))
     assert plain["step"]["largest_micro_batch"] == 16 and plain["step"]["fits"] is False
-    assert plain["scan"]["count"] == 24 and len(plain["problems"]) == 2
+    assert plain["data"]["files"]["count"] == 24 and len(plain["problems"]) == 2
 
 
 def test_a_sound_folder_has_no_problems(photos: Path):

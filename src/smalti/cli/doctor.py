@@ -7,7 +7,6 @@ import typer
 
 from smalti.cli.options import Debug, Json, write_json
 from smalti.config import merge, parse_overrides
-from smalti.errors import ConfigError
 from smalti.files import check_writable
 
 NAME = "doctor"
@@ -18,12 +17,13 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[DATA] [KEY=VALUE]...",
-            help="Images to scan, and settings as for train, such as batch_size=128.",
+            help="Images or recordings to look at, and settings as for train, such as batch_size=128.",
             show_default=False,
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="DIR", help="Report images that DATA shares with DIR.")
+        str | None,
+        typer.Option("--against", metavar="DIR", help="Report images of DIR's evaluated split that DATA trains on."),
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", metavar="METHOD", help="Measure a training step of this method.")
@@ -35,7 +35,7 @@ def command(
     json: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Look at this machine, at a folder of images, and at what a run will need in memory, time and disk."""
+    """Look at this machine, at images or recordings, and at what a run will need in memory, time and disk."""
     if json:
         check_writable(json)
     words = list(words or [])
@@ -44,22 +44,21 @@ def command(
 
     import sys
 
-    from smalti.config import read_yaml
-    from smalti.data.pixels import trained_pixels
-    from smalti.data.signals import is_signals
+    from smalti.config import build, read_yaml
     from smalti.study.doctor import doctor, measure_step
+    from smalti.study.pretrain import DataConfig, with_signals
 
-    step = None
-    if method or recipe or tree:
+    tree = merge(tree, {"data": {"path": data}} if data else {})
+    if method or recipe or tree.keys() - {"data"}:
         from smalti.cli.options import best_device
         from smalti.study.catalogue import find_recipe
-        from smalti.study.pretrain import resolve, shared_by_workers, step_maker, with_signals, with_start
+        from smalti.study.pretrain import resolve, shared_by_workers, step_maker, with_start
         from smalti.training.launch import num_processes
 
         given = read_yaml(find_recipe(recipe)) if recipe else {}
-        given = merge(given, {"method": {"name": method}} if method else {})
-        given = merge(given, {"data": {"path": data}} if data else {})
-        config, own = resolve(with_start(with_signals(merge(given, tree))), str(recipe) if recipe else "settings")
+        given = merge(merge(given, {"method": {"name": method}} if method else {}), tree)
+        config, own = resolve(with_start(with_signals(given)), str(recipe) if recipe else "settings")
+        settings = config.data
         device = best_device()
         make_step, checkpoint_mib = step_maker(config, own, device)
         step = measure_step(
@@ -73,19 +72,14 @@ def command(
             keep=config.checkpoint.keep,
             shared_mib=shared_by_workers(config, own),
         )
-
-    if data is not None and is_signals(data):
-        if step is None:
-            raise ConfigError(f"{data}: signals are not scanned; add --method part to measure a training step on them")
-        data = None
+    else:
+        settings, step = build(DataConfig, with_signals(tree).get("data", {}), group="data"), None
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty() and (done == total or done % 100 == 0):
             print(f"reading images: {done} of {total}", file=sys.stderr, end="\n" if done == total else "\r")
 
-    limit = (tree.get("data") or {}).get("max_pixels") if isinstance(tree.get("data"), dict) else None
-    pixels = trained_pixels({"data": {} if limit is None else {"max_pixels": limit}})
-    report = doctor(data, against=against, out=out, step=step, pixels=pixels, progress=show)
+    report = doctor(data, settings, against=against, out=out, step=step, progress=show)
     if json:
         write_json(json, report.to_json())
     print("\n".join(report.lines()))
@@ -96,5 +90,6 @@ def _is_data(word: str) -> bool:
     if "=" not in word or Path(word).exists():
         return True
     from smalti.data.folders import READERS
+    from smalti.data.signals import READER
 
-    return word.partition("=")[0] in READERS
+    return word.partition("=")[0] in (*READERS, READER)

@@ -139,31 +139,33 @@ class ImageFacts(NamedTuple):
     """Smallest and largest value, of files that aren't 8 bits unsigned."""
     kind: str = "uint8"
     """NumPy's name of the type of the values."""
+    is_picture: bool = True
+    """Whether ``data.channels=1`` and ``3`` read it, whatever its channels; other files need their own number."""
 
 
-def inspect_image(data: bytes, max_pixels: int = NO_PIXELS.max_pixels) -> ImageFacts:
-    """Facts about the bytes of an image file, decoded as it is.
+def inspect_image(data: bytes, max_pixels: int = NO_PIXELS.max_pixels) -> tuple[ImageFacts, np.ndarray]:
+    """Facts about the bytes of an image file, and its pixels as they are: ``(H, W)`` or ``(H, W, C)``, any type.
 
     Raises:
         DataError: if it can't be read, without the file's name.
     """
+    check_complete(data)
     if data[:4] in TIFF_STARTS:
-        check_complete(data)
         tiff = Tiff(data)
         page = tiff.pages[0]
-        is_picture = page.is_colour and len(tiff.pages) == 1
-        image = decode_values(data, 3 if is_picture else tiff.channels, max_pixels)
+        image = decode_values(data, 3 if page.is_colour and len(tiff.pages) == 1 else tiff.channels, max_pixels)
         facts = ImageFacts(image.shape[0], image.shape[1], tiff.channels, page.bits, "tiff")
+        facts = facts._replace(is_picture=_is_picture(tiff))
     else:
-        check_complete(data)
         _check_size(data, max_pixels)
-        image = _decode_bytes(data, cv2.IMREAD_UNCHANGED)
+        # of JPEG, which has no alpha, as it is read for training: turned by its EXIF orientation
+        image = _decode_bytes(data, _DECODE if data[:2] == b"\xff\xd8" else cv2.IMREAD_UNCHANGED)
         kind = next((name for start, name in _STARTS.items() if data.startswith(start)), "other")
         channels = 1 if image.ndim == 2 else image.shape[2]
         facts = ImageFacts(image.shape[0], image.shape[1], channels, image.itemsize * 8, kind)
-    if image.dtype == np.uint8:
-        return facts
-    return facts._replace(values=(float(image.min()), float(image.max())), kind=image.dtype.name)
+    if image.dtype != np.uint8:
+        facts = facts._replace(values=(float(image.min()), float(image.max())), kind=image.dtype.name)
+    return facts, image
 
 
 def check_complete(data: bytes) -> None:
@@ -286,10 +288,16 @@ def _decode_tiff(data: bytes, channels: int) -> np.ndarray:
         return tiff.read_channels()
     if page.is_lab:
         raise DataError("a TIFF of Lab colours; save it as RGB")
-    is_picture = page.is_colour or page.samples == 1 or (page.samples == 2 and page.has_alpha)
-    if len(tiff.pages) > 1 or not is_picture or page.samples > 4:
+    if not _is_picture(tiff):
         raise DataError(_channels_line(tiff.describe(), tiff.channels, channels))
     return _decode_bytes(data, _DECODE)
+
+
+def _is_picture(tiff: Tiff) -> bool:
+    """Whether it is one page of grey or colours, so that its channels can be converted."""
+    page = tiff.pages[0]
+    is_known = page.is_colour or page.samples == 1 or (page.samples == 2 and page.has_alpha)
+    return len(tiff.pages) == 1 and is_known and page.samples <= 4
 
 
 def _to_channels(image: np.ndarray, channels: int) -> np.ndarray:

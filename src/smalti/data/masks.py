@@ -1,7 +1,7 @@
 """Masks of classes: what their values mean, and how they are read."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from smalti.data.images import NO_PIXELS, image_size
 from smalti.errors import ConfigError, DataError
 from smalti.reading import reading
 
+BLACK_AND_WHITE_REMEDY = "save the other class as 1, or set eval.mask_values={0: 0, 255: 1}"
+"""What to do about masks of only 0 and 255."""
 _LOOKED_AT = 10  # masks, before an evaluation, for a mistake that would not show in it
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258
@@ -29,12 +31,17 @@ def warn_of_black_and_white(images: ImageSet) -> None:
             values.update(np.unique(_read_numbers(mask)).tolist())
         except DataError:  # reported when it is read, if its image can be
             return
-    if IGNORED in values and values <= {0, IGNORED} and images.classes and len(images.classes) <= IGNORED:
+    if is_black_and_white(values) and images.classes and len(images.classes) <= IGNORED:
         warnings.warn(
             f"{images.root}: masks hold only 0 and {IGNORED}, and {IGNORED} is ignored, so nothing but "
-            f"'{images.classes[0]}' counts; save the other class as 1, or set eval.mask_values={{0: 0, 255: 1}}",
+            f"'{images.classes[0]}' counts; {BLACK_AND_WHITE_REMEDY}",
             stacklevel=3,
         )
+
+
+def is_black_and_white(values: Set[int]) -> bool:
+    """Whether masks hold nothing but 0 and 255, as black and white pictures do."""
+    return IGNORED in values and values <= {0, IGNORED}
 
 
 def with_values(
@@ -98,13 +105,9 @@ def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:
         DataError: if the mask can't be read, has colours instead of numbers, another size than its image, or a value
             for which there is no class.
     """
-    source = sample.mask or sample.instances
-    if source is None:
-        raise DataError(f"{sample.path}: has no mask")
-    numbers = _read_numbers(source, sample.pixels.max_pixels)
-    _check_fit(source, numbers.shape, sample.path, image_size(sample.path))
+    numbers, source = read_stored(sample), sample.mask or sample.instances
     if sample.mask is None:
-        return (numbers > 0).astype(np.uint8)
+        return numbers.astype(np.uint8)
     if sample.label_map is not None:
         classes = sample.label_map.classes(numbers)
         is_refused = classes == REFUSED
@@ -124,6 +127,20 @@ def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:
             f"(0..{num_classes - 1}; {IGNORED} is ignored)"
         )
     return numbers.astype(np.uint8 if num_classes <= IGNORED else np.int64)
+
+
+def read_stored(sample: ImageSample) -> np.ndarray:
+    """``(H, W)``: the values in the mask of an image as stored; of instances alone, 1 for any and 0 for the rest.
+
+    Raises:
+        DataError: if there is no mask, it can't be read, has colours instead of numbers, or doesn't fit its image.
+    """
+    source = sample.mask or sample.instances
+    if source is None:
+        raise DataError(f"{sample.path}: has no mask")
+    numbers = _read_numbers(source, sample.pixels.max_pixels)
+    _check_fit(source, numbers.shape, sample.path, image_size(sample.path))
+    return numbers if sample.mask is not None else numbers > 0
 
 
 def check_headers(images: ImageSet) -> None:

@@ -1,30 +1,44 @@
-"""What is in a folder of images, before a run is spent on it: sizes, channels, damage, duplicates, leakage."""
+"""What image files hold, all of them read and decoded once: sizes, channels, values, damage."""
 
 import hashlib
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from smalti.data.folders import ImageSet
+import numpy as np
+
 from smalti.data.images import ImageFacts, inspect_image
+from smalti.data.near_duplicates import reduce_picture
 from smalti.data.views import Skipped
 from smalti.errors import DataError
 from smalti.reading import reading
 from smalti.threads import usable_cores
 
 _CHUNK = 1024
-_SHOWN = 3
 _FULL = 0.5  # part of the range of 16 bits below which a scale is proposed
+
+
+class ScannedImage(NamedTuple):
+    """An image file that was read."""
+
+    path: Path
+    digest: bytes
+    """SHA-256 of its bytes; empty where there are none."""
+    num_bytes: int
+    facts: ImageFacts | str
+    """A text says why the file can't be read."""
+    picture: np.ndarray | None
+    """``(16, 16, 3)`` uint8, see :func:`~smalti.data.near_duplicates.reduce_picture`."""
 
 
 @dataclass(frozen=True)
 class ScanReport:
-    """Facts about an image set; all files were decoded."""
+    """Facts about image files; all were decoded."""
 
     count: int
     """Images that were looked at, unreadable ones included."""
@@ -40,11 +54,12 @@ class ScanReport:
     formats: dict[str, int]
     """By content, whatever the file's ending."""
     unreadable: tuple[Skipped, ...]
-    duplicates: tuple[tuple[Path, ...], ...]
-    """Groups of files with the same bytes."""
-    shared: tuple[tuple[Path, Path], ...]
-    """Files with the same bytes as one of the set compared with, and which."""
-    against: Path | None = None
+    set_channels: int
+    """``data.channels`` as it is set."""
+    wrong_channels: tuple[Skipped, ...]
+    """Images that it does not read, and their channels."""
+    best_channels: int
+    """The ``data.channels`` that reads the most images; the one that is set, where it reads as many."""
 
     @property
     def scale_hint(self) -> str:
@@ -58,60 +73,16 @@ class ScanReport:
                 return f"values from {low:g} to {high:g} ({kind}); they need {needed}"
         return ""
 
-    def lines(self) -> list[str]:
-        """The report as text, a fact a line."""
-        result = [f"images       {self.count:,} ({self.total_bytes / 2**20:,.1f} MiB)"]
-        if self.count > len(self.unreadable):
-            result += [
-                f"size         height {_range(self.height)}, width {_range(self.width)} px",
-                f"channels     {_counts(self.channels)}",
-                f"bit depth    {_counts(self.bit_depths)}",
-                f"format       {_counts(self.formats)}",
-                *(f"values       {low:g} to {high:g} in {kind} files" for kind, (low, high) in self.values.items()),
-            ]
-        result.append(f"unreadable   {len(self.unreadable):,}")
-        result += _some([f"{path}: {reason}" for path, reason in self.unreadable])
-        extra = sum(len(group) - 1 for group in self.duplicates)
-        result.append(f"duplicates   {extra:,} (same bytes as an earlier image)")
-        result += _some([" = ".join(str(path) for path in group) for group in self.duplicates])
-        if self.against is not None:
-            result.append(f"shared       {len(self.shared):,} with {self.against}")
-            result += _some([f"{mine} = {other}" for mine, other in self.shared])
-        return result
+
+def scan_files(paths: Sequence[Path], max_pixels: int) -> Iterator[ScannedImage]:
+    """Read each file once, in order; decoding runs in threads, since OpenCV lets go of Python's lock."""
+    with ThreadPoolExecutor(max_workers=usable_cores()) as threads:
+        for first in range(0, len(paths), _CHUNK):
+            yield from threads.map(lambda path: _scan_file(path, max_pixels), paths[first : first + _CHUNK])
 
 
-def scan_images(
-    images: ImageSet,
-    *,
-    against: ImageSet | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> ScanReport:
-    """Read every image once and say what there is.
-
-    Args:
-        images: what to look at.
-        against: a second set, such as the one to evaluate on; images in both are reported.
-        progress: called with (files read, files in all).
-    """
-    total = len(images) + (len(against) if against is not None else 0)
-    done = 0
-    found: list[_Found] = []
-    others: dict[bytes, Path] = {}
-    for file in _look_at(images.paths, images.pixels.max_pixels):
-        found.append(file)
-        done += 1
-        if progress is not None:
-            progress(done, total)
-    for file in _look_at(against.paths if against is not None else (), None):
-        if file.digest:
-            others.setdefault(file.digest, file.path)
-        done += 1
-        if progress is not None:
-            progress(done, total)
-    groups: dict[bytes, list[Path]] = {}
-    for file in found:
-        if file.digest:
-            groups.setdefault(file.digest, []).append(file.path)
+def summarise(found: Sequence[ScannedImage], channels: int = 3) -> ScanReport:
+    """What the files hold, counted; ``channels`` is the ``data.channels`` that would read them."""
     facts = [file.facts for file in found if isinstance(file.facts, ImageFacts)]
     return ScanReport(
         count=len(found),
@@ -123,40 +94,39 @@ def scan_images(
         values=_values(facts),
         formats=dict(Counter(fact.format for fact in facts).most_common()),
         unreadable=tuple(Skipped(file.path, file.facts) for file in found if isinstance(file.facts, str)),
-        duplicates=tuple(tuple(group) for group in groups.values() if len(group) > 1),
-        shared=tuple((path, others[key]) for key, group in groups.items() if key in others for path in group),
-        against=against.root if against is not None else None,
+        set_channels=channels,
+        wrong_channels=tuple(
+            Skipped(file.path, f"{file.facts.channels} channel{'s' * (file.facts.channels > 1)}")
+            for file in found
+            if isinstance(file.facts, ImageFacts) and not _is_read(file.facts, channels)
+        ),
+        best_channels=_best_channels(facts, channels),
     )
 
 
-class _Found(NamedTuple):
-    path: Path
-    digest: bytes
-    num_bytes: int
-    facts: ImageFacts | str | None
-    """A text says why the file can't be read; None where it wasn't decoded."""
-
-
-def _look_at(paths: Sequence[Path], max_pixels: int | None) -> Iterator[_Found]:
-    """Facts of each file, in order; decoding runs in threads, since OpenCV lets go of Python's lock. None: don't."""
-    with ThreadPoolExecutor(max_workers=usable_cores()) as threads:
-        for first in range(0, len(paths), _CHUNK):
-            yield from threads.map(lambda path: _look_at_one(path, max_pixels), paths[first : first + _CHUNK])
-
-
-def _look_at_one(path: Path, max_pixels: int | None) -> _Found:
+def _scan_file(path: Path, max_pixels: int) -> ScannedImage:
     try:
         data = path.read_bytes()
     except OSError as error:
-        return _Found(path, b"", 0, f"can't be read ({error.strerror or error})")
-    digest = hashlib.sha256(data).digest() if data else b""  # empty files are no duplicates of one another
-    if max_pixels is None:
-        return _Found(path, digest, len(data), None)
+        return ScannedImage(path, b"", 0, f"can't be read ({error.strerror or error})", None)
+    digest = hashlib.sha256(data).digest() if data else b""  # empty files are no copies of one another
     try:
         with reading(path, "an image"):
-            return _Found(path, digest, len(data), inspect_image(data, max_pixels))
+            facts, image = inspect_image(data, max_pixels)
+            if facts.values is not None and not all(map(math.isfinite, facts.values)):
+                raise DataError("pixels that are no finite numbers")
+            return ScannedImage(path, digest, len(data), facts, reduce_picture(image))
     except DataError as error:
-        return _Found(path, digest, len(data), str(error).removeprefix(f"{path}: "))
+        return ScannedImage(path, digest, len(data), str(error).removeprefix(f"{path}: "), None)
+
+
+def _best_channels(facts: Sequence[ImageFacts], channels: int) -> int:
+    candidates = [channels, 3, *sorted({fact.channels for fact in facts})]
+    return max(candidates, key=lambda channels: sum(_is_read(fact, channels) for fact in facts))
+
+
+def _is_read(fact: ImageFacts, channels: int) -> bool:
+    return fact.channels == channels or (fact.is_picture and channels in (1, 3))
 
 
 def _values(facts: Sequence[ImageFacts]) -> dict[str, tuple[float, float]]:
@@ -170,17 +140,3 @@ def _values(facts: Sequence[ImageFacts]) -> dict[str, tuple[float, float]]:
 
 def _spread(values: Sequence[int]) -> tuple[int, float, int]:
     return (min(values), float(statistics.median(values)), max(values)) if values else (0, 0.0, 0)
-
-
-def _range(spread: tuple[int, float, int]) -> str:
-    low, median, high = spread
-    return f"{low}" if low == high else f"{low} to {high} (median {median:g})"
-
-
-def _counts(counts: dict[int, int] | dict[str, int]) -> str:
-    return ", ".join(f"{value}: {count:,}" for value, count in counts.items())
-
-
-def _some(texts: Sequence[str]) -> list[str]:
-    more = [f"  ... and {len(texts) - _SHOWN:,} more"] if len(texts) > _SHOWN else []
-    return [f"  {text}" for text in texts[:_SHOWN]] + more

@@ -18,65 +18,22 @@ import psutil
 import torch
 
 from smalti.config import to_tree
-from smalti.data.folders import open_images
-from smalti.data.loader import MAX_UNREADABLE
-from smalti.data.pixels import NO_PIXELS, PixelConfig
-from smalti.data.scan import ScanReport, scan_images
 from smalti.data.workers import SHARED_MEMORY, shared_memory_mib
 from smalti.errors import ConfigError
+from smalti.study.doctor_data import DataReport, Progress, fact_line, look_at_data
+from smalti.study.doctor_devices import MARGIN, Devices, find_devices, main_memory
 from smalti.study.machine import describe_machine, package_version
-from smalti.threads import usable_cores
+from smalti.study.pretrain import DataConfig
 from smalti.training.launch import split_batch
 
-MARGIN = 0.1
-"""Share of the free memory that stays free: what a step needs varies."""
 _EXTRAS = {"samples": "scikit-image", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 _MIN_MEASURED_S, _MAX_MEASURED_STEPS = 1.0, 5
 _CPU_FIRST_BATCH = 4
 _CPU_STEP_S = 10.0  # how long a measured step may take; beyond it a smaller batch stands for the run's
-_MIB, _GIB = 2**20, 2**30
+_MIB = 2**20
 
 MakeStep = Callable[[int], Callable[[], None]]
 """``make_step(batch_size)`` gives a function that makes one training step."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU."""
-
-    name: str
-    total_mib: float
-    free_mib: float
-    bf16: bool
-    """Whether it computes in bfloat16."""
-
-
-@dataclass(frozen=True)
-class Devices:
-    """What there is to compute on."""
-
-    processor: str
-    cores: int
-    """That this process may use."""
-    total_mib: float
-    free_mib: float
-    """Main memory that a run can have; within a container's limit, where there is one."""
-    gpus: tuple[Gpu, ...]
-
-    def lines(self) -> list[str]:
-        """One line a device."""
-        result = [
-            _line("processor", f"{self.processor}, {self.cores} core{'s' * (self.cores != 1)}"),
-            _line("memory", f"{self.free_mib / 1024:.1f} of {self.total_mib / 1024:.1f} GiB free"),
-        ]
-        for number, gpu in enumerate(self.gpus):
-            memory = f"{gpu.free_mib / 1024:.1f} of {gpu.total_mib / 1024:.1f} GiB free"
-            result.append(_line(f"GPU {number}", f"{gpu.name}, {memory}, {'bf16' if gpu.bf16 else 'no bf16'}"))
-        return result if self.gpus else [*result, _line("GPU", "none")]
 
 
 @dataclass(frozen=True)
@@ -174,12 +131,12 @@ class StepEstimate:
         devices = "" if own == self.batch_size else f" on {self.batch_size // own} devices"
         times = "" if self.accumulate == 1 else f" x {self.accumulate:,} accumulated"
         return [
-            _line("batch", f"batch_size={self.batch_size:,}{devices}: micro_batch={self.micro_batch:,}{times}"),
-            _line("step", f"{self.seconds:.3g} s on {self.device} ({rate:,.3g} images/s per device)"),
-            _line("", f"measured at micro_batch {sizes}"),
-            _line("needs memory", f"{self.memory_mib / 1024:.2f} of {self.free_mib / 1024:.1f} GiB free; {limit}"),
-            _line("needs time", f"{_duration(self.seconds * self.steps)} for {self.steps:,} steps"),
-            _line(
+            fact_line("batch", f"batch_size={self.batch_size:,}{devices}: micro_batch={self.micro_batch:,}{times}"),
+            fact_line("step", f"{self.seconds:.3g} s on {self.device} ({rate:,.3g} images/s per device)"),
+            fact_line("", f"measured at micro_batch {sizes}"),
+            fact_line("needs memory", f"{self.memory_mib / 1024:.2f} of {self.free_mib / 1024:.1f} GiB free; {limit}"),
+            fact_line("needs time", f"{_duration(self.seconds * self.steps)} for {self.steps:,} steps"),
+            fact_line(
                 "needs disk",
                 f"{self.disk_mib / 1024:.2f} GiB: checkpoints of {self.checkpoint_mib:,.0f} MiB, {self.keep} kept, "
                 "the best, one being written",
@@ -206,8 +163,7 @@ class DoctorReport:
     disk_free_mib: float
     out: Path
     """Where the disk was looked at."""
-    data: str | None
-    scan: ScanReport | None
+    data: DataReport | None
     step: StepEstimate | None
     shared_mib: float | None = None
     """Free shared memory, through which data workers hand over batches; None where the system has none."""
@@ -215,9 +171,7 @@ class DoctorReport:
     @property
     def problems(self) -> list[str]:
         """What will go wrong or mislead, a sentence each; empty if nothing is known to."""
-        found: list[str] = []
-        if self.scan is not None:
-            found += _scan_problems(self.scan)
+        found = list(self.data.problems) if self.data is not None else []
         if self.step is not None:
             found += self._step_problems(self.step)
         return found
@@ -227,17 +181,17 @@ class DoctorReport:
         have = [f"{name} {version}" for name, version in self.versions.items()]
         parts = [
             [
-                _line("versions", ", ".join(have[:4])),
-                *(_line("", ", ".join(have[n : n + 4])) for n in range(4, len(have), 4)),
+                fact_line("versions", ", ".join(have[:4])),
+                *(fact_line("", ", ".join(have[n : n + 4])) for n in range(4, len(have), 4)),
             ],
-            [_line("extras", ", ".join(f"{name} {version}" for name, version in self.extras.items()))],
+            [fact_line("extras", ", ".join(f"{name} {version}" for name, version in self.extras.items()))],
             self.devices.lines(),
-            [_line("disk", f"{self.disk_free_mib / 1024:,.1f} GiB free at {self.out.absolute()}")],
-            [_line("shared mem", f"{self.shared_mib:,.0f} MiB free in {SHARED_MEMORY}")] if self.shared_mib else [],
+            [fact_line("disk", f"{self.disk_free_mib / 1024:,.1f} GiB free at {self.out.absolute()}")],
+            [fact_line("shared mem", f"{self.shared_mib:,.0f} MiB free in {SHARED_MEMORY}")] if self.shared_mib else [],
         ]
         parts = [[line for part in parts for line in part]]
-        if self.scan is not None:
-            parts.append([_line("data", str(self.data)), *self.scan.lines()])
+        if self.data is not None:
+            parts.append(self.data.lines())
         if self.step is not None:
             parts.append(self.step.lines())
         problems = self.problems
@@ -272,64 +226,46 @@ class DoctorReport:
                 f"checkpoints need {step.disk_mib / 1024:.2f} GiB, {self.out} has {self.disk_free_mib / 1024:.2f} GiB "
                 "free; lower checkpoint.keep or choose another --out"
             )
-        if self.scan is not None and self.scan.count - len(self.scan.unreadable) < step.batch_size:
+        if self.data is not None and self.data.files is not None and self.data.trained_on < step.batch_size:
             found.append(f"fewer images than a batch of {step.batch_size:,}: each batch repeats some of them")
         return found
 
 
 def doctor(
     data: str | None = None,
+    settings: DataConfig | None = None,
     *,
     against: str | None = None,
     out: Path = Path(),
     step: StepEstimate | None = None,
-    pixels: PixelConfig = NO_PIXELS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> DoctorReport:
-    """Look at this machine and, if named, at images.
+    """Look at this machine and, if named, at data.
 
     Args:
-        data: images as for :func:`~smalti.data.folders.open_images`; all are read once.
-        against: a second set, such as the one to evaluate on; images in both are reported.
+        data: images or recordings as for :func:`~smalti.study.doctor_data.look_at_data`; all images are read once.
+        settings: how the data are read; None: the defaults.
+        against: a second set, to evaluate on; its images that are also trained on are reported.
         out: where a run would be written; need not exist.
         step: from :func:`measure_step`.
-        pixels: how the images are decoded.
         progress: called with (files read, files in all) while images are read.
 
     Raises:
-        ConfigError: for ``against`` without ``data``.
-        DataError: if there are no images.
+        ConfigError: for ``against`` without images.
+        DataError: if there is nothing to read, or it could be read in two ways.
     """
     if against is not None and data is None:
         raise ConfigError("--against compares two sets of images; name the first one, too: smalti doctor DATA")
-    scan = None
-    if data is not None:
-        other = open_images(against) if against is not None else None
-        scan = scan_images(open_images(data).with_pixels(pixels), against=other, progress=progress)
     return DoctorReport(
         versions=describe_machine()["versions"] | {"cuda": str(torch.version.cuda or "not in this torch")},
         extras={name: package_version(package) for name, package in _EXTRAS.items()},
         devices=find_devices(),
         disk_free_mib=shutil.disk_usage(_existing(out)).free / _MIB,
         out=out,
-        data=data,
-        scan=scan,
+        data=None if data is None else look_at_data(data, settings, against=against, progress=progress),
         step=step,
         shared_mib=shared_memory_mib(),
     )
-
-
-def find_devices() -> Devices:
-    """Processor, memory and GPUs of this machine, as this process may use them."""
-    machine: dict[str, Any] = describe_machine()["machine"]
-    gpus = []
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        with torch.cuda.device(number):
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        gpus.append(Gpu(torch.cuda.get_device_name(number), total / _MIB, free / _MIB, bf16))
-    total, free = _main_memory()
-    return Devices(machine["processor"], usable_cores(), total / _MIB, free / _MIB, tuple(gpus))
 
 
 def measure_step(
@@ -480,27 +416,7 @@ def _free_mib(device: torch.device) -> float:
     _free(device)
     if device.type == "cuda":
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / _MIB
-    return (_main_memory()[1] + psutil.Process().memory_info().rss) / _MIB
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory of a device that this process can still have, less :data:`MARGIN`."""
-    if device.type == "cuda":
-        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) * (1 - MARGIN)
-    return _main_memory()[1] * (1 - MARGIN)
-
-
-def _main_memory() -> tuple[int, int]:
-    """Bytes of main memory in all and free, within the limit of a container."""
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    for limit_file, used_file in _CGROUP_FILES:
-        try:
-            limit, used = (int(Path(file).read_text(encoding="ascii")) for file in (limit_file, used_file))
-        except (OSError, ValueError):  # no container, or one without a limit ("max")
-            continue
-        return min(total, limit), max(min(free, limit - used), 0)
-    return total, free
+    return (main_memory()[1] + psutil.Process().memory_info().rss) / _MIB
 
 
 def _fit(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
@@ -508,21 +424,6 @@ def _fit(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
     (low, high), (at_low, at_high) = sizes, values
     each = max((at_high - at_low) / (high - low), 0.0) if high > low else 0.0
     return at_high - each * high, each
-
-
-def _scan_problems(scan: ScanReport) -> list[str]:
-    found = []
-    if scan.count and len(scan.unreadable) > MAX_UNREADABLE * scan.count:
-        found.append(
-            f"{len(scan.unreadable):,} of {scan.count:,} images can't be read; training stops at more than a tenth"
-        )
-    if scan.scale_hint:
-        found.append(scan.scale_hint)
-    if scan.shared:
-        found.append(f"{len(scan.shared):,} images are also in {scan.against}: results there would flatter the encoder")
-    if len(scan.channels) > 1 and not set(scan.channels) <= {1, 3, 4}:
-        found.append("images differ in their channels; set data.channels and convert those that don't fit")
-    return found
 
 
 def _existing(path: Path) -> Path:
@@ -539,7 +440,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _line(label: str, text: str) -> str:
-    return f"{label:<13}{text}"

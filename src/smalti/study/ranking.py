@@ -42,7 +42,7 @@ from smalti.ranking.orders import (
     look_up,
     rank_images,
 )
-from smalti.study.doctor import free_bytes
+from smalti.study.doctor_devices import free_bytes
 from smalti.study.machine import describe_machine
 from smalti.study.pretrain import load_method
 from smalti.study.run_folder import CONFIG_FILE
