@@ -422,7 +422,9 @@ def _is_voc(root: Path) -> bool:
         ("ImageSets/Segmentation", "sets"),
         ("SegmentationClass", "SegmentationClassAug"),
     )
-    return all(_find(home, names) for names in needed)
+    lists = _find(home, needed[1])
+    has_lists = lists is not None and any((lists / f"{name}.txt").is_file() for name in ("trainaug", "train", "val"))
+    return has_lists and all(_find(home, names) for names in needed)
 
 
 def _ade20k_folder(root: Path) -> Path:

@@ -172,8 +172,8 @@ def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
 def _hint(images: ImageSet, need: Kind) -> str:
     if need == "boxes" and any(images.root.glob("annotations/instances_*.json")):
         return f"; COCO's files there are read with coco={images.root}"
-    if images.hint:
-        return f"; {images.hint}"
+    if why := {"labels": images.no_labels, "masks": images.no_masks}.get(need):
+        return f"; {why}"
     objects = images.root / "objects"
     if need == "labels" and objects.is_dir():
         return f"; there are some in {objects}"
