@@ -212,6 +212,12 @@ def test_an_image_without_mask_stops_an_evaluation_only_if_a_split_names_it(writ
         open_labelled(tmp_path, need="masks")
 
 
+def test_a_home_that_is_not_there_is_one_line():
+    for data in ("~nobody-here/images", "folder=~nobody-here/images"):
+        with pytest.raises(DataError, match="~nobody-here/images: no such file or folder"):
+            open_images(data)
+
+
 def test_missing_and_empty_places_are_one_line(tmp_path):
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'no'}: no such file or folder")):
         open_images(tmp_path / "no")

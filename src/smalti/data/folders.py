@@ -21,7 +21,7 @@ from smalti.data.image_files import Found, find_images, first_of
 from smalti.data.image_set import SPLITS as SPLITS
 from smalti.data.image_set import ImageSample as ImageSample
 from smalti.data.image_set import ImageSet as ImageSet
-from smalti.data.image_set import as_text, read_class_names
+from smalti.data.image_set import as_text, expand_home, read_class_names
 from smalti.data.images import read_image as read_image
 from smalti.data.mask_folders import (
     IMAGE_FOLDERS,
@@ -105,11 +105,11 @@ def training_images(images: ImageSet) -> ImageSet:
 
 def _split_name(data: str | Path, layout: str | None) -> tuple[Path, str | None]:
     """``NAME=PATH`` apart; a path that exists is a path, whatever signs are in it."""
-    path = Path(data).expanduser()
+    path = expand_home(data)
     if layout is None and not path.exists():
         match = re.fullmatch(r"([A-Za-z][\w-]*)=(.*)", str(data), re.DOTALL)
         if match:
-            return Path(match[2]).expanduser(), match[1]
+            return expand_home(match[2]), match[1]
     return path, layout
 
 

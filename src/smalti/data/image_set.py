@@ -172,6 +172,14 @@ def as_text(name: str | Path) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+def expand_home(path: str | Path) -> Path:
+    """A path with ``~`` replaced by the home directory; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def is_text(name: str | Path) -> bool:
     """Whether a file's name is UTF-8."""
     try:

@@ -27,7 +27,7 @@ def warn_of_black_and_white(images: ImageSet) -> None:
     for mask in masks[:: max(1, len(masks) // _LOOKED_AT)][:_LOOKED_AT]:
         try:
             values.update(np.unique(_read_numbers(mask)).tolist())
-        except DataError:  # told when it is read, if its image can be
+        except DataError:  # reported when it is read, if its image can be
             return
     if IGNORED in values and values <= {0, IGNORED} and images.classes and len(images.classes) <= IGNORED:
         warnings.warn(

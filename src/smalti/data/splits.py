@@ -144,16 +144,18 @@ def image_keys(names: Sequence[PurePosixPath], folders: Collection[str] = ()) ->
 
     A short form that fits two images is left out.
     """
-    found: dict[str, set[str]] = defaultdict(set)
+    result: dict[str, str] = {}
+    ambiguous: set[str] = set()
     for name in names:
-        full = name.as_posix()
-        starts = [0, *(place + 1 for place, part in enumerate(name.parts[:-1]) if part in folders)]
+        full, parts, ending = name.as_posix(), name.parts, name.suffix
+        starts = [0, *(place + 1 for place, part in enumerate(parts[:-1]) if part in folders)]
         for start in starts:
-            path = PurePosixPath(*name.parts[start:])
-            for text in {path.as_posix(), path.with_suffix("").as_posix()}:
-                found[text].add(full)
-                found[unicodedata.normalize("NFC", text)].add(full)
-    return {text: next(iter(images)) for text, images in found.items() if len(images) == 1}
+            path = "/".join(parts[start:])
+            for text in (path, path.removesuffix(ending)):
+                for form in {text, unicodedata.normalize("NFC", text)}:
+                    if result.setdefault(form, full) != full:
+                        ambiguous.add(form)
+    return {text: image for text, image in result.items() if text not in ambiguous}
 
 
 def text_files(root: Path) -> list[Path]:
