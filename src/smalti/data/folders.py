@@ -296,7 +296,7 @@ def _read_classes(root: Path, class_depth: ClassDepth | None = None) -> ImageSet
         why = _why_no_classes(found.names, has_splits, class_depth)
         raise DataError(f"{as_text(root)}: {why}; layout 'classes' needs CLASS/image or SPLIT/CLASS/image everywhere")
     images = _with_splits(images) if has_splits else replace(images, remarks=_no_splits(found.names, "a class"))
-    return replace(images, not_read=found.not_read)
+    return replace(_with_lists(images, root), not_read=found.not_read)
 
 
 def _class_set(

@@ -105,7 +105,7 @@ def _image_set(path: Path, layout: str, rows: Sequence[tuple[int, Row]]) -> Imag
         for row in kept
     )
     left = len(rows) - len(kept)
-    notes = (f"{left:,} row{'s' * (left > 1)} without a split",) if left else ()
+    notes: tuple[str, ...] = (f"{left:,} row{'s' * (left > 1)} without a split",) if left else ()
     first: dict[Path, ImageSample] = {}
     for sample in samples:
         other = first.setdefault(sample.path, sample)
