@@ -123,11 +123,11 @@ def test_one_file_without_a_split_is_all_there_is_and_two_of_a_split_are_refused
     write_json(small(), "annotations/instances_default.json")
     assert open_images(tmp_path).describe() == "coco: 2 images"
     write_json(small(), "annotations/instances_train.json")
-    with pytest.raises(DataError, match="default and train aren't told apart as train, val and test"):
+    with pytest.raises(DataError, match="default and train aren't distinguished as train, val and test"):
         open_images(tmp_path)
     (tmp_path / "annotations/instances_default.json").unlink()
     write_json(small(), "annotations/instances_train2014.json")
-    with pytest.raises(DataError, match="train and train2014 aren't told apart"):
+    with pytest.raises(DataError, match="train and train2014 aren't distinguished"):
         open_images(tmp_path)
 
 
@@ -200,6 +200,11 @@ def as_corners(tree, outlines=True):
             del item["segmentation"]
 
 
+def as_fractions_of_corners(tree):
+    for item in tree["annotations"]:
+        item["bbox"] = [0.4, 0.3, 0.9, 0.8]
+
+
 def as_fractions(tree):
     for item in tree["annotations"]:
         x, y, width, height = item["bbox"]
@@ -209,6 +214,7 @@ def as_fractions(tree):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
+        (as_fractions_of_corners, "boxes lie in 0..1, as fractions of the image"),
         (as_fractions, r"all 6 boxes lie in 0..1, as fractions of the image; boxes are left, top, width and height"),
         (as_corners, r"boxes look like corners .x0, y0, x1, y1.: read as left, top, width and height, 3 of 6 reach"),
         (lambda tree: as_corners(tree, outlines=False), "boxes look like corners"),
@@ -216,7 +222,15 @@ def as_fractions(tree):
         (lambda tree: tree["annotations"][0].update(bbox=[0, 0, 1e999, 1]), "annotation 0"),
         (lambda tree: tree["annotations"][0].update(image_id=float("inf")), "annotation 0"),
     ],
-    ids=["fractions", "corners", "corners without outlines", "names", "infinite", "infinite id"],
+    ids=[
+        "corners as fractions",
+        "fractions",
+        "corners",
+        "corners without outlines",
+        "names",
+        "infinite",
+        "infinite id",
+    ],
 )
 def test_boxes_that_are_read_in_another_way_than_meant_are_refused(write, write_json, tmp_path, change, line):
     boxed(write, write_json, change)

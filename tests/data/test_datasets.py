@@ -100,6 +100,15 @@ def test_voc_is_found_below_its_parents(photo, write, write_list, tmp_path, pare
     assert open_images(tmp_path).describe() == "voc: 3 images (train 2, val 1), 21 classes"
 
 
+def test_folders_of_voc_without_its_lists_are_images_with_masks(photo, write, write_list, tmp_path):
+    """As CVAT exports them: ImageSets/Segmentation/default.txt."""
+    voc(photo, write, write_list, aug=False)
+    for path in (tmp_path / "ImageSets/Segmentation").iterdir():
+        path.unlink()
+    write_list("ImageSets/Segmentation/default.txt", "")
+    assert open_images(tmp_path).layout == "masks"
+
+
 @pytest.mark.parametrize(
     ("gone", "line"),
     [

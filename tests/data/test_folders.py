@@ -212,6 +212,12 @@ def test_an_image_without_mask_stops_an_evaluation_only_if_a_split_names_it(writ
         open_labelled(tmp_path, need="masks")
 
 
+def test_a_home_that_is_not_there_is_one_line():
+    for data in ("~nobody-here/images", "folder=~nobody-here/images"):
+        with pytest.raises(DataError, match="~nobody-here/images: no such file or folder"):
+            open_images(data)
+
+
 def test_missing_and_empty_places_are_one_line(tmp_path):
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'no'}: no such file or folder")):
         open_images(tmp_path / "no")
@@ -254,39 +260,13 @@ def test_a_class_called_thumbs_stays_one(write, tmp_path):
     assert open_images(tmp_path).classes == ("fists", "thumbs")
 
 
-@pytest.mark.parametrize(
-    ("files", "line"),
-    [
-        (["train/a/1.png", "train/b/2.png", "holdout/a/3.png"], "holdout/ lies beside train/ and is no split; rename"),
-        (["train/1.png", "test/2.png", "extra/3.png"], "extra/ lies beside test/, train/ and is no split"),
-        (["train_images/1.png", "test_images/2.png"], "test_images/, train_images/ look like splits; name them so"),
-        (["cat/train/1.png", "cat/test/2.png", "dog/train/3.png"], "cat/ holds test, train; put splits above"),
-    ],
-    ids=["unknown", "unknown, flat", "resembling", "inside classes"],
-)
-def test_folders_that_may_be_splits_are_not_guessed(write, tmp_path, files, line):
-    for name in files:
-        write(name)
-    with pytest.raises(DataError, match=re.escape(line)):
-        open_images(tmp_path)
-    assert len(open_images(f"folder={tmp_path}")) == len(files)
-
-
-def test_train_may_be_a_class_if_the_user_says_so(write, tmp_path):
-    write("train/1.png"), write("bus/2.png")
-    with pytest.raises(DataError, match=f"classes={re.escape(str(tmp_path))} takes every folder as a class"):
-        open_images(tmp_path)
-    with pytest.warns(LeftOut, match="no split: 'train' is read as a class"):
-        assert open_images(f"classes={tmp_path}").classes == ("bus", "train")
-
-
-@pytest.mark.parametrize("names", [("Train", "valid", "testing"), ("training", "dev", "TEST")])
-def test_every_spelling_of_a_split_is_known_and_test_is_not_trained_on(write, tmp_path, names):
-    for name in names:
-        write(f"{name}/1.png"), write(f"{name}/2.png")
-    images = open_images(tmp_path)
-    assert images.describe() == "folder: 6 images (train 2, val 2, test 2)"
-    assert {path.parent.name for path in training_images(images).paths} == {names[0]}
+def test_class_folders_with_words_of_splits_and_masks_are_classes(write, tmp_path):
+    folders = ("bus", "dog", "label", "mask", "test", "test_tube", "train_station")
+    for folder in folders:
+        write(f"{folder}/1.png"), write(f"{folder}/2.png")
+    with pytest.warns(LeftOut, match="no split: test/ is read as a class"):
+        images = open_images(tmp_path)
+    assert images.layout == "classes" and images.classes == folders
 
 
 def test_an_archive_s_outer_folder_is_looked_through(write, tmp_path):
@@ -296,17 +276,34 @@ def test_an_archive_s_outer_folder_is_looked_through(write, tmp_path):
     assert images.describe() == "classes: 3 images (train 2, test 1), 2 classes" and images.root.name == "set"
 
 
-def test_lists_beside_plain_images_are_splits(write, tmp_path):
-    for number in range(4):
-        write(f"photos/{number}.png")
-    (tmp_path / "train.txt").write_text("photos/0.png\nphotos/1.png\n")
-    (tmp_path / "valid.txt").write_text("photos/2.png\n")
-    with pytest.warns(LeftOut, match=r"1 image in no list \(photos/3.png\)"):
-        images = open_images(tmp_path)
-    assert images.describe() == "folder: 4 images (train 2, val 1, in no split 1)"
-    (tmp_path / "holdout.txt").write_text("photos/3.png\n")
-    with pytest.raises(DataError, match=r"holdout.txt: lists images beside train.txt, and its name is no split"):
-        open_images(tmp_path)
+def test_a_picture_above_a_packed_set_changes_nothing(write, tmp_path):
+    write("README.png"), write("docs/logo.png")
+    for split in ("train", "test"):
+        for kind in ("cat", "dog"):
+            for number in range(26):
+                write(f"images/{split}/{kind}/{number}.png", np.zeros((1, 1), np.uint8))
+    images = open_images(tmp_path)
+    assert images.describe() == "classes: 104 images (train 52, test 52), 2 classes"
+    assert images.not_read == ("2 images beside images/ (the first: README.png)",)
+
+
+def test_system_folders_of_a_packed_set_are_counted_once(write, tmp_path):
+    for name in ("set/a/1.png", "set/b/2.png", "set/__MACOSX/1.png", "__MACOSX/2.png"):
+        write(name)
+    assert open_images(tmp_path).not_read == ("2 folders of previews or system files (the first: __MACOSX)",)
+
+
+def test_tables_beside_images_are_pointed_out(write, tmp_path):
+    write("1.png"), (tmp_path / "train.csv").write_text("path,label\n1.png,a\n")
+    assert open_images(tmp_path).not_read == ("1 table, which table=FILE reads (train.csv)",)
+
+
+def test_why_there_are_no_labels_is_not_said_where_masks_are_needed(write, tmp_path):
+    write("only/1.png"), write("only/2.png")
+    with pytest.raises(DataError, match="there is only one class folder"):
+        open_labelled(tmp_path, need="labels")
+    with pytest.raises(DataError, match=r"classes.txt\)$"):
+        open_labelled(tmp_path, need="masks")
 
 
 def test_nested_class_folders_need_a_depth(write, tmp_path):
@@ -332,19 +329,6 @@ def test_class_names_are_printable(write, tmp_path):
         shutil.copy(write("x.png"), path / "1.png")
     (tmp_path / "x.png").unlink()
     assert open_images(tmp_path).classes == ("caf\\xe9", "plain", "two\\nlines")
-
-
-def test_the_same_split_under_two_names_is_refused(write, tmp_path):
-    for name in ["train/a/1.png", "train/b/2.png", "val/a/3.png", "validation/a/4.png"]:
-        write(name)
-    with pytest.raises(DataError, match="the same split twice: val, validation; keep one"):
-        open_images(tmp_path)
-
-
-def test_splits_without_train_are_not_trained_on_by_accident(write, tmp_path):
-    write("val/a/1.png"), write("test/b/2.png")
-    with pytest.raises(DataError, match="splits val, test, but no train; to read every image, write folder="):
-        training_images(open_images(tmp_path))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

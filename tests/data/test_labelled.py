@@ -114,7 +114,7 @@ def test_a_draw_takes_a_share_or_a_whole_number_that_is_there(write, tmp_path):
     assert draw_training(data, 4, 0).train != draw_training(data, 4, 1).train
     with pytest.raises(DataError, match=r"16 training images, eval.train_size=17 asks for more"):
         draw_training(data, 17, 0)
-    with pytest.raises(ConfigError, match=r"eval.train_size=1.5: give a share below 1, or a whole number of images"):
+    with pytest.raises(ConfigError, match=r"eval.train_size=1.5: give a fraction below 1, or a whole number of images"):
         draw_training(data, 1.5, 0)
 
 

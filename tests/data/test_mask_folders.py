@@ -35,6 +35,7 @@ def pairs(write, image, mask, count=6):
         ("{0}/images/{0}.png", "{0}/masks/other.png", ()),
         ("{}.png", "{}_mask.png", ()),
         ("scans/b ({}).png", "scans/b ({})_mask.png", ()),
+        ("train/{}_sat.jpg", "train/{}_mask.png", ("train",)),
     ],
 )
 def test_usual_layouts_are_images_with_masks(write, tmp_path, image, mask, splits):
@@ -69,6 +70,72 @@ def test_two_folders_with_the_same_names_and_masks_in_one_are_refused(write, tmp
     with pytest.raises(DataError, match=r"photos/ and outlines/ hold files of the same names, and those in outlines/ "):
         open_images(tmp_path)
     assert open_images(f"classes={tmp_path}").classes == ("outlines", "photos")
+
+
+@pytest.mark.parametrize(
+    ("folders", "line"),
+    [
+        (("imagesTr", "labelsTr"), "imagesTr/ and labelsTr/ are named as images and masks; rename the folders to imag"),
+        (("train_images", "train_masks"), "train_images/ and train_masks/ are named as images and masks"),
+        (("Training_Input", "Training_GroundTruth"), "give Training_Input/ alone to train without masks"),
+        (("train", "train_masks"), "train/ and train_masks/ are named as images and masks"),
+        (("img", "masks_human"), "img/ and masks_human/ are named as images and masks"),
+        (
+            ("x/test/good", "x/ground_truth/bad", "x/train/good"),
+            "test/ and ground_truth/ are named as images and masks",
+        ),
+        (("rgb", "semantic"), "rgb/ and semantic/ hold files of the same names, and those in semantic/ look like mas"),
+        (("rgb", "semantic", "z_depth"), "rgb/ and semantic/ hold files of the same names, and those in semantic/"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_folders_of_masks_are_never_classes(write, tmp_path, folders, line):
+    for number in range(3):
+        for folder in folders:
+            write(f"{folder}/{number}.png", MASK if folder == folders[1] else None)
+    with pytest.raises(DataError, match=re.escape(line)):
+        open_images(tmp_path)
+
+
+def test_splits_of_masks_that_are_named_otherwise_are_refused_without_advice_to_read_masks(write, tmp_path):
+    pairs(write, "stage1_train/{0}/images/{0}.png", "stage1_train/{0}/masks/{0}.png", 2)
+    write("stage1_test/9/images/9.png")
+    with pytest.raises(DataError, match=r"stage1_test/, stage1_train/ look like splits; name them so \(.*testing\)$"):
+        open_images(tmp_path)
+
+
+def test_a_small_folder_with_masks_does_not_hide_other_images(write, tmp_path):
+    write("old/img/1.png"), write("old/labels/1.png", MASK)
+    for number in range(3):
+        write(f"photos/{number}.png")
+    with pytest.raises(
+        DataError, match=r"old/img/ and old/labels/ look like .* but 3 images lie elsewhere, such as ph"
+    ):
+        open_images(tmp_path)
+    assert (
+        open_images(f"masks={tmp_path}")
+        .account()
+        .endswith("3 images outside of img/ and labels/ (the first: photos/0.png)")
+    )
+
+
+def test_test_images_without_masks_are_not_read(write, tmp_path):
+    pairs(write, "train/{0}/images/{0}.png", "train/{0}/masks/{0}.png", 2)
+    for number in range(3):
+        write(f"test/{number}/images/{number}.png")
+    assert open_images(tmp_path).describe() == "masks: 2 images (train 2)"
+
+
+def test_a_folder_of_masks_without_images_in_it_is_no_layout(write, tmp_path):
+    write("images/1.png"), (tmp_path / "masks").mkdir()
+    assert open_images(tmp_path).describe() == "folder: 1 image"
+
+
+def test_more_than_four_folders_with_numbered_files_are_classes(write, tmp_path):
+    for folder in "abcde":
+        for number in range(3):
+            write(f"{folder}/{number}.png", MASK if folder == "a" else None)
+    assert len(open_images(tmp_path).classes) == 5
 
 
 def test_two_classes_with_numbered_files_are_classes(write, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,6 +51,32 @@ def test_a_table_has_labels_splits_and_groups(files, ending):
 def test_a_table_of_paths_alone_has_no_classes(files):
     images = open_images(save(files / "t.csv", [{"path": row["path"], "when": "now"} for row in ROWS]))
     assert images.classes is None and images.account() == "table: 3 images; not read: column when"
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([("a.png", "cat", "train"), ("./a.png", "dog", "train")], "a.png has two labels; an image needs one row"),
+        ([("a.png", "cat", "train"), ("a.png", "cat", "test")], "a.png has two splits; an image needs one row"),
+        ([("~nobody-here/a.png", "cat", "train")], "1 of 1 files don't exist, the first: ~nobody-here/a.png"),
+    ],
+    ids=["labels", "splits", "no such user"],
+)
+def test_rows_that_contradict_each_other_or_name_nothing_are_refused(files, rows, line):
+    table = save(files / "t.csv", [dict(zip(("path", "label", "split"), row, strict=True)) for row in rows])
+    with pytest.raises(DataError, match=re.escape(line)):
+        open_images(table)
+
+
+def test_a_row_that_repeats_an_image_is_counted_and_read_once(files):
+    with pytest.warns(LeftOut, match="1 row that repeats an image"):
+        assert len(open_images(save(files / "t.csv", [ROWS[0], *ROWS]))) == 3
+
+
+def test_a_file_that_is_no_table_is_one_line(files):
+    (files / "t.tsv").write_text("path\tlabel\n")
+    with pytest.raises(DataError, match=r"t.tsv: no table that can be read; save it as .csv, .jsonl, .parquet"):
+        open_images(f"table={files / 't.tsv'}")
 
 
 def test_whole_numbers_as_labels_are_sorted_by_value(files):

@@ -26,7 +26,7 @@ class CocoObject:
     label: int
     """Place of its category in ``CocoAnnotations.classes``."""
     is_crowd: bool
-    """Whether it is a region with many objects that nobody told apart."""
+    """Whether it is a region with many objects that were not outlined one by one."""
     area: float
     """Pixels inside its outline, as the file has it; of the box, where it has none."""
     outline: Any = field(repr=False)
@@ -120,7 +120,7 @@ def with_objects(images: ImageSet) -> ImageSet:
     """The images that their files of annotations list, with the classes of these files.
 
     Images that no file lists are left out with a warning, as nobody knows what is in them. Boxes that reach over the
-    border by more than a pixel are told in a warning; who uses them clips them.
+    border by more than a pixel are counted in a warning; their users clip them.
 
     Raises:
         DataError: if there are no annotations, the files have other categories or none, a file lists an image that
@@ -219,7 +219,8 @@ def _check_box_format(table: CocoAnnotations) -> None:
     if not boxes:
         return
     needed = "boxes are left, top, width and height in pixels"
-    if all(max(item.box) <= 1 for _, item in boxes) and max(max(image.height, image.width) for image, _ in boxes) > 2:
+    is_below_1 = all(max(x0, y0, x1 - x0, y1 - y0) <= 1 + 1e-6 for _, item in boxes for x0, y0, x1, y1 in [item.box])
+    if is_below_1 and max(max(image.height, image.width) for image, _ in boxes) > 2:
         raise DataError(f"{table.path}: all {len(boxes):,} boxes lie in 0..1, as fractions of the image; {needed}")
     fits_file = fits_corners = over = 0
     for image, item in boxes:

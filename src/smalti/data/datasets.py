@@ -256,7 +256,7 @@ def read_coco(root: Path) -> ImageSet:
         split = SPLITS.get(name.rstrip("0123456789"))
         if seen.setdefault(split, name) != name or (None in seen and len(seen) > 1):
             raise DataError(
-                f"{root}: {' and '.join([*seen.values(), name][:2])} aren't told apart as train, val and test; "
+                f"{root}: {' and '.join([*seen.values(), name][:2])} aren't distinguished as train, val and test; "
                 "keep one, or rename them"
             )
         paths = [folders[name] / image for image in image_names(folders[name])] if folders else []
@@ -422,7 +422,9 @@ def _is_voc(root: Path) -> bool:
         ("ImageSets/Segmentation", "sets"),
         ("SegmentationClass", "SegmentationClassAug"),
     )
-    return all(_find(home, names) for names in needed)
+    lists = _find(home, needed[1])
+    has_lists = lists is not None and any((lists / f"{name}.txt").is_file() for name in ("trainaug", "train", "val"))
+    return has_lists and all(_find(home, names) for names in needed)
 
 
 def _ade20k_folder(root: Path) -> Path:

@@ -5,6 +5,7 @@ The layout is detected, or forced by ``NAME=PATH``; what could be read in two wa
 here, apart from a few where one of two folders may hold masks; order never depends on the file system.
 """
 
+import itertools
 import re
 import unicodedata
 import warnings
@@ -16,14 +17,29 @@ from typing import Literal
 
 from smalti.config import unknown_key
 from smalti.data import datasets
-from smalti.data.image_files import Found, find_images
+from smalti.data.image_files import Found, find_images, first_of
 from smalti.data.image_set import SPLITS as SPLITS
 from smalti.data.image_set import ImageSample as ImageSample
 from smalti.data.image_set import ImageSet as ImageSet
-from smalti.data.image_set import as_text, read_class_names
+from smalti.data.image_set import as_text, expand_home, read_class_names
 from smalti.data.images import read_image as read_image
-from smalti.data.mask_folders import find_mask_folders, masks_beside, read_masks, refuse_masks_as_classes
-from smalti.data.splits import folder_splits, image_keys, read_split_lists, split_of, stray_note
+from smalti.data.mask_folders import (
+    IMAGE_FOLDERS,
+    find_mask_folders,
+    masks_beside,
+    read_masks,
+    refuse_masks_as_classes,
+)
+from smalti.data.splits import (
+    check_same_splits,
+    folder_splits,
+    image_keys,
+    lists_images,
+    read_split_lists,
+    split_of,
+    stray_note,
+    text_files,
+)
 from smalti.data.tables import TABLES, read_list, read_table
 from smalti.errors import ConfigError, DataError
 
@@ -33,10 +49,12 @@ _MOST_STRAYS = 0.02
 _ENOUGH_FOR_ONE = 10
 """Images outside of class folders are left out if they are at most this fraction, or one beside this many; beyond it,
 the folders are no classes."""
+_OWN = ("folder", "classes", "masks")
+"""Layouts of one's own, which take splits from lists."""
 
 
 class LeftOut(UserWarning):
-    """Images of a data set that are left out, and why."""
+    """Images of a data set that are left out, and why; or a folder that is read in an unexpected way."""
 
 
 def open_images(data: str | Path, layout: str | None = None, *, class_depth: ClassDepth | None = None) -> ImageSet:
@@ -64,8 +82,8 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     if not path.exists():
         raise DataError(f"{as_text(path)}: no such file or folder")
     images = _read(path, layout, class_depth)
-    if images.left_out:
-        warnings.warn(f"{as_text(images.root)}: left out: {', '.join(images.left_out)}", LeftOut, stacklevel=2)
+    if told := [*images.remarks, *([f"left out: {', '.join(images.left_out)}"] if images.left_out else [])]:
+        warnings.warn(f"{as_text(images.root)}: {'; '.join(told)}", LeftOut, stacklevel=2)
     return images
 
 
@@ -87,11 +105,11 @@ def training_images(images: ImageSet) -> ImageSet:
 
 def _split_name(data: str | Path, layout: str | None) -> tuple[Path, str | None]:
     """``NAME=PATH`` apart; a path that exists is a path, whatever signs are in it."""
-    path = Path(data).expanduser()
+    path = expand_home(data)
     if layout is None and not path.exists():
         match = re.fullmatch(r"([A-Za-z][\w-]*)=(.*)", str(data), re.DOTALL)
         if match:
-            return Path(match[2]).expanduser(), match[1]
+            return expand_home(match[2]), match[1]
     return path, layout
 
 
@@ -121,22 +139,102 @@ def _detect(root: Path, class_depth: ClassDepth | None) -> ImageSet:
     if known := _known_folders(root):
         return READERS[known](root)
     found = find_images(root)
-    if find_mask_folders(root, found.names):
-        return read_masks(root, found)
-    top = {name.parts[0] for name in found.names}
-    if len(top) == 1 and len(found.names[0].parts) > 2 and not split_of(next(iter(top))):  # as archives are packed
-        inner = _detect(root / next(iter(top)), class_depth)
-        if inner.layout != "folder" or inner.splits:
-            return replace(inner, not_read=(*inner.not_read, *found.not_read))
-    return _detect_plain(root, found, class_depth)
+    images = _detect_own(root, found, class_depth)
+    if images.layout in _OWN and not images.splits:
+        _refuse_other_lists(root, images, found.lists)
+    tables = sorted(entry.name for entry in root.iterdir() if entry.suffix.lower() in TABLES)
+    if tables:
+        note = f"{len(tables)} table{'s' * (len(tables) > 1)}, which table=FILE reads ({first_of(tables)})"
+        images = replace(images, not_read=(*images.not_read, note))
+    return images
 
 
 def _known_folders(root: Path) -> str | None:
-    """``masks`` by its own names of folders, or a public data set."""
+    """The reader of a public data set whose folders are there; None where folders called masks say that it is none."""
     folders = {entry.name.lower() for entry in root.iterdir() if entry.is_dir()}
-    if "images" in folders and folders & {"masks", "instances"}:
-        return "masks"
-    return datasets.detect(root)
+    return None if "images" in folders and folders & {"masks", "instances"} else datasets.detect(root)
+
+
+def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
+    """Masks, class folders or one set of images, perhaps in an outer folder, as archives are packed."""
+    if folder := _only_folder(found.names):
+        inside = found.inside(folder)
+        known = _known_folders(root / folder)
+        images = READERS[known](root / folder) if known else _detect_own(root / folder, inside, class_depth)
+        images = _with_lists(images, root) if images.layout in _OWN else images
+        if images.layout == "masks" and images.classes is None:
+            images = replace(images, classes=read_class_names(root))
+        if images.layout != "folder" or images.splits:
+            strays = [name for name in found.names if name.parts[0] != folder]
+            beside = [stray_note(strays, f"beside {as_text(folder)}/")] if strays else []
+            notes = [note for note in images.not_read if note not in inside.not_read]
+            return replace(images, not_read=(*notes, *beside, *found.not_read))
+    if find_mask_folders(root, found.names):
+        return read_masks(root, found)
+    return _detect_plain(root, found, class_depth)
+
+
+def _only_folder(names: Sequence[PurePosixPath]) -> str | None:
+    """The outermost folder that holds all images, apart from a few that lie less deep; None where folders at the top
+    are splits or classes."""
+    folder, count = Counter(name.parts[0] for name in names).most_common(1)[0]
+    if any(len(name.parts) > 1 and split_of(name.parts[0]) for name in names):
+        return None
+    depths = [len(name.parts) for name in names if name.parts[0] == folder]
+    stray_depths = [len(name.parts) for name in names if name.parts[0] != folder]
+    is_outer = max(depths) > 2 and (not stray_depths or max(2, *stray_depths) < min(depths))
+    return folder if is_outer and _are_few(len(stray_depths), count) else None
+
+
+def _are_few(strays: int, inside: int) -> bool:
+    """Whether so many images in other places may be left out."""
+    return strays <= max(inside >= _ENOUGH_FOR_ONE, _MOST_STRAYS * (inside + strays))
+
+
+def _with_lists(images: ImageSet, home: Path) -> ImageSet:
+    """Splits by the lists in a folder that all images lie in; unchanged where it has none.
+
+    Raises:
+        DataError: for lists that can't be understood or contradict the folders of splits.
+    """
+    if not text_files(home):
+        return images
+    names = _names_from(home, images)
+    lists = read_split_lists(home, _list_keys(names), partial=len(images.splits) > 0)
+    if images.splits:
+        by_folder = {name.as_posix(): sample.split for name, sample in zip(names, images.samples, strict=True)}
+        check_same_splits(home, by_folder, lists)
+        return images
+    if not lists:
+        return images
+    split = [lists.get(name.as_posix()) for name in names]
+    samples = tuple(replace(sample, split=one) for sample, one in zip(images.samples, split, strict=True))
+    unlisted = [name for name, one in zip(names, split, strict=True) if one is None]
+    notes = (stray_note(unlisted, "in no list"),) if unlisted else ()
+    return replace(images, samples=samples, left_out=(*notes, *images.left_out))
+
+
+def _names_from(home: Path, images: ImageSet) -> list[PurePosixPath]:
+    return [PurePosixPath(path.relative_to(home)) for path in images.paths]
+
+
+def _list_keys(names: Sequence[PurePosixPath]) -> dict[str, str]:
+    """What a line of a list may say: a path, perhaps from a folder of images, a split or the only outer folder on."""
+    folders = {name.parts[:-1] for name in names}
+    outer = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
+    parts = {part for parents in folders for part in parents}
+    starts = {part for part in parts if part.lower() in IMAGE_FOLDERS or split_of(part)}
+    return image_keys(names, starts | {level[0] for level in outer})
+
+
+def _refuse_other_lists(root: Path, images: ImageSet, lists: Sequence[str]) -> None:
+    """Refuse lists of splits in other folders than those that are looked into, such as ``meta/train.txt``."""
+    keys = _list_keys(_names_from(root, images)) if lists else {}
+    if found := [name for name in lists if lists_images(root / name, keys)]:
+        raise DataError(
+            f"{as_text(root)}: images are listed in {', '.join(map(as_text, found[:3]))}, where lists are not read; "
+            f"move them to {as_text(root)}, or write folder={as_text(root)} to read every image as one set"
+        )
 
 
 def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
@@ -146,7 +244,6 @@ def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> I
     names = [name for name in found.names if name not in masks]
     refuse_masks_as_classes(root, names)
     splits = folder_splits(root, names)
-    lists = {} if splits else read_split_lists(root, image_keys(names))
     kept, strays = names, list[PurePosixPath]()
     if splits:
         kept = [name for name in names if len(name.parts) > 1]
@@ -155,32 +252,33 @@ def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> I
     labelled = _class_set(root, kept, len(splits) > 0, class_depth)
     images = replace(
         labelled or ImageSet(root, "folder", tuple(ImageSample(root / name) for name in kept), None),
-        hint="" if labelled else _why_no_classes(kept, len(splits) > 0, class_depth),
+        no_labels="" if labelled else _why_no_classes(kept, len(splits) > 0, class_depth),
     )
-    images = _with_splits(images, len(splits) > 0, lists)
+    if not splits:
+        images = replace(images, remarks=_no_splits(kept, "a class" if labelled else "any other folder"))
+    images = _with_lists(_with_splits(images) if splits else images, root)
     if masks and labelled is None and all(len(some) == 1 for some in beside.values()):
         mask_of = {root / image: root / some[0] for image, some in beside.items()}
         samples = tuple(replace(sample, mask=mask_of.get(sample.path)) for sample in images.samples)
         images = replace(images, layout="masks", samples=samples, classes=read_class_names(root))
     elif masks:
-        notes.append(stray_note(sorted(masks), "named as masks of others, beside class folders" if labelled else ""))
-        images = replace(images, hint=f"{len(masks):,} masks lie beside their images; put them into masks/")
-    if lists and (unlisted := [name for name in kept if name.as_posix() not in lists]):
-        notes.append(stray_note(unlisted, "in no list"))
+        notes.append(stray_note(sorted(masks), "named as masks of others" + ", beside class folders" * bool(labelled)))
+        images = replace(images, no_masks=f"{len(masks):,} masks lie beside their images; put them into masks/")
     return replace(images, left_out=(*notes, *images.left_out), not_read=found.not_read)
 
 
-def _with_splits(images: ImageSet, by_folder: bool, lists: dict[str, str]) -> ImageSet:
-    if not by_folder and not lists:
-        return images
-    split = [
-        split_of(path.relative_to(images.root).parts[0])
-        if by_folder
-        else lists.get(path.relative_to(images.root).as_posix())
-        for path in images.paths
-    ]
-    samples = tuple(replace(sample, split=name) for sample, name in zip(images.samples, split, strict=True))
+def _with_splits(images: ImageSet) -> ImageSet:
+    """Splits by the outermost folders."""
+    samples = tuple(
+        replace(sample, split=split_of(sample.path.relative_to(images.root).parts[0])) for sample in images.samples
+    )
     return replace(images, samples=samples)
+
+
+def _no_splits(names: Sequence[PurePosixPath], as_what: str) -> tuple[str, ...]:
+    """A remark on folders that have the name of a split and are none."""
+    odd = sorted({f"{as_text(name.parts[0])}/" for name in names if len(name.parts) > 1 and split_of(name.parts[0])})
+    return (f"no split: {', '.join(odd)} is read as {as_what}",) if odd else ()
 
 
 def _read_folder(root: Path) -> ImageSet:
@@ -197,8 +295,8 @@ def _read_classes(root: Path, class_depth: ClassDepth | None = None) -> ImageSet
     if images is None:
         why = _why_no_classes(found.names, has_splits, class_depth)
         raise DataError(f"{as_text(root)}: {why}; layout 'classes' needs CLASS/image or SPLIT/CLASS/image everywhere")
-    images = _with_splits(images, has_splits, {})
-    return replace(images, not_read=found.not_read)
+    images = _with_splits(images) if has_splits else replace(images, remarks=_no_splits(found.names, "a class"))
+    return replace(_with_lists(images, root), not_read=found.not_read)
 
 
 def _class_set(
@@ -216,7 +314,7 @@ def _class_set(
         DataError: if two folders have the same name in different Unicode forms.
     """
     inside, strays = _class_level(names, has_splits, class_depth)
-    if not inside or len(strays) > max(len(inside) >= _ENOUGH_FOR_ONE, _MOST_STRAYS * len(names)):
+    if not inside or not _are_few(len(strays), len(inside)):
         return None
     name_of = {name: _class_name(name, has_splits, class_depth) for name in inside}
     folders = sorted(set(name_of.values()))
@@ -233,8 +331,6 @@ def _class_set(
     number = {folder: place for place, folder in enumerate(folders)}
     samples = tuple(ImageSample(root / name, label=number[name_of[name]]) for name in inside)
     notes: tuple[str, ...] = (stray_note(strays, "outside of the class folders"),) if strays else ()
-    if test := [folder for folder in folders if split_of(folder) and not has_splits]:
-        notes += (f"no split: '{test[0]}' is read as a class",)
     return ImageSet(root, "classes", samples, tuple(map(as_text, folders)), left_out=notes)
 
 

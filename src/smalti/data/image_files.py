@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from smalti.data.image_set import as_text
+from smalti.data.image_set import SPLITS, as_text
 from smalti.data.images import ENDINGS
 from smalti.errors import DataError
 
@@ -21,6 +21,7 @@ _NOT_DATA = {
 """Folders that operating systems and storage devices add; in lower case."""
 _PREVIEWS = {"thumb", "thumbs", "thumbnail", "thumbnails"}
 """Folders of smaller copies, where the images lie beside them; in lower case."""
+_LISTS = {f"{split}.txt" for split in SPLITS}
 
 
 class Found(NamedTuple):
@@ -30,6 +31,20 @@ class Found(NamedTuple):
     """Relative paths, sorted."""
     skipped: list[str]
     """Folders that were not looked into, relative and sorted: previews, and what file systems add."""
+    lists: list[str]
+    """Text files whose names are those of splits, relative and sorted."""
+
+    def inside(self, folder: str) -> "Found":
+        """What lies in one of the outermost folders, relative to it."""
+        start = f"{folder}/"
+        names = [
+            PurePosixPath(*name.parts[1:]) for name in self.names if len(name.parts) > 1 and name.parts[0] == folder
+        ]
+        skipped, lists = (
+            [path.removeprefix(start) for path in paths if path.startswith(start)]
+            for paths in (self.skipped, self.lists)
+        )
+        return Found(names, skipped, lists)
 
     @property
     def not_read(self) -> tuple[str, ...]:
@@ -48,6 +63,7 @@ def find_images(root: Path) -> Found:
     """
     found: list[str] = []
     skipped: list[str] = []
+    lists: list[str] = []
     seen: set[tuple[int, int]] = set()
     # Links come after all real folders, so that a folder keeps its own name and a loop ends.
     waiting = [(str(root), "")]
@@ -63,6 +79,7 @@ def find_images(root: Path) -> Found:
                 entries = sorted((e for e in listing if not e.name.startswith(".")), key=lambda e: e.name, reverse=True)
             images = {e.name for e in entries if e.name.rpartition(".")[2].lower() in ENDINGS and _is(e.is_file)}
             found += [prefix + name for name in images]
+            lists += [prefix + e.name for e in entries if e.name.lower() in _LISTS and _is(e.is_file)]
             for entry in entries:
                 if entry.name in images or not _is(entry.is_dir):
                     continue
@@ -77,7 +94,7 @@ def find_images(root: Path) -> Found:
         raise DataError(
             f"{as_text(root)}: no images found (looked in all its folders for {', '.join(ENDINGS)}, in any case)"
         )
-    return Found([PurePosixPath(name) for name in sorted(found)], sorted(skipped))
+    return Found([PurePosixPath(name) for name in sorted(found)], sorted(skipped), sorted(lists))
 
 
 def image_names(root: Path) -> list[PurePosixPath]:

@@ -90,8 +90,12 @@ class ImageSet:
     """Images or masks that the layout would have and that are not in ``samples``, and why: a phrase each."""
     not_read: tuple[str, ...] = ()
     """What else lies there: a phrase each."""
-    hint: str = ""
-    """Why there are no class labels or masks, where something looks like them."""
+    remarks: tuple[str, ...] = ()
+    """What else a reader may not expect: a phrase each."""
+    no_labels: str = ""
+    """Why there are no class labels."""
+    no_masks: str = ""
+    """Why there are no masks, where something looks like them."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -155,8 +159,8 @@ class ImageSet:
         return f"{self.layout}: {images}{f' ({splits})' if splits else ''}{classes}"
 
     def account(self) -> str:
-        """:meth:`describe`, and what was left out or not read."""
-        parts = [self.describe()]
+        """:meth:`describe`, remarks, and what was left out or not read."""
+        parts = [self.describe(), *self.remarks]
         parts += [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
         parts += [f"not read: {', '.join(self.not_read)}"] if self.not_read else []
         return "; ".join(parts)
@@ -166,6 +170,14 @@ def as_text(name: str | Path) -> str:
     """A file's name as printable text on one line: bytes that are not UTF-8 and control characters are escaped."""
     text = os.fsencode(name).decode(errors="backslashreplace")
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def expand_home(path: str | Path) -> Path:
+    """A path with ``~`` replaced by the home directory; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def is_text(name: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""Labelled images for evaluation: what is learned from, what is judged on, and how both are made ready for an encoder.
+"""Labelled images for evaluation: what is learned from, what is evaluated on, and how both are prepared for an encoder.
 
 Unlike in training nothing is random here: the same file gives the same array, resized the way published evaluations do.
 """
@@ -150,7 +150,7 @@ def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
 
     Args:
         data: with all training images.
-        size: a share below 1, or a number of images from 1 on; at least one image is drawn.
+        size: a fraction below 1, or a number of images from 1 on; at least one image is drawn.
         seed: of the draw.
 
     Raises:
@@ -159,7 +159,7 @@ def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
     """
     total = len(data.train)
     if size >= 1 and size != int(size):
-        raise ConfigError(f"eval.train_size={size:g}: give a share below 1, or a whole number of images")
+        raise ConfigError(f"eval.train_size={size:g}: give a fraction below 1, or a whole number of images")
     count = int(size) if size >= 1 else max(1, round(size * total))
     if count > total:
         raise DataError(f"{data.train.root}: {total} training images, eval.train_size={count} asks for more")
@@ -172,8 +172,8 @@ def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
 def _hint(images: ImageSet, need: Kind) -> str:
     if need == "boxes" and any(images.root.glob("annotations/instances_*.json")):
         return f"; COCO's files there are read with coco={images.root}"
-    if images.hint:
-        return f"; {images.hint}"
+    if why := {"labels": images.no_labels, "masks": images.no_masks}.get(need):
+        return f"; {why}"
     objects = images.root / "objects"
     if need == "labels" and objects.is_dir():
         return f"; there are some in {objects}"

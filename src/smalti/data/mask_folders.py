@@ -12,7 +12,16 @@ from PIL import Image
 from smalti.data.image_files import Found, find_images
 from smalti.data.image_set import ImageSample, ImageSet, as_text, read_class_names
 from smalti.data.images import PILLOW_ERRORS
-from smalti.data.splits import folder_splits, image_keys, read_split_lists, split_of, stray_note
+from smalti.data.splits import (
+    check_same_splits,
+    folder_splits,
+    image_keys,
+    read_split_lists,
+    resembled_splits,
+    split_of,
+    stray_note,
+    words,
+)
 from smalti.errors import DataError
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "input", "inputs")
@@ -41,6 +50,24 @@ _MASK_ENDING = re.compile(
 )
 """What the stem of a mask may have behind that of its image."""
 _IMAGE_ENDING = re.compile(r"(.+?)[_-](image|img|sat|rgb|leftimg8bit)", re.IGNORECASE)
+_IMAGE_WORDS = {"image", "images", "img", "imgs", "input", "inputs"}
+_MASK_WORDS = {
+    "mask",
+    "masks",
+    "label",
+    "labels",
+    "annotation",
+    "annotations",
+    "annot",
+    "segmentation",
+    "segmentations",
+    "truth",
+    "groundtruth",
+    "gt",
+}
+"""Words that say what a folder holds, as in ``imagesTr`` and ``labelsTr``, in lower case."""
+_MOST_SISTERS = 4
+"""More folders with the same file names are classes with numbered files."""
 _LOOKED_AT = 8
 _MOST_VALUES = 32
 """A picture with more values or colours than this is no mask of classes."""
@@ -66,18 +93,25 @@ def find_mask_folders(root: Path, names: Sequence[PurePosixPath]) -> dict[Prefix
     Raises:
         DataError: if two folders could be the images, or the masks, of one place.
     """
-    children: dict[Prefix, set[str]] = defaultdict(set)
-    for name in names:
-        for depth in range(len(name.parts) - 1):
-            children[name.parts[:depth]].add(name.parts[depth])
     places: dict[Prefix, _Place] = {}
-    for prefix, inside in sorted(children.items()):
-        images, masks = _only(root, inside, IMAGE_FOLDERS), _only(root, inside, MASK_FOLDERS)
-        instances = _only(root, inside, (_INSTANCES,))
-        if images is not None and (masks is not None or instances is not None):
-            if not any(prefix[: len(upper)] == upper for upper in places):
-                places[prefix] = _Place(images, masks, instances)
+    for prefix, inside in sorted(_children(names).items()):
+        lower = {name.lower() for name in inside}
+        if lower.isdisjoint(IMAGE_FOLDERS) or lower.isdisjoint((*MASK_FOLDERS, _INSTANCES)):
+            continue
+        if not any(prefix[:depth] in places for depth in range(len(prefix))):
+            images, masks = _only(root, inside, IMAGE_FOLDERS), _only(root, inside, MASK_FOLDERS)
+            assert images is not None
+            places[prefix] = _Place(images, masks, _only(root, inside, (_INSTANCES,)))
     return places
+
+
+def _children(names: Sequence[PurePosixPath]) -> dict[Prefix, set[str]]:
+    """The names of the folders in each folder."""
+    children: dict[Prefix, set[str]] = defaultdict(set)
+    for folders in {name.parts[:-1] for name in names}:
+        for depth, folder in enumerate(folders):
+            children[folders[:depth]].add(folder)
+    return children
 
 
 def read_masks(root: Path, found: Found | None = None) -> ImageSet:
@@ -86,11 +120,13 @@ def read_masks(root: Path, found: Found | None = None) -> ImageSet:
 
     Args:
         root: the folder.
-        found: its images, where they are known.
+        found: its images, where the layout was not forced.
 
     Raises:
-        DataError: if there are no such folders, masks don't belong to the images, or the splits are not clear.
+        DataError: if there are no such folders, masks don't belong to the images, the splits are not clear, or, unless
+            the layout was forced, most images lie elsewhere.
     """
+    is_forced = found is None
     found = found or find_images(root)
     places = find_mask_folders(root, found.names)
     if not places:
@@ -98,6 +134,17 @@ def read_masks(root: Path, found: Found | None = None) -> ImageSet:
             f"{as_text(root)}: layout 'masks' needs the folders images/ and masks/ (or images/ and instances/)"
         )
     others = _distribute(places, found.names)
+    inside = sum(len(place.image_names) for place in places.values())
+    elsewhere = [name for name in others if not split_of(name.parts[0])]
+    if not is_forced and () not in places and len(elsewhere) > inside:
+        prefix, place = next(iter(places.items()))
+        home = as_text("/".join(prefix))
+        raise DataError(
+            f"{as_text(root)}: {home}/{as_text(place.images)}/ and {home}/{as_text(place.masks or _INSTANCES)}/ look "
+            f"like images and masks, but {len(elsewhere):,} images lie elsewhere, such as "
+            f"{as_text(str(elsewhere[0]))}; move one or the other away, or write masks={as_text(root)} to read only "
+            "images in such folders"
+        )
     masks, instances, notes = _pair(root, places)
     images = [name for place in places.values() for name in place.image_names]
     split_names = _splits(root, places, images, others)
@@ -121,43 +168,70 @@ def read_masks(root: Path, found: Found | None = None) -> ImageSet:
 
 
 def masks_beside(names: Sequence[PurePosixPath]) -> dict[PurePosixPath, list[PurePosixPath]]:
-    """``{image: its masks}`` where ``x_mask.png`` lies beside ``x.png``; empty where no file is named so."""
+    """``{image: its masks}`` where ``x_mask.png`` lies beside ``x.png`` or ``x_sat.png``; empty where none is so."""
     stems = {name.with_suffix(""): name for name in names}
+    images = {
+        stem.with_name(match[1]): name for stem, name in stems.items() if (match := _IMAGE_ENDING.fullmatch(stem.name))
+    } | stems
     result: dict[PurePosixPath, list[PurePosixPath]] = defaultdict(list)
     for stem, name in stems.items():
         match = _MASK_ENDING.fullmatch(stem.name)
-        if match and (image := stems.get(stem.with_name(match[1]))):
+        if match and (image := images.get(stem.with_name(match[1]))):
             result[image].append(name)
     return dict(result)
 
 
 def refuse_masks_as_classes(root: Path, names: Sequence[PurePosixPath]) -> None:
-    """Refuse two folders side by side with files of the same names, where those of one of them look like masks.
+    """Refuse folders side by side that would be classes, though some are masks of the others: by the words of their
+    names, or by files of the same names that look like masks in one folder and not in another.
 
     Raises:
         DataError: if that is so.
     """
+    for inside in _children(names).values():
+        said = {folder: {word.lower() for word in words(folder)} for folder in sorted(inside)}
+        masks = [folder for folder in said if said[folder] & _MASK_WORDS and not said[folder] & _IMAGE_WORDS]
+        split_like = [folder for folder in said if resembled_splits(folder)]
+        are_splits = len(split_like) > 1 and 2 * len(split_like) >= len(said)
+        images = [
+            folder
+            for folder in said
+            if (said[folder] & _IMAGE_WORDS or (are_splits and split_of(folder))) and not said[folder] & _MASK_WORDS
+        ]
+        if masks and images:
+            raise DataError(
+                f"{as_text(root)}: {as_text(images[0])}/ and {as_text(masks[0])}/ are named as images and masks"
+                + _rename(root, images)
+            )
     children: dict[Prefix, dict[str, dict[str, PurePosixPath]]] = defaultdict(lambda: defaultdict(dict))
     for name in names:
         if len(name.parts) > 1:
             children[name.parts[:-2]][name.parts[-2]][name.stem] = name
     for folders in children.values():
-        if len(folders) != 2:
+        if not 2 <= len(folders) <= _MOST_SISTERS:
             continue
-        (first, one), (second, two) = sorted(folders.items())
-        common = sorted(one.keys() & two.keys())
-        if len(common) < 0.9 * min(len(one), len(two)):
+        common = sorted(set.intersection(*(set(files) for files in folders.values())))
+        if len(common) < 0.9 * min(map(len, folders.values())):
             continue
         seen = common[:: max(1, len(common) // _LOOKED_AT)][:_LOOKED_AT]
-        is_mask = [[looks_like_mask(root / files[stem]) for stem in seen] for files in (one, two)]
-        if all(is_mask[0]) == any(is_mask[1]) or all(is_mask[1]) == any(is_mask[0]):
-            continue
-        masks, images = (first, second) if all(is_mask[0]) else (second, first)
-        raise DataError(
-            f"{as_text(root)}: {as_text(images)}/ and {as_text(masks)}/ hold files of the same names, and those in "
-            f"{as_text(masks)}/ look like masks; rename the folders to images/ and masks/, or write "
-            f"classes={as_text(root)} if they are two classes"
-        )
+        is_mask = {
+            folder: [looks_like_mask(root / files[stem]) for stem in seen] for folder, files in sorted(folders.items())
+        }
+        masks = [folder for folder, answers in is_mask.items() if all(answers)]
+        images = [folder for folder, answers in is_mask.items() if not any(answers)]
+        if masks and images:
+            raise DataError(
+                f"{as_text(root)}: {as_text(images[0])}/ and {as_text(masks[0])}/ hold files of the same names, and "
+                f"those in {as_text(masks[0])}/ look like masks" + _rename(root, images)
+            )
+
+
+def _rename(root: Path, images: Sequence[str]) -> str:
+    alone = min(images, key=lambda folder: "train" not in resembled_splits(folder))
+    return (
+        "; rename the folders to images/ and masks/ (in each split: train/images/ and train/masks/), give "
+        f"{as_text(alone)}/ alone to train without masks, or write classes={as_text(root)} if they are classes"
+    )
 
 
 def looks_like_mask(path: Path) -> bool:
@@ -232,7 +306,9 @@ def _pair(
         mask = (place.mask_names or place.instance_names)[0]
         raise DataError(
             f"{as_text(root)}: none of the masks has the stem of an image, such as "
-            f"{as_text(str(place.image_names[0]))} and {as_text(str(mask))}"
+            f"{as_text(str(place.image_names[0]))} and {as_text(str(mask))}; rename the masks, give "
+            f"{as_text(place.images)}/ alone to train without masks, or write classes={as_text(root)} if they are "
+            "classes"
         )
     if lonely:
         notes.append(stray_note(lonely, "of masks without an image"))
@@ -272,22 +348,22 @@ def _splits(
     root: Path, places: Mapping[Prefix, _Place], images: Sequence[PurePosixPath], others: Sequence[PurePosixPath]
 ) -> dict[str, str]:
     """``{image: split}`` by lists at the root, else by a folder: ``SPLIT/images/`` or ``images/SPLIT/``."""
-    folders = [place.images for place in places.values()]
+    folders = {place.images for place in places.values()}
     lists = read_split_lists(root, image_keys(images, folders))
     if () in places:
         below = [PurePosixPath(*name.parts[1:]) for name in images]
-        splits = dict.fromkeys(folder_splits(root, below)) if any(len(name.parts) > 1 for name in below) else {}
+        splits = (
+            dict.fromkeys(folder_splits(root, below, has_masks=True))
+            if any(len(name.parts) > 1 for name in below)
+            else {}
+        )
         by_folder = {
             name.as_posix(): split
             for name, path in zip(images, below, strict=True)
             if splits and (split := split_of(path.parts[0]))
         }
     else:
-        splits = dict.fromkeys(folder_splits(root, [*images, *others]))
+        splits = dict.fromkeys(folder_splits(root, [*images, *others], has_masks=True))
         by_folder = {name.as_posix(): split for name in images if splits and (split := split_of(name.parts[0]))}
-    if wrong := [name for name, split in lists.items() if by_folder.get(name, split) != split]:
-        raise DataError(
-            f"{as_text(root)}: {as_text(wrong[0])} lies in the folder of one split and is in the list of another; "
-            "keep the lists or the folders"
-        )
+    check_same_splits(root, by_folder, lists)
     return lists or by_folder

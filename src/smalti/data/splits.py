@@ -6,7 +6,7 @@ A name that could be a split and is not understood is an error: images that are 
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from smalti.data.image_files import first_of
@@ -23,12 +23,15 @@ def split_of(name: str) -> str | None:
     return SPLITS.get(name.lower())
 
 
-def folder_splits(root: Path, names: Sequence[PurePosixPath]) -> tuple[str, ...]:
+def folder_splits(root: Path, names: Sequence[PurePosixPath], has_masks: bool = False) -> tuple[str, ...]:
     """The folders right below ``root`` that are splits, as spelt; empty where the folders are no splits.
+
+    One folder called ``test`` beside class folders is a class.
 
     Args:
         root: for messages.
         names: of all images, relative to ``root``.
+        has_masks: whether there are masks among them, which no message may propose to read as images.
 
     Raises:
         DataError: if some folders are splits and others are not, names only resemble splits, a split is there twice,
@@ -37,18 +40,23 @@ def folder_splits(root: Path, names: Sequence[PurePosixPath]) -> tuple[str, ...]
     tops = sorted({name.parts[0] for name in names if len(name.parts) > 1})
     splits = [top for top in tops if split_of(top)]
     others = [top for top in tops if not split_of(top)]
-    if others and ("train" in map(split_of, splits) or len(splits) > 1):
+    is_nested = any(len(name.parts) > 2 and split_of(name.parts[0]) for name in names)
+    if others and ("train" in map(split_of, splits) or len(splits) > 1 or is_nested):
         raise DataError(
             f"{as_text(root)}: {as_text(others[0])}/ lies beside {', '.join(f'{split}/' for split in splits)} and is "
-            f"no split; rename it ({SPELLINGS}) or move it away; classes={as_text(root)} takes every folder as a class"
+            f"no split; rename it ({SPELLINGS}) or move it away"
+            + (f"; classes={as_text(root)} takes every folder as a class" + _as_one_set(root))
+            * (not has_masks)
         )
-    if not splits and len(others) > 1 and all(map(_resembles_split, others)):
+    resembling = {top: found for top in tops if (found := resembled_splits(top))}
+    is_mostly = len(set().union(*resembling.values())) > 1 and 2 * len(resembling) >= len(tops)
+    if others and len(tops) > 1 and (is_mostly or len(resembling) == len(tops)):
         raise DataError(
-            f"{as_text(root)}: {', '.join(f'{as_text(top)}/' for top in others[:3])} look like splits; name them so "
-            f"({SPELLINGS}), or write folder={as_text(root)} to read every image as one set"
+            f"{as_text(root)}: {', '.join(f'{as_text(top)}/' for top in [*resembling][:3])} look like splits; name "
+            f"them so ({SPELLINGS})" + _as_one_set(root) * (not has_masks)
         )
     if others:
-        _refuse_inner_splits(root, names)
+        _refuse_inner_splits(root, names, has_masks)
         return ()
     for split in SPLIT_ORDER:
         if len(spellings := [top for top in splits if split_of(top) == split]) > 1:
@@ -56,28 +64,29 @@ def folder_splits(root: Path, names: Sequence[PurePosixPath]) -> tuple[str, ...]
     return tuple(splits)
 
 
-def read_split_lists(root: Path, keys: Mapping[str, str]) -> dict[str, str]:
+def read_split_lists(root: Path, keys: Mapping[str, str], partial: bool = False) -> dict[str, str]:
     """``{image: split}`` from ``train.txt``, ``val.txt`` and so on; empty where there are no such lists.
 
-    A text file of another name that lists images is refused where there are split lists.
+    A text file of another name that lists images is refused where there are split lists, or its name resembles one.
 
     Args:
         root: the folder of the lists.
         keys: what a line may say of an image -> the image.
+        partial: pass over lines that name no image.
 
     Raises:
         DataError: for a line that names no image, an image in two lists, the same split twice, or a list whose name is
             not understood.
     """
-    texts = sorted(path for path in root.iterdir() if path.suffix.lower() == ".txt" and path.is_file())
+    texts = text_files(root)
     known = [path for path in texts if split_of(path.stem)]
-    if not known:
-        return {}
     for path in texts:
-        if path not in known and path.name.lower() != "classes.txt" and _lists_images(path, keys):
+        if path in known or path.name.lower() == "classes.txt" or not (known or resembled_splits(path.stem)):
+            continue
+        if lists_images(path, keys):
             raise DataError(
-                f"{as_text(path)}: lists images beside {known[0].name}, and its name is no split; rename it "
-                f"({SPELLINGS}) or move it away"
+                f"{as_text(path)}: lists images{f' beside {known[0].name}' if known else ''}, and its name is no "
+                f"split; rename it ({SPELLINGS}) or move it away"
             )
     result: dict[str, str] = {}
     source: dict[str, Path] = {}
@@ -87,49 +96,75 @@ def read_split_lists(root: Path, keys: Mapping[str, str]) -> dict[str, str]:
             raise DataError(f"{as_text(root)}: the same split twice: {other.name}, {path.name}; keep one")
         lines = read_lines(path)
         found = [(number, line, listed(line, keys)) for number, line in lines]
-        if unknown := [(number, line) for number, line, image in found if image is None]:
+        if not partial and (unknown := [(number, line) for number, line, image in found if image is None]):
             number, line = unknown[0]
             raise DataError(
                 f"{as_text(path)}: {len(unknown)} of {len(lines)} names have no image, the first: {line} "
-                f"(line {number})"
+                f"(line {number}); write paths relative to {as_text(root)}, or move the list away if it is none"
             )
         for _, line, image in found:
-            assert image is not None
-            if result.setdefault(image, split) != split:
+            if image is not None and result.setdefault(image, split) != split:
                 raise DataError(f"{as_text(root)}: '{line}' is in both {source[result[image]].name} and {path.name}")
     return result
 
 
+def check_same_splits(root: Path, by_folder: Mapping[str, str | None], lists: Mapping[str, str]) -> None:
+    """Refuse an image that is of one split by its folder and of another by a list.
+
+    Args:
+        root: for messages.
+        by_folder: image -> split.
+        lists: image -> split.
+    """
+    if wrong := [name for name, split in lists.items() if (by_folder.get(name) or split) != split]:
+        raise DataError(
+            f"{as_text(root)}: {as_text(wrong[0])} lies in the folder of one split and is in the list of another; "
+            "keep the lists or the folders"
+        )
+
+
 def listed(line: str, keys: Mapping[str, str]) -> str | None:
-    """The image that a line of a list names: as written, in composed Unicode, or followed by a number or a mask."""
+    """The image that a line of a list names: as written, in composed Unicode, or followed by a number or a mask.
+
+    Folders of another machine may stand before its path, as long as one of its own folders is left.
+    """
     texts = [line, line.removeprefix("./"), line.replace("\\", "/")]
     if match := _WITH_MORE.fullmatch(line):
         texts.append(match[1])
-    for text in texts:
-        for form in (text, unicodedata.normalize("NFC", text)):
-            if form in keys:
-                return keys[form]
-    return None
+    forms = [form for text in texts for form in (text, unicodedata.normalize("NFC", text))]
+    for form in forms:
+        if form in keys:
+            return keys[form]
+    shorter = (form.split("/", place)[-1] for form in forms for place in range(1, form.count("/")))
+    return next((keys[form] for form in shorter if form in keys), None)
 
 
-def image_keys(names: Sequence[PurePosixPath], folders: Sequence[str] = ()) -> dict[str, str]:
+def image_keys(names: Sequence[PurePosixPath], folders: Collection[str] = ()) -> dict[str, str]:
     """What a line of a list may say of each image: its path, without ending, or the same from one of the folders on.
 
     A short form that fits two images is left out.
     """
-    found: dict[str, set[str]] = defaultdict(set)
+    result: dict[str, str] = {}
+    ambiguous: set[str] = set()
     for name in names:
-        full = name.as_posix()
-        starts = [0, *(place + 1 for place, part in enumerate(name.parts[:-1]) if part in folders)]
+        full, parts, ending = name.as_posix(), name.parts, name.suffix
+        starts = [0, *(place + 1 for place, part in enumerate(parts[:-1]) if part in folders)]
         for start in starts:
-            path = PurePosixPath(*name.parts[start:])
-            for text in {path.as_posix(), path.with_suffix("").as_posix()}:
-                found[text].add(full)
-                found[unicodedata.normalize("NFC", text)].add(full)
-    return {text: next(iter(images)) for text, images in found.items() if len(images) == 1}
+            path = "/".join(parts[start:])
+            for text in (path, path.removesuffix(ending)):
+                for form in {text, unicodedata.normalize("NFC", text)}:
+                    if result.setdefault(form, full) != full:
+                        ambiguous.add(form)
+    return {text: image for text, image in result.items() if text not in ambiguous}
 
 
-def _lists_images(path: Path, keys: Mapping[str, str]) -> bool:
+def text_files(root: Path) -> list[Path]:
+    """The text files that lie in a folder, sorted."""
+    return sorted(path for path in root.iterdir() if path.suffix.lower() == ".txt" and path.is_file())
+
+
+def lists_images(path: Path, keys: Mapping[str, str]) -> bool:
+    """Whether the first line of a text file names an image."""
     try:
         lines = read_lines(path)
     except DataError:
@@ -137,12 +172,21 @@ def _lists_images(path: Path, keys: Mapping[str, str]) -> bool:
     return bool(lines) and listed(lines[0][1], keys) is not None
 
 
-def _resembles_split(name: str) -> bool:
-    words = re.split(r"[^a-z]+", name.lower())
-    return any(word in SPLITS for word in words)
+def resembled_splits(name: str) -> set[str]:
+    """The splits among the words of a name, such as ``train`` of ``train_images`` and of ``trainA``."""
+    return {split for word in words(name) if (split := split_of(word))}
 
 
-def _refuse_inner_splits(root: Path, names: Sequence[PurePosixPath]) -> None:
+def words(name: str) -> list[str]:
+    """The words of a name: they end at other signs than letters, and before a capital."""
+    return re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+
+
+def _as_one_set(root: Path) -> str:
+    return f"; folder={as_text(root)} reads every image as one set"
+
+
+def _refuse_inner_splits(root: Path, names: Sequence[PurePosixPath], has_masks: bool) -> None:
     """Refuse folders such as ``cat/train`` beside ``cat/test``: the layout says nothing about them."""
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for name in names:
@@ -154,7 +198,7 @@ def _refuse_inner_splits(root: Path, names: Sequence[PurePosixPath]) -> None:
             where = as_text(PurePosixPath(*parent).as_posix())
             raise DataError(
                 f"{as_text(root)}: {where}/ holds {', '.join(sorted(splits))}; put splits above everything else "
-                f"(SPLIT/CLASS/image), or write folder={as_text(root)} to read every image as one set"
+                f"(SPLIT/CLASS/image)" + _as_one_set(root) * (not has_masks)
             )
 
 

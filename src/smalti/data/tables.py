@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smalti.data.image_set import ImageSample, ImageSet, as_text, read_lines
+from smalti.data.image_set import ImageSample, ImageSet, as_text, expand_home, read_lines
 from smalti.data.splits import SPELLINGS, split_of
 from smalti.errors import DataError
 
@@ -54,8 +54,11 @@ def read_table(path: Path) -> ImageSet:
     all whole numbers are sorted by value, others by name.
 
     Raises:
-        DataError: if the table can't be read, lacks the column, or names files that don't exist or unknown splits.
+        DataError: if the table can't be read, lacks the column, names files that don't exist or unknown splits, or has
+            an image with two labels or in two splits.
     """
+    if path.suffix.lower() not in TABLES:
+        raise DataError(f"{as_text(path)}: no table that can be read; save it as {', '.join(TABLES)}")
     rows, others = _READ[path.suffix.lower()](path)
     if not rows:
         raise DataError(f"{as_text(path)}: a table without rows; it needs one image a row")
@@ -102,8 +105,16 @@ def _image_set(path: Path, layout: str, rows: Sequence[tuple[int, Row]]) -> Imag
         for row in kept
     )
     left = len(rows) - len(kept)
-    notes = (f"{left:,} row{'s' * (left > 1)} without a split",) if left else ()
-    return ImageSet(path, layout, samples, tuple(map(as_text, classes)) or None, left_out=notes)
+    notes: tuple[str, ...] = (f"{left:,} row{'s' * (left > 1)} without a split",) if left else ()
+    first: dict[Path, ImageSample] = {}
+    for sample in samples:
+        other = first.setdefault(sample.path, sample)
+        if (other.label, other.split) != (sample.label, sample.split):
+            what = "labels" if other.label != sample.label else "splits"
+            raise DataError(f"{as_text(path)}: {as_text(sample.path)} has two {what}; an image needs one row")
+    if repeated := len(samples) - len(first):
+        notes += (f"{repeated:,} row{'s' * (repeated > 1)} that repeat{'s' * (repeated == 1)} an image",)
+    return ImageSet(path, layout, tuple(first.values()), tuple(map(as_text, classes)) or None, left_out=notes)
 
 
 def _read_csv(path: Path) -> tuple[list[tuple[int, Row]], list[str]]:
@@ -180,8 +191,8 @@ def _is_whole(text: str) -> bool:
 
 def _find(table: Path, name: str) -> Path:
     """The file of that name: as written, else in the other Unicode form; names from a Mac are often decomposed."""
-    path = table.parent / Path(name).expanduser()
-    forms = (table.parent / Path(unicodedata.normalize(form, name)).expanduser() for form in ("NFC", "NFD"))
+    path = table.parent / expand_home(name)
+    forms = (table.parent / expand_home(unicodedata.normalize(form, name)) for form in ("NFC", "NFD"))
     return path if _is_file(path) else next((other for other in forms if _is_file(other)), path)
 
 

@@ -86,7 +86,7 @@ class EvalConfig(PixelConfig):
     """Masks of your own: values, or names of classes, whose pixels count for nothing; 255 is always ignored, unless
     ``mask_values`` gives it a class."""
     train_size: Annotated[float, Field(gt=0)] | None = None
-    """Learn from fewer training images, drawn by the seed: a share below 1, or a number of images; None takes all."""
+    """Learn from fewer training images, drawn by the seed: a fraction below 1, or their number; None takes all."""
     baseline: bool = True
     """Also evaluate the baseline: of a run the same network untrained (or before, where it started from weights), of
     an imported encoder its random initialisation."""
