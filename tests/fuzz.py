@@ -39,7 +39,7 @@ from smalti.models.encoder import build_encoder
 from smalti.models.loading import load
 from smalti.report.page import write_report
 from smalti.report.rundir import read_run
-from smalti.study import pretrain
+from smalti.study import pretrain, run_folder
 from smalti.study.doctor_data import look_at_data
 from smalti.training.checkpoint import TrainingState
 
@@ -292,7 +292,7 @@ def read_run_directory(folder: Path) -> None:
         lambda run: load(run, quiet=True),
         lambda run: load(run / "best", quiet=True),
         pretrain.load_method,
-        pretrain.read_run_file,
+        run_folder.read_run_file,
         lambda run: pretrain.resume(run, quiet=True),
     ):
         with contextlib.suppress(SmaltiError):

@@ -120,8 +120,9 @@ def _mutate_zip(data: bytes, rng: np.random.Generator) -> bytes:
 def _mutate_parquet(data: bytes, rng: np.random.Generator) -> bytes:
     """The note in the metadata changed, or a column of another type, or without one of them."""
     table, sink = pq.read_table(io.BytesIO(data)), io.BytesIO()
-    if rng.random() < 0.6:
-        note = _encode(mutate_text((table.schema.metadata or {})[b"smalti"].decode(), rng))
+    known = (table.schema.metadata or {}).get(b"smalti")
+    if known is not None and rng.random() < 0.6:
+        note = _encode(mutate_text(known.decode(), rng))
         table = table.replace_schema_metadata({b"smalti": note})
     else:
         place = int(rng.integers(table.num_columns))

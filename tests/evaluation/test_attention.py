@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.testing import assert_close
 
+from smalti.data.folders import LeftOut
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.attention import (
     EPS,
@@ -262,7 +263,8 @@ def test_masks_are_taken_where_there_are_some(tiny, scenes, greys):
 def test_masks_without_a_train_split_are_not_asked_for(tiny, scenes, tmp_path):
     for name in ("images", "masks", "val.txt", "classes.txt"):
         (tmp_path / name).symlink_to(scenes / name)
-    (result,) = evaluate(tiny, "mine", str(tmp_path), EvalConfig(protocols=("attention",), baseline=False))
+    with pytest.warns(LeftOut, match="in no split"):
+        (result,) = evaluate(tiny, "mine", str(tmp_path), EvalConfig(protocols=("attention",), baseline=False))
     assert result.settings["foreground"] == "left out: the images were opened without masks"
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError
@@ -75,5 +76,5 @@ def test_it_learns_which_token_tells_the_others():
 def test_widths_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"method.dim=26: must be a multiple of 4 and of method.num_heads=3"):
         Prefix(PatchTokens(16, 3, 8), PrefixConfig(dim=26))
-    with pytest.raises(ConfigError, match=r"method.depth=0: at least 1 is needed"):
-        Prefix(PatchTokens(16, 3, 8), PrefixConfig(depth=0))
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        PrefixConfig(depth=0)

@@ -66,7 +66,7 @@ def test_in_another_thread_nothing_is_handled() -> None:
 def test_a_blocked_signal_waits_until_it_is_handled() -> None:
     asked: list[int] = []
     with blocked_signals():
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other threads of the test run block nothing
         assert not asked
         with handled_signals(asked.append, None):
             assert asked == [signal.SIGUSR1]

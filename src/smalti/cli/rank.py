@@ -96,8 +96,10 @@ def command(
     for sentence in ranking.sentences:
         print(sentence)
     if ranking.skipped:
+        from smalti.data.image_set import as_text
+
         path, reason = ranking.skipped[0]
-        print(f"unreadable and left out: {len(ranking.skipped):,}, the first: {path}: {reason}")
+        print(f"unreadable and left out: {len(ranking.skipped):,}, the first: {as_text(path)}: {reason}")
     print(f"written: {file}: orders {', '.join(ranking.cache.stored)} of {len(ranking.images):,} images")
     print(f"numbers: {file.with_suffix('.json')}, page: {page}")
 

@@ -159,7 +159,10 @@ def check_headers(images: ImageSet) -> None:
             size = image_size(sample.path)
         except DataError:
             continue
-        _check_fit(mask, image_size(mask), sample.path, size)
+        with reading(mask, "a mask"), Image.open(mask) as picture:
+            mask_size = (picture.height, picture.width)
+            is_turned = picture.getexif().get(_ORIENTATION, 1) >= 5
+        _check_fit(mask, mask_size[::-1] if is_turned else mask_size, sample.path, size)
 
 
 def _check_fit(mask: Path, mask_size: tuple[int, ...], image: Path, size: tuple[int, int]) -> None:
