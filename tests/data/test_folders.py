@@ -241,6 +241,13 @@ def test_forced_classes_say_which_image_lies_elsewhere(write, tmp_path):
         open_images(f"classes={tmp_path}")
 
 
+def test_the_images_that_lie_elsewhere_are_the_fewer_ones(write, tmp_path):
+    for name in ("2019/a/1.png", "2019/b/2.png", "2020/a/3.png", "2020/4.png"):
+        write(name)
+    with pytest.raises(DataError, match=r"1 of 4 images don't lie where the others do, such as 2020/4.png beside 2019"):
+        open_labelled(tmp_path, need="labels")
+
+
 @pytest.mark.parametrize(
     "stray", ["overview.png", "cat/@eaDir/0.png/thumb.jpg", "cat/thumbs/0.png", "__MACOSX/cat/0.png"]
 )

@@ -79,6 +79,7 @@ def test_two_folders_with_the_same_names_and_masks_in_one_are_refused(write, tmp
         (("train_images", "train_masks"), "train_images/ and train_masks/ are named as images and masks"),
         (("Training_Input", "Training_GroundTruth"), "give Training_Input/ alone to train without masks"),
         (("train", "train_masks"), "train/ and train_masks/ are named as images and masks"),
+        (("test", "trainannot", "train"), "test/ and trainannot/ are named as images and masks"),
         (("img", "masks_human"), "img/ and masks_human/ are named as images and masks"),
         (
             ("x/test/good", "x/ground_truth/bad", "x/train/good"),

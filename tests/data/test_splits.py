@@ -38,6 +38,12 @@ def test_a_test_folder_that_is_read_as_any_other_is_said_to_be(write, tmp_path):
         assert "test/ is read as any other folder" in open_images(tmp_path).account()
 
 
+def test_nested_folders_beside_a_split_are_not_proposed_as_classes(write, tmp_path):
+    write("train/a/1.png"), write("extra/a/2.png")
+    with pytest.raises(DataError, match=r"or move it away; folder=.* reads every image as one set$"):
+        open_images(tmp_path)
+
+
 def test_train_may_be_a_class_if_the_user_says_so(write, tmp_path):
     write("train/1.png"), write("bus/2.png")
     with pytest.raises(DataError, match=f"classes={re.escape(str(tmp_path))} takes every folder as a class"):

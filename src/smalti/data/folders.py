@@ -365,9 +365,10 @@ def _why_no_classes(names: Sequence[PurePosixPath], has_splits: bool, class_dept
             f"outermost, class_depth=deepest for the innermost"
         )
     if inside and strays:
+        few, most = sorted((strays, inside), key=len)
         return (
-            f"{len(strays):,} of {len(names):,} images don't lie where the others do, such as "
-            f"{as_text(str(strays[0]))} beside {as_text(str(inside[0]))}"
+            f"{len(few):,} of {len(names):,} images don't lie where the others do, such as "
+            f"{as_text(str(few[0]))} beside {as_text(str(most[0]))}"
         )
     if inside:
         return "there is only one class folder"

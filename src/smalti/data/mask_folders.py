@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from smalti.data.image_files import Found, find_images
-from smalti.data.image_set import ImageSample, ImageSet, as_text, read_class_names
+from smalti.data.image_set import SPLITS, ImageSample, ImageSet, as_text, read_class_names
 from smalti.data.images import PILLOW_ERRORS
 from smalti.data.splits import (
     check_same_splits,
@@ -189,10 +189,10 @@ def refuse_masks_as_classes(root: Path, names: Sequence[PurePosixPath]) -> None:
         DataError: if that is so.
     """
     for inside in _children(names).values():
-        said = {folder: {word.lower() for word in words(folder)} for folder in sorted(inside)}
+        said = {folder: _said(folder) for folder in sorted(inside)}
         masks = [folder for folder in said if said[folder] & _MASK_WORDS and not said[folder] & _IMAGE_WORDS]
         split_like = [folder for folder in said if resembled_splits(folder)]
-        are_splits = len(split_like) > 1 and 2 * len(split_like) >= len(said)
+        are_splits = any(split_of(folder) == "train" for folder in said) or 2 * len(split_like) >= max(4, len(said))
         images = [
             folder
             for folder in said
@@ -224,6 +224,12 @@ def refuse_masks_as_classes(root: Path, names: Sequence[PurePosixPath]) -> None:
                 f"{as_text(root)}: {as_text(images[0])}/ and {as_text(masks[0])}/ hold files of the same names, and "
                 f"those in {as_text(masks[0])}/ look like masks" + _rename(root, images)
             )
+
+
+def _said(folder: str) -> set[str]:
+    """The words of a folder's name in lower case, and ``masks`` of ``trainmasks``."""
+    whole = {word.lower() for word in words(folder)}
+    return whole | {word.removeprefix(split) for word in whole for split in SPLITS}
 
 
 def _rename(root: Path, images: Sequence[str]) -> str:

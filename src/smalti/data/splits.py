@@ -42,11 +42,11 @@ def folder_splits(root: Path, names: Sequence[PurePosixPath], has_masks: bool = 
     others = [top for top in tops if not split_of(top)]
     is_nested = any(len(name.parts) > 2 and split_of(name.parts[0]) for name in names)
     if others and ("train" in map(split_of, splits) or len(splits) > 1 or is_nested):
+        is_flat = all(len(name.parts) == 2 for name in names if len(name.parts) > 1)
+        as_classes = f"; classes={as_text(root)} takes every folder as a class" * is_flat
         raise DataError(
             f"{as_text(root)}: {as_text(others[0])}/ lies beside {', '.join(f'{split}/' for split in splits)} and is "
-            f"no split; rename it ({SPELLINGS}) or move it away"
-            + (f"; classes={as_text(root)} takes every folder as a class" + _as_one_set(root))
-            * (not has_masks)
+            f"no split; rename it ({SPELLINGS}) or move it away" + (as_classes + _as_one_set(root)) * (not has_masks)
         )
     resembling = {top: found for top in tops if (found := resembled_splits(top))}
     is_mostly = len(set().union(*resembling.values())) > 1 and 2 * len(resembling) >= len(tops)
