@@ -197,6 +197,11 @@ def test_a_stopped_command_resumes_and_draws_only_what_is_missing(
         draw(mar, tmp_path / "out", **options)
     with pytest.raises(SmaltiError, match=r"was begun with another seed \(3, now 4\); choose another --out"):
         draw(mar, tmp_path / "out", **{**options, "seed": 4})
+    begun = (tmp_path / "out" / "samples.json").read_bytes()
+    (tmp_path / "out" / "samples.json").write_text("[" * 100_000)
+    with pytest.raises(SmaltiError, match=r"settings of generated images \(it is nested too deeply\); choose another"):
+        draw(mar, tmp_path / "out", **options)
+    (tmp_path / "out" / "samples.json").write_bytes(begun)
     draw(mar, tmp_path / "out", **options)
     assert len(drawn) == 6 + 5  # the film's four batches once more, since it was not written, and the missing one
     files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.png"))

@@ -71,6 +71,15 @@ def test_onsets_that_are_missing_or_overlap_are_refused_in_a_discontinuous_file(
         read_timeline(open_edf(changed(plain, 192, b"EDF+D")))
 
 
+def test_a_record_that_begins_centuries_late_is_refused(tmp_path):
+    path = write_edf(tmp_path / "a.edf", {"C3": noise(4)[0]}, 100, onsets=[0, 1, 2, 999999])
+    path.write_bytes(path.read_bytes().replace(b"+999999\x14\x14" + bytes(6), b"+999999999999\x14\x14"))
+    with pytest.raises(
+        SmaltiError, match=r"record 4 of 4 begins 1e\+12 s after the start in the header; fewer than 1e"
+    ):
+        read_timeline(open_edf(path))
+
+
 def test_a_continuous_file_whose_onsets_say_otherwise_has_gaps(tmp_path):
     path = write_edf(tmp_path / "a.edf", {"C3": noise(4)[0]}, 100, onsets=[0, 1, 7, 8])
     assert_array_equal(read_timeline(open_edf(changed(path, 196, b"C"))).onsets, [0, 1, 7, 8])

@@ -221,6 +221,10 @@ def test_a_home_that_is_not_there_is_one_line():
 def test_missing_and_empty_places_are_one_line(tmp_path):
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'no'}: no such file or folder")):
         open_images(tmp_path / "no")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for named in ("", "table=", "list="):
+        with pytest.raises(DataError, match=r"pipe\.csv: is neither a file nor a folder"):
+            open_images(f"{named}{tmp_path / 'pipe.csv'}")
     with pytest.raises(DataError, match=r"no images found .*jpg, jpeg, png, webp, bmp, tif, tiff, in any case"):
         open_images(tmp_path)
     (tmp_path / "x.bin").write_text("x")

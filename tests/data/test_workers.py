@@ -1,13 +1,16 @@
 """Data workers: what they need, how they fail in one line, and who may end them."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import time
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from smalti.data import workers as module
 from smalti.data.loader import TrainLoader
@@ -45,6 +48,32 @@ def test_a_killed_worker_is_one_line(coordinate_images):
         next(iter(loader))
     with pytest.raises(RunError, match="a data worker was killed"):
         list(load_items(Items(2, kill_own_process), range(4), 1))
+
+
+class Tensors(Dataset[torch.Tensor]):
+    def __getitem__(self, place):
+        return torch.full((1000,), float(place))
+
+
+def test_a_worker_that_is_killed_while_its_batches_wait_is_one_line():
+    """Fetching one of them meets a closed connection, before torch notices that the worker is gone."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    items = load_items(Tensors(), range(100), 1)
+    next(items)
+    (worker,) = (child for child in multiprocessing.active_children() if child.pid not in before)
+    worker.kill()
+    with pytest.raises(RunError, match=r"a data worker was killed .*lower data\.num_workers or free memory"):
+        list(items)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_closed_connection_to_a_worker_is_a_killed_worker(monkeypatch, error):
+    def fetch(*_):
+        raise error
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", fetch)
+    with pytest.raises(RunError, match=r"a data worker was killed \((Connection reset by peer|EOFError)\); lower"):
+        next(load_items(Items(), range(4), 1))
 
 
 def hang():

@@ -1,6 +1,7 @@
 """Checkpoints of other projects, made from a tiny model by their own names and shapes, give that model's outputs."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from smalti.models import loading
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
 from smalti.models.layouts import fold_layer_scale, likely_names, to_timm_names
 from smalti.models.loading import load
-from smalti.models.weights import load_vit, read_checkpoint, resample_patches
+from smalti.models.weights import load_vit, read_checkpoint, read_tensors, resample_patches
 
 PLAIN, V2, REG = "vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"
 SHAPE = {"depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -595,6 +596,12 @@ def test_arrays_with_python_objects_or_damage_are_refused(tmp_path: Path) -> Non
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:90])
     with pytest.raises(WeightsError, match="can't be read as an npz file"):
         read_checkpoint(tmp_path / "b.npz")
+    (tmp_path / "d.npz").write_text("MIT License")
+    with pytest.raises(WeightsError, match=r"can't be read as an npz file of plain arrays \(it is no npz file\)"):
+        read_checkpoint(tmp_path / "d.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(WeightsError, match=r"pipe\.npz: is no regular file; a weights file is needed"):
+        read_tensors(tmp_path / "pipe.npz")
     np.savez(tmp_path / "c.npz", x=np.zeros(2, dtype="V2"))
     with pytest.raises(WeightsError, match="'x' is of no number type"):
         read_checkpoint(tmp_path / "c.npz")

@@ -115,6 +115,8 @@ def test_tables_of_bytes_become_notes_of_the_page(make_run):
     for name in ("log.csv", "events.csv", "unreadable.csv"):
         (run / name).write_bytes(b"step\xff\x00\n1")
     (run / "run.json").write_text("[" * 100_000)
+    (run / "probes").mkdir()
+    (run / "probes" / "positions.json").write_text("[" * 100_000)
     (run / "results" / "evaluate_x.json").write_text('{"results": [{"protocol": "knn", "metrics": {"top1": "high"}}]}')
     text = Page(write_report(run, num_images=0)).text
     for name in ("log.csv", "events.csv", "unreadable.csv", "evaluate_x.json"):

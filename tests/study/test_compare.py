@@ -21,7 +21,7 @@ from smalti.evaluation.intervals import Interval
 from smalti.evaluation.protocol import EvalConfig, Result
 from smalti.models.loading import weights_digest
 from smalti.study import compare as module
-from smalti.study.cell import TRAINED, digest, images_digest
+from smalti.study.cell import TRAINED, _steps_within, digest, images_digest
 from smalti.study.compare import compare, read_comparison, read_plan
 from smalti.study.rows import Row, about_lines, metric_rows, shared_headline
 
@@ -192,6 +192,15 @@ def test_a_budget_of_minutes_is_measured_once_a_cell(plan, tmp_path):
     (cell,) = (cell for cell in result.cells if cell.arm == "mae")
     kept = json.loads((cell.folder / "steps.json").read_text())
     assert result.costs["mae"].steps == kept["steps"] == max(1, math.floor(0.12 / kept["step_s"]))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "", '{"steps": "many"}'])
+def test_damaged_steps_of_a_cell_are_one_line(tmp_path, content):
+    (tmp_path / "steps.json").write_text(content)
+    with pytest.raises(
+        RunError, match=r"steps\.json: can't be read as the steps of a cell .*; remove it, and they are"
+    ):
+        _steps_within({}, 1.0, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from smalti.report.page import write_report
 from smalti.study import pretrain
 from smalti.study.catalogue import find_recipe, recipe_files
 from smalti.study.lock import locked
-from smalti.training.checkpoint import REPLACED, Checkpoints, read_state
+from smalti.training.checkpoint import REPLACED, Checkpoints, check_checkpoint, read_state
 from smalti.training.optim import build_optimizer
 
 TINY: dict[str, Any] = {
@@ -198,24 +198,25 @@ def test_a_learning_rate_that_overflows_ends_in_one_line_and_leaves_a_good_check
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "a").values())
 
 
-SIDE_FILES = {
-    "log.csv": b"step,loss\n\xff\xfe,1\n",
-    "run.json": b'{"classes": 3',
-    "unreadable.csv": b"path,reason\n\xff,x\n",
-}
+SIDE_FILES = [
+    ("log.csv", b"step,loss\n\xff\xfe,1\n"),
+    ("run.json", b'{"classes": 3'),
+    ("run.json", b"[" * 100_000),
+    ("unreadable.csv", b"path,reason\n\xff,x\n"),
+]
 
 
-@pytest.mark.parametrize("name", SIDE_FILES)
-def test_a_damaged_side_file_is_a_note_and_is_kept(name: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "content"), SIDE_FILES, ids=["log", "cut", "nested", "unreadable"])
+def test_a_damaged_side_file_is_a_note_and_is_kept(name: str, content: bytes, photos: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "a", photos)
     whole = weights(run)
     shutil.rmtree(run / "checkpoints" / "step_00000008")
-    (run / name).write_bytes(SIDE_FILES[name])
+    (run / name).write_bytes(content)
     (run / "events.csv").write_bytes(b"\xff\x00")
     with pytest.warns(UserWarning, match=rf"{name}: is damaged and kept as damaged_{name}; a new one is begun"):
         pretrain.resume(run, quiet=True)
     assert same(whole, weights(run))
-    assert (run / f"damaged_{name}").read_bytes() == SIDE_FILES[name]
+    assert (run / f"damaged_{name}").read_bytes() == content
     assert json.loads((run / "run.json").read_text())["num_images"] == 24
     assert [int(row["step"]) for row in read_csv(run / "log.csv")][-1] == 8
 
@@ -549,6 +550,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_is(ph
     with pytest.raises(WeightsError, match=rf"none of its {len(names)} checkpoints can be .*newest: .*step_00000008"):
         pretrain.resume(run, quiet=True)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"[]", b"{}"])
+def test_damaged_checksums_count_as_a_damaged_checkpoint(content: bytes, photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    newest = run / "checkpoints" / "step_00000008"
+    (newest / "crc32.json").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"(crc32\.json: can't be read|weights\.safetensors: is damaged)"):
+        check_checkpoint(newest)
 
 
 def test_a_checkpoint_without_checksums_is_read_instead(photos: Path, tmp_path: Path) -> None:

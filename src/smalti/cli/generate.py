@@ -12,6 +12,7 @@ from smalti.cli.options import Debug, Out, Quiet, needed
 from smalti.config import build
 from smalti.errors import ConfigError
 from smalti.files import check_folder, is_free, remove_leftovers, write_atomically
+from smalti.reading import reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,10 +204,8 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> None:
     if not (out / SETTINGS).is_file():
         write_json(out / SETTINGS, settings)
         return
-    try:
-        known = dict(json.loads((out / SETTINGS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{out / SETTINGS}: is damaged ({error}); choose another --out") from error
+    with reading(out / SETTINGS, "the settings of generated images", ConfigError, "choose another --out"):
+        known = dict(json.loads((out / SETTINGS).read_bytes()))
     if "images_per_s" in known:
         raise ConfigError(f"{out}: is not empty, all its images are drawn; choose another --out")
     for name, value in settings.items():

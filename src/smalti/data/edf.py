@@ -28,6 +28,8 @@ _CLIPPED = 0.01
 """Fraction of samples at the limits of the converter from which on a channel is reported."""
 _ROUNDING_S = 1e-3
 """Onsets of records are texts, often rounded to a millisecond."""
+_LATEST_S = 1e10
+"""Onset of a record, 300 years after the start, that no recording has."""
 _DRIFT_S = 0.1
 """How far onsets may drift from the samples within a piece."""
 _WIDTHS = {  # columns of the header in their order, bytes for each signal
@@ -236,7 +238,7 @@ def read_timeline(edf: EdfFile) -> Timeline:
     """Onsets of records and annotations.
 
     Raises:
-        DataError: if an EDF+D file does not say when its records begin, or they overlap.
+        DataError: if an EDF+D file does not say when its records begin, or they overlap; or one begins centuries late.
     """
     evenly = np.arange(edf.num_records) * edf.record_s
     if not edf.annotation_bytes:
@@ -265,7 +267,13 @@ def read_timeline(edf: EdfFile) -> Timeline:
             "before it ends"
         )
     first_onset = 0.0 if np.isnan(onsets[0]) else float(onsets[0])
-    return Timeline(onsets if is_ordered else first_onset + evenly, tuple(annotations))
+    onsets = onsets if is_ordered else first_onset + evenly
+    if (late := np.flatnonzero(~(np.abs(onsets) < _LATEST_S))).size:
+        raise DataError(
+            f"{edf.path}: record {late[0] + 1} of {edf.num_records} begins {onsets[late[0]]:g} s after the start in "
+            f"the header; fewer than {_LATEST_S:g} s are needed"
+        )
+    return Timeline(onsets, tuple(annotations))
 
 
 def _blocks(edf: EdfFile) -> Iterator[tuple[int, UInt8[np.ndarray, "R bytes"]]]:

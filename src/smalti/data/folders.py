@@ -81,6 +81,8 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
         raise ConfigError(unknown_key(layout, READERS, "--data").replace("field", "reader"))
     if not path.exists():
         raise DataError(f"{as_text(path)}: no such file or folder")
+    if not (path.is_file() or path.is_dir()):  # reading a pipe may never end
+        raise DataError(f"{as_text(path)}: is neither a file nor a folder")
     images = _read(path, layout, class_depth)
     if told := [*images.remarks, *([f"left out: {', '.join(images.left_out)}"] if images.left_out else [])]:
         warnings.warn(f"{as_text(images.root)}: {'; '.join(told)}", LeftOut, stacklevel=2)

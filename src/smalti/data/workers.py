@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.views import SampleViews
 from smalti.errors import ConfigError, RunError, machine_trouble
+from smalti.reading import reason
 from smalti.threads import usable_cores
 
 T = TypeVar("T")
@@ -123,12 +124,20 @@ def load_items(
             item = next(made)
         except StopIteration:
             return
-        except (OSError, RuntimeError) as error:
-            line = machine_trouble(error)
+        except (OSError, EOFError, RuntimeError) as error:
+            line = (_lost_worker(error) if num_workers else None) or machine_trouble(error)
             if line is None:
                 raise
             raise RunError(line) from error
         yield item
+
+
+def _lost_worker(error: Exception) -> str | None:
+    """One line where a worker was killed while its batch was fetched; None for other errors, those of its own work
+    included."""
+    if not isinstance(error, (ConnectionError, EOFError)) or "in DataLoader worker process" in str(error):
+        return None
+    return f"a data worker was killed ({reason(error)}); lower data.num_workers or free memory"
 
 
 def _unchanged(item: Any) -> Any:

@@ -8,6 +8,7 @@ import argparse
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,7 +119,7 @@ def read_tensors(path: Path, prefix: str = "", keys: Collection[str] | None = No
         WeightsError: if the file is missing, truncated, of another kind, or holds pickled Python objects.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise WeightsError(f"{path}: {what}; a weights file is needed ({', '.join(SUFFIXES)})")
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path}: not a known kind of weights file; needed: one of {', '.join(SUFFIXES)}")
@@ -180,6 +181,8 @@ def _read_arrays(path: Path) -> Tensors:
                 arrays = {name: file[name] for name in file.files}
         except ValueError as error:
             if "allow_pickle" in str(error):
+                if not zipfile.is_zipfile(path):
+                    raise ValueError("it is no npz file") from error
                 raise WeightsError(f"{path}: holds Python objects; save plain arrays") from error
             raise
     numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "fiub"}

@@ -21,6 +21,7 @@ from smalti.functional.components import reduce_patches
 from smalti.methods.base import TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
+from smalti.reading import read_mapping
 from smalti.report.details import Judged, class_bars, detail_sections
 from smalti.report.figures import (
     EXPLORER_DIMS,
@@ -579,7 +580,7 @@ def _positions(files: RunFiles) -> Html | None:
     """What ``smalti probe --what positions`` left in the run directory; None where it did not run."""
     path, picture = (files.path / "probes" / f"positions.{ending}" for ending in ("json", "png"))
     try:
-        probe = json.loads(path.read_text(encoding="utf-8"))
+        probe = read_mapping(path)
         rows = [
             {"probe": name, "value": decimals(as_float(value)), "meaning": str(probe["units"].get(name, ""))}
             for name, value in probe["metrics"].items()

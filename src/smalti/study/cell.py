@@ -30,6 +30,7 @@ from smalti.files import remove_leftovers, write_atomically
 from smalti.methods.base import get_method
 from smalti.models.encoder import Encoder
 from smalti.models.loading import as_loaded, file_digest, load, weights_digest
+from smalti.reading import reading
 from smalti.streams import protect_streams, warn_in_one_line
 from smalti.study.baseline import untrained_network
 from smalti.study.doctor import measure_step
@@ -200,7 +201,8 @@ def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path) -> int:
     """Steps that fit into the time, measured once a cell and then kept, so that a resumed cell has the same."""
     kept = folder / "steps.json"
     if kept.is_file():
-        return int(json.loads(kept.read_text(encoding="utf-8"))["steps"])
+        with reading(kept, "the steps of a cell", RunError, "remove it, and they are measured again"):
+            return int(json.loads(kept.read_bytes())["steps"])
     config, own = resolve(merge(tree, {"steps": 1000}))
     device = torch.device(resolve_devices(config.devices).kind)
     make_step, _ = step_maker(config, own, device)

@@ -18,7 +18,7 @@ from smalti.errors import DataError
 from smalti.files import remove_leftovers, set_aside, write_atomically
 from smalti.methods.base import Method
 from smalti.models.loading import weights_digest
-from smalti.reading import as_number, read_csv
+from smalti.reading import as_number, read_csv, read_mapping
 from smalti.study.machine import describe_machine
 from smalti.training.checkpoint import tidy
 from smalti.training.logs import LOG_FILE
@@ -57,7 +57,7 @@ def read_run_file(run: Path) -> dict[str, Any]:
     """What ``run.json`` of a run directory holds; nothing where there is none, or it is damaged."""
     try:
         return _parse(run / RUN_FILE)
-    except (OSError, ValueError):
+    except DataError:
         return {}
 
 
@@ -65,14 +65,12 @@ def _parse(path: Path) -> dict[str, Any]:
     """The entries of a ``run.json``.
 
     Raises:
-        OSError, ValueError: if it can't be read, or an entry is of another kind.
+        DataError: if it can't be read, or an entry is of another kind.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"holds a {type(content).__name__}")
+    content = read_mapping(path)
     for name, kind in _TYPES.items():
         if name in content and not isinstance(content[name], kind):
-            raise ValueError(f"'{name}' is a {type(content[name]).__name__}")
+            raise DataError(f"{path}: '{name}' is a {type(content[name]).__name__}")
     return content
 
 
@@ -84,7 +82,7 @@ def mend_folder(run: Path) -> None:
     if (run / RUN_FILE).exists():
         try:
             _parse(run / RUN_FILE)
-        except (OSError, ValueError) as error:
+        except DataError as error:
             set_aside(run / RUN_FILE, error)
 
 

@@ -25,7 +25,7 @@ from smalti.files import WRITING, remove_leftovers, sync, sync_folder, write_ato
 from smalti.methods.base import Method
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors, read_torch
-from smalti.reading import reading
+from smalti.reading import read_mapping, reading
 
 OPTIMIZER_FILE, CHECKSUM_FILE = "optimizer.pt", "crc32.json"
 REPLACED = ".replaced_"
@@ -225,15 +225,12 @@ def check_checkpoint(path: Path) -> None:
         read_tensors(path / WEIGHTS_FILE)
         read_torch(path / OPTIMIZER_FILE)
         return
-    try:
-        sums = json.loads((path / CHECKSUM_FILE).read_text(encoding="utf-8"))
-        for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
-            if _checksum(path / name) != sums[name]:
-                raise WeightsError(f"{path / name}: is damaged (its checksum is not the one it was written with)")
-    except WeightsError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path}: can't be read ({type(error).__name__}: {error})") from error
+    sums = read_mapping(path / CHECKSUM_FILE, "the checksums of a checkpoint", WeightsError)
+    for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
+        with reading(path / name, "a part of a checkpoint", WeightsError):
+            is_whole = _checksum(path / name) == sums.get(name)
+        if not is_whole:
+            raise WeightsError(f"{path / name}: is damaged (its checksum is not the one it was written with)")
 
 
 def usable_checkpoint(run: Path, set_aside: bool) -> tuple[Path | None, list[str]]:
