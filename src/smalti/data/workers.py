@@ -1,10 +1,12 @@
 """Worker processes that read and prepare images: how many, what they need of the machine, and how they end."""
 
+import contextlib
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,6 +139,8 @@ def _lost_worker(error: Exception) -> str | None:
     included."""
     if not isinstance(error, (ConnectionError, EOFError)) or "in DataLoader worker process" in str(error):
         return None
+    with contextlib.suppress(RuntimeError):  # torch's own notice of a dead worker is raised by a signal, perhaps now
+        time.sleep(0.2)
     return f"a data worker was killed ({reason(error)}); lower data.num_workers or free memory"
 
 
