@@ -8,7 +8,7 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +113,16 @@ def read_csv(path: Path, error: type[SmaltiError] = DataError) -> list[dict[str,
         if any(None in row.values() or None in row for row in rows):
             raise ValueError("its rows differ in length")
     return rows
+
+
+def check_columns(path: Path, names: Iterable[str]) -> None:
+    """Refuse a table of two columns of one name, which could be read in two ways; names may be blank.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    seen = set[str]()
+    for name in map(str.strip, names):
+        if name and name in seen:
+            raise DataError(f"{path}: has two columns named '{shorten(name)}'; keep one")
+        seen.add(name)

@@ -163,6 +163,14 @@ def test_times_that_are_no_seconds_are_refused(tmp_path, row):
         scored(tmp_path, "n.stages.csv", f"onset_s,duration_s,stage\n{row}\n", 60)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("stage,onset_s,stage\nW,0,N2\nW,30,N2\n")
+    with pytest.raises(DataError, match="has two columns named 'stage'; keep one"):
+        read_hypnogram(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("stage,,\nW,,\nN2,,\n")
+    assert_array_equal(read_hypnogram(tmp_path / "b.csv").stages, [0, 2])
+
+
 def test_an_annotation_of_an_unknown_sleep_stage_is_refused(tmp_path):
     path = write_hypnogram(tmp_path / "h.edf", [(0, 30, "Sleep stage W"), (30, 30, "Sleep stage 7")])
     with pytest.raises(DataError, match="'Sleep stage 7' at 30 s is no sleep stage; W, N1, N2, N3, R or"):

@@ -122,6 +122,7 @@ def test_tables_that_can_t_be_used_are_one_line(files, rows, line):
         ("t.csv", b"path\n\xff\n", "not a CSV table in UTF-8"),
         ("t.csv", b"path\na.png,b.png\n", "row 2 has more cells than the first row"),
         ("t.csv", b"path\n", "a table without rows"),
+        ("t.csv", b"path,label,label\na.png,cat,dog\n", "has two columns named 'label'; keep one"),
         ("t.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("t.jsonl", b'["a.png"]\n', "line 1 needs an object with 'path'"),
         ("t.jsonl", b'{"path": "a.png", "label": 1.5}\n', "row 1 holds 1.5; cells need text or whole numbers"),

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from smalti.data import edf
 from smalti.data.image_set import read_lines
 from smalti.errors import DataError
+from smalti.reading import check_columns
 
 STAGES = ("W", "N1", "N2", "N3", "REM")
 """Sleep stages of the AASM; stages 3 and 4 of Rechtschaffen and Kales are both N3."""
@@ -346,10 +347,11 @@ def table_rows(path: Path, reader: "csv.DictReader[str]") -> list[dict[str, str]
     """Rows of a table without blanks around cells.
 
     Raises:
-        DataError: for a row with more cells than there are columns, or what is no table.
+        DataError: for a row with more cells than there are columns, two columns of one name, or what is no table.
     """
     rows = []
     try:
+        check_columns(path, reader.fieldnames or ())
         for number, row in enumerate(reader, 2):
             if None in row:
                 raise DataError(

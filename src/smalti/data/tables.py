@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from smalti.data.image_set import ImageSample, ImageSet, as_text, expand_home, read_lines
 from smalti.data.splits import SPELLINGS, split_of
 from smalti.errors import DataError
+from smalti.reading import check_columns
 
 TABLES = (".csv", ".jsonl", ".parquet")
 """Endings of the tables that are read, in lower case."""
@@ -167,13 +168,14 @@ def _check_columns(path: Path, names: Sequence[str]) -> list[str]:
     """The columns that are not read.
 
     Raises:
-        DataError: if there is no column ``path``.
+        DataError: if there is no column ``path``, or two of one that is read.
     """
     if "path" not in names:
         raise DataError(
             f"{as_text(path)}: has no column 'path'; it has: {', '.join(map(as_text, names)) or 'none'}. Columns that "
             f"are read: {', '.join(COLUMNS)}"
         )
+    check_columns(path, (name for name in names if name in COLUMNS))
     return [name for name in names if name not in COLUMNS]
 
 
