@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from smalti.data.image_set import ImageSample, ImageSet, as_text, expand_home, read_lines
 from smalti.data.splits import SPELLINGS, split_of
 from smalti.errors import DataError
-from smalti.reading import check_columns
+from smalti.reading import check_columns, shorten
 
 TABLES = (".csv", ".jsonl", ".parquet")
 """Endings of the tables that are read, in lower case."""
@@ -42,7 +42,7 @@ def read_list(path: Path) -> ImageSet:
         return _image_set(path, "list", [(number, row) for number, row in rows if row])
     number, entry = missing[0]
     raise DataError(
-        f"{as_text(path)}: {len(missing)} of {len(lines)} files don't exist, the first: {as_text(entry)} "
+        f"{as_text(path)}: {len(missing)} of {len(lines)} files don't exist, the first: {shorten(as_text(entry))} "
         f"(line {number})"
     )
 
@@ -67,8 +67,8 @@ def read_table(path: Path) -> ImageSet:
     if missing:
         number, name = missing[0]
         raise DataError(
-            f"{as_text(path)}: {len(missing)} of {len(rows)} files don't exist, the first: {name} (row {number}); "
-            "paths are relative to the table"
+            f"{as_text(path)}: {len(missing)} of {len(rows)} files don't exist, the first: {shorten(name)} "
+            f"(row {number}); paths are relative to the table"
         )
     images = _image_set(path, "table", rows)
     notes = (f"column{'s' * (len(others) > 1)} {', '.join(map(as_text, others[:5]))}",) if others else ()
@@ -172,8 +172,8 @@ def _check_columns(path: Path, names: Sequence[str]) -> list[str]:
     """
     if "path" not in names:
         raise DataError(
-            f"{as_text(path)}: has no column 'path'; it has: {', '.join(map(as_text, names)) or 'none'}. Columns that "
-            f"are read: {', '.join(COLUMNS)}"
+            f"{as_text(path)}: has no column 'path'; it has: {shorten(', '.join(map(as_text, names))) or 'none'}. "
+            f"Columns that are read: {', '.join(COLUMNS)}"
         )
     check_columns(path, (name for name in names if name in COLUMNS))
     return [name for name in names if name not in COLUMNS]
