@@ -22,7 +22,7 @@ from smalti.errors import ConfigError, DataError, Interrupted, RunError, Weights
 from smalti.evaluation.protocol import SHARE, Result, write_results
 from smalti.files import temporary_name
 from smalti.methods.mae import MAE
-from smalti.models.loading import latest_checkpoint
+from smalti.models.loading import latest_checkpoint, load
 from smalti.reading import read_csv
 from smalti.report.page import write_report
 from smalti.study import pretrain
@@ -559,6 +559,14 @@ def test_damaged_checksums_count_as_a_damaged_checkpoint(content: bytes, photos:
     (newest / "crc32.json").write_bytes(content)
     with pytest.raises(WeightsError, match=r"(crc32\.json: can't be read|weights\.safetensors: is damaged)"):
         check_checkpoint(newest)
+
+
+def test_an_evaluation_of_a_damaged_checkpoint_names_the_one_before_it(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "a", photos)
+    (run / "checkpoints" / "step_00000008" / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match=r"step_00000008.*; the checkpoint before it is .*step_00000006$"):
+        load(str(run))
+    assert load(f"{run}/checkpoints/step_00000006").source.endswith("step_00000006 (encoder)")
 
 
 def test_a_checkpoint_without_checksums_is_read_instead(photos: Path, tmp_path: Path) -> None:

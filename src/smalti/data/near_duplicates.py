@@ -19,7 +19,7 @@ MAX_DIST = 8
 _MAX_ERROR, _MAX_RELATIVE = 1.0, 0.15
 """Root mean square difference that a pair may have, of 255: rounding, and this much of the lower contrast."""
 _MIN_CONTRAST = 2.0
-"""Standard deviation of the pixels, of 255, below which a picture is too flat to be told from others."""
+"""Standard deviation of the pixels, of 255, below which a picture is too flat to be distinguished from others."""
 _NUM_LOW = 8
 _MOST_CANDIDATES = 256
 _CHUNK = 4096

@@ -29,7 +29,7 @@ class ListedRecording:
     path: Path
     subject: str
     split: str | None
-    """train, val or test; None where nobody says."""
+    """train, val or test; None where it is not known."""
     rate_hz: float | None = None
     """From the table."""
     hypnogram: Path | None = None

@@ -138,7 +138,11 @@ def _open_weights(text: str, config: LoadConfig, seed: int, in_chans: int | None
             description, foreign = _exported(path, config.weights)
             encoder = _fill(description, foreign, str(path), config, seed, partial, path.with_name("config.json"))
         else:
-            description, tensors, folder, name = _in_run(path, config.weights)
+            try:
+                description, tensors, folder, name = _in_run(path, config.weights)
+            except WeightsError as error:
+                older = _checkpoints(path)[-2:-1]  # as training falls back, but here the user decides
+                raise WeightsError(f"{error}{f'; the checkpoint before it is {older[0]}' if older else ''}") from error
             encoder = _from_run(description, tensors, f"{folder} ({name})", config, folder / STATE_FILE)
             encoder.class_head = _class_head(folder, name)
             encoder.origin = Origin(folder, name, config)
@@ -436,12 +440,18 @@ def names_best(path: Path) -> bool:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The finished checkpoint of a run with the highest step; None where there is none."""
+    found = _checkpoints(run)
+    return found[-1] if found else None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, by their steps."""
     found = [
         (int(folder.name.removeprefix("step_")), folder)
         for folder in (run / CHECKPOINTS).glob("step_*")
         if folder.name.removeprefix("step_").isdecimal() and (folder / STATE_FILE).is_file()
     ]
-    return max(found)[1] if found else None
+    return [folder for _, folder in sorted(found)]
 
 
 def encoder_description(checkpoint: Path) -> dict[str, Any]:

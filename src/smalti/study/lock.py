@@ -21,7 +21,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made if it isn't there.
 
     The lock is on the open file, not on its name: what a killed process leaves behind locks nothing. Where the file
-    system knows no locks (some network file systems), a line says so, and nothing is locked.
+    system has no locks (some network file systems), a line says so, and nothing is locked.
 
     Raises:
         RunError: if another process holds it.

@@ -68,15 +68,15 @@ class Interrupt:
         """
         if self._group is None:
             return self.number
-        heard = 0
+        received = 0
         if self._pending is not None:
-            work, told = self._pending
+            work, sent = self._pending
             work.wait()
-            heard = int(told)
-        told = torch.tensor(self.number)
-        work = torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = work, told
-        return heard
+            received = int(sent)
+        sent = torch.tensor(self.number)
+        work = torch.distributed.all_reduce(sent, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = work, sent
+        return received
 
     def finish(self) -> None:
         """Wait for the last exchange, so that no process leaves while another still sends."""
