@@ -25,6 +25,7 @@ from smalti.errors import Interrupted, exit_code, machine_trouble
         (RuntimeError("received 0 items of ancdata"), "too many open files"),
         (RuntimeError("DataLoader timed out after 900 seconds"), "gave no batch"),
         (OSError("Caught OSError in DataLoader worker process 0.\nTraceback:\n  File\nOSError: gone"), "OSError: gone"),
+        (RuntimeError("Could not determine home directory."), "a path begins with ~ and the name of a user that this"),
     ],
 )
 def test_an_error_of_the_machine_is_one_line(error: Exception, line: str) -> None:

@@ -91,6 +91,8 @@ def machine_trouble(error: BaseException) -> str | None:
         return f"too many open files{_HINTS[errno.EMFILE]}"
     if "DataLoader timed out" in text:
         return f"the data workers gave no batch ({text}); the disk may hang; data.num_workers=0 reads without workers"
+    if "home directory" in text:
+        return "a path begins with ~ and the name of a user that this machine doesn't have; write the whole path"
     if "DataLoader worker (pid" in text:
         return f"a data worker was killed ({text}); lower data.num_workers or free memory"
     return None
