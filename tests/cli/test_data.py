@@ -107,3 +107,18 @@ def test_a_table_with_labels_is_evaluated(splits: Path, tmp_path: Path) -> None:
     table.write_text("path,label\n" + "\n".join(rows) + "\n")
     done = smalti("evaluate", ENCODER, "--data", table, "--protocol", "knn", "eval.k=3", "eval.image_size=32")
     assert "data: table: 24 images, 2 classes" in done.stderr and "top1" in done.stdout
+
+
+def test_the_groups_of_a_table_are_resampled_whole(tmp_path: Path) -> None:
+    rows = []
+    for number in range(24):
+        level, kind = ((40, "ant"), (160, "bee"))[number % 2]
+        picture(tmp_path / f"{number}.png", level, number)
+        rows.append(f"{number}.png,{kind},{'train' if number < 12 else 'test'},video{number // 4}")
+    table, found = tmp_path / "labels.csv", tmp_path / "found.json"
+    table.write_text("path,label,split,group\n" + "\n".join(rows) + "\n")
+    words = ("--data", table, "--protocol", "knn", "eval.k=3", "eval.image_size=32", "--json", found)
+    assert "resamplings of 3 groups of images (of the table)" in smalti("evaluate", ENCODER, *words).stdout
+    settings = json.loads(found.read_text())["results"][0]["settings"]
+    assert settings["num_test"] == 12 and "3 groups of images" in settings["intervals"]
+    assert "resamplings of 12 groups" in smalti("evaluate", ENCODER, *words, r"eval.groups=\d+").stdout

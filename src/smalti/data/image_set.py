@@ -107,8 +107,10 @@ class ImageSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Files of the images as printable text, relative to the set where they lie in it."""
-        relative = (path.relative_to(self.root) if path.is_relative_to(self.root) else path for path in self.paths)
+        """Files of the images as printable text, relative to the folder of the set, list or table where they lie in
+        it."""
+        folder = self.root.parent if self.layout in ("list", "table") else self.root
+        relative = (path.relative_to(folder) if path.is_relative_to(folder) else path for path in self.paths)
         return tuple(as_text(path.as_posix()) for path in relative)
 
     @property

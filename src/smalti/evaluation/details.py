@@ -61,6 +61,7 @@ def write_details(folder: Path, results: Sequence[Result]) -> None:
                 "protocol": result.protocol,
                 "classes": list(details.classes),
                 "images": list(details.images),
+                "groups": list(details.groups),
                 "pictures": list(details.pictures),
                 "curves": {key: list(map(float, values)) for key, values in details.curves.items()},
                 "found": {place: [_plain(true), _plain(found)] for place, (true, found) in details.found.items()},
@@ -178,6 +179,7 @@ def _read_one(folder: Path, entry: dict[str, Any]) -> Details:
             pictures[caption] = np.array(image.convert("RGB"))
     return Details(
         images=tuple(entry["images"]),
+        groups=tuple(entry["groups"]),
         classes=tuple(entry["classes"]),
         tallies=tallies,
         confusion=confusion,

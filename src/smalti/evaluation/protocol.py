@@ -75,7 +75,8 @@ class EvalConfig(PixelConfig):
     """Of the split alone, where the data has none, and of the draw of ``train_size``; None takes ``seed``."""
     groups: str | None = None
     """A regular expression on each evaluated image's relative path; its first group, or the whole match, names what
-    the image belongs to (a video, patient or site). Intervals then resample whole groups; no score depends on it."""
+    the image belongs to (a video, patient or site). Intervals then resample whole groups; no score depends on it.
+    None: the column ``group`` of a table of images, if there is one."""
     class_depth: Annotated[int, Field(ge=1)] | Literal["deepest"] | None = None
     """Nested class folders: how many of them name the class (1: the outermost, 2: ``a/b``), or ``deepest``: the folder
     of the image; None: there is one above each image."""
@@ -308,6 +309,8 @@ class Details:
     """Caption -> ``(H, W, 3)`` uint8, as pages show it."""
     shown: Shown | None = None
     """Pictures, masks and patch tokens of the images of ``predictions``; where :func:`evaluate` was asked for them."""
+    groups: tuple[str, ...] = ()
+    """What each test image belongs to, where a table of the data says so."""
 
 
 class Scores(NamedTuple):
@@ -736,6 +739,7 @@ def _judge(
                     per_class=scores.per_class,
                     details=Details(
                         images=source.names,
+                        groups=_table_groups(source.data),
                         classes=source.data.classes,
                         tallies=scores.tallies,
                         confusion=scores.confusion,
@@ -765,6 +769,16 @@ def _warn_unheeded(protocols: Sequence[Protocol], config: EvalConfig) -> None:
         names = ", ".join(protocol.name for protocol in protocols)
         keys = ", ".join(f"eval.{key}" for key in idle)
         warnings.warn(f"{keys}: no effect on {names}", stacklevel=3)
+
+
+def _table_groups(data: Labelled) -> tuple[str, ...]:
+    """The groups of the evaluated images by their table, an image without one by itself; empty where no table has any,
+    or all images are in one."""
+    if isinstance(data, LabelledSignals):
+        return ()
+    groups = tuple(sample.group or str(sample.path) for sample in data.test.samples)
+    is_known = any(sample.group is not None for sample in data.test.samples)
+    return groups if is_known and len(set(groups)) > 1 else ()
 
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:

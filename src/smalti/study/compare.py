@@ -288,7 +288,7 @@ def compare(
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "took_s": round(time.time() - started, 1),
         "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of images "
-        f"{'(of whole groups where eval.groups is set) ' if any(e.get('groups') for e in plan.evaluate) else ''}"
+        f"{'(of whole groups, where they are known) ' if any('groups' in row.score.over for row in rows) else ''}"
         "and seeds; seeds widened by sqrt(S/(S-1)) and Student's quantile; each comparison by itself",
         "few_seeds": few_seeds(len(plan.seeds)),
         **describe_machine(),

@@ -169,14 +169,16 @@ class Judge:
             rows = [dataclasses.replace(row, difference=None) if row.arm == BEST else row for row in rows]
         judged = BEST if self.is_apart and BEST in steps else LAST
         images = describe_result(results[BEFORE][0]) or str(results[BEFORE][0].settings["split"])
-        notes = tuple(self._notes(steps, best))
+        grouped = any("groups" in row.score.over for row in rows)
+        of = f"groups of images ({self.config.groups or 'of the table'})" if grouped else "images"
+        notes = tuple(self._notes(steps, best, of))
         verdict = Verdict(tuple(rows), steps, judged, best, images, notes, self.network, self.handed_on)
         tree = {
             "sentence": verdict.sentence,
             "kind": verdict.kind,
             **{name: getattr(verdict, name) for name in (*_PLAIN, "notes")},
             "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of the "
-            f"{'groups of images' if self.config.groups else 'images'}, paired",
+            f"{'groups of images' if grouped else 'images'}, paired",
             "rows": [row_tree(row) for row in rows],
         }
         write_atomically(verdict_path(self.run), json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
@@ -185,7 +187,7 @@ class Judge:
                 shutil.rmtree(folder, ignore_errors=True)
         return verdict
 
-    def _notes(self, steps: Mapping[str, int], best: int | None) -> list[str]:
+    def _notes(self, steps: Mapping[str, int], best: int | None, of: str) -> list[str]:
         notes = []
         if best is None:
             notes.append("Only the last step was scored, so none was chosen; the verdict is about it.")
@@ -200,7 +202,6 @@ class Judge:
                 notes.append(f"The score of step {best} is the highest of several on these images: too good to claim.")
             if self.config.patience:
                 notes.append("If eval.patience ended training, that, too, was decided on these images.")
-        of = f"groups of images ({self.config.groups})" if self.config.groups else "images"
         notes.append(f"The interval is over the {of}; one seed says nothing of how another run would come out.")
         return notes
 
@@ -230,7 +231,7 @@ def _unknown(gap: Interval) -> str:
     groups = (
         "images that belong together (frames of a video, slices of a patient) count as independent without eval.groups"
         if gap.over == "images"
-        else "whole groups of images (eval.groups) were resampled"
+        else "whole groups of images were resampled"
     )
     return f"; one seed: another may come out differently; {groups}"
 

@@ -22,7 +22,7 @@ from smalti.evaluation.intervals import (
     interval,
     resample,
 )
-from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Result, describe_result
+from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Details, Result, describe_result
 
 NO_DIFFERENCE = "no difference found"
 
@@ -98,7 +98,8 @@ def metric_rows(
         data: how the rows call the images.
         reference: the arm that differences are taken against; None: the first.
         baselines: arm -> seed -> result of its network before training, of the arms that were trained.
-        groups: pattern of :func:`smalti.evaluation.intervals.group_images`; intervals resample whole groups.
+        groups: pattern of :func:`smalti.evaluation.intervals.group_images`; intervals resample whole groups. None: the
+            groups of a table, if the data came in one.
         headline: metric that counts first for all arms; None: that of each arm.
     """
     reference = reference or next(iter(by_arm))
@@ -159,8 +160,8 @@ def _with_intervals(result: Result, baseline: Result | None) -> Result:
     if details is None or not found:
         return result
     drawn = f"{len(details.images)} images"
-    if groups is not None:
-        drawn = f"{len(set(group_images(details.images, groups)))} groups of images ({groups})"
+    if (known := _groups(details, groups)) is not None:
+        drawn = f"{len(set(known))} groups of images ({groups or 'of the table'})"
     told = f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of {drawn}"
     return dataclasses.replace(result, intervals=found, settings={**result.settings, "intervals": told})
 
@@ -251,8 +252,13 @@ def _resampled(results: Mapping[int, Result], metric: str, groups: str | None) -
     known = [tally for tally in tallies if tally is not None]
     if len(known) == len(tallies):
         details = next(result.details for result in results.values() if result.details)
-        return resample(known, groups=group_images(details.images, groups) if groups is not None else None)
+        return resample(known, groups=_groups(details, groups))
     return Resampled(np.array([result.metrics[metric] for result in results.values()], dtype=np.float64), None)
+
+
+def _groups(details: Details, pattern: str | None) -> Sequence[str] | None:
+    """The group of each image: by a pattern on its name, else by the table of the data; None: no groups."""
+    return group_images(details.images, pattern) if pattern is not None else details.groups or None
 
 
 def _difference(
