@@ -84,8 +84,8 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     if not (path.is_file() or path.is_dir()):  # reading a pipe may never end
         raise DataError(f"{as_text(path)}: is neither a file nor a folder")
     images = _read(path, layout, class_depth)
-    if told := [*images.remarks, *([f"left out: {', '.join(images.left_out)}"] if images.left_out else [])]:
-        warnings.warn(f"{as_text(images.root)}: {'; '.join(told)}", LeftOut, stacklevel=2)
+    if notes := [*images.remarks, *([f"left out: {', '.join(images.left_out)}"] if images.left_out else [])]:
+        warnings.warn(f"{as_text(images.root)}: {'; '.join(notes)}", LeftOut, stacklevel=2)
     return images
 
 
@@ -325,9 +325,9 @@ def _class_set(
     forms: dict[str, list[str]] = defaultdict(list)
     for folder in folders:
         forms[unicodedata.normalize("NFC", folder)].append(folder)
-    if twins := [form for form, same in forms.items() if len(same) > 1]:
+    if repeated := [form for form, same in forms.items() if len(same) > 1]:
         raise DataError(
-            f"{as_text(root)}: two class folders are both called '{twins[0]}', in different Unicode forms (NFC and "
+            f"{as_text(root)}: two class folders are both called '{repeated[0]}', in different Unicode forms (NFC and "
             "NFD); merge or rename them"
         )
     number = {folder: place for place, folder in enumerate(folders)}

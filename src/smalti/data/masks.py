@@ -24,13 +24,7 @@ _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258
 
 def warn_of_black_and_white(images: ImageSet) -> None:
     """Warn once where masks seem to be black and white pictures: 255 is ignored, so one class would be all there is."""
-    masks = [sample.mask for sample in images.samples if sample.mask is not None and sample.label_map is None]
-    values: set[int] = set()
-    for mask in masks[:: max(1, len(masks) // _LOOKED_AT)][:_LOOKED_AT]:
-        try:
-            values.update(np.unique(_read_numbers(mask)).tolist())
-        except DataError:  # reported when it is read, if its image can be
-            return
+    values = _first_values([sample.mask for sample in images.samples if sample.mask and sample.label_map is None])
     if is_black_and_white(values) and images.classes and len(images.classes) <= IGNORED:
         warnings.warn(
             f"{images.root}: masks hold only 0 and {IGNORED}, and {IGNORED} is ignored, so nothing but "
@@ -84,15 +78,20 @@ def _class_number(name: int | str, classes: tuple[str, ...], setting: str) -> in
 
 def values_seen(images: ImageSet) -> str:
     """The values in a few masks, for a message; empty where they can't be read."""
+    values = _first_values([sample.mask for sample in images.samples if sample.mask])
+    shown = ", ".join(map(str, sorted(values)[:12]))
+    return f" (values in the first masks: {shown}{', ...' * (len(values) > 12)})" if values else ""
+
+
+def _first_values(masks: Sequence[Path]) -> set[int]:
+    """The values in :data:`_LOOKED_AT` masks, evenly spread; none where one of them can't be read."""
     values: set[int] = set()
-    masks = [sample.mask for sample in images.samples if sample.mask is not None]
     for mask in masks[:: max(1, len(masks) // _LOOKED_AT)][:_LOOKED_AT]:
         try:
             values.update(np.unique(_read_numbers(mask)).tolist())
-        except DataError:
-            return ""
-    shown = ", ".join(map(str, sorted(values)[:12]))
-    return f" (values in the first masks: {shown}{', ...' * (len(values) > 12)})" if values else ""
+        except DataError:  # reported when it is read, if its image can be
+            return set()
+    return values
 
 
 def read_mask(sample: ImageSample, num_classes: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from smalti.data.hypnograms import table_rows
 from smalti.data.image_set import SPLITS
 from smalti.data.recordings import ENDINGS, TEXT
+from smalti.data.splits import split_of
 from smalti.errors import DataError
 
 TABLE = "recordings.csv"
@@ -153,7 +154,7 @@ def _phrase(paths: list[Path], one: str, many: str, what: str) -> tuple[str, ...
 def _split_of(path: Path, root: Path) -> str | None:
     """The split that the first folder names."""
     parts = path.relative_to(root).parts
-    return SPLITS.get(parts[0].lower()) if len(parts) > 1 else None
+    return split_of(parts[0]) if len(parts) > 1 else None
 
 
 def _listed(root: Path) -> RecordingList:
