@@ -2,10 +2,22 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from smalti.config import Count, Seed, build, field_docs, merge, parse_overrides, read_yaml, settings, unfold
+from smalti.config import (
+    Count,
+    Seed,
+    build,
+    field_docs,
+    merge,
+    parse_overrides,
+    read_yaml,
+    settings,
+    unfold,
+    unknown_key,
+)
 from smalti.errors import ConfigError
 
 
@@ -21,6 +33,8 @@ class Outer:
     """How many."""
     inner: Inner = Inner()
     """Nested."""
+    method: dict[str, Any] | None = None
+    """A group that is a plain mapping."""
 
 
 def test_numbers_that_yaml_reads_as_text_are_converted() -> None:
@@ -33,8 +47,37 @@ def test_a_wrong_key_names_its_group_and_the_nearest_name() -> None:
 
 
 def test_a_wrong_key_far_from_all_lists_what_there_is() -> None:
-    with pytest.raises(ConfigError, match="it has: inner, steps"):
+    with pytest.raises(ConfigError, match="it has: inner, method, steps"):
         build(Outer, {"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("rate=1", "settings has no field 'rate'; did you mean 'inner.rate'?"),
+        ("rat=1", "settings has no field 'rat'; did you mean 'inner.rate'?"),
+        ("inner.steps=1", "inner has no field 'steps'; did you mean 'steps'?"),
+        ("step=1", "settings has no field 'step'; did you mean 'steps'?"),
+        ("inner.mask_ratio=1", "inner has no field 'mask_ratio'; did you mean 'method.mask_ratio'?"),
+        ("mask_ratoi=1", "settings has no field 'mask_ratoi'; did you mean 'method.mask_ratio'?"),
+        ("inner.rae=1", "inner has no field 'rae'; did you mean 'rate'?"),
+    ],
+)
+def test_hints_look_across_groups(word: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build(Outer, {"method": {"mask_ratio": 0.5}, **parse_overrides([word])})
+    assert str(refused.value) == f"settings: {hint}"
+
+
+def test_of_equal_names_the_outermost_are_named() -> None:
+    line = unknown_key("every", ["seed"], elsewhere=["eval.every", "log.every", "data.signal.every"])
+    assert line == "settings has no field 'every'; did you mean 'eval.every' or 'log.every'?"
+
+
+def test_a_wrong_name_says_of_what_kind_it_is() -> None:
+    assert unknown_key("knnn", ["knn"], kind="protocol") == "there is no protocol 'knnn'; did you mean 'knn'?"
+    assert unknown_key("x", ["a", "b"], kind="recipe") == "there is no recipe 'x'; there are: a, b"
+    assert unknown_key("x", ["a"], "--data", kind="reader") == "--data has no reader 'x'; it has: a"
 
 
 def test_a_value_that_does_not_fit_is_named_with_its_key() -> None:

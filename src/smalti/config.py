@@ -6,9 +6,8 @@ text, are converted by the field's type.
 """
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
@@ -18,6 +17,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from smalti.errors import ConfigError
 from smalti.files import write_atomically
+from smalti.nearest import nearest
 from smalti.reading import reading, shorten
 
 T = TypeVar("T")
@@ -221,14 +221,14 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings", group:
     try:
         built = TypeAdapter(cls).validate_python(dict(tree))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_problem(cls, error, group)}") from None
+        raise ConfigError(f"{where}: {_first_problem(cls, error, group, tree)}") from None
     for key, value in flatten(to_tree(built), f"{group}." if group else "").items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ConfigError(f"{where}: {key}={_shown(value)}: a whole number must fit into 64 bits")
     return built
 
 
-def _first_problem(cls: type, error: ValidationError, group: str) -> str:
+def _first_problem(cls: type, error: ValidationError, group: str, tree: Mapping[str, Any]) -> str:
     """One line about the first problem in a validation error, unknown keys first."""
     problems = error.errors(include_url=False)
     unknown = [p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")]
@@ -239,7 +239,10 @@ def _first_problem(cls: type, error: ValidationError, group: str) -> str:
         for part in problem["loc"][:-1]:
             parent = _field_type(parent, str(part))
         *groups, name = path.split(".")
-        return unknown_key(name, field_names(parent), ".".join(groups))
+        wrong = {".".join(str(part) for part in p["loc"]) for p in unknown}
+        given = [key for key in flatten(tree) if key not in wrong]  # groups that are plain mappings in the class
+        elsewhere = [f"{group}.{key}" if group else key for key in (*all_keys(cls), *given)]
+        return unknown_key(name, field_names(parent), ".".join(groups), elsewhere=elsewhere)
     message = problem["msg"].removeprefix("Value error, ")
     limits = problem.get("ctx", {})
     for limit, words in _LIMITS.items():
@@ -256,22 +259,58 @@ def _shown(value: Any) -> str:
         return "a value too long to show"
 
 
-def unknown_key(name: str, known: Iterable[str], group: str = "") -> str:
-    """The line for a key that doesn't exist: says which group it was looked for in, and the nearest name.
+def unknown_key(
+    name: str, known: Iterable[str], group: str = "", kind: str = "field", elsewhere: Iterable[str] = ()
+) -> str:
+    """The line for a name that doesn't exist, with the name that was probably meant.
+
+    Args:
+        name: what came.
+        known: the names that exist.
+        group: what should have such a name; empty: the settings for fields, nothing for other kinds.
+        kind: what is named: a field, method, protocol, recipe ...
+        elsewhere: full names in other groups, such as ``data.channels``; those that end in ``name`` are suggested
+            first.
 
     Example:
         >>> unknown_key("mask_ration", ["mask_ratio", "norm_pix_loss"], "method")
         "method has no field 'mask_ration'; did you mean 'mask_ratio'?"
+        >>> unknown_key("maee", ["mae", "mp3"], kind="method")
+        "there is no method 'maee'; did you mean 'mae'?"
+        >>> unknown_key("channels", ["seed", "steps"], elsewhere=["data.channels", "optim.lr"])
+        "settings has no field 'channels'; did you mean 'data.channels'?"
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean '{near[0]}'?" if near else f"it has: {', '.join(known)}"
-    return f"{group or 'settings'} has no field '{shorten(name)}'; {hint}"
+    owner = group or ("settings" if kind == "field" else "")
+    line = f"{owner} has no {kind} '{shorten(name)}'" if owner else f"there is no {kind} '{shorten(name)}'"
+    own = f"{group}.{name}" if group else name
+    same = [key for key in dict.fromkeys(elsewhere) if key.rpartition(".")[2] == name and key != own]
+    if same:
+        outermost = min(key.count(".") for key in same)
+        choice = [repr(key) for key in same if key.count(".") == outermost][:3]
+        return f"{line}; did you mean {' or '.join(choice)}?"
+    near = nearest(name, known)
+    if near is None:
+        lasts = {key.rpartition(".")[2]: key for key in elsewhere}
+        near = lasts.get(nearest(name, lasts) or "")
+    return f"{line}; " + (
+        f"did you mean '{near}'?" if near else f"{'it has' if owner else 'there are'}: {', '.join(known)}"
+    )
 
 
 def field_names(cls: type) -> list[str]:
     """Names of the fields of a settings class, in the order of their definition."""
     return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all settings in a settings class and its groups."""
+    for name in field_names(cls):
+        inner = _field_type(cls, name)
+        if inner is object:
+            yield f"{prefix}{name}"
+        else:
+            yield from all_keys(inner, f"{prefix}{name}.")
 
 
 def field_docs(cls: type) -> dict[str, tuple[Any, str]]:

@@ -151,7 +151,7 @@ def test_progress_is_told_to_the_end(tiny, data):
     [
         ("knnn", "no protocol 'knnn'; did you mean 'knn'"),
         ("linear-segmentatoin", "did you mean 'linear-segmentation'"),
-        ("xyz", "no protocol 'xyz'; there are: .*knn, linear-probe, linear-segmentation"),
+        ("xyz", "no protocol 'xyz'; there are: .*knn, knn-patch, linear-probe, linear-segmentation"),
     ],
 )
 def test_unknown_protocols(name, line, tiny, data):

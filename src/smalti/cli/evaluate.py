@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from smalti.cli.options import (
     pixels_of_run,
     settings_of_run,
 )
-from smalti.config import merge, parse_overrides, unknown_key
+from smalti.config import all_keys, merge, parse_overrides, unknown_key
 from smalti.errors import ConfigError
 
 NAME = "evaluate"
@@ -58,9 +59,7 @@ def command(
     """
     data = needed(data, "--data", "DIR")
     tree = parse_overrides(words or [])
-    for name in tree:
-        if name not in (*PLAIN, *GROUPS):
-            raise ConfigError(unknown_key(name, (*PLAIN, *GROUPS)))
+    _check_names(tree)
     weights, fit = tree.pop("weights", None), group(tree, "load")
     settings = merge({name: tree[name] for name in PLAIN if name in tree}, tree.get("eval", {}))
     if (features := settings.pop("features", None)) is not None:
@@ -108,6 +107,22 @@ def command(
     print_results(results)
     if page:
         print(f"report: {page}")
+
+
+def _check_names(tree: Mapping[str, Any]) -> None:
+    """Refuse what is no setting of this command, such as one of training.
+
+    Raises:
+        ConfigError: for the first of them, with the nearest name.
+    """
+    known = (*PLAIN, *GROUPS)
+    for name in tree:
+        if name not in known:
+            from smalti.evaluation.protocol import EvalConfig
+            from smalti.models.weights import LoadConfig
+
+            elsewhere = (*all_keys(EvalConfig, "eval."), *all_keys(LoadConfig, "load."))
+            raise ConfigError(unknown_key(name, known, elsewhere=elsewhere))
 
 
 def _as_generated(folder: str, settings: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Look into a trained method: consistency, fit, collapse and leaks, kept in RUN/probes for the report."""
     if what not in KINDS:
-        raise ConfigError(unknown_key(what, KINDS).replace("settings has no field", "there is no probe"))
+        raise ConfigError(unknown_key(what, KINDS, kind="probe"))
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table

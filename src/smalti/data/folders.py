@@ -78,7 +78,7 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     """
     path, layout = _split_name(data, layout)
     if layout is not None and layout not in READERS:
-        raise ConfigError(unknown_key(layout, READERS, "--data").replace("field", "reader"))
+        raise ConfigError(unknown_key(layout, READERS, "--data", kind="reader"))
     if not path.exists():
         raise DataError(f"{as_text(path)}: no such file or folder")
     if not (path.is_file() or path.is_dir()):  # reading a pipe may never end

@@ -6,7 +6,6 @@ the encoder: the gain over the same network before training is what training was
 """
 
 import dataclasses
-import difflib
 import json
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree
+from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree, unknown_key
 from smalti.data.folders import ClassDepth, ImageSet, open_images
 from smalti.data.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
 from smalti.data.pixels import PixelConfig
@@ -413,10 +412,7 @@ def find_protocol(name: str) -> Protocol:
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
-    have = ", ".join(_REGISTRY)
-    near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"there are: {have}"
-    raise ConfigError(f"no protocol '{name}'; {hint}")
+    raise ConfigError(unknown_key(name, _REGISTRY, kind="protocol"))
 
 
 def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:

@@ -352,5 +352,5 @@ def get_method(name: str) -> type[Method]:
     """
     names = method_names()
     if name not in _REGISTRY:
-        raise ConfigError(unknown_key(name, names).replace("settings has no field", "there is no method"))
+        raise ConfigError(unknown_key(name, names, kind="method"))
     return _REGISTRY[name]

@@ -386,8 +386,7 @@ def _taken(arm: Mapping[str, Any]) -> str | None:
 def _load_job(arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, what: Mapping[str, Any]) -> Job:
     for key in arm:
         if key not in LOAD_KEYS:
-            line = unknown_key(key, LOAD_KEYS).removeprefix("settings has ")
-            raise ConfigError(f"an arm with load is taken as it is and has {line}")
+            raise ConfigError(unknown_key(key, LOAD_KEYS, "an arm with load is taken as it is and"))
     spec = str(_taken(arm))
     fit = dict(arm["load"]) if isinstance(arm["load"], Mapping) else {}
     fit = {key: value for key, value in {**fit, "weights": arm.get("weights")}.items() if key != "name"}

@@ -103,7 +103,7 @@ def _class_number(word: str, classes: Sequence[str]) -> int:
         if int(word) < len(classes):
             return int(word)
         raise ConfigError(f"--labels {word}: there are classes 0..{len(classes) - 1}")
-    raise ConfigError("--labels: " + unknown_key(word, classes).replace("settings has no field", "there is no class"))
+    raise ConfigError("--labels: " + unknown_key(word, classes, kind="class"))
 
 
 def choose_orders(

@@ -114,7 +114,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
     """
     for name in names:
         if name not in TRACKERS:
-            raise ConfigError(unknown_key(name, TRACKERS).replace("settings has no field", "there is no tracker"))
+            raise ConfigError(unknown_key(name, TRACKERS, kind="tracker"))
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(f'log.trackers={name} needs the package {name}: pip install "smalti[{name}]"')
 
