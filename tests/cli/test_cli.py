@@ -257,10 +257,7 @@ def test_the_machine_and_the_images_are_looked_at(photos: Path) -> None:
     fails("layout 'voc' needs", "doctor", f"voc={photos}")
 
 
-def test_what_there_is_can_be_listed() -> None:
-    assert "mae" in smalti("methods").stdout
-    assert smalti("methods", "--markdown").stdout.startswith("| method |")
-    assert "mask_ratio" in smalti("methods", "mae").stdout
+def test_the_version_is_printed() -> None:
     assert "smalti" in smalti_process("--version").stdout
 
 

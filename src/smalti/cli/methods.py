@@ -1,43 +1,59 @@
 """``smalti methods``: what there is to train."""
 
+import shutil
+import textwrap
 from typing import Annotated
 
 import typer
 
 from smalti.cli.options import Debug
+from smalti.config import unknown_key
+from smalti.errors import ConfigError
 
 NAME = "methods"
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show the settings of one.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, as in the README.")] = False,
+    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show one method.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, as in the README.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods with paper, recipe and the number reached; or the settings of one."""
-    from rich.console import Console
-    from rich.table import Table
+    """List the methods: what they do, paper, recipes and measured results.
 
-    from smalti.config import field_docs
-    from smalti.methods.base import get_method
+    `smalti settings METHOD` lists the settings of one.
+    """
     from smalti.study.catalogue import COLUMNS, catalogue
 
-    console = Console()
-    if name is not None:
-        method = get_method(name)
-        console.print(f"[bold]{method.name}[/]: {method.title}; {method.paper}")
-        table = Table("setting", "default", "meaning", title_justify="left")
-        for field, (default, meaning) in field_docs(method.Config).items():
-            table.add_row(f"method.{field}", str(default), " ".join(meaning.split()))
-        console.print(table)
-        return
     rows = catalogue()
     if markdown:
         print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
         for row in rows:
             print("| " + " | ".join(row) + " |")
         return
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    names = [row[0] for row in rows]
+    if name is not None and name not in names:
+        raise ConfigError(unknown_key(name, names, kind="method"))
+    width = max(map(len, names)) + 2
+    for own, what, paper, file, recipes, reached in rows:
+        if name is None:
+            print(_row(own, what, width))
+            lines = (paper, f"recipes: {recipes}", "" if reached.startswith("*") else f"reached: {reached}")
+            print("".join(f"{_row('', line, width)}\n" for line in lines if line))
+        elif name == own:
+            print(_row("", f"{own}: {what}", 0))
+            lines = (f"paper:    {paper}", f"file:     {file}", f"recipes:  {recipes}")
+            print("\n".join(_row("", line, 0) for line in (*lines, f"reached:  {reached.strip('*')}")))
+            print(f"settings: smalti settings {own}\ntrain:    smalti train {own} --data IMAGES --out RUN")
+
+
+def _row(head: str, text: str, width: int) -> str:
+    """Text beside a head, folded into the width of the terminal; long words stay whole, so that they can be copied."""
+    columns = max(40, shutil.get_terminal_size().columns)
+    return textwrap.fill(
+        text,
+        columns,
+        initial_indent=head.ljust(width),
+        subsequent_indent=" " * (width or 10),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

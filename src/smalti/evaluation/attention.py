@@ -203,7 +203,7 @@ def judge_foreground(
 )
 @torch.no_grad()
 def attention(features: Features, config: EvalConfig) -> Scores:
-    """Diversity and reach of attention in each layer; with masks, the class token's attention as foreground."""
+    """Mutual information and distance of attention per layer; with masks, foreground IoU; needs no labels."""
     size = features.dense_size(config.image_size) if config.preset == "small" else config.image_size or 448
     encoder, images = features.encoder, features.data.test
     grid = encoder.check_size(size, size)

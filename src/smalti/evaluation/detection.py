@@ -395,7 +395,7 @@ def freeze_blocks(encoder: Encoder, count: int) -> None:
     by_default=False,
 )
 def detection(features: Features, config: EvalConfig) -> Scores:
-    """Boxes (and outlines) of objects by a copy of the encoder in Mask R-CNN; needs COCO's format."""
+    """Object detection and instance segmentation with Mask R-CNN, fine-tuned; needs data in COCO format."""
     need_extra()
     recipe = choose_recipe(features, config)
     encoder, classes = features.encoder, features.data.classes

@@ -111,7 +111,7 @@ def compare_views(
 @register_protocol("equivariance", need="images", heeds=("num_images", "cache_dtype"))
 @torch.no_grad()
 def equivariance(features: Features, config: EvalConfig) -> Scores:
-    """Whether patch tokens move with the image, mirrored, shifted and enlarged; needs no labels."""
+    """Whether patch tokens follow flips, shifts and zooms of the image; needs no labels."""
     size = features.dense_size(config.image_size)
     encoder, images = features.encoder, features.data.test
     grid = encoder.check_size(size, size)

@@ -216,7 +216,7 @@ class Augmented:
     by_default=False,
 )
 def finetune(features: Features, config: EvalConfig) -> Scores:
-    """Image classes by a copy of the encoder, fine-tuned end to end; needs class folders."""
+    """Image classification, fine-tuned end to end; needs class folders."""
     recipe = choose_recipe(features, config)
     num_classes, num_images = len(features.data.classes), len(features.data.train)
     num_steps = recipe.num_steps(num_images)

@@ -112,7 +112,7 @@ def open_generated(place: str) -> ImageSet:
 )
 @torch.no_grad()
 def generation(features: Features, config: EvalConfig) -> Scores:
-    """How near generated images are to real ones in an encoder's features; needs eval.generated=FOLDER."""
+    """Fréchet distance, precision and recall of generated images; needs eval.generated=FOLDER."""
     size, seed = features.image_size(config.image_size), config.seed
     repeats = config.repeats or REPEATS
     pool = features.encoder.pool if config.pool == "auto" else config.pool

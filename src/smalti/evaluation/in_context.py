@@ -50,7 +50,7 @@ def upsampled_argmax(shares: Float[Tensor, "h w C"], size: int) -> Int[Tensor, "
 @register_protocol("in-context", need="masks", heeds=(*HEEDS, "temperature", "matching", "mask_size", "absent"))
 @torch.no_grad()
 def in_context(features: Features, config: EvalConfig) -> Scores:
-    """Classes of pixels by the labels of the nearest training patches; needs masks."""
+    """Semantic segmentation by retrieving the labels of the nearest training patches; needs masks."""
     recipe = choose_recipe(features, config)
     images, classes = features.data.test, features.data.classes
     grid = features.encoder.check_size(recipe.image_size, recipe.image_size)

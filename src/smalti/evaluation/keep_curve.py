@@ -175,7 +175,7 @@ def fit_head(features: Features, config: EvalConfig, size: int) -> tuple[ClassHe
 )
 @torch.no_grad()
 def keep_curve(features: Features, config: EvalConfig) -> Scores:
-    """Accuracy against the share of patches that is dropped, for several orders; needs class folders."""
+    """Classification accuracy as patches are dropped in several orders; needs class folders."""
     size = features.image_size(config.image_size)
     encoder, test, classes = features.encoder, features.data.test, features.data.classes
     rates = config.rates or (PAPER_RATES if config.preset == "paper" else RATES)

@@ -58,7 +58,7 @@ def vote(
 
 @register_protocol("knn", need="labels", heeds=("pool", "k"))
 def knn(features: Features, config: EvalConfig) -> Scores:
-    """Image classes by a vote of the nearest training images; needs class folders."""
+    """Image classification by k nearest neighbours; needs class folders."""
     size = features.image_size(config.image_size)
     train, test = (features.image_level(split, size, config.pool) for split in ("train", "test"))
     num_train, num_classes = len(train.labels), len(features.data.classes)

@@ -29,7 +29,7 @@ from smalti.evaluation.tally import PixelTally
 @register_protocol("knn-patch", need="masks", heeds=(*HEEDS, "temperature"))
 @torch.no_grad()
 def knn_patch(features: Features, config: EvalConfig) -> Scores:
-    """Classes of patches by a vote of the nearest training patches; needs masks."""
+    """Patch classification by k nearest neighbours; needs masks."""
     recipe = choose_recipe(features, config)
     images, classes = features.data.test, features.data.classes
     grid = features.encoder.check_size(recipe.image_size, recipe.image_size)

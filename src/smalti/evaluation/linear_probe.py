@@ -341,7 +341,7 @@ def fit_probe(
 @register_protocol("linear-probe", need="labels", heeds=("preset", "epochs", "head_batch_size", "pool"))
 @torch.no_grad()
 def linear_probe(features: Features, config: EvalConfig) -> Scores:
-    """Image classes by a linear head on frozen features; needs class folders."""
+    """Image classification with a linear head on frozen features; needs class folders."""
     if config.preset == "paper":
         return dino_probe(features, config)
     size = features.image_size(config.image_size)

@@ -265,7 +265,7 @@ def _judge(
 )
 @torch.no_grad()
 def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
-    """Classes of pixels by a 1x1 convolution on frozen patch tokens; needs masks."""
+    """Semantic segmentation with a linear head on frozen patch tokens; needs masks."""
     recipe = choose_recipe(features, config)
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))

@@ -150,7 +150,7 @@ def choose_clusters(wanted: Sequence[int], num_classes: int, num_patches: int) -
 )
 @torch.no_grad()
 def overclustering(features: Features, config: EvalConfig) -> Scores:
-    """Clusters of patches, named by the masks afterwards; needs masks."""
+    """Semantic segmentation by k-means on patch tokens, clusters matched to classes; needs masks."""
     recipe = choose_recipe(features, config)
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))

@@ -25,7 +25,7 @@ UNIT = "dimensions, 1 to the width of a token"
 @register_protocol("rank", need="images", heeds=("num_images", "pool"))
 @torch.no_grad()
 def rank(features: Features, config: EvalConfig) -> Scores:
-    """Dimensions that patch tokens and image features fill; needs no labels."""
+    """Effective rank of patch tokens and image features; needs no labels."""
     size = features.dense_size(config.image_size)
     encoder, images = features.encoder, features.data.test
     pool = encoder.pool if config.pool == "auto" else config.pool

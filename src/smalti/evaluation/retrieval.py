@@ -54,7 +54,7 @@ def average_precision_at(relevant: Bool[Tensor, "Q K"], num_relevant: Int[Tensor
 @register_protocol("retrieval", need="masks", heeds=HEEDS)
 @torch.no_grad()
 def retrieval(features: Features, config: EvalConfig) -> Scores:
-    """Share of a patch's nearest training patches that are of its class; needs masks."""
+    """Precision of patch retrieval: do the nearest training patches have the same class; needs masks."""
     recipe = choose_recipe(features, config)
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))

@@ -345,7 +345,7 @@ class _TestImages(Dataset[Any]):
     by_default=False,
 )
 def segmenter(features: Features, config: EvalConfig) -> Scores:
-    """Classes of pixels by a copy of the encoder and a linear layer, trained end to end; needs masks."""
+    """Semantic segmentation with a linear decoder, fine-tuned end to end; needs masks."""
     recipe = choose_recipe(features, config)
     encoder, classes = features.encoder, features.data.classes
     ignore = ignored_value(len(classes))

@@ -204,7 +204,7 @@ def area_under_log(shares: list[float], values: list[float]) -> float:
     ),
 )
 def sleep_staging(features: Features, config: EvalConfig) -> Scores:
-    """Sleep stages by a copy of the encoder, fine-tuned on shares of the subjects; needs recordings with stages."""
+    """Sleep stage classification, fine-tuned on fractions of the subjects; needs recordings with stages."""
     data = features.signals
     recipe, encoder, num_classes = choose_recipe(config), features.encoder, len(data.classes)
     _check_fit(encoder, data.train)

@@ -1,45 +1,11 @@
-"""One paper, one file. Importing this package fills the registry."""
+"""One paper, one file. Importing this package imports them all, which fills the registry."""
 
-from smalti.methods import (
-    autoencoder,
-    cmar,
-    comae,
-    cvit,
-    dino,
-    dinov2,
-    droppos,
-    ibot,
-    intertwined,
-    loca,
-    mae,
-    mar,
-    mp3,
-    neco,
-    part,
-    prefix,
-    supervised,
-)
-from smalti.methods.base import Method, get_method, method_names
+import importlib
+import pkgutil
 
-__all__ = [
-    "Method",
-    "autoencoder",
-    "cmar",
-    "comae",
-    "cvit",
-    "dino",
-    "dinov2",
-    "droppos",
-    "get_method",
-    "ibot",
-    "intertwined",
-    "loca",
-    "mae",
-    "mar",
-    "method_names",
-    "mp3",
-    "neco",
-    "part",
-    "prefix",
-    "supervised",
-]
+for _found in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_found.name}")
+
+from smalti.methods.base import Method, get_method, method_names  # noqa: E402
+
+__all__ = ["Method", "get_method", "method_names"]

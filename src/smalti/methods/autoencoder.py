@@ -77,7 +77,7 @@ class Autoencoder(TokenMethod):
     """Code each patch in few numbers, and draw the image from a sample of the codes."""
 
     Config = AutoencoderConfig
-    title = "convolutional KL autoencoder: tokens for methods that generate or rank"
+    title = "convolutional autoencoder with KL regularisation; its latents are the tokens of other methods"
     paper = "Kingma and Welling 2013, arXiv:1312.6114v11; Rombach et al. 2022, arXiv:2112.10752v2"
     next_command = "smalti train mar --data IMAGES --out RUN tokens.kind=autoencoder tokens.path={run}"
     fit_images = 0

@@ -62,7 +62,7 @@ class CMAR(MAR):
     """Fine-tune a MAR on one order for each image."""
 
     Config: ClassVar[type] = CMARConfig
-    title = "MAR fine-tuned to draw in an order found for each image"
+    title = "MAR fine-tuned to generate tokens in an order chosen for each image"
     paper = "Guo et al. 2025, arXiv:2511.22281"
     starts_from = ("mar",)
     needs_start: ClassVar[bool] = True

@@ -243,7 +243,7 @@ class CoMAE(TokenMethod):
     """Select softly, drown the rest in noise, reconstruct: selections become a graph of who depends on whom."""
 
     Config = CoMAEConfig
-    title = "which other patches each patch needs; what smalti rank orders patches by"
+    title = "learns which other patches each patch depends on; smalti rank orders patches by it"
     paper = "Guo et al. 2025, arXiv:2511.22281v2"
     next_command = "smalti rank {run} --data IMAGES --out ORDERS"
     defaults: ClassVar[dict[str, Any]] = {

@@ -89,7 +89,7 @@ class CViT(Method):
     """Drop the last patches of an order, a new share of them in each batch, and tell the class by the rest."""
 
     Config = CViTConfig
-    title = "image classes by the first patches of an order, for labelled data"
+    title = "supervised classification from the first patches of an order; requires labels"
     paper = "Guo et al. 2025, arXiv:2511.22281"
     pools_images = True
     needs_labels = True

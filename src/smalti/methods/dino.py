@@ -163,7 +163,7 @@ class DINO(Method):
     """A student matches, from any crop, what its moving average says of the large crops."""
 
     Config = DINOConfig
-    title = "self-distillation of the image token across crops"
+    title = "self-distillation of the class token across multi-crop views"
     paper = "Caron et al. 2021, arXiv:2104.14294v2"
     pools_images = True
     export_network = "teacher"

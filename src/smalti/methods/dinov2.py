@@ -90,7 +90,7 @@ class DINOv2(IBOT):
     """iBOT's two losses and KoLeo."""
 
     Config = DINOv2Config
-    title = "iBOT with separate heads, Sinkhorn's targets and images kept apart"
+    title = "iBOT with untied heads, Sinkhorn-Knopp centering and KoLeo"
     paper = "Oquab et al. 2023, arXiv:2304.07193v2"
     draws_class_token = False  # 1e-6 in the released code, as in timm
     defaults: ClassVar[dict[str, Any]] = {

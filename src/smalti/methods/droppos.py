@@ -177,7 +177,7 @@ class DropPos(Method):
     """Hide most patches, take the positions of most others, and say where these were."""
 
     Config = DropPosConfig
-    title = "dropped positions of visible patches, found again"
+    title = "predicts the positions of visible patches whose positional embeddings were dropped"
     paper = "Wang et al. 2023, arXiv:2309.03576"
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {

@@ -263,7 +263,7 @@ class IBOT(Method):
     """
 
     Config = IBOTConfig
-    title = "self-distillation of the image token across crops and of masked patches"
+    title = "self-distillation of the class token and of masked patch tokens"
     paper = "Zhou et al. 2021, arXiv:2111.07832v3"
     pools_images = True
     export_network = "teacher"

@@ -129,7 +129,7 @@ class Intertwined(DINOv2):
     """DINOv2 with a field of positions that crops read, and positions that are hidden and predicted."""
 
     Config = IntertwinedConfig
-    title = "positions read out of a field where a crop lies; masked content, or masked positions"
+    title = "DINOv2 with image-level positional embeddings; masks a patch's content or its position"
     paper = "Liu et al. 2025, ICML (PMLR 267)"
     reads_field = True
     defaults: ClassVar[dict[str, Any]] = {

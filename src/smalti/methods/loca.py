@@ -206,7 +206,7 @@ class LOCA(Method):
     """Queries look at a few patches of a reference view, and say where in it they lie and to what clusters they go."""
 
     Config = LOCAConfig
-    title = "places of query patches in a reference view, and their clusters"
+    title = "predicts positions and cluster assignments of query patches in a reference view"
     paper = "Caron et al. 2022, arXiv:2212.02400"
     export_network = "student"
     defaults: ClassVar[dict[str, Any]] = {

@@ -77,7 +77,7 @@ class MAE(Method):
     """Hide most patches, encode the rest, reconstruct the pixels of the hidden ones."""
 
     Config = MAEConfig
-    title = "masked autoencoder: pixels of hidden patches"
+    title = "masked autoencoder: reconstructs the pixels of masked patches"
     paper = "He et al. 2021, arXiv:2111.06377v3"
     takes_signals: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {

@@ -246,7 +246,7 @@ class MAR(TokenMethod):
     """Hide most tokens, encode the rest, and learn the law of each hidden one."""
 
     Config: ClassVar[type] = MARConfig
-    title = "masked autoregressive generation: images drawn token by token"
+    title = "masked autoregressive image generation with a diffusion loss per token"
     paper = "Li et al. 2024, arXiv:2406.11838v3"
     next_command = "smalti generate {run} --num 64 --out SAMPLES"
     takes_labels: ClassVar[bool] = True

@@ -51,7 +51,7 @@ class MP3(Method):
     """Encode the patches of the grid without a word on where they are; each says which cell is its own."""
 
     Config = MP3Config
-    title = "each patch's place on the grid, without positions"
+    title = "predicts the grid position of each patch, without positional embeddings"
     paper = "Zhai et al. 2022, arXiv:2207.07611"
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {

@@ -216,7 +216,7 @@ class NeCo(Method):
     """Student and teacher put the same references into the same order, seen from the same piece of the image."""
 
     Config = NeCoConfig
-    title = "post-training by the order of patch neighbours"
+    title = "post-training that aligns the order of nearest patches between student and teacher"
     paper = "Pariza et al. 2025, arXiv:2408.11054v3"
     export_network = "student"
     is_posttraining = True

@@ -190,7 +190,7 @@ class PART(Method):
     """Encode patches from anywhere without a word on where they are; say for pairs how one lies to the other."""
 
     Config = PARTConfig
-    title = "offsets between off-grid patches, without positions"
+    title = "predicts relative offsets between off-grid patches, without positional embeddings"
     paper = "Ayoughi et al. 2025, arXiv:2506.03682"
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {

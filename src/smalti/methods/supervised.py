@@ -64,7 +64,7 @@ class Supervised(Method):
     """Tell each image's class by a linear layer on the vector that stands for it."""
 
     Config = SupervisedConfig
-    title = "image classes by one vector an image, for labelled data"
+    title = "supervised image classification; requires labels"
     paper = "Touvron et al. 2020, arXiv:2012.12877v2"
     pools_images = True
     needs_labels = True

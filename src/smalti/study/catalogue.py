@@ -1,12 +1,11 @@
-"""What there is: the methods, their recipes, and the numbers that were reached with them."""
+"""What there is: the methods, their recipes, and the numbers that were reached with them. Nothing heavy is imported."""
 
-import inspect
 import re
 from pathlib import Path
 
 from smalti.config import unknown_key
 from smalti.errors import ConfigError
-from smalti.methods.base import get_method, method_names
+from smalti.registry import listed
 
 COLUMNS = ("method", "what", "paper", "file", "recipe", "reached")
 NOT_MEASURED = "*not yet measured*"
@@ -33,24 +32,22 @@ def find_recipe(name: str | Path) -> Path:
         return path
     found = shipped.get(path.name) or shipped.get(f"{path.name}.yaml")
     if found is None:
-        raise ConfigError(unknown_key(str(name), shipped).replace("settings has no field", "there is no recipe"))
+        raise ConfigError(unknown_key(str(name), shipped, kind="recipe"))
     return found
 
 
 def catalogue() -> list[tuple[str, ...]]:
-    """A row of text a method, in the order of :data:`COLUMNS`; ``reached`` is the recipe's own line of that name."""
+    """A row of text per method, in the order of :data:`COLUMNS`; ``reached`` is the recipe's own line of that name."""
     rows: list[tuple[str, ...]] = []
-    for name in method_names():
-        method = get_method(name)
+    for name, method in listed("method").items():
         recipes = [path for path in recipe_files() if path.stem.split("_")[0] == name]
         reached = [line for path in recipes for line in re.findall(r"^# Reached: (.+)$", path.read_text("utf-8"), re.M)]
-        file = Path(inspect.getfile(method)).name
         rows.append(
             (
                 name,
-                method.title,
-                method.paper,
-                f"methods/{file}",
+                method.summary,
+                method.facts.get("paper", ""),
+                f"methods/{method.file.name}",
                 ", ".join(path.name for path in recipes) or "none",
                 "; ".join(reached) or NOT_MEASURED,
             )
