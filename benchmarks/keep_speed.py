@@ -1,7 +1,7 @@
 """What does a ViT cost that looks at 22 % of the patches, and does ranking them pay?
 
 Ours: ViT-S/16 at 224 px on the first 43 of 196 patches, normalisation, embedding and choice of the patches included.
-Peer: the same network on all patches. Eager, and exported by ``smalti export --to onnx`` to ONNX Runtime; batches of 2,
+Peer: the same network on all patches. Eager, and exported by ``smalti export to=onnx`` to ONNX Runtime; batches of 2,
 4 and 8; one thread, CPU time, interleaved. Goals: eager <= 0.31, ONNX Runtime <= 0.23.
 
 Then the same with ranking counted: by the variance of the pixels, and by CoMAE's graph (encoder of width 64 and depth

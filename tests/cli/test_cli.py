@@ -222,7 +222,7 @@ def test_a_run_is_evaluated_reported_exported_and_embedded(
     text = (tmp_path / "page.html").read_text()
     assert "<html" in text[:200] and "Confusion of trained, knn" in text
 
-    smalti("export", run, "--to", "timm", "--out", tmp_path / "exported")
+    smalti("export", run, "to=timm", "--out", tmp_path / "exported")
     code = (
         "import timm, torch\n"
         f"model = timm.create_model('local-dir:{tmp_path / 'exported'}', pretrained=True).eval()\n"
@@ -290,7 +290,7 @@ def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_
     fails("batch_size='abc'", "embed", run, "--data", photos, "--out", x, "batch_size=abc")
     fails("is a folder", "evaluate", run, "--data", class_folders, "--json", tmp_path)
     fails("data.channels", *train, "data.channels=5", *TINY)
-    fails("this version exports to timm", "export", run, "--to", "tensorrt", "--out", x)
+    fails("input should be 'timm' or 'onnx'", "export", run, "to=tensorrt", "--out", x)
     fails(str(run), "export", run, "--out", run)
     fails(".parquet", "embed", run, "--data", photos, "--out", tmp_path / "f.csv")
     fails(str(photos), "report", photos)

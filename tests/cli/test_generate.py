@@ -35,7 +35,9 @@ def fit(method: str, data: Path, out: Path, *words: str, init: Path | None = Non
 
 
 def draw(run: Path, out: Path, **options: Any) -> None:
-    generate(run=run, out=out, quiet=True, **{"steps": 3, "iterations": 4, **options})
+    orders = options.pop("orders", None)
+    words = [f"{key}={value}" for key, value in {"steps": 3, "iterations": 4, **options}.items()]
+    generate(run=run, words=words, orders=orders, out=out, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_a_run_without_classes_draws_without_labels(photos: Path, tmp_path: Path
     run = fit("mar", photos, tmp_path / "run", *TINY)
     draw(run, tmp_path / "out", num=2)
     assert [file.name for file in sorted((tmp_path / "out" / "images").iterdir())] == ["00000.png", "00001.png"]
-    with pytest.raises(SmaltiError, match="learned without classes"):
+    with pytest.raises(SmaltiError, match="trained without classes"):
         draw(run, tmp_path / "other", labels="cat")
     with pytest.raises(SmaltiError, match="knows no classes"):
         draw(run, tmp_path / "other", cfg=2.0)
@@ -134,19 +136,22 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     out = tmp_path / "out"
     cases: list[tuple[str, dict[str, Any]]] = [
         ("there is no class 'bleu'; did you mean 'blue'?", {"labels": "bleu"}),
-        ("--labels 7: there are classes 0..1", {"labels": "7"}),
+        ("labels=7: there are classes 0..1", {"labels": "7"}),
         ("iterations=17: images of 16 tokens are drawn in 1..16 steps", {"iterations": 17}),
         ("is a run of mae; images are drawn by runs of mar and cmar", {"run": other}),
         ("orders of 3x3 patches, this run draws 4x4 tokens", {"order": "collapse", "orders": wrong}),
         ("collapse stands in a file: name it with --orders", {"order": "collapse"}),
         ("there is no order 'colapse'", {"order": "colapse"}),
         ("holds no order 'coverage'", {"order": "coverage", "orders": orders}),
-        ("--order-source mean: one of bank", {"order": "collapse", "orders": orders, "order_source": "mean"}),
-        ("--order-source mean: one of bank", {"order_source": "mean"}),
+        (
+            "order_source='mean': input should be 'bank'",
+            {"order": "collapse", "orders": orders, "order_source": "mean"},
+        ),
+        ("settings has no field 'cgf'; did you mean 'cfg'?", {"cgf": 2}),
         ("order 'random' stands in no file; choose an order that it has", {"orders": orders}),
         ("order 'halton' stands in no file; leave it out", {"order": "halton", "orders": orders}),
         ("steps=2000: the diffusion has 2..1000 steps", {"steps": 2000}),
-        ("--num 0: at least 1", {"num": 0}),
+        ("num=0: at least 1", {"num": 0}),
         ("is not a run with a checkpoint", {"run": tmp_path / "nothing"}),
         ("decoder='some'", {"decoder": "some"}),
     ]
@@ -157,9 +162,9 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         assert not out.exists()
     with pytest.raises(SmaltiError, match="is not empty; choose another --out"):
         draw(mar, full)
-    done = smalti("generate", mar, "--labels", "bleu", "--out", out, code=2)
+    done = smalti("generate", mar, "labels=bleu", "--out", out, code=2)
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("smalti: --labels: there is no class 'bleu'")
+    assert done.stderr.startswith("smalti: labels: there is no class 'bleu'")
 
 
 def test_a_cmar_needs_a_mar_and_its_images_orders(mar: Path, orders: Path, class_folders: Path, tmp_path: Path) -> None:

@@ -130,11 +130,12 @@ def test_mistakes_are_found_before_the_work(tmp_path, monkeypatch):
 
 def test_the_command_names_mistakes_in_one_line(tmp_path):
     for words, line in (
-        (["--to", "jax"], "--to jax: this version exports to timm and onnx"),
-        (["--to", "timm", "--input", "unit"], "--input unit is for --to onnx; --to timm takes normalized images"),
-        (["--to", "onnx", "--input", "raw"], "--input raw: choose normalized or unit"),
-        (["--to", "timm", "keep=4"], "image_size and keep are for --to onnx"),
-        (["--to", "onnx", "keep=400"], "has 196 patches; 1..196"),
+        (["to=jax"], "to='jax': input should be 'timm' or 'onnx'"),
+        (["input=unit"], "input=unit is for to=onnx; timm models take normalized images"),
+        (["to=onnx", "input=raw"], "input='raw': input should be 'normalized' or 'unit'"),
+        (["keep=4"], "image_size and keep are for to=onnx"),
+        (["to=onnx", "keep=400"], "has 196 patches; 1..196"),
+        (["too=onnx"], "did you mean 'to'?"),
     ):
         done = smalti("export", "random:vit_tiny_patch16_224", "--out", tmp_path / "o", *words, code=2)
         assert line in done.stderr and "Traceback" not in done.stderr

@@ -90,7 +90,7 @@ def test_a_run_without_an_encoder_is_not_asked_for_features(tmp_path):
     tokens = {"kind": "pca", "patch_size": 4}
     write_yaml(tmp_path / "config.yaml", {"method": {"name": "mar"}, "tokens": tokens, "data": {"path": "gone"}})
     page = Page(write_report(tmp_path))
-    for words in ("mar on tokens of 4 px patches (pca)", "hands on no encoder", f"smalti generate {tmp_path} --num 64"):
+    for words in ("mar on tokens of 4 px patches (pca)", "hands on no encoder", f"smalti generate {tmp_path} num=64"):
         assert words in page.text
     assert "random ones" not in page.text and "Feature maps" not in page.text and not page.data
 

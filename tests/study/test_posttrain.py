@@ -234,7 +234,7 @@ def test_the_sentence_names_a_network_that_is_not_handed_on(
     capsys.readouterr()
     command(resume=run, quiet=True)
     lines = capsys.readouterr().out
-    assert "--to timm --out DIR weights=student" in lines and "--data LABELLED weights=student" in lines
+    assert "to=timm --out DIR weights=student" in lines and "--data LABELLED weights=student" in lines
     plain = read_verdict(post_train(tmp_path / "b", photos, start, **more))
     assert plain is not None and "student" not in plain.sentence and plain.network == "teacher"
 

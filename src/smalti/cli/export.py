@@ -1,101 +1,90 @@
-"""``smalti export``: hand the encoder on."""
+"""``smalti export``: an encoder for other programs."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import PositiveInt
 
-from smalti.cli.options import Debug, EncoderSpec, Out, Partial, Settings, needed, take
+from smalti.cli.options import Debug, EncoderSpec, Out, Partial, needed, take
 from smalti.config import ImageSize, settings
 from smalti.errors import ConfigError
 
 NAME = "export"
-FORMATS = ("timm", "onnx")
 Input = Literal["normalized", "unit"]
 
 
 @settings
 class ExportConfig:
-    """What is handed on."""
+    """Settings of ``smalti export``."""
 
+    to: Literal["timm", "onnx"] = "timm"
+    """Format: ``timm`` writes safetensors and config.json, ``onnx`` two models."""
     weights: str | None = None
-    """Network of a run or a file: student or teacher."""
+    """Which network of a run or a file: student or teacher; None: the one that the method exports."""
     pool: str | None = None
-    """The vector that stands for an image, other than the encoder's own: auto, cls, avg or prr."""
-    load: dict[str, Any] | None = None
-    """Group: how weights of others are fitted, such as load.img_size."""
+    """Pooling of the image vector: auto, cls, avg or prr; None: the encoder's own."""
+    input: Input = "normalized"
+    """onnx: what the models take: ``normalized`` images, as the timm model, or ``unit``: pixels in 0..1, normalised
+    inside."""
     image_size: ImageSize | None = None
-    """onnx: pixels; None takes the encoder's own."""
+    """onnx: side of the images in pixels; None: the encoder's own."""
     keep: PositiveInt | None = None
-    """onnx: number of patches that keep.onnx looks at; None leaves it free."""
+    """onnx: fixed number of patches that ``keep.onnx`` takes; None: any number."""
+    load: dict[str, Any] | None = None
+    """Group: how imported weights are adapted, such as ``load.img_size=384``."""
 
 
 def command(
     encoder: EncoderSpec,
-    words: Settings = None,
-    to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="timm: safetensors and config.json; onnx: two models.")
-    ] = "timm",
-    out: Out = None,
-    input: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            metavar="RANGE",
-            help="onnx: normalized (as the timm model, the default), or unit: in 0..1, normalised inside.",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings, such as to=onnx input=unit weights=teacher.", show_default=False
         ),
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", help="student or teacher, of a run that has both.")
-    ] = None,
+    out: Out = None,
     partial: Partial = False,
     debug: Debug = False,
 ) -> None:
-    """Write an encoder as a plain timm model, or as ONNX; it is loaded again and compared before it gets its name.
+    """Write an encoder as a plain timm model, or as ONNX.
 
-    Both want normalised images, unless --input unit says otherwise for onnx. The last line printed, a README.md beside
-    the files and the files themselves name range, mean and std.
+    The files are loaded again and compared with the encoder before they get their name. Both formats take normalised
+    images, unless `input=unit` says otherwise for ONNX; the printed summary and the README.md beside the files name
+    range, mean and std.
 
-    With --to onnx: encoder.onnx takes whole images, keep.onnx also which patches to look at (ids_keep, the first of an
-    order); any batch, classes too where a run has learned some.
+    With `to=onnx`, `encoder.onnx` takes whole images; `keep.onnx` also takes the patches to look at (`ids_keep`, the
+    first of an order). The batch size is free. Both have class scores as an output where the run trained a classifier.
 
-    Settings: weights (as --weights), pool (the vector of an image, see docs/pooling.md), load.* (how weights of others
-    are fitted, see docs/weights.md); of onnx: image_size, keep (a fixed number of patches).
+    Settings: `to` `weights` `pool` `load.*`, and of ONNX `input` `image_size` `keep`. `smalti settings export` explains
+    them.
     """
     out = needed(out, "--out", "exported")
-    if to not in FORMATS:
-        raise ConfigError(f"--to {to}: this version exports to {' and '.join(FORMATS)}")
-
-    if input not in (None, *get_args(Input)):
-        raise ConfigError(f"--input {input}: choose {' or '.join(get_args(Input))}")
-    if to != "onnx" and input == "unit":
-        raise ConfigError(f"--input unit is for --to onnx; --to {to} takes normalized images, as timm's models do")
-    wanted: Input = "unit" if input == "unit" else "normalized"
     given = take(words, ExportConfig)
-    if to != "onnx" and (given.image_size or given.keep):
-        raise ConfigError(f"image_size and keep are for --to onnx; --to {to} keeps the model as it is")
+    if given.to != "onnx":
+        if given.input == "unit":
+            raise ConfigError("input=unit is for to=onnx; timm models take normalized images")
+        if given.image_size or given.keep:
+            raise ConfigError(f"image_size and keep are for to=onnx; to={given.to} keeps the model as it is")
 
     from smalti.cli.options import load_encoder
     from smalti.export.card import input_words
     from smalti.export.onnx import KEEP, WHOLE, check_onnx, export_onnx
     from smalti.export.timm import check_target, export_timm
 
-    if to == "onnx":
+    if given.to == "onnx":
         check_onnx()
         check_target(out)
-    model = load_encoder(
-        encoder, weights=weights or given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug
-    )
-    if to == "onnx":
-        made = export_onnx(model, out, image_size=given.image_size, keep=given.keep, input=wanted)
+    model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug)
+    if given.to == "onnx":
+        made = export_onnx(model, out, image_size=given.image_size, keep=given.keep, input=given.input)
         print(
             f"written: {made.path}  (largest difference in ONNX Runtime: {made.difference:.1e} of the largest number)"
         )
         print(f'use it:  onnxruntime.InferenceSession("{made.path / WHOLE}"): images -> {", ".join(made.outputs)}')
         print(f'         onnxruntime.InferenceSession("{made.path / KEEP}"): images, ids_keep -> the same')
-        print(f"images:  {input_words(model, wanted)}")
+        print(f"images:  {input_words(model, given.input)}")
         return
     written = export_timm(model, out)
     print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
     print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')
-    print(f"images:  {input_words(model, wanted)}")
+    print(f"images:  {input_words(model, 'normalized')}")

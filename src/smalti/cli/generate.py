@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smalti.cli.options import Debug, Out, Quiet, needed
-from smalti.config import build
+from smalti.config import build, parse_overrides, to_tree
 from smalti.errors import ConfigError
 from smalti.files import check_folder, is_free, remove_leftovers, write_atomically
 from smalti.reading import reading
@@ -24,56 +24,30 @@ SETTINGS, GRID, FILM = "samples.json", "grid.png", "film.png"
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of mar or cmar.", show_default=False)],
-    num: Annotated[int, typer.Option("--num", help="How many images.")] = 64,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels", metavar="A,B", help="Classes in turn, by name or number; none: without; default: all."
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of `mar` or `cmar`.", show_default=False)],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings, such as num=16 labels=cat,dog cfg=2.", show_default=False
         ),
     ] = None,
-    cfg: Annotated[float, typer.Option("--cfg", help="Guidance towards the class; 1: none, and half the cost.")] = 1.0,
-    cfg_schedule: Annotated[
-        str, typer.Option("--cfg-schedule", help="linear: grows as the image does; constant.")
-    ] = "linear",
-    iterations: Annotated[
-        int | None, typer.Option("--iterations", help="Steps an image is drawn in; default: 256, or one a token.")
-    ] = None,
-    order: Annotated[
-        str | None,
-        typer.Option("--order", metavar="NAME", help="collapse, random, halton ...; default: what the run learned."),
-    ] = None,
     orders: Annotated[
-        Path | None, typer.Option("--orders", metavar="FILE", help="The file of smalti rank, for orders found there.")
-    ] = None,
-    order_source: Annotated[
-        str,
-        typer.Option("--order-source", help="bank: of a training image of the class; class_mean; global_mean."),
-    ] = "bank",
-    steps: Annotated[int, typer.Option("--steps", help="Diffusion steps for a token.")] = 100,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Of the noise; default: 1, and 0.95 without guidance.")
-    ] = None,
-    decoder: Annotated[
-        str, typer.Option("--decoder", help="all: as trained; needed: without mask tokens of later steps, faster.")
-    ] = "all",
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed draws the same images.")] = 0,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Images at a time; default: as many as fit.")
+        Path | None, typer.Option("--orders", metavar="FILE", help="File of `smalti rank`, for orders found there.")
     ] = None,
     out: Out = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Draw images: PNG files, a grid of them, and a film strip of what was drawn first.
+    """Generate images: PNG files, a grid of them, and a film strip of how they are drawn.
 
-    The grid and the strip also stand in the run's page (smalti report RUN), until others are drawn. The same command
-    resumes where it was stopped: images that are there are not drawn again.
+    The run's report (`smalti report RUN`) shows the grid and the strip. The same command resumes an interrupted one:
+    images that exist are kept.
+
+    Settings: `num` `labels` `cfg` `cfg_schedule` `iterations` `temperature` `steps` `decoder` `order` `order_source`
+    `seed` `batch_size`. `smalti settings generate` explains them.
     """
     out = needed(out, "--out", "DIR")
-    for option, value in (("--num", num), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} {value}: at least 1 is needed")
+    tree = parse_overrides(words or [])
     if not is_free(out) and not (out / SETTINGS).is_file():
         raise ConfigError(f"{out}: is not empty; choose another --out")
     check_folder(out)
@@ -85,10 +59,10 @@ def command(
     from smalti.cli.options import best_device, write_json
     from smalti.data.folders import read_image
     from smalti.data.orders import CACHED
-    from smalti.methods.mar import SamplerConfig
     from smalti.models.loading import weights_digest
     from smalti.report.samples import FOLDER, as_pixels, film_strip, picture_grid, write_png
     from smalti.study.generate import (
+        GenerateConfig,
         choose_classes,
         choose_orders,
         draw_images,
@@ -99,30 +73,23 @@ def command(
     )
     from smalti.study.lock import locked
 
-    given = {
-        "iterations": iterations,
-        "cfg": cfg,
-        "cfg_schedule": cfg_schedule,
-        "temperature": temperature,
-        "steps": steps,
-        "decoder": decoder,
-    }
-    sampler = build(SamplerConfig, given)
+    config = build(GenerateConfig, tree)
+    sampler = config.sampler
     generator = load_generator(run)
     method, classes = generator.method, generator.classes
     method.plan(sampler)
-    numbers = choose_classes(labels, classes, num)
+    numbers = choose_classes(config.words, classes, config.num)
     trained_for, its_file = own_order(method)
-    name, file = order or trained_for, orders or its_file
+    name, file = config.order or trained_for, orders or its_file
     if orders is not None and name not in CACHED:
-        hint = "choose an order that it has, say --order collapse" if order is None else "leave it out"
+        hint = "choose an order that it has, say order=collapse" if config.order is None else "leave it out"
         raise ConfigError(f"--orders {orders}: order '{name}' stands in no file; {hint}")
     chosen = choose_orders(
         name,
-        order_source,
+        config.order_source,
         open_cache(name, file),
         numbers,
-        image_keys(seed, range(num)),
+        image_keys(config.seed, range(config.num)),
         method.tokens.grid,
         classes,
     )
@@ -132,13 +99,13 @@ def command(
     settings = {
         "run": str(run),
         "weights": weights_digest(str(run)),
-        "num": num,
-        "seed": seed,
+        "num": config.num,
+        "seed": config.seed,
         "labels": names,
         "order": name,
         "orders": None if file is None else str(file),
-        "order_source": order_source,
-        **given,
+        "order_source": config.order_source,
+        **to_tree(sampler),
     }
 
     def keep(first: int, images: "Tensor") -> None:
@@ -171,9 +138,9 @@ def command(
             method,
             chosen,
             numbers,
-            seed=seed,
+            seed=config.seed,
             sampler=sampler,
-            batch_size=batch_size,
+            batch_size=config.batch_size,
             keep=keep,
             is_kept=is_kept,
             progress=progress,
@@ -189,7 +156,7 @@ def command(
             with contextlib.suppress(ConfigError):  # the run may be somebody else's
                 write_atomically(run / FOLDER / picture, (out / picture).read_bytes())
         write_json(out / SETTINGS, {**settings, "images_per_s": round(rate, 3)})
-    print(f"written: {num} images in {out / 'images'}, {out / GRID} and {FILM}; {rate:.3g} images/s")
+    print(f"written: {config.num} images in {out / 'images'}, {out / GRID} and {FILM}; {rate:.3g} images/s")
 
 
 def _begin(out: Path, settings: Mapping[str, Any]) -> None:

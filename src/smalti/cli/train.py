@@ -102,7 +102,7 @@ def _say_what_next(run: Path) -> None:
     also = f" weights={weights}" if weights else ""  # else another network than the one that was judged
     print(f"next:    smalti evaluate {chosen} --data LABELLED{also}")
     print(f"         smalti report {run}")
-    print(f"         smalti export {chosen} --to timm --out DIR{also}")
+    print(f"         smalti export {chosen} to=timm --out DIR{also}")
 
 
 def _print_verdict(verdict: "Verdict") -> None:

@@ -248,7 +248,7 @@ class MAR(TokenMethod):
     Config: ClassVar[type] = MARConfig
     title = "masked autoregressive image generation with a diffusion loss per token"
     paper = "Li et al. 2024, arXiv:2406.11838v3"
-    next_command = "smalti generate {run} --num 64 --out SAMPLES"
+    next_command = "smalti generate {run} num=64 --out SAMPLES"
     takes_labels: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.config import unknown_key
+from smalti.config import BatchSize, Count, Seed, field_names, settings, unknown_key
 from smalti.data.loader import sample_key
 from smalti.data.orders import CACHED, OrderCache, check_order, grid_order, read_orders
 from smalti.errors import ConfigError, DataError, ShapeError
@@ -22,11 +23,42 @@ from smalti.methods.mar import MAR, SamplerConfig
 from smalti.study.pretrain import load_method
 from smalti.study.run_folder import read_run_file
 
-SOURCES = ("bank", "class_mean", "global_mean")
+Source = Literal["bank", "class_mean", "global_mean"]
 _BANK = 6  # branch of an image's keys
 _FREE_SHARE = 0.25
 """Share of the memory at hand that a batch may fill."""
 _MOST_AT_ONCE = 256
+
+
+@settings
+class GenerateConfig(SamplerConfig):
+    """Settings of ``smalti generate``."""
+
+    num: Count = 64
+    """Number of images."""
+    labels: tuple[int | str, ...] | int | str | None = None
+    """Classes to draw in turn, by name or number, such as ``cat,dog``; ``none`` draws without a class. None: all."""
+    order: str | None = None
+    """Order in which tokens are drawn: collapse, random, halton ...; None: the one that the run was trained with."""
+    order_source: Source = "bank"
+    """Which of the orders in a file an image gets: ``bank``, that of a training image of its class; ``class_mean``;
+    ``global_mean``."""
+    seed: Seed = 0
+    """The same seed draws the same images."""
+    batch_size: BatchSize | None = None
+    """Images at a time; None: as many as fit into memory."""
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """The settings of the sampler alone."""
+        return SamplerConfig(**{name: getattr(self, name) for name in field_names(SamplerConfig)})
+
+    @property
+    def words(self) -> str | None:
+        """``labels`` as :func:`choose_classes` takes them."""
+        if self.labels is None:
+            return None
+        return ",".join(map(str, self.labels)) if isinstance(self.labels, tuple) else str(self.labels)
 
 
 @dataclass(frozen=True)
@@ -88,7 +120,7 @@ def choose_classes(words: str | None, classes: Sequence[str], num: int) -> list[
     else:
         chosen = [_class_number(word.strip(), classes) for word in words.split(",") if word.strip()]
         if not chosen:
-            raise ConfigError("--labels names no class; write --labels cat,dog, or leave it out")
+            raise ConfigError("labels= names no class; write labels=cat,dog, or leave it out")
     return [chosen[place % len(chosen)] for place in range(num)]
 
 
@@ -98,17 +130,17 @@ def _class_number(word: str, classes: Sequence[str]) -> int:
     if word == "none":
         return len(classes)
     if not classes:
-        raise ConfigError(f"--labels {word}: this run learned without classes; leave --labels out")
+        raise ConfigError(f"labels={word}: this run was trained without classes; leave labels= out")
     if word.isdecimal():
         if int(word) < len(classes):
             return int(word)
-        raise ConfigError(f"--labels {word}: there are classes 0..{len(classes) - 1}")
-    raise ConfigError("--labels: " + unknown_key(word, classes, kind="class"))
+        raise ConfigError(f"labels={word}: there are classes 0..{len(classes) - 1}")
+    raise ConfigError("labels: " + unknown_key(word, classes, kind="class"))
 
 
 def choose_orders(
     name: str,
-    source: str,
+    source: Source,
     cache: OrderCache | None,
     labels: Sequence[int],
     keys: Int[Tensor, " B"],
@@ -131,24 +163,22 @@ def choose_orders(
         classes: names, K of them.
 
     Raises:
-        ConfigError: for an unknown order, one that needs a file, or another source.
+        ConfigError: for an unknown order, or one that needs a file.
         ShapeError: for orders of another number of tokens.
         DataError: if the file holds no such order, or none of a class.
     """
     check_order(name)
-    if source not in SOURCES:
-        raise ConfigError(f"--order-source {source}: one of {', '.join(SOURCES)} is needed")
     num_tokens = grid[0] * grid[1]
     if name == "random":
         return random_orders(keys, num_tokens)
     if name == "variance":
-        raise ConfigError("--order variance looks at pixels, which an image that is drawn does not have yet")
+        raise ConfigError("order=variance looks at pixels, which an image that is drawn does not have yet")
     if name not in CACHED:
         order = grid_order(name, grid)
         assert order is not None, name
         return order.expand(len(labels), -1).clone()
     if cache is None:
-        raise ConfigError(f"--order {name} stands in a file: name it with --orders FILE (smalti rank writes it)")
+        raise ConfigError(f"order={name} stands in a file: name it with --orders FILE (smalti rank writes it)")
     if cache.grid != grid:
         raise ShapeError(
             f"{cache.path}: orders of {cache.grid[0]}x{cache.grid[1]} patches, this run draws {grid[0]}x{grid[1]} "
@@ -170,7 +200,7 @@ def choose_orders(
             if not len(members):
                 raise DataError(
                     f"{cache.path}: has no training image in a folder '{classes[label]}', so no order for that class; "
-                    "use --order-source global_mean, or rank images in class folders"
+                    "use order_source=global_mean, or rank images in class folders"
                 )
         if source == "class_mean":
             result[places] = static_order(members)
