@@ -15,17 +15,28 @@ NAME = "compare"
 
 
 def command(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="What is compared with what.", show_default=False)],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="The plan.", show_default=False)],
     out: Out = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compare methods and checkpoints on your own images, under one budget, with seeds and intervals.
+    """Compare methods and checkpoints under one budget, with seeds.
 
-    A plan is YAML: data: DIR, evaluate: [{data: DIR, protocols: [knn]}], budget: {steps: 2000} (or images, or minutes),
-    seeds: [0, 1, 2], settings: {encoder: ...} for all arms, arms: {NAME: {method: mae, method.mask_ratio: 0.6}, OTHER:
-    {load: timm:NAME@FILE}, CONTROL: {load: random}}; load: random is the encoder of settings before training.
-    Differences are against the first arm. The same command goes on where a comparison was stopped.
+    A plan is YAML:
+
+    ```yaml
+    data: IMAGES
+    evaluate: [{data: LABELLED, protocols: [knn]}]
+    budget: {steps: 2000}  # or images, or minutes
+    seeds: [0, 1, 2]
+    settings: {encoder: vit_tiny_patch16_224}  # of all arms
+    arms:
+      mae: {method: mae, method.mask_ratio: 0.6}
+      imported: {load: timm:NAME@FILE}
+      control: {load: random}  # the encoder of settings, untrained
+    ```
+
+    Differences are to the first arm. The same command resumes an interrupted comparison.
     """
     folder = needed(out, "--out", "DIR")
 
@@ -44,41 +55,32 @@ def command(
 
 
 def _print(comparison: "Comparison") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from smalti.cli.tables import plain_table, print_table
     from smalti.study.compare import COST_COLUMNS, cost_cells
     from smalti.study.rows import about_lines, gain_cells, table_cells
 
-    console = Console(markup=False)
     first = next(iter(comparison.plan.arms))
     for title, rows in comparison.table():
         print(f"{title} ({rows[0].unit})")
         print("\n".join(about_lines(rows)))
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name in ("arm", "mean", f"difference to {first}", ""):
-            table.add_column(name, overflow="fold")
+        table = plain_table("arm", "mean", f"difference to {first}", "")
         for cells in table_cells(rows):
             arm, mean, _, gap, verdict = cells
             table.add_row(arm, mean, gap, verdict)
-        console.print(table)
+        print_table(table)
         if over := dict.fromkeys(row.gain_over for row in rows if row.gain_over):
-            gains = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            for name in ("arm", f"gain over {' or '.join(over)}", ""):
-                gains.add_column(name, overflow="fold")
+            gains = plain_table("arm", f"gain over {' or '.join(over)}", "")
             for row in rows:
                 if row.gain is not None:
                     gains.add_row(row.arm, *gain_cells(row))
             print()
-            console.print(gains)
+            print_table(gains)
         print()
     print("cost, mean over seeds")
-    costs = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("arm", *COST_COLUMNS):
-        costs.add_column(name, overflow="fold")
+    costs = plain_table("arm", *COST_COLUMNS)
     for arm, cost in comparison.costs.items():
         costs.add_row(arm, *cost_cells(cost))
-    console.print(costs)
+    print_table(costs)
     print()
     notes = [f"In brackets: {comparison.info['intervals']}.", str(comparison.info.get("few_seeds", ""))]
-    console.print("\n".join(filter(None, notes)), highlight=False, markup=False)
+    print("\n".join(filter(None, notes)))

@@ -5,23 +5,28 @@ from typing import Annotated
 
 import typer
 
-from smalti.cli.options import Debug, Quiet, Settings
+from smalti.cli.options import Debug, Quiet
 from smalti.config import parse_overrides
 
 NAME = "demo"
 
 
 def command(
-    words: Settings = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for samples and run.")] = Path(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings of training, such as steps=500 seed=1.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for samples and run.")] = Path(
         "runs/demo"
     ),
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Samples, training, evaluation against the untrained network, report: a few minutes on two cores.
+    """Run the whole job on sample images in a few minutes.
 
-    Settings go to the training run, such as steps=500 or seed=1.
+    Writes samples, trains, evaluates against the untrained network and writes a report.
     """
     overrides = parse_overrides(words or [])
 

@@ -17,25 +17,27 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[DATA] [KEY=VALUE]...",
-            help="Images or recordings to look at, and settings as for train, such as batch_size=128.",
+            help="Images or recordings, and settings of training, such as batch_size=128.",
             show_default=False,
         ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="DIR", help="Report images of DIR's evaluated split that DATA trains on."),
+        typer.Option(
+            "--against", metavar="DIR", help="Report images of DIR's evaluation split that also occur in DATA."
+        ),
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", metavar="METHOD", help="Measure a training step of this method.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="Measure a step of this recipe.")
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Measure a training step of this recipe.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where a run would be written.")] = Path(),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run will be written.")] = Path(),
     json: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Look at this machine, at images or recordings, and at what a run will need in memory, time and disk."""
+    """Check machine, data, memory, time and disk before a run."""
     if json:
         check_writable(json)
     words = list(words or [])

@@ -12,11 +12,11 @@ from smalti.cli.options import (
     Out,
     Partial,
     Quiet,
-    Settings,
     needed,
     pixels_of_run,
     settings_of_run,
 )
+from smalti.cli.setting_docs import Setting, describe
 from smalti.config import BatchSize, ImageSize, build, parse_overrides, settings
 from smalti.data.pixels import PixelConfig
 
@@ -41,20 +41,28 @@ class EmbedConfig(PixelConfig):
     """Group: how weights of others are fitted, such as load.pos_antialias."""
 
 
+def own_settings() -> list[Setting]:
+    """For ``smalti settings embed``."""
+    return list(describe(EmbedConfig))
+
+
 def command(
     encoder: EncoderSpec,
-    words: Settings = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as pool=avg dtype=float16.", show_default=False),
+    ] = None,
     data: Data = None,
-    level: Annotated[str, typer.Option("--level", metavar="LEVEL", help="image or patch.")] = "image",
+    level: Annotated[str, typer.Option("--level", metavar="LEVEL", help="`image` or `patch`.")] = "image",
     out: Out = None,
     partial: Partial = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write features of all images, as .parquet or .npz.
+    """Write features of images to a .parquet or .npz file.
 
-    Settings: weights, pool, batch_size, image_size, dtype (float32 or float16), scale, max_pixels, load.* (see
-    docs/weights.md).
+    Settings: `weights` `pool` `batch_size` `image_size` `dtype` `scale` `max_pixels` `load.*`. `smalti settings embed`
+    explains them.
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "features.parquet")
     given = build(EmbedConfig, {**pixels_of_run(settings_of_run(encoder)), **parse_overrides(words or [])})

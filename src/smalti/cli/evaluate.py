@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,26 +17,34 @@ from smalti.cli.options import (
     Out,
     Partial,
     Quiet,
-    Settings,
     group,
     needed,
     pixels_of_run,
     settings_of_run,
 )
+from smalti.cli.setting_docs import Setting, describe
 from smalti.config import all_keys, merge, parse_overrides, unknown_key
 from smalti.errors import ConfigError
+from smalti.registry import listed
 
 NAME = "evaluate"
+ELSEWHERE = ("data", "protocols", "every", "patience")
+"""Fields of ``eval`` that are options here (``--data``, ``--protocol``), or for evaluation in training."""
 PLAIN, GROUPS = ("seed", "batch_size", "pool", "weights"), ("eval", "load")
 
 
 def command(
     encoder: EncoderSpec,
-    words: Settings = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings, such as eval.image_size=96 eval.preset=full.", show_default=False
+        ),
+    ] = None,
     data: Data = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", metavar="A,B", help="Protocols; without it, those that fit the data."),
+        typer.Option("--protocol", metavar="A,B", help="Protocols (listed below); default: those that fit the data."),
     ] = None,
     out: Out = None,
     json: Json = None,
@@ -43,23 +52,18 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate an encoder on labelled images, beside its baseline.
+    """Evaluate an encoder on labelled images, beside a baseline.
 
-    The baseline of a run is the same network untrained (or before, where it started from weights); of an imported
-    encoder it is the random initialisation of its architecture. eval.baseline=false leaves it out.
+    The baseline of a run is the same network untrained, or before training if it started from weights; the baseline of
+    an imported encoder is its random initialisation. `eval.baseline=false` skips it.
 
-    --out DIR also writes results, what stands behind them and a page with figures; of a run, smalti report RUN shows
-    them, too.
+    `--out DIR` also writes a report with figures. Results of a run appear in `smalti report RUN`, too.
 
-    Of generated images, --protocol generation judges a folder in an encoder's features: smalti evaluate ENCODER --data
-    REAL --protocol generation eval.generated=FOLDER, or smalti evaluate FOLDER ... eval.features=ENCODER.
-
-    Settings: eval.* (eval.split eval.image_size eval.k eval.preset eval.baseline ...), seed, batch_size, pool, weights,
-    load.* (how weights of others are fitted: load.pos_antialias load.registers ..., see docs/weights.md).
+    Settings: `eval.*` `load.*` `seed` `batch_size` `pool` `weights`. `smalti settings evaluate` explains them.
     """
     data = needed(data, "--data", "DIR")
     tree = parse_overrides(words or [])
-    _check_names(tree)
+    check_names(tree)
     weights, fit = tree.pop("weights", None), group(tree, "load")
     settings = merge({name: tree[name] for name in PLAIN if name in tree}, tree.get("eval", {}))
     if (features := settings.pop("features", None)) is not None:
@@ -109,7 +113,7 @@ def command(
         print(f"report: {page}")
 
 
-def _check_names(tree: Mapping[str, Any]) -> None:
+def check_names(tree: Mapping[str, Any]) -> None:
     """Refuse what is no setting of this command, such as one of training.
 
     Raises:
@@ -123,6 +127,26 @@ def _check_names(tree: Mapping[str, Any]) -> None:
 
             elsewhere = (*all_keys(EvalConfig, "eval."), *all_keys(LoadConfig, "load."))
             raise ConfigError(unknown_key(name, known, elsewhere=elsewhere))
+
+
+def more_help() -> str:
+    """The protocols, a line each."""
+    lines = [f"- `{name}`: {protocol.summary}" for name, protocol in listed("protocol").items()]
+    return "\n".join(["Protocols:", "", *lines])
+
+
+def own_settings() -> list[Setting]:
+    """For ``smalti settings evaluate``: what this command takes, without what only evaluation in training uses."""
+    from smalti.evaluation.protocol import EvalConfig
+    from smalti.models.weights import LoadConfig
+
+    of_eval = list(describe(EvalConfig, "eval."))
+    plain = [
+        replace(one, key=one.key.removeprefix("eval.")) for one in of_eval if one.key.removeprefix("eval.") in PLAIN
+    ]
+    grouped = [one for one in of_eval if one.key.removeprefix("eval.") not in (*PLAIN, *ELSEWHERE)]
+    (weights, *others) = describe(LoadConfig, "load.")
+    return [*plain, replace(weights, key="weights"), *grouped, *others]
 
 
 def _as_generated(folder: str, settings: dict[str, Any]) -> str:

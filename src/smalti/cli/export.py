@@ -6,6 +6,7 @@ import typer
 from pydantic import PositiveInt
 
 from smalti.cli.options import Debug, EncoderSpec, Out, Partial, needed, take
+from smalti.cli.setting_docs import Setting, describe
 from smalti.config import ImageSize, settings
 from smalti.errors import ConfigError
 
@@ -32,6 +33,11 @@ class ExportConfig:
     """onnx: fixed number of patches that ``keep.onnx`` takes; None: any number."""
     load: dict[str, Any] | None = None
     """Group: how imported weights are adapted, such as ``load.img_size=384``."""
+
+
+def own_settings() -> list[Setting]:
+    """For ``smalti settings export``."""
+    return list(describe(ExportConfig))
 
 
 def command(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smalti.cli.options import Debug, Out, Quiet, needed
+from smalti.cli.setting_docs import Setting, describe
 from smalti.config import build, parse_overrides, to_tree
 from smalti.errors import ConfigError
 from smalti.files import check_folder, is_free, remove_leftovers, write_atomically
@@ -38,7 +39,9 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Generate images: PNG files, a grid of them, and a film strip of how they are drawn.
+    """Generate images with a run of MAR or CMAR.
+
+    Written are PNG files, a grid of them, and a film strip of the steps.
 
     The run's report (`smalti report RUN`) shows the grid and the strip. The same command resumes an interrupted one:
     images that exist are kept.
@@ -157,6 +160,13 @@ def command(
                 write_atomically(run / FOLDER / picture, (out / picture).read_bytes())
         write_json(out / SETTINGS, {**settings, "images_per_s": round(rate, 3)})
     print(f"written: {config.num} images in {out / 'images'}, {out / GRID} and {FILM}; {rate:.3g} images/s")
+
+
+def own_settings() -> list[Setting]:
+    """For ``smalti settings generate``."""
+    from smalti.study.generate import GenerateConfig
+
+    return list(describe(GenerateConfig))
 
 
 def _begin(out: Path, settings: Mapping[str, Any]) -> None:

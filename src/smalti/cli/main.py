@@ -2,9 +2,11 @@
 
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import smalti
 from smalti import streams, threads
@@ -21,6 +23,7 @@ from smalti.cli import (
     rank,
     report,
     samples,
+    settings,
     train,
 )
 from smalti.errors import Interrupted, SmaltiError, exit_code, machine_trouble
@@ -29,14 +32,42 @@ RESUMING = (compare.NAME, generate.NAME)
 """Commands that, typed again, continue where they were stopped."""
 app = typer.Typer(
     name="smalti",
-    help="Smalti learns from the pieces of an image: pretrain vision transformers on your own images, "
-    "measure what their patch tokens know, and hand the encoder on as a plain timm model.",
+    help="Self-supervised learning on image patches: pretrain vision transformers on your own images, evaluate "
+    "their patch tokens, and export the encoder as a plain timm model.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (methods, train, evaluate, compare, report, probe, rank, generate, export, embed, doctor, samples, demo):
-    app.command(module.NAME)(module.command)
+
+
+def command_class(more_help: Callable[[], str] | None) -> type[TyperCommand]:
+    """Class of a command; with ``more_help``, which gives Markdown that its help ends with."""
+
+    class Verb(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            self.epilog = more_help() if more_help else None  # only now: it takes time
+            super().format_help(ctx, formatter)
+
+    return Verb
+
+
+for module in (
+    methods,
+    settings,
+    train,
+    evaluate,
+    compare,
+    report,
+    probe,
+    rank,
+    generate,
+    export,
+    embed,
+    doctor,
+    samples,
+    demo,
+):
+    app.command(module.NAME, cls=command_class(getattr(module, "more_help", None)))(module.command)
 
 
 def _version(show: bool) -> None:
@@ -67,7 +98,7 @@ def run(arguments: list[str] | None = None) -> None:
 
 def _run(words: list[str]) -> int:
     try:
-        code = int(app(words, standalone_mode=False) or 0)
+        code = int(app(words, prog_name="smalti", standalone_mode=False) or 0)
         if (error := streams.lost_output()) is not None:
             print(f"smalti: the output can't be written ({error.strerror}); all files are", file=sys.stderr)
             return code or 2

@@ -18,9 +18,9 @@ def command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, as in the README.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods: what they do, paper, recipes and measured results.
+    """List the methods with papers, recipes and results.
 
-    `smalti settings METHOD` lists the settings of one.
+    `smalti settings METHOD` lists the settings of a method.
     """
     from smalti.study.catalogue import COLUMNS, catalogue
 

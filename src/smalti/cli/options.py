@@ -23,22 +23,19 @@ EncoderSpec = Annotated[
     str,
     typer.Argument(
         metavar="ENCODER",
-        help="RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME",
+        help="`RUN`, `FILE.safetensors`, `timm:NAME`, `timm:NAME@FILE` or `random:NAME`.",
         show_default=False,
     ),
 ]
-Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as steps=1000.", show_default=False)
-]
 Data = Annotated[
     str | None,
-    typer.Option("--data", metavar="DIR", help="Images: a folder, a list file, or NAME=PATH to force a reader."),
+    typer.Option("--data", metavar="DIR", help="Images: a folder, a list of files, or `NAME=PATH` to choose a reader."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="PATH", help="Where the result goes.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON, too.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="PATH", help="Where to write the result.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Partial = Annotated[bool, typer.Option("--partial", help="Allow weights that fill only a part of the model.")]
+Partial = Annotated[bool, typer.Option("--partial", help="Accept weights that cover only a part of the model.")]
 
 
 _TELL_EVERY_S = 60.0
@@ -135,29 +132,23 @@ def best_device() -> "torch.device":
 
 def print_results(results: "list[Result]") -> None:
     """A table a protocol, the baseline beside the encoder, with intervals."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from smalti.cli.tables import plain_table, print_table
     from smalti.evaluation.protocol import BASELINE_LABELS, describe_result
     from smalti.study.rows import result_cells
 
-    console = Console(markup=False)
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
     told: dict[str, None] = {}
     for result in results:
         if result.is_baseline:
             continue
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(result.protocol, overflow="fold")
         baseline = baselines.get((result.protocol, result.data))
         beside = (BASELINE_LABELS[baseline.baseline], "difference") if baseline and baseline.baseline else ()
-        for name in ("value", *beside):
-            table.add_column(name, no_wrap=True)
+        table = plain_table(result.protocol, "value", *beside)
         for metric in result.metrics:
             table.add_row(metric, *result_cells(result, baseline, metric))
         print(f"{result.encoder} on {result.data}")
         print(describe_result(result) or "nothing is known of what was evaluated")
-        console.print(table)
+        print_table(table)
         print()
         if "intervals" in result.settings:
             told[f"In brackets: {result.settings['intervals']}{'; differences are paired' if beside else ''}."] = None

@@ -16,24 +16,27 @@ KINDS = ("positions",)
 def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
     what: Annotated[
-        str, typer.Option("--what", metavar="KIND", help="positions: what PART knows of them.")
+        str, typer.Option("--what", metavar="KIND", help="`positions`: what PART has learned about them.")
     ] = "positions",
     data: Data = None,
-    images: Annotated[int, typer.Option("--images", help="How many images are looked at.")] = 32,
+    images: Annotated[int, typer.Option("--images", help="Number of images.")] = 32,
     overfit: Annotated[
-        bool, typer.Option("--overfit", help="Also learn 8 images by heart, from the start: 1,000 steps.")
+        bool, typer.Option("--overfit", help="Also overfit 8 images from scratch, in 1,000 steps.")
     ] = False,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Look into a trained method: consistency, fit, collapse and leaks, kept in RUN/probes for the report."""
+    """Analyse what a run of PART has learned about positions.
+
+    Measures consistency, fit, collapse and leaks. Results are written to RUN/probes and appear in the report.
+    """
     if what not in KINDS:
         raise ConfigError(unknown_key(what, KINDS, kind="probe"))
-    from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
     from smalti.cli.options import write_json
+    from smalti.cli.tables import print_table
     from smalti.files import check_writable
     from smalti.report.positions import draw_positions
     from smalti.study.probe import UNITS, probe_positions, write_probe
@@ -41,7 +44,7 @@ def command(
     if json:
         check_writable(json)
     with Progress(transient=True) as bar:
-        task = bar.add_task("learning by heart", total=None, visible=overfit)
+        task = bar.add_task("overfitting", total=None, visible=overfit)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
@@ -56,5 +59,5 @@ def command(
     table = Table("probe", "value", "meaning", title=f"positions of {run}", title_justify="left")
     for name, value in probe.metrics.items():
         table.add_row(name, f"{value:.4g}", UNITS.get(name, ""))
-    Console(markup=False).print(table)
+    print_table(table)
     print(f"written: {path} and {path.with_suffix('.png').name}; they stand in the page of: smalti report {run}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smalti.cli.options import Data, Debug, Json, Out, Quiet, Settings, needed, pixels_of_run, settings_of_run
+from smalti.cli.options import Data, Debug, Json, Out, Quiet, needed, pixels_of_run, settings_of_run
+from smalti.cli.setting_docs import Setting, describe
 from smalti.config import build, parse_overrides
 from smalti.errors import ConfigError
 from smalti.files import check_writable, is_free
@@ -24,39 +25,44 @@ def command(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A run of comae, or an encoder: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME",
+            help="A run of `comae`, or an encoder: `RUN`, `FILE.safetensors`, `timm:NAME[@FILE]`, `random:NAME`.",
             show_default=False,
         ),
     ],
-    words: Settings = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings, such as batch_size=8 image_size=224.", show_default=False
+        ),
+    ] = None,
     data: Data = None,
     out: Out = None,
     orders: Annotated[
         str | None,
-        typer.Option("--orders", metavar="A,B", help="Names of orders; without it, all that RUN gives."),
+        typer.Option("--orders", metavar="A,B", help="Names of orders; default: all that RUN has."),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="OTHER", help="A file of orders, or a run of another seed, to compare with."),
+        typer.Option("--against", metavar="OTHER", help="File of orders, or run of another seed, to compare with."),
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option("--judge", metavar="RUN", help="A run of prefix: what the first patches of orders tell."),
+        typer.Option("--judge", metavar="RUN", help="A run of `prefix`, which scores the orders."),
     ] = None,
     flips: Annotated[
-        bool, typer.Option("--flips/--no-flips", help="Also rank the mirrored images, as training with flips needs.")
+        bool, typer.Option("--flips/--no-flips", help="Also rank mirrored images, for training with flips.")
     ] = True,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Rank the patches of all images: a file of orders, what they are like, and a page with pictures.
+    """Rank the patches of all images by importance.
 
-    --out is DIR, or FILE.parquet; beside the orders stand the numbers (.json), the page (.html) and its pictures
-    (.png).
+    `--out` is a folder or `FILE.parquet`. Written are the orders, their statistics (.json) and a page (.html) with
+    pictures (.png).
 
-    Settings: batch_size, chunk, damping (of comae), image_size, weights, load.* (of encoders), num_workers, judged,
-    shown, scale, max_pixels. See docs/ranking.md.
+    Settings: `batch_size` `image_size` `weights` `load.*` `num_workers` `chunk` `damping` `judged` `shown` `scale`
+    `max_pixels`. `smalti settings rank` explains them.
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "orders")
     from smalti.study.ranking import ORDERS_FILE, RankConfig, rank, ranking_content, write_ranking
@@ -104,6 +110,13 @@ def command(
     print(f"numbers: {file.with_suffix('.json')}, page: {page}")
 
 
+def own_settings() -> list[Setting]:
+    """For ``smalti settings rank``."""
+    from smalti.study.ranking import RankConfig
+
+    return list(describe(RankConfig))
+
+
 def _file_of(out: Path, name: str) -> Path:
     """The file of orders.
 
@@ -131,8 +144,9 @@ def _print(ranking: "Ranking") -> None:
 def _print_table(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> None:
     """A row an order; narrow enough for 80 columns, as a number that is broken can't be read."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+
+    from smalti.cli.tables import print_table
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("order", no_wrap=True)
@@ -141,4 +155,4 @@ def _print_table(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[
         table.add_column("\n".join(words), justify="right", no_wrap=True)
     for order, numbers in rows.items():
         table.add_row(order, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns))
-    Console(markup=False).print(table)
+    print_table(table)

@@ -13,19 +13,20 @@ NAME = "report"
 
 def command(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="What --out named: of train, compare or evaluate.", show_default=False)
+        Path, typer.Argument(metavar="RUN", help="Output of train, compare or evaluate.", show_default=False)
     ],
     data: Annotated[
-        str | None, typer.Option("--data", metavar="DIR", help="Images to show; without it, those it was trained on.")
+        str | None, typer.Option("--data", metavar="DIR", help="Images to show; default: those it was trained on.")
     ] = None,
     out: Out = None,
     images: Annotated[
-        int | None, typer.Option("--images", help="How many images of a run are shown.", show_default="12")
+        int | None, typer.Option("--images", help="Number of images of a run to show.", show_default="12")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write one self-contained HTML page: of a run (curves, feature maps, a patch to click, results), of a comparison
-    (what smalti compare wrote) or of an evaluation (what smalti evaluate --out wrote).
+    """Write a run, comparison or evaluation as one HTML page.
+
+    The page of a run has curves, feature maps, a patch to click and results. The file is self-contained.
     """
     from smalti.data.folders import open_images
     from smalti.report.comparison import write_comparison

@@ -3,9 +3,11 @@
 import warnings
 from typing import Annotated, Literal
 
+import typer
 from pydantic import Field, PositiveInt
 
-from smalti.cli.options import Debug, Out, Quiet, Settings, needed, take
+from smalti.cli.options import Debug, Out, Quiet, needed, take
+from smalti.cli.setting_docs import Setting, describe
 from smalti.config import Seed, parse_overrides, settings
 
 NAME = "samples"
@@ -41,11 +43,26 @@ class SamplesConfig:
     """Of everything."""
 
 
-def command(words: Settings = None, out: Out = None, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Write scenes on real photographs with exact masks, instances, boxes and classes; or synthetic nights of EEG.
+def own_settings() -> list[Setting]:
+    """For ``smalti settings samples``."""
+    return list(describe(SamplesConfig))
 
-    Settings: num_train, num_val, num_objects_train, num_objects_val, size (pixels), seed; kind=sleep with
-    num_nights_train, num_nights_val, epochs, num_channels.
+
+def command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as num_train=100 size=64.", show_default=False),
+    ] = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write sample data: scenes with masks, or synthetic EEG.
+
+    Scenes are composed on real photographs, with exact masks, instances, boxes and classes.
+
+    Settings: `num_train` `num_val` `num_objects_train` `num_objects_val` `size` `seed`; `kind=sleep` writes nights of
+    EEG with `num_nights_train` `num_nights_val` `epochs` `num_channels`. `smalti settings samples` explains them.
     """
     out = needed(out, "--out", "samples")
     given = take(words, SamplesConfig)

@@ -22,7 +22,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[METHOD] [KEY=VALUE]...",
-            help="A method (smalti methods lists them) and settings, such as steps=1000 method.mask_ratio=0.6.",
+            help="A method (see `smalti methods`) and settings, such as steps=1000 optim.lr=1e-3.",
             show_default=False,
         ),
     ] = None,
@@ -31,18 +31,25 @@ def command(
     init: Annotated[
         str | None,
         typer.Option(
-            "--init", metavar="ENCODER", help="Start from weights: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE."
+            "--init",
+            metavar="ENCODER",
+            help="Start from weights: `RUN`, `FILE.safetensors`, `timm:NAME` or `timm:NAME@FILE`.",
         ),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="A YAML file of settings.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="YAML file of settings, or the name of a shipped one."),
+    ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Resume an interrupted run.")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train an encoder on a folder of images.
+    """Train a method on a folder of images.
 
-    Settings are key=value: encoder steps batch_size seed devices precision compile weights pool drop_path, and the
-    groups method.* optim.* data.* eval.* checkpoint.* log.* (smalti methods NAME lists a method's own).
+    Common settings: `steps` `batch_size` `encoder` `seed` `devices` `precision` `data.image_size` `optim.lr`. `smalti
+    settings` lists all of them, `smalti settings METHOD` those of a method.
+
+    `eval.data=LABELLED eval.every=500` evaluates during training. Interrupted runs resume with `--resume RUN`.
     """
     words = list(words or [])
     method = words.pop(0) if words and "=" not in words[0] else None
@@ -106,20 +113,15 @@ def _say_what_next(run: Path) -> None:
 
 
 def _print_verdict(verdict: "Verdict") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from smalti.cli.tables import plain_table, print_table
     from smalti.study.posttrain import VERDICT_COLUMNS, verdict_cells
 
-    console = Console(markup=False)
     print(verdict.rows[0].data)
     print(verdict.images)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in VERDICT_COLUMNS:
-        table.add_column(name, overflow="fold")
+    table = plain_table(*VERDICT_COLUMNS)
     for cells in verdict_cells(verdict):
         table.add_row(*cells)
-    console.print(table)
+    print_table(table)
     print(verdict.sentence)
     for note in verdict.notes:
         print(f"  {note}")
