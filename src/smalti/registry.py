@@ -1,21 +1,32 @@
-"""Which methods and protocols exist, read from source text: nothing is imported, so that lists, help and shell
-completion are quick.
+"""Which methods and protocols exist: Smalti's own and those of other packages.
 
-A method is a class below ``@register("NAME")``, a protocol a function below ``@register_protocol("NAME")``, both at the
-top level of a module. Adding a file to the package is enough to be listed.
+Lists are read from source text: nothing is imported, so that ``smalti methods``, help and shell completion are quick. A
+method is a class below ``@register("NAME")``, a protocol a function below ``@register_protocol("NAME")``, both at the
+top level of a module. Other packages are found by their entry points (groups ``smalti.methods`` and
+``smalti.protocols``, each naming a module) and by ``--import MODULE``.
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple
+
+from smalti.errors import ConfigError, SmaltiError
 
 Kind = Literal["method", "protocol"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+IMPORTS = "SMALTI_IMPORT"
+"""Environment variable with the modules of ``--import``, separated by ``os.pathsep``; child processes see it, too."""
 _PACKAGE = Path(__file__).parent
 _FOLDERS: Mapping[Kind, Path] = {"method": _PACKAGE / "methods", "protocol": _PACKAGE / "evaluation"}
 _DECORATORS: Mapping[Kind, str] = {"method": "register", "protocol": "register_protocol"}
+_imported: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,122 @@ class Entry:
         lines = self.docstring.strip().splitlines() or [""]
         return self.facts.get("title", lines[0].removesuffix("."))
 
+    @property
+    def place(self) -> str:
+        """Source file inside of Smalti, such as ``methods/mae.py``; of other packages its whole path."""
+        return str(self.file.relative_to(_PACKAGE) if self.file.is_relative_to(_PACKAGE) else self.file)
+
+
+class Outside(NamedTuple):
+    """A module of another package."""
+
+    module: str
+    """Dotted name, or path of a source file."""
+    origin: str
+    """Who named it, for errors."""
+    is_asked: bool
+    """Whether the user did, with ``--import``."""
+
 
 def listed(kind: Kind) -> dict[str, Entry]:
-    """All methods or protocols by name, in alphabetical order."""
-    found = [entry for file in sorted(_FOLDERS[kind].rglob("*.py")) for entry in entries_in(file, kind)]
-    return {entry.name: entry for entry in sorted(found, key=lambda entry: entry.name)}
+    """All methods or protocols by name, in alphabetical order.
+
+    Raises:
+        ConfigError: for two of one name, or a module of ``--import`` that does not exist.
+    """
+    found: dict[str, Entry] = {}
+    sources = [(sorted(_FOLDERS[kind].rglob("*.py")), "smalti")]
+    sources += [(_sources(one), one.origin) for one in outside(kind)]
+    for files, origin in sources:
+        for entry in (entry for file in files for entry in entries_in(file, kind)):
+            if found.setdefault(entry.name, entry).file != entry.file:
+                raise ConfigError(f"{origin}: {clash(kind, entry.name, found[entry.name].place, entry.place)}")
+    return dict(sorted(found.items()))
+
+
+def clash(kind: Kind, name: str, one: str, other: str) -> str:
+    """The line for two methods or protocols of one name."""
+    return f"two {kind}s are named '{name}': {one} and {other}; rename or remove one"
+
+
+def use_modules(modules: Iterable[str]) -> None:
+    """Make modules known that register methods or protocols, in this process and its children.
+
+    Args:
+        modules: dotted names, or paths of source files.
+    """
+    known = [module for module in os.environ.get(IMPORTS, "").split(os.pathsep) if module]
+    more = [str(Path(module).resolve()) if module.endswith(".py") else module for module in modules]
+    os.environ[IMPORTS] = os.pathsep.join(dict.fromkeys([*known, *more]))
+
+
+def outside(kind: Kind) -> Iterator[Outside]:
+    """Modules of other packages that register methods or protocols."""
+    for point in importlib.metadata.entry_points(group=f"smalti.{kind}s"):
+        package = point.dist.name if point.dist else "an unknown package"
+        yield Outside(point.module, f"package {package} (entry point {point.name})", is_asked=False)
+    for module in os.environ.get(IMPORTS, "").split(os.pathsep):
+        if module:
+            yield Outside(module, f"--import {module}", is_asked=True)
+
+
+def import_outside(kind: Kind) -> None:
+    """Import the modules of other packages, which registers what they have. A package that can't be imported is left
+    out with a warning.
+
+    Raises:
+        ConfigError: for a module of ``--import`` that can't be imported, or two methods or protocols of one name.
+    """
+    for one in outside(kind):
+        if one.module in _imported:
+            continue
+        _imported.add(one.module)  # before: the module may look up methods itself
+        try:
+            _import(one)
+        except SmaltiError as error:
+            _imported.discard(one.module)
+            raise ConfigError(f"{one.origin}: {error}") from error
+        except Exception as error:
+            line = f"{one.origin}: can't be imported ({type(error).__name__}: {error})"
+            if one.is_asked:
+                _imported.discard(one.module)
+                raise ConfigError(line) from error
+            warnings.warn(f"{line}; its {kind}s are left out", stacklevel=2)
+
+
+def _import(one: Outside) -> None:
+    name = _findable(one)
+    module = importlib.import_module(name)
+    if one.module.endswith(".py") and Path(module.__file__ or "").resolve() != Path(one.module):
+        raise ConfigError(f"another module is named '{name}' ({module.__file__}); rename the file")
+
+
+def _findable(one: Outside) -> str:
+    """The module's name; the working directory, or the folder of a source file, is put on the search path, where
+    processes that read data look, too."""
+    folder = Path(one.module).parent if one.module.endswith(".py") else Path.cwd()
+    if one.is_asked and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return Path(one.module).stem if one.module.endswith(".py") else one.module
+
+
+def _sources(one: Outside) -> list[Path]:
+    """Source files of a module, and of a package all its modules, without importing it.
+
+    Raises:
+        ConfigError: if there is no module of that name, and the user asked for it.
+    """
+    first, *others = _findable(one).split(".")
+    spec = importlib.util.find_spec(first)
+    path = Path(one.module) if one.module.endswith(".py") else Path(spec.origin if spec and spec.origin else first)
+    if others and spec and spec.submodule_search_locations:
+        path = Path(spec.submodule_search_locations[0]).joinpath(*others)
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if path.is_file():
+        return sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    if one.is_asked:
+        raise ConfigError(f"{one.origin}: there is no such module")
+    return []
 
 
 def entries_in(file: Path, kind: Kind) -> Iterator[Entry]:
@@ -54,7 +176,10 @@ def entries_in(file: Path, kind: Kind) -> Iterator[Entry]:
     text = file.read_text(encoding="utf-8")
     if f"{_DECORATORS[kind]}(" not in text:
         return
-    module = ast.parse(text)
+    try:
+        module = ast.parse(text)
+    except SyntaxError:  # importing it says so
+        return
     constants = _texts(module.body)
     for node in module.body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef):

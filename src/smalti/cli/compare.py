@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smalti.cli.options import Debug, Out, Quiet, needed
+from smalti.cli.options import Debug, Imports, Out, Quiet, needed
 from smalti.errors import RunError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ NAME = "compare"
 def command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="The plan.", show_default=False)],
     out: Out = None,
+    imports: Imports = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

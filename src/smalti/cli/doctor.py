@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from smalti.cli import completion
 from smalti.cli.options import Debug, Json, write_json
 from smalti.config import merge, parse_overrides
 from smalti.files import check_writable
@@ -28,10 +29,22 @@ def command(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", metavar="METHOD", help="Measure a training step of this method.")
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="Measure a training step of this method.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="Measure a training step of this recipe.")
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            help="Measure a training step of this recipe.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run will be written.")] = Path(),
     json: Json = None,

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from smalti.cli import completion
 from smalti.cli.options import (
     Data,
     Debug,
     EncoderSpec,
+    Imports,
     Json,
     Out,
     Partial,
@@ -44,11 +46,17 @@ def command(
     data: Data = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", metavar="A,B", help="Protocols (listed below); default: those that fit the data."),
+        typer.Option(
+            "--protocol",
+            metavar="A,B",
+            help="Protocols (listed below); default: those that fit the data.",
+            autocompletion=completion.protocols,
+        ),
     ] = None,
     out: Out = None,
     json: Json = None,
     partial: Partial = False,
+    imports: Imports = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from smalti.cli.options import Debug
+from smalti.cli import completion
+from smalti.cli.options import Debug, Imports
 from smalti.config import unknown_key
 from smalti.errors import ConfigError
 
@@ -14,8 +15,11 @@ NAME = "methods"
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show one method.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[METHOD]", help="Show one method.", autocompletion=completion.methods)
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, as in the README.")] = False,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """List the methods with papers, recipes and results.

@@ -12,6 +12,7 @@ import typer
 
 from smalti.config import build, parse_overrides, read_yaml, to_tree
 from smalti.errors import ConfigError
+from smalti.registry import use_modules
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Partial = Annotated[bool, typer.Option("--partial", help="Accept weights that cover only a part of the model.")]
 
+
+def _use(modules: list[str] | None) -> list[str] | None:
+    use_modules(modules or [])
+    return modules
+
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import", metavar="MODULE", help="Module or FILE.py that registers methods or protocols.", callback=_use
+    ),
+]
 
 _TELL_EVERY_S = 60.0
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from smalti.cli.options import Debug
+from smalti.cli import completion
+from smalti.cli.options import Debug, Imports
 from smalti.cli.setting_docs import Setting, describe
 from smalti.config import field_names, flatten, unknown_key
 from smalti.errors import ConfigError
@@ -26,11 +27,19 @@ def command(
             metavar="[KEY|GROUP|METHOD|COMMAND]",
             help="Such as `optim.lr`, `data`, `mae` or `export`; without it, all settings of training.",
             show_default=False,
+            autocompletion=completion.methods,
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", metavar="METHOD", help="Settings and defaults of training this method.")
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="Settings and defaults of training this method.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """List settings with type, default and meaning.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smalti.cli.options import Data, Debug, Out, Quiet
+from smalti.cli import completion
+from smalti.cli.options import Data, Debug, Imports, Out, Quiet
 from smalti.config import parse_overrides, read_yaml
 from smalti.errors import ConfigError, DataError
 
@@ -24,6 +25,7 @@ def command(
             metavar="[METHOD] [KEY=VALUE]...",
             help="A method (see `smalti methods`) and settings, such as steps=1000 optim.lr=1e-3.",
             show_default=False,
+            autocompletion=completion.methods,
         ),
     ] = None,
     data: Data = None,
@@ -38,9 +40,15 @@ def command(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="FILE", help="YAML file of settings, or the name of a shipped one."),
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            help="YAML file of settings, or the name of a shipped one.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Resume an interrupted run.")] = None,
+    imports: Imports = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

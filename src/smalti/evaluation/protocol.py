@@ -32,6 +32,7 @@ from smalti.evaluation.tally import Tally
 from smalti.files import write_atomically
 from smalti.models.encoder import Encoder, encoder_from_config, eval_mode
 from smalti.reading import reading
+from smalti.registry import clash, import_outside
 
 Need = Literal["labels", "masks", "boxes", "images", "stages"]
 """What the data must have; ``images`` are enough for what needs no labels, ``stages`` are those of signals."""
@@ -386,12 +387,18 @@ def register_protocol(
         prefers: what it takes where the data has it, though ``need`` is enough.
         has_baseline: whether the baseline is evaluated, too.
         check: finds mistakes in the settings before there is an encoder.
+
+    Raises:
+        ConfigError: if another function has that name.
     """
     unknown = set(heeds) - {item.name for item in dataclasses.fields(EvalConfig)}
-    assert name not in _REGISTRY and not unknown, (name, unknown)
+    assert not unknown, (name, unknown)
 
     def register(run: Callable[[Features, EvalConfig], Scores]) -> Callable[[Features, EvalConfig], Scores]:
         summary = (run.__doc__ or "").strip().splitlines()[0]
+        other = _REGISTRY[name].run if name in _REGISTRY else run
+        if (other.__module__, other.__qualname__) != (run.__module__, run.__qualname__):
+            raise ConfigError(clash("protocol", name, other.__module__, run.__module__))
         heeded = SHARED.union(heeds, *(_READING.get(source, ()) for source in (need, *prefers)))
         _REGISTRY[name] = Protocol(name, need, heeded, run, summary, by_default, observer, prefers, has_baseline, check)
         return run
@@ -399,9 +406,15 @@ def register_protocol(
     return register
 
 
+def _registry() -> Mapping[str, Protocol]:
+    """All protocols by name; those of other packages, too."""
+    import_outside("protocol")
+    return _REGISTRY
+
+
 def protocol_names() -> tuple[str, ...]:
     """Names of the protocols that this version has, in the order of their registration."""
-    return tuple(_REGISTRY)
+    return tuple(_registry())
 
 
 def find_protocol(name: str) -> Protocol:
@@ -410,9 +423,10 @@ def find_protocol(name: str) -> Protocol:
     Raises:
         ConfigError: if there is none, with the nearest name.
     """
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    raise ConfigError(unknown_key(name, _REGISTRY, kind="protocol"))
+    known = _registry()
+    if name in known:
+        return known[name]
+    raise ConfigError(unknown_key(name, known, kind="protocol"))
 
 
 def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
@@ -421,9 +435,9 @@ def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple
     Data with neither labels nor masks get those that need none.
     """
     if is_signals(data):
-        return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need == "stages")
+        return tuple(protocol.name for protocol in _registry().values() if protocol.need == "stages")
     has = _has(open_images(data, class_depth=class_depth)) or {"images"}
-    return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has and protocol.by_default)
+    return tuple(protocol.name for protocol in _registry().values() if protocol.need in has and protocol.by_default)
 
 
 def evaluate(

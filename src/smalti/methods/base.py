@@ -20,6 +20,7 @@ from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.layers.tokens import TokenConfig, TokenSource, build_tokens
 from smalti.models.encoder import ClassHead, Encoder
+from smalti.registry import clash, import_outside
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -328,9 +329,16 @@ _REGISTRY: dict[str, type[Method]] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a method known under a name."""
+    """Class decorator: make a method known under a name.
+
+    Raises:
+        ConfigError: if another class has that name.
+    """
 
     def add(cls: M) -> M:
+        other = _REGISTRY.get(name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(clash("method", name, other.__module__, cls.__module__))
         cls.name = name
         _REGISTRY[name] = cls
         return cls
@@ -339,8 +347,9 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def method_names() -> tuple[str, ...]:
-    """All registered methods, sorted."""
+    """All registered methods, sorted; those of other packages, too."""
     importlib.import_module("smalti.methods")
+    import_outside("method")
     return tuple(sorted(_REGISTRY))
 
 

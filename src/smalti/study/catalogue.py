@@ -47,7 +47,7 @@ def catalogue() -> list[tuple[str, ...]]:
                 name,
                 method.summary,
                 method.facts.get("paper", ""),
-                f"methods/{method.file.name}",
+                method.place,
                 ", ".join(path.name for path in recipes) or "none",
                 "; ".join(reached) or NOT_MEASURED,
             )
