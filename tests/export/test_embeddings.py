@@ -49,8 +49,9 @@ def read(path: Path, level: str) -> tuple[list[str], np.ndarray]:
     """Paths and features in a file of either format."""
     if path.suffix == ".npz":
         with np.load(path) as file:
-            assert level == "image" or file["grid"].tolist() == [2, 2]
-            return file["paths"].tolist(), file["embeddings" if level == "image" else "tokens"]
+            if level == "patch":
+                assert set(file["grid_h"].tolist()) == set(file["grid_w"].tolist()) == {2}
+            return file["path"].tolist(), file["embedding" if level == "image" else "tokens"]
     table = pq.read_table(path)
     dim = int(table.schema.metadata[b"embed_dim"])
     numbers = table["embedding" if level == "image" else "tokens"].combine_chunks()
@@ -83,6 +84,15 @@ def test_what_is_written_is_what_the_encoder_says(encoder, images, tmp_path, end
     assert calls == [(3, 7), (6, 7), (7, 7)]
     assert "6 images" in str(done) and "unreadable and left out: 1, the first" in str(done)
     assert [path.name for path in done.path.parent.iterdir()] == [done.path.name]
+
+
+@pytest.mark.parametrize("level", ["image", "patch"])
+def test_both_formats_have_the_same_columns(encoder, images, tmp_path, level):
+    table = pq.read_table(embed(encoder, images, tmp_path / "f.parquet", level=level).path)
+    with np.load(embed(encoder, images, tmp_path / "f.npz", level=level).path) as file:
+        assert set(file) == {*table.column_names, "smalti"}
+        assert {len(file[name]) for name in table.column_names} == {len(table)}
+        assert json.loads(str(file["smalti"])) == json.loads(table.schema.metadata[b"smalti"])
 
 
 def test_many_batches_make_few_row_groups(encoder, images, tmp_path, monkeypatch):

@@ -69,9 +69,10 @@ def embed(
     Images are made ready as evaluations do it: for one vector an image the central square, for patches the whole image
     at ``image_size`` x ``image_size`` whatever its shape, so that patch (i, j) of the grid is part (i, j) of the image.
 
-    ``.parquet`` has the columns ``path`` and ``embedding`` (a list of D numbers), or ``path``, ``grid_h``, ``grid_w``
-    and ``tokens`` (a list of N*D numbers in raster order); the schema's metadata has ``embed_dim``, and ``smalti``: the
-    settings as JSON. ``.npz`` has ``paths`` and ``embeddings`` ``(n, D)``, or ``tokens`` ``(n, N, D)`` and ``grid``.
+    Both formats have the columns ``path`` and ``embedding``, or ``path``, ``grid_h``, ``grid_w`` and ``tokens`` (N = h*w
+    tokens in raster order). In ``.parquet``, ``embedding`` is a list of D numbers and ``tokens`` one of N*D; the schema's
+    metadata has ``embed_dim``, and ``smalti``: the settings as JSON. In ``.npz``, columns are arrays: ``path`` ``(n,)``,
+    ``embedding`` ``(n, D)``, ``tokens`` ``(n, N, D)``, ``grid_h`` and ``grid_w`` ``(n,)``; ``smalti`` is a text.
 
     Args:
         encoder: in eval mode, on the device where it shall run.
@@ -218,14 +219,15 @@ class _Npz:
         with self.numbers:
             if kind is not None:
                 return
-            arrays = {"paths": np.array(self.paths), "smalti": np.array(json.dumps(self.note))}
+            arrays = {"path": np.array(self.paths), "smalti": np.array(json.dumps(self.note))}
             if self.grid is not None:
-                arrays["grid"] = np.array(self.grid)
+                sides = zip(("grid_h", "grid_w"), self.grid, strict=True)
+                arrays |= {name: np.full(len(self.paths), side, np.int32) for name, side in sides}
             with zipfile.ZipFile(self.path, "w") as archive:
                 for name, array in arrays.items():
                     with archive.open(f"{name}.npy", "w") as file:
                         np.lib.format.write_array(file, array, allow_pickle=False)
-                name = "embeddings" if self.grid is None else "tokens"
+                name = "embedding" if self.grid is None else "tokens"
                 shape = (len(self.paths), *self.shape)
                 header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
                 self.numbers.seek(0)
