@@ -72,6 +72,22 @@ def test_files_give_torch_s_numbers_for_any_batch_and_any_patches(arguments, tmp
     assert (described["classes"], described["order"], described["grid"]) == (["a", "b", "c"], "halton", [4, 4])
 
 
+def test_free_axes_have_names(tmp_path):
+    encoder = tiny()
+    encoder.class_head = ClassHead(torch.randn(3, 24), torch.randn(3), ("a", "b", "c"), "halton")
+    made = export_onnx(encoder, tmp_path / "out")
+    for name, kept in ((WHOLE, 16), (KEEP, "kept")):
+        session = onnxruntime.InferenceSession(made.path / name, providers=["CPUExecutionProvider"])
+        shapes = {axes.name: axes.shape for axes in (*session.get_inputs(), *session.get_outputs())}
+        assert shapes.pop("ids_keep", ["batch", kept]) == ["batch", kept]
+        assert shapes == {
+            "images": ["batch", 3, 32, 32],
+            "tokens": ["batch", kept, 24],
+            "vector": ["batch", 24],
+            "logits": ["batch", 3],
+        }
+
+
 @torch.no_grad()
 def test_timm_and_onnx_want_the_same_input_unless_told_otherwise(tmp_path):
     encoder = tiny().eval()

@@ -82,7 +82,7 @@ def export_onnx(
     """Write a folder with ``encoder.onnx``, ``keep.onnx``, ``config.json`` and a model card.
 
     Both models take ``images`` ``(B, C, H, W)`` float32, any B: what the exported timm model takes, too, or with
-    ``input="unit"`` pixels in 0..1. The files' metadata name range, mean and std. ``keep.onnx`` also
+    ``input="unit"`` pixels in 0..1. Free axes are named ``batch`` and ``kept``. The files' metadata name range, mean and std. ``keep.onnx`` also
     takes ``ids_keep`` ``(B, L)`` int64: the first L patches of an order, as raster numbers; the others are not even
     embedded. The files are run by ONNX Runtime, compared with torch for several B and L, and only then get their name.
 
@@ -227,15 +227,13 @@ def _write(
     free: dict[str, Any] = {
         name: {axis: torch.export.Dim(what) for axis, what in axes.items()} for name, axes in shapes.items()
     }
-    if len(inputs) == 1:
-        free["ids_keep"] = None
     batch = free["images"][0]
     for name in inputs:
         free[name][0] = batch  # one and the same
     with _quiet():
         torch.onnx.export(
             model,
-            arguments if len(inputs) > 1 else (*arguments, None),
+            arguments,
             path,
             input_names=list(inputs),
             output_names=list(outputs),
