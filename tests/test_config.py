@@ -69,6 +69,11 @@ def test_hints_look_across_groups(word: str, hint: str) -> None:
     assert str(refused.value) == f"settings: {hint}"
 
 
+def test_other_groups_are_named_only_for_typing_errors() -> None:
+    line = unknown_key("steps", ["seed", "pool"], elsewhere=["eval.signal.stage_s"])
+    assert line == "settings has no field 'steps'; it has: pool, seed"
+
+
 def test_of_equal_names_the_outermost_are_named() -> None:
     line = unknown_key("every", ["seed"], elsewhere=["eval.every", "log.every", "data.signal.every"])
     assert line == "settings has no field 'every'; did you mean 'eval.every' or 'log.every'?"

@@ -292,7 +292,7 @@ def unknown_key(
     near = nearest(name, known)
     if near is None:
         lasts = {key.rpartition(".")[2]: key for key in elsewhere}
-        near = lasts.get(nearest(name, lasts) or "")
+        near = lasts.get(nearest(name, lasts, only_typos=True) or "")
     return f"{line}; " + (
         f"did you mean '{near}'?" if near else f"{'it has' if owner else 'there are'}: {', '.join(known)}"
     )

@@ -4,11 +4,11 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, known: Iterable[str], only_typos: bool = False) -> str | None:
     """The known name that is most like a wrong one; None if none is.
 
     Few typing errors count first: letters that are swapped, missing, added or wrong. Longer names are also found by
-    the fraction of text that they have in common.
+    the fraction of text that they have in common, unless ``only_typos``.
 
     Example:
         >>> nearest("mea", ["mp3", "mae", "neco"])
@@ -21,7 +21,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     best = min(known, key=lambda other: num_typos(lower, other.lower()))
     if num_typos(lower, best.lower()) <= len(name) // 3:
         return best
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+    return None if only_typos else next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
 
 
 def num_typos(one: str, other: str) -> int:
