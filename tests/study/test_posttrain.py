@@ -330,7 +330,7 @@ def test_without_labelled_images_the_command_says_how_to_get_a_verdict(
 ) -> None:
     run = post_train(tmp_path / "a", photos, start)
     command(resume=run, quiet=True)
-    line = f"no verdict yet: smalti train --resume {run} eval.data=LABELLED judges before and after"
+    line = f"not evaluated yet: smalti train --resume {run} eval.data=LABELLED evaluates before and after"
     assert line in capsys.readouterr().out.splitlines()
 
 

@@ -164,7 +164,7 @@ def _as_generated(folder: str, settings: dict[str, Any]) -> str:
         ConfigError: if they are named twice, or it is a run, which has drawn nothing yet.
     """
     if settings.get("generated") is not None:
-        raise ConfigError(f"eval.generated={settings['generated']}: {folder} is what is judged already; leave one out")
+        raise ConfigError(f"eval.generated={settings['generated']}: {folder} is evaluated already; leave one out")
     if (Path(folder).expanduser() / "config.yaml").is_file():
         raise ConfigError(f"{folder}: is a run; draw images first, with smalti generate, and name their folder")
     return folder

@@ -138,7 +138,11 @@ def _print(ranking: "Ranking") -> None:
     _print_table(title, described, ranking.described)
     if ranking.judged:
         judged = {order: {name: one.value for name, one in of.items()} for order, of in ranking.judged.items()}
-        _print_table(f"what the first patches tell, by {ranking.judge}", ("auc_q", "auc_full", "left_22"), judged)
+        _print_table(
+            f"how well the first patches predict the others, by {ranking.judge}",
+            ("auc_q", "auc_full", "left_22"),
+            judged,
+        )
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> None:

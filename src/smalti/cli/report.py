@@ -38,7 +38,7 @@ def command(
     if (is_comparison or is_evaluation) and (data or images is not None):
         kind = "a comparison" if is_comparison else "an evaluation"
         raise ConfigError(
-            f"{run}: is {kind}, whose page shows the images that it was judged on; leave out --data, --images"
+            f"{run}: is {kind}, whose page shows the images that were evaluated; leave out --data, --images"
         )
     if is_comparison:
         page = write_comparison(run, out)

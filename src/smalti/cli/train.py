@@ -107,14 +107,14 @@ def _say_what_next(run: Path) -> None:
         print(f"trained: {run}")
     config = read_yaml(run / "config.yaml")
     method = get_method(config["method"]["name"])
-    if issubclass(method, TokenMethod):  # it hands on no encoder
+    if issubclass(method, TokenMethod):  # it has no encoder to export
         print(f"next:    {method.next_command.format(run=run)}")
         print(f"         smalti report {run}")
         return
     if verdict is None and config.get("init"):
-        print(f"no verdict yet: smalti train --resume {run} eval.data=LABELLED judges before and after")
+        print(f"not evaluated yet: smalti train --resume {run} eval.data=LABELLED evaluates before and after")
     weights = config.get("weights")
-    also = f" weights={weights}" if weights else ""  # else another network than the one that was judged
+    also = f" weights={weights}" if weights else ""  # else another network than the one that was evaluated
     print(f"next:    smalti evaluate {chosen} --data LABELLED{also}")
     print(f"         smalti report {run}")
     print(f"         smalti export {chosen} to=timm --out DIR{also}")

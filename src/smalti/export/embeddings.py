@@ -69,10 +69,10 @@ def embed(
     Images are made ready as evaluations do it: for one vector an image the central square, for patches the whole image
     at ``image_size`` x ``image_size`` whatever its shape, so that patch (i, j) of the grid is part (i, j) of the image.
 
-    Both formats have the columns ``path`` and ``embedding``, or ``path``, ``grid_h``, ``grid_w`` and ``tokens`` (N = h*w
-    tokens in raster order). In ``.parquet``, ``embedding`` is a list of D numbers and ``tokens`` one of N*D; the schema's
-    metadata has ``embed_dim``, and ``smalti``: the settings as JSON. In ``.npz``, columns are arrays: ``path`` ``(n,)``,
-    ``embedding`` ``(n, D)``, ``tokens`` ``(n, N, D)``, ``grid_h`` and ``grid_w`` ``(n,)``; ``smalti`` is a text.
+    Both formats have the columns ``path`` and ``embedding``, or ``path``, ``grid_h``, ``grid_w`` and ``tokens`` (in
+    raster order). In ``.parquet``, ``embedding`` is a list of D numbers and ``tokens`` one of N*D; the schema's
+    metadata has ``embed_dim``, and ``smalti``: the settings as JSON. In ``.npz``, columns are arrays: ``path`` and
+    ``grid_h``, ``grid_w`` ``(n,)``, ``embedding`` ``(n, D)``, ``tokens`` ``(n, N, D)``; ``smalti`` is a text.
 
     Args:
         encoder: in eval mode, on the device where it shall run.

@@ -82,9 +82,10 @@ def export_onnx(
     """Write a folder with ``encoder.onnx``, ``keep.onnx``, ``config.json`` and a model card.
 
     Both models take ``images`` ``(B, C, H, W)`` float32, any B: what the exported timm model takes, too, or with
-    ``input="unit"`` pixels in 0..1. Free axes are named ``batch`` and ``kept``. The files' metadata name range, mean and std. ``keep.onnx`` also
-    takes ``ids_keep`` ``(B, L)`` int64: the first L patches of an order, as raster numbers; the others are not even
-    embedded. The files are run by ONNX Runtime, compared with torch for several B and L, and only then get their name.
+    ``input="unit"`` pixels in 0..1. ``keep.onnx`` also takes ``ids_keep`` ``(B, L)`` int64: the first L patches of an
+    order, as raster numbers; the others are not even embedded. Free axes are named ``batch`` (B) and ``kept`` (L). The
+    files' metadata name range, mean and std. The files are run by ONNX Runtime, compared with torch for several B and
+    L, and only then get their name.
 
     Args:
         encoder: on any device; what ``encoder.class_head`` tells is an output, too.
