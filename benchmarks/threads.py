@@ -46,8 +46,8 @@ def train(samples: Path, width: int, depth: int, batch: int) -> None:
     import torch
 
     from smalti.config import merge
-    from smalti.study.demo import SETTINGS
-    from smalti.study.pretrain import resolve, step_maker
+    from smalti.runs.demo import SETTINGS
+    from smalti.runs.train import resolve, step_maker
 
     heads = max(1, width // 32)
     chosen = {"encoder": {"embed_dim": width, "depth": depth, "num_heads": heads}, "batch_size": batch}

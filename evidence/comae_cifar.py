@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 import smalti
-from smalti.data.folders import open_images
-from smalti.study.machine import describe_machine
-from smalti.study.pretrain import resume
-from smalti.study.ranking import RankConfig, Ranking, rank
+from smalti.data.images.folders import open_images
+from smalti.ranking.rank import RankConfig, Ranking, rank
+from smalti.runs.machine import describe_machine
+from smalti.runs.train import resume
 from smalti.training.launch import resolve_devices
 from smalti.training.logs import read_csv
 

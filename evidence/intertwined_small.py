@@ -43,8 +43,8 @@ from smalti.functional.masking import cross_mask
 from smalti.methods.intertwined import Intertwined
 from smalti.models.loading import WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors
-from smalti.study.machine import describe_machine
-from smalti.study.pretrain import build_method, resolve, resume
+from smalti.runs.machine import describe_machine
+from smalti.runs.train import build_method, resolve, resume
 
 SIZE, PATCH, GRID = 96, 8, (12, 12)
 CLASSES = ("background", "disc", "square", "triangle", "star", "cross", "ring")

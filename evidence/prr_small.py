@@ -35,7 +35,7 @@ from smalti.data.views import Views
 from smalti.evaluation.metrics import ConfusionMatrix, class_iou
 from smalti.methods.supervised import Supervised, SupervisedConfig
 from smalti.models.encoder import Encoder, build_encoder
-from smalti.study.machine import describe_machine
+from smalti.runs.machine import describe_machine
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients
 
 SEEDS = (3, 4, 5)

@@ -28,19 +28,20 @@ from safetensors.torch import save_file
 from edf import write_edf, write_hypnogram
 from mutations import WORDS, mutate
 from smalti.config import parse_overrides
-from smalti.data.folders import open_images
-from smalti.data.images import image_size, read_image
-from smalti.data.labelled import eval_image, open_labelled, read_mask
-from smalti.data.orders import read_orders, write_orders
-from smalti.data.signals import SignalConfig, open_signals
+from smalti.data.images.decode import image_size, read_image
+from smalti.data.images.folders import open_images
+from smalti.data.images.labelled import eval_image, open_labelled, read_mask
+from smalti.data.order_files import read_orders, write_orders
+from smalti.data.signals.signal_set import SignalConfig, open_signals
 from smalti.errors import DataError, SmaltiError
-from smalti.export.timm import export_timm
+from smalti.exporters.timm import export_timm
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import load
+from smalti.preflight.dataset import look_at_data
 from smalti.report.page import write_report
 from smalti.report.rundir import read_run
-from smalti.study import pretrain, run_folder
-from smalti.study.doctor_data import look_at_data
+from smalti.runs import folder as run_folder
+from smalti.runs import train as pretrain
 from smalti.training.checkpoint import TrainingState
 
 CASE_S = 20

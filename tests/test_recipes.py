@@ -6,7 +6,7 @@ import pytest
 
 from smalti.config import read_yaml
 from smalti.methods.base import TokenMethod, get_method
-from smalti.study.pretrain import resolve, starting_encoder
+from smalti.runs.train import resolve, starting_encoder
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

@@ -13,9 +13,9 @@ import torch
 
 from htmlpage import Page, check_page
 from smalti.cli.main import run as smalti
-from smalti.data.folders import open_images
-from smalti.data.orders import check_fits, read_orders
-from smalti.study.pretrain import load_method
+from smalti.data.images.folders import open_images
+from smalti.data.order_files import check_fits, read_orders
+from smalti.runs.train import load_method
 
 TOKENS = "data.image_size=32 tokens.patch_size=8 tokens.dim=8 batch_size=4 checkpoint.every=4 optim.lr=1e-3".split()
 COMAE = [f"method.{part}_{word}" for part in ("encoder", "decoder") for word in ("dim=16", "depth=1", "num_heads=2")]
@@ -115,7 +115,7 @@ def test_random_patches_on_the_page_are_each_image_s_own(
 
 
 def test_the_orders_are_those_of_the_runs_graphs(ranked: Path, runs: Path, images: Path) -> None:
-    from smalti.data.labelled import eval_image
+    from smalti.data.images.labelled import eval_image
     from smalti.functional.graphs import coverage_order, descending, pagerank
 
     cache, method = read_orders(ranked / "orders.parquet"), load_method(runs / "c0")
@@ -231,7 +231,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_too_large_a_batch_is_refused_with_the_one_that_fits(
     runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smalti.study.ranking.free_bytes", lambda device: 2.0**20)
+    monkeypatch.setattr("smalti.ranking.rank.free_bytes", lambda device: 2.0**20)
     call("rank", runs / "c0", "--data", images, "--out", tmp_path / "o", "--quiet", "batch_size=64", code=2)
     said = capsys.readouterr().err
     assert "batch_size=64: graphs of 16x16 patches need about" in said and "fits" in said

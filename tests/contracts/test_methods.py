@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from smalti.config import field_docs
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import Method, Reference, TokenMethod, get_method, method_names, uniform_guess
 from smalti.models.encoder import build_encoder
-from smalti.study.catalogue import recipe_files
+from smalti.runs.recipes import recipe_files
 from smalti.training.health import Health
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 

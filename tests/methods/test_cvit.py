@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 import smalti
 from smalti.config import read_yaml
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
-from smalti.data.orders import write_orders
+from smalti.data.order_files import write_orders
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.orders import fixed_random, num_kept, random_orders
@@ -23,7 +23,7 @@ from smalti.methods.cvit import CViT, CViTConfig, drop_rate
 from smalti.methods.teacher import Average
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
-from smalti.study import pretrain
+from smalti.runs import train as pretrain
 
 TINY: dict[str, Any] = {
     "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},

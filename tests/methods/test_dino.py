@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from masked_methods import tiny as tiny_masked
 from smalti.config import read_yaml
 from smalti.errors import ConfigError
-from smalti.export.timm import export_timm
+from smalti.exporters.timm import export_timm
 from smalti.functional.positions import Resampling
 from smalti.layers.heads import Prototypes
 from smalti.methods.base import Method
@@ -22,8 +22,8 @@ from smalti.methods.ibot import IBOT
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import build_encoder, encoder_from_config
 from smalti.models.loading import load
-from smalti.study.catalogue import find_recipe
-from smalti.study.pretrain import resolve
+from smalti.runs.recipes import find_recipe
+from smalti.runs.train import resolve
 
 
 def tiny(**config: object) -> DINO:

@@ -14,8 +14,8 @@ from smalti.errors import ConfigError, ShapeError
 from smalti.methods.dinov2 import DINOv2, DINOv2Config, koleo
 from smalti.methods.teacher import cosine_momentum
 from smalti.models.encoder import build_encoder
-from smalti.study.catalogue import find_recipe
-from smalti.study.pretrain import resolve, train
+from smalti.runs.recipes import find_recipe
+from smalti.runs.train import resolve, train
 from smalti.training.logs import LOG_FILE, read_csv
 from smalti.training.optim import OptimConfig, learning_rate, peak_lr, weight_decay
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import smalti
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError
@@ -33,8 +33,8 @@ from smalti.methods.intertwined import CONTENT, POSITION, Intertwined, Intertwin
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.models.weights import read_tensors
-from smalti.study import pretrain
-from smalti.study.baseline import evaluate
+from smalti.runs import train as pretrain
+from smalti.runs.baseline import evaluate
 
 SMALL: dict[str, Any] = {
     "num_prototypes": 16,
@@ -443,7 +443,7 @@ def test_a_run_is_evaluated_with_its_field(run: Path, class_folders: Path) -> No
 def test_the_export_at_any_grid_is_a_plain_timm_model_with_equal_outputs(
     run: Path, size: int | None, tmp_path: Path
 ) -> None:
-    from smalti.export.timm import export_timm
+    from smalti.exporters.timm import export_timm
 
     encoder = smalti.load(run, img_size=size, quiet=True)
     written = export_timm(encoder, tmp_path / "x")

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from smalti.config import merge
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views, ViewSpec, collate
 from smalti.errors import ConfigError
@@ -34,7 +34,7 @@ from smalti.methods.neco import (
 )
 from smalti.methods.teacher import cosine_momentum
 from smalti.models.encoder import build_encoder
-from smalti.study.pretrain import check_start, resolve, train
+from smalti.runs.train import check_start, resolve, train
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, weight_decay
 
 SMALL = {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16}

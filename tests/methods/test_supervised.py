@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import smalti
 from smalti.config import read_yaml
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError
@@ -18,8 +18,8 @@ from smalti.evaluation.protocol import EvalConfig
 from smalti.methods.supervised import Supervised, SupervisedConfig, class_loss
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
-from smalti.study import pretrain
-from smalti.study.baseline import evaluate
+from smalti.runs import train as pretrain
+from smalti.runs.baseline import evaluate
 
 TINY: dict[str, Any] = {
     "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},

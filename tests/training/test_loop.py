@@ -25,9 +25,9 @@ from smalti.methods.mae import MAE
 from smalti.models.loading import latest_checkpoint, load
 from smalti.reading import read_csv
 from smalti.report.page import write_report
-from smalti.study import pretrain
-from smalti.study.catalogue import find_recipe, recipe_files
-from smalti.study.lock import locked
+from smalti.runs import train as pretrain
+from smalti.runs.lock import locked
+from smalti.runs.recipes import find_recipe, recipe_files
 from smalti.training.checkpoint import REPLACED, Checkpoints, check_checkpoint, read_state
 from smalti.training.optim import build_optimizer
 

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 import smalti
 from smalti.config import read_yaml
 from smalti.errors import ConfigError
-from smalti.export.timm import export_timm
+from smalti.exporters.timm import export_timm
 from smalti.layers.pooling import PRRConfig
 from smalti.methods.base import get_method, method_names
-from smalti.study import pretrain
+from smalti.runs import train as pretrain
 from training.test_loop import Killed, same, train, weights
 
 NORMS = {"pre_norm": True, "post_norm": True}

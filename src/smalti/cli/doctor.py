@@ -45,14 +45,14 @@ def command(
     import sys
 
     from smalti.config import build, read_yaml
-    from smalti.study.doctor import doctor, measure_step
-    from smalti.study.pretrain import DataConfig, with_signals
+    from smalti.preflight.report import doctor, measure_step
+    from smalti.runs.train import DataConfig, with_signals
 
     tree = merge(tree, {"data": {"path": data}} if data else {})
     if method or recipe or tree.keys() - {"data"}:
         from smalti.cli.options import best_device
-        from smalti.study.catalogue import find_recipe
-        from smalti.study.pretrain import resolve, shared_by_workers, step_maker, with_start
+        from smalti.runs.recipes import find_recipe
+        from smalti.runs.train import resolve, shared_by_workers, step_maker, with_start
         from smalti.training.launch import num_processes
 
         given = read_yaml(find_recipe(recipe)) if recipe else {}
@@ -89,7 +89,7 @@ def _is_data(word: str) -> bool:
     """Whether it is ``PATH`` or ``NAME=PATH``, not a setting."""
     if "=" not in word or Path(word).exists():
         return True
-    from smalti.data.folders import READERS
-    from smalti.data.signals import READER
+    from smalti.data.images.folders import READERS
+    from smalti.data.signals.signal_set import READER
 
     return word.partition("=")[0] in (*READERS, READER)

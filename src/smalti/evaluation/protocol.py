@@ -19,11 +19,11 @@ import numpy as np
 from pydantic import Field
 
 from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree
-from smalti.data.folders import ClassDepth, ImageSet, open_images
-from smalti.data.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
-from smalti.data.pixels import PixelConfig
-from smalti.data.signal_config import SignalConfig
-from smalti.data.signals import LabelledSignals, is_signals, open_labelled_signals
+from smalti.data.images.folders import ClassDepth, ImageSet, open_images
+from smalti.data.images.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
+from smalti.data.images.pixels import PixelConfig
+from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.signal_set import LabelledSignals, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress, own_head
 from smalti.evaluation.intervals import group_images
@@ -401,8 +401,8 @@ def register_protocol(
 
 
 def protocol_names() -> tuple[str, ...]:
-    """Names of the protocols that this version has, in the order of their registration."""
-    return tuple(_REGISTRY)
+    """Names of the registered protocols, in alphabetical order."""
+    return tuple(sorted(_REGISTRY))
 
 
 def find_protocol(name: str) -> Protocol:
@@ -413,21 +413,22 @@ def find_protocol(name: str) -> Protocol:
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
-    have = ", ".join(_REGISTRY)
+    have = ", ".join(protocol_names())
     near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"there are: {have}"
     raise ConfigError(f"no protocol '{name}'; {hint}")
 
 
 def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
-    """Names of the protocols that the layout of the data allows and that end in minutes, in registration order.
+    """Names of the protocols that the layout of the data allows and that end in minutes, in alphabetical order.
 
     Data with neither labels nor masks get those that need none.
     """
+    protocols = [_REGISTRY[name] for name in protocol_names()]
     if is_signals(data):
-        return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need == "stages")
+        return tuple(protocol.name for protocol in protocols if protocol.need == "stages")
     has = _has(open_images(data, class_depth=class_depth)) or {"images"}
-    return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has and protocol.by_default)
+    return tuple(protocol.name for protocol in protocols if protocol.need in has and protocol.by_default)
 
 
 def evaluate(

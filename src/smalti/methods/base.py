@@ -14,8 +14,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from smalti.config import unknown_key
-from smalti.data.image_set import ImageSet
-from smalti.data.signals import SignalSet
+from smalti.data.images.image_set import ImageSet
+from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.layers.tokens import TokenConfig, TokenSource, build_tokens

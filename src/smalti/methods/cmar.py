@@ -19,9 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from smalti.config import settings
-from smalti.data.image_set import ImageSet
-from smalti.data.orders import TrainingOrders
-from smalti.data.signals import SignalSet
+from smalti.data.images.image_set import ImageSet
+from smalti.data.order_files import TrainingOrders
+from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.orders import random_orders

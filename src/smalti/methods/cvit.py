@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.image_set import ImageSet
-from smalti.data.orders import TrainingOrders, check_order
-from smalti.data.signals import SignalSet
+from smalti.data.images.image_set import ImageSet
+from smalti.data.order_files import TrainingOrders, check_order
+from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import CentreCrop, ViewMaker, Views
 from smalti.errors import ConfigError, DataError
 from smalti.functional.graphs import descending

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.config import DepthFromZero, NumHeads, Width, settings
-from smalti.data.signal_views import SignalViews
+from smalti.data.signals.signal_views import SignalViews
 from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.config import Few, NumHeads, Width, settings
-from smalti.data.signal_views import SignalViews
+from smalti.data.signals.signal_views import SignalViews
 from smalti.data.views import ColorConfig, MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask

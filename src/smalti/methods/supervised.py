@@ -19,8 +19,8 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.image_set import ImageSet
-from smalti.data.signals import SignalSet
+from smalti.data.images.image_set import ImageSet
+from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32

@@ -7,9 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from smalti.comparison.cell import RUN
+from smalti.comparison.run import (
+    COST_COLUMNS,
+    PAGE,
+    Cell,
+    Comparison,
+    cost_cells,
+    read_comparison,
+    short_name,
+)
 from smalti.config import flatten, to_tree
 from smalti.errors import SmaltiError
 from smalti.evaluation.intervals import few_seeds
+from smalti.evaluation.paired import NO_DIFFERENCE, Row, about_lines, gain_cells, table_cells
 from smalti.evaluation.protocol import Result
 from smalti.files import write_atomically
 from smalti.report.details import Judged, detail_sections
@@ -26,17 +37,6 @@ from smalti.report.html import (
     whole_page,
 )
 from smalti.report.rundir import RunFiles, read_run
-from smalti.study.cell import RUN
-from smalti.study.compare import (
-    COST_COLUMNS,
-    PAGE,
-    Cell,
-    Comparison,
-    cost_cells,
-    read_comparison,
-    short_name,
-)
-from smalti.study.rows import NO_DIFFERENCE, Row, about_lines, gain_cells, table_cells
 
 _MAX_SENTENCES = 12
 

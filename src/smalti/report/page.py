@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from smalti.config import flatten
-from smalti.data.folders import ImageSet, open_images
-from smalti.data.pixels import trained_pixels
+from smalti.data.images.folders import ImageSet, open_images
+from smalti.data.images.pixels import trained_pixels
 from smalti.errors import ConfigError, DataError, SmaltiError
+from smalti.evaluation.paired import result_cells
 from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result, describe_result
 from smalti.files import write_atomically
 from smalti.functional.components import reduce_patches
@@ -50,9 +51,8 @@ from smalti.report.html import (
     whole_page,
 )
 from smalti.report.rundir import RunFiles, read_run
-from smalti.study.baseline import baseline_of
-from smalti.study.posttrain import VERDICT_COLUMNS, Verdict, verdict_cells
-from smalti.study.rows import result_cells
+from smalti.runs.baseline import baseline_of
+from smalti.runs.posttrain import VERDICT_COLUMNS, Verdict, verdict_cells
 
 NUM_IMAGES = 12
 """Images whose patch tokens are shown."""
