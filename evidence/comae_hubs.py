@@ -143,7 +143,7 @@ def cell(preset: str, seed: int, data: Path, out: Path) -> dict[str, float]:
             smalti.train("comae", data / "train", run, overrides=settings, quiet=True)
         last = read_csv(run / "log.csv")[-1]
         names = ("loss/reconstruction", "mean_weight", "mask_effective_count", "row_cosine", "temperature")
-        names += ("score_spread", "position_share")
+        names += ("score_spread", "position_variance_ratio")
         found = {**judge(run, data), **{name: float(last[name]) for name in names}}
         write_atomically(file, json.dumps({**found, "cpu_s": time.process_time() - started}))
     return json.loads(file.read_text())

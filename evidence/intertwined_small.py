@@ -57,11 +57,11 @@ RIDGE = 10.0
 OFF = {"field": False, "position_loss": False}
 ARMS: dict[str, dict[str, Any]] = {
     "base": OFF,
-    "content100": {**OFF, "mask_share": 1.0},
+    "content100": {**OFF, "mask_sample_prob": 1.0},
     "field": {"field": True, "position_loss": False},
     "position": {"field": False, "position_loss": True},
     "both": {"field": True, "position_loss": True},
-    "position100": {"field": True, "position_loss": True, "mask_share": 0.0},
+    "position100": {"field": True, "position_loss": True, "mask_sample_prob": 0.0},
 }
 FORMS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -308,7 +308,7 @@ def settings_of(arm: str, seed: int, form: dict[str, Any], data: Path) -> dict[s
             "lr": 1e-3,
             "weight_decay": 0.04,
             "weight_decay_end": 0.04,
-            "warmup_share": min(150 / steps, 0.5),
+            "warmup_ratio": min(150 / steps, 0.5),
             "clip_norm": 3.0,
         },
         "drop_path": 0.0,

@@ -94,10 +94,10 @@ NETWORK: dict[str, Any] = {
 }
 MIXTURE: dict[str, Any] = {"head": "mixture", "dequantization": LEVEL}
 MAR_OPTIM = OptimConfig(
-    lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup_share=0.05, after_warmup="constant", clip_norm=3.0
+    lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup_ratio=0.05, after_warmup="constant", clip_norm=3.0
 )
-TUNE_OPTIM = OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup_share=0.1, clip_norm=3.0)
-COMAE_OPTIM = OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_share=0.02, clip_norm=None)
+TUNE_OPTIM = OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup_ratio=0.1, clip_norm=3.0)
+COMAE_OPTIM = OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_ratio=0.02, clip_norm=None)
 COMAE = CoMAEConfig(
     encoder_dim=32,
     encoder_depth=3,
@@ -107,7 +107,7 @@ COMAE = CoMAEConfig(
     decoder_num_heads=4,
     alternate=False,
     flip_prob=0.0,
-    diagnosed=0,
+    num_diagnosed=0,
 )
 
 

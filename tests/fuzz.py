@@ -222,7 +222,7 @@ OVERRIDDEN = (
     *("encoder", "encoder.patch_size", "encoder.num_heads", "encoder.depth", "encoder.embed_dim", "encoder.mlp_ratio"),
     *("encoder.reg_tokens", "data.image_size", "data.channels", "data.num_workers", "data.mean", "data.std", "method"),
     *("method.mask_ratio", "method.decoder_depth", "method.decoder_num_heads", "method.decoder_dim", "optim.lr"),
-    *("method.crop_scale", "method.positions", "optim.betas", "optim.warmup_share", "optim.clip_norm", "eval.every"),
+    *("method.crop_scale", "method.positions", "optim.betas", "optim.warmup_ratio", "optim.clip_norm", "eval.every"),
     *("eval.data", "checkpoint.every", "checkpoint.keep", "log.every", "log.trackers", "load.img_size", "tokens.kind"),
 )
 

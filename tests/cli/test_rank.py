@@ -84,8 +84,8 @@ def test_a_run_of_comae_gives_orders_numbers_and_a_page(ranked: Path, runs: Path
     assert numbers == json.loads((ranked.parent / "x.json").read_text())
     assert numbers["num_images"] == 10 and numbers["unreadable"][0]["path"].endswith("broken.png")
     assert set(numbers["orders"]) == {*cache.stored, "collapse_reversed", "collapse_static", "collapse_shuffled"}
-    assert numbers["orders"]["collapse_static"]["position_share"] == pytest.approx(1)
-    assert numbers["orders"]["variance"]["position_share"] < 0.5
+    assert numbers["orders"]["collapse_static"]["position_variance_ratio"] == pytest.approx(1)
+    assert numbers["orders"]["variance"]["position_variance_ratio"] < 0.5
     assert set(numbers["orders"]) <= set(numbers["units"]) | set(numbers["orders"])
     assert set(numbers["against"]["orders"]) == set(cache.stored)
     assert numbers["against"]["orders"]["variance"]["spearman"] == pytest.approx(1)
@@ -139,7 +139,7 @@ def test_an_encoder_ranks_by_attention_and_a_file_is_compared(
     said = capsys.readouterr().out
     assert "attention of the other training correlates by 1.00" in said
     assert tuple(read_orders(tmp_path / "b" / "orders.parquet").stored) == ("attention",)
-    assert json.loads((tmp_path / "b" / "orders.json").read_text())["orders"]["halton"]["position_share"] == 1
+    assert json.loads((tmp_path / "b" / "orders.json").read_text())["orders"]["halton"]["position_variance_ratio"] == 1
 
 
 def test_a_list_file_and_the_images_of_another_folder(

@@ -74,8 +74,8 @@ FIXED_TARGETS: dict[str, dict[str, object]] = {
 """Settings that keep a teacher's targets where they are, so that a falling loss means learning."""
 ONE_BY_ONE: dict[str, dict[str, object]] = {
     "cvit": {"max_rate": 0.0},
-    "dinov2": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
-    "intertwined": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
+    "dinov2": {"targets": "centering", "koleo_weight": 0.0, "mask_sampling": "independent"},
+    "intertwined": {"targets": "centering", "koleo_weight": 0.0, "mask_sampling": "independent"},
     "neco": {"references": "queue", "queue_size": 64},
     "droppos": {"attentive": False},
     "loca": {"cluster": False, "token_mean": "image"},
@@ -213,7 +213,7 @@ def test_gradient_reaches_every_trained_parameter_and_no_teacher(name: str, phot
 def test_thirty_steps_on_one_batch_lower_the_loss(name: str, photos: Path) -> None:
     method = build(name, **FIXED_TARGETS.get(name, {}))
     views = batch(method, photos)
-    config = OptimConfig(lr=2e-3, warmup_share=0.0)
+    config = OptimConfig(lr=2e-3, warmup_ratio=0.0)
     optimizer = build_optimizer(method.param_groups(), config)
     losses = []
     for number in range(30):

@@ -96,7 +96,7 @@ def test_momentum_goes_from_its_start_to_one() -> None:
 
 
 def test_the_teacher_temperature_warms_up_linearly() -> None:
-    dino = tiny(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_share=0.3)
+    dino = tiny(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_ratio=0.3)
     assert_close([dino.teacher_temp(p) for p in (0.0, 0.15, 0.3, 1.0)], [0.04, 0.055, 0.07, 0.07])
 
 
@@ -109,7 +109,7 @@ def test_prototypes_have_unit_length_and_a_fixed_gain() -> None:
 
 
 def test_the_last_layer_stays_fixed_at_first() -> None:
-    dino = tiny(freeze_last_layer_share=0.1)
+    dino = tiny(freeze_last_layer_ratio=0.1)
     for parameter in dino.parameters():
         parameter.grad = torch.ones_like(parameter)
     dino.after_backward(0.2)
@@ -153,7 +153,7 @@ def test_the_recipe_is_the_official_run_of_300_epochs() -> None:
     config, own = resolve(read_yaml(find_recipe("dino_vits16")))
     epoch = 1_281_167 // config.batch_size  # the last, smaller batch is left out
     assert config.steps == 300 * epoch and config.batch_size == 1024
-    shares = (config.optim.warmup_share, own.warmup_teacher_temp_share, own.freeze_last_layer_share)
+    shares = (config.optim.warmup_ratio, own.warmup_teacher_temp_ratio, own.freeze_last_layer_ratio)
     assert [round(300 * share, 1) for share in shares] == [10, 30, 1]  # epochs
     assert (own.teacher_temp, own.norm_last_layer, own.num_local_views) == (0.07, False, 8)
 

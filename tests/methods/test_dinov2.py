@@ -59,7 +59,7 @@ def test_masks_are_dealt_out_over_the_batch() -> None:
         assert (counts > 0).sum() == 8  # half of 16 crops
         edges = 0.1 + 0.05 * torch.arange(1, 9)
         assert (counts[8:] <= 196 * edges).all()  # never above the stratum's
-    assert (tiny(DINOv2, mask_share=1.0).draw_masks(torch.arange(4), (14, 14))["patch"].sum(1) > 0).all()
+    assert (tiny(DINOv2, mask_sample_prob=1.0).draw_masks(torch.arange(4), (14, 14))["patch"].sum(1) > 0).all()
 
 
 def test_counts_from_the_end_hide_in_the_other_crops() -> None:

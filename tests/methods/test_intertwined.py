@@ -101,7 +101,7 @@ PLAIN = {"color_strength": 0.0, "gray_prob": 0.0, "blur_prob": (0.0, 0.0, 0.0), 
 @pytest.mark.parametrize("flip", ["box", "field", "image"])
 def test_from_file_to_token_patches_read_the_place_that_they_show(flip: str, places: Path) -> None:
     # known answer, through the whole data path: the pixels themselves say where they come from
-    method = tiny(flip=flip, scale_law="const", field_mode="bilinear", **PLAIN)
+    method = tiny(flip=flip, scale_distribution="const", field_mode="bilinear", **PLAIN)
     set_coordinates(method)
     views = batch(method, places, count=5)
     sizes, first = views.source_size.repeat(sum(views.num_views), 1), 0
@@ -130,7 +130,7 @@ def test_from_file_to_token_patches_read_the_place_that_they_show(flip: str, pla
 def test_one_scale_and_shift_for_all_views_of_an_image(photos: Path) -> None:
     method = tiny(flip="field")
     views = batch(method, photos)
-    plain = tiny(flip="field", scale_law="const").field_boxes(views).reshape(4, 4, 4)  # (V, B, 4)
+    plain = tiny(flip="field", scale_distribution="const").field_boxes(views).reshape(4, 4, 4)  # (V, B, 4)
     placed = method.field_boxes(views).reshape(4, 4, 4)
     scale = (placed[..., 2:] - placed[..., :2]) / (plain[..., 2:] - plain[..., :2])
     assert_close(scale, scale[:1, :, :1].expand_as(scale), rtol=1e-4, atol=1e-5)
@@ -142,7 +142,7 @@ def test_one_scale_and_shift_for_all_views_of_an_image(photos: Path) -> None:
 
 @pytest.mark.parametrize(("law", "mean"), [("beta", 0.2 + 0.8 * 2 / 7), ("uniform", 0.6)])
 def test_the_area_follows_its_law(law: str, mean: float) -> None:
-    method, count = tiny(scale_law=law, anchor="crops"), 4000
+    method, count = tiny(scale_distribution=law, anchor="crops"), 4000
     inner = torch.tensor([30.0, 30.0, 70.0, 70.0])
     views = Views(
         crops=(torch.zeros(2 * count, 3, 8, 8, dtype=torch.uint8),),
@@ -173,7 +173,7 @@ def test_mirrored_crops_read_as_the_flip_mode_says(photos: Path) -> None:
 
 @given(share=st.sampled_from([0.0, 0.3, 0.5, 1.0]), seed=st.integers(0, 2**40), dealing=st.booleans())
 def test_no_crop_loses_content_and_positions(share: float, seed: int, dealing: bool) -> None:
-    method = tiny(mask_share=share, mask_dealing="stratified" if dealing else "independent")
+    method = tiny(mask_sample_prob=share, mask_sampling="stratified" if dealing else "independent")
     keys = torch.arange(5) + seed
     masks = method.draw_masks(keys, (7, 7))
     content, position = masks[CONTENT], masks[POSITION]
@@ -318,7 +318,7 @@ def test_each_component_is_switched_on_its_own() -> None:
 def test_without_a_masked_token_of_a_kind_all_gets_a_gradient_and_stays_finite(
     share: float, targets: str, photos: Path
 ) -> None:
-    method = tiny(mask_share=share, targets=targets)
+    method = tiny(mask_sample_prob=share, targets=targets)
     losses = method(batch(method, photos), 0.5)
     torch.stack(list(losses.values())).sum().backward()
     method.after_step(0.5)
@@ -343,7 +343,7 @@ def test_the_field_is_trained_followed_and_frozen_on_request(photos: Path) -> No
 
 def _independent() -> Intertwined:
     """Images meet in targets alone, so that a batch may be parted between processes."""
-    return tiny(koleo_weight=0.0, mask_dealing="independent")
+    return tiny(koleo_weight=0.0, mask_sampling="independent")
 
 
 def _batch_of_noise(method: Intertwined, rows: slice) -> Views:
@@ -511,7 +511,7 @@ def test_a_trained_table_becomes_a_field_that_reads_the_same_at_its_grid() -> No
 
 
 def test_a_whole_image_is_read_where_the_crop_of_all_of_it_is(photos: Path) -> None:
-    method = tiny(scale_law="const")
+    method = tiny(scale_distribution="const")
     across, down = patch_centres(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (4, 4))
     assert across[0, 0].item() == down[0, 0].item() == 0.125
     boxes = normalize_boxes(torch.tensor([[0.0, 0.0, 48.0, 40.0]]), torch.tensor([[40, 48]]))

@@ -536,7 +536,7 @@ def test_the_head_learns_faster_than_the_encoder() -> None:
 @pytest.mark.parametrize("references", ["batch", "queue"])
 def test_a_short_training_run_learns_the_teachers_order(references: str, photos: Path) -> None:
     method = different_student(tiny(references=references, queue_size=256, momentum=1.0)).train()
-    config = OptimConfig(lr=3e-4, warmup_share=0.0, clip_norm=None)
+    config = OptimConfig(lr=3e-4, warmup_ratio=0.0, clip_norm=None)
     optimizer = build_optimizer(method.param_groups(), config)
     losses = []
     loader = TrainLoader(open_images(photos), method.make_views(48), batch_size=6, seed=0)

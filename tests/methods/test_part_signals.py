@@ -192,7 +192,7 @@ def test_a_run_learns_from_the_training_nights_and_says_what_it_read(nights, tmp
     run = train("part", nights, tmp_path / "run", overrides=SETTINGS, quiet=True)
     config = read_yaml(run / "config.yaml")
     assert config["data"]["signal"]["channels"] == ["C3-M2"] and config["data"]["channels"] == 1
-    assert config["method"]["normalize"] == "image" and config["optim"]["warmup_share"] == 0.05
+    assert config["method"]["normalize"] == "image" and config["optim"]["warmup_ratio"] == 0.05
     rows = read_csv(run / "log.csv")
     assert len(rows) == 4 and "r2_time" in rows[0] and "r2_x" not in rows[0]
     vit = load(run, quiet=True)

@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
     "data": {"image_size": 32},
     "batch_size": 4,
     "steps": 6,
-    "optim": {"lr": 2e-3, "warmup_share": 0.0},
+    "optim": {"lr": 2e-3, "warmup_ratio": 0.0},
     "drop_path": 0.0,
 }
 

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "steps": 2,
     "batch_size": 4,
     "seed": 3,
-    "optim": {"lr": 1e-2, "warmup_share": 0.0},
+    "optim": {"lr": 1e-2, "warmup_ratio": 0.0},
     "checkpoint": {"every": 1, "keep": 3},
 }
 KNN = EvalConfig(protocols=("knn",), image_size=32)

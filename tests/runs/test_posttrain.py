@@ -24,7 +24,7 @@ from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.report.page import write_report
 from smalti.runs import train as pretrain
-from smalti.runs.posttrain import Judge, Verdict, read_verdict, verdict_cells, verdict_path
+from smalti.runs.posttrain import BeforeAfter, Verdict, read_verdict, verdict_cells, verdict_path
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 TINY: dict[str, Any] = {
@@ -191,7 +191,7 @@ def test_before_is_what_training_began_from_and_after_what_it_came_to(
 
     def conclude(data: Path, best: int | None, **steps: Encoder) -> Verdict:
         config = EvalConfig(data=str(data), protocols=("knn-patch",), image_size=32)
-        judge = Judge(tmp_path / f"{data.name}-{best}-{steps['s0'] is blind}", config)
+        judge = BeforeAfter(tmp_path / f"{data.name}-{best}-{steps['s0'] is blind}", config)
         return judge.conclude(4, best, lambda step: steps[f"s{step}"])
 
     for data, best, judged in ((with_test, 2, "best"), (without_test, 2, "last"), (with_test, None, "last")):
@@ -280,14 +280,14 @@ def test_low_rates_where_training_starts_from_weights(photos: Path, start: Path,
         return pretrain.resolve({"method": "dino", **tree})[0].optim
 
     fresh, after = optim(), optim(init="runs/x")
-    assert (fresh.lr, fresh.freeze_encoder_share, fresh.weight_decay_end) == (None, 0.0, 0.4)
-    assert (after.lr, after.freeze_encoder_share, after.weight_decay_end) == (1e-5, 0.1, 0.04)
+    assert (fresh.lr, fresh.freeze_encoder_ratio, fresh.weight_decay_end) == (None, 0.0, 0.4)
+    assert (after.lr, after.freeze_encoder_ratio, after.weight_decay_end) == (1e-5, 0.1, 0.04)
     assert optim(init="runs/x", optim={"lr": 1e-3}).lr == 1e-3
     named = optim(init="runs/x", optim={"base_lr": 1e-3})
     assert (named.lr, named.base_lr) == (None, 1e-3)  # a rate that was asked for isn't hidden by a default
     tree = {"method": "dino", "init": "runs/x", "optim": {"lr": 1e-5, "weight_decay_end": 0.2}}
     note = pretrain.posttrain_note(tree, pretrain.resolve(tree)[0])
-    assert note == "starting from weights: optim.freeze_encoder_share=0.1, unless you say otherwise"
+    assert note == "starting from weights: optim.freeze_encoder_ratio=0.1, unless you say otherwise"
     assert pretrain.posttrain_note({"method": "dino"}, pretrain.resolve({"method": "dino"})[0]) == ""
     run = post_train(tmp_path / "a", photos, start)
     assert read_yaml(run / "config.yaml")["optim"]["lr"] == 1e-5
@@ -336,7 +336,7 @@ def test_without_labelled_images_the_command_says_how_to_get_a_verdict(
 
 def test_images_that_choose_do_not_judge(with_test: Path, without_test: Path, class_folders: Path) -> None:
     def about(data: Path, **more: Any) -> tuple[str, bool]:
-        judge = Judge(Path("run"), EvalConfig(data=str(data), **more))
+        judge = BeforeAfter(Path("run"), EvalConfig(data=str(data), **more))
         return judge.chosen_on, judge.is_apart
 
     assert about(with_test) == ("val", True)
@@ -347,8 +347,8 @@ def test_images_that_choose_do_not_judge(with_test: Path, without_test: Path, cl
 
 
 def test_other_settings_are_judged_anew(with_test: Path, tmp_path: Path) -> None:
-    def judge(**more: Any) -> Judge:
-        return Judge(tmp_path, EvalConfig(data=str(with_test), protocols=("knn-patch",), split="test", **more))
+    def judge(**more: Any) -> BeforeAfter:
+        return BeforeAfter(tmp_path, EvalConfig(data=str(with_test), protocols=("knn-patch",), split="test", **more))
 
     result = Result("knn-patch", "e", "d", {"miou": 0.5}, {"miou": SHARE}, {"split": "x"})
     judge().heard(3, [result])

@@ -148,14 +148,14 @@ def test_a_signal_ends_an_evaluation_and_resuming_makes_up_for_it(
 ) -> None:
     evaluation = {"data": str(class_folders), "every": 3, "protocols": ["knn"], "image_size": 32, "baseline": False}
     whole = train(tmp_path / "a", photos, checkpoint={"every": 2}, eval=evaluation)
-    judge = pretrain.EvaluationHook.judge
+    judge = pretrain.EvaluationHook.evaluate
 
     def interrupted(self: pretrain.EvaluationHook, at: int, method: Any) -> list[Result]:
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return judge(self, at, method)
 
-    monkeypatch.setattr(pretrain.EvaluationHook, "judge", interrupted)
+    monkeypatch.setattr(pretrain.EvaluationHook, "evaluate", interrupted)
     with pytest.raises(Interrupted):
         train(tmp_path / "b", photos, checkpoint={"every": 2}, eval=evaluation)
     monkeypatch.undo()
@@ -194,7 +194,7 @@ def test_a_learning_rate_that_overflows_ends_in_one_line_and_leaves_a_good_check
     photos: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match=r"this is the 3rd time, training stops: lower optim.lr"):
-        train(tmp_path / "a", photos, optim={"lr": 1e12, "warmup_share": 0.0})
+        train(tmp_path / "a", photos, optim={"lr": 1e12, "warmup_ratio": 0.0})
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "a").values())
 
 
@@ -471,7 +471,7 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
 
     fails("no field 'batch_sise'; did you mean 'batch_size'", batch_sise=3)
     fails("did you mean 'mask_ratio'", method={"mask_ration": 0.5})
-    fails("did you mean 'warmup_share'", optim={"warmup_shar": 0.5})
+    fails("did you mean 'warmup_ratio'", optim={"warmup_shar": 0.5})
     fails("steps=0: at least 1", steps=0)
     fails("eval.every=5 needs labelled images", eval={"every": 5})
     fails("eval.patience=5 needs labelled images", eval={"patience": 5})
@@ -479,7 +479,7 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     fails("precision='int8'", precision="int8")
     fails("devices=0", devices=0)
     fails("weights=teacher: mae has encoder", weights="teacher")
-    fails("optim.warmup_share=2: at most 1 is needed", optim={"warmup_share": 2})
+    fails("optim.warmup_ratio=2: at most 1 is needed", optim={"warmup_ratio": 2})
     fails("optim.betas.0=2.0: less than 1 is needed", optim={"betas": [2.0, 0.9]})
     fails("optim.lr=-1", optim={"lr": -1})
     fails("which patch_size=8 does not divide", eval={"data": str(class_folders), "image_size": 33})
@@ -649,7 +649,7 @@ def test_a_finished_run_resumes_to_itself(photos: Path, tmp_path: Path) -> None:
 
 
 def test_the_rates_in_the_log_are_the_schedule_s(photos: Path, tmp_path: Path) -> None:
-    optim = {"lr": 1e-2, "warmup_share": 0.5, "min_lr": 1e-3, "weight_decay": 0.1, "weight_decay_end": 0.3}
+    optim = {"lr": 1e-2, "warmup_ratio": 0.5, "min_lr": 1e-3, "weight_decay": 0.1, "weight_decay_end": 0.3}
     run = train(tmp_path / "a", photos, optim=optim, log={"every": 1})
     rows = read_csv(run / "log.csv")
     expected = [number / 4 * 1e-2 for number in range(4)]
@@ -670,7 +670,7 @@ def test_training_gets_better_than_predicting_each_patch_s_mean(photos: Path, tm
 def test_a_frozen_encoder_keeps_its_bits_and_has_no_momenta_while_the_head_learns(
     method: str, photos: Path, tmp_path: Path
 ) -> None:
-    optim = {"freeze_encoder_share": 0.5, "weight_decay": 0.3, "warmup_share": 0.0}
+    optim = {"freeze_encoder_ratio": 0.5, "weight_decay": 0.3, "warmup_ratio": 0.0}
     run = train(tmp_path / "a", photos, method, optim=optim, checkpoint={"every": 1, "keep": 9}, drop_path=0.2)
     stages = [load_file(run / "checkpoints" / f"step_{n:08d}" / "weights.safetensors") for n in (0, 4, 5)]
     trained = {name: p for name, p in pretrain_parameters(run).items() if p.requires_grad}
@@ -691,7 +691,7 @@ def test_a_frozen_encoder_keeps_its_bits_and_has_no_momenta_while_the_head_learn
 def test_a_run_killed_in_a_freeze_resumes_to_the_same_bits(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {"optim": {"freeze_encoder_share": 0.6}}
+    more = {"optim": {"freeze_encoder_ratio": 0.6}}
     undisturbed = weights(train(tmp_path / "a", photos, "dino", **more))
     original = pretrain.get_method("dino").after_step
 
@@ -712,8 +712,8 @@ def test_a_freeze_needs_something_beside_the_encoder(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MAE, "networks", lambda self: {"encoder": self})
-    with pytest.raises(ConfigError, match=r"freeze_encoder_share=0.1: mae trains nothing beside its encoder"):
-        train(tmp_path / "a", photos, optim={"freeze_encoder_share": 0.1})
+    with pytest.raises(ConfigError, match=r"freeze_encoder_ratio=0.1: mae trains nothing beside its encoder"):
+        train(tmp_path / "a", photos, optim={"freeze_encoder_ratio": 0.1})
 
 
 class Scores:
@@ -729,7 +729,7 @@ class Scores:
             write_results(hook.file(step), results)
             return results
 
-        monkeypatch.setattr(pretrain.EvaluationHook, "judge", judge)
+        monkeypatch.setattr(pretrain.EvaluationHook, "evaluate", judge)
 
 
 def state_of(run: Path) -> dict[str, Any]:
@@ -766,7 +766,7 @@ def test_a_run_killed_around_an_evaluation_stops_where_an_undisturbed_one_does(
     more: dict[str, Any] = {"checkpoint": {"every": 2}, "eval": evaluation}
     Scores(monkeypatch, 0.3, 0.2, 0.4, 0.1, 0.2)
     undisturbed = train(tmp_path / "a", photos, **more)
-    judge, update = pretrain.EvaluationHook.judge, Checkpoints.update_state
+    judge, update = pretrain.EvaluationHook.evaluate, Checkpoints.update_state
 
     def killed_judge(hook: pretrain.EvaluationHook, step: int, method: Any) -> list[Result]:
         if step == 6 and killed_before == "judging":
@@ -778,11 +778,11 @@ def test_a_run_killed_around_an_evaluation_stops_where_an_undisturbed_one_does(
             raise Killed
         update(self, state)
 
-    monkeypatch.setattr(pretrain.EvaluationHook, "judge", killed_judge)
+    monkeypatch.setattr(pretrain.EvaluationHook, "evaluate", killed_judge)
     monkeypatch.setattr(Checkpoints, "update_state", killed_update)
     with pytest.raises(Killed):
         train(tmp_path / "b", photos, **more)
-    monkeypatch.setattr(pretrain.EvaluationHook, "judge", judge)
+    monkeypatch.setattr(pretrain.EvaluationHook, "evaluate", judge)
     monkeypatch.setattr(Checkpoints, "update_state", update)
     pretrain.resume(tmp_path / "b", quiet=True)
     assert state_of(undisturbed) == state_of(tmp_path / "b")

@@ -123,7 +123,7 @@ def test_mistakes_are_found_before_anything_is_written(
 def test_weights_with_one_pooling_may_be_trained_on_with_another(photos: Path, tmp_path: Path) -> None:
     first = train(tmp_path / "first", photos, "dino", pool="map")
     kept = {"init": str(first), "encoder": None, "steps": 1}
-    again = train(tmp_path / "again", photos, "dino", **kept, pool="map", optim={"lr": 0.0, "freeze_encoder_share": 0})
+    again = train(tmp_path / "again", photos, "dino", **kept, pool="map", optim={"lr": 0.0, "freeze_encoder_ratio": 0})
     assert torch.equal(smalti.load(again).vit.attn_pool.latent, smalti.load(first).vit.attn_pool.latent)
     assert smalti.load(train(tmp_path / "prr", photos, "dino", **kept, pool="prr")).pool == "prr"
     with pytest.raises(ConfigError, match="pool=prr has parameters"):

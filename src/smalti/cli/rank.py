@@ -120,7 +120,13 @@ def _file_of(out: Path, name: str) -> Path:
 
 
 def _print(ranking: "Ranking") -> None:
-    described = ("position_share", "static_correlation", "top_overlap", "neighbour_correlation", "nearest_distance")
+    described = (
+        "position_variance_ratio",
+        "static_correlation",
+        "top_overlap",
+        "neighbour_correlation",
+        "nearest_distance",
+    )
     title = f"orders of {len(ranking.images):,} images by {ranking.source}"
     _print_table(title, described, ranking.described)
     if ranking.judged:

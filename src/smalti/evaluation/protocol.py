@@ -477,11 +477,11 @@ def evaluate(
     other: Encoder | None = None
     if config.baseline and compared and baseline is not None:
         other = baseline.make().to(next(encoder.parameters()).device)
-    results = _judge(encoder, name, data, protocols, sets, config, progress, figures, other)
+    results = _evaluate_encoder(encoder, name, data, protocols, sets, config, progress, figures, other)
     beside: dict[str, Result] = {}
     if other is not None and baseline is not None:
         label = f"{name} ({baseline.label})"
-        found = _judge(other, label, data, compared, sets, config, progress, figures, encoder)
+        found = _evaluate_encoder(other, label, data, compared, sets, config, progress, figures, encoder)
         beside = {result.protocol: dataclasses.replace(result, baseline=baseline.kind) for result in found}
     return [one for result in results for one in (result, beside.get(result.protocol)) if one is not None]
 
@@ -664,7 +664,7 @@ def _result(row: Mapping[str, Any]) -> Result:
     return Result(**{**row, "metrics": _numbers(row["metrics"]), **groups})
 
 
-def _judge(
+def _evaluate_encoder(
     encoder: Encoder,
     name: str,
     data: str,

@@ -326,7 +326,7 @@ def _to(device: torch.device, targets: Any) -> Any:
     return [{name: value.to(device) for name, value in target.items()} for target in targets]
 
 
-def judge_labels(
+def evaluate_labels(
     model: Callable[[Tensor], Tensor], features: Features, size: int
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Tally], ConfusionMatrix]:
     """How well a classifier tells the test images: short side resized, central square.

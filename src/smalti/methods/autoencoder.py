@@ -87,7 +87,7 @@ class Autoencoder(TokenMethod):
             "lr": 1e-3,
             "betas": [0.9, 0.99],
             "weight_decay": 0.0,
-            "warmup_share": 0.05,
+            "warmup_ratio": 0.05,
             "min_lr": 0.0,
             "clip_norm": 1.0,
         },

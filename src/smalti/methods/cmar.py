@@ -67,7 +67,7 @@ class CMAR(MAR):
     starts_from = ("mar",)
     needs_start: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
-        "optim": {"lr": 1e-7, "betas": [0.9, 0.95], "weight_decay": 0.02, "warmup_share": 0.1, "clip_norm": 3.0}
+        "optim": {"lr": 1e-7, "betas": [0.9, 0.95], "weight_decay": 0.02, "warmup_ratio": 0.1, "clip_norm": 3.0}
     }
 
     def __init__(self, tokens: TokenSource, config: CMARConfig) -> None:

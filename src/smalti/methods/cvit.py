@@ -99,14 +99,14 @@ class CViT(Method):
             "base_lr": 2.5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.05,
-            "warmup_share": 0.083,
+            "warmup_ratio": 0.083,
             "min_lr": 0.0,
             "clip_norm": 5.0,
         },
         "drop_path": 0.1,
     }
     posttrain_defaults: ClassVar[dict[str, Any]] = {
-        "optim": {"base_lr": 1e-4, "warmup_share": 0.0},
+        "optim": {"base_lr": 1e-4, "warmup_ratio": 0.0},
         "drop_path": 0.0,
     }
 

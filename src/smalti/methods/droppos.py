@@ -184,7 +184,7 @@ class DropPos(Method):
             "base_lr": 1.5e-4,
             "betas": [0.9, 0.95],
             "weight_decay": 0.05,
-            "warmup_share": 0.05,
+            "warmup_ratio": 0.05,
             "min_lr": 0.0,
             "clip_norm": 5.0,
             "clip": "tensor",

@@ -214,7 +214,7 @@ class LOCA(Method):
             "base_lr": 2.5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.1,
-            "warmup_share": 0.15,
+            "warmup_ratio": 0.15,
             "min_lr": 1e-5,
             "clip_norm": 1.0,
             "clip": "global",
@@ -300,7 +300,7 @@ class LOCA(Method):
             correct = (logits.argmax(-1) == labels).float()
             self.observations = {
                 "position_accuracy": weighted_mean(correct, weights),
-                "labelled_share": (labels >= 0).float().mean(),
+                "labelled_ratio": (labels >= 0).float().mean(),
             }
         if self.teacher is not None:
             student = (at_least_float32(self.student.logits(queries)) / config.student_temp).log_softmax(-1)

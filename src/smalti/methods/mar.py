@@ -255,7 +255,7 @@ class MAR(TokenMethod):
             "base_lr": 1e-4,
             "betas": [0.9, 0.95],
             "weight_decay": 0.02,
-            "warmup_share": 0.25,
+            "warmup_ratio": 0.25,
             "after_warmup": "constant",
             "clip_norm": 3.0,
         }
@@ -293,7 +293,7 @@ class MAR(TokenMethod):
         losses = self.network.head(
             _pick(tokens, hidden).flatten(0, 1), told.flatten(0, 1), keys.flatten(), self.config.diffusion_repeats
         )
-        self.observations = {"hidden_share": tokens.new_full((), num_hidden / num_tokens)}
+        self.observations = {"hidden_ratio": tokens.new_full((), num_hidden / num_tokens)}
         return {name: loss.mean() for name, loss in losses.items()}
 
     def orders(self, views: Views) -> Int[Tensor, "B N"]:

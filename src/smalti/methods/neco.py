@@ -224,7 +224,7 @@ class NeCo(Method):
         "optim": {
             "lr": 1e-5,
             "min_lr": 0.0,
-            "warmup_share": 0.0,
+            "warmup_ratio": 0.0,
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.5,

@@ -72,13 +72,13 @@ class PARTConfig:
     sides: tuple[int, int] | None = None
     """Smallest and largest side in pixels: of ``offgrid_scale`` (None: half and twice the patch) or of the wholes of
     ``hierarchical`` (None: a quarter and half of the image)."""
-    size_law: Literal["official", "uniform", "log_uniform"] = "official"
+    size_distribution: Literal["official", "uniform", "log_uniform"] = "official"
     """Law of the sides of ``offgrid_scale``; the code's favours small ones."""
     aspect: bool = True
     """``offgrid_scale``: width and height are independent."""
     num_wholes: Few = 4
     """Wholes of ``hierarchical``, among the N."""
-    uniform_share: float = 0.2
+    uniform_ratio: float = 0.2
     """``saliency``: share of patches drawn uniformly."""
     resample: Literal["bilinear", "nearest", "bicubic"] = "bilinear"
     """How patches are resized where they must be; only ``bilinear`` is antialiased."""
@@ -197,7 +197,7 @@ class PART(Method):
             "base_lr": 5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.05,
-            "warmup_share": 0.1,
+            "warmup_ratio": 0.1,
             "min_lr": 1e-5,
             "clip_norm": None,
         },
@@ -208,7 +208,7 @@ class PART(Method):
     takes_signals: ClassVar[bool] = True
     signal_defaults: ClassVar[dict[str, Any]] = {
         "method": {"normalize": "image"},  # in patches, offsets of half a second's would have a variance of hundreds
-        "optim": {"base_lr": 2.5e-4, "warmup_share": 0.05, "min_lr": 0.0},
+        "optim": {"base_lr": 2.5e-4, "warmup_ratio": 0.05, "min_lr": 0.0},
         "drop_path": 0.0,
     }
 
@@ -227,10 +227,10 @@ class PART(Method):
             shuffle=config.shuffle,
             subpixel=config.subpixel,
             sides=config.sides,
-            size_law=config.size_law,
+            size_distribution=config.size_distribution,
             aspect=config.aspect,
             num_wholes=config.num_wholes,
-            uniform_share=config.uniform_share,
+            uniform_ratio=config.uniform_ratio,
             max_angle=math.radians(config.max_angle) if config.angles == "continuous" else 0.0,
             quarters=config.angles == "quad",
             mode=config.resample,
@@ -541,5 +541,5 @@ def _check(config: PARTConfig, encoder: Encoder) -> None:
         raise ConfigError("method.contrastive compares class tokens, which this encoder does not have")
     if config.contrastive < 0 or config.symmetry < 0 or config.contrastive_temp <= 0:
         raise ConfigError("method.contrastive and symmetry must not be negative, contrastive_temp must be above 0")
-    if not 0 <= config.uniform_share <= 1:
-        raise ConfigError(f"method.uniform_share={config.uniform_share}: a share in 0..1 is needed")
+    if not 0 <= config.uniform_ratio <= 1:
+        raise ConfigError(f"method.uniform_ratio={config.uniform_ratio}: a share in 0..1 is needed")

@@ -83,7 +83,7 @@ class Prefix(TokenMethod):
     paper = "measures what Guo et al. 2025, arXiv:2511.22281v2, define and don't measure"
     next_command = "smalti rank COMAE_RUN --data IMAGES --out ORDERS --judge {run}"
     defaults: ClassVar[dict[str, Any]] = {
-        "optim": {"lr": 5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_share": 0.05, "clip_norm": 1.0}
+        "optim": {"lr": 5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_ratio": 0.05, "clip_norm": 1.0}
     }
 
     def __init__(self, tokens: TokenSource, config: PrefixConfig) -> None:

@@ -73,7 +73,7 @@ class Supervised(Method):
             "base_lr": 2.5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.05,
-            "warmup_share": 0.067,
+            "warmup_ratio": 0.067,
             "min_lr": 1e-7,
             "clip_norm": 5.0,
         },

@@ -30,7 +30,7 @@ from smalti.models.loading import open_encoder
 from smalti.models.weights import LoadConfig
 from smalti.preflight.devices import free_bytes
 from smalti.ranking.curves import UNITS as CURVE_UNITS
-from smalti.ranking.curves import Judged, PrefixCurve, compare_curves, conclude_curves, judge_orders
+from smalti.ranking.curves import CurveScore, PrefixCurve, compare_curves, conclude_curves, evaluate_orders
 from smalti.ranking.diagnostics import UNITS, agreement, conclude, describe_orders, spread_evenly
 from smalti.ranking.rankers import (
     AttentionRanker,
@@ -103,7 +103,7 @@ class Ranking:
     against_source: str
     curves: Mapping[str, PrefixCurve] = field(repr=False)
     """Order -> curve; empty without a judge."""
-    judged: Mapping[str, Mapping[str, Judged]]
+    judged: Mapping[str, Mapping[str, CurveScore]]
     """Order -> number of :data:`smalti.ranking.curves.UNITS`."""
     judge: str
     judged_on: str
@@ -154,7 +154,7 @@ def rank(
     other = _open_other(against, config, [name for name in named if name in asked], ranker, device)
     if isinstance(other, OrderCache) and not set(images.names) & set(other.images):
         check_fits(other, images, ranker.grid, flips_needed=False)
-    referee = None if judge is None else open_judge(judge, ranker, device)
+    referee = None if judge is None else open_predictor(judge, ranker, device)
     check_writable(out)
     states = 2 if both_flips else 1
     check_memory(ranker, config.batch_size, len(images) * states, len(asked), free_bytes(device), device.type)
@@ -195,7 +195,7 @@ def rank(
         for second in own[number + 1 :]
     }
     compared = _compare(cache, own, other, readable, rank_with)
-    curves, judged, judged_on = _judge(cache, named, readable, ranker, referee, config, device, progress)
+    curves, judged, judged_on = _evaluate_all(cache, named, readable, ranker, referee, config, device, progress)
     said = conclude(described, agreements, compared, len(readable))
     return Ranking(
         source=ranker.source,
@@ -259,7 +259,7 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
     return AttentionRanker(encoder, spec, config.image_size)
 
 
-def open_judge(run: str, ranker: Ranker, device: torch.device) -> Prefix:
+def open_predictor(run: str, ranker: Ranker, device: torch.device) -> Prefix:
     """The judge of a run, if it looks at the same patches.
 
     Raises:
@@ -415,7 +415,7 @@ def _describe(
     )
 
 
-def _judge(
+def _evaluate_all(
     cache: OrderCache,
     names: Sequence[str],
     images: ImageSet,
@@ -424,7 +424,7 @@ def _judge(
     config: RankConfig,
     device: torch.device,
     progress: Progress | None,
-) -> tuple[dict[str, PrefixCurve], dict[str, dict[str, Judged]], str]:
+) -> tuple[dict[str, PrefixCurve], dict[str, dict[str, CurveScore]], str]:
     if judge is None:
         return {}, {}, ""
     split = next((split for split in ("test", "val") if split in images.splits), None)
@@ -452,12 +452,12 @@ def _judge(
             draws[name] = [look_up(cache, f"{name}:{seed}", listed, False) for seed in range(FIXED_DRAWS)]
         else:
             draws[name] = [look_up(cache, name, listed, False)]
-    curves = judge_orders(judge, tokens, draws, progress=progress)
+    curves = evaluate_orders(judge, tokens, draws, progress=progress)
     where = f"{len(chosen):,} images" + (f" of the {split} split" if split else "")
     return curves, compare_curves(curves), where
 
 
-def _said_of_curves(curves: Mapping[str, PrefixCurve], judged: Mapping[str, Mapping[str, Judged]]) -> list[str]:
+def _said_of_curves(curves: Mapping[str, PrefixCurve], judged: Mapping[str, Mapping[str, CurveScore]]) -> list[str]:
     return conclude_curves(judged, at_start=float(curves["random"].error[0])) if judged else []
 
 

@@ -23,7 +23,7 @@ from smalti.evaluation.intervals import few_seeds
 from smalti.evaluation.paired import NO_DIFFERENCE, Row, about_lines, gain_cells, table_cells
 from smalti.evaluation.protocol import Result
 from smalti.files import write_atomically
-from smalti.report.details import Judged, detail_sections
+from smalti.report.details import Evaluated, detail_sections
 from smalti.report.figures import ForestRow, forest_chart, line_chart
 from smalti.report.html import (
     Html,
@@ -260,7 +260,7 @@ def _costs(comparison: Comparison) -> Html:
 
 def _read_cells(
     comparison: Comparison,
-) -> tuple[list[Judged], dict[str, dict[int, RunFiles]], list[str]]:
+) -> tuple[list[Evaluated], dict[str, dict[int, RunFiles]], list[str]]:
     """Results by evaluation and arm, the arms' training runs by seed, and what could not be read."""
     found: dict[tuple[int, str, int], dict[str, list[Result]]] = {}
     runs: dict[str, dict[int, RunFiles]] = {}
@@ -279,7 +279,7 @@ def _read_cells(
             except SmaltiError as error:
                 lost.append(f"{cell.arm}, seed {cell.seed}: {error}")
     judged = [
-        Judged(
+        Evaluated(
             short_name(str(comparison.plan.evaluate[number]["data"]), comparison.plan),
             f"{protocol} (K = {clusters})"
             if len([key for key in found if key[:2] == (number, protocol)]) > 1

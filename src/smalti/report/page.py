@@ -23,7 +23,7 @@ from smalti.methods.base import TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
 from smalti.reading import read_mapping
-from smalti.report.details import Judged, class_bars, detail_sections
+from smalti.report.details import Evaluated, class_bars, detail_sections
 from smalti.report.figures import (
     EXPLORER_DIMS,
     ShownImages,
@@ -388,10 +388,10 @@ def _where(result: Result) -> tuple[Any, ...]:
     return (result.data, tag("div", told, class_="muted")) if told else (result.data,)
 
 
-def judged(pair: Comparison) -> Judged:
+def judged(pair: Comparison) -> Evaluated:
     """The two as arms."""
     beside = {pair.label: [pair.baseline]} if pair.baseline else {}
-    return Judged(pair.trained.data, pair.trained.protocol, {"trained": [pair.trained], **beside})
+    return Evaluated(pair.trained.data, pair.trained.protocol, {"trained": [pair.trained], **beside})
 
 
 def _label(result: Result | None) -> str:

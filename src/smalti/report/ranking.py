@@ -33,7 +33,7 @@ from smalti.report.order_pictures import draw_sheet, enlarge, heat_picture, orde
 SHARES = (0.10, TOP, 0.50)
 """Of the patches, revealed in the pictures."""
 _COLUMNS = (
-    "position_share",
+    "position_variance_ratio",
     "static_correlation",
     "top_overlap",
     "neighbour_correlation",

@@ -98,7 +98,7 @@ class Verdict:
         return f"{word}: {numbers}" + ("" if span else "; this score has no interval with one seed")
 
 
-class Judge:
+class BeforeAfter:
     """Measures before and after on one set of images, and remembers.
 
     Args:
@@ -140,8 +140,8 @@ class Judge:
         except DataError:
             return False
 
-    def judge(self, step: int, encoder: Encoder) -> None:
-        """Judge a step's encoder on the images of the verdict."""
+    def evaluate(self, step: int, encoder: Encoder) -> None:
+        """Evaluate a step's encoder on the images of the verdict."""
         self._keep(step, evaluate(encoder, f"{self.run} (step {step})", self.data, self.config, progress=self.progress))
 
     def conclude(self, last: int, best: int | None, encoder_of: Callable[[int], Encoder]) -> Verdict:
@@ -158,7 +158,7 @@ class Judge:
             steps[BEST] = best
         for step in steps.values():
             if not self.knows(step):
-                self.judge(step, encoder_of(step))
+                self.evaluate(step, encoder_of(step))
         results = {arm: self._results(step) for arm, step in steps.items()}
         rows: list[Row] = []
         for number, first in enumerate(results[BEFORE]):

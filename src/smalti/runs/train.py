@@ -86,7 +86,7 @@ from smalti.runs.folder import (
     write_run_file,
 )
 from smalti.runs.lock import locked
-from smalti.runs.posttrain import COSTLESS, Judge
+from smalti.runs.posttrain import COSTLESS, BeforeAfter
 from smalti.runs.recipes import find_recipe
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState, usable_checkpoint
 from smalti.training.interrupt import Interrupt, StopRequested, end_at_once, handled_signals
@@ -269,8 +269,8 @@ def _check_no_encoder(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: eval.*: {name} trains no encoder that could be evaluated in training; leave it out"
         )
-    if config.optim.freeze_encoder_share:
-        raise ConfigError(f"{where}: optim.freeze_encoder_share: {name} trains no encoder; leave it out")
+    if config.optim.freeze_encoder_ratio:
+        raise ConfigError(f"{where}: optim.freeze_encoder_ratio: {name} trains no encoder; leave it out")
 
 
 def with_start(tree: Tree) -> Tree:
@@ -771,9 +771,9 @@ def _check_freeze(method: Method, config: OptimConfig) -> None:
     """
     inside = {parameter for encoder in method.networks().values() for parameter in encoder.parameters()}
     beside = any(parameter.requires_grad and parameter not in inside for parameter in method.parameters())
-    if config.freeze_encoder_share and not beside:
+    if config.freeze_encoder_ratio and not beside:
         raise ConfigError(
-            f"optim.freeze_encoder_share={config.freeze_encoder_share}: {method.name} trains nothing beside its "
+            f"optim.freeze_encoder_ratio={config.freeze_encoder_ratio}: {method.name} trains nothing beside its "
             "encoder; leave it at 0"
         )
 
@@ -916,10 +916,10 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
         listeners += (Trackers(accelerator),) if main else ()
     if main and state is not None:
         csv_log.event(state.step, "resumed", _resumed(state, checkpoint, accelerator.num_processes, micro_batch))
-    hook = EvaluationHook(config, run, judges=main, progress=interrupt.check) if config.eval.data else None
-    counted = -1 if state is None else state.judged_step
+    hook = EvaluationHook(config, run, evaluates=main, progress=interrupt.check) if config.eval.data else None
+    counted = -1 if state is None else state.evaluated_step
     if hook is not None and main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
-        hook.judge(counted, method)  # counted already, but its file is lost
+        hook.evaluate(counted, method)  # counted already, but its file is lost
     loop = LoopConfig(
         steps=config.steps,
         batch_size=config.batch_size,
@@ -929,7 +929,7 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
         checkpoint=config.checkpoint,
         log=config.log,
         patience=config.eval.patience,
-        judged_by=_judged_by(config),
+        evaluated_with=_evaluated_with(config),
     )
     started = time.time()
     try:
@@ -954,7 +954,7 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
     if main:
         note_end(run, started, method)
         if hook is not None and hook.before_and_after is not None:
-            best = state.best_step if state.num_judged > 1 else None  # of one score nothing is chosen
+            best = state.best_step if state.num_evaluations > 1 else None  # of one score nothing is chosen
             hook.before_and_after.conclude(state.step, best, partial(_encoder_of, run, config, own))
     accelerator.wait_for_everyone()
 
@@ -981,7 +981,7 @@ def _encoder_of(run: Path, config: RunConfig, own: Any, step: int) -> Encoder:
     return encoder.to("cpu" if config.devices == "cpu" else resolve_devices("auto").kind)
 
 
-def _judged_by(config: RunConfig) -> str:
+def _evaluated_with(config: RunConfig) -> str:
     """What the scores of evaluations in training depend on beside the weights, as text; empty without evaluation."""
     if not config.eval.data:
         return ""
@@ -995,18 +995,18 @@ class EvaluationHook:
     """
 
     def __init__(
-        self, config: RunConfig, run: Path, judges: bool, progress: Callable[[str, int, int], None] | None = None
+        self, config: RunConfig, run: Path, evaluates: bool, progress: Callable[[str, int, int], None] | None = None
     ) -> None:
         self.config = config
         self.run = run
         self.progress = progress  # of an evaluation; it may end one by an exception
         handed_on = get_method(config.method["name"]).export_network
         self.before_and_after = (
-            Judge(run, config.eval, config.weights or handed_on, handed_on, progress)
-            if config.init and judges
+            BeforeAfter(run, config.eval, config.weights or handed_on, handed_on, progress)
+            if config.init and evaluates
             else None
         )
-        self.judges = judges  # one process does; the others know when, since all read the finite check together
+        self.evaluates = evaluates  # one process does; the others know when, since all read the finite check together
 
     def due(self, step: int) -> bool:
         """Before the first step, every ``eval.every`` steps and after the last."""
@@ -1014,10 +1014,10 @@ class EvaluationHook:
         return step in (0, self.config.steps) or (every > 0 and step % every == 0)
 
     def __call__(self, step: int, method: Method) -> float | None:
-        """Judge; returns the headline of the first protocol, with its sign changed where lower is better."""
-        if not self.judges:
+        """BeforeAfter; returns the headline of the first protocol, with its sign changed where lower is better."""
+        if not self.evaluates:
             return None
-        results = self.judge(step, method)
+        results = self.evaluate(step, method)
         if not results:
             return None
         metric, value = results[0].headline
@@ -1027,7 +1027,7 @@ class EvaluationHook:
         """Where the results of a step are written."""
         return self.run / RESULTS / f"step_{step:08d}.json"
 
-    def judge(self, step: int, method: Method) -> list[Result]:
+    def evaluate(self, step: int, method: Method) -> list[Result]:
         """Results now, written to ``results/step_*.json``; those of step 0 are the baseline of all others."""
         network = self.config.weights or method.export_network
         encoder = method.networks()[network]
@@ -1044,7 +1044,7 @@ class EvaluationHook:
         if self.before_and_after is not None:
             self.before_and_after.heard(step, results)
             if step == 0 and not self.before_and_after.knows(0):
-                self.before_and_after.judge(0, encoder)
+                self.before_and_after.evaluate(0, encoder)
         return results
 
 
@@ -1057,7 +1057,7 @@ def _check_evaluation(config: RunConfig) -> None:
     if config.eval.data:
         open_sets(config.eval.data, config.eval)
         if config.init:
-            open_sets(config.eval.data, Judge(Path(), config.eval).config)
+            open_sets(config.eval.data, BeforeAfter(Path(), config.eval).config)
     elif config.eval.every or config.eval.patience:
         name = "every" if config.eval.every else "patience"
         raise ConfigError(f"eval.{name}={getattr(config.eval, name)} needs labelled images; give eval.data=DIR")

@@ -54,7 +54,7 @@ class LoopConfig:
     log: LogConfig
     patience: int = 0
     """Evaluations without a new best after which training stops; 0 never stops early."""
-    judged_by: str = ""
+    evaluated_with: str = ""
     """What scores of hooks depend on beside the weights; where it changes, the best score so far counts no more."""
 
 
@@ -131,9 +131,11 @@ def train(
     checkpoints = Checkpoints(run, method, optimizer, config.checkpoint, accelerator.is_main_process)
     is_new = state is None
     state = TrainingState() if state is None else state
-    if config.judged_by and state.judged_by != config.judged_by:  # scores of another kind don't compare with these
-        state.best_score, state.best_step, state.without_best, state.num_judged = None, None, 0, 0
-        state.judged_by = config.judged_by
+    if (
+        config.evaluated_with and state.evaluated_with != config.evaluated_with
+    ):  # scores of another kind don't compare with these
+        state.best_score, state.best_step, state.without_best, state.num_evaluations = None, None, 0, 0
+        state.evaluated_with = config.evaluated_with
     state.num_processes, state.micro_batch = world, config.batch_size // (config.accumulate * world)
     if is_new:
         checkpoints.save(state)  # somewhere to go back to
@@ -145,8 +147,10 @@ def train(
     encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
     method.train()
     stop = 0
-    if state.judged_step < state.step:  # before training, or an evaluation that a kill took
-        stop = _judge([hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator)
+    if state.evaluated_step < state.step:  # before training, or an evaluation that a kill took
+        stop = _evaluate_encoder(
+            [hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator
+        )
     clock.start(state.step)
     for listener in listeners:
         listener.started(state.step, config.steps)
@@ -216,7 +220,7 @@ def train(
         if to_save:
             checkpoints.save(state)
         if due and not stop:
-            stop = _judge(due, method, state, checkpoints, accelerator)
+            stop = _evaluate_encoder(due, method, state, checkpoints, accelerator)
             if stop and not to_save:
                 checkpoints.save(state)
             if _has_lost_patience(state, config) and not last:
@@ -226,8 +230,8 @@ def train(
                 for listener in listeners:
                     listener.event(state.step, "stopped early", text)
     interrupt.finish()
-    is_judged = state.judged_step == state.step or not any(hook.due(state.step) for hook in hooks)
-    if stop and not (state.step == config.steps and is_judged):
+    is_evaluated = state.evaluated_step == state.step or not any(hook.due(state.step) for hook in hooks)
+    if stop and not (state.step == config.steps and is_evaluated):
         for listener in listeners:
             listener.event(state.step, "interrupted", signal.Signals(stop).name)
         accelerator.wait_for_everyone()  # until the checkpoint is written
@@ -235,7 +239,7 @@ def train(
     return state
 
 
-def _judge(
+def _evaluate_encoder(
     hooks: list[Hook],
     method: Method,
     state: TrainingState,
@@ -264,12 +268,12 @@ def _judge(
             return int(number)
         if score is None:
             continue
-        state.num_judged += not math.isnan(score)
+        state.num_evaluations += not math.isnan(score)
         if not math.isnan(score) and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_step, state.without_best, is_best = score, state.step, 0, True
         else:
             state.without_best += 1
-    state.judged_step = state.step
+    state.evaluated_step = state.step
     if is_best:
         checkpoints.save(state)
     elif checkpoints.path(state.step).exists():

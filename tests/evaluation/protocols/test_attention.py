@@ -24,7 +24,7 @@ from smalti.evaluation.protocols.attention import (
     attention,
     attention_distance,
     between_patches,
-    judge_foreground,
+    foreground_scores,
     mutual_information,
     patch_distances,
 )
@@ -148,15 +148,15 @@ def _pixels(features):
 
 def test_e12_patches_with_most_of_the_mass_against_a_mask():
     mask = np.kron([[0, 1, 0], [1, 1, 0], [0, 0, 0]], np.ones((4, 4))).astype(np.uint8)
-    judged = judge_foreground(E12[None], mask, (3, 3), void=255, parity=False)
+    judged = foreground_scores(E12[None], mask, (3, 3), void=255, parity=False)
     assert judged.best_head == 0.5
 
 
 def test_the_best_head_is_chosen_for_each_object():
     mask = np.array([[1, 0], [0, 2]], dtype=np.uint8)
     heads = torch.tensor([[0.97, 0.01, 0.01, 0.01], [0.01, 0.01, 0.01, 0.97], [0.01, 0.97, 0.01, 0.01]])
-    assert judge_foreground(heads, mask, (2, 2), void=255, parity=False).best_head == 1.0
-    assert judge_foreground(heads[[0, 2]], mask, (2, 2), void=255, parity=False).best_head == 0.5
+    assert foreground_scores(heads, mask, (2, 2), void=255, parity=False).best_head == 1.0
+    assert foreground_scores(heads[[0, 2]], mask, (2, 2), void=255, parity=False).best_head == 0.5
 
 
 def test_merged_is_the_jaccard_score_of_attention_on_a_square():
@@ -167,29 +167,29 @@ def test_merged_is_the_jaccard_score_of_attention_on_a_square():
     weights[1:4, 1:4] = 1
     weights[0, 0] = 1
     rows = torch.from_numpy(weights).float().flatten()[None]
-    judged = judge_foreground(rows / rows.sum(), mask, (6, 6), void=255, parity=False)
+    judged = foreground_scores(rows / rows.sum(), mask, (6, 6), void=255, parity=False)
     from smalti.functional.attention import foreground
 
     pred = foreground(rows[None], (6, 6))[0].numpy().repeat(8, 0).repeat(8, 1)
     counted = mask != 255
     assert judged.merged == pytest.approx(jaccard_score((mask == 3)[counted], pred[counted]))
-    parity = judge_foreground(rows / rows.sum(), mask, (6, 6), void=255, parity=True)
+    parity = foreground_scores(rows / rows.sum(), mask, (6, 6), void=255, parity=True)
     assert parity.merged == pytest.approx(jaccard_score((mask != 0).ravel(), pred.ravel()))
 
 
 def test_parity_takes_the_first_and_last_values_for_background_and_void():
     rows = torch.tensor([[0.97, 0.01, 0.01, 0.01]])
     without_void = np.array([[1, 0], [0, 2]], dtype=np.uint8)
-    assert judge_foreground(rows, without_void, (2, 2), void=255, parity=True).best_head == 1.0  # 2 is lost
-    assert judge_foreground(rows, without_void, (2, 2), void=255, parity=False).best_head == 0.5
+    assert foreground_scores(rows, without_void, (2, 2), void=255, parity=True).best_head == 1.0  # 2 is lost
+    assert foreground_scores(rows, without_void, (2, 2), void=255, parity=False).best_head == 0.5
     with_void = np.array([[1, 0], [255, 2]], dtype=np.uint8)
-    assert judge_foreground(rows, with_void, (2, 2), void=255, parity=True).best_head == 0.5
+    assert foreground_scores(rows, with_void, (2, 2), void=255, parity=True).best_head == 0.5
 
 
 def test_an_image_without_objects_says_nothing():
-    judged = judge_foreground(E12[None], np.zeros((3, 3), dtype=np.uint8), (3, 3), void=255, parity=False)
+    judged = foreground_scores(E12[None], np.zeros((3, 3), dtype=np.uint8), (3, 3), void=255, parity=False)
     assert math.isnan(judged.merged) and math.isnan(judged.best_head)
-    assert judge_foreground(E12[None], np.zeros((3, 3), dtype=np.uint8), (3, 3), void=255, parity=True).merged == 0
+    assert foreground_scores(E12[None], np.zeros((3, 3), dtype=np.uint8), (3, 3), void=255, parity=True).merged == 0
 
 
 def run(encoder, data, features_of, need="masks", **settings):

@@ -49,7 +49,7 @@ def test_the_published_recipe_goes_by_the_size_of_the_encoder(greys, features_of
         recipe = choose_recipe(features_of(encoder, greys, "labels"), EvalConfig(preset="full"))
         assert (recipe.epochs, recipe.base_lr, recipe.layer_decay, recipe.drop_path) == expected
         assert recipe.peak_lr == 4 * recipe.base_lr  # 1024 images a step
-        assert recipe.warmup_share * recipe.epochs == 5
+        assert recipe.warmup_ratio * recipe.epochs == 5
         assert (recipe.image_size, recipe.weight_decay, recipe.least_lr) == (224, 0.05, 1e-6)
         assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing, recipe.erase_prob) == (0.8, 1.0, 0.1, 0.25)
 

@@ -160,7 +160,7 @@ class Foreground:
     best_head: float
 
 
-def judge_foreground(
+def foreground_scores(
     attention: Float[Tensor, "H N"], mask: np.ndarray, grid: tuple[int, int], *, void: int, parity: bool
 ) -> Foreground:
     """How well the attention of one image's class token shows its objects.
@@ -229,7 +229,7 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         void = ignored_value(len(features.data.classes))
         for place, rows in seen.of_class_token.items():
             mask = eval_mask(read_mask(images.samples[place], len(features.data.classes)), size)
-            judged[place] = judge_foreground(rows, mask, grid, void=void, parity=config.parity)
+            judged[place] = foreground_scores(rows, mask, grid, void=void, parity=config.parity)
         for name, values in (
             ("foreground_iou", {place: one.merged for place, one in judged.items()}),
             ("foreground_iou_best_head", {place: one.best_head for place, one in judged.items()}),

@@ -430,7 +430,7 @@ def detection(features: Features, config: EvalConfig) -> Scores:
             what="detection",
             bf16=bf16,
         )
-        truth, found, shown = _judge(model, features, recipe)
+        truth, found, shown = _evaluate_encoder(model, features, recipe)
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
     kinds: dict[Literal["bbox", "segm"], str] = {"bbox": "", **({"segm": "mask_"} if masks else {})}
@@ -485,7 +485,7 @@ def _what_is_trained(encoder: Encoder, frozen_blocks: int) -> str:
 
 
 @torch.no_grad()
-def _judge(
+def _evaluate_encoder(
     model: Detector, features: Features, recipe: Recipe
 ) -> tuple[list[CocoImage], list[Detections], dict[int, tuple[Boxes, Boxes]]]:
     """True objects of the test images that can be read, what was found in them, and both for those that are shown.

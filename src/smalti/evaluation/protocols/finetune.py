@@ -31,7 +31,7 @@ from smalti.evaluation.features import Features
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tuning import (
     Example,
-    judge_labels,
+    evaluate_labels,
     normalized,
     random_view,
     rate_fresh_positions,
@@ -61,7 +61,7 @@ class Recipe:
     layer_decay: float
     """Factor of the learning rate from one block down to the next."""
     drop_path: float
-    warmup_share: float
+    warmup_ratio: float
     """Of all steps."""
     crop_area: tuple[float, float]
     rand_augment: str = ""
@@ -220,7 +220,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
     recipe = choose_recipe(features, config)
     num_classes, num_images = len(features.data.classes), len(features.data.train)
     num_steps = recipe.num_steps(num_images)
-    num_warmup = math.ceil(recipe.warmup_share * num_steps)
+    num_warmup = math.ceil(recipe.warmup_ratio * num_steps)
     encoder = features.encoder
     pool = "avg" if config.pool == "auto" else config.pool
     with seeded(config.seed, features.device):
@@ -260,7 +260,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
             seed=config.seed,
             what="finetune",
         )
-        metrics, per_class, tallies, confusion = judge_labels(model, features, recipe.image_size)
+        metrics, per_class, tallies, confusion = evaluate_labels(model, features, recipe.image_size)
     settings = {
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"

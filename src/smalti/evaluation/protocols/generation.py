@@ -193,7 +193,7 @@ def generation(features: Features, config: EvalConfig) -> Scores:
             settings["classifier_accuracy"] = float((of_real.argmax(1) == truth).double().mean())
     if config.inception is not None:
         side = generated_side(drawn)
-        judged_by = _judge_by_inception(features, drawn, side, config)
+        judged_by = _inception_distances(features, drawn, side, config)
         metrics, errors, units = metrics | judged_by.values, errors | judged_by.errors, units | INCEPTION_UNITS
         settings["inception"] = f"{LIBRARY}, {config.inception}"
         settings["inception_image_size"] = side
@@ -231,7 +231,7 @@ def generated_side(drawn: ImageSet) -> int:
     return min(sides)
 
 
-def _judge_by_inception(features: Features, drawn: ImageSet, size: int, config: EvalConfig) -> Distances:
+def _inception_distances(features: Features, drawn: ImageSet, size: int, config: EvalConfig) -> Distances:
     """FID, KID and inception score; the floor is of training images, or of halves, as for the other features."""
     network = Inception(Path(str(config.inception)).expanduser()).to(features.device)
     repeats, seed = config.repeats or REPEATS, config.seed

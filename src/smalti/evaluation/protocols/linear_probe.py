@@ -27,7 +27,7 @@ from smalti.evaluation.features import ATTENTIVE, Features, ImageFeatures, Progr
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
 from smalti.evaluation.tally import tally_labels
-from smalti.evaluation.tuning import Example, judge_labels, normalized, random_view, seeded, train
+from smalti.evaluation.tuning import Example, evaluate_labels, normalized, random_view, seeded, train
 from smalti.models.encoder import Encoder, PatchFeatures, check_pool, pool_features
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -245,7 +245,7 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
         seed=config.seed,
         what="linear-probe",
     )
-    metrics, per_class, tallies, confusion = judge_labels(lambda images: head(read(images)), features, size)
+    metrics, per_class, tallies, confusion = evaluate_labels(lambda images: head(read(images)), features, size)
     settings = {
         "preset": config.preset,
         "form": "DINO's: cropped and flipped images, one learning rate",

@@ -223,14 +223,14 @@ def choose_learning_rate(
     held_out, rest = sorted(order[:num_held_out]), sorted(order[num_held_out:])
     heads = train_heads(features, recipe, recipe.learning_rates, rest, coarse, seed, "learning rates")
     batches = list(features.tokens("train", recipe.image_size).batches(held_out))
-    scores = [mean_iou(matrix) for matrix in _judge(heads, features, iter(batches), coarse)]
+    scores = [mean_iou(matrix) for matrix in _evaluate_encoder(heads, features, iter(batches), coarse)]
     losses = [sum(head.loss(x, coarse[torch.tensor(at)].to(x.device), ignore) for x, at in batches) for head in heads]
     best = min(range(len(heads)), key=lambda i: (-scores[i], losses[i]))
     reached = {f"{rate:g}": score for rate, score in zip(recipe.learning_rates, scores, strict=True)}
     return recipe.learning_rates[best], reached
 
 
-def _judge(
+def _evaluate_encoder(
     heads: Sequence[Head],
     features: Features,
     batches: Iterator[tuple[Tensor, list[int]]],

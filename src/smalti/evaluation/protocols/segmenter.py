@@ -378,7 +378,7 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
             seed=config.seed,
             what="segmenter",
         )
-        tally, predictions, unlabelled = _judge(model, features, recipe)
+        tally, predictions, unlabelled = _evaluate_encoder(model, features, recipe)
     warn_unlabelled(features.data.test, unlabelled, features.evaluated)
     matrix = tally.confusion.matrix
     settings = {
@@ -424,7 +424,9 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
 
 
 @torch.no_grad()
-def _judge(model: Segmenter, features: Features, recipe: Recipe) -> tuple[PixelTally, dict[int, np.ndarray], list[int]]:
+def _evaluate_encoder(
+    model: Segmenter, features: Features, recipe: Recipe
+) -> tuple[PixelTally, dict[int, np.ndarray], list[int]]:
     """What the test images contribute, in the pixels of their own masks; predictions shown; places without a label.
 
     Raises:

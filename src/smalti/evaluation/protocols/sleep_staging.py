@@ -70,7 +70,7 @@ class Recipe:
     label_smoothing: float = 0.1
     weight_decay: float = 0.05
     drop_path: float = 0.0
-    warmup_share: float = 0.05
+    warmup_ratio: float = 0.05
     num_steps: int | None = None
     """In place of epochs."""
 
@@ -320,7 +320,7 @@ def fine_tune(
                 num_steps,
                 peak=recipe.learning_rate,
                 least=0.0,
-                num_warmup=math.ceil(recipe.warmup_share * num_steps),
+                num_warmup=math.ceil(recipe.warmup_ratio * num_steps),
             ),
             num_steps=num_steps,
             batch_size=recipe.batch_size,
