@@ -35,8 +35,9 @@ from smalti.data.images.labelled import load_images
 from smalti.functional.graphs import descending, in_strength, pagerank
 from smalti.functional.orders import image_dependence, top_overlap
 from smalti.methods.comae import CoMAE
+from smalti.runs.build import load_method
 from smalti.runs.machine import describe_machine
-from smalti.runs.train import load_method, resume
+from smalti.runs.train import resume
 from smalti.training.logs import read_csv
 
 SIDE, DIM, NUM_HUBS, NUM_JUDGED = 4, 4, 3, 256

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 import smalti
 from smalti.data.images.folders import open_images
 from smalti.ranking.rankers import GraphRanker, rank_images
-from smalti.runs.train import load_method
+from smalti.runs.build import load_method
 
 SIDE, PATCH, TEST = 32, 8, 400
 ARMS = {

@@ -43,8 +43,10 @@ from smalti.functional.masking import cross_mask
 from smalti.methods.intertwined import Intertwined
 from smalti.models.loading import WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors
+from smalti.runs.build import build_method
+from smalti.runs.config import resolve
 from smalti.runs.machine import describe_machine
-from smalti.runs.train import build_method, resolve, resume
+from smalti.runs.train import resume
 
 SIZE, PATCH, GRID = 96, 8, (12, 12)
 CLASSES = ("background", "disc", "square", "triangle", "star", "cross", "ring")
@@ -324,8 +326,8 @@ def settings_of(arm: str, seed: int, form: dict[str, Any], data: Path) -> dict[s
 
 def load_method(run: Path, device: str, trained: bool = True) -> Intertwined:
     """The method of a finished run, in eval mode; or as it was before the first step."""
-    config, own = resolve(read_yaml(run / "config.yaml"))
-    method = build_method(config, own)
+    config = resolve(read_yaml(run / "config.yaml"))
+    method = build_method(config)
     if trained:
         checkpoint = latest_checkpoint(run)
         assert checkpoint is not None, "a finished run has one"

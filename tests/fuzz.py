@@ -41,7 +41,8 @@ from smalti.preflight.dataset import look_at_data
 from smalti.report.page import write_report
 from smalti.report.rundir import read_run
 from smalti.runs import folder as run_folder
-from smalti.runs import train as pretrain
+from smalti.runs import train as runs
+from smalti.runs.build import load_method
 from smalti.training.checkpoint import TrainingState
 
 CASE_S = 20
@@ -214,7 +215,7 @@ def _lines(tree: dict[str, object]) -> str:
 
 
 def read_recipe(folder: Path) -> None:
-    pretrain.train(data=folder / "data", out=folder / "run", recipe=folder / "recipe.yaml", quiet=True)
+    runs.train(data=folder / "data", out=folder / "run", recipe=folder / "recipe.yaml", quiet=True)
 
 
 OVERRIDDEN = (
@@ -242,7 +243,7 @@ def read_overrides(folder: Path) -> None:
     for _ in range(rng.integers(1, 4)):
         words.append(f"{OVERRIDDEN[rng.integers(len(OVERRIDDEN))]}={WORDS[rng.integers(len(WORDS))]}")
     tree = parse_overrides(words)
-    pretrain.train("mae", folder / "data", folder / "run", overrides=tree, quiet=True)
+    runs.train("mae", folder / "data", folder / "run", overrides=tree, quiet=True)
 
 
 def make_weights(folder: Path) -> None:
@@ -279,7 +280,7 @@ def make_run(folder: Path) -> None:
         "log": {"every": 1},
         "eval": {"data": str(data), "protocols": ["knn"], "every": 1},
     }
-    pretrain.train("mae", data, folder / "run", overrides=settings, quiet=True)
+    runs.train("mae", data, folder / "run", overrides=settings, quiet=True)
     shutil.rmtree(folder / "run/checkpoints/step_00000000")
 
 
@@ -292,9 +293,9 @@ def read_run_directory(folder: Path) -> None:
         lambda run: write_report(run, num_images=0),
         lambda run: load(run, quiet=True),
         lambda run: load(run / "best", quiet=True),
-        pretrain.load_method,
+        load_method,
         run_folder.read_run_file,
-        lambda run: pretrain.resume(run, quiet=True),
+        lambda run: runs.resume(run, quiet=True),
     ):
         with contextlib.suppress(SmaltiError):
             read(run)
@@ -354,7 +355,7 @@ def main(base: Path, seed: int, first: int, count: int) -> None:
         (base / kind.name).mkdir(parents=True)
         kind.make(base / kind.name)
     # From here on nothing is trained: a damaged setting may ask for years of it.
-    pretrain.run_loop = lambda *_, state=None, **__: state or TrainingState()  # type: ignore[assignment]
+    runs.run_loop = lambda *_, state=None, **__: state or TrainingState()  # type: ignore[assignment]
     limit = _virtual_bytes() + (CASE_MIB + 1024) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

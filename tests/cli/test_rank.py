@@ -15,7 +15,7 @@ from htmlpage import Page, check_page
 from smalti.cli.main import run as smalti
 from smalti.data.images.folders import open_images
 from smalti.data.order_files import check_fits, read_orders
-from smalti.runs.train import load_method
+from smalti.runs.build import load_method
 
 TOKENS = "data.image_size=32 tokens.patch_size=8 tokens.dim=8 batch_size=4 checkpoint.every=4 optim.lr=1e-3".split()
 COMAE = [f"method.{part}_{word}" for part in ("encoder", "decoder") for word in ("dim=16", "depth=1", "num_heads=2")]

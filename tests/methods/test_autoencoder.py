@@ -21,7 +21,8 @@ from smalti.layers.tokens import TokenConfig
 from smalti.methods import base
 from smalti.methods.autoencoder import Autoencoder, AutoencoderConfig, pca_psnr, reconstruction_loss
 from smalti.methods.base import TokenMethod
-from smalti.runs.train import load_method, resume, train
+from smalti.runs.build import load_method
+from smalti.runs.train import resume, train
 
 SMALL = {
     "method": {"width": 8},

@@ -22,8 +22,8 @@ from smalti.methods.ibot import IBOT
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import build_encoder, encoder_from_config
 from smalti.models.loading import load
+from smalti.runs.config import resolve
 from smalti.runs.recipes import find_recipe
-from smalti.runs.train import resolve
 
 
 def tiny(**config: object) -> DINO:
@@ -150,12 +150,13 @@ def test_narrow_networks_start_larger_and_colours_may_be_mild() -> None:
 
 
 def test_the_recipe_is_the_official_run_of_300_epochs() -> None:
-    config, own = resolve(read_yaml(find_recipe("dino_vits16")))
+    config = resolve(read_yaml(find_recipe("dino_vits16")))
     epoch = 1_281_167 // config.batch_size  # the last, smaller batch is left out
     assert config.steps == 300 * epoch and config.batch_size == 1024
-    shares = (config.optim.warmup_ratio, own.warmup_teacher_temp_ratio, own.freeze_last_layer_ratio)
+    shares = (config.optim.warmup_ratio, config.method.warmup_teacher_temp_ratio, config.method.freeze_last_layer_ratio)
     assert [round(300 * share, 1) for share in shares] == [10, 30, 1]  # epochs
-    assert (own.teacher_temp, own.norm_last_layer, own.num_local_views) == (0.07, False, 8)
+    method = config.method
+    assert (method.teacher_temp, method.norm_last_layer, method.num_local_views) == (0.07, False, 8)
 
 
 def test_a_temperature_of_zero_is_refused() -> None:

@@ -33,7 +33,7 @@ from smalti.methods.intertwined import CONTENT, POSITION, Intertwined, Intertwin
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.models.weights import read_tensors
-from smalti.runs import train as pretrain
+from smalti.runs import train as runs
 from smalti.runs.baseline import evaluate
 
 SMALL: dict[str, Any] = {
@@ -474,7 +474,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         smalti.train("intertwined", photos, tmp_path / "b", overrides=TINY, quiet=True)
     monkeypatch.setattr(Intertwined, "after_step", original)
-    pretrain.resume(tmp_path / "b", quiet=True)
+    runs.resume(tmp_path / "b", quiet=True)
     ours, theirs = (read_tensors(latest_checkpoint(path) / "weights.safetensors") for path in (run, tmp_path / "b"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -492,7 +492,7 @@ def test_training_goes_on_from_a_run_with_its_field_and_others_get_a_table(
     other = smalti.train("mae", photos, tmp_path / "mae", init=str(run), overrides={**again, "method": mae}, quiet=True)
     encoder = smalti.load(other, quiet=True)
     assert encoder.position_field is None and encoder.vit.pos_embed is not None
-    pretrain.resume(other, {"checkpoint": {"every": 1}}, quiet=True)
+    runs.resume(other, {"checkpoint": {"every": 1}}, quiet=True)
 
 
 def test_a_trained_table_becomes_a_field_that_reads_the_same_at_its_grid() -> None:

@@ -34,7 +34,8 @@ from smalti.methods.neco import (
 )
 from smalti.methods.teacher import cosine_momentum
 from smalti.models.encoder import build_encoder
-from smalti.runs.train import check_start, resolve, train
+from smalti.runs.config import check_start, resolve
+from smalti.runs.train import train
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, weight_decay
 
 SMALL = {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16}
@@ -415,7 +416,7 @@ def test_a_run_needs_weights_to_start_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"method\.from_scratch=true starts from random weights, init=.* drop one"):
         train("neco", tmp_path, tmp_path / "run", init="random:vit_tiny_patch16_224", overrides=both)
     for tree in ({"init": "RUN"}, both):
-        check_start(*resolve(merge({"method": {"name": "neco"}}, tree)))
+        check_start(resolve(merge({"method": {"name": "neco"}}, tree)))
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ from tests.signal_files import noise, save
 from smalti.errors import ConfigError, DataError
 from smalti.preflight.dataset import look_at_data
 from smalti.preflight.report import doctor
-from smalti.runs.train import DataConfig
+from smalti.runs.config import DataConfig
 
 
 def photo(seed: int, height: int = 90, width: int = 120) -> np.ndarray:

@@ -21,8 +21,8 @@ from smalti.methods.base import get_method
 from smalti.models.loading import as_loaded
 from smalti.models.weights import LoadConfig
 from smalti.runs.baseline import baseline_of, untrained_network
+from smalti.runs.config import resolve
 from smalti.runs.folder import CONFIG_FILE, end_of_log
-from smalti.runs.train import resolve
 
 TINY: dict[str, Any] = {
     "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
@@ -58,9 +58,9 @@ def test_the_untrained_network_is_the_checkpoint_of_step_0_bit_for_bit(
     name: str, photos: Path, class_folders: Path, tmp_path: Path
 ) -> None:
     run = train(tmp_path / "run", name, class_folders if get_method(name).needs_labels else photos)
-    config, own = resolve(read_yaml(run / CONFIG_FILE))
+    config = resolve(read_yaml(run / CONFIG_FILE))
     network = get_method(name).export_network
-    rebuilt = as_loaded(untrained_network(config, own, network))
+    rebuilt = as_loaded(untrained_network(config, network))
     kept, trained = smalti.load(step(run, 0), quiet=True), smalti.load(run, quiet=True)
     assert rebuilt.config() == kept.config()
     before, after = kept.state_dict(), trained.state_dict()

@@ -23,7 +23,9 @@ from smalti.evaluation.protocol import SHARE, EvalConfig, Result, read_results
 from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.report.page import write_report
-from smalti.runs import train as pretrain
+from smalti.runs import train as runs
+from smalti.runs.config import posttrain_note, resolve
+from smalti.runs.evaluation_hook import EvaluationHook
 from smalti.runs.posttrain import BeforeAfter, Verdict, read_verdict, verdict_cells, verdict_path
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -82,13 +84,13 @@ def post_train(out: Path, photos: Path, start: Path, **more: Any) -> Path:
 
 def choose(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
     """What evaluation in training finds, step by step; what stands behind it stays."""
-    original = pretrain.EvaluationHook.__call__
+    original = EvaluationHook.__call__
 
-    def call(hook: pretrain.EvaluationHook, step: int, method: Any) -> float | None:
+    def call(hook: EvaluationHook, step: int, method: Any) -> float | None:
         original(hook, step, method)
         return scores[step // 2]
 
-    monkeypatch.setattr(pretrain.EvaluationHook, "__call__", call)
+    monkeypatch.setattr(EvaluationHook, "__call__", call)
 
 
 def test_the_best_step_is_chosen_on_val_and_judged_on_test(
@@ -144,10 +146,10 @@ def test_the_verdict_changes_no_weight_and_a_resumed_run_has_the_same(
     verdict = verdict_path(judged).read_text()
     verdict_path(judged).unlink()
     shutil.rmtree(judged / "results" / "posttrain" / "step_00000000")
-    pretrain.resume(judged, quiet=True)
+    runs.resume(judged, quiet=True)
     assert verdict_path(judged).read_text() == verdict
     # a run that was never judged gets its verdict afterwards
-    pretrain.resume(plain, {"eval": evaluation(with_test, every=0)}, quiet=True)
+    runs.resume(plain, {"eval": evaluation(with_test, every=0)}, quiet=True)
     late, early = read_verdict(plain), read_verdict(judged)
     assert late is not None and early is not None
     rows = [
@@ -212,7 +214,7 @@ def test_of_one_score_nothing_is_chosen(
 ) -> None:
     run = post_train(tmp_path / "a", photos, start)
     data = with_test if apart else without_test
-    pretrain.resume(run, {"eval": evaluation(data)}, quiet=True)
+    runs.resume(run, {"eval": evaluation(data)}, quiet=True)
     verdict = read_verdict(run)
     assert verdict is not None
     assert (verdict.judged, verdict.best_step, dict(verdict.steps)) == ("last", None, {"before": 0, "last": 4})
@@ -277,7 +279,7 @@ def test_the_sentence_says_what_the_interval_allows_and_does_not_know() -> None:
 
 def test_low_rates_where_training_starts_from_weights(photos: Path, start: Path, tmp_path: Path) -> None:
     def optim(**tree: Any) -> Any:
-        return pretrain.resolve({"method": "dino", **tree})[0].optim
+        return resolve({"method": "dino", **tree}).optim
 
     fresh, after = optim(), optim(init="runs/x")
     assert (fresh.lr, fresh.freeze_encoder_ratio, fresh.weight_decay_end) == (None, 0.0, 0.4)
@@ -286,9 +288,9 @@ def test_low_rates_where_training_starts_from_weights(photos: Path, start: Path,
     named = optim(init="runs/x", optim={"base_lr": 1e-3})
     assert (named.lr, named.base_lr) == (None, 1e-3)  # a rate that was asked for isn't hidden by a default
     tree = {"method": "dino", "init": "runs/x", "optim": {"lr": 1e-5, "weight_decay_end": 0.2}}
-    note = pretrain.posttrain_note(tree, pretrain.resolve(tree)[0])
+    note = posttrain_note(tree, resolve(tree))
     assert note == "starting from weights: optim.freeze_encoder_ratio=0.1, unless you say otherwise"
-    assert pretrain.posttrain_note({"method": "dino"}, pretrain.resolve({"method": "dino"})[0]) == ""
+    assert posttrain_note({"method": "dino"}, resolve({"method": "dino"})) == ""
     run = post_train(tmp_path / "a", photos, start)
     assert read_yaml(run / "config.yaml")["optim"]["lr"] == 1e-5
 

@@ -31,18 +31,13 @@ from smalti.methods.base import get_method
 from smalti.models.encoder import Encoder
 from smalti.models.loading import as_loaded, file_digest, load, weights_digest
 from smalti.preflight.report import measure_step
+from smalti.preflight.step import step_maker
 from smalti.reading import reading
 from smalti.runs.baseline import untrained_network
+from smalti.runs.build import count_classes, open_training, starting_encoder
+from smalti.runs.config import resolve
 from smalti.runs.folder import CONFIG_FILE
-from smalti.runs.train import (
-    count_classes,
-    open_training,
-    resolve,
-    resume,
-    starting_encoder,
-    step_maker,
-    train,
-)
+from smalti.runs.train import resume, train
 from smalti.streams import protect_streams, warn_in_one_line
 from smalti.training.launch import num_processes, resolve_devices
 from smalti.training.processes import end_with
@@ -102,7 +97,7 @@ def images_digest(images: ImageSet) -> str:
 
 def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet) -> str:
     """What determines a cell's weights: its settings, the budget, the images, where it starts, and Smalti's version."""
-    config, _ = resolve(tree)
+    config = resolve(tree)
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
     if plain["prr"] is None:
         del plain["prr"]  # cells from before it was a setting are the same
@@ -115,7 +110,7 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
 
 def untrained_key(tree: Mapping[str, Any]) -> str:
     """What determines a network before its first step: architecture, the method's settings, seed, starting weights."""
-    config, _ = resolve(tree)
+    config = resolve(tree)
     data = {name: getattr(config.data, name) for name in ("image_size", "channels", "mean", "std", "signal")}
     parts = {name: getattr(config, name) for name in ("method", "encoder", "load", "seed", "pool", "prr")}
     start = weights_digest(config.init) if config.init else None
@@ -180,7 +175,7 @@ def _train(job: Job, folder: Path) -> None:
         resume(run, quiet=job.quiet)
     else:
         train(out=run, overrides=tree, quiet=job.quiet)
-    config, _ = resolve(merge(tree, {}))
+    config = resolve(merge(tree, {}))
     wall = time.perf_counter() - started
     devices = resolve_devices(config.devices)
     on_gpu = devices.kind == "cuda"
@@ -203,9 +198,9 @@ def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path) -> int:
     if kept.is_file():
         with reading(kept, "the steps of a cell", RunError, "remove it, and they are measured again"):
             return int(json.loads(kept.read_bytes())["steps"])
-    config, own = resolve(merge(tree, {"steps": 1000}))
+    config = resolve(merge(tree, {"steps": 1000}))
     device = torch.device(resolve_devices(config.devices).kind)
-    make_step, _ = step_maker(config, own, device)
+    make_step, _ = step_maker(config, device)
     estimate = measure_step(
         make_step,
         batch_size=config.batch_size,
@@ -225,14 +220,14 @@ def _encoder(job: Job, folder: Path) -> Encoder:
     options = dict(job.load_options)
     pool = options.pop("pool", None)
     if job.untrained:
-        config, own = resolve(job.train)
+        config = resolve(job.train)
         images = open_training(config)
-        own = count_classes(config, own, images)[1]
+        config = count_classes(config, images)
         classes = (images.classes or ()) if isinstance(images, ImageSet) else ()
-        network = get_method(config.method["name"]).export_network
-        encoder = as_loaded(untrained_network(config, own, network, classes))
+        network = get_method(config.method.name).export_network
+        encoder = as_loaded(untrained_network(config, network, classes))
     elif job.load == RANDOM:
-        config, _ = resolve({"method": "mae", **job.train})
+        config = resolve({"method": "mae", **job.train})
         encoder = starting_encoder(config).eval()
     else:
         encoder = load(job.load or str(folder / RUN), seed=job.seed, quiet=True, **options)

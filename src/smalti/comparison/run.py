@@ -58,10 +58,10 @@ from smalti.files import check_folder, is_free, remove_leftovers, write_atomical
 from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig
 from smalti.reading import read_mapping, reading
+from smalti.runs.config import absolute, check_start, resolve
 from smalti.runs.lock import locked
 from smalti.runs.machine import describe_machine
 from smalti.runs.recipes import find_recipe
-from smalti.runs.train import absolute, check_start, resolve
 from smalti.training.launch import num_processes, split_batch
 from smalti.training.processes import STOPPED, run_process
 
@@ -401,7 +401,7 @@ def _load_job(arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, what: Ma
         tree = merge(
             {name: plan.settings[name] for name in ("encoder", "data") if name in plan.settings}, {"seed": seed}
         )
-        config, _ = resolve({"method": "mae", **tree})  # any method will do: only its encoder is built
+        config = resolve({"method": "mae", **tree})  # any method will do: only its encoder is built
         parts.append(to_tree(config.encoder) if config.encoder else None)
         parts.append([config.data.image_size, config.data.channels, config.data.mean, config.data.std])
     if spec.partition(":")[0] == RANDOM:
@@ -424,15 +424,15 @@ def _train_job(
     tree = merge(tree, {"seed": seed, "data": {"path": plan.data}})
     if kind == "steps":
         tree["steps"] = int(amount)
-    config, method = resolve(tree)
-    check_start(config, method)
+    config = resolve(tree)
+    check_start(config)
     split_batch(config.batch_size, config.micro_batch, num_processes(config.devices))
     if config.eval.patience:
         raise ConfigError(f"eval.patience={config.eval.patience}: the plan's budget says how long arms train")
     if kind == "images":
         tree["steps"] = math.ceil(amount / config.batch_size)
     budget = {kind: amount}
-    folder = out / CELLS / f"{config.method['name']}-{training_key(tree, budget, images)}"
+    folder = out / CELLS / f"{config.method.name}-{training_key(tree, budget, images)}"
     return Job(folder=str(folder), train=tree, minutes=amount if kind == "minutes" else None, **what)
 
 

@@ -37,6 +37,7 @@ _REPLACED = 5  # branch of a sample's keys
 class CMARConfig(MARConfig):
     """Settings of CMAR: MAR's, which ``init`` brings, and what follows."""
 
+    name: str = "cmar"
     order: str = "collapse"
     """The order of an image's tokens: collapse, collapse_reversed, collapse_static, collapse_shuffled, coverage,
     in_strength or attention out of a file; random, fixed_random, halton, raster, spiral, centre_out or border_in."""
@@ -61,7 +62,7 @@ def sampler_ratio(share: float) -> float:
 class CMAR(MAR):
     """Fine-tune a MAR on one order for each image."""
 
-    Config: ClassVar[type] = CMARConfig
+    Config = CMARConfig
     title = "MAR fine-tuned to draw in an order found for each image"
     paper = "Guo et al. 2025, arXiv:2511.22281"
     starts_from = ("mar",)

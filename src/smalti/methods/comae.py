@@ -26,7 +26,7 @@ from smalti.functional.random import sample_normal, sample_uniform
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.layers.rotary_blocks import RotaryBlocks
 from smalti.layers.tokens import TokenSource
-from smalti.methods.base import Findings, TokenMethod, register
+from smalti.methods.base import Findings, MethodConfig, TokenMethod, register
 from smalti.models.encoder import eval_mode
 
 DEGENERATE, STATIC = 0.02, 0.9
@@ -37,9 +37,10 @@ _TARGETS, _NOISE = 0, 1  # streams of a sample's random numbers
 
 
 @settings
-class CoMAEConfig:
+class CoMAEConfig(MethodConfig):
     """Settings of CoMAE: the paper's main text where it says something, and the budget on top."""
 
+    name: str = "comae"
     encoder_dim: Width = 64
     """Width of the network that selects; 256 in the paper's supplement, which makes graphs 11 times dearer."""
     encoder_depth: Depth = 12

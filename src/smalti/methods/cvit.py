@@ -28,7 +28,7 @@ from smalti.functional.graphs import descending
 from smalti.functional.orders import num_kept
 from smalti.functional.patches import patch_variance
 from smalti.functional.random import sample_uniform
-from smalti.methods.base import Method, Reference, register, uniform_guess
+from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
 from smalti.methods.supervised import class_loss
 from smalti.methods.teacher import Average
 from smalti.models.encoder import ClassHead, Encoder
@@ -38,9 +38,10 @@ _RATE = 17
 
 
 @settings
-class CViTConfig:
+class CViTConfig(MethodConfig):
     """Settings of CViT; crops and mixing are not among them, since an order is of the whole central square."""
 
+    name: str = "cvit"
     num_classes: int | None = None
     """K; None: as many as the data has."""
     order: str = "collapse"

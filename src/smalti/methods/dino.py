@@ -23,15 +23,16 @@ from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.layers.heads import ProjectionHead, Prototypes
-from smalti.methods.base import Method, Reference, register, same_for_all
+from smalti.methods.base import Method, MethodConfig, Reference, register, same_for_all
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
 
 @settings
-class DINOConfig:
+class DINOConfig(MethodConfig):
     """Settings of DINO."""
 
+    name: str = "dino"
     num_prototypes: Count = 4096
     """K; the paper's is 65536, for a million images."""
     hidden_dim: Width = 2048

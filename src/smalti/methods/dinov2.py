@@ -32,6 +32,7 @@ SMALLEST_BLOCK = 4
 class DINOv2Config(IBOTConfig):
     """Settings of DINOv2: iBOT's, some with other defaults, and its own."""
 
+    name: str = "dinov2"
     num_prototypes: Count = 4096
     """K; the paper's is 65536 for ImageNet-1k, 131072 for more."""
     separate_heads: bool = True

@@ -31,7 +31,7 @@ from smalti.functional.transfer import move
 from smalti.functional.transport import sinkhorn_offsets
 from smalti.layers.heads import PrototypeHead
 from smalti.layers.last_block import Chosen, place_of
-from smalti.methods.base import Method, Reference, register, same_for_all
+from smalti.methods.base import Method, MethodConfig, Reference, register, same_for_all
 from smalti.methods.dino import color_jitter, draw_weights, resample_as_released
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
@@ -42,9 +42,10 @@ RATIO_STREAM, BLOCK_STREAM = 1, 10_000
 
 
 @settings
-class IBOTConfig:
+class IBOTConfig(MethodConfig):
     """Settings of iBOT."""
 
+    name: str = "ibot"
     num_prototypes: Count = 8192
     """K."""
     hidden_dim: Width = 2048

@@ -40,6 +40,7 @@ class IntertwinedConfig(DINOv2Config):
     """Settings: DINOv2's, some with other defaults, and its own. ``mask_sample_prob`` is f_c, the fraction of global
     crops whose content is masked; in the others, positions are masked."""
 
+    name: str = "intertwined"
     field: bool = True
     """Crops read their positions out of a field over the image; otherwise every crop has the same table."""
     position_loss: bool = True

@@ -31,7 +31,7 @@ from smalti.functional.random import sample_uniform, step_key
 from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.layers.heads import ProjectionHead, Prototypes
-from smalti.methods.base import Method, Reference, register, uniform_guess
+from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
@@ -42,9 +42,10 @@ _TRUNCATED_STD = 0.87962566103423978  # of a standard normal that is cut at two 
 
 
 @settings
-class LOCAConfig:
+class LOCAConfig(MethodConfig):
     """Settings of LOCA; the values of the released preset for ViT-B."""
 
+    name: str = "loca"
     num_small_queries: Few = 9
     """Small query views, beside the large one."""
     small_size: ImageSize | None = None

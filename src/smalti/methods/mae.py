@@ -24,14 +24,15 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import Method, Reference, refuse_changed, register
+from smalti.methods.base import Method, MethodConfig, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 
 @settings
-class MAEConfig:
+class MAEConfig(MethodConfig):
     """Settings of MAE; the paper's values for ViT-B, but for the decoder's width, which follows the encoder's."""
 
+    name: str = "mae"
     mask_ratio: float = 0.75
     """Share of hidden patches, in (0, 1); ``int(N * (1 - mask_ratio))`` stay visible."""
     norm_pix_loss: bool = True

@@ -23,14 +23,15 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import hidden_ids
 from smalti.layers.relative_encoder import init_linear
-from smalti.methods.base import Method, Reference, register, uniform_guess
+from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
 from smalti.models.encoder import Encoder
 
 
 @settings
-class MP3Config:
+class MP3Config(MethodConfig):
     """Settings of MP3; the released values for CIFAR."""
 
+    name: str = "mp3"
     key_mask_ratio: float = 0.5
     """eta: share of patches that no patch may look at, in [0, 1), in training; ``int(N * (1 - eta))`` are looked at."""
     loss_patches: Literal["all", "hidden"] = "all"

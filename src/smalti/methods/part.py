@@ -43,7 +43,7 @@ from smalti.functional.random import fork_keys, sample_uniform, step_key
 from smalti.functional.transfer import move
 from smalti.layers.heads import ProjectionHead
 from smalti.layers.relative_encoder import DifferenceHead, PairMLP, PairwiseLinear, RelativeEncoder
-from smalti.methods.base import Method, Reference, refuse_changed, register
+from smalti.methods.base import Method, MethodConfig, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 ALL_PAIRS_BELOW = 100
@@ -56,9 +56,10 @@ _MASK = 32  # stream of a sample's random numbers
 
 
 @settings
-class PARTConfig:
+class PARTConfig(MethodConfig):
     """Settings of PART; the paper's or its code's values where they are known."""
 
+    name: str = "part"
     sampling: Literal["grid", "offgrid", "offgrid_scale", "nonoverlapping", "saliency", "hierarchical"] = "offgrid"
     """Where patches are drawn: ``grid`` the cells of the grid, ``offgrid`` anywhere (the paper's), ``offgrid_scale`` of
     random sides and aspect, ``nonoverlapping`` anywhere but on each other, ``saliency`` where gradients are,

@@ -24,14 +24,15 @@ from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
-from smalti.methods.base import Method, Reference, register, uniform_guess
+from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
 from smalti.models.encoder import ClassHead, Encoder
 
 
 @settings
-class SupervisedConfig:
+class SupervisedConfig(MethodConfig):
     """Settings of supervised pretraining; which vector the classes are told by is the run's ``pool``."""
 
+    name: str = "supervised"
     num_classes: int | None = None
     """K; None: as many as the data has."""
     label_smoothing: float = 0.1

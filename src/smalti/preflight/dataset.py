@@ -17,7 +17,7 @@ from smalti.data.loader import MAX_UNREADABLE
 from smalti.data.signals.signal_config import SignalConfig
 from smalti.data.signals.signal_set import is_signals, open_signals
 from smalti.errors import ConfigError, DataError
-from smalti.runs.train import DataConfig
+from smalti.runs.config import DataConfig
 
 _SHOWN = 3
 _SHOWN_CLASSES = 20

@@ -22,8 +22,8 @@ from smalti.data.workers import SHARED_MEMORY, shared_memory_mib
 from smalti.errors import ConfigError
 from smalti.preflight.dataset import DataReport, Progress, fact_line, look_at_data
 from smalti.preflight.devices import MARGIN, Devices, find_devices, main_memory
+from smalti.runs.config import DataConfig
 from smalti.runs.machine import describe_machine, package_version
-from smalti.runs.train import DataConfig
 from smalti.training.launch import split_batch
 
 _EXTRAS = {"samples": "scikit-image", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}

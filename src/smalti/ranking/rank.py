@@ -43,9 +43,9 @@ from smalti.ranking.rankers import (
     look_up,
     rank_images,
 )
+from smalti.runs.build import load_method
 from smalti.runs.folder import CONFIG_FILE
 from smalti.runs.machine import describe_machine
-from smalti.runs.train import load_method
 
 CONTROLS = ("random", "fixed_random", "collapse_static", "collapse_shuffled", "halton", "centre_out")
 """Orders that every curve stands beside."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from typing import Any
 
 from smalti.config import read_yaml
 from smalti.evaluation import protocol
@@ -11,8 +10,9 @@ from smalti.evaluation.paired import with_intervals
 from smalti.evaluation.protocol import Baseline, BaselineKind, EvalConfig, Result, random_baseline
 from smalti.models.encoder import Encoder
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, as_loaded, open_encoder, weights_digest
+from smalti.runs.build import build_method
+from smalti.runs.config import RunConfig, resolve
 from smalti.runs.folder import CONFIG_FILE, INIT_DIGEST, read_run_file
-from smalti.runs.train import RunConfig, build_method, resolve
 
 
 def evaluate(
@@ -72,7 +72,7 @@ def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | N
     first = run / CHECKPOINTS / f"step_{0:08d}"
     if origin.checkpoint.name == first.name:
         return None
-    config, own = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
+    config = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
     kind: BaselineKind = "before" if config.init else "untrained"
     if (first / STATE_FILE).is_file():
         load = dataclasses.replace(origin.load, weights=origin.network)
@@ -84,20 +84,19 @@ def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | N
     classes = encoder.class_head.classes if encoder.class_head is not None else ()
     return Baseline(
         kind,
-        lambda: _like(encoder, as_loaded(untrained_network(config, own, origin.network, classes), origin.load)),
+        lambda: _like(encoder, as_loaded(untrained_network(config, origin.network, classes), origin.load)),
     )
 
 
-def untrained_network(config: RunConfig, own: Any, network: str, classes: tuple[str, ...] = ()) -> Encoder:
+def untrained_network(config: RunConfig, network: str, classes: tuple[str, ...] = ()) -> Encoder:
     """A network of a run as it is before the first step, on the CPU: bit-equal to the checkpoint of step 0.
 
     Args:
         config: the run's settings.
-        own: the method's.
         network: name of one of the method's networks.
         classes: names for the head for classes, where the method trains one.
     """
-    method = build_method(config, own)
+    method = build_method(config)
     encoder = method.networks()[network]
     encoder.source = f"step 0 ({network})"
     head = method.class_head(network)

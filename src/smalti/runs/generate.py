@@ -19,8 +19,8 @@ from smalti.functional.orders import random_orders, static_order
 from smalti.functional.random import fork_keys, sample_uniform
 from smalti.methods.cmar import CMAR
 from smalti.methods.mar import MAR, SamplerConfig
+from smalti.runs.build import load_method
 from smalti.runs.folder import read_run_file
-from smalti.runs.train import load_method
 
 SOURCES = ("bank", "class_mean", "global_mean")
 _BANK = 6  # branch of an image's keys

@@ -28,8 +28,9 @@ from smalti.functional.offgrid import Patches, resample_boxes
 from smalti.functional.pairs import r_squared, select_pairs
 from smalti.methods.part import PART, pair_loss
 from smalti.models.encoder import eval_mode
+from smalti.runs.build import build_method, load_method
+from smalti.runs.config import resolve
 from smalti.runs.folder import CONFIG_FILE
-from smalti.runs.train import build_method, load_method, resolve
 
 FOLDER = "probes"
 NUM_TRIPLES, NUM_REFERENCES, NUM_SHOWN, NUM_DISTANCES = 4096, 8, 4, 10
@@ -122,8 +123,8 @@ def probe_positions(
         probe = measure(method, crops, blank, seed)
     if not learn_by_heart:
         return probe
-    trained, own = resolve(config, str(run / CONFIG_FILE))
-    fresh = build_method(trained, own)  # as it was before the first step
+    trained = resolve(config, str(run / CONFIG_FILE))
+    fresh = build_method(trained)  # as it was before the first step
     assert isinstance(fresh, PART)
     error = overfit(fresh, crops[:OVERFIT_IMAGES], progress=progress)
     return dataclasses.replace(probe, metrics={**probe.metrics, "overfit": error})
