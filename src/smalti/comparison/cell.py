@@ -21,7 +21,7 @@ import psutil
 import torch
 
 import smalti
-from smalti.config import build, merge, settings, to_tree
+from smalti.config import Seed, build, merge, settings, to_tree
 from smalti.data.images.folders import ImageSet
 from smalti.errors import RunError, SmaltiError, machine_trouble
 from smalti.evaluation.details import write_details
@@ -34,8 +34,8 @@ from smalti.preflight.report import measure_step
 from smalti.preflight.step import step_maker
 from smalti.reading import reading
 from smalti.runs.baseline import untrained_network
-from smalti.runs.build import count_classes, open_training, starting_encoder
-from smalti.runs.config import resolve
+from smalti.runs.build import count_classes, new_encoder, open_training
+from smalti.runs.config import DataConfig, resolve
 from smalti.runs.folder import CONFIG_FILE
 from smalti.runs.train import resume, train
 from smalti.streams import protect_streams, warn_in_one_line
@@ -227,13 +227,30 @@ def _encoder(job: Job, folder: Path) -> Encoder:
         network = get_method(config.method.name).export_network
         encoder = as_loaded(untrained_network(config, network, classes))
     elif job.load == RANDOM:
-        config = resolve({"method": "mae", **job.train})
-        encoder = starting_encoder(config).eval()
+        encoder = build(RandomEncoder, job.train).make().eval()
     else:
         encoder = load(job.load or str(folder / RUN), seed=job.seed, quiet=True, **options)
     if pool:
         encoder.set_pool(pool)
     return encoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@settings
+class RandomEncoder:
+    """The encoder of ``load: random``, from the settings of a plan."""
+
+    encoder: str | dict[str, Any] | None = None
+    """Architecture, as in the settings of a run."""
+    data: DataConfig = DataConfig()
+    """Size, channels and normalisation of the images."""
+    seed: Seed = 0
+    """Of timm's random weights."""
+
+    def make(self) -> Encoder:
+        """The encoder, on the CPU."""
+        encoder = new_encoder(self.encoder, self.data, self.seed)
+        encoder.check_size(*encoder.img_size)
+        return encoder
 
 
 def num_parameters(encoder: Encoder) -> int:

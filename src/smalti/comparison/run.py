@@ -30,6 +30,7 @@ from smalti.comparison.cell import (
     RESULTS_FILE,
     TRAINED,
     Job,
+    RandomEncoder,
     digest,
     evaluation_key,
     is_trained,
@@ -37,7 +38,18 @@ from smalti.comparison.cell import (
     training_key,
     untrained_key,
 )
-from smalti.config import Seed, build, merge, read_yaml, settings, to_tree, unfold, unknown_key, write_yaml
+from smalti.config import (
+    Seed,
+    build,
+    merge,
+    read_yaml,
+    resolve_paths,
+    settings,
+    to_tree,
+    unfold,
+    unknown_key,
+    write_yaml,
+)
 from smalti.data.images.folders import ImageSet, open_images, training_images
 from smalti.data.images.pixels import NO_PIXELS, trained_pixels
 from smalti.errors import ConfigError, Interrupted, RunError, SmaltiError
@@ -58,7 +70,7 @@ from smalti.files import check_folder, is_free, remove_leftovers, write_atomical
 from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig
 from smalti.reading import read_mapping, reading
-from smalti.runs.config import absolute, check_start, resolve
+from smalti.runs.config import absolute, absolute_paths, check_start, resolve
 from smalti.runs.lock import locked
 from smalti.runs.machine import describe_machine
 from smalti.runs.recipes import find_recipe
@@ -226,9 +238,7 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
         entry = unfold(entry)
         if not entry.get("data"):
             raise ConfigError(f"{where}: evaluate[{number}] names no data")
-        entry["data"] = absolute(str(entry["data"]), folder)
-        if "orders" in entry:
-            entry["orders"] = [absolute(str(order), folder) for order in entry["orders"]]
+        entry = resolve_paths(entry, EvalConfig, lambda text: absolute(text, folder))
         config = build(EvalConfig, entry, f"{where}: evaluate[{number}]")
         for name in config.protocols:
             find_protocol(name)
@@ -401,9 +411,7 @@ def _load_job(arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, what: Ma
         tree = merge(
             {name: plan.settings[name] for name in ("encoder", "data") if name in plan.settings}, {"seed": seed}
         )
-        config = resolve({"method": "mae", **tree})  # any method will do: only its encoder is built
-        parts.append(to_tree(config.encoder) if config.encoder else None)
-        parts.append([config.data.image_size, config.data.channels, config.data.mean, config.data.std])
+        parts.append(to_tree(build(RandomEncoder, tree)))
     if spec.partition(":")[0] == RANDOM:
         parts.append(seed)
     folder = out / CELLS / f"load-{digest(*parts)}"
@@ -662,14 +670,13 @@ def short_name(data: str, plan: Plan) -> str:
 
 
 def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        key: absolute(value, folder) if key in ("load", "init", "recipe") and isinstance(value, str) else value
-        for key, value in tree.items()
-    }
-    for group, key in (("load", "name"), ("method", "orders")):
-        inner = result.get(group)
-        if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
-            result[group] = {**inner, key: absolute(inner[key], folder)}
+    """Settings of an arm, or of all arms, with absolute paths."""
+    result = absolute_paths(tree, folder)
+    for key in ("load", "recipe"):  # of arms only
+        if isinstance(value := tree.get(key), str):
+            result[key] = absolute(value, folder)
+    if isinstance(load := tree.get("load"), Mapping) and isinstance(load.get("name"), str):
+        result["load"] = {**load, "name": absolute(load["name"], folder)}
     return result
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree
+from smalti.config import BatchSize, Count, CountFromZero, ImageSize, PathText, Seed, Workers, settings, to_tree
 from smalti.data.images.folders import ClassDepth, ImageSet, open_images
 from smalti.data.images.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
 from smalti.data.images.pixels import PixelConfig
@@ -49,7 +49,7 @@ SHARE = "share of 1, higher is better"
 class EvalConfig(PixelConfig):
     """Settings of all protocols. Where a protocol doesn't heed a setting that was changed, a warning says so."""
 
-    data: str | None = None
+    data: PathText | None = None
     """Labelled images: class folders, or images with masks; NAME=PATH forces a reader."""
     protocols: tuple[str, ...] = ()
     """Names of the protocols; empty takes all that fit the data."""
@@ -100,9 +100,9 @@ class EvalConfig(PixelConfig):
     preset: Preset = "small"
     """Sizes and conventions: small ends in minutes on a CPU; full has the published sizes and our conventions; paper
     has the published code's conventions, too, for numbers beside published ones."""
-    generated: str | None = None
+    generated: PathText | None = None
     """generation: the images to be judged, as ``--data`` takes them, or what ``smalti generate --out`` named."""
-    inception: str | None = None
+    inception: PathText | None = None
     """generation: weights of FID's Inception network, for FID, KID and inception score beside the other numbers."""
     k: Count | None = None
     """generation, knn, knn-patch, in-context, retrieval: number of neighbours; None takes the protocol's own."""
@@ -152,7 +152,7 @@ class EvalConfig(PixelConfig):
     """linear-segmentation, overclustering, in-context: side of the masks in pixels; None takes the preset's."""
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
-    orders: tuple[str, ...] = ()
+    orders: tuple[PathText, ...] = ()
     """keep-curve: orders of patches by name, and files of ``smalti rank`` (.parquet), each for all orders in it. The
     first counts first; the one that the encoder learned with, random and fixed ones are always among them."""
     rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()

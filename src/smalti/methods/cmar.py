@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from smalti.config import settings
+from smalti.config import PathText, settings
 from smalti.data.images.image_set import ImageSet
 from smalti.data.order_files import TrainingOrders
 from smalti.data.signals.signal_set import SignalSet
@@ -41,7 +41,7 @@ class CMARConfig(MARConfig):
     order: str = "collapse"
     """The order of an image's tokens: collapse, collapse_reversed, collapse_static, collapse_shuffled, coverage,
     in_strength or attention out of a file; random, fixed_random, halton, raster, spiral, centre_out or border_in."""
-    orders: str | None = None
+    orders: PathText | None = None
     """The file of ``smalti rank`` with the orders of the training images."""
     random_order_prob: float = 0.1
     """Share of images that are learned in a random order all the same."""

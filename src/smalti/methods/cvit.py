@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import PathText, settings
 from smalti.data.images.image_set import ImageSet
 from smalti.data.order_files import TrainingOrders, check_order
 from smalti.data.signals.signal_set import SignalSet
@@ -46,7 +46,7 @@ class CViTConfig(MethodConfig):
     """K; None: as many as the data has."""
     order: str = "collapse"
     """Which patches stay: collapse, random (drawn anew for each image and step), fixed_random, halton, variance ..."""
-    orders: str | None = None
+    orders: PathText | None = None
     """The file of ``smalti rank`` with the orders of the training images, for those that a network has found."""
     max_rate: float = 0.99
     """Largest share of patches that is dropped, below 1; 0: a plain ViT on whole images."""

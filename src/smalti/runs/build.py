@@ -36,7 +36,7 @@ from smalti.models.loading import (
 from smalti.models.tokens import fill_tokens
 from smalti.models.weights import read_tensors
 from smalti.reading import reading, reason
-from smalti.runs.config import RunConfig, as_trained, resolve
+from smalti.runs.config import DataConfig, RunConfig, as_trained, resolve
 from smalti.runs.folder import (
     CONFIG_FILE,
 )
@@ -169,12 +169,8 @@ def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = 
             encoder.tabulate_field()
         if encoder.in_chans != data.channels:
             raise ConfigError(f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}")
-    elif data.signal is not None:
-        encoder = _signal_encoder(config, data.signal)
     else:
-        arguments = {"name": config.encoder} if isinstance(config.encoder, str) else dict(config.encoder or {})
-        name = str(arguments.pop("name", DEFAULT_ENCODER))
-        encoder = build_encoder(name, img_size=data.image_size, in_chans=data.channels, seed=config.seed, **arguments)
+        encoder = new_encoder(config.encoder, data, config.seed)
     if data.signal is None:
         encoder.check_size(data.image_size, data.image_size)
     elif not encoder.takes_signals or encoder.img_size[1] != data.signal.window:
@@ -182,15 +178,36 @@ def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = 
             f"init={config.init} takes images of {encoder.img_size[0]}x{encoder.img_size[1]}, these are windows of "
             f"{data.signal.window} samples; start from an encoder of such signals, or without --init"
         )
-    if data.mean or data.std:
-        encoder.set_normalization(data.mean or encoder.mean, data.std or encoder.std)
+    _set_normalization(encoder, data)
     encoder.set_pool(config.pool, config.prr, fresh=True)
     return encoder
 
 
-def _signal_encoder(config: RunConfig, signal: SignalConfig) -> Encoder:
+def new_encoder(encoder: str | Mapping[str, Any] | None, data: DataConfig, seed: int) -> Encoder:
+    """An encoder with timm's random weights, on the CPU, for images or windows of signals as ``data`` says.
+
+    Args:
+        encoder: what the setting ``encoder`` takes.
+        data: size, channels and normalisation of the images.
+        seed: of the weights.
+    """
+    arguments = {"name": encoder} if isinstance(encoder, str) else dict(encoder or {})
+    if data.signal is not None:
+        made = _signal_encoder(arguments, data, data.signal, seed)
+    else:
+        name = str(arguments.pop("name", DEFAULT_ENCODER))
+        made = build_encoder(name, img_size=data.image_size, in_chans=data.channels, seed=seed, **arguments)
+    _set_normalization(made, data)
+    return made
+
+
+def _set_normalization(encoder: Encoder, data: DataConfig) -> None:
+    if data.mean or data.std:
+        encoder.set_normalization(data.mean or encoder.mean, data.std or encoder.std)
+
+
+def _signal_encoder(given: Mapping[str, Any], data: DataConfig, signal: SignalConfig, seed: int) -> Encoder:
     """A vision transformer over windows of signals: an image of one row, patches of one row. Raw values go in."""
-    given = {"name": config.encoder} if isinstance(config.encoder, str) else dict(config.encoder or {})
     arguments = {**SIGNAL_ENCODER, **given}
     name, patch = str(arguments.pop("name")), arguments.pop("patch_size")
     length = patch[-1] if isinstance(patch, (list, tuple)) else patch
@@ -200,9 +217,9 @@ def _signal_encoder(config: RunConfig, signal: SignalConfig) -> Encoder:
     return build_encoder(
         name,
         img_size=(1, signal.window),
-        in_chans=config.data.channels,
+        in_chans=data.channels,
         patch_size=[1, length],
-        seed=config.seed,
+        seed=seed,
         mean=(0.0,),
         std=(1.0,),
         **arguments,

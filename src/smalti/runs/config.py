@@ -11,6 +11,7 @@ from smalti.config import (
     BatchSize,
     Count,
     ImageSize,
+    PathText,
     Seed,
     Tree,
     Workers,
@@ -19,6 +20,7 @@ from smalti.config import (
     flatten,
     merge,
     read_yaml,
+    resolve_paths,
     settings,
     to_tree,
 )
@@ -62,7 +64,7 @@ class DataConfig(PixelConfig):
     outside is clipped. ``percentiles`` finds a pair a channel in 256 images, and the run keeps it. None: 0..255 of 8
     bits, 0..65535 of unsigned 16, 0..1 of floats."""
 
-    path: str | None = None
+    path: PathText | None = None
     """A folder of images, a list file, class folders or images with masks; ``NAME=PATH`` forces a reader."""
     class_depth: Annotated[int, Field(ge=1)] | Literal["deepest"] | None = None
     """``supervised``: how many nested class folders name the class (1: the outermost), or ``deepest``: the folder of
@@ -94,7 +96,7 @@ class RunConfig:
     ``VisionTransformer``; None: vit_small_patch16_224, or what ``init`` brings."""
     tokens: TokenConfig | None = None
     """Of methods without an encoder, what a token is; None: the defaults."""
-    init: str | None = None
+    init: PathText | None = None
     """Weights to start from: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None starts from random ones."""
     load: LoadConfig = LoadConfig()
     """How the weights of ``init`` are fitted."""
@@ -318,19 +320,17 @@ def with_signals(tree: Tree) -> Tree:
     return tree
 
 
-def absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths in settings so that they still hold when the run is resumed or reported from another folder."""
-    result = dict(tree)
-    if isinstance(result.get("init"), str):
-        result["init"] = absolute(result["init"])
-    for group, key in (("data", "path"), ("eval", "data"), ("method", "orders"), ("tokens", "path")):
-        inner = result.get(group)
-        if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
-            result[group] = {**inner, key: absolute(inner[key])}
-    evaluated = result.get("eval")
-    if isinstance(evaluated, Mapping) and isinstance(evaluated.get("orders"), (list, tuple)):
-        result["eval"] = {**evaluated, "orders": [absolute(str(order)) for order in evaluated["orders"]]}
-    return result
+def absolute_paths(tree: Mapping[str, Any], beside: Path | None = None) -> Tree:
+    """Settings of a run, or a part of them, with absolute paths: they hold from any working directory.
+
+    Args:
+        tree: as :func:`resolve` takes it.
+        beside: a folder in which to look, too, for what isn't there.
+    """
+    chosen = tree.get("method")
+    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+    groups = {"method": get_method(str(name)).Config} if name in method_names() else {}
+    return resolve_paths(tree, RunConfig, lambda text: absolute(text, beside), groups)
 
 
 def absolute(text: str, beside: Path | None = None) -> str:
