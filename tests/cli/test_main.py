@@ -15,10 +15,10 @@ from smalti.cli import embed, evaluate, samples
 from smalti.cli.main import app
 from smalti.config import build, parse_overrides
 from smalti.evaluation.protocol import EvalConfig
+from smalti.ranking.rank import RankConfig
 from smalti.registry import listed
-from smalti.study.generate import GenerateConfig
-from smalti.study.pretrain import resolve
-from smalti.study.ranking import RankConfig
+from smalti.runs.config import resolve
+from smalti.runs.generate import GenerateConfig
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -7,7 +7,7 @@ import pytest
 
 from command import smalti
 from smalti.registry import listed
-from smalti.study.catalogue import recipe_files
+from smalti.runs.recipes import recipe_files
 
 
 @pytest.mark.parametrize("columns", ["60", "80", "200"])

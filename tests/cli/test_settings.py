@@ -8,7 +8,7 @@ from command import smalti
 from smalti.cli import settings as settings_command
 from smalti.config import all_keys, field_names
 from smalti.methods.base import get_method, method_names
-from smalti.study.pretrain import RunConfig
+from smalti.runs.config import RunConfig
 
 
 def keys(*words: str) -> list[str]:

@@ -9,7 +9,7 @@ from smalti.cli.options import Debug, Imports, Out, Quiet, needed
 from smalti.errors import RunError
 
 if TYPE_CHECKING:
-    from smalti.study.compare import Comparison
+    from smalti.comparison.run import Comparison
 
 NAME = "compare"
 
@@ -41,8 +41,8 @@ def command(
     """
     folder = needed(out, "--out", "DIR")
 
+    from smalti.comparison.run import compare
     from smalti.report.comparison import write_comparison
-    from smalti.study.compare import compare
 
     comparison = compare(plan, folder, quiet=quiet)
     page = write_comparison(comparison)
@@ -57,8 +57,8 @@ def command(
 
 def _print(comparison: "Comparison") -> None:
     from smalti.cli.tables import plain_table, print_table
-    from smalti.study.compare import COST_COLUMNS, cost_cells
-    from smalti.study.rows import about_lines, gain_cells, table_cells
+    from smalti.comparison.run import COST_COLUMNS, cost_cells
+    from smalti.evaluation.paired import about_lines, gain_cells, table_cells
 
     first = next(iter(comparison.plan.arms))
     for title, rows in comparison.table():

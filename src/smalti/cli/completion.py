@@ -24,7 +24,7 @@ def protocols(incomplete: str) -> Iterator[tuple[str, str]]:
 
 def recipes(incomplete: str) -> Iterator[str]:
     """Recipes that come with Smalti."""
-    from smalti.study.catalogue import recipe_files
+    from smalti.runs.recipes import recipe_files
 
     yield from (path.name for path in recipe_files() if path.name.startswith(incomplete))
 

@@ -60,11 +60,11 @@ def command(
     from rich.progress import Progress, TimeRemainingColumn
 
     from smalti.cli.options import best_device, write_json
-    from smalti.data.folders import read_image
-    from smalti.data.orders import CACHED
+    from smalti.data.images.folders import read_image
+    from smalti.data.order_files import CACHED
     from smalti.models.loading import weights_digest
     from smalti.report.samples import FOLDER, as_pixels, film_strip, picture_grid, write_png
-    from smalti.study.generate import (
+    from smalti.runs.generate import (
         GenerateConfig,
         choose_classes,
         choose_orders,
@@ -74,7 +74,7 @@ def command(
         open_cache,
         own_order,
     )
-    from smalti.study.lock import locked
+    from smalti.runs.lock import locked
 
     config = build(GenerateConfig, tree)
     sampler = config.sampler
@@ -164,7 +164,7 @@ def command(
 
 def own_settings() -> list[Setting]:
     """For ``smalti settings generate``."""
-    from smalti.study.generate import GenerateConfig
+    from smalti.runs.generate import GenerateConfig
 
     return list(describe(GenerateConfig))
 

@@ -26,7 +26,7 @@ def command(
 
     `smalti settings METHOD` lists the settings of a method.
     """
-    from smalti.study.catalogue import COLUMNS, catalogue
+    from smalti.runs.recipes import COLUMNS, catalogue
 
     rows = catalogue()
     if markdown:

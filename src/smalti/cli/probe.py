@@ -39,7 +39,7 @@ def command(
     from smalti.cli.tables import print_table
     from smalti.files import check_writable
     from smalti.report.positions import draw_positions
-    from smalti.study.probe import UNITS, probe_positions, write_probe
+    from smalti.runs.probe import UNITS, probe_positions, write_probe
 
     if json:
         check_writable(json)

@@ -60,7 +60,7 @@ def command(
 def run_settings(method: str | None = None) -> Iterable[Setting]:
     """Settings of a training run; with a method its own, too, and the defaults that it has for the others."""
     from smalti.methods.base import get_method
-    from smalti.study.pretrain import RunConfig
+    from smalti.runs.config import RunConfig
 
     if method is None:
         defaults = {}

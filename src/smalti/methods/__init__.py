@@ -1,11 +1,7 @@
-"""One paper, one file. Importing this package imports them all, which fills the registry."""
+"""One paper, one file. Importing this package registers all methods."""
 
 import importlib
 import pkgutil
 
-for _found in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_found.name}")
-
-from smalti.methods.base import Method, get_method, method_names  # noqa: E402
-
-__all__ = ["Method", "get_method", "method_names"]
+for _module in sorted(pkgutil.iter_modules(__path__, f"{__name__}."), key=lambda module: module.name):
+    importlib.import_module(_module.name)
