@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup check test test-all test-isa demo bench docs clean
+.PHONY: setup check test test-all test-isa demo bench docs dist clean
 
 setup: .venv/ready
 
@@ -50,5 +50,11 @@ bench: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The packages for PyPI, into dist/.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv dist site .pytest_cache .mypy_cache .ruff_cache
