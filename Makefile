@@ -29,7 +29,7 @@ test-all: setup
 
 # Tests that compute, as older processors do (three instruction sets), with one thread and with two.
 ISAS := default:SSE41:SSE4_2 avx2:AVX2:AVX2 avx512:AVX512_CORE:AVX512
-NUMERICAL := contracts methods training layers models functional evaluation ranking export study
+NUMERICAL := contracts methods training layers models functional evaluation ranking exporters runs comparison preflight
 
 test-isa: setup
 	for threads in 1 2; do for isa in $(ISAS); do \

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from _bench import Timing, interleave, report
-from smalti.export.onnx import KEEP, WHOLE, export_onnx
+from smalti.exporters.onnx import KEEP, WHOLE, export_onnx
 from smalti.functional.graphs import descending, pagerank
 from smalti.functional.orders import num_kept, random_orders
 from smalti.functional.patches import patch_variance

@@ -13,9 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from smalti.data.image_files import find_images
-from smalti.data.images import read_image
-from smalti.data.near_duplicates import find_near, reduce_picture
+from smalti.data.images.decode import read_image
+from smalti.data.images.image_files import find_images
+from smalti.data.images.near_duplicates import find_near, reduce_picture
 
 NUM_CHANGED = 400
 

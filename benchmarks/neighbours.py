@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _bench import interleave, report
-from smalti.evaluation.in_context import upsampled_argmax
+from smalti.evaluation.protocols.in_context import upsampled_argmax
 from smalti.evaluation.tally import PixelTally
 from smalti.functional.neighbours import mix_labels, nearest, patch_counts
 

@@ -46,13 +46,14 @@ def train(samples: Path, width: int, depth: int, batch: int) -> None:
     import torch
 
     from smalti.config import merge
-    from smalti.study.demo import SETTINGS
-    from smalti.study.pretrain import resolve, step_maker
+    from smalti.preflight.step import step_maker
+    from smalti.runs.config import resolve
+    from smalti.runs.demo import SETTINGS
 
     heads = max(1, width // 32)
     chosen = {"encoder": {"embed_dim": width, "depth": depth, "num_heads": heads}, "batch_size": batch}
-    config, own = resolve({**merge(SETTINGS, {**chosen, "data": {"path": str(samples)}}), "method": "mae"})
-    step = step_maker(config, own, torch.device("cpu"))[0](batch)
+    config = resolve({**merge(SETTINGS, {**chosen, "data": {"path": str(samples)}}), "method": "mae"})
+    step = step_maker(config, torch.device("cpu"))[0](batch)
     for _ in range(3):
         step()
     print("ready", flush=True)

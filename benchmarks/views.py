@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from _bench import interleave, report
-from smalti.data.images import decode_image
+from smalti.data.images.decode import decode_image
 from smalti.data.views import ColorConfig, MultiCrop, ViewSpec, collate
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "motorcycle_left.png", "rocket.jpg")

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import smalti
+from smalti.comparison.cell import RUN
+from smalti.comparison.run import Comparison
 from smalti.config import write_atomically
 from smalti.report.positions import draw_positions
-from smalti.study.cell import RUN
-from smalti.study.compare import Comparison
-from smalti.study.probe import probe_positions
+from smalti.runs.probe import probe_positions
 
 FORMS: dict[str, dict[str, Any]] = {
     "cpu": {

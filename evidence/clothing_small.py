@@ -21,8 +21,8 @@ import torch
 import smalti
 from smalti.config import read_yaml
 from smalti.evaluation.protocol import EvalConfig, Result, read_results, write_results
-from smalti.study.machine import describe_machine
-from smalti.study.pretrain import resume
+from smalti.runs.machine import describe_machine
+from smalti.runs.train import resume
 
 SEEDS = (0, 1, 2)
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -35,7 +35,7 @@ from smalti.functional.graphs import coverage_order, descending, pagerank
 from smalti.functional.orders import fixed_random, halton
 from smalti.methods.comae import mask_entropy
 from smalti.ranking.worlds import LearnedGraph, learn_graph
-from smalti.study.machine import describe_machine
+from smalti.runs.machine import describe_machine
 
 WORLDS = {"smooth": smooth_world(), "hub": hub_world(), "mixed": mixed_world()}
 NUM_RANDOM, HUB_SEEDS = 200, (0, 1, 2, 3, 4)

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 import smalti
-from smalti.data.folders import open_images
-from smalti.study.machine import describe_machine
-from smalti.study.pretrain import resume
-from smalti.study.ranking import RankConfig, Ranking, rank
+from smalti.data.images.folders import open_images
+from smalti.ranking.rank import RankConfig, Ranking, rank
+from smalti.runs.machine import describe_machine
+from smalti.runs.train import resume
 from smalti.training.launch import resolve_devices
 from smalti.training.logs import read_csv
 
@@ -126,7 +126,7 @@ def main() -> None:
             "mean_weight": float(last["mean_weight"]),
             "row_cosine": float(last["row_cosine"]),
             "reconstruction": float(last["loss/reconstruction"]),
-            "position_share": own["position_share"],
+            "position_variance_ratio": own["position_variance_ratio"],
             "score_spread": own["score_spread"],
             "pagerank_in_strength": ranking.agreements[("collapse", "in_strength")]["spearman"],
             "auc_q": collapse.value,
@@ -139,7 +139,7 @@ def main() -> None:
     seeds = ranked["robust_1"].against["collapse"]["spearman"]
     paper, without, robust = (found[name] for name in ("paper", "paper_without_contrast", "robust"))
     fall = 1 - paper["effective_count"] / paper["effective_count_first"]
-    share = robust["position_share"]
+    share = robust["position_variance_ratio"]
     rows = [
         (
             "H2.1",
@@ -152,7 +152,7 @@ def main() -> None:
             f"likeness of rows {paper['row_cosine']:.3f} with, {without['row_cosine']:.3f} without; "
             f"L_r {paper['reconstruction']:.3f}, {without['reconstruction']:.3f}",
         ),
-        ("H2.3", None, f"position's share {share:.3f}; the paper's objective {paper['position_share']:.3f}"),
+        ("H2.3", None, f"position's share {share:.3f}; the paper's objective {paper['position_variance_ratio']:.3f}"),
         (
             "H2.4",
             True if robust["high"] < 0 else (False if robust["low"] > 0 else None),

@@ -31,12 +31,13 @@ import torch
 
 import smalti
 from smalti.config import write_atomically
-from smalti.data.labelled import load_images
+from smalti.data.images.labelled import load_images
 from smalti.functional.graphs import descending, in_strength, pagerank
 from smalti.functional.orders import image_dependence, top_overlap
 from smalti.methods.comae import CoMAE
-from smalti.study.machine import describe_machine
-from smalti.study.pretrain import load_method, resume
+from smalti.runs.build import load_method
+from smalti.runs.machine import describe_machine
+from smalti.runs.train import resume
 from smalti.training.logs import read_csv
 
 SIDE, DIM, NUM_HUBS, NUM_JUDGED = 4, 4, 3, 256
@@ -143,7 +144,7 @@ def cell(preset: str, seed: int, data: Path, out: Path) -> dict[str, float]:
             smalti.train("comae", data / "train", run, overrides=settings, quiet=True)
         last = read_csv(run / "log.csv")[-1]
         names = ("loss/reconstruction", "mean_weight", "mask_effective_count", "row_cosine", "temperature")
-        names += ("score_spread", "position_share")
+        names += ("score_spread", "position_variance_ratio")
         found = {**judge(run, data), **{name: float(last[name]) for name in names}}
         write_atomically(file, json.dumps({**found, "cpu_s": time.process_time() - started}))
     return json.loads(file.read_text())

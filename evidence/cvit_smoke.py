@@ -20,9 +20,9 @@ import torch
 from sklearn.datasets import load_digits
 
 import smalti
-from smalti.data.folders import open_images
-from smalti.ranking.orders import GraphRanker, rank_images
-from smalti.study.pretrain import load_method
+from smalti.data.images.folders import open_images
+from smalti.ranking.rankers import GraphRanker, rank_images
+from smalti.runs.build import load_method
 
 SIDE, PATCH, TEST = 32, 8, 400
 ARMS = {

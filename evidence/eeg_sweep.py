@@ -30,13 +30,13 @@ from scipy import stats
 
 import smalti
 from smalti.config import write_atomically
-from smalti.data.signal_config import SignalConfig
-from smalti.data.sleep_samples import write_nights
+from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.sleep_samples import write_nights
 from smalti.evaluation.protocol import EvalConfig, evaluate, random_twin
-from smalti.evaluation.sleep_staging import area_under_log
+from smalti.evaluation.protocols.sleep_staging import area_under_log
 from smalti.models.encoder import Encoder
-from smalti.study.machine import describe_machine
-from smalti.study.pretrain import resume
+from smalti.runs.machine import describe_machine
+from smalti.runs.train import resume
 from smalti.training.logs import read_csv
 
 SEEDS = (0, 1, 2, 3, 4)

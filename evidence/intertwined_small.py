@@ -43,8 +43,10 @@ from smalti.functional.masking import cross_mask
 from smalti.methods.intertwined import Intertwined
 from smalti.models.loading import WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors
-from smalti.study.machine import describe_machine
-from smalti.study.pretrain import build_method, resolve, resume
+from smalti.runs.build import build_method
+from smalti.runs.config import resolve
+from smalti.runs.machine import describe_machine
+from smalti.runs.train import resume
 
 SIZE, PATCH, GRID = 96, 8, (12, 12)
 CLASSES = ("background", "disc", "square", "triangle", "star", "cross", "ring")
@@ -57,11 +59,11 @@ RIDGE = 10.0
 OFF = {"field": False, "position_loss": False}
 ARMS: dict[str, dict[str, Any]] = {
     "base": OFF,
-    "content100": {**OFF, "mask_share": 1.0},
+    "content100": {**OFF, "mask_sample_prob": 1.0},
     "field": {"field": True, "position_loss": False},
     "position": {"field": False, "position_loss": True},
     "both": {"field": True, "position_loss": True},
-    "position100": {"field": True, "position_loss": True, "mask_share": 0.0},
+    "position100": {"field": True, "position_loss": True, "mask_sample_prob": 0.0},
 }
 FORMS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -308,7 +310,7 @@ def settings_of(arm: str, seed: int, form: dict[str, Any], data: Path) -> dict[s
             "lr": 1e-3,
             "weight_decay": 0.04,
             "weight_decay_end": 0.04,
-            "warmup_share": min(150 / steps, 0.5),
+            "warmup_ratio": min(150 / steps, 0.5),
             "clip_norm": 3.0,
         },
         "drop_path": 0.0,
@@ -324,8 +326,8 @@ def settings_of(arm: str, seed: int, form: dict[str, Any], data: Path) -> dict[s
 
 def load_method(run: Path, device: str, trained: bool = True) -> Intertwined:
     """The method of a finished run, in eval mode; or as it was before the first step."""
-    config, own = resolve(read_yaml(run / "config.yaml"))
-    method = build_method(config, own)
+    config = resolve(read_yaml(run / "config.yaml"))
+    method = build_method(config)
     if trained:
         checkpoint = latest_checkpoint(run)
         assert checkpoint is not None, "a finished run has one"

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smalti.config import write_atomically
-from smalti.data.folders import open_images, read_image
-from smalti.data.image_set import ImageSet
-from smalti.data.orders import read_orders, write_orders
+from smalti.data.images.folders import open_images, read_image
+from smalti.data.images.image_set import ImageSet
+from smalti.data.order_files import read_orders, write_orders
 from smalti.data.views import Views
 from smalti.functional.distributions import (
     bootstrap_error,
@@ -56,8 +56,8 @@ from smalti.methods.cmar import CMAR, CMARConfig
 from smalti.methods.comae import CoMAE, CoMAEConfig
 from smalti.methods.mar import MAR, MARConfig, SamplerConfig
 from smalti.report.samples import film_strip, picture_grid, write_png
-from smalti.study.generate import choose_orders, draw_images, image_keys
-from smalti.study.machine import describe_machine
+from smalti.runs.generate import choose_orders, draw_images, image_keys
+from smalti.runs.machine import describe_machine
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients
 
 ARMS = ("random", "collapse", "halton", "collapse_reversed", "collapse_static", "fixed_random")
@@ -94,10 +94,10 @@ NETWORK: dict[str, Any] = {
 }
 MIXTURE: dict[str, Any] = {"head": "mixture", "dequantization": LEVEL}
 MAR_OPTIM = OptimConfig(
-    lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup_share=0.05, after_warmup="constant", clip_norm=3.0
+    lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup_ratio=0.05, after_warmup="constant", clip_norm=3.0
 )
-TUNE_OPTIM = OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup_share=0.1, clip_norm=3.0)
-COMAE_OPTIM = OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_share=0.02, clip_norm=None)
+TUNE_OPTIM = OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup_ratio=0.1, clip_norm=3.0)
+COMAE_OPTIM = OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup_ratio=0.02, clip_norm=None)
 COMAE = CoMAEConfig(
     encoder_dim=32,
     encoder_depth=3,
@@ -107,7 +107,7 @@ COMAE = CoMAEConfig(
     decoder_num_heads=4,
     alternate=False,
     flip_prob=0.0,
-    diagnosed=0,
+    num_diagnosed=0,
 )
 
 

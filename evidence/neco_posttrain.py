@@ -46,8 +46,8 @@ LOANED = {  # ViT-S/14 at 224 px
         "data.image_size": 224,
         "precision": "bf16",
         "optim.lr": 3e-5,  # of all arms' encoders: three times NeCo's, for a hundredth of its steps
-        "optim.warmup_share": 0.0,
-        "optim.freeze_encoder_share": 0.1,
+        "optim.warmup_ratio": 0.0,
+        "optim.freeze_encoder_ratio": 0.1,
     },
     "neco": {"method.hidden_dim": 1024, "method.references": "queue"},
     "dino": {"method.num_local_views": 2, "method.num_prototypes": 4096},
@@ -60,8 +60,8 @@ OWN = {  # six blocks of ViT-Ti/16 at 64 px, as the DINO run they start from
     "settings": {
         "data.image_size": 64,
         "optim.lr": 1e-4,
-        "optim.warmup_share": 0.0,
-        "optim.freeze_encoder_share": 0.1,
+        "optim.warmup_ratio": 0.0,
+        "optim.freeze_encoder_ratio": 0.1,
     },
     "neco": {"method.roi_size": 4, "method.hidden_dim": 512, "method.local_size": 32},
     "dino": {

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from smalti.config import write_atomically
-from smalti.study.machine import describe_machine
+from smalti.runs.machine import describe_machine
 
 COMAE = {"comae_0": 0, "comae_1": 1}
 ARMS = {

@@ -14,7 +14,7 @@ from cifar_positions import FORMS, unpack
 
 import smalti
 from smalti.config import write_atomically
-from smalti.study.probe import probe_positions
+from smalti.runs.probe import probe_positions
 
 STEPS = 500
 HEADS = {

@@ -35,7 +35,7 @@ from smalti.data.views import Views
 from smalti.evaluation.metrics import ConfusionMatrix, class_iou
 from smalti.methods.supervised import Supervised, SupervisedConfig
 from smalti.models.encoder import Encoder, build_encoder
-from smalti.study.machine import describe_machine
+from smalti.runs.machine import describe_machine
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients
 
 SEEDS = (3, 4, 5)
@@ -43,7 +43,7 @@ ARMS = ("cls", "avg", "prr")
 SIDE, PATCH, NUM_TRAIN, NUM_TEST = 48, 6, 4000, 1200
 DATA_SEEDS = {"train": 100, "test": 101}
 STEPS, BATCH = 400, 32
-OPTIM = OptimConfig(lr=1e-3, weight_decay=0.05, warmup_share=60 / STEPS, clip_norm=5.0)
+OPTIM = OptimConfig(lr=1e-3, weight_decay=0.05, warmup_ratio=60 / STEPS, clip_norm=5.0)
 PROBE_STEPS, PROBE_BATCH, PROBE_LR = 400, 4096, 1e-2
 ORIENTATIONS, PERIODS = (0.0, math.pi / 3, 2 * math.pi / 3), (3, 6)
 BACKGROUND = len(ORIENTATIONS) * len(PERIODS)

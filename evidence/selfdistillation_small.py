@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import smalti
+from smalti.comparison.cell import RUN
+from smalti.comparison.run import Comparison
 from smalti.config import read_yaml, write_atomically
-from smalti.study.cell import RUN
-from smalti.study.compare import Comparison
 from smalti.training.logs import read_csv
 
 RECIPES = Path(__file__).parents[1] / "recipes"

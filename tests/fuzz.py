@@ -28,19 +28,21 @@ from safetensors.torch import save_file
 from edf import write_edf, write_hypnogram
 from mutations import WORDS, mutate
 from smalti.config import parse_overrides
-from smalti.data.folders import open_images
-from smalti.data.images import image_size, read_image
-from smalti.data.labelled import eval_image, open_labelled, read_mask
-from smalti.data.orders import read_orders, write_orders
-from smalti.data.signals import SignalConfig, open_signals
+from smalti.data.images.decode import image_size, read_image
+from smalti.data.images.folders import open_images
+from smalti.data.images.labelled import eval_image, open_labelled, read_mask
+from smalti.data.order_files import read_orders, write_orders
+from smalti.data.signals.signal_set import SignalConfig, open_signals
 from smalti.errors import DataError, SmaltiError
-from smalti.export.timm import export_timm
+from smalti.exporters.timm import export_timm
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import load
+from smalti.preflight.dataset import look_at_data
 from smalti.report.page import write_report
 from smalti.report.rundir import read_run
-from smalti.study import pretrain, run_folder
-from smalti.study.doctor_data import look_at_data
+from smalti.runs import folder as run_folder
+from smalti.runs import train as runs
+from smalti.runs.build import load_method
 from smalti.training.checkpoint import TrainingState
 
 CASE_S = 20
@@ -213,7 +215,7 @@ def _lines(tree: dict[str, object]) -> str:
 
 
 def read_recipe(folder: Path) -> None:
-    pretrain.train(data=folder / "data", out=folder / "run", recipe=folder / "recipe.yaml", quiet=True)
+    runs.train(data=folder / "data", out=folder / "run", recipe=folder / "recipe.yaml", quiet=True)
 
 
 OVERRIDDEN = (
@@ -221,7 +223,7 @@ OVERRIDDEN = (
     *("encoder", "encoder.patch_size", "encoder.num_heads", "encoder.depth", "encoder.embed_dim", "encoder.mlp_ratio"),
     *("encoder.reg_tokens", "data.image_size", "data.channels", "data.num_workers", "data.mean", "data.std", "method"),
     *("method.mask_ratio", "method.decoder_depth", "method.decoder_num_heads", "method.decoder_dim", "optim.lr"),
-    *("method.crop_scale", "method.positions", "optim.betas", "optim.warmup_share", "optim.clip_norm", "eval.every"),
+    *("method.crop_scale", "method.positions", "optim.betas", "optim.warmup_ratio", "optim.clip_norm", "eval.every"),
     *("eval.data", "checkpoint.every", "checkpoint.keep", "log.every", "log.trackers", "load.img_size", "tokens.kind"),
 )
 
@@ -241,7 +243,7 @@ def read_overrides(folder: Path) -> None:
     for _ in range(rng.integers(1, 4)):
         words.append(f"{OVERRIDDEN[rng.integers(len(OVERRIDDEN))]}={WORDS[rng.integers(len(WORDS))]}")
     tree = parse_overrides(words)
-    pretrain.train("mae", folder / "data", folder / "run", overrides=tree, quiet=True)
+    runs.train("mae", folder / "data", folder / "run", overrides=tree, quiet=True)
 
 
 def make_weights(folder: Path) -> None:
@@ -278,7 +280,7 @@ def make_run(folder: Path) -> None:
         "log": {"every": 1},
         "eval": {"data": str(data), "protocols": ["knn"], "every": 1},
     }
-    pretrain.train("mae", data, folder / "run", overrides=settings, quiet=True)
+    runs.train("mae", data, folder / "run", overrides=settings, quiet=True)
     shutil.rmtree(folder / "run/checkpoints/step_00000000")
 
 
@@ -291,9 +293,9 @@ def read_run_directory(folder: Path) -> None:
         lambda run: write_report(run, num_images=0),
         lambda run: load(run, quiet=True),
         lambda run: load(run / "best", quiet=True),
-        pretrain.load_method,
+        load_method,
         run_folder.read_run_file,
-        lambda run: pretrain.resume(run, quiet=True),
+        lambda run: runs.resume(run, quiet=True),
     ):
         with contextlib.suppress(SmaltiError):
             read(run)
@@ -353,7 +355,7 @@ def main(base: Path, seed: int, first: int, count: int) -> None:
         (base / kind.name).mkdir(parents=True)
         kind.make(base / kind.name)
     # From here on nothing is trained: a damaged setting may ask for years of it.
-    pretrain.run_loop = lambda *_, state=None, **__: state or TrainingState()  # type: ignore[assignment]
+    runs.run_loop = lambda *_, state=None, **__: state or TrainingState()  # type: ignore[assignment]
     limit = _virtual_bytes() + (CASE_MIB + 1024) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

@@ -6,7 +6,8 @@ import pytest
 
 from smalti.config import read_yaml
 from smalti.methods.base import TokenMethod, get_method
-from smalti.study.pretrain import resolve, starting_encoder
+from smalti.runs.build import starting_encoder
+from smalti.runs.config import resolve
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -18,14 +19,15 @@ def test_a_recipes_encoder_can_be_built(recipe: Path) -> None:
     method = get_method(named if isinstance(named, str) else named["name"])
     if issubclass(method, TokenMethod) and method.needs_start:
         tree["init"] = "RUN"  # brings its tokens
-        assert resolve(tree, recipe.name)[0].method["name"] == method.name
+        assert resolve(tree, recipe.name).method.name == method.name
         return
-    config, own = resolve(tree, recipe.name)
+    config = resolve(tree, recipe.name)
     if issubclass(method, TokenMethod) and config.tokens is not None and config.tokens.kind == "vae":
         assert config.data.image_size == 256  # the autoencoder is the user's
     elif issubclass(method, TokenMethod):
-        assert method.make_tokens(config.tokens, own, config.data.image_size, config.data.channels).num_tokens >= 2
-    elif config.method["name"] != "neco":  # post-training: its encoder comes with --init
+        data = config.data
+        assert method.make_tokens(config.tokens, config.method, data.image_size, data.channels).num_tokens >= 2
+    elif config.method.name != "neco":  # post-training: its encoder comes with --init
         assert starting_encoder(config).depth >= 1
 
 

@@ -20,12 +20,12 @@ _LAZY = {
     "Encoder": "smalti.models.encoder",
     "PatchFeatures": "smalti.models.encoder",
     "load": "smalti.models.loading",
-    "train": "smalti.study.pretrain",
-    "evaluate": "smalti.study.baseline",
-    "compare": "smalti.study.compare",
-    "embed": "smalti.export.embeddings",
-    "load_images": "smalti.data.labelled",
-    "open_images": "smalti.data.folders",
+    "train": "smalti.runs.train",
+    "evaluate": "smalti.runs.baseline",
+    "compare": "smalti.comparison.run",
+    "embed": "smalti.exporters.embeddings",
+    "load_images": "smalti.data.images.labelled",
+    "open_images": "smalti.data.images.folders",
 }
 
 __all__ = [

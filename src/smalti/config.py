@@ -8,7 +8,7 @@ text, are converted by the field's type.
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
@@ -45,6 +45,15 @@ Workers = Annotated[int, Field(ge=0, le=1024)]
 """Processes that read data; 0 reads in the process itself."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A seed, within what torch, NumPy and scikit-learn take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NamesPath:
+    """Marks a setting whose text names a file or folder; see :func:`resolve_paths`."""
+
+
+PathText = Annotated[str, NamesPath()]
+"""``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH``; relative paths are made absolute before a run is written."""
 
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # pydantic's names
 _DEEPEST = 16  # groups inside of groups
@@ -300,6 +309,38 @@ def _field_type(cls: type, name: str) -> type:
         if dataclasses.is_dataclass(candidate):
             return candidate  # type: ignore[return-value]
     return object
+
+
+def resolve_paths(
+    tree: Mapping[str, Any], cls: type, resolve: Callable[[str], str], groups: Mapping[str, type] | None = None
+) -> Tree:
+    """The tree with every setting of type :data:`PathText` replaced by ``resolve(text)``.
+
+    Args:
+        tree: nested plain values of ``cls``, complete or not; unknown keys stay as they are.
+        cls: a class decorated with :func:`settings`.
+        resolve: makes a path absolute.
+        groups: settings classes of groups whose type in ``cls`` is a base class, such as ``method``.
+    """
+    result = dict(tree)
+    fields = getattr(cls, "__pydantic_fields__", {})
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            inner = (groups or {}).get(key) or _field_type(cls, key)
+            result[key] = resolve_paths(value, inner, resolve)
+        elif key in fields and _names_path(fields[key].annotation, fields[key].metadata):
+            if isinstance(value, str):
+                result[key] = resolve(value)
+            elif isinstance(value, (list, tuple)):
+                result[key] = [resolve(item) if isinstance(item, str) else item for item in value]
+    return result
+
+
+def _names_path(annotation: Any, metadata: Iterable[Any] = ()) -> bool:
+    """Whether a type, or a part of it, is :data:`PathText`."""
+    if any(isinstance(item, NamesPath) for item in (*metadata, *getattr(annotation, "__metadata__", ()))):
+        return True
+    return any(_names_path(part) for part in get_args(annotation) if part is not annotation)
 
 
 def to_tree(value: Any) -> Any:

@@ -19,7 +19,7 @@ from smalti.errors import ConfigError
 WRITING = ".writing_"
 """Start of the names under which files and folders are written."""
 LOCK_FILE = ".lock"
-"""Held by the process that writes into a folder (:mod:`smalti.study.lock`)."""
+"""Held by the process that writes into a folder (:mod:`smalti.runs.lock`)."""
 _ABANDONED_S = 3600.0
 """Age from which a temporary name outside of a locked folder is taken for what a kill left."""
 _LONGEST = 180  # of a name inside a temporary name; file systems take 255 bytes

@@ -13,13 +13,13 @@ import torch
 from command import smalti
 from smalti.cli.generate import command as generate
 from smalti.config import parse_overrides
-from smalti.data.folders import open_images
-from smalti.data.orders import write_orders
+from smalti.data.images.folders import open_images
+from smalti.data.order_files import write_orders
 from smalti.errors import SmaltiError
 from smalti.functional.orders import fixed_random, halton, raster
 from smalti.methods.mar import MAR
 from smalti.report.page import write_report
-from smalti.study.pretrain import train
+from smalti.runs.train import train
 
 TINY = (
     "method.embed_dim=16 method.depth=1 method.decoder_depth=1 method.num_heads=2 method.buffer_size=2 "

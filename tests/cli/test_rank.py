@@ -13,9 +13,9 @@ import torch
 
 from htmlpage import Page, check_page
 from smalti.cli.main import run as smalti
-from smalti.data.folders import open_images
-from smalti.data.orders import check_fits, read_orders
-from smalti.study.pretrain import load_method
+from smalti.data.images.folders import open_images
+from smalti.data.order_files import check_fits, read_orders
+from smalti.runs.build import load_method
 
 TOKENS = "data.image_size=32 tokens.patch_size=8 tokens.dim=8 batch_size=4 checkpoint.every=4 optim.lr=1e-3".split()
 COMAE = [f"method.{part}_{word}" for part in ("encoder", "decoder") for word in ("dim=16", "depth=1", "num_heads=2")]
@@ -84,8 +84,8 @@ def test_a_run_of_comae_gives_orders_numbers_and_a_page(ranked: Path, runs: Path
     assert numbers == json.loads((ranked.parent / "x.json").read_text())
     assert numbers["num_images"] == 10 and numbers["unreadable"][0]["path"].endswith("broken.png")
     assert set(numbers["orders"]) == {*cache.stored, "collapse_reversed", "collapse_static", "collapse_shuffled"}
-    assert numbers["orders"]["collapse_static"]["position_share"] == pytest.approx(1)
-    assert numbers["orders"]["variance"]["position_share"] < 0.5
+    assert numbers["orders"]["collapse_static"]["position_variance_ratio"] == pytest.approx(1)
+    assert numbers["orders"]["variance"]["position_variance_ratio"] < 0.5
     assert set(numbers["orders"]) <= set(numbers["units"]) | set(numbers["orders"])
     assert set(numbers["against"]["orders"]) == set(cache.stored)
     assert numbers["against"]["orders"]["variance"]["spearman"] == pytest.approx(1)
@@ -115,7 +115,7 @@ def test_random_patches_on_the_page_are_each_image_s_own(
 
 
 def test_the_orders_are_those_of_the_runs_graphs(ranked: Path, runs: Path, images: Path) -> None:
-    from smalti.data.labelled import eval_image
+    from smalti.data.images.labelled import eval_image
     from smalti.functional.graphs import coverage_order, descending, pagerank
 
     cache, method = read_orders(ranked / "orders.parquet"), load_method(runs / "c0")
@@ -139,7 +139,7 @@ def test_an_encoder_ranks_by_attention_and_a_file_is_compared(
     said = capsys.readouterr().out
     assert "attention of the other training correlates by 1.00" in said
     assert tuple(read_orders(tmp_path / "b" / "orders.parquet").stored) == ("attention",)
-    assert json.loads((tmp_path / "b" / "orders.json").read_text())["orders"]["halton"]["position_share"] == 1
+    assert json.loads((tmp_path / "b" / "orders.json").read_text())["orders"]["halton"]["position_variance_ratio"] == 1
 
 
 def test_a_list_file_and_the_images_of_another_folder(
@@ -231,7 +231,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_too_large_a_batch_is_refused_with_the_one_that_fits(
     runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smalti.study.ranking.free_bytes", lambda device: 2.0**20)
+    monkeypatch.setattr("smalti.ranking.rank.free_bytes", lambda device: 2.0**20)
     call("rank", runs / "c0", "--data", images, "--out", tmp_path / "o", "--quiet", "batch_size=64", code=2)
     said = capsys.readouterr().err
     assert "batch_size=64: graphs of 16x16 patches need about" in said and "fits" in said

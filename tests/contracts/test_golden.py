@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "golden"
 def curve(name: str) -> list[float]:
     """Losses of six steps on noise, with a warm-up; no file and no library for images takes part."""
     method = build(name)
-    config = OptimConfig(warmup_share=0.5)
+    config = OptimConfig(warmup_ratio=0.5)
     optimizer = build_optimizer(method.param_groups(), config)
     crops = method.make_views(32)
     losses = []

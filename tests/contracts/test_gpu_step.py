@@ -1,18 +1,20 @@
 """The first step of each method on a GPU, on machines without one: devices, types, waits of the host, half precision.
 
-There is no training loop in here: what the loop calls in a step is called in its order, with its own functions.
+The step is the training loop's own, :func:`smalti.training.step.training_step`.
 """
 
 import numpy as np
 import pytest
 import torch
 from test_methods import NAMES, build
+from torch import Tensor
 
 from fake_cuda import FakeCuda, HalfLinalgRefused, backward, bf16_autocast
 from smalti.data.views import Views, collate
 from smalti.methods.base import Method
 from smalti.training.health import Health, feature_health
-from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients, freeze
+from smalti.training.optim import OptimConfig, build_optimizer
+from smalti.training.step import PlainEngine, training_step
 
 OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [
     ("cmar", {"order": "random"}),
@@ -24,7 +26,7 @@ OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [
     ("loca", {"cluster": False}),
     ("loca", {"per_image": True}),
     ("mar", {"dequantization": 0.004, "ema_momentum": 0.9}),
-    ("mp3", {"asked": "hidden"}),
+    ("mp3", {"loss_patches": "hidden"}),
     ("neco", {"references": "queue", "queue_size": 64}),
     ("neco", {"loss_mask": "fg", "network": "odd_even"}),
     ("neco", {"similarity": "euclidean", "network": "none", "exclude_self": True}),
@@ -53,6 +55,13 @@ def batch(method: Method) -> Views:
     return views
 
 
+class FakeEngine(PlainEngine):
+    """Backward along the recorded graph: torch's own wants a real GPU."""
+
+    def backward(self, loss: Tensor) -> None:
+        backward(loss)
+
+
 def case_name(value: object) -> str:
     return value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()) or "defaults"
 
@@ -64,24 +73,21 @@ def test_a_step_on_a_gpu_has_one_device_float32_losses_and_no_wait(name: str, se
     with FakeCuda() as gpu:
         method.to("cuda")
         optimizer = build_optimizer(method.param_groups(), config)
-        parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-        encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
-        apply_schedules(optimizer, config, peak=1e-3, progress=PROGRESS)
         on_cpu = on_cpu.pin_memory()  # as the loader does where there is a GPU
+
+        def model(views: Views, progress: float) -> dict[str, Tensor]:
+            with bf16_autocast("cuda"):
+                return method(views, progress)
+
         with gpu.waits_are_listed():
             views = on_cpu.to("cuda")
-            with bf16_autocast("cuda"):
-                losses = method(views, PROGRESS)
+            done = training_step(
+                method, optimizer, [views], config, peak=1e-3, progress=PROGRESS, model=model, engine=FakeEngine()
+            )
+            losses = done.losses
             assert {term: loss.dtype for term, loss in losses.items()} == dict.fromkeys(losses, torch.float32)
             assert all(loss.device.type == "cuda" and loss.shape == () for loss in losses.values())
-            backward(torch.stack(list(losses.values())).sum())
-            method.after_backward(PROGRESS)
-            freeze(encoders, config, PROGRESS)
-            grad_norm = clip_gradients(parameters, config)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            method.after_step(PROGRESS)
-            health.observe(1, losses, grad_norm, method.observations)
+            health.observe(1, losses, done.grad_norm, done.observations)
         assert gpu.waits == [], "each makes the GPU idle until the host has caught up"
         # when the log is written the host reads numbers
         reading = health.read(1, method.state_dict().values())

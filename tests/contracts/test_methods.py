@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from smalti.config import field_docs
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import Method, Reference, TokenMethod, get_method, method_names, uniform_guess
 from smalti.models.encoder import build_encoder
-from smalti.study.catalogue import recipe_files
+from smalti.runs.recipes import recipe_files
 from smalti.training.health import Health
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 
@@ -74,8 +74,8 @@ FIXED_TARGETS: dict[str, dict[str, object]] = {
 """Settings that keep a teacher's targets where they are, so that a falling loss means learning."""
 ONE_BY_ONE: dict[str, dict[str, object]] = {
     "cvit": {"max_rate": 0.0},
-    "dinov2": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
-    "intertwined": {"targets": "centering", "koleo_weight": 0.0, "mask_dealing": "independent"},
+    "dinov2": {"targets": "centering", "koleo_weight": 0.0, "mask_sampling": "independent"},
+    "intertwined": {"targets": "centering", "koleo_weight": 0.0, "mask_sampling": "independent"},
     "neco": {"references": "queue", "queue_size": 64},
     "droppos": {"attentive": False},
     "loca": {"cluster": False, "token_mean": "image"},
@@ -213,7 +213,7 @@ def test_gradient_reaches_every_trained_parameter_and_no_teacher(name: str, phot
 def test_thirty_steps_on_one_batch_lower_the_loss(name: str, photos: Path) -> None:
     method = build(name, **FIXED_TARGETS.get(name, {}))
     views = batch(method, photos)
-    config = OptimConfig(lr=2e-3, warmup_share=0.0)
+    config = OptimConfig(lr=2e-3, warmup_ratio=0.0)
     optimizer = build_optimizer(method.param_groups(), config)
     losses = []
     for number in range(30):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smalti.data.folders import ImageSet, open_images
+from smalti.data.images.folders import ImageSet, open_images
 
 Write = Callable[..., Path]
 

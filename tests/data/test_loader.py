@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader, UnreadableLog, epoch_order, sample_key
 from smalti.data.views import ColorConfig, MultiCrop, Skipped, ViewSpec
 from smalti.errors import DataError, RunError

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.data import samples
-from smalti.data.folders import open_images, read_image, training_images
-from smalti.data.labelled import open_labelled, read_mask
+from smalti.data.images.folders import open_images, read_image, training_images
+from smalti.data.images.labelled import open_labelled, read_mask
 from smalti.data.samples import CLASSES, draw_object, draw_scene, write_samples
 from smalti.errors import DataError, MissingExtraError
 

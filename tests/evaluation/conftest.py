@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from smalti.data.labelled import open_labelled
+from smalti.data.images.labelled import open_labelled
 from smalti.evaluation.features import Features
 from smalti.evaluation.protocol import open_unlabelled
 from smalti.models.encoder import Encoder, PatchFeatures, build_encoder

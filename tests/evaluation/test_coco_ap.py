@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from smalti.data.coco import CocoImage, CocoObject
+from smalti.data.images.coco import CocoImage, CocoObject
 from smalti.errors import DataError
 from smalti.evaluation.coco_ap import (
     NAMES,

@@ -12,7 +12,7 @@ from smalti.evaluation.details import read_details, write_details
 from smalti.evaluation.protocol import EvalConfig
 from smalti.evaluation.tally import Tally, join_repetitions
 from smalti.functional.colours import palette
-from smalti.study.baseline import evaluate
+from smalti.runs.baseline import evaluate
 
 
 def test_details_survive_their_folder(tiny, scenes, greys, tmp_path):

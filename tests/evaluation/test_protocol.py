@@ -13,7 +13,6 @@ import torch
 
 from smalti.config import build, field_docs
 from smalti.errors import ConfigError, DataError, ShapeError
-from smalti.evaluation import linear_probe as linear_probe_module
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import class_iou
 from smalti.evaluation.protocol import (
@@ -28,7 +27,8 @@ from smalti.evaluation.protocol import (
     read_results,
     write_results,
 )
-from smalti.study.baseline import evaluate
+from smalti.evaluation.protocols import linear_probe as linear_probe_module
+from smalti.runs.baseline import evaluate
 
 NAMES = tuple(
     name for name in protocol_names() if find_protocol(name).need != "stages" and find_protocol(name).has_baseline
@@ -151,7 +151,7 @@ def test_progress_is_told_to_the_end(tiny, data):
     [
         ("knnn", "no protocol 'knnn'; did you mean 'knn'"),
         ("linear-segmentatoin", "did you mean 'linear-segmentation'"),
-        ("xyz", "no protocol 'xyz'; there are: .*knn, linear-probe, linear-segmentation"),
+        ("xyz", "no protocol 'xyz'; there are: .*knn-patch, linear-probe, linear-segmentation"),
     ],
 )
 def test_unknown_protocols(name, line, tiny, data):

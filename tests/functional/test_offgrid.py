@@ -22,7 +22,7 @@ from smalti.functional.offgrid import (
     salient_boxes,
     scaled_boxes,
     separate_boxes,
-    side_law,
+    side_distribution,
     turn_patches,
 )
 from smalti.functional.patches import patchify, unpatchify
@@ -80,9 +80,11 @@ def test_the_official_law_of_sides_is_that_of_two_uniform_pixels() -> None:  # a
     side = (draws[:, 0] - draws[:, 1]).abs()
     kept = side[(side >= 2) & (side <= 8)]
     bank = torch.bincount(kept, minlength=9)[2:] / len(kept)
-    assert_close(side_law(32, 2, 8).float(), bank, rtol=0.02, atol=0)
-    assert_close(float((side_law(32, 2, 8) * torch.arange(2, 9)).sum()), 4.85, rtol=0, atol=0.01)  # mean side: 4.85
-    assert_close(float((side_law(224, 8, 32) * torch.arange(8, 33)).sum()), 19.7, rtol=0, atol=0.05)
+    assert_close(side_distribution(32, 2, 8).float(), bank, rtol=0.02, atol=0)
+    assert_close(
+        float((side_distribution(32, 2, 8) * torch.arange(2, 9)).sum()), 4.85, rtol=0, atol=0.01
+    )  # mean side: 4.85
+    assert_close(float((side_distribution(224, 8, 32) * torch.arange(8, 33)).sum()), 19.7, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("law", ["official", "uniform", "log_uniform"])
@@ -90,7 +92,7 @@ def test_sides_follow_their_law_and_start_anywhere(law: str) -> None:
     boxes = scaled_boxes(KEYS, 100, (40, 30), (3, 9), law=law)
     for axis, extent in ((0, 30), (1, 40)):
         sides = (boxes[..., axis + 2] - boxes[..., axis]).flatten().long()
-        expected = side_law(extent, 3, 9, law) * len(sides)
+        expected = side_distribution(extent, 3, 9, law) * len(sides)
         assert stats.chisquare(torch.bincount(sides, minlength=10)[3:], expected).pvalue > 1e-4
         last = extent - 1 if law == "official" else extent
         assert boxes[..., axis].min() == 0 and boxes[..., axis + 2].max() == last
@@ -114,10 +116,10 @@ def test_separate_patches_do_not_overlap() -> None:
 def test_salient_patches_lie_where_the_gradients_are() -> None:
     images = torch.zeros(200, 1, 32, 48)
     images[:, :, 20, 30] = 1.0
-    boxes = salient_boxes(KEYS, 20, images, (4, 4), uniform_share=0.25)
+    boxes = salient_boxes(KEYS, 20, images, (4, 4), uniform_ratio=0.25)
     over = (boxes[..., 0] <= 30) & (boxes[..., 2] > 29) & (boxes[..., 1] <= 20) & (boxes[..., 3] > 19)
     assert_close(float(over.float().mean()), 0.76, rtol=0, atol=0.03)
-    blank = salient_boxes(KEYS, 20, torch.zeros(200, 1, 32, 48), (4, 4), uniform_share=0.0)
+    blank = salient_boxes(KEYS, 20, torch.zeros(200, 1, 32, 48), (4, 4), uniform_ratio=0.0)
     assert stats.chisquare(torch.bincount(blank[..., 0].flatten().long(), minlength=45)).pvalue > 1e-4
 
 
@@ -269,9 +271,9 @@ def test_mistakes_are_one_line_each() -> None:
     with pytest.raises(ConfigError, match="does not fit into 6 pixels"):
         offgrid_boxes(KEYS, 2, (6, 6), (8, 8))
     with pytest.raises(ConfigError, match=r"sides 2..40 of a box in 32 pixels"):
-        side_law(32, 2, 40)
-    with pytest.raises(ConfigError, match="size_law='normal'"):
-        side_law(32, 2, 8, "normal")
+        side_distribution(32, 2, 40)
+    with pytest.raises(ConfigError, match="size_distribution='normal'"):
+        side_distribution(32, 2, 8, "normal")
     with pytest.raises(ConfigError, match="at least one whole and one part"):
         nested_boxes(KEYS, 4, (32, 32), (8, 8), 4, (8, 16))
     with pytest.raises(ConfigError, match="smaller than their parts"):

@@ -76,11 +76,11 @@ def test_random_orders_are_an_images_own() -> None:
 
 def test_what_orders_share() -> None:
     same = fixed_random(20).expand(5, 20)
-    assert image_dependence(same) == pytest.approx({"static_correlation": 1.0, "position_share": 1.0})
+    assert image_dependence(same) == pytest.approx({"static_correlation": 1.0, "position_variance_ratio": 1.0})
     assert torch.equal(static_order(same), same[0])
     orders = random_orders(torch.arange(300), 20)
     shares = image_dependence(orders)
-    assert_close(shares["position_share"], 1 / 300, atol=2e-3, rtol=0)
+    assert_close(shares["position_variance_ratio"], 1 / 300, atol=2e-3, rtol=0)
     ranks = ranks_of(orders).double()
     others = torch.stack([ranks[torch.arange(300) != i].mean(0) for i in range(300)])
     expected = [scipy.stats.pearsonr(ranks[i], others[i]).statistic for i in range(300)]

@@ -20,7 +20,7 @@ def trained(steps: int = 600) -> DiffusionHead:
     )
     generator = torch.Generator().manual_seed(0)
     for number in range(steps):
-        apply_schedules(optimizer, OptimConfig(warmup_share=0.1), peak=5e-3, progress=number / steps)
+        apply_schedules(optimizer, OptimConfig(warmup_ratio=0.1), peak=5e-3, progress=number / steps)
         condition = torch.randint(0, 2, (256, 1), generator=generator) * 2.0 - 1
         tokens = condition + 0.1 * torch.randn(256, 1, generator=generator)
         losses = head(tokens, condition, torch.arange(256) + 256 * number)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from smalti.config import read_yaml, settings
-from smalti.data.folders import open_images
-from smalti.data.labelled import load_images
+from smalti.data.images.folders import open_images
+from smalti.data.images.labelled import load_images
 from smalti.data.views import CentreCrop, ViewMaker, Views
 from smalti.errors import ConfigError, WeightsError
 from smalti.functional.patches import patchify
@@ -21,7 +21,8 @@ from smalti.layers.tokens import TokenConfig
 from smalti.methods import base
 from smalti.methods.autoencoder import Autoencoder, AutoencoderConfig, pca_psnr, reconstruction_loss
 from smalti.methods.base import TokenMethod
-from smalti.study.pretrain import load_method, resume, train
+from smalti.runs.build import load_method
+from smalti.runs.train import resume, train
 
 SMALL = {
     "method": {"width": 8},

@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from small_mar import SMALL, make, views
-from smalti.data.folders import open_images
-from smalti.data.orders import write_orders
+from smalti.data.images.folders import open_images
+from smalti.data.order_files import write_orders
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.graphs import ranks_of
 from smalti.functional.orders import fixed_random, halton

@@ -23,7 +23,7 @@ from smalti.methods.comae import (
     corrupt,
     mask_entropy,
     select_weights,
-    signal_share,
+    signal_ratio,
 )
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 
@@ -89,12 +89,12 @@ def test_nothing_of_a_target_reaches_its_own_reconstruction() -> None:
 @pytest.mark.parametrize("sigma", [0.1, 0.2, 0.3, 0.5])
 def test_the_share_of_signal_and_its_slope(sigma: float) -> None:
     weights = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
-    alpha = signal_share(weights, sigma)
+    alpha = signal_ratio(weights, sigma)
     assert_close(alpha[2], torch.tensor(1.0, dtype=torch.float64))
     assert_close(alpha[0], torch.tensor(math.exp(-1 / (2 * sigma**2)), dtype=torch.float64))
     (slope,) = torch.autograd.grad(alpha.sum(), weights)
     assert_close(slope, (alpha * (1 - weights) / sigma**2).detach())
-    assert torch.autograd.gradcheck(lambda w: signal_share(w, sigma), (weights,))
+    assert torch.autograd.gradcheck(lambda w: signal_ratio(w, sigma), (weights,))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_share_of_signal_and_its_slope(sigma: float) -> None:
     [(0.1, 2e-22, 3.7e-6), (0.2, 3.7e-6, 0.044), (0.3, 0.0039, 0.25), (0.5, 0.135, 0.61)],
 )
 def test_the_share_of_signal_at_known_places(sigma: float, at_zero: float, at_half: float) -> None:
-    alpha = signal_share(torch.tensor([0.0, 0.5], dtype=torch.float64), sigma)
+    alpha = signal_ratio(torch.tensor([0.0, 0.5], dtype=torch.float64), sigma)
     assert alpha.tolist() == pytest.approx([at_zero, at_half], rel=0.05)
 
 
@@ -191,7 +191,7 @@ def test_one_step_is_a_plain_loop_over_images_and_targets() -> None:
             others = [j for j in range(9) if j != n]
             mixed = torch.stack(
                 [
-                    signal_share(row[j], 0.3) * tokens[b, j] + (1 - signal_share(row[j], 0.3)) * noise[place, i]
+                    signal_ratio(row[j], 0.3) * tokens[b, j] + (1 - signal_ratio(row[j], 0.3)) * noise[place, i]
                     for i, j in enumerate(others)
                 ]
             )
@@ -278,13 +278,13 @@ def test_rotation_is_the_paper_s_on_both_axes() -> None:
 
 
 def test_it_says_what_its_graphs_lack() -> None:
-    method = comae(diagnosed=8)
+    method = comae(num_diagnosed=8)
     with torch.no_grad():  # nothing but the bias is heard: the same graph for all images
         method.selector.head.weight.zero_()
         method.selector.head.bias.copy_(torch.linspace(-2, 2, 9))
     views = batch(8)
     early, late = method.diagnose(views, 0.1), method.diagnose(views, 0.9)
-    assert not early.warnings and late.numbers["position_share"] == pytest.approx(1)
+    assert not early.warnings and late.numbers["position_variance_ratio"] == pytest.approx(1)
     assert (
         list(late.warnings) == ["static order"]
         and "1.00 of the ranks' variance over 8 images" in late.warnings["static order"]
@@ -294,7 +294,7 @@ def test_it_says_what_its_graphs_lack() -> None:
     flat = method.diagnose(views, 0.9)
     assert flat.numbers["score_spread"] < 1e-6 and list(flat.warnings) == ["degenerate graph"]
     assert not method.diagnose(batch(1), 0.9).numbers
-    assert not comae(diagnosed=0).diagnose(views, 0.9).numbers
+    assert not comae(num_diagnosed=0).diagnose(views, 0.9).numbers
 
 
 def test_it_learns_who_can_tell_a_target_apart(tmp_path: Path) -> None:

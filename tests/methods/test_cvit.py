@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import smalti
-from smalti.config import read_yaml
-from smalti.data.folders import open_images
+from smalti.config import merge, read_yaml
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
-from smalti.data.orders import write_orders
+from smalti.data.order_files import write_orders
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.orders import fixed_random, num_kept, random_orders
@@ -23,14 +23,14 @@ from smalti.methods.cvit import CViT, CViTConfig, drop_rate
 from smalti.methods.teacher import Average
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
-from smalti.study import pretrain
+from smalti.runs import train as runs
 
 TINY: dict[str, Any] = {
     "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
     "data": {"image_size": 32},
     "batch_size": 4,
     "steps": 6,
-    "optim": {"lr": 2e-3, "warmup_share": 0.0},
+    "optim": {"lr": 2e-3, "warmup_ratio": 0.0},
     "drop_path": 0.0,
 }
 
@@ -207,7 +207,7 @@ def test_average_of_weights_by_hand() -> None:
 
 def test_a_run_learns_from_few_patches_and_hands_on_its_head(class_folders: Path, tmp_path: Path) -> None:
     path = orders_file(tmp_path / "orders.parquet", class_folders)
-    settings = pretrain.merge(TINY, {"steps": 60, "method": {"order": "collapse", "orders": str(path)}})
+    settings = merge(TINY, {"steps": 60, "method": {"order": "collapse", "orders": str(path)}})
     run = smalti.train("cvit", class_folders, tmp_path / "run", overrides=settings, quiet=True)
     config = read_yaml(run / "config.yaml")
     assert config["method"]["num_classes"] == 2 and config["method"]["orders"] == str(path)
@@ -234,13 +234,13 @@ def test_a_supervised_run_hands_on_its_head_too(class_folders: Path, tmp_path: P
 
 
 def test_a_resumed_run_goes_on_to_the_bit(class_folders: Path, tmp_path: Path) -> None:
-    more = pretrain.merge(TINY, {"method": {"order": "random"}, "checkpoint": {"every": 3}})
+    more = merge(TINY, {"method": {"order": "random"}, "checkpoint": {"every": 3}})
     whole = smalti.train("cvit", class_folders, tmp_path / "whole", overrides=more, quiet=True)
     expected = smalti.load(whole).vit.state_dict()
     last = latest_checkpoint(whole)
     assert last is not None
     last.rename(tmp_path / "aside")
-    again = smalti.load(pretrain.resume(whole, quiet=True)).vit.state_dict()
+    again = smalti.load(runs.resume(whole, quiet=True)).vit.state_dict()
     assert all(torch.equal(again[key], value) for key, value in expected.items())
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from masked_methods import tiny as tiny_masked
 from smalti.config import read_yaml
 from smalti.errors import ConfigError
-from smalti.export.timm import export_timm
+from smalti.exporters.timm import export_timm
 from smalti.functional.positions import Resampling
 from smalti.layers.heads import Prototypes
 from smalti.methods.base import Method
@@ -22,8 +22,8 @@ from smalti.methods.ibot import IBOT
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import build_encoder, encoder_from_config
 from smalti.models.loading import load
-from smalti.study.catalogue import find_recipe
-from smalti.study.pretrain import resolve
+from smalti.runs.config import resolve
+from smalti.runs.recipes import find_recipe
 
 
 def tiny(**config: object) -> DINO:
@@ -96,7 +96,7 @@ def test_momentum_goes_from_its_start_to_one() -> None:
 
 
 def test_the_teacher_temperature_warms_up_linearly() -> None:
-    dino = tiny(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_share=0.3)
+    dino = tiny(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_ratio=0.3)
     assert_close([dino.teacher_temp(p) for p in (0.0, 0.15, 0.3, 1.0)], [0.04, 0.055, 0.07, 0.07])
 
 
@@ -109,7 +109,7 @@ def test_prototypes_have_unit_length_and_a_fixed_gain() -> None:
 
 
 def test_the_last_layer_stays_fixed_at_first() -> None:
-    dino = tiny(freeze_last_layer_share=0.1)
+    dino = tiny(freeze_last_layer_ratio=0.1)
     for parameter in dino.parameters():
         parameter.grad = torch.ones_like(parameter)
     dino.after_backward(0.2)
@@ -150,12 +150,13 @@ def test_narrow_networks_start_larger_and_colours_may_be_mild() -> None:
 
 
 def test_the_recipe_is_the_official_run_of_300_epochs() -> None:
-    config, own = resolve(read_yaml(find_recipe("dino_vits16")))
+    config = resolve(read_yaml(find_recipe("dino_vits16")))
     epoch = 1_281_167 // config.batch_size  # the last, smaller batch is left out
     assert config.steps == 300 * epoch and config.batch_size == 1024
-    shares = (config.optim.warmup_share, own.warmup_teacher_temp_share, own.freeze_last_layer_share)
+    shares = (config.optim.warmup_ratio, config.method.warmup_teacher_temp_ratio, config.method.freeze_last_layer_ratio)
     assert [round(300 * share, 1) for share in shares] == [10, 30, 1]  # epochs
-    assert (own.teacher_temp, own.norm_last_layer, own.num_local_views) == (0.07, False, 8)
+    method = config.method
+    assert (method.teacher_temp, method.norm_last_layer, method.num_local_views) == (0.07, False, 8)
 
 
 def test_a_temperature_of_zero_is_refused() -> None:

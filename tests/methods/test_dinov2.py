@@ -14,8 +14,9 @@ from smalti.errors import ConfigError, ShapeError
 from smalti.methods.dinov2 import DINOv2, DINOv2Config, koleo
 from smalti.methods.teacher import cosine_momentum
 from smalti.models.encoder import build_encoder
-from smalti.study.catalogue import find_recipe
-from smalti.study.pretrain import resolve, train
+from smalti.runs.config import resolve
+from smalti.runs.recipes import find_recipe
+from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
 from smalti.training.optim import OptimConfig, learning_rate, peak_lr, weight_decay
 
@@ -59,7 +60,7 @@ def test_masks_are_dealt_out_over_the_batch() -> None:
         assert (counts > 0).sum() == 8  # half of 16 crops
         edges = 0.1 + 0.05 * torch.arange(1, 9)
         assert (counts[8:] <= 196 * edges).all()  # never above the stratum's
-    assert (tiny(DINOv2, mask_share=1.0).draw_masks(torch.arange(4), (14, 14))["patch"].sum(1) > 0).all()
+    assert (tiny(DINOv2, mask_sample_prob=1.0).draw_masks(torch.arange(4), (14, 14))["patch"].sum(1) > 0).all()
 
 
 def test_counts_from_the_end_hide_in_the_other_crops() -> None:
@@ -105,7 +106,7 @@ def test_rates_fall_from_block_to_block() -> None:
 
 def test_schedules() -> None:  # known answers
     assert_close(peak_lr(OptimConfig(base_lr=2e-3, lr_scaling="sqrt"), 512), 1.414214e-3, rtol=1e-6, atol=0)
-    config, _ = resolve(read_yaml(find_recipe("dinov2_vits16")))
+    config = resolve(read_yaml(find_recipe("dinov2_vits16")))
     assert_close(peak_lr(config.optim, 1024), 4e-3)
     assert_close(learning_rate(config.optim, peak=4e-3, progress=0.1), 4e-3)
     assert_close(cosine_momentum(0.992, 0.5), 0.996)
@@ -116,11 +117,12 @@ def test_schedules() -> None:  # known answers
 
 
 def test_the_published_recipe_builds_the_published_parts() -> None:
-    config, own = resolve(read_yaml(find_recipe("dinov2_vits16")))
-    assert (own.num_prototypes, own.targets, own.separate_heads) == (65536, "centering", False)
+    config = resolve(read_yaml(find_recipe("dinov2_vits16")))
+    method = config.method
+    assert (method.num_prototypes, method.targets, method.separate_heads) == (65536, "centering", False)
     assert config.encoder == {"name": "vit_small_patch16_224", "init_values": 1e-5}
-    small, own = resolve(read_yaml(find_recipe("dinov2_tiny64")))
-    assert own.targets == "sinkhorn" and "init_values" not in small.encoder
+    small = resolve(read_yaml(find_recipe("dinov2_tiny64")))
+    assert small.method.targets == "sinkhorn" and "init_values" not in small.encoder
 
 
 @pytest.mark.parametrize("name", ["layer_decay", "patch_embed_lr_scale"])

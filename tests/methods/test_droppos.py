@@ -25,7 +25,7 @@ from smalti.methods.droppos import (
     smoothed_labels,
 )
 from smalti.models.encoder import PatchFeatures, build_encoder
-from smalti.study.pretrain import train
+from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
 
 

@@ -70,7 +70,12 @@ def by_plain_loops(method: IBOT, views: Views, progress: float) -> dict[str, tor
 @pytest.mark.parametrize("patch_center", ["all", "masked"])
 def test_a_step_is_that_of_plain_loops(cls: type[IBOT], targets: str, separate: bool, patch_center: str) -> None:
     method = tiny(
-        cls, registers=2 * separate, targets=targets, separate_heads=separate, patch_center=patch_center, mask_share=0.7
+        cls,
+        registers=2 * separate,
+        targets=targets,
+        separate_heads=separate,
+        patch_center=patch_center,
+        mask_sample_prob=0.7,
     )
     views = batch(method)
     if targets == "centering":
@@ -130,7 +135,7 @@ def test_centers_follow_the_teacher_s_mean_logits(patch_center: str) -> None:
 
 
 def test_a_batch_without_masks_has_gradients_and_leaves_the_center() -> None:
-    method = tiny(mask_share=0.0, patch_center="masked", separate_heads=True)
+    method = tiny(mask_sample_prob=0.0, patch_center="masked", separate_heads=True)
     losses = method(batch(method), 0.5)
     assert losses["patch"] == 0
     (losses["image"] + losses["patch"]).backward()
@@ -163,7 +168,7 @@ def test_temperatures_warm_up_each_on_its_own() -> None:
 
 
 def test_prototypes_stay_fixed_at_first() -> None:
-    method = tiny(separate_heads=True, freeze_last_layer_share=0.1)
+    method = tiny(separate_heads=True, freeze_last_layer_ratio=0.1)
     for parameter in method.parameters():
         parameter.grad = torch.ones_like(parameter)
     method.after_backward(0.2)
@@ -213,7 +218,7 @@ def test_views_are_two_global_and_some_local_ones() -> None:
     ("config", "text"),
     [
         ({"student_temp": 0.0}, "must be above 0"),
-        ({"mask_share": 1.5}, "method.mask_share=1.5"),
+        ({"mask_sample_prob": 1.5}, "method.mask_sample_prob=1.5"),
         ({"mask_ratio": (0.5, 0.1)}, r"mask_ratio=\(0.5, 0.1\)"),
         ({"sinkhorn_iterations": 0}, "at least 1"),
     ],
@@ -231,7 +236,7 @@ def test_a_class_token_is_needed() -> None:
 
 def _independent(targets: str) -> DINOv2:
     """A method whose loss over a batch is the mean of the losses over its halves, but for what targets share."""
-    config = {"targets": targets, "koleo_weight": 0.0, "mask_dealing": "independent", "freeze_last_layer_share": 0.0}
+    config = {"targets": targets, "koleo_weight": 0.0, "mask_sampling": "independent", "freeze_last_layer_ratio": 0.0}
     return tiny(DINOv2, **config)
 
 

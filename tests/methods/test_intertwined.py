@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import smalti
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError
@@ -33,8 +33,8 @@ from smalti.methods.intertwined import CONTENT, POSITION, Intertwined, Intertwin
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.models.weights import read_tensors
-from smalti.study import pretrain
-from smalti.study.baseline import evaluate
+from smalti.runs import train as runs
+from smalti.runs.baseline import evaluate
 
 SMALL: dict[str, Any] = {
     "num_prototypes": 16,
@@ -101,7 +101,7 @@ PLAIN = {"color_strength": 0.0, "gray_prob": 0.0, "blur_prob": (0.0, 0.0, 0.0), 
 @pytest.mark.parametrize("flip", ["box", "field", "image"])
 def test_from_file_to_token_patches_read_the_place_that_they_show(flip: str, places: Path) -> None:
     # known answer, through the whole data path: the pixels themselves say where they come from
-    method = tiny(flip=flip, scale_law="const", field_mode="bilinear", **PLAIN)
+    method = tiny(flip=flip, scale_distribution="const", field_mode="bilinear", **PLAIN)
     set_coordinates(method)
     views = batch(method, places, count=5)
     sizes, first = views.source_size.repeat(sum(views.num_views), 1), 0
@@ -130,7 +130,7 @@ def test_from_file_to_token_patches_read_the_place_that_they_show(flip: str, pla
 def test_one_scale_and_shift_for_all_views_of_an_image(photos: Path) -> None:
     method = tiny(flip="field")
     views = batch(method, photos)
-    plain = tiny(flip="field", scale_law="const").field_boxes(views).reshape(4, 4, 4)  # (V, B, 4)
+    plain = tiny(flip="field", scale_distribution="const").field_boxes(views).reshape(4, 4, 4)  # (V, B, 4)
     placed = method.field_boxes(views).reshape(4, 4, 4)
     scale = (placed[..., 2:] - placed[..., :2]) / (plain[..., 2:] - plain[..., :2])
     assert_close(scale, scale[:1, :, :1].expand_as(scale), rtol=1e-4, atol=1e-5)
@@ -142,7 +142,7 @@ def test_one_scale_and_shift_for_all_views_of_an_image(photos: Path) -> None:
 
 @pytest.mark.parametrize(("law", "mean"), [("beta", 0.2 + 0.8 * 2 / 7), ("uniform", 0.6)])
 def test_the_area_follows_its_law(law: str, mean: float) -> None:
-    method, count = tiny(scale_law=law, anchor="crops"), 4000
+    method, count = tiny(scale_distribution=law, anchor="crops"), 4000
     inner = torch.tensor([30.0, 30.0, 70.0, 70.0])
     views = Views(
         crops=(torch.zeros(2 * count, 3, 8, 8, dtype=torch.uint8),),
@@ -173,7 +173,7 @@ def test_mirrored_crops_read_as_the_flip_mode_says(photos: Path) -> None:
 
 @given(share=st.sampled_from([0.0, 0.3, 0.5, 1.0]), seed=st.integers(0, 2**40), dealing=st.booleans())
 def test_no_crop_loses_content_and_positions(share: float, seed: int, dealing: bool) -> None:
-    method = tiny(mask_share=share, mask_dealing="stratified" if dealing else "independent")
+    method = tiny(mask_sample_prob=share, mask_sampling="stratified" if dealing else "independent")
     keys = torch.arange(5) + seed
     masks = method.draw_masks(keys, (7, 7))
     content, position = masks[CONTENT], masks[POSITION]
@@ -318,7 +318,7 @@ def test_each_component_is_switched_on_its_own() -> None:
 def test_without_a_masked_token_of_a_kind_all_gets_a_gradient_and_stays_finite(
     share: float, targets: str, photos: Path
 ) -> None:
-    method = tiny(mask_share=share, targets=targets)
+    method = tiny(mask_sample_prob=share, targets=targets)
     losses = method(batch(method, photos), 0.5)
     torch.stack(list(losses.values())).sum().backward()
     method.after_step(0.5)
@@ -343,7 +343,7 @@ def test_the_field_is_trained_followed_and_frozen_on_request(photos: Path) -> No
 
 def _independent() -> Intertwined:
     """Images meet in targets alone, so that a batch may be parted between processes."""
-    return tiny(koleo_weight=0.0, mask_dealing="independent")
+    return tiny(koleo_weight=0.0, mask_sampling="independent")
 
 
 def _batch_of_noise(method: Intertwined, rows: slice) -> Views:
@@ -443,7 +443,7 @@ def test_a_run_is_evaluated_with_its_field(run: Path, class_folders: Path) -> No
 def test_the_export_at_any_grid_is_a_plain_timm_model_with_equal_outputs(
     run: Path, size: int | None, tmp_path: Path
 ) -> None:
-    from smalti.export.timm import export_timm
+    from smalti.exporters.timm import export_timm
 
     encoder = smalti.load(run, img_size=size, quiet=True)
     written = export_timm(encoder, tmp_path / "x")
@@ -474,7 +474,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         smalti.train("intertwined", photos, tmp_path / "b", overrides=TINY, quiet=True)
     monkeypatch.setattr(Intertwined, "after_step", original)
-    pretrain.resume(tmp_path / "b", quiet=True)
+    runs.resume(tmp_path / "b", quiet=True)
     ours, theirs = (read_tensors(latest_checkpoint(path) / "weights.safetensors") for path in (run, tmp_path / "b"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -492,7 +492,7 @@ def test_training_goes_on_from_a_run_with_its_field_and_others_get_a_table(
     other = smalti.train("mae", photos, tmp_path / "mae", init=str(run), overrides={**again, "method": mae}, quiet=True)
     encoder = smalti.load(other, quiet=True)
     assert encoder.position_field is None and encoder.vit.pos_embed is not None
-    pretrain.resume(other, {"checkpoint": {"every": 1}}, quiet=True)
+    runs.resume(other, {"checkpoint": {"every": 1}}, quiet=True)
 
 
 def test_a_trained_table_becomes_a_field_that_reads_the_same_at_its_grid() -> None:
@@ -511,7 +511,7 @@ def test_a_trained_table_becomes_a_field_that_reads_the_same_at_its_grid() -> No
 
 
 def test_a_whole_image_is_read_where_the_crop_of_all_of_it_is(photos: Path) -> None:
-    method = tiny(scale_law="const")
+    method = tiny(scale_distribution="const")
     across, down = patch_centres(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (4, 4))
     assert across[0, 0].item() == down[0, 0].item() == 0.125
     boxes = normalize_boxes(torch.tensor([[0.0, 0.0, 48.0, 40.0]]), torch.tensor([[40, 48]]))

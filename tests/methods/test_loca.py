@@ -22,7 +22,7 @@ from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.methods.loca import LOCA, LOCAConfig, cluster_loss, me_max, position_loss, token_weights
 from smalti.models.encoder import build_encoder
-from smalti.study.pretrain import train
+from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
 
 SMALL = {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_small_queries": 2}

@@ -103,7 +103,7 @@ def test_the_loss_is_of_hidden_tokens_only() -> None:
     tokens, orders = mar.encode(batch.global_crops, batch.keys), mar.orders(batch)
     expected = torch.cat([tokens[image, orders[image, 4:]] for image in range(4)])
     assert torch.equal(learned[0], expected)
-    assert mar.observations["hidden_share"].item() == pytest.approx(12 / 16)
+    assert mar.observations["hidden_ratio"].item() == pytest.approx(12 / 16)
 
 
 def test_labels_are_dropped_as_often_as_asked_in_training_only() -> None:

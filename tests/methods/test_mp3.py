@@ -16,7 +16,7 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.random import sample_uniform
 from smalti.methods.mp3 import MP3, MP3Config, position_loss
 from smalti.models.encoder import build_encoder
-from smalti.study.pretrain import train
+from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
 
 
@@ -84,9 +84,9 @@ def test_positions_would_show_in_that_probe() -> None:  # by design
     assert (other - tokens[:, order]).abs().max() > 0.01 * tokens.abs().max()
 
 
-@pytest.mark.parametrize("asked", ["all", "hidden"])
-def test_the_step_is_the_papers_computed_the_long_way(asked: str) -> None:
-    method, batch = tiny(asked=asked, key_mask_ratio=0.75), noise()
+@pytest.mark.parametrize("loss_patches", ["all", "hidden"])
+def test_the_step_is_the_papers_computed_the_long_way(loss_patches: str) -> None:
+    method, batch = tiny(loss_patches=loss_patches, key_mask_ratio=0.75), noise()
     loss = method(batch, 0.0)["position"]
 
     vit = method.encoder.vit
@@ -105,7 +105,7 @@ def test_the_step_is_the_papers_computed_the_long_way(asked: str) -> None:
         x = x + block.mlp(block.norm2(x))
     log_pred = method.head(vit.norm(x)[:, 1:]).log_softmax(-1)
     costs = -log_pred.diagonal(dim1=1, dim2=2)  # token n is the patch of cell n
-    assert_close(loss, costs.mean() if asked == "all" else costs[mask].mean(), rtol=1e-5, atol=1e-6)
+    assert_close(loss, costs.mean() if loss_patches == "all" else costs[mask].mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_patch_that_nobody_looks_at_changes_its_own_token_only() -> None:
@@ -162,7 +162,7 @@ def test_a_short_run_finds_positions(graded_photos: Path, tmp_path: Path) -> Non
 def test_mistakes_are_one_line_each() -> None:
     with pytest.raises(ConfigError, match=r"method.key_mask_ratio=1.0: a share in 0\.\.1"):
         tiny(key_mask_ratio=1.0)
-    with pytest.raises(ConfigError, match=r"method.asked=hidden asks nobody"):
-        tiny(asked="hidden", key_mask_ratio=0.0)
+    with pytest.raises(ConfigError, match=r"method.loss_patches=hidden: nothing is hidden"):
+        tiny(loss_patches="hidden", key_mask_ratio=0.0)
     with pytest.raises(ConfigError, match=r"method.color_jitter=-1.0"):
         tiny(color_jitter=-1.0)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from smalti.config import merge
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views, ViewSpec, collate
 from smalti.errors import ConfigError
@@ -34,7 +34,8 @@ from smalti.methods.neco import (
 )
 from smalti.methods.teacher import cosine_momentum
 from smalti.models.encoder import build_encoder
-from smalti.study.pretrain import check_start, resolve, train
+from smalti.runs.config import check_start, resolve
+from smalti.runs.train import train
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, weight_decay
 
 SMALL = {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16}
@@ -415,7 +416,7 @@ def test_a_run_needs_weights_to_start_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"method\.from_scratch=true starts from random weights, init=.* drop one"):
         train("neco", tmp_path, tmp_path / "run", init="random:vit_tiny_patch16_224", overrides=both)
     for tree in ({"init": "RUN"}, both):
-        check_start(*resolve(merge({"method": {"name": "neco"}}, tree)))
+        check_start(resolve(merge({"method": {"name": "neco"}}, tree)))
     assert not list(tmp_path.iterdir())
 
 
@@ -536,7 +537,7 @@ def test_the_head_learns_faster_than_the_encoder() -> None:
 @pytest.mark.parametrize("references", ["batch", "queue"])
 def test_a_short_training_run_learns_the_teachers_order(references: str, photos: Path) -> None:
     method = different_student(tiny(references=references, queue_size=256, momentum=1.0)).train()
-    config = OptimConfig(lr=3e-4, warmup_share=0.0, clip_norm=None)
+    config = OptimConfig(lr=3e-4, warmup_ratio=0.0, clip_norm=None)
     optimizer = build_optimizer(method.param_groups(), config)
     losses = []
     loader = TrainLoader(open_images(photos), method.make_views(48), batch_size=6, seed=0)

@@ -373,7 +373,7 @@ def test_mistakes_are_one_line_each() -> None:
         ({"weighting": "schedule"}, "weighting=schedule is for sizes"),
         ({"head": "difference", "sampling": "offgrid_scale", "scale_target": "ratio"}, "head=difference can't say"),
         ({"contrastive": -1.0}, "must not be negative"),
-        ({"uniform_share": 2.0}, "uniform_share=2.0"),
+        ({"uniform_ratio": 2.0}, "uniform_ratio=2.0"),
         ({"head_num_heads": 5}, "5 heads of the relative encoder"),
     ):
         with pytest.raises(ConfigError, match=text):

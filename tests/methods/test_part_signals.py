@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from smalti.config import read_yaml
-from smalti.data.signal_config import SignalConfig
-from smalti.data.signals import open_signals
-from smalti.data.sleep_samples import write_nights
+from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.signal_set import open_signals
+from smalti.data.signals.sleep_samples import write_nights
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.offgrid import PatchSampler, cut_windows, offgrid_boxes
@@ -20,7 +20,7 @@ from smalti.methods.mae import MAE, MAEConfig
 from smalti.methods.part import PART, PARTConfig, pair_loss
 from smalti.models.encoder import Encoder, build_encoder, eval_mode
 from smalti.models.loading import latest_checkpoint, load
-from smalti.study.pretrain import resume, train
+from smalti.runs.train import resume, train
 from smalti.training.logs import read_csv
 
 TINY = {"patch_size": 20, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -192,7 +192,7 @@ def test_a_run_learns_from_the_training_nights_and_says_what_it_read(nights, tmp
     run = train("part", nights, tmp_path / "run", overrides=SETTINGS, quiet=True)
     config = read_yaml(run / "config.yaml")
     assert config["data"]["signal"]["channels"] == ["C3-M2"] and config["data"]["channels"] == 1
-    assert config["method"]["normalize"] == "image" and config["optim"]["warmup_share"] == 0.05
+    assert config["method"]["normalize"] == "image" and config["optim"]["warmup_ratio"] == 0.05
     rows = read_csv(run / "log.csv")
     assert len(rows) == 4 and "r2_time" in rows[0] and "r2_x" not in rows[0]
     vit = load(run, quiet=True)

@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 import smalti
-from smalti.config import read_yaml
-from smalti.data.folders import open_images
+from smalti.config import merge, read_yaml
+from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError
@@ -18,15 +18,15 @@ from smalti.evaluation.protocol import EvalConfig
 from smalti.methods.supervised import Supervised, SupervisedConfig, class_loss
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
-from smalti.study import pretrain
-from smalti.study.baseline import evaluate
+from smalti.runs import train as runs
+from smalti.runs.baseline import evaluate
 
 TINY: dict[str, Any] = {
     "encoder": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
     "data": {"image_size": 32},
     "batch_size": 4,
     "steps": 6,
-    "optim": {"lr": 2e-3, "warmup_share": 0.0},
+    "optim": {"lr": 2e-3, "warmup_ratio": 0.0},
     "drop_path": 0.0,
 }
 
@@ -118,7 +118,7 @@ def test_cutmix_pastes_a_part(class_folders: Path) -> None:
 
 
 def test_a_run_takes_the_classes_from_the_folders_and_learns_them(class_folders: Path, tmp_path: Path) -> None:
-    settings = pretrain.merge(TINY, {"steps": 60, "pool": "prr", "method": {"color_jitter": 0.0}})
+    settings = merge(TINY, {"steps": 60, "pool": "prr", "method": {"color_jitter": 0.0}})
     run = smalti.train("supervised", class_folders, tmp_path / "run", overrides=settings, quiet=True)
     config = read_yaml(run / "config.yaml")
     assert config["method"]["num_classes"] == 2 and config["pool"] == "prr"
@@ -129,13 +129,13 @@ def test_a_run_takes_the_classes_from_the_folders_and_learns_them(class_folders:
 
 
 def test_a_resumed_run_goes_on_to_the_bit(class_folders: Path, tmp_path: Path) -> None:
-    more = pretrain.merge(TINY, {"method": {"mixup": 0.8, "cutmix": 1.0}, "pool": "map", "checkpoint": {"every": 3}})
+    more = merge(TINY, {"method": {"mixup": 0.8, "cutmix": 1.0}, "pool": "map", "checkpoint": {"every": 3}})
     whole = smalti.train("supervised", class_folders, tmp_path / "whole", overrides=more, quiet=True)
     expected = smalti.load(whole).vit.state_dict()
     last = latest_checkpoint(whole)
     assert last is not None
     last.rename(tmp_path / "aside")
-    again = smalti.load(pretrain.resume(whole, quiet=True)).vit.state_dict()
+    again = smalti.load(runs.resume(whole, quiet=True)).vit.state_dict()
     assert all(torch.equal(again[key], value) for key, value in expected.items())
 
 
@@ -154,7 +154,7 @@ def test_mistakes_are_one_line_each(more: dict[str, Any], line: str, class_folde
 
 
 def test_an_odd_batch_is_not_mixed(class_folders: Path, tmp_path: Path) -> None:
-    settings = pretrain.merge(TINY, {"method": {"mixup": 0.8}, "batch_size": 3})
+    settings = merge(TINY, {"method": {"mixup": 0.8}, "batch_size": 3})
     with pytest.raises(ConfigError, match="micro_batch=3: mixup and cutmix mix pairs of images; make it even"):
         smalti.train("supervised", class_folders, tmp_path / "run", overrides=settings, quiet=True)
     assert not (tmp_path / "run").exists()

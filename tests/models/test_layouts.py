@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError, WeightsError
-from smalti.export.timm import export_timm
+from smalti.exporters.timm import export_timm
 from smalti.functional.positions import Resampling, resample_positions
 from smalti.models import loading
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config

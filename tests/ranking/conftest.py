@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from brightness import Bright
-from smalti.ranking.orders import GraphRanker
+from smalti.ranking.rankers import GraphRanker
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from smalti.ranking.curves import (
     area,
     compare_curves,
     conclude_curves,
-    judge_orders,
+    evaluate_orders,
     prefix_counts,
 )
 
@@ -57,7 +57,7 @@ def curves():
     alone_first = torch.tensor([4, 6, 7, 11, 12, 13, 14, 15, 0, 1, 2, 3, 8, 9, 10, 5]).expand(400, -1)
     random = [torch.rand(400, 16).argsort(1) for _ in range(3)]
     told = []
-    found = judge_orders(
+    found = evaluate_orders(
         Exact(covariance),
         tokens,
         {"collapse": [hub_first], "random": random, "alone_first": [alone_first]},
@@ -115,6 +115,6 @@ def test_an_order_equals_itself(curves):
 def test_orders_that_do_not_fit():
     judge, tokens = Exact(hub_world()), torch.randn(3, 16, 1)
     with pytest.raises(ShapeError, match="1 image: at least 2 are needed"):
-        judge_orders(judge, tokens[:1], {"random": [torch.arange(16)[None]]})
+        evaluate_orders(judge, tokens[:1], {"random": [torch.arange(16)[None]]})
     with pytest.raises(ShapeError, match=r"orders 'random' of \(3, 9\) for tokens of \(3, 16\)"):
-        judge_orders(judge, tokens, {"random": [torch.arange(9).expand(3, -1)]})
+        evaluate_orders(judge, tokens, {"random": [torch.arange(9).expand(3, -1)]})

@@ -81,14 +81,14 @@ def test_overlap_leaves_an_image_itself_out():
 def test_one_order_for_all_images_and_orders_that_have_nothing_in_common():
     same = raster((4, 5)).expand(7, -1)
     found = describe_orders(same, (4, 5), mirrored=same)
-    assert found["position_share"] == pytest.approx(1) and found["static_correlation"] == pytest.approx(1)
+    assert found["position_variance_ratio"] == pytest.approx(1) and found["static_correlation"] == pytest.approx(1)
     assert found["top_overlap"] == 1 and found["neighbour_correlation"] > 0.7 and 0.8 < found["flip_agreement"] < 1
     chance = describe_orders(random_orders(200, 256), (16, 16))
-    assert chance["position_share"] == pytest.approx(1 / 200, rel=0.25)
+    assert chance["position_variance_ratio"] == pytest.approx(1 / 200, rel=0.25)
     assert abs(chance["static_correlation"]) < 0.02 and abs(chance["neighbour_correlation"]) < 0.02
     assert chance["top_overlap"] == pytest.approx(num_top(256) / 256, abs=0.02)
     lone = describe_orders(random_orders(1, 16), (4, 4))
-    assert math.isnan(lone["position_share"]) and math.isfinite(lone["neighbour_correlation"])
+    assert math.isnan(lone["position_variance_ratio"]) and math.isfinite(lone["neighbour_correlation"])
 
 
 def test_an_order_that_follows_content_is_mirrored_with_it():
@@ -106,9 +106,14 @@ def test_the_spread_of_scores_is_told_of_their_mean():
 
 
 def test_what_is_said():
-    plain = {"position_share": 0.95, "score_spread": 0.01, "num_degenerate": 2.0}
+    plain = {"position_variance_ratio": 0.95, "score_spread": 0.01, "num_degenerate": 2.0}
     said = conclude(
-        {"collapse": plain, "coverage": {"position_share": 0.3}, "attention": {"position_share": 0.8}, "raster": plain},
+        {
+            "collapse": plain,
+            "coverage": {"position_variance_ratio": 0.3},
+            "attention": {"position_variance_ratio": 0.8},
+            "raster": plain,
+        },
         {("collapse", "in_strength"): {"spearman": 0.99}},
         {"collapse": {"spearman": 0.4}},
         9,
@@ -118,6 +123,6 @@ def test_what_is_said():
     assert said[3].startswith("coverage is image-specific") and said[4].startswith("attention is mixed")
     assert "PageRank adds nothing to its first step here" in said[5]
     assert "the order is not a property of the data" in said[6]
-    assert conclude({"collapse": {"position_share": math.nan}}, {}, {"collapse": {"spearman": 0.9}}, 1) == [
+    assert conclude({"collapse": {"position_variance_ratio": math.nan}}, {}, {"collapse": {"spearman": 0.9}}, 1) == [
         "collapse of the other training correlates by 0.90: above 0.6, the order is reproduced."
     ]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from htmlpage import check_page
+from smalti.comparison.run import Cell, Comparison, Cost, Plan, Row, compare, read_comparison
 from smalti.errors import ConfigError, RunError
 from smalti.evaluation.intervals import Interval
 from smalti.evaluation.protocol import EvalConfig
 from smalti.report.comparison import sentences, write_comparison
 from smalti.report.evaluation import save_evaluation, write_evaluation
-from smalti.study.baseline import evaluate
-from smalti.study.compare import Cell, Comparison, Cost, Plan, Row, compare, read_comparison
+from smalti.runs.baseline import evaluate
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
 EVIL = "<img src=x onerror=alert(1)>"

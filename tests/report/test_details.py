@@ -14,7 +14,7 @@ from smalti.evaluation.protocol import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.colours import palette
-from smalti.report.details import Judged, class_bars, detail_sections
+from smalti.report.details import Evaluated, class_bars, detail_sections
 from smalti.report.figures import (
     ForestRow,
     boxes_picture,
@@ -59,10 +59,10 @@ def result(seed: int, classes=("sky", EVIL, "road"), keep=True, **shape) -> Resu
 
 
 @pytest.fixture
-def judged() -> Judged:
+def judged() -> Evaluated:
     """Three arms of two seeds; patches of another size in the second, a hostile name for the third."""
     arms = {"one": [result(0), result(1)], "two": [result(2, grid=(2, 3))], EVIL: [result(3)]}
-    return Judged("d", "linear-segmentation", arms)
+    return Evaluated("d", "linear-segmentation", arms)
 
 
 def page_of(sections, tmp_path) -> Page:
@@ -97,28 +97,28 @@ def test_hostile_names_stay_text(judged, tmp_path):
 
 
 def test_without_kept_pictures_predictions_are_shown_alone_and_the_page_says_so(tmp_path):
-    page = page_of(detail_sections([Judged("d", "p", {"a": [result(0, keep=False)]})]), tmp_path)
+    page = page_of(detail_sections([Evaluated("d", "p", {"a": [result(0, keep=False)]})]), tmp_path)
     assert "The images themselves were not kept" in page.text and "No patch tokens were kept" in page.text
     assert sum(tag == "img" for tag, _ in page.elements) == 2
 
 
 def test_results_without_details_have_no_figures():
     bare = Result("knn", "x", "d", {"top1": 0.5}, {}, {})
-    sections = detail_sections([Judged("d", "knn", {"a": [bare]})], tokens=False)
+    sections = detail_sections([Evaluated("d", "knn", {"a": [bare]})], tokens=False)
     assert all(content is None for _, content in sections.values())
     assert all(content is None for _, content in detail_sections([], tokens=True).values())
 
 
 def test_only_images_that_all_arms_have_get_feature_maps(tmp_path):
     arms = {"a": [result(0)], "b": [result(1, places=(2,))]}
-    page = page_of(detail_sections([Judged("d", "p", arms)]), tmp_path)
+    page = page_of(detail_sections([Evaluated("d", "p", arms)]), tmp_path)
     maps = [alt for alt in page.attributes("alt") if alt.startswith("PCA map")]
     assert maps == ["PCA map of c <b>.png by a", "PCA map of c <b>.png by b"]
 
 
 def test_bars_are_means_over_seeds_the_best_class_first_and_the_baseline_grey(judged):
     arms = {"one": judged.arms["one"], "untrained": judged.arms["two"]}
-    bars = class_bars(Judged("d", "p", arms))
+    bars = class_bars(Evaluated("d", "p", arms))
     assert bars.index(">sky<") < bars.index("&lt;script&gt;alert(1)&lt;/script&gt;<") < bars.index(">road<")
     assert "0.250" in bars  # of 0.2 and 0.3
     assert "background:var(--none)" in bars and "background:var(--c2)" not in bars
@@ -162,7 +162,7 @@ def test_objects_found_stand_beside_the_true_ones_also_when_read_from_disk(tmp_p
                 assert np.array_equal(one.boxes, two.boxes) and np.array_equal(one.labels, two.labels)
                 assert np.array_equal(one.scores, two.scores)
     arms = {"ours": [again[0]], "untrained": [again[1]]}
-    page = page_of({"predictions": detail_sections([Judged("d", "detection", arms)])["predictions"]}, tmp_path)
+    page = page_of({"predictions": detail_sections([Evaluated("d", "detection", arms)])["predictions"]}, tmp_path)
     alts = [alt for alt in page.attributes("alt") if alt.endswith("a.png")]
     assert sorted(alts) == ["ours: a.png", "truth: a.png", "untrained: a.png"]
     assert EVIL in page.text
@@ -233,7 +233,7 @@ def keep_result(order: str, ranking: float | None = 0.0) -> Result:
 
 def test_keep_curves_have_their_controls_in_every_figure(tmp_path):
     arms = {"c": [keep_result("collapse", None)], "h": [keep_result("halton")], "untrained": [keep_result("halton")]}
-    sections = detail_sections([Judged("d", "keep-curve", arms)], tokens=False)
+    sections = detail_sections([Evaluated("d", "keep-curve", arms)], tokens=False)
     page = page_of({"keep": sections["keep"]}, tmp_path)
     labels = page.attributes("aria-label")
     assert [label for label in labels if "keep-curve" in label] == [

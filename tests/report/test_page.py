@@ -10,7 +10,7 @@ import torch
 
 from htmlpage import Page, check_page
 from smalti.config import write_yaml
-from smalti.data.folders import open_images
+from smalti.data.images.folders import open_images
 from smalti.errors import ConfigError, RunError, ShapeError
 from smalti.evaluation.protocol import Result, write_results
 from smalti.models.encoder import build_encoder

@@ -17,17 +17,21 @@ from safetensors.torch import load_file, save_file
 
 import smalti
 from smalti.cli.evaluate import as_trained
-from smalti.config import read_yaml
+from smalti.config import merge, read_yaml
 from smalti.errors import ConfigError, DataError, Interrupted, RunError, WeightsError
 from smalti.evaluation.protocol import SHARE, Result, write_results
 from smalti.files import temporary_name
+from smalti.methods.base import get_method
 from smalti.methods.mae import MAE
 from smalti.models.loading import latest_checkpoint, load
 from smalti.reading import read_csv
 from smalti.report.page import write_report
-from smalti.study import pretrain
-from smalti.study.catalogue import find_recipe, recipe_files
-from smalti.study.lock import locked
+from smalti.runs import train as runs
+from smalti.runs.build import build_method, open_training
+from smalti.runs.config import absolute, resolve
+from smalti.runs.evaluation_hook import EvaluationHook
+from smalti.runs.lock import locked
+from smalti.runs.recipes import find_recipe, recipe_files
 from smalti.training.checkpoint import REPLACED, Checkpoints, check_checkpoint, read_state
 from smalti.training.optim import build_optimizer
 
@@ -49,7 +53,7 @@ METHODS = {
 
 
 def settings(name: str = "mae", **more: Any) -> dict[str, Any]:
-    return pretrain.merge(pretrain.merge(TINY, {"method": METHODS[name]}), more)
+    return merge(merge(TINY, {"method": METHODS[name]}), more)
 
 
 def train(out: Path, photos: Path, name: str = "mae", **more: Any) -> Path:
@@ -77,7 +81,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 ) -> None:
     more = {"drop_path": 0.2}
     undisturbed = weights(train(tmp_path / "a", photos, method, **more))
-    cls = pretrain.get_method(method)
+    cls = get_method(method)
     original, made = cls.after_step, []
 
     def stop(self: Any, progress: float) -> None:
@@ -91,7 +95,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         train(tmp_path / "b", photos, method, **more)
     monkeypatch.undo()
     torch.rand(17)  # another process would have other random state
-    pretrain.resume(tmp_path / "b", quiet=True)
+    runs.resume(tmp_path / "b", quiet=True)
     assert same(undisturbed, weights(tmp_path / "b"))
     assert_logs_equal(tmp_path / "a", tmp_path / "b")
 
@@ -102,7 +106,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_the_same_bits(
 ) -> None:
     more = {"drop_path": 0.2}
     undisturbed = weights(train(tmp_path / "a", photos, "dino", **more))
-    cls = pretrain.get_method("dino")
+    cls = get_method("dino")
     original, made = cls.after_step, []
 
     def stop(self: Any, progress: float) -> None:
@@ -121,7 +125,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_the_same_bits(
         f"interrupted by SIGUSR1; checkpoint: {latest_checkpoint(tmp_path / 'b')}; "
         f"resume with: smalti train --resume {tmp_path / 'b'}",
     )
-    pretrain.resume(tmp_path / "b", quiet=True)
+    runs.resume(tmp_path / "b", quiet=True)
     assert same(undisturbed, weights(tmp_path / "b"))
     events = [(row["step"], row["event"]) for row in read_csv(tmp_path / "b" / "events.csv")]
     assert events == [(str(step), "interrupted"), (str(step), "resumed")]
@@ -148,20 +152,20 @@ def test_a_signal_ends_an_evaluation_and_resuming_makes_up_for_it(
 ) -> None:
     evaluation = {"data": str(class_folders), "every": 3, "protocols": ["knn"], "image_size": 32, "baseline": False}
     whole = train(tmp_path / "a", photos, checkpoint={"every": 2}, eval=evaluation)
-    judge = pretrain.EvaluationHook.judge
+    judge = EvaluationHook.evaluate
 
-    def interrupted(self: pretrain.EvaluationHook, at: int, method: Any) -> list[Result]:
+    def interrupted(self: EvaluationHook, at: int, method: Any) -> list[Result]:
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return judge(self, at, method)
 
-    monkeypatch.setattr(pretrain.EvaluationHook, "judge", interrupted)
+    monkeypatch.setattr(EvaluationHook, "evaluate", interrupted)
     with pytest.raises(Interrupted):
         train(tmp_path / "b", photos, checkpoint={"every": 2}, eval=evaluation)
     monkeypatch.undo()
     assert latest_checkpoint(tmp_path / "b").name == f"step_{step:08d}"
     assert not (tmp_path / "b" / "results" / f"step_{step:08d}.json").exists()
-    pretrain.resume(tmp_path / "b", quiet=True)
+    runs.resume(tmp_path / "b", quiet=True)
     assert same(weights(whole), weights(tmp_path / "b"))
     assert state_of(whole) == state_of(tmp_path / "b")
     for name in ("step_00000000", "step_00000003", "step_00000006", "step_00000008"):
@@ -194,7 +198,7 @@ def test_a_learning_rate_that_overflows_ends_in_one_line_and_leaves_a_good_check
     photos: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match=r"this is the 3rd time, training stops: lower optim.lr"):
-        train(tmp_path / "a", photos, optim={"lr": 1e12, "warmup_share": 0.0})
+        train(tmp_path / "a", photos, optim={"lr": 1e12, "warmup_ratio": 0.0})
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "a").values())
 
 
@@ -214,7 +218,7 @@ def test_a_damaged_side_file_is_a_note_and_is_kept(name: str, content: bytes, ph
     (run / name).write_bytes(content)
     (run / "events.csv").write_bytes(b"\xff\x00")
     with pytest.warns(UserWarning, match=rf"{name}: is damaged and kept as damaged_{name}; a new one is begun"):
-        pretrain.resume(run, quiet=True)
+        runs.resume(run, quiet=True)
     assert same(whole, weights(run))
     assert (run / f"damaged_{name}").read_bytes() == content
     assert json.loads((run / "run.json").read_text())["num_images"] == 24
@@ -233,7 +237,7 @@ def test_a_log_whose_rows_are_no_numbers_is_set_aside(photos: Path, tmp_path: Pa
     run = train(tmp_path / "a", photos)
     (run / "log.csv").write_text("step,loss\nmany,1\n")
     with pytest.warns(UserWarning, match="log.csv: is damaged and kept"):
-        pretrain.resume(run, quiet=True)
+        runs.resume(run, quiet=True)
 
 
 def test_what_a_kill_left_is_removed_and_a_checkpoint_without_its_name_gets_it_back(
@@ -247,7 +251,7 @@ def test_what_a_kill_left_is_removed_and_a_checkpoint_without_its_name_gets_it_b
     folder = run / "checkpoints"
     (folder / "step_00000008").rename(folder / f"{REPLACED}step_00000008")  # between two renames
     (folder / ".writing_step_00000008").mkdir()
-    pretrain.resume(run, quiet=True)
+    runs.resume(run, quiet=True)
     assert same(whole, weights(run))
     assert not [path for path in run.rglob(".*") if path.name != ".lock"]
 
@@ -256,7 +260,7 @@ def test_a_run_has_one_writer(photos: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "a", photos)
     with locked(run):
         with pytest.raises(RunError, match=r"a: process \d+ on .* is writing here"):
-            pretrain.resume(run, quiet=True)
+            runs.resume(run, quiet=True)
     with locked(tmp_path / "b"), pytest.raises(RunError, match="is writing here"):
         train(tmp_path / "b", photos)
     assert [path.name for path in (tmp_path / "b").iterdir()] == [".lock"]
@@ -294,9 +298,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(method: str, photos: Path, tm
     # some biases have no gradient but rounding, which Adam's default epsilon would scale up to full steps
     common = {"batch_size": 8, "optim": {"base_lr": 1.0, "lr": None, "eps": 0.1}, "log": {"every": 1}}
     splits = {"whole": {}, "processes": {"devices": 2}, "accumulated": {"micro_batch": 4}}
-    runs = {
-        name: train(tmp_path / name, photos, method, **pretrain.merge(common, split)) for name, split in splits.items()
-    }
+    runs = {name: train(tmp_path / name, photos, method, **merge(common, split)) for name, split in splits.items()}
     rows = {name: read_csv(run / "log.csv") for name, run in runs.items()}
     whole, start = weights(runs["whole"]), build_start(runs["whole"])
     moved = distance(whole, start)
@@ -315,8 +317,8 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def build_start(run: Path) -> dict[str, torch.Tensor]:
     """Weights of a run before its first step."""
-    config, own = pretrain.resolve(read_yaml(run / "config.yaml"))
-    return dict(pretrain.build_method(config, own).state_dict())
+    config = resolve(read_yaml(run / "config.yaml"))
+    return dict(build_method(config).state_dict())
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[float]:
@@ -366,7 +368,7 @@ def test_an_evaluation_that_a_kill_took_is_made_up_for(photos: Path, class_folde
     run = train(tmp_path / "a", photos, eval={"data": str(class_folders), "protocols": ["knn"], "image_size": 32})
     before = json.loads((run / "results" / "step_00000008.json").read_text())
     (run / "results" / "step_00000008.json").unlink()
-    pretrain.resume(run, quiet=True)
+    runs.resume(run, quiet=True)
     after = json.loads((run / "results" / "step_00000008.json").read_text())
     assert [r["metrics"] for r in before["results"]] == [r["metrics"] for r in after["results"]]
 
@@ -379,7 +381,7 @@ def test_a_resumed_run_sees_the_images_it_saw(photos: Path, tmp_path: Path) -> N
     run = train(tmp_path / "a", folder)
     (folder / "00.jpg").unlink()
     with pytest.raises(DataError, match=r"was trained on 24 images, .*photos now has 23"):
-        pretrain.resume(run)
+        runs.resume(run)
 
 
 def test_a_run_begun_from_weights_resumes_without_them_and_from_anywhere(
@@ -395,13 +397,13 @@ def test_a_run_begun_from_weights_resumes_without_them_and_from_anywhere(
     shutil.rmtree(first)
     shutil.rmtree(latest_checkpoint(run))
     monkeypatch.chdir("/")
-    pretrain.resume(tmp_path / "b", quiet=True)
+    runs.resume(tmp_path / "b", quiet=True)
     assert same(whole, weights(tmp_path / "b"))
 
 
 def pretrain_parameters(run: Path) -> dict[str, torch.nn.Parameter]:
-    config, own = pretrain.resolve(read_yaml(run / "config.yaml"))
-    return dict(pretrain.build_method(config, own).named_parameters())
+    config = resolve(read_yaml(run / "config.yaml"))
+    return dict(build_method(config).named_parameters())
 
 
 def test_the_third_bad_stretch_stops_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +429,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert latest_checkpoint(tmp_path / "a").name == "step_00000003"
     assert not [p for p in (tmp_path / "a" / "checkpoints").iterdir() if p.name.startswith(".")]
     monkeypatch.undo()
-    pretrain.resume(tmp_path / "a", quiet=True)
+    runs.resume(tmp_path / "a", quiet=True)
     assert same(weights(tmp_path / "a"), weights(train(tmp_path / "b", photos)))
 
 
@@ -471,7 +473,7 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
 
     fails("no field 'batch_sise'; did you mean 'batch_size'", batch_sise=3)
     fails("did you mean 'mask_ratio'", method={"mask_ration": 0.5})
-    fails("did you mean 'warmup_share'", optim={"warmup_shar": 0.5})
+    fails("did you mean 'warmup_ratio'", optim={"warmup_shar": 0.5})
     fails("steps=0: at least 1", steps=0)
     fails("eval.every=5 needs labelled images", eval={"every": 5})
     fails("eval.patience=5 needs labelled images", eval={"patience": 5})
@@ -479,7 +481,7 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     fails("precision='int8'", precision="int8")
     fails("devices=0", devices=0)
     fails("weights=teacher: mae has encoder", weights="teacher")
-    fails("optim.warmup_share=2: at most 1 is needed", optim={"warmup_share": 2})
+    fails("optim.warmup_ratio=2: at most 1 is needed", optim={"warmup_ratio": 2})
     fails("optim.betas.0=2.0: less than 1 is needed", optim={"betas": [2.0, 0.9]})
     fails("optim.lr=-1", optim={"lr": -1})
     fails("which patch_size=8 does not divide", eval={"data": str(class_folders), "image_size": 33})
@@ -497,19 +499,19 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     with pytest.raises(ConfigError, match="is not empty; choose another --out, or resume it with"):
         train(run, photos)
     with pytest.raises(ConfigError, match="batch_size can't change when a run is resumed"):
-        pretrain.resume(run, {"batch_size": 8})
+        runs.resume(run, {"batch_size": 8})
     with pytest.raises(ConfigError, match="is not a run directory"):
-        pretrain.resume(tmp_path / "empty")
+        runs.resume(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("recipe", recipe_files(), ids=lambda path: path.name)
 def test_every_recipe_that_comes_with_smalti_is_valid(recipe: Path) -> None:
     assert find_recipe(recipe.name) == find_recipe(recipe.stem) == recipe
     tree = read_yaml(recipe)
-    if getattr(pretrain.get_method(recipe.stem.split("_")[0]), "needs_start", False):
+    if getattr(get_method(recipe.stem.split("_")[0]), "needs_start", False):
         tree["init"] = "a run that the user names"
-    config, _ = pretrain.resolve(tree, recipe.name)
-    assert recipe.stem.split("_")[0] == config.method["name"]
+    config = resolve(tree, recipe.name)
+    assert recipe.stem.split("_")[0] == config.method.name
     assert recipe.read_text().startswith("# ") and "Run it:" in recipe.read_text()
 
 
@@ -536,7 +538,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_gives_the_
     else:
         damage(run / "checkpoints" / "step_00000008" / file)
     with pytest.warns(UserWarning, match=r"step_00000008.*going back to step_00000006; it is kept as damaged_step"):
-        pretrain.resume(run, quiet=True)
+        runs.resume(run, quiet=True)
     assert same(before, weights(run))
     assert (run / "checkpoints" / "damaged_step_00000008").is_dir()
     assert read_csv(run / "events.csv")[0]["detail"].endswith("step_00000006")
@@ -548,7 +550,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_is(ph
     for name in names:
         damage(run / "checkpoints" / name / "weights.safetensors")
     with pytest.raises(WeightsError, match=rf"none of its {len(names)} checkpoints can be .*newest: .*step_00000008"):
-        pretrain.resume(run, quiet=True)
+        runs.resume(run, quiet=True)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
 
 
@@ -576,7 +578,7 @@ def test_a_checkpoint_without_checksums_is_read_instead(photos: Path, tmp_path: 
     whole = (run / "checkpoints" / "step_00000008" / "weights.safetensors").read_bytes()
     (run / "checkpoints" / "step_00000008" / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match="can.t be read as a safetensors file .*going back to step_00000006"):
-        pretrain.resume(run, quiet=True)
+        runs.resume(run, quiet=True)
 
 
 def test_a_run_goes_back_past_a_damaged_checkpoint(
@@ -615,7 +617,7 @@ def test_images_of_12_bits_train_and_are_evaluated_with_the_scale_of_the_run(tmp
     ((low, high), *_) = scale = config["data"]["scale"]
     assert len(scale) == 3 and 200 <= low < 300 and 3700 < high <= 3800
     assert config["eval"]["scale"] == scale
-    images = pretrain.open_training(pretrain.resolve(config)[0])
+    images = open_training(resolve(config))
     assert images.samples[-1].read().max() == 1
     assert as_trained(str(run), str(tmp_path / "data"), {}) == {"scale": scale}
     assert as_trained(str(run), str(tmp_path / "data"), {"scale": [0, 1]}) == {"scale": [0, 1]}
@@ -626,8 +628,8 @@ def test_an_optimizer_file_that_is_none_is_one_line(photos: Path, tmp_path: Path
     run = train(tmp_path / "a", photos)
     folder = latest_checkpoint(run)
     (folder / "optimizer.pt").write_bytes(content)
-    config, own = pretrain.resolve(read_yaml(run / "config.yaml"))
-    method = pretrain.build_method(config, own)
+    config = resolve(read_yaml(run / "config.yaml"))
+    method = build_method(config)
     optimizer = build_optimizer(method.param_groups(), config.optim)
     with pytest.raises(WeightsError, match=r"optimizer\.pt: (is empty|can't be read as a torch file)"):
         Checkpoints(run, method, optimizer, config.checkpoint).restore(folder)
@@ -644,12 +646,12 @@ def test_a_state_that_is_none_is_one_line(photos: Path, tmp_path: Path, content:
 def test_a_finished_run_resumes_to_itself(photos: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "a", photos)
     before = weights(run)
-    pretrain.resume(run, quiet=True)
+    runs.resume(run, quiet=True)
     assert same(before, weights(run))
 
 
 def test_the_rates_in_the_log_are_the_schedule_s(photos: Path, tmp_path: Path) -> None:
-    optim = {"lr": 1e-2, "warmup_share": 0.5, "min_lr": 1e-3, "weight_decay": 0.1, "weight_decay_end": 0.3}
+    optim = {"lr": 1e-2, "warmup_ratio": 0.5, "min_lr": 1e-3, "weight_decay": 0.1, "weight_decay_end": 0.3}
     run = train(tmp_path / "a", photos, optim=optim, log={"every": 1})
     rows = read_csv(run / "log.csv")
     expected = [number / 4 * 1e-2 for number in range(4)]
@@ -670,7 +672,7 @@ def test_training_gets_better_than_predicting_each_patch_s_mean(photos: Path, tm
 def test_a_frozen_encoder_keeps_its_bits_and_has_no_momenta_while_the_head_learns(
     method: str, photos: Path, tmp_path: Path
 ) -> None:
-    optim = {"freeze_encoder_share": 0.5, "weight_decay": 0.3, "warmup_share": 0.0}
+    optim = {"freeze_encoder_ratio": 0.5, "weight_decay": 0.3, "warmup_ratio": 0.0}
     run = train(tmp_path / "a", photos, method, optim=optim, checkpoint={"every": 1, "keep": 9}, drop_path=0.2)
     stages = [load_file(run / "checkpoints" / f"step_{n:08d}" / "weights.safetensors") for n in (0, 4, 5)]
     trained = {name: p for name, p in pretrain_parameters(run).items() if p.requires_grad}
@@ -691,20 +693,20 @@ def test_a_frozen_encoder_keeps_its_bits_and_has_no_momenta_while_the_head_learn
 def test_a_run_killed_in_a_freeze_resumes_to_the_same_bits(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {"optim": {"freeze_encoder_share": 0.6}}
+    more = {"optim": {"freeze_encoder_ratio": 0.6}}
     undisturbed = weights(train(tmp_path / "a", photos, "dino", **more))
-    original = pretrain.get_method("dino").after_step
+    original = get_method("dino").after_step
 
     def stop(self: Any, progress: float) -> None:
         original(self, progress)
         if progress >= 0.5:
             raise Killed
 
-    monkeypatch.setattr(pretrain.get_method("dino"), "after_step", stop)
+    monkeypatch.setattr(get_method("dino"), "after_step", stop)
     with pytest.raises(Killed):
         train(tmp_path / "b", photos, "dino", **more)
     monkeypatch.undo()
-    pretrain.resume(tmp_path / "b", quiet=True)
+    runs.resume(tmp_path / "b", quiet=True)
     assert same(undisturbed, weights(tmp_path / "b"))
 
 
@@ -712,8 +714,8 @@ def test_a_freeze_needs_something_beside_the_encoder(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MAE, "networks", lambda self: {"encoder": self})
-    with pytest.raises(ConfigError, match=r"freeze_encoder_share=0.1: mae trains nothing beside its encoder"):
-        train(tmp_path / "a", photos, optim={"freeze_encoder_share": 0.1})
+    with pytest.raises(ConfigError, match=r"freeze_encoder_ratio=0.1: mae trains nothing beside its encoder"):
+        train(tmp_path / "a", photos, optim={"freeze_encoder_ratio": 0.1})
 
 
 class Scores:
@@ -722,14 +724,14 @@ class Scores:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
         self.asked: list[int] = []
 
-        def judge(hook: pretrain.EvaluationHook, step: int, method: Any) -> list[Result]:
+        def judge(hook: EvaluationHook, step: int, method: Any) -> list[Result]:
             self.asked.append(step)
             value = scores[step // 2]
             results = [Result("knn", "e", "d", {"top1": value}, {"top1": SHARE}, {})]
             write_results(hook.file(step), results)
             return results
 
-        monkeypatch.setattr(pretrain.EvaluationHook, "judge", judge)
+        monkeypatch.setattr(EvaluationHook, "evaluate", judge)
 
 
 def state_of(run: Path) -> dict[str, Any]:
@@ -752,9 +754,9 @@ def test_patience_ends_a_run_early_and_changes_no_step_before_its_end(
     best = smalti.load(run / "best", quiet=True)
     stored = load_file(whole / "checkpoints" / "step_00000002" / "weights.safetensors")
     assert torch.equal(best.vit.cls_token, stored["encoder.vit.cls_token"])
-    pretrain.resume(run, quiet=True)  # stays where it ended
+    runs.resume(run, quiet=True)  # stays where it ended
     assert (state_of(run), scores.asked) == (state, [0, 2, 4, 6])
-    pretrain.resume(run, {"eval": {"patience": 0}}, quiet=True)
+    runs.resume(run, {"eval": {"patience": 0}}, quiet=True)
     assert state_of(run)["step"] == 8 and same(weights(whole), weights(run))
 
 
@@ -766,9 +768,9 @@ def test_a_run_killed_around_an_evaluation_stops_where_an_undisturbed_one_does(
     more: dict[str, Any] = {"checkpoint": {"every": 2}, "eval": evaluation}
     Scores(monkeypatch, 0.3, 0.2, 0.4, 0.1, 0.2)
     undisturbed = train(tmp_path / "a", photos, **more)
-    judge, update = pretrain.EvaluationHook.judge, Checkpoints.update_state
+    judge, update = EvaluationHook.evaluate, Checkpoints.update_state
 
-    def killed_judge(hook: pretrain.EvaluationHook, step: int, method: Any) -> list[Result]:
+    def killed_judge(hook: EvaluationHook, step: int, method: Any) -> list[Result]:
         if step == 6 and killed_before == "judging":
             raise Killed
         return judge(hook, step, method)
@@ -778,13 +780,13 @@ def test_a_run_killed_around_an_evaluation_stops_where_an_undisturbed_one_does(
             raise Killed
         update(self, state)
 
-    monkeypatch.setattr(pretrain.EvaluationHook, "judge", killed_judge)
+    monkeypatch.setattr(EvaluationHook, "evaluate", killed_judge)
     monkeypatch.setattr(Checkpoints, "update_state", killed_update)
     with pytest.raises(Killed):
         train(tmp_path / "b", photos, **more)
-    monkeypatch.setattr(pretrain.EvaluationHook, "judge", judge)
+    monkeypatch.setattr(EvaluationHook, "evaluate", judge)
     monkeypatch.setattr(Checkpoints, "update_state", update)
-    pretrain.resume(tmp_path / "b", quiet=True)
+    runs.resume(tmp_path / "b", quiet=True)
     assert state_of(undisturbed) == state_of(tmp_path / "b")
     assert state_of(undisturbed)["without_best"] == 2 and state_of(undisturbed)["best_step"] == 4
     assert same(weights(undisturbed), weights(tmp_path / "b"))
@@ -796,16 +798,16 @@ def test_the_best_weights_have_a_name_everywhere(photos: Path, class_folders: Pa
         smalti.load(run / "best")
     with pytest.raises(WeightsError, match="no such run or file"):
         smalti.load(tmp_path / "best")
-    assert pretrain.absolute(str(run / "best")) == str(run.resolve() / "best")
+    assert absolute(str(run / "best")) == str(run.resolve() / "best")
 
 
 def test_evaluation_may_look_at_the_network_that_is_not_handed_on(
     photos: Path, class_folders: Path, tmp_path: Path
 ) -> None:
     own = {"roi_size": 3, "hidden_dim": 16, "out_dim": 8, "num_local_views": 1, "local_size": 16, "from_scratch": True}
-    tree = pretrain.merge(TINY, {"method": own, "steps": 1, "weights": "teacher"})
+    tree = merge(TINY, {"method": own, "steps": 1, "weights": "teacher"})
     judged = {"eval": {"data": str(class_folders), "protocols": ["knn"], "image_size": 32, "baseline": False}}
-    run = smalti.train("neco", photos, tmp_path / "a", overrides=pretrain.merge(tree, judged), quiet=True)
+    run = smalti.train("neco", photos, tmp_path / "a", overrides=merge(tree, judged), quiet=True)
     assert list((run / "results").glob("*.json"))
     few = {"num_prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8, "num_small_queries": 1, "cluster": False}
     with pytest.raises(ConfigError, match=r"weights=teacher: loca as it is set has student"):
@@ -820,6 +822,6 @@ def test_scores_of_another_evaluation_are_not_compared_with_those_before(
     evaluation = {"data": str(class_folders), "every": 2, "patience": 2}
     run = train(tmp_path / "a", photos, eval=evaluation)
     assert (state_of(run)["step"], state_of(run)["best_step"]) == (4, 0)
-    pretrain.resume(run, {"eval": {"patience": 0, "k": 3}}, quiet=True)
+    runs.resume(run, {"eval": {"patience": 0, "k": 3}}, quiet=True)
     state = state_of(run)
     assert (state["step"], state["best_step"], state["best_score"]) == (8, 8, 0.35)

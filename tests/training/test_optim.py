@@ -25,7 +25,7 @@ def test_the_rate_scales_with_the_images_of_a_step() -> None:
 
 
 def test_warm_up_is_linear_and_the_rest_a_half_cosine() -> None:
-    config = OptimConfig(warmup_share=0.2, min_lr=0.1)
+    config = OptimConfig(warmup_ratio=0.2, min_lr=0.1)
     assert_close(
         [learning_rate(config, peak=1.0, progress=p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)], [0.0, 0.5, 1.0, 0.55, 0.1]
     )
@@ -42,7 +42,7 @@ def test_schedules_reach_every_group_with_its_scale() -> None:
         {"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr_scale": 1.0, "weight_decay_scale": 1.0},
         {"params": [torch.nn.Parameter(torch.ones(2))], "lr_scale": 0.5, "weight_decay_scale": 0.0},
     ]
-    config = OptimConfig(warmup_share=0.0, weight_decay=0.1)
+    config = OptimConfig(warmup_ratio=0.0, weight_decay=0.1)
     optimizer = build_optimizer(groups, config)
     apply_schedules(optimizer, config, peak=2.0, progress=0.0)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(2.0, 0.1), (1.0, 0.0)]
@@ -50,7 +50,7 @@ def test_schedules_reach_every_group_with_its_scale() -> None:
 
 def test_the_optimiser_is_adamw_by_definition() -> None:
     parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    config = OptimConfig(betas=(0.9, 0.99), weight_decay=0.1, warmup_share=0.0)
+    config = OptimConfig(betas=(0.9, 0.99), weight_decay=0.1, warmup_ratio=0.0)
     optimizer = build_optimizer([{"params": [parameter], "lr_scale": 1.0, "weight_decay_scale": 1.0}], config)
     x, m, v = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
     for number in range(1, 4):
@@ -84,7 +84,7 @@ def test_clipping_holds_for_all_gradients_or_for_each() -> None:
 
 
 def test_mistakes_are_one_line_each() -> None:
-    for wrong in ({"warmup_share": 2}, {"lr": -1}, {"betas": [2, 0.9]}, {"eps": 0}):
+    for wrong in ({"warmup_ratio": 2}, {"lr": -1}, {"betas": [2, 0.9]}, {"eps": 0}):
         said = "input should be|at (most|least) . is needed|(less|more) than . is needed"
         with pytest.raises(ConfigError, match=f"optim: {next(iter(wrong))}.*: ({said})"):
             build(OptimConfig, wrong, "optim")
@@ -93,6 +93,6 @@ def test_mistakes_are_one_line_each() -> None:
 
 
 def test_a_constant_rate_stays_at_its_peak_after_the_warm_up() -> None:
-    config = OptimConfig(warmup_share=0.2, after_warmup="constant", min_lr=0.0)
+    config = OptimConfig(warmup_ratio=0.2, after_warmup="constant", min_lr=0.0)
     rates = [learning_rate(config, peak=3.0, progress=progress) for progress in (0.0, 0.1, 0.2, 0.5, 1.0)]
     assert rates == pytest.approx([0.0, 1.5, 3.0, 3.0, 3.0])

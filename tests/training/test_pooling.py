@@ -11,11 +11,12 @@ from torch.testing import assert_close
 
 import smalti
 from smalti.config import read_yaml
+from smalti.data.loader import TrainLoader
 from smalti.errors import ConfigError
-from smalti.export.timm import export_timm
+from smalti.exporters.timm import export_timm
 from smalti.layers.pooling import PRRConfig
 from smalti.methods.base import get_method, method_names
-from smalti.study import pretrain
+from smalti.runs import train as runs
 from training.test_loop import Killed, same, train, weights
 
 NORMS = {"pre_norm": True, "post_norm": True}
@@ -60,7 +61,7 @@ def test_a_stopped_run_goes_on_to_the_bit(
     pool: dict[str, Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(tmp_path / "whole", photos, "dino", **pool)
-    loader = pretrain.TrainLoader.__iter__
+    loader = TrainLoader.__iter__
 
     def stopping(self: Any) -> Any:
         for number, views in enumerate(loader(self)):
@@ -69,9 +70,9 @@ def test_a_stopped_run_goes_on_to_the_bit(
             yield views
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pretrain.TrainLoader, "__iter__", stopping)
+        patch.setattr(TrainLoader, "__iter__", stopping)
         train(tmp_path / "part", photos, "dino", **pool)
-    part = pretrain.resume(tmp_path / "part", quiet=True)
+    part = runs.resume(tmp_path / "part", quiet=True)
     assert same(weights(whole), weights(part))
     assert read_yaml(part / "config.yaml")["pool"] == pool["pool"]
 
@@ -123,7 +124,7 @@ def test_mistakes_are_found_before_anything_is_written(
 def test_weights_with_one_pooling_may_be_trained_on_with_another(photos: Path, tmp_path: Path) -> None:
     first = train(tmp_path / "first", photos, "dino", pool="map")
     kept = {"init": str(first), "encoder": None, "steps": 1}
-    again = train(tmp_path / "again", photos, "dino", **kept, pool="map", optim={"lr": 0.0, "freeze_encoder_share": 0})
+    again = train(tmp_path / "again", photos, "dino", **kept, pool="map", optim={"lr": 0.0, "freeze_encoder_ratio": 0})
     assert torch.equal(smalti.load(again).vit.attn_pool.latent, smalti.load(first).vit.attn_pool.latent)
     assert smalti.load(train(tmp_path / "prr", photos, "dino", **kept, pool="prr")).pool == "prr"
     with pytest.raises(ConfigError, match="pool=prr has parameters"):

@@ -9,7 +9,7 @@ from smalti.cli.options import Debug, Out, Quiet, needed
 from smalti.errors import RunError
 
 if TYPE_CHECKING:
-    from smalti.study.compare import Comparison
+    from smalti.comparison.run import Comparison
 
 NAME = "compare"
 
@@ -29,8 +29,8 @@ def command(
     """
     folder = needed(out, "--out", "DIR")
 
+    from smalti.comparison.run import compare
     from smalti.report.comparison import write_comparison
-    from smalti.study.compare import compare
 
     comparison = compare(plan, folder, quiet=quiet)
     page = write_comparison(comparison)
@@ -47,8 +47,8 @@ def _print(comparison: "Comparison") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from smalti.study.compare import COST_COLUMNS, cost_cells
-    from smalti.study.rows import about_lines, gain_cells, table_cells
+    from smalti.comparison.run import COST_COLUMNS, cost_cells
+    from smalti.evaluation.paired import about_lines, gain_cells, table_cells
 
     console = Console(markup=False)
     first = next(iter(comparison.plan.arms))

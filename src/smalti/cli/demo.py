@@ -26,11 +26,11 @@ def command(
     overrides = parse_overrides(words or [])
 
     from smalti.cli.options import print_results
-    from smalti.data.folders import open_images, read_image
+    from smalti.data.images.folders import open_images, read_image
     from smalti.models.loading import load
     from smalti.report.figures import hero_figure
     from smalti.report.page import write_report
-    from smalti.study.demo import run_demo
+    from smalti.runs.demo import run_demo
 
     done = run_demo(out, overrides, quiet=quiet)
     page = write_report(done.run)

@@ -45,22 +45,23 @@ def command(
     import sys
 
     from smalti.config import build, read_yaml
-    from smalti.study.doctor import doctor, measure_step
-    from smalti.study.pretrain import DataConfig, with_signals
+    from smalti.preflight.report import doctor, measure_step
+    from smalti.runs.config import DataConfig, with_signals
 
     tree = merge(tree, {"data": {"path": data}} if data else {})
     if method or recipe or tree.keys() - {"data"}:
         from smalti.cli.options import best_device
-        from smalti.study.catalogue import find_recipe
-        from smalti.study.pretrain import resolve, shared_by_workers, step_maker, with_start
+        from smalti.preflight.step import shared_by_workers, step_maker
+        from smalti.runs.config import resolve, with_start
+        from smalti.runs.recipes import find_recipe
         from smalti.training.launch import num_processes
 
         given = read_yaml(find_recipe(recipe)) if recipe else {}
         given = merge(merge(given, {"method": {"name": method}} if method else {}), tree)
-        config, own = resolve(with_start(with_signals(given)), str(recipe) if recipe else "settings")
+        config = resolve(with_start(with_signals(given)), str(recipe) if recipe else "settings")
         settings = config.data
         device = best_device()
-        make_step, checkpoint_mib = step_maker(config, own, device)
+        make_step, checkpoint_mib = step_maker(config, device)
         step = measure_step(
             make_step,
             batch_size=config.batch_size,
@@ -70,7 +71,7 @@ def command(
             device=device,
             checkpoint_mib=checkpoint_mib,
             keep=config.checkpoint.keep,
-            shared_mib=shared_by_workers(config, own),
+            shared_mib=shared_by_workers(config),
         )
     else:
         settings, step = build(DataConfig, with_signals(tree).get("data", {}), group="data"), None
@@ -89,7 +90,7 @@ def _is_data(word: str) -> bool:
     """Whether it is ``PATH`` or ``NAME=PATH``, not a setting."""
     if "=" not in word or Path(word).exists():
         return True
-    from smalti.data.folders import READERS
-    from smalti.data.signals import READER
+    from smalti.data.images.folders import READERS
+    from smalti.data.signals.signal_set import READER
 
     return word.partition("=")[0] in (*READERS, READER)

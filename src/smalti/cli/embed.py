@@ -18,7 +18,7 @@ from smalti.cli.options import (
     settings_of_run,
 )
 from smalti.config import BatchSize, ImageSize, build, parse_overrides, settings
-from smalti.data.pixels import PixelConfig
+from smalti.data.images.pixels import PixelConfig
 
 NAME = "embed"
 
@@ -60,8 +60,8 @@ def command(
     given = build(EmbedConfig, {**pixels_of_run(settings_of_run(encoder)), **parse_overrides(words or [])})
 
     from smalti.cli.options import best_device, load_encoder
-    from smalti.data.folders import open_images
-    from smalti.export.embeddings import embed
+    from smalti.data.images.folders import open_images
+    from smalti.exporters.embeddings import embed
 
     images = open_images(data).with_pixels(given.pixels)
     if not quiet:

@@ -71,14 +71,14 @@ def command(
 
     from smalti.cli.options import Progress, best_device, load_encoder, print_results, say_data
     from smalti.config import build
-    from smalti.data.signal_config import SignalConfig
-    from smalti.data.signals import open_signals
+    from smalti.data.signals.signal_config import SignalConfig
+    from smalti.data.signals.signal_set import open_signals
     from smalti.evaluation.details import write_details
     from smalti.evaluation.protocol import EvalConfig, open_sets, write_results
     from smalti.files import check_folder, check_writable
     from smalti.report.evaluation import RESULTS_FILE, check_free, save_evaluation
-    from smalti.study.baseline import evaluate
-    from smalti.study.run_folder import CONFIG_FILE, RESULTS, new_results_file
+    from smalti.runs.baseline import evaluate
+    from smalti.runs.folder import CONFIG_FILE, RESULTS, new_results_file
 
     config = build(EvalConfig, settings, "eval")
     run = Path(encoder).expanduser()
@@ -125,8 +125,8 @@ def _as_generated(folder: str, settings: dict[str, Any]) -> str:
 
 def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Data are read as the run read them, but for the window of signals, and for what the user says."""
-    from smalti.data.signal_config import as_read
-    from smalti.data.signals import is_signals
+    from smalti.data.signals.signal_config import as_read
+    from smalti.data.signals.signal_set import is_signals
 
     tree = settings_of_run(encoder)
     if not is_signals(data):

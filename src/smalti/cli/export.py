@@ -76,9 +76,9 @@ def command(
         raise ConfigError(f"image_size and keep are for --to onnx; --to {to} keeps the model as it is")
 
     from smalti.cli.options import load_encoder
-    from smalti.export.card import input_words
-    from smalti.export.onnx import KEEP, WHOLE, check_onnx, export_onnx
-    from smalti.export.timm import check_target, export_timm
+    from smalti.exporters.card import input_words
+    from smalti.exporters.onnx import KEEP, WHOLE, check_onnx, export_onnx
+    from smalti.exporters.timm import check_target, export_timm
 
     if to == "onnx":
         check_onnx()

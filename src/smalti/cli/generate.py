@@ -83,12 +83,12 @@ def command(
     from rich.progress import Progress, TimeRemainingColumn
 
     from smalti.cli.options import best_device, write_json
-    from smalti.data.folders import read_image
-    from smalti.data.orders import CACHED
+    from smalti.data.images.folders import read_image
+    from smalti.data.order_files import CACHED
     from smalti.methods.mar import SamplerConfig
     from smalti.models.loading import weights_digest
     from smalti.report.samples import FOLDER, as_pixels, film_strip, picture_grid, write_png
-    from smalti.study.generate import (
+    from smalti.runs.generate import (
         choose_classes,
         choose_orders,
         draw_images,
@@ -97,7 +97,7 @@ def command(
         open_cache,
         own_order,
     )
-    from smalti.study.lock import locked
+    from smalti.runs.lock import locked
 
     given = {
         "iterations": iterations,

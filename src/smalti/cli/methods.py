@@ -20,7 +20,7 @@ def command(
 
     from smalti.config import field_docs
     from smalti.methods.base import get_method
-    from smalti.study.catalogue import COLUMNS, catalogue
+    from smalti.runs.recipes import COLUMNS, catalogue
 
     console = Console()
     if name is not None:

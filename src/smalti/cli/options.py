@@ -66,7 +66,7 @@ def settings_of_run(encoder: str) -> dict[str, Any]:
 
 def pixels_of_run(tree: Mapping[str, Any]) -> dict[str, Any]:
     """``scale`` and ``max_pixels`` in a run's settings, where they aren't the defaults."""
-    from smalti.data.pixels import NO_PIXELS, trained_pixels
+    from smalti.data.images.pixels import NO_PIXELS, trained_pixels
 
     known = to_tree(trained_pixels(tree))
     return {key: value for key, value in known.items() if value != getattr(NO_PIXELS, key)}
@@ -121,7 +121,7 @@ def load_encoder(
 
 def say_data(data: str, class_depth: Any = None) -> None:
     """What images lie at a path, how they are read, and what is left out: one line on stderr."""
-    from smalti.data.folders import open_images
+    from smalti.data.images.folders import open_images
 
     print(f"data: {open_images(data, class_depth=class_depth).account()}", file=sys.stderr)
 
@@ -138,8 +138,8 @@ def print_results(results: "list[Result]") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from smalti.evaluation.paired import result_cells
     from smalti.evaluation.protocol import BASELINE_LABELS, describe_result
-    from smalti.study.rows import result_cells
 
     console = Console(markup=False)
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}

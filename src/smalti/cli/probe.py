@@ -36,7 +36,7 @@ def command(
     from smalti.cli.options import write_json
     from smalti.files import check_writable
     from smalti.report.positions import draw_positions
-    from smalti.study.probe import UNITS, probe_positions, write_probe
+    from smalti.runs.probe import UNITS, probe_positions, write_probe
 
     if json:
         check_writable(json)

@@ -14,7 +14,7 @@ from smalti.errors import ConfigError
 from smalti.files import check_writable, is_free
 
 if TYPE_CHECKING:
-    from smalti.study.ranking import Ranking
+    from smalti.ranking.rank import Ranking
 
 NAME = "rank"
 
@@ -59,7 +59,7 @@ def command(
     shown, scale, max_pixels. See docs/ranking.md.
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "orders")
-    from smalti.study.ranking import ORDERS_FILE, RankConfig, rank, ranking_content, write_ranking
+    from smalti.ranking.rank import ORDERS_FILE, RankConfig, rank, ranking_content, write_ranking
 
     config = build(RankConfig, {**pixels_of_run(settings_of_run(spec)), **parse_overrides(words or [])})
     names = [name.strip() for name in (orders or "").split(",") if name.strip()]
@@ -96,7 +96,7 @@ def command(
     for sentence in ranking.sentences:
         print(sentence)
     if ranking.skipped:
-        from smalti.data.image_set import as_text
+        from smalti.data.images.image_set import as_text
 
         path, reason = ranking.skipped[0]
         print(f"unreadable and left out: {len(ranking.skipped):,}, the first: {as_text(path)}: {reason}")
@@ -120,7 +120,13 @@ def _file_of(out: Path, name: str) -> Path:
 
 
 def _print(ranking: "Ranking") -> None:
-    described = ("position_share", "static_correlation", "top_overlap", "neighbour_correlation", "nearest_distance")
+    described = (
+        "position_variance_ratio",
+        "static_correlation",
+        "top_overlap",
+        "neighbour_correlation",
+        "nearest_distance",
+    )
     title = f"orders of {len(ranking.images):,} images by {ranking.source}"
     _print_table(title, described, ranking.described)
     if ranking.judged:

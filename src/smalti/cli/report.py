@@ -27,11 +27,11 @@ def command(
     """Write one self-contained HTML page: of a run (curves, feature maps, a patch to click, results), of a comparison
     (what smalti compare wrote) or of an evaluation (what smalti evaluate --out wrote).
     """
-    from smalti.data.folders import open_images
+    from smalti.comparison.run import SUMMARY
+    from smalti.data.images.folders import open_images
     from smalti.report.comparison import write_comparison
     from smalti.report.evaluation import RESULTS_FILE, write_evaluation
     from smalti.report.page import NUM_IMAGES, write_report
-    from smalti.study.compare import SUMMARY
 
     is_comparison, is_evaluation = (run / SUMMARY).is_file(), (run / RESULTS_FILE).is_file()
     if (is_comparison or is_evaluation) and (data or images is not None):

@@ -53,7 +53,7 @@ def command(words: Settings = None, out: Out = None, quiet: Quiet = False, debug
     if idle := sorted(named - set(SCENES) if given.kind == "scenes" else named & set(SCENES)):
         warnings.warn(f"{', '.join(idle)}: no effect on kind={given.kind}", stacklevel=2)
     if given.kind == "sleep":
-        from smalti.data.sleep_samples import write_nights
+        from smalti.data.signals.sleep_samples import write_nights
 
         written = write_nights(
             out,

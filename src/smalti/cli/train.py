@@ -12,7 +12,7 @@ from smalti.config import parse_overrides, read_yaml
 from smalti.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from smalti.study.posttrain import Verdict
+    from smalti.runs.posttrain import Verdict
 
 NAME = "train"
 
@@ -48,7 +48,7 @@ def command(
     method = words.pop(0) if words and "=" not in words[0] else None
     overrides = parse_overrides(words)
 
-    from smalti.study import pretrain
+    from smalti.runs import train as pretrain
 
     if resume is not None:
         given = {"a method": method, "--data": data, "--out": out, "--init": init, "--recipe": recipe}
@@ -66,8 +66,8 @@ def _say_what_next(run: Path) -> None:
     from smalti.cli.options import print_results
     from smalti.evaluation.protocol import read_results
     from smalti.methods.base import TokenMethod, get_method
-    from smalti.study.posttrain import read_verdict
-    from smalti.study.run_folder import read_run_file
+    from smalti.runs.folder import read_run_file
+    from smalti.runs.posttrain import read_verdict
     from smalti.training.checkpoint import read_state
 
     state, verdict = read_state(run), None
@@ -109,7 +109,7 @@ def _print_verdict(verdict: "Verdict") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from smalti.study.posttrain import VERDICT_COLUMNS, verdict_cells
+    from smalti.runs.posttrain import VERDICT_COLUMNS, verdict_cells
 
     console = Console(markup=False)
     print(verdict.rows[0].data)

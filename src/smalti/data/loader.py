@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from smalti.data.folders import ImageSet, read_image
-from smalti.data.image_set import as_text
+from smalti.data.images.folders import ImageSet, read_image
+from smalti.data.images.image_set import as_text
 from smalti.data.views import SampleViews, Skipped, ViewMaker, Views, collate
 from smalti.data.workers import default_workers, load_items
 from smalti.errors import DataError, RunError

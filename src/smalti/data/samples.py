@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from smalti.data.folders import read_image
+from smalti.data.images.folders import read_image
 from smalti.data.loader import sample_key
 from smalti.data.views import resize
 from smalti.errors import DataError, MissingExtraError

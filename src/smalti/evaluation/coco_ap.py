@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from smalti.data.coco import CocoImage, CocoObject
+from smalti.data.images.coco import CocoImage, CocoObject
 from smalti.errors import DataError, MissingExtraError
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from smalti.data.folders import ImageSet
-from smalti.data.labelled import EvalCrop, LabelledData, eval_batches
-from smalti.data.signals import LabelledSignals
+from smalti.data.images.folders import ImageSet
+from smalti.data.images.labelled import EvalCrop, LabelledData, eval_batches
+from smalti.data.signals.signal_set import LabelledSignals
 from smalti.errors import ConfigError, DataError, RunError
 from smalti.models.encoder import ClassHead, Encoder, PatchFeatures, pool_features
 

@@ -20,20 +20,20 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from smalti.data.folders import ImageSet
-from smalti.data.labelled import eval_mask
+from smalti.data.images.folders import ImageSet
+from smalti.data.images.labelled import eval_mask
 from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import ColorConfig, random_resized_crop, recolor
 from smalti.errors import DataError
 from smalti.evaluation.features import Features
-from smalti.evaluation.linear_segmentation import (
+from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.protocols.linear_segmentation import (
     augmented_tokens,
     ignored_value,
     mask_of_readable,
     read_masks,
     warn_unlabelled,
 )
-from smalti.evaluation.protocol import EvalConfig
 from smalti.functional.neighbours import nearest, patch_counts
 from smalti.functional.random import sample_uniform
 from smalti.models.encoder import Encoder

@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from smalti.config import BatchSize, Count, CountFromZero, ImageSize, Seed, Workers, settings, to_tree
-from smalti.data.folders import ClassDepth, ImageSet, open_images
-from smalti.data.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
-from smalti.data.pixels import PixelConfig
-from smalti.data.signal_config import SignalConfig
-from smalti.data.signals import LabelledSignals, is_signals, open_labelled_signals
+from smalti.config import BatchSize, Count, CountFromZero, ImageSize, PathText, Seed, Workers, settings, to_tree
+from smalti.data.images.folders import ClassDepth, ImageSet, open_images
+from smalti.data.images.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
+from smalti.data.images.pixels import PixelConfig
+from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.signal_set import LabelledSignals, is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import Features, Observer, Progress, own_head
 from smalti.evaluation.intervals import group_images
@@ -49,7 +49,7 @@ SHARE = "share of 1, higher is better"
 class EvalConfig(PixelConfig):
     """Settings of all protocols. Where a protocol doesn't heed a setting that was changed, a warning says so."""
 
-    data: str | None = None
+    data: PathText | None = None
     """Labelled images: class folders, or images with masks; NAME=PATH forces a reader."""
     protocols: tuple[str, ...] = ()
     """Names of the protocols; empty takes all that fit the data."""
@@ -100,9 +100,9 @@ class EvalConfig(PixelConfig):
     preset: Preset = "small"
     """Sizes and conventions: small ends in minutes on a CPU; full has the published sizes and our conventions; paper
     has the published code's conventions, too, for numbers beside published ones."""
-    generated: str | None = None
+    generated: PathText | None = None
     """generation: the images to be judged, as ``--data`` takes them, or what ``smalti generate --out`` named."""
-    inception: str | None = None
+    inception: PathText | None = None
     """generation: weights of FID's Inception network, for FID, KID and inception score beside the other numbers."""
     k: Count | None = None
     """generation, knn, knn-patch, in-context, retrieval: number of neighbours; None takes the protocol's own."""
@@ -152,7 +152,7 @@ class EvalConfig(PixelConfig):
     """linear-segmentation, overclustering, in-context: side of the masks in pixels; None takes the preset's."""
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
-    orders: tuple[str, ...] = ()
+    orders: tuple[PathText, ...] = ()
     """keep-curve: orders of patches by name, and files of ``smalti rank`` (.parquet), each for all orders in it. The
     first counts first; the one that the encoder learned with, random and fixed ones are always among them."""
     rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
@@ -401,8 +401,8 @@ def register_protocol(
 
 
 def protocol_names() -> tuple[str, ...]:
-    """Names of the protocols that this version has, in the order of their registration."""
-    return tuple(_REGISTRY)
+    """Names of the registered protocols, in alphabetical order."""
+    return tuple(sorted(_REGISTRY))
 
 
 def find_protocol(name: str) -> Protocol:
@@ -413,21 +413,22 @@ def find_protocol(name: str) -> Protocol:
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
-    have = ", ".join(_REGISTRY)
+    have = ", ".join(protocol_names())
     near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"there are: {have}"
     raise ConfigError(f"no protocol '{name}'; {hint}")
 
 
 def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
-    """Names of the protocols that the layout of the data allows and that end in minutes, in registration order.
+    """Names of the protocols that the layout of the data allows and that end in minutes, in alphabetical order.
 
     Data with neither labels nor masks get those that need none.
     """
+    protocols = [_REGISTRY[name] for name in protocol_names()]
     if is_signals(data):
-        return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need == "stages")
+        return tuple(protocol.name for protocol in protocols if protocol.need == "stages")
     has = _has(open_images(data, class_depth=class_depth)) or {"images"}
-    return tuple(protocol.name for protocol in _REGISTRY.values() if protocol.need in has and protocol.by_default)
+    return tuple(protocol.name for protocol in protocols if protocol.need in has and protocol.by_default)
 
 
 def evaluate(
@@ -476,11 +477,11 @@ def evaluate(
     other: Encoder | None = None
     if config.baseline and compared and baseline is not None:
         other = baseline.make().to(next(encoder.parameters()).device)
-    results = _judge(encoder, name, data, protocols, sets, config, progress, figures, other)
+    results = _evaluate_encoder(encoder, name, data, protocols, sets, config, progress, figures, other)
     beside: dict[str, Result] = {}
     if other is not None and baseline is not None:
         label = f"{name} ({baseline.label})"
-        found = _judge(other, label, data, compared, sets, config, progress, figures, encoder)
+        found = _evaluate_encoder(other, label, data, compared, sets, config, progress, figures, encoder)
         beside = {result.protocol: dataclasses.replace(result, baseline=baseline.kind) for result in found}
     return [one for result in results for one in (result, beside.get(result.protocol)) if one is not None]
 
@@ -663,7 +664,7 @@ def _result(row: Mapping[str, Any]) -> Result:
     return Result(**{**row, "metrics": _numbers(row["metrics"]), **groups})
 
 
-def _judge(
+def _evaluate_encoder(
     encoder: Encoder,
     name: str,
     data: str,

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from smalti.data.images import as_picture, image_size
-from smalti.data.labelled import eval_image, eval_mask, read_mask
+from smalti.data.images.decode import as_picture, image_size
+from smalti.data.images.labelled import eval_image, eval_mask, read_mask
 from smalti.errors import DataError
 from smalti.evaluation.features import Features
 from smalti.functional.components import reduce_patches

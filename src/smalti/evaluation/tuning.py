@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from smalti.data.folders import ImageSample
-from smalti.data.labelled import eval_batches
+from smalti.data.images.folders import ImageSample
+from smalti.data.images.labelled import eval_batches
 from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import Skipped, random_resized_crop, resize
 from smalti.data.workers import load_items
@@ -326,7 +326,7 @@ def _to(device: torch.device, targets: Any) -> Any:
     return [{name: value.to(device) for name, value in target.items()} for target in targets]
 
 
-def judge_labels(
+def evaluate_labels(
     model: Callable[[Tensor], Tensor], features: Features, size: int
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Tally], ConfusionMatrix]:
     """How well a classifier tells the test images: short side resized, central square.

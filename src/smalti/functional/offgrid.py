@@ -23,7 +23,7 @@ from smalti.functional.transfer import move
 
 KINDS = ("grid", "offgrid", "offgrid_scale", "nonoverlapping", "saliency", "hierarchical")
 """Ways to draw boxes, see :class:`PatchSampler`."""
-SIZE_LAWS = ("official", "uniform", "log_uniform")
+SIZE_DISTRIBUTIONS = ("official", "uniform", "log_uniform")
 MOST_SEPARATE = 0.35
 """Share of the image that patches which don't overlap may cover: dropped one by one at random, they jam at 0.56."""
 _IN_CACHE = 625_000  # numbers of the images that a CPU samples at a time: 2.5 MB stay in its cache
@@ -83,7 +83,7 @@ def offgrid_boxes(
     return _boxes(starts.float(), move(torch.tensor(patch_size[::-1]).float(), keys.device))
 
 
-def side_law(extent: int, low: int, high: int, law: str = "official") -> Float[Tensor, " n"]:
+def side_distribution(extent: int, low: int, high: int, law: str = "official") -> Float[Tensor, " n"]:
     """Probabilities of the sides low, low + 1, ..., high of a box along an axis of ``extent`` pixels.
 
     ``official``: proportional to ``extent - d``, as of the distance of two uniform pixels that is kept when it lies in
@@ -103,7 +103,7 @@ def side_law(extent: int, low: int, high: int, law: str = "official") -> Float[T
     elif law == "log_uniform":
         weights = torch.log1p(1 / sides)
     else:
-        raise ConfigError(f"size_law={law!r}: one of {', '.join(SIZE_LAWS)} is needed")
+        raise ConfigError(f"size_distribution={law!r}: one of {', '.join(SIZE_DISTRIBUTIONS)} is needed")
     return weights / weights.sum()
 
 
@@ -127,7 +127,7 @@ def scaled_boxes(
         num_patches: N.
         size: of the image, ``(H, W)`` or ``(T,)``.
         sides: smallest and largest side in pixels, whole numbers.
-        law: of the sides, see :func:`side_law`.
+        law: of the sides, see :func:`side_distribution`.
         aspect: width and height are independent; otherwise boxes are square, by the law of the shorter axis.
         subpixel: starts are real numbers; sides stay whole.
 
@@ -139,7 +139,7 @@ def scaled_boxes(
     extents = size[::-1]
     lengths = []
     for axis in range(axes):
-        cumulative = move(side_law(extents[axis] if aspect else min(extents), *sides, law).cumsum(0), device)
+        cumulative = move(side_distribution(extents[axis] if aspect else min(extents), *sides, law).cumsum(0), device)
         draw = draws[..., axis if aspect else 0].contiguous()
         lengths.append(torch.searchsorted(cumulative, draw, right=True).clamp(max=sides[1] - sides[0]) + sides[0])
     side = torch.stack(lengths, dim=-1).double()  # (B, N, A)
@@ -186,7 +186,7 @@ def salient_boxes(
     num_patches: int,
     images: Float[Tensor, "B C *S"],
     patch_size: tuple[int, ...],
-    uniform_share: float = 0.2,
+    uniform_ratio: float = 0.2,
 ) -> Float[Tensor, "B N E"]:
     """Patches where something happens: the chance of a place grows with the gradient energy under the patch.
 
@@ -195,7 +195,7 @@ def salient_boxes(
         num_patches: N.
         images: normalised.
         patch_size: ``(ph, pw)`` or ``(P,)``.
-        uniform_share: chance that a patch is drawn uniformly instead, in [0, 1].
+        uniform_ratio: chance that a patch is drawn uniformly instead, in [0, 1].
     """
     axes = images.ndim - 2
     last = images.movedim(1, -1).float().contiguous()  # (B, *S, C)
@@ -215,7 +215,7 @@ def salient_boxes(
     index = torch.searchsorted(cumulative, draw, right=True).clamp(max=flat.shape[1] - 1)
     starts = [index % places[-1]] if axes == 1 else [index % places[-1], index // places[-1]]  # x, y
     uniform = offgrid_boxes(keys, num_patches, tuple(images.shape[2:]), patch_size)
-    take = sample_uniform(keys, num_patches, _ORDER) < uniform_share
+    take = sample_uniform(keys, num_patches, _ORDER) < uniform_ratio
     by_energy = _boxes(torch.stack(starts, dim=-1).float(), move(torch.tensor(patch_size[::-1]).float(), images.device))
     return torch.where(take[..., None], uniform, by_energy)
 
@@ -385,13 +385,13 @@ class PatchSampler:
     sides: tuple[int, int] | None = None
     """Smallest and largest side: of ``offgrid_scale``, None takes half and twice the patch; of the wholes of
     ``hierarchical``, None takes a quarter and half of the image."""
-    size_law: str = "official"
-    """Law of the sides of ``offgrid_scale``, see :func:`side_law`."""
+    size_distribution: str = "official"
+    """Law of the sides of ``offgrid_scale``, see :func:`side_distribution`."""
     aspect: bool = True
     """``offgrid_scale``: width and height are independent."""
     num_wholes: int = 4
     """Large boxes of ``hierarchical``."""
-    uniform_share: float = 0.2
+    uniform_ratio: float = 0.2
     """``saliency``: share of patches that are drawn uniformly."""
     max_angle: float = 0.0
     """Largest angle by which a patch is turned, in radians."""
@@ -451,14 +451,14 @@ class PatchSampler:
                 num_patches,
                 size,
                 self._sides(size),
-                law=self.size_law,
+                law=self.size_distribution,
                 aspect=self.aspect,
                 subpixel=self.subpixel,
             )
         if self.kind == "nonoverlapping":
             return separate_boxes(keys, num_patches, size, patch, subpixel=self.subpixel)
         if self.kind == "saliency":
-            return salient_boxes(keys, num_patches, images, patch, self.uniform_share)
+            return salient_boxes(keys, num_patches, images, patch, self.uniform_ratio)
         return nested_boxes(keys, num_patches, size, patch, self.num_wholes, self._sides(size))
 
     def angles(self, keys: Int[Tensor, " B"], num_patches: int) -> Float[Tensor, "B N"] | None:

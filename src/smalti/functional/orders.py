@@ -93,8 +93,8 @@ def image_dependence(orders: Int[Tensor, "M N"]) -> dict[str, float]:
 
     Returns:
         ``static_correlation``: mean over images of the correlation between its ranks and the mean ranks of the others;
-        1: all alike. ``position_share``: variance over patches of the mean rank, as a share of that of all ranks; 1/M
-        is chance, 1: all alike.
+        1: all alike. ``position_variance_ratio``: variance over patches of the mean rank, divided by that of all ranks;
+        1/M is chance, 1: all alike.
 
     Raises:
         ShapeError: for fewer than two images, or fewer than two patches.
@@ -106,7 +106,7 @@ def image_dependence(orders: Int[Tensor, "M N"]) -> dict[str, float]:
     spread = ranks[0].var(correction=0)  # of 0..N-1, the same in all rows
     return {
         "static_correlation": float(_correlation(ranks, others).mean()),
-        "position_share": float(ranks.mean(0).var(correction=0) / spread),
+        "position_variance_ratio": float(ranks.mean(0).var(correction=0) / spread),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from smalti.config import settings
+from smalti.config import PathText, settings
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.patches import patchify, unpatchify
 from smalti.functional.random import sample_normal
@@ -41,7 +41,7 @@ class TokenConfig:
     """Side of a patch in pixels."""
     dim: int | None = None
     """d, values a token; None: all of a patch for ``pixels``, 16 (or all, if those are fewer) for ``pca``."""
-    path: str | None = None
+    path: PathText | None = None
     """Of ``autoencoder`` the run, of ``vae`` the folder with ``config.json`` and
     ``diffusion_pytorch_model.safetensors``, or that file."""
     network: dict[str, Any] | None = None

@@ -1,45 +1,7 @@
-"""One paper, one file. Importing this package fills the registry."""
+"""One paper, one file. Importing this package registers all methods."""
 
-from smalti.methods import (
-    autoencoder,
-    cmar,
-    comae,
-    cvit,
-    dino,
-    dinov2,
-    droppos,
-    ibot,
-    intertwined,
-    loca,
-    mae,
-    mar,
-    mp3,
-    neco,
-    part,
-    prefix,
-    supervised,
-)
-from smalti.methods.base import Method, get_method, method_names
+import importlib
+import pkgutil
 
-__all__ = [
-    "Method",
-    "autoencoder",
-    "cmar",
-    "comae",
-    "cvit",
-    "dino",
-    "dinov2",
-    "droppos",
-    "get_method",
-    "ibot",
-    "intertwined",
-    "loca",
-    "mae",
-    "mar",
-    "method_names",
-    "mp3",
-    "neco",
-    "part",
-    "prefix",
-    "supervised",
-]
+for _module in sorted(pkgutil.iter_modules(__path__, f"{__name__}."), key=lambda module: module.name):
+    importlib.import_module(_module.name)

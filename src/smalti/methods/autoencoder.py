@@ -24,7 +24,7 @@ from smalti.functional.patches import patchify
 from smalti.functional.precision import at_least_float32
 from smalti.layers.autoencoder import kl_to_standard_normal
 from smalti.layers.tokens import CodeTokens, TokenConfig, TokenSource, build_tokens, draw_codes
-from smalti.methods.base import Findings, TokenMethod, register
+from smalti.methods.base import Findings, MethodConfig, TokenMethod, register
 
 _WARN_FROM = 0.9
 """Fraction of training after which a comparison with principal components may warn."""
@@ -33,9 +33,10 @@ _FEWEST_PATCHES = 4
 
 
 @settings
-class AutoencoderConfig:
+class AutoencoderConfig(MethodConfig):
     """Settings of the autoencoder; what a code is (``tokens.patch_size``, ``tokens.dim``) stands in ``tokens.*``."""
 
+    name: str = "autoencoder"
     width: Width = 32
     """Channels at full size; 2 and 4 times as many at the levels below."""
     num_blocks: DepthFromZero = 1
@@ -87,7 +88,7 @@ class Autoencoder(TokenMethod):
             "lr": 1e-3,
             "betas": [0.9, 0.99],
             "weight_decay": 0.0,
-            "warmup_share": 0.05,
+            "warmup_ratio": 0.05,
             "min_lr": 0.0,
             "clip_norm": 1.0,
         },

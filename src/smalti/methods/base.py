@@ -13,9 +13,9 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from smalti.config import unknown_key
-from smalti.data.image_set import ImageSet
-from smalti.data.signals import SignalSet
+from smalti.config import settings, unknown_key
+from smalti.data.images.image_set import ImageSet
+from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.layers.tokens import TokenConfig, TokenSource, build_tokens
@@ -32,6 +32,14 @@ class Findings:
     """For the log; the same names each time."""
     warnings: Mapping[str, str] = field(default_factory=dict)
     """Name of a fault to what was seen; told once each."""
+
+
+@settings
+class MethodConfig:
+    """Base of the settings of a method: ``method.*`` on the command line."""
+
+    name: str
+    """The method, as ``smalti train NAME`` spells it."""
 
 
 LEAST_GAIN = 0.01
@@ -120,7 +128,7 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     """As ``smalti train NAME`` spells it; set by :func:`register`."""
-    Config: ClassVar[type]
+    Config: ClassVar[type[MethodConfig]]
     """Settings class; its fields are ``method.*`` on the command line."""
     title: ClassVar[str]
     """The method in a few words."""

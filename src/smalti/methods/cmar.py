@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from smalti.config import settings
-from smalti.data.image_set import ImageSet
-from smalti.data.orders import TrainingOrders
-from smalti.data.signals import SignalSet
+from smalti.config import PathText, settings
+from smalti.data.images.image_set import ImageSet
+from smalti.data.order_files import TrainingOrders
+from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.orders import random_orders
@@ -37,10 +37,11 @@ _REPLACED = 5  # branch of a sample's keys
 class CMARConfig(MARConfig):
     """Settings of CMAR: MAR's, which ``init`` brings, and what follows."""
 
+    name: str = "cmar"
     order: str = "collapse"
     """The order of an image's tokens: collapse, collapse_reversed, collapse_static, collapse_shuffled, coverage,
     in_strength or attention out of a file; random, fixed_random, halton, raster, spiral, centre_out or border_in."""
-    orders: str | None = None
+    orders: PathText | None = None
     """The file of ``smalti rank`` with the orders of the training images."""
     random_order_prob: float = 0.1
     """Share of images that are learned in a random order all the same."""
@@ -61,13 +62,13 @@ def sampler_ratio(share: float) -> float:
 class CMAR(MAR):
     """Fine-tune a MAR on one order for each image."""
 
-    Config: ClassVar[type] = CMARConfig
+    Config = CMARConfig
     title = "MAR fine-tuned to draw in an order found for each image"
     paper = "Guo et al. 2025, arXiv:2511.22281"
     starts_from = ("mar",)
     needs_start: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
-        "optim": {"lr": 1e-7, "betas": [0.9, 0.95], "weight_decay": 0.02, "warmup_share": 0.1, "clip_norm": 3.0}
+        "optim": {"lr": 1e-7, "betas": [0.9, 0.95], "weight_decay": 0.02, "warmup_ratio": 0.1, "clip_norm": 3.0}
     }
 
     def __init__(self, tokens: TokenSource, config: CMARConfig) -> None:

@@ -26,7 +26,7 @@ from smalti.functional.random import sample_normal, sample_uniform
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.layers.rotary_blocks import RotaryBlocks
 from smalti.layers.tokens import TokenSource
-from smalti.methods.base import Findings, TokenMethod, register
+from smalti.methods.base import Findings, MethodConfig, TokenMethod, register
 from smalti.models.encoder import eval_mode
 
 DEGENERATE, STATIC = 0.02, 0.9
@@ -37,9 +37,10 @@ _TARGETS, _NOISE = 0, 1  # streams of a sample's random numbers
 
 
 @settings
-class CoMAEConfig:
+class CoMAEConfig(MethodConfig):
     """Settings of CoMAE: the paper's main text where it says something, and the budget on top."""
 
+    name: str = "comae"
     encoder_dim: Width = 64
     """Width of the network that selects; 256 in the paper's supplement, which makes graphs 11 times dearer."""
     encoder_depth: Depth = 12
@@ -77,7 +78,7 @@ class CoMAEConfig:
     """Even steps update the selecting network, odd ones the other; False: both at every step."""
     flip_prob: float = 0.5
     """Share of images that are mirrored left to right."""
-    diagnosed: Few = 16
+    num_diagnosed: Few = 16
     """Images of a batch whose whole graphs are looked at when the log is written; N passes each; 0: none."""
 
 
@@ -89,7 +90,7 @@ def select_weights(logits: Float[Tensor, "*B"], activation: str) -> Float[Tensor
     return torch.tanh(squashed.clamp(min=0)) if activation == "relu" else torch.tanh(squashed).abs()
 
 
-def signal_share(weights: Float[Tensor, "*B"], sigma: float) -> Float[Tensor, "*B"]:
+def signal_ratio(weights: Float[Tensor, "*B"], sigma: float) -> Float[Tensor, "*B"]:
     """alpha of Eq. (3): 1 where w = 1, ``exp(-1 / (2 sigma^2))`` where w = 0."""
     return torch.exp(-((1 - weights) ** 2) / (2 * sigma**2))
 
@@ -105,7 +106,7 @@ def corrupt(
         noise: standard normal.
         sigma: of Eq. (3).
     """
-    alpha = signal_share(weights, sigma)[..., None]
+    alpha = signal_ratio(weights, sigma)[..., None]
     return alpha * tokens + (1 - alpha) * noise
 
 
@@ -251,7 +252,7 @@ class CoMAE(TokenMethod):
             "lr": 1e-4,
             "betas": [0.9, 0.95],
             "weight_decay": 0.05,
-            "warmup_share": 0.02,
+            "warmup_ratio": 0.02,
             "min_lr": 0.0,
             "clip_norm": None,
         },
@@ -334,8 +335,8 @@ class CoMAE(TokenMethod):
 
     def diagnose(self, views: Views, progress: float) -> Findings:
         """What the graphs of a few images of the batch look like: ``score_spread`` (N times the spread of PageRank),
-        ``static_correlation`` and ``position_share`` of their orders (chance of the latter: 1 over the images)."""
-        images = views.global_crops[: self.config.diagnosed]
+        ``static_correlation`` and ``position_variance_ratio`` of their orders (chance of the latter: 1 / images)."""
+        images = views.global_crops[: self.config.num_diagnosed]
         if len(images) < 2 or self.tokens.num_tokens < 2:
             return Findings()
         scores = pagerank(self.dependency(images), method="solve")
@@ -346,8 +347,8 @@ class CoMAE(TokenMethod):
             warnings["degenerate graph"] = (
                 f"scores differ by {spread:.3f} of their mean only; no order of patches follows"
             )
-        elif progress >= _WARN_FROM and numbers["position_share"] > STATIC:
-            share = numbers["position_share"]
+        elif progress >= _WARN_FROM and numbers["position_variance_ratio"] > STATIC:
+            share = numbers["position_variance_ratio"]
             warnings["static order"] = (
                 f"position alone explains {share:.2f} of the ranks' variance over {len(images)} images"
             )
@@ -438,7 +439,7 @@ def _check(config: CoMAEConfig, tokens: TokenSource) -> None:
     for name in ("sigma", "temperature", "temperature_floor"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"method.{name}={getattr(config, name)}: a number above 0 is needed")
-    for name in ("contrast_weight", "budget_weight", "diagnosed"):
+    for name in ("contrast_weight", "budget_weight", "num_diagnosed"):
         if getattr(config, name) < 0:
             raise ConfigError(f"method.{name}={getattr(config, name)}: a number of at least 0 is needed")
     for name in ("budget", "flip_prob"):

@@ -18,17 +18,17 @@ from typing import Any, ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smalti.config import settings
-from smalti.data.image_set import ImageSet
-from smalti.data.orders import TrainingOrders, check_order
-from smalti.data.signals import SignalSet
+from smalti.config import PathText, settings
+from smalti.data.images.image_set import ImageSet
+from smalti.data.order_files import TrainingOrders, check_order
+from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import CentreCrop, ViewMaker, Views
 from smalti.errors import ConfigError, DataError
 from smalti.functional.graphs import descending
 from smalti.functional.orders import num_kept
 from smalti.functional.patches import patch_variance
 from smalti.functional.random import sample_uniform
-from smalti.methods.base import Method, Reference, register, uniform_guess
+from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
 from smalti.methods.supervised import class_loss
 from smalti.methods.teacher import Average
 from smalti.models.encoder import ClassHead, Encoder
@@ -38,14 +38,15 @@ _RATE = 17
 
 
 @settings
-class CViTConfig:
+class CViTConfig(MethodConfig):
     """Settings of CViT; crops and mixing are not among them, since an order is of the whole central square."""
 
+    name: str = "cvit"
     num_classes: int | None = None
     """K; None: as many as the data has."""
     order: str = "collapse"
     """Which patches stay: collapse, random (drawn anew for each image and step), fixed_random, halton, variance ..."""
-    orders: str | None = None
+    orders: PathText | None = None
     """The file of ``smalti rank`` with the orders of the training images, for those that a network has found."""
     max_rate: float = 0.99
     """Largest share of patches that is dropped, below 1; 0: a plain ViT on whole images."""
@@ -99,14 +100,14 @@ class CViT(Method):
             "base_lr": 2.5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.05,
-            "warmup_share": 0.083,
+            "warmup_ratio": 0.083,
             "min_lr": 0.0,
             "clip_norm": 5.0,
         },
         "drop_path": 0.1,
     }
     posttrain_defaults: ClassVar[dict[str, Any]] = {
-        "optim": {"base_lr": 1e-4, "warmup_share": 0.0},
+        "optim": {"base_lr": 1e-4, "warmup_ratio": 0.0},
         "drop_path": 0.0,
     }
 

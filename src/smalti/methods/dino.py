@@ -23,15 +23,16 @@ from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.layers.heads import ProjectionHead, Prototypes
-from smalti.methods.base import Method, Reference, register, same_for_all
+from smalti.methods.base import Method, MethodConfig, Reference, register, same_for_all
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
 
 @settings
-class DINOConfig:
+class DINOConfig(MethodConfig):
     """Settings of DINO."""
 
+    name: str = "dino"
     num_prototypes: Count = 4096
     """K; the paper's is 65536, for a million images."""
     hidden_dim: Width = 2048
@@ -46,13 +47,13 @@ class DINOConfig:
     """tau_t in Eq. (1), after warm-up."""
     warmup_teacher_temp: float = 0.04
     """tau_t at the start; it grows linearly to ``teacher_temp``."""
-    warmup_teacher_temp_share: float = 0.3
+    warmup_teacher_temp_ratio: float = 0.3
     """Share of training over which it grows."""
     momentum: float = 0.996
     """Teacher momentum at the start; a half cosine takes it to 1."""
     center_momentum: float = 0.9
     """m in Eq. (4)."""
-    freeze_last_layer_share: float = 0.01
+    freeze_last_layer_ratio: float = 0.01
     """Share of training in which the prototypes stay fixed (one epoch of a hundred)."""
     num_local_views: Few = 6
     """Local views an image; the paper's ViT runs use 8 or 10."""
@@ -173,7 +174,7 @@ class DINO(Method):
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.4,
-            "warmup_share": 0.1,
+            "warmup_ratio": 0.1,
             "min_lr": 1e-6,
             "clip_norm": 3.0,
             "clip": "tensor",
@@ -181,7 +182,7 @@ class DINO(Method):
         "drop_path": 0.1,
     }
     posttrain_defaults: ClassVar[dict[str, Any]] = {  # ours: the paper trains from random weights only
-        "optim": {"lr": 1e-5, "weight_decay_end": 0.04, "freeze_encoder_share": 0.1},
+        "optim": {"lr": 1e-5, "weight_decay_end": 0.04, "freeze_encoder_ratio": 0.1},
     }
 
     center: Tensor
@@ -234,7 +235,7 @@ class DINO(Method):
     def teacher_temp(self, progress: float) -> float:
         """tau_t at this point of training: linear warm-up, then constant."""
         config = self.config
-        share = min(progress / config.warmup_teacher_temp_share, 1.0) if config.warmup_teacher_temp_share else 1.0
+        share = min(progress / config.warmup_teacher_temp_ratio, 1.0) if config.warmup_teacher_temp_ratio else 1.0
         return config.warmup_teacher_temp + share * (config.teacher_temp - config.warmup_teacher_temp)
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
@@ -263,7 +264,7 @@ class DINO(Method):
 
     def after_backward(self, progress: float) -> None:
         """The prototypes get no gradient in the first moments of training."""
-        if progress < self.config.freeze_last_layer_share:
+        if progress < self.config.freeze_last_layer_ratio:
             for parameter in self.student.prototypes.parameters():
                 parameter.grad = None
 

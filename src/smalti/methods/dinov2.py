@@ -32,6 +32,7 @@ SMALLEST_BLOCK = 4
 class DINOv2Config(IBOTConfig):
     """Settings of DINOv2: iBOT's, some with other defaults, and its own."""
 
+    name: str = "dinov2"
     num_prototypes: Count = 4096
     """K; the paper's is 65536 for ImageNet-1k, 131072 for more."""
     separate_heads: bool = True
@@ -44,9 +45,10 @@ class DINOv2Config(IBOTConfig):
     """Teacher momentum at the start; a half cosine takes it to 1."""
     koleo_weight: float = 0.1
     """Of the KoLeo term, which is summed over both global views."""
-    mask_dealing: Literal["stratified", "independent"] = "stratified"
-    """``stratified``: just ``mask_share`` of a batch's global crops are masked, each with a ratio of its own stratum;
-    ``independent``: each crop draws for itself, as in iBOT, so that a sample's masks don't depend on its batch."""
+    mask_sampling: Literal["stratified", "independent"] = "stratified"
+    """``stratified``: exactly ``mask_sample_prob`` of a batch's global crops are masked, each with a ratio of its own
+    stratum; ``independent``: each crop draws for itself, as in iBOT, so that a sample's masks don't depend on its
+    batch."""
     num_local_views: Few = 8
     """Local views an image."""
     global_scale: tuple[float, float] = (0.32, 1.0)
@@ -100,7 +102,7 @@ class DINOv2(IBOT):
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.4,
-            "warmup_share": 0.1,
+            "warmup_ratio": 0.1,
             "min_lr": 1e-6,
             "clip_norm": 3.0,
         },
@@ -120,7 +122,7 @@ class DINOv2(IBOT):
 
     def couplings(self) -> dict[str, bool]:
         """Sinkhorn-Knopp, nearest neighbours in the batch, mask ratios stratified over the batch."""
-        stratified = self.config.mask_dealing != "independent"
+        stratified = self.config.mask_sampling != "independent"
         return super().couplings() | {"KoLeo": self.config.koleo_weight > 0, "stratified mask ratios": stratified}
 
     def blur_probs(self) -> tuple[float, float, float]:
@@ -129,16 +131,16 @@ class DINOv2(IBOT):
         return (1 - first, 1 - second, 1 - local) if self.config.dinov2_compat_blur else (first, second, local)
 
     def draw_masks(self, keys: Int[Tensor, " B"], grid: tuple[int, int]) -> dict[str, Bool[Tensor, "M N"]]:
-        """What is hidden in the global crops, on the CPU: ``mask_share`` of them, with ratios dealt out over the batch.
+        """Masks of the global crops, on the CPU: ``mask_sample_prob`` of them, with ratios stratified over the batch.
 
         Args:
             keys: the images', on the CPU.
             grid: of a global crop.
         """
-        if self.config.mask_dealing == "independent":
+        if self.config.mask_sampling == "independent":
             counts = self.counts_each(keys, grid)
         else:
-            counts = self.counts_dealt(keys, int(NUM_GLOBAL * len(keys) * self.config.mask_share), grid)
+            counts = self.counts_dealt(keys, int(NUM_GLOBAL * len(keys) * self.config.mask_sample_prob), grid)
         return {PATCH: self.blocks(keys, counts, grid)}
 
     def counts_dealt(

@@ -29,7 +29,7 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import weighted_mean
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import Method, Reference, register
+from smalti.methods.base import Method, MethodConfig, Reference, register
 from smalti.methods.mae import init_encoder, init_linear_layers, reconstruction_loss
 from smalti.models.encoder import Encoder, PatchFeatures, eval_mode
 
@@ -38,9 +38,10 @@ _NO_SPREAD = 0.01  # in cells: the next cell's weight, exp(-1e4), is 0 in float3
 
 
 @settings
-class DropPosConfig:
+class DropPosConfig(MethodConfig):
     """Settings of DropPos; the published values for ViT-B, but for the decoder's width, which follows the encoder's."""
 
+    name: str = "droppos"
     mask_ratio: float = 0.75
     """Share of hidden patches, in [0, 1); ``int(N * (1 - mask_ratio))`` stay visible."""
     pos_mask_ratio: float = 0.75
@@ -184,7 +185,7 @@ class DropPos(Method):
             "base_lr": 1.5e-4,
             "betas": [0.9, 0.95],
             "weight_decay": 0.05,
-            "warmup_share": 0.05,
+            "warmup_ratio": 0.05,
             "min_lr": 0.0,
             "clip_norm": 5.0,
             "clip": "tensor",

@@ -31,7 +31,7 @@ from smalti.functional.transfer import move
 from smalti.functional.transport import sinkhorn_offsets
 from smalti.layers.heads import PrototypeHead
 from smalti.layers.last_block import Chosen, place_of
-from smalti.methods.base import Method, Reference, register, same_for_all
+from smalti.methods.base import Method, MethodConfig, Reference, register, same_for_all
 from smalti.methods.dino import color_jitter, draw_weights, resample_as_released
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
@@ -42,9 +42,10 @@ RATIO_STREAM, BLOCK_STREAM = 1, 10_000
 
 
 @settings
-class IBOTConfig:
+class IBOTConfig(MethodConfig):
     """Settings of iBOT."""
 
+    name: str = "ibot"
     num_prototypes: Count = 8192
     """K."""
     hidden_dim: Width = 2048
@@ -71,7 +72,7 @@ class IBOTConfig:
     """Temperature of the teacher's on patches, after warm-up."""
     warmup_patch_teacher_temp: float = 0.04
     """At the start."""
-    warmup_teacher_temp_share: float = 0.3
+    warmup_teacher_temp_ratio: float = 0.3
     """Share of training over which both grow."""
     momentum: float = 0.996
     """Teacher momentum at the start; a half cosine takes it to 1."""
@@ -79,16 +80,16 @@ class IBOTConfig:
     """Of the centre of images."""
     patch_center_momentum: float = 0.9
     """Of the centre of patches."""
-    freeze_last_layer_share: float = 0.01
+    freeze_last_layer_ratio: float = 0.01
     """Share of training in which the prototypes stay fixed (one epoch of a hundred)."""
     image_weight: float = 1.0
     """lambda_1, of the image token's loss."""
     patch_weight: float = 1.0
     """lambda_2, of the patches'."""
-    mask_share: float = 0.5
-    """Share of the global crops in which patches are masked."""
+    mask_sample_prob: float = 0.5
+    """Probability that patches of a global crop are masked."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Smallest and largest share of patches that are masked there; the sampler may fall short."""
+    """Smallest and largest fraction of patches that are masked there; the sampler may fall short."""
     num_local_views: Few = 10
     """Local views an image."""
     local_size: ImageSize | None = None
@@ -273,7 +274,7 @@ class IBOT(Method):
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.4,
-            "warmup_share": 0.1,
+            "warmup_ratio": 0.1,
             "min_lr": 1e-6,
             "clip_norm": 3.0,
             "clip": "tensor",
@@ -281,7 +282,7 @@ class IBOT(Method):
         "drop_path": 0.1,
     }
     posttrain_defaults: ClassVar[dict[str, Any]] = {  # ours: the paper trains from random weights only
-        "optim": {"lr": 1e-5, "weight_decay_end": 0.04, "freeze_encoder_share": 0.1},
+        "optim": {"lr": 1e-5, "weight_decay_end": 0.04, "freeze_encoder_ratio": 0.1},
     }
     token_heads: tuple[str, ...] = (PATCH,)
     """What is asked of patch tokens; the names of heads, masks and loss terms."""
@@ -355,7 +356,7 @@ class IBOT(Method):
         noise = sample_uniform(crop_keys(keys), 2, RATIO_STREAM)
         low, high = self.config.mask_ratio
         counts = ((low + (high - low) * noise[:, 1].double()) * grid[0] * grid[1]).long()
-        return torch.where(noise[:, 0] < self.config.mask_share, counts, 0)
+        return torch.where(noise[:, 0] < self.config.mask_sample_prob, counts, 0)
 
     def compared(self, masks: dict[str, Bool[Tensor, "M N"]]) -> dict[str, Bool[Tensor, "M N"]]:
         """Which patch tokens each of ``token_heads`` judges: the masked ones."""
@@ -376,7 +377,7 @@ class IBOT(Method):
     def teacher_temp(self, name: str, progress: float) -> float:
         """The teacher's temperature at this point of training: linear warm-up, then constant."""
         config = self.config
-        share = min(progress / config.warmup_teacher_temp_share, 1.0) if config.warmup_teacher_temp_share else 1.0
+        share = min(progress / config.warmup_teacher_temp_ratio, 1.0) if config.warmup_teacher_temp_ratio else 1.0
         first, last = config.warmup_patch_teacher_temp, config.patch_teacher_temp
         if name == IMAGE:
             first, last = config.warmup_teacher_temp, config.teacher_temp
@@ -450,7 +451,7 @@ class IBOT(Method):
 
     def after_backward(self, progress: float) -> None:
         """Prototypes get no gradient in the first moments of training."""
-        if progress < self.config.freeze_last_layer_share:
+        if progress < self.config.freeze_last_layer_ratio:
             for name in self.student.heads:
                 for parameter in self.student.head(name).prototypes.parameters():
                     parameter.grad = None
@@ -520,8 +521,8 @@ def _check(config: IBOTConfig, encoder: Encoder) -> None:
     for name in ("num_prototypes", "hidden_dim", "bottleneck_dim"):
         if getattr(config, name) < 1:
             raise ConfigError(f"method.{name}={getattr(config, name)}: at least 1 is needed")
-    shares = ("momentum", "center_momentum", "patch_center_momentum", "mask_share", "warmup_teacher_temp_share")
-    for name in (*shares, "freeze_last_layer_share", "gray_prob", "solarize_prob"):
+    shares = ("momentum", "center_momentum", "patch_center_momentum", "mask_sample_prob", "warmup_teacher_temp_ratio")
+    for name in (*shares, "freeze_last_layer_ratio", "gray_prob", "solarize_prob"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in 0..1")
     if not all(0 <= probability <= 1 for probability in config.blur_prob):

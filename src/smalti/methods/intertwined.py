@@ -37,9 +37,10 @@ _BETA = (2, 5)
 
 @settings
 class IntertwinedConfig(DINOv2Config):
-    """Settings: DINOv2's, some with other defaults, and its own. ``mask_share`` is f_c, the share of global crops whose
-    content is masked; the others' positions are."""
+    """Settings: DINOv2's, some with other defaults, and its own. ``mask_sample_prob`` is f_c, the fraction of global
+    crops whose content is masked; in the others, positions are masked."""
 
+    name: str = "intertwined"
     field: bool = True
     """Crops read their positions out of a field over the image; otherwise every crop has the same table."""
     position_loss: bool = True
@@ -55,7 +56,7 @@ class IntertwinedConfig(DINOv2Config):
     """``separable``: equal numbers, and gradients that are the same bits each time on a GPU, for more memory."""
     field_frozen: bool = False
     """The field stays as it starts."""
-    scale_law: Literal["beta", "uniform", "const"] = "beta"
+    scale_distribution: Literal["beta", "uniform", "const"] = "beta"
     """How s is drawn: Beta(2, 5) or uniformly over ``scale_range``; ``const``: crops are read where they lie."""
     scale_range: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest s."""
@@ -139,7 +140,7 @@ class Intertwined(DINOv2):
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.4,
-            "warmup_share": 0.1,
+            "warmup_ratio": 0.1,
             "min_lr": 1e-6,
             "clip_norm": 3.0,
         },
@@ -173,9 +174,9 @@ class Intertwined(DINOv2):
         """Boxes of all views in shares of the field, in their order; x0 and x1 exchanged where columns are mirrored."""
         config = self.config
         boxes = normalize_boxes(views.boxes, views.source_size)
-        if config.scale_law != "const":
+        if config.scale_distribution != "const":
             draw = sample_beta(views.keys, *_BETA, stream=SCALE_STREAM)
-            if config.scale_law == "uniform":
+            if config.scale_distribution == "uniform":
                 draw = sample_uniform(views.keys, 1, SCALE_STREAM)[:, 0]
             low, high = config.scale_range
             shift = sample_uniform(views.keys, 2, SHIFT_STREAM)
@@ -186,7 +187,7 @@ class Intertwined(DINOv2):
         return boxes
 
     def draw_masks(self, keys: Int[Tensor, " B"], grid: tuple[int, int]) -> dict[str, Bool[Tensor, "M N"]]:
-        """What is hidden in the global crops, on the CPU: the content of ``mask_share`` of them, the others' positions,
+        """Masks of the global crops, on the CPU: content in ``mask_sample_prob`` of them, positions in the others,
         never both in one.
 
         Args:
@@ -208,14 +209,14 @@ class Intertwined(DINOv2):
         """How many patches of each global crop lose their content, and how many their position."""
         config, num_patches = self.config, grid[0] * grid[1]
         noise = sample_uniform(crop_keys(keys), 2, RATIO_STREAM)
-        if config.mask_dealing == "independent":
+        if config.mask_sampling == "independent":
             counts = [
                 ((low + (high - low) * noise[:, 1].double()) * num_patches).long()
                 for low, high in (config.mask_ratio, config.position_mask_ratio)
             ]
-            is_content = noise[:, 0] < config.mask_share
+            is_content = noise[:, 0] < config.mask_sample_prob
             return torch.where(is_content, counts[0], 0), torch.where(is_content, 0, counts[1])
-        num_content = int(len(noise) * config.mask_share)
+        num_content = int(len(noise) * config.mask_sample_prob)
         content = stratified_counts(noise, num_content, config.mask_ratio, num_patches)
         position = stratified_counts(
             noise, len(noise) - num_content, config.position_mask_ratio, num_patches, from_end=True

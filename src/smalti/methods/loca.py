@@ -31,7 +31,7 @@ from smalti.functional.random import sample_uniform, step_key
 from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.layers.heads import ProjectionHead, Prototypes
-from smalti.methods.base import Method, Reference, register, uniform_guess
+from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
@@ -42,9 +42,10 @@ _TRUNCATED_STD = 0.87962566103423978  # of a standard normal that is cut at two 
 
 
 @settings
-class LOCAConfig:
+class LOCAConfig(MethodConfig):
     """Settings of LOCA; the values of the released preset for ViT-B."""
 
+    name: str = "loca"
     num_small_queries: Few = 9
     """Small query views, beside the large one."""
     small_size: ImageSize | None = None
@@ -214,7 +215,7 @@ class LOCA(Method):
             "base_lr": 2.5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.1,
-            "warmup_share": 0.15,
+            "warmup_ratio": 0.15,
             "min_lr": 1e-5,
             "clip_norm": 1.0,
             "clip": "global",
@@ -300,7 +301,7 @@ class LOCA(Method):
             correct = (logits.argmax(-1) == labels).float()
             self.observations = {
                 "position_accuracy": weighted_mean(correct, weights),
-                "labelled_share": (labels >= 0).float().mean(),
+                "labelled_ratio": (labels >= 0).float().mean(),
             }
         if self.teacher is not None:
             student = (at_least_float32(self.student.logits(queries)) / config.student_temp).log_softmax(-1)

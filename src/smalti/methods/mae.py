@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.config import DepthFromZero, NumHeads, Width, settings
-from smalti.data.signal_views import SignalViews
+from smalti.data.signals.signal_views import SignalViews
 from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
@@ -24,14 +24,15 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import Method, Reference, refuse_changed, register
+from smalti.methods.base import Method, MethodConfig, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 
 @settings
-class MAEConfig:
+class MAEConfig(MethodConfig):
     """Settings of MAE; the paper's values for ViT-B, but for the decoder's width, which follows the encoder's."""
 
+    name: str = "mae"
     mask_ratio: float = 0.75
     """Share of hidden patches, in (0, 1); ``int(N * (1 - mask_ratio))`` stay visible."""
     norm_pix_loss: bool = True
@@ -85,7 +86,7 @@ class MAE(Method):
             "base_lr": 1.5e-4,
             "betas": [0.9, 0.95],
             "weight_decay": 0.05,
-            "warmup_share": 0.05,
+            "warmup_ratio": 0.05,
             "min_lr": 0.0,
             "clip_norm": None,
         }

@@ -31,7 +31,7 @@ from smalti.layers.diffusion_head import DiffusionHead
 from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.mixture_head import MixtureHead
 from smalti.layers.tokens import TokenSource
-from smalti.methods.base import Method, TokenMethod, register
+from smalti.methods.base import Method, MethodConfig, TokenMethod, register
 from smalti.methods.teacher import Teacher
 
 _LABELS, _NOISE, _LEVELS, _DRAWN = 1, 2, 3, 4  # branches of a sample's keys
@@ -40,9 +40,10 @@ AVERAGED_SHARE, MAX_MOMENTUM = 0.1, 0.9999
 
 
 @settings
-class MARConfig:
+class MARConfig(MethodConfig):
     """Settings of MAR; the paper's values for MAR-B."""
 
+    name: str = "mar"
     num_classes: int | None = None
     """K; None: as many as the data has, 0: don't look at classes."""
     embed_dim: Width = 768
@@ -245,7 +246,7 @@ class MaskedAutoregressor(nn.Module):
 class MAR(TokenMethod):
     """Hide most tokens, encode the rest, and learn the law of each hidden one."""
 
-    Config: ClassVar[type] = MARConfig
+    Config = MARConfig
     title = "masked autoregressive generation: images drawn token by token"
     paper = "Li et al. 2024, arXiv:2406.11838v3"
     next_command = "smalti generate {run} --num 64 --out SAMPLES"
@@ -255,7 +256,7 @@ class MAR(TokenMethod):
             "base_lr": 1e-4,
             "betas": [0.9, 0.95],
             "weight_decay": 0.02,
-            "warmup_share": 0.25,
+            "warmup_ratio": 0.25,
             "after_warmup": "constant",
             "clip_norm": 3.0,
         }
@@ -293,7 +294,7 @@ class MAR(TokenMethod):
         losses = self.network.head(
             _pick(tokens, hidden).flatten(0, 1), told.flatten(0, 1), keys.flatten(), self.config.diffusion_repeats
         )
-        self.observations = {"hidden_share": tokens.new_full((), num_hidden / num_tokens)}
+        self.observations = {"hidden_ratio": tokens.new_full((), num_hidden / num_tokens)}
         return {name: loss.mean() for name, loss in losses.items()}
 
     def orders(self, views: Views) -> Int[Tensor, "B N"]:

@@ -2,7 +2,7 @@
 
 Paper: Zhai et al., "Position Prediction as an Effective Pretraining Strategy", ICML 2022, arXiv:2207.07611. Its text
 was not at hand: what is said of the code is that of PART, which grew from this method.
-Letters: B images, N patches, M those that are asked about, D embed_dim, K cells of the head.
+Letters: B images, N patches, M those whose position is predicted, D embed_dim, K cells of the head.
 Differs from the code: the class token stands first, which a network without positions can't tell; views are cropped,
 flipped and jittered in colour, without RandAugment, whose fills leave frames that show where the border is.
 """
@@ -23,18 +23,19 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import hidden_ids
 from smalti.layers.relative_encoder import init_linear
-from smalti.methods.base import Method, Reference, register, uniform_guess
+from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
 from smalti.models.encoder import Encoder
 
 
 @settings
-class MP3Config:
+class MP3Config(MethodConfig):
     """Settings of MP3; the released values for CIFAR."""
 
+    name: str = "mp3"
     key_mask_ratio: float = 0.5
     """eta: share of patches that no patch may look at, in [0, 1), in training; ``int(N * (1 - eta))`` are looked at."""
-    asked: Literal["all", "hidden"] = "all"
-    """Which patches are asked where they are: all, or those that none may look at."""
+    loss_patches: Literal["all", "hidden"] = "all"
+    """Patches whose positions are predicted: all, or those hidden from the keys and values."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, as a share of the image."""
     color_jitter: float = 0.4
@@ -58,7 +59,7 @@ class MP3(Method):
             "base_lr": 2.5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.05,
-            "warmup_share": 0.05,
+            "warmup_ratio": 0.05,
             "min_lr": 1e-5,
             "clip_norm": None,
         },
@@ -71,8 +72,8 @@ class MP3(Method):
         super().__init__(encoder, config)
         if not 0 <= config.key_mask_ratio < 1:
             raise ConfigError(f"method.key_mask_ratio={config.key_mask_ratio}: a share in 0..1 (1 excluded) is needed")
-        if config.asked == "hidden" and not config.key_mask_ratio:
-            raise ConfigError("method.asked=hidden asks nobody at method.key_mask_ratio=0; raise it, or use asked=all")
+        if config.loss_patches == "hidden" and not config.key_mask_ratio:
+            raise ConfigError("method.loss_patches=hidden: nothing is hidden at method.key_mask_ratio=0; raise it")
         if config.color_jitter < 0:
             raise ConfigError(f"method.color_jitter={config.color_jitter}: a strength of at least 0 is needed")
         self.encoder = encoder
@@ -109,7 +110,7 @@ class MP3(Method):
         mask = self.draw_mask(views, len(cells))
         tokens = self.encode(images, mask)
         labels = cells.expand(len(tokens), -1)
-        if mask is not None and self.config.asked == "hidden":
+        if mask is not None and self.config.loss_patches == "hidden":
             hidden = hidden_ids(mask, len(cells) - self._num_keys(len(cells)))
             tokens = tokens.gather(1, hidden[..., None].expand(-1, -1, tokens.shape[-1]))
             labels = labels.gather(1, hidden)

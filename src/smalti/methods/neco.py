@@ -34,7 +34,7 @@ from smalti.functional.random import sample_uniform
 from smalti.functional.sorting import check_backend, neco_loss
 from smalti.functional.sorting_networks import network_layers
 from smalti.layers.heads import ProjectionHead
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, MethodConfig, register
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder, PatchFeatures
 
@@ -45,9 +45,10 @@ _ALL_OF_IT = 1 - 1e-4  # a cell is masked if its aligned mask is 1, but for roun
 
 
 @settings
-class NeCoConfig:
+class NeCoConfig(MethodConfig):
     """Settings of NeCo."""
 
+    name: str = "neco"
     from_scratch: bool = False
     """Train from random weights, without ``init``. The method is made for encoders that are trained already."""
     roi_size: Few = 7
@@ -224,7 +225,7 @@ class NeCo(Method):
         "optim": {
             "lr": 1e-5,
             "min_lr": 0.0,
-            "warmup_share": 0.0,
+            "warmup_ratio": 0.0,
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.5,

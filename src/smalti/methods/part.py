@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.config import Few, NumHeads, Width, settings
-from smalti.data.signal_views import SignalViews
+from smalti.data.signals.signal_views import SignalViews
 from smalti.data.views import ColorConfig, MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
@@ -43,7 +43,7 @@ from smalti.functional.random import fork_keys, sample_uniform, step_key
 from smalti.functional.transfer import move
 from smalti.layers.heads import ProjectionHead
 from smalti.layers.relative_encoder import DifferenceHead, PairMLP, PairwiseLinear, RelativeEncoder
-from smalti.methods.base import Method, Reference, refuse_changed, register
+from smalti.methods.base import Method, MethodConfig, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 ALL_PAIRS_BELOW = 100
@@ -56,9 +56,10 @@ _MASK = 32  # stream of a sample's random numbers
 
 
 @settings
-class PARTConfig:
+class PARTConfig(MethodConfig):
     """Settings of PART; the paper's or its code's values where they are known."""
 
+    name: str = "part"
     sampling: Literal["grid", "offgrid", "offgrid_scale", "nonoverlapping", "saliency", "hierarchical"] = "offgrid"
     """Where patches are drawn: ``grid`` the cells of the grid, ``offgrid`` anywhere (the paper's), ``offgrid_scale`` of
     random sides and aspect, ``nonoverlapping`` anywhere but on each other, ``saliency`` where gradients are,
@@ -72,13 +73,13 @@ class PARTConfig:
     sides: tuple[int, int] | None = None
     """Smallest and largest side in pixels: of ``offgrid_scale`` (None: half and twice the patch) or of the wholes of
     ``hierarchical`` (None: a quarter and half of the image)."""
-    size_law: Literal["official", "uniform", "log_uniform"] = "official"
+    size_distribution: Literal["official", "uniform", "log_uniform"] = "official"
     """Law of the sides of ``offgrid_scale``; the code's favours small ones."""
     aspect: bool = True
     """``offgrid_scale``: width and height are independent."""
     num_wholes: Few = 4
     """Wholes of ``hierarchical``, among the N."""
-    uniform_share: float = 0.2
+    uniform_ratio: float = 0.2
     """``saliency``: share of patches drawn uniformly."""
     resample: Literal["bilinear", "nearest", "bicubic"] = "bilinear"
     """How patches are resized where they must be; only ``bilinear`` is antialiased."""
@@ -197,7 +198,7 @@ class PART(Method):
             "base_lr": 5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.05,
-            "warmup_share": 0.1,
+            "warmup_ratio": 0.1,
             "min_lr": 1e-5,
             "clip_norm": None,
         },
@@ -208,7 +209,7 @@ class PART(Method):
     takes_signals: ClassVar[bool] = True
     signal_defaults: ClassVar[dict[str, Any]] = {
         "method": {"normalize": "image"},  # in patches, offsets of half a second's would have a variance of hundreds
-        "optim": {"base_lr": 2.5e-4, "warmup_share": 0.05, "min_lr": 0.0},
+        "optim": {"base_lr": 2.5e-4, "warmup_ratio": 0.05, "min_lr": 0.0},
         "drop_path": 0.0,
     }
 
@@ -227,10 +228,10 @@ class PART(Method):
             shuffle=config.shuffle,
             subpixel=config.subpixel,
             sides=config.sides,
-            size_law=config.size_law,
+            size_distribution=config.size_distribution,
             aspect=config.aspect,
             num_wholes=config.num_wholes,
-            uniform_share=config.uniform_share,
+            uniform_ratio=config.uniform_ratio,
             max_angle=math.radians(config.max_angle) if config.angles == "continuous" else 0.0,
             quarters=config.angles == "quad",
             mode=config.resample,
@@ -541,5 +542,5 @@ def _check(config: PARTConfig, encoder: Encoder) -> None:
         raise ConfigError("method.contrastive compares class tokens, which this encoder does not have")
     if config.contrastive < 0 or config.symmetry < 0 or config.contrastive_temp <= 0:
         raise ConfigError("method.contrastive and symmetry must not be negative, contrastive_temp must be above 0")
-    if not 0 <= config.uniform_share <= 1:
-        raise ConfigError(f"method.uniform_share={config.uniform_share}: a share in 0..1 is needed")
+    if not 0 <= config.uniform_ratio <= 1:
+        raise ConfigError(f"method.uniform_ratio={config.uniform_ratio}: a share in 0..1 is needed")

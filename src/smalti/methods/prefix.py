@@ -21,7 +21,7 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.tokens import TokenSource
-from smalti.methods.base import TokenMethod, register
+from smalti.methods.base import MethodConfig, TokenMethod, register
 
 _BOUND = 10.0
 """Log-variances lie within this: variances from 5e-5 to 2e4 of a token's own."""
@@ -29,9 +29,10 @@ _COUNT, _WHICH = 0, 1  # streams of a sample's random numbers
 
 
 @settings
-class PrefixConfig:
+class PrefixConfig(MethodConfig):
     """Settings of the judge."""
 
+    name: str = "prefix"
     dim: Width = 192
     """D, a multiple of 4 and of ``num_heads``."""
     depth: Depth = 6
@@ -83,7 +84,7 @@ class Prefix(TokenMethod):
     paper = "measures what Guo et al. 2025, arXiv:2511.22281v2, define and don't measure"
     next_command = "smalti rank COMAE_RUN --data IMAGES --out ORDERS --judge {run}"
     defaults: ClassVar[dict[str, Any]] = {
-        "optim": {"lr": 5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_share": 0.05, "clip_norm": 1.0}
+        "optim": {"lr": 5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_ratio": 0.05, "clip_norm": 1.0}
     }
 
     def __init__(self, tokens: TokenSource, config: PrefixConfig) -> None:

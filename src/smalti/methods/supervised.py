@@ -19,19 +19,20 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.image_set import ImageSet
-from smalti.data.signals import SignalSet
+from smalti.data.images.image_set import ImageSet
+from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
-from smalti.methods.base import Method, Reference, register, uniform_guess
+from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
 from smalti.models.encoder import ClassHead, Encoder
 
 
 @settings
-class SupervisedConfig:
+class SupervisedConfig(MethodConfig):
     """Settings of supervised pretraining; which vector the classes are told by is the run's ``pool``."""
 
+    name: str = "supervised"
     num_classes: int | None = None
     """K; None: as many as the data has."""
     label_smoothing: float = 0.1
@@ -73,7 +74,7 @@ class Supervised(Method):
             "base_lr": 2.5e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.05,
-            "warmup_share": 0.067,
+            "warmup_ratio": 0.067,
             "min_lr": 1e-7,
             "clip_norm": 5.0,
         },

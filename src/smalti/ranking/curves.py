@@ -36,7 +36,7 @@ UNITS = {
 
 
 @runtime_checkable
-class Judge(Protocol):
+class PrefixPredictor(Protocol):
     """What says how sure tokens are: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
 
     def tell(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Told:
@@ -97,7 +97,7 @@ class PrefixCurve:
 
 
 @dataclass(frozen=True)
-class Judged:
+class CurveScore:
     """Of one order: a number with its interval over images, and its difference to a control's."""
 
     value: float
@@ -126,8 +126,8 @@ def area(shares: Float[np.ndarray, " K"], curves: Float[np.ndarray, "R K"], upto
 
 
 @torch.no_grad()
-def judge_orders(
-    judge: Judge,
+def evaluate_orders(
+    judge: PrefixPredictor,
     tokens: Float[Tensor, "n N d"],
     orders: Mapping[str, Sequence[Int[Tensor, "n M"]]],
     *,
@@ -178,7 +178,7 @@ def judge_orders(
 
 def compare_curves(
     curves: Mapping[str, PrefixCurve], control: str = "random", seed: int = 0
-) -> dict[str, dict[str, Judged]]:
+) -> dict[str, dict[str, CurveScore]]:
     """The numbers of each order with 95 % intervals of a bootstrap over images, and paired differences to a control.
 
     Args:
@@ -195,7 +195,7 @@ def compare_curves(
     exact = {name: curve.numbers() for name, curve in curves.items()}
     drawn = {name: curve.numbers(weights) for name, curve in curves.items()}
     ends = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    result: dict[str, dict[str, Judged]] = {}
+    result: dict[str, dict[str, CurveScore]] = {}
     for name in curves:
         result[name] = {}
         for number in UNITS:
@@ -204,7 +204,7 @@ def compare_curves(
             gaps = drawn[name][number] - drawn[control][number]
             gap_low, gap_high = np.quantile(gaps, ends).tolist()
             own = name == control
-            result[name][number] = Judged(
+            result[name][number] = CurveScore(
                 value,
                 low,
                 high,
@@ -216,7 +216,7 @@ def compare_curves(
 
 
 def conclude_curves(
-    judged: Mapping[str, Mapping[str, Judged]], control: str = "random", at_start: float = 1.0
+    judged: Mapping[str, Mapping[str, CurveScore]], control: str = "random", at_start: float = 1.0
 ) -> list[str]:
     """What the first quarter says of each order against the control, a sentence each.
 

@@ -1,7 +1,7 @@
 """What orders of patches are like: one for all images or each image's own, spread or clustered, alike or not.
 
 Source: Guo et al., arXiv:2511.22281v2, whose published orders, decoded from their Fig. 5, are nearly one for all
-images: ``position_share`` 0.95, ``static_correlation`` 0.975, ``top_overlap`` 0.87 where 0.22 is chance.
+images: ``position_variance_ratio`` 0.95, ``static_correlation`` 0.975, ``top_overlap`` 0.87 where 0.22 is chance.
 Letters: M images, N patches of an h x w grid, k the patches that come first.
 """
 
@@ -28,7 +28,7 @@ _AT_ONCE = 2**24  # numbers of a table in hand
 
 UNITS = {
     "static_correlation": "correlation of an image's ranks with the mean ranks of the others; 1 all alike",
-    "position_share": "share of the ranks' variance that position explains; chance is 1/images, 1 all alike",
+    "position_variance_ratio": "share of the ranks' variance that position explains; chance is 1/images, 1 all alike",
     "top_overlap": "share of the first 22 % that the other images' mean order has first, too; chance is 0.22",
     "neighbour_correlation": "correlation of the ranks of patches that share an edge; 0 nothing in space",
     "nearest_distance": "patches, from one of the first 22 % to the nearest other; below random: clustered",
@@ -64,7 +64,7 @@ def describe_orders(
         degenerate: images with equal scores.
     """
     num = orders.shape[-1]
-    found = {"static_correlation": math.nan, "position_share": math.nan, "top_overlap": math.nan}
+    found = {"static_correlation": math.nan, "position_variance_ratio": math.nan, "top_overlap": math.nan}
     if len(orders) > 1 and num > 1:
         found |= image_dependence(orders)
         found["top_overlap"] = float(overlap_with_others(orders, num_top(num)).mean())
@@ -164,7 +164,7 @@ def conclude(
     for name, numbers in described.items():
         if name not in ("collapse", "in_strength", "coverage", "attention", "variance"):
             continue
-        share, spread = numbers.get("position_share", math.nan), numbers.get("score_spread", math.nan)
+        share, spread = numbers.get("position_variance_ratio", math.nan), numbers.get("score_spread", math.nan)
         if name == "collapse" and spread < DEGENERATE:
             said.append(f"degenerate graph: scores of collapse differ by {spread:.3f} of their mean; no order follows.")
         if numbers.get("num_degenerate"):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.methods.comae import contrast, select_weights, signal_share
+from smalti.methods.comae import contrast, select_weights, signal_ratio
 
 _VALUES = 16  # equal values of a token that the L1 is summed over
 _LEARNING_RATE, _START = 0.05, 0.05
@@ -59,7 +59,7 @@ def learn_graph(
     optimizer = torch.optim.Adam([logits, log_temperature], _LEARNING_RATE)
     for _ in range(steps):
         weights = select_weights(logits, "half") * off
-        left = _unexplained(known, signal_share(weights, sigma) * off)
+        left = _unexplained(known, signal_ratio(weights, sigma) * off)
         reconstruction = _VALUES * math.sqrt(2 / math.pi) * left.clamp(min=1e-9).sqrt().mean()
         told_apart = contrast(weights[None], log_temperature, temperature_floor)
         loss = reconstruction + contrast_weight * told_apart

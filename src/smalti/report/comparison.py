@@ -7,12 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from smalti.comparison.cell import RUN
+from smalti.comparison.run import (
+    COST_COLUMNS,
+    PAGE,
+    Cell,
+    Comparison,
+    cost_cells,
+    read_comparison,
+    short_name,
+)
 from smalti.config import flatten, to_tree
 from smalti.errors import SmaltiError
 from smalti.evaluation.intervals import few_seeds
+from smalti.evaluation.paired import NO_DIFFERENCE, Row, about_lines, gain_cells, table_cells
 from smalti.evaluation.protocol import Result
 from smalti.files import write_atomically
-from smalti.report.details import Judged, detail_sections
+from smalti.report.details import Evaluated, detail_sections
 from smalti.report.figures import ForestRow, forest_chart, line_chart
 from smalti.report.html import (
     Html,
@@ -26,17 +37,6 @@ from smalti.report.html import (
     whole_page,
 )
 from smalti.report.rundir import RunFiles, read_run
-from smalti.study.cell import RUN
-from smalti.study.compare import (
-    COST_COLUMNS,
-    PAGE,
-    Cell,
-    Comparison,
-    cost_cells,
-    read_comparison,
-    short_name,
-)
-from smalti.study.rows import NO_DIFFERENCE, Row, about_lines, gain_cells, table_cells
 
 _MAX_SENTENCES = 12
 
@@ -260,7 +260,7 @@ def _costs(comparison: Comparison) -> Html:
 
 def _read_cells(
     comparison: Comparison,
-) -> tuple[list[Judged], dict[str, dict[int, RunFiles]], list[str]]:
+) -> tuple[list[Evaluated], dict[str, dict[int, RunFiles]], list[str]]:
     """Results by evaluation and arm, the arms' training runs by seed, and what could not be read."""
     found: dict[tuple[int, str, int], dict[str, list[Result]]] = {}
     runs: dict[str, dict[int, RunFiles]] = {}
@@ -279,7 +279,7 @@ def _read_cells(
             except SmaltiError as error:
                 lost.append(f"{cell.arm}, seed {cell.seed}: {error}")
     judged = [
-        Judged(
+        Evaluated(
             short_name(str(comparison.plan.evaluate[number]["data"]), comparison.plan),
             f"{protocol} (K = {clusters})"
             if len([key for key in found if key[:2] == (number, protocol)]) > 1

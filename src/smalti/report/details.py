@@ -52,7 +52,7 @@ _OPEN_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """One protocol on one data set."""
 
     data: str
@@ -82,7 +82,7 @@ class _Picture:
     aspect: float
 
 
-def detail_sections(judged: Sequence[Judged], *, tokens: bool = True) -> dict[str, tuple[str, Html | None]]:
+def detail_sections(judged: Sequence[Evaluated], *, tokens: bool = True) -> dict[str, tuple[str, Html | None]]:
     """Sections of a page: anchor -> heading and content; no content where there is nothing to show.
 
     Args:
@@ -104,7 +104,7 @@ def detail_sections(judged: Sequence[Judged], *, tokens: bool = True) -> dict[st
     return sections
 
 
-def class_bars(judged: Judged) -> Html | None:
+def class_bars(judged: Evaluated) -> Html | None:
     """Every metric that is known class by class as bars, mean over seeds; the best class of all arms first."""
     parts = []
     arms = judged.arms
@@ -162,7 +162,7 @@ def _key(shown: Mapping[str, object], arms: Sequence[str]) -> Html:
     return tag("p", *entries, class_="key muted")
 
 
-def _sheets(judged: Sequence[Judged]) -> Html | None:
+def _sheets(judged: Sequence[Evaluated]) -> Html | None:
     """Pictures that protocols made themselves, as they are."""
     parts = []
     for one in judged:
@@ -176,7 +176,7 @@ def _sheets(judged: Sequence[Judged]) -> Html | None:
     return join(parts) if parts else None
 
 
-def _predictions(judged: Sequence[Judged]) -> Html | None:
+def _predictions(judged: Sequence[Evaluated]) -> Html | None:
     parts = []
     for one in judged:
         details = {arm: found for arm, found in one.details.items() if found.predictions}
@@ -206,7 +206,7 @@ def _predictions(judged: Sequence[Judged]) -> Html | None:
     return join(parts) if parts else None
 
 
-def _label_sweeps(judged: Sequence[Judged]) -> Html | None:
+def _label_sweeps(judged: Sequence[Evaluated]) -> Html | None:
     """Kappa against the share of the subjects that was learned from, with intervals over the evaluated recordings."""
     parts = []
     for one in judged:
@@ -226,7 +226,7 @@ def _label_sweeps(judged: Sequence[Judged]) -> Html | None:
     return tag("div", *parts, class_="charts") if parts else None
 
 
-def _keep_curves(judged: Sequence[Judged]) -> Html | None:
+def _keep_curves(judged: Sequence[Evaluated]) -> Html | None:
     """Accuracy against the share of dropped patches, orders that look at no image among them, and against speed."""
     parts = []
     for one in judged:
@@ -289,7 +289,7 @@ def _speed_lines(settings: Mapping[str, Any]) -> dict[str, list[SweepPoint]]:
     return lines
 
 
-def _hypnograms(judged: Sequence[Judged]) -> Html | None:
+def _hypnograms(judged: Sequence[Evaluated]) -> Html | None:
     """Scored and predicted stages of a few test recordings, one below the other."""
     parts = []
     for one in judged:
@@ -306,7 +306,7 @@ def _hypnograms(judged: Sequence[Judged]) -> Html | None:
     return tag("div", *parts, class_="charts") if parts else None
 
 
-def _objects(judged: Sequence[Judged]) -> Html | None:
+def _objects(judged: Sequence[Evaluated]) -> Html | None:
     """Frames around true objects and around those that each arm found."""
     parts = []
     for one in judged:
@@ -338,7 +338,7 @@ def _objects(judged: Sequence[Judged]) -> Html | None:
     return join(parts) if parts else None
 
 
-def _seed(judged: Judged) -> str:
+def _seed(judged: Evaluated) -> str:
     seeds = [r.settings.get("seed") for results in judged.arms.values() for r in results[:1]]
     return str(next((seed for seed in seeds if seed is not None), 0))
 
@@ -362,7 +362,7 @@ def _legend(maps: Sequence[np.ndarray], classes: Sequence[str]) -> Html:
     return tag("span", *names, class_="legend")
 
 
-def _confusion(judged: Sequence[Judged]) -> Html | None:
+def _confusion(judged: Sequence[Evaluated]) -> Html | None:
     parts = []
     for one in judged:
         charts = []
@@ -386,7 +386,7 @@ def _confusion(judged: Sequence[Judged]) -> Html | None:
     return join((tag("p", lead, class_="lead"), *parts))
 
 
-def _curves(judged: Sequence[Judged]) -> Html | None:
+def _curves(judged: Sequence[Evaluated]) -> Html | None:
     charts = []
     for one in judged:
         for name in dict.fromkeys(name for details in one.details.values() for name in details.curves):
@@ -408,7 +408,7 @@ def _curves(judged: Sequence[Judged]) -> Html | None:
     return tag("div", *charts, class_="charts") if charts else None
 
 
-def _maps(judged: Sequence[Judged]) -> Html | None:
+def _maps(judged: Sequence[Evaluated]) -> Html | None:
     parts = []
     for data, of_arm in _token_groups(judged):
         first = next(iter(of_arm.values()))
@@ -445,7 +445,7 @@ def _maps(judged: Sequence[Judged]) -> Html | None:
     return missing("No patch tokens were kept with these results: evaluate anew for feature maps.") if judged else None
 
 
-def _similarity(judged: Sequence[Judged]) -> Html | None:
+def _similarity(judged: Sequence[Evaluated]) -> Html | None:
     parts = []
     for data, of_arm in _token_groups(judged):
         names, reference, first = next(iter(of_arm.values()))
@@ -476,7 +476,7 @@ def _similarity(judged: Sequence[Judged]) -> Html | None:
 
 
 def _token_groups(
-    judged: Sequence[Judged],
+    judged: Sequence[Evaluated],
 ) -> Iterator[tuple[str, dict[str, tuple[list[str], Tensor, Shown]]]]:
     """Data set -> arm -> names of the images that all arms have, their coordinates in that order, and the rest."""
     for data in dict.fromkeys(one.data for one in judged):
@@ -498,7 +498,7 @@ def _token_groups(
         yield data, groups
 
 
-def _pictures(judged: Sequence[Judged]) -> dict[str, _Picture]:
+def _pictures(judged: Sequence[Evaluated]) -> dict[str, _Picture]:
     """Image name -> the picture, from whichever arm has it."""
     found: dict[str, _Picture] = {}
     for one in judged:

@@ -13,7 +13,7 @@ from smalti.reading import read_mapping
 from smalti.report.details import detail_sections
 from smalti.report.html import Html, settings_table, tag, verdict_box, whole_page
 from smalti.report.page import compare, judged, results_table, verdict
-from smalti.study.machine import describe_machine
+from smalti.runs.machine import describe_machine
 
 RESULTS_FILE, DETAILS, INFO, PAGE = "results.json", "details", "info.json", "report.html"
 

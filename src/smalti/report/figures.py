@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from smalti.data.images import as_picture
+from smalti.data.images.decode import as_picture
 from smalti.files import write_atomically
 from smalti.functional.colours import palette
 from smalti.functional.components import reduce_patches

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from smalti.config import flatten
-from smalti.data.folders import ImageSet, open_images
-from smalti.data.pixels import trained_pixels
+from smalti.data.images.folders import ImageSet, open_images
+from smalti.data.images.pixels import trained_pixels
 from smalti.errors import ConfigError, DataError, SmaltiError
+from smalti.evaluation.paired import result_cells
 from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result, describe_result
 from smalti.files import write_atomically
 from smalti.functional.components import reduce_patches
@@ -22,7 +23,7 @@ from smalti.methods.base import TokenMethod, get_method, method_names
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
 from smalti.reading import read_mapping
-from smalti.report.details import Judged, class_bars, detail_sections
+from smalti.report.details import Evaluated, class_bars, detail_sections
 from smalti.report.figures import (
     EXPLORER_DIMS,
     ShownImages,
@@ -50,9 +51,8 @@ from smalti.report.html import (
     whole_page,
 )
 from smalti.report.rundir import RunFiles, read_run
-from smalti.study.baseline import baseline_of
-from smalti.study.posttrain import VERDICT_COLUMNS, Verdict, verdict_cells
-from smalti.study.rows import result_cells
+from smalti.runs.baseline import baseline_of
+from smalti.runs.posttrain import VERDICT_COLUMNS, Verdict, verdict_cells
 
 NUM_IMAGES = 12
 """Images whose patch tokens are shown."""
@@ -388,10 +388,10 @@ def _where(result: Result) -> tuple[Any, ...]:
     return (result.data, tag("div", told, class_="muted")) if told else (result.data,)
 
 
-def judged(pair: Comparison) -> Judged:
+def judged(pair: Comparison) -> Evaluated:
     """The two as arms."""
     beside = {pair.label: [pair.baseline]} if pair.baseline else {}
-    return Judged(pair.trained.data, pair.trained.protocol, {"trained": [pair.trained], **beside})
+    return Evaluated(pair.trained.data, pair.trained.protocol, {"trained": [pair.trained], **beside})
 
 
 def _label(result: Result | None) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smalti.files import write_atomically
-from smalti.study.probe import GATES, PositionProbe
+from smalti.runs.probe import GATES, PositionProbe
 
 _POINTS = 2000
 _LEAST = 1e-8  # where bars begin

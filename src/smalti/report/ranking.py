@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from smalti.data.image_set import as_text
-from smalti.data.images import as_picture
-from smalti.data.labelled import eval_image
+from smalti.data.images.decode import as_picture
+from smalti.data.images.image_set import as_text
+from smalti.data.images.labelled import eval_image
 from smalti.files import write_atomically
 from smalti.ranking.curves import UNITS as CURVE_UNITS
 from smalti.ranking.diagnostics import TOP, UNITS, num_top, spread_evenly
-from smalti.ranking.orders import look_up
+from smalti.ranking.rank import Ranking
+from smalti.ranking.rankers import look_up
 from smalti.report.details import picture_block, picture_blocks
 from smalti.report.figures import image_uri, line_chart
 from smalti.report.html import (
@@ -28,12 +29,11 @@ from smalti.report.html import (
     whole_page,
 )
 from smalti.report.order_pictures import draw_sheet, enlarge, heat_picture, order_picture, revealed_picture
-from smalti.study.ranking import Ranking
 
 SHARES = (0.10, TOP, 0.50)
 """Of the patches, revealed in the pictures."""
 _COLUMNS = (
-    "position_share",
+    "position_variance_ratio",
     "static_correlation",
     "top_overlap",
     "neighbour_correlation",

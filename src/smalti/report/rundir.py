@@ -11,7 +11,7 @@ from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details
 from smalti.evaluation.protocol import Result, read_results
 from smalti.reading import as_number, read_csv, read_mapping
-from smalti.study.posttrain import VERDICT_FILE, Verdict, read_verdict
+from smalti.runs.posttrain import VERDICT_FILE, Verdict, read_verdict
 
 
 @dataclass(frozen=True)

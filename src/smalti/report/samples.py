@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.data.images import as_picture
+from smalti.data.images.decode import as_picture
 from smalti.files import write_atomically
-from smalti.study.generate import Film
+from smalti.runs.generate import Film
 
 FOLDER = "samples"
 """In a run directory: the grid and the strip that were drawn last."""

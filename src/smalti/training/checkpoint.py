@@ -56,13 +56,13 @@ class TrainingState:
     """Highest score of an evaluation in training."""
     best_step: int | None = None
     """Its step; 0 is before training."""
-    judged_step: int = -1
+    evaluated_step: int = -1
     """Step of the newest evaluation that is counted here."""
-    num_judged: int = 0
+    num_evaluations: int = 0
     """Evaluations among which the best one was chosen."""
     without_best: int = 0
     """Evaluations since the best one; where they are ``eval.patience``, training stops."""
-    judged_by: str = ""
+    evaluated_with: str = ""
     """What these scores depend on beside the weights: data and settings of the evaluation."""
     num_processes: int = 1
     """Processes that train together."""
@@ -310,8 +310,6 @@ def _read_state(path: Path) -> TrainingState:
     file = path / STATE_FILE
     with reading(file, "the state of a checkpoint", WeightsError):
         known = json.loads(file.read_bytes())["state"]
-        if "num_judged" not in known and known.get("best_step") is not None:
-            known["num_judged"] = 2  # from before they were counted: more than one, as far as anyone knows
         try:
             return build(TrainingState, known, str(file), group="state")
         except ConfigError as error:

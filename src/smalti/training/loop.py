@@ -1,4 +1,4 @@
-"""The only training loop. It knows no method; a method knows no loop."""
+"""The training loop of all runs. It knows no method, and methods don't know it."""
 
 import math
 import signal
@@ -12,7 +12,6 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
 from smalti.config import Count, settings
 from smalti.data.loader import UnreadableLog, sample_key
@@ -22,7 +21,8 @@ from smalti.methods.base import Method
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
 from smalti.training.health import GRAD_NORM, WEIGHTS, Health, feature_health
 from smalti.training.interrupt import Interrupt, StopRequested
-from smalti.training.optim import OptimConfig, apply_schedules, clip_gradients, freeze, peak_lr
+from smalti.training.optim import OptimConfig, peak_lr
+from smalti.training.step import training_step
 
 _WATCHED = {GRAD_NORM: "the gradient norm is", WEIGHTS: "the weights are"}
 MAX_SETBACKS = 3
@@ -54,7 +54,7 @@ class LoopConfig:
     log: LogConfig
     patience: int = 0
     """Evaluations without a new best after which training stops; 0 never stops early."""
-    judged_by: str = ""
+    evaluated_with: str = ""
     """What scores of hooks depend on beside the weights; where it changes, the best score so far counts no more."""
 
 
@@ -131,9 +131,9 @@ def train(
     checkpoints = Checkpoints(run, method, optimizer, config.checkpoint, accelerator.is_main_process)
     is_new = state is None
     state = TrainingState() if state is None else state
-    if config.judged_by and state.judged_by != config.judged_by:  # scores of another kind don't compare with these
-        state.best_score, state.best_step, state.without_best, state.num_judged = None, None, 0, 0
-        state.judged_by = config.judged_by
+    if config.evaluated_with and state.evaluated_with != config.evaluated_with:  # earlier scores don't compare
+        state.best_score, state.best_step, state.without_best, state.num_evaluations = None, None, 0, 0
+        state.evaluated_with = config.evaluated_with
     state.num_processes, state.micro_batch = world, config.batch_size // (config.accumulate * world)
     if is_new:
         checkpoints.save(state)  # somewhere to go back to
@@ -141,45 +141,39 @@ def train(
 
     health, clock = Health(), Clock(config.batch_size)
     batches = make_batches(state.step * config.accumulate)
-    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
     method.train()
+
+    def read(views: Views) -> Views:
+        if unreadable is not None:
+            unreadable.add(views.skipped)
+        return views.to(device)
+
     stop = 0
-    if state.judged_step < state.step:  # before training, or an evaluation that a kill took
-        stop = _judge([hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator)
+    if state.evaluated_step < state.step:  # before training, or an evaluation that a kill took
+        stop = _evaluate_encoder(
+            [hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator
+        )
     clock.start(state.step)
     for listener in listeners:
         listener.started(state.step, config.steps)
 
     while state.step < config.steps and not _has_lost_patience(state, config) and not stop:
         progress = state.step / config.steps
-        peak = peak_lr(optim, config.batch_size) * state.lr_scale
-        lr, decay = apply_schedules(optimizer, optim, peak=peak, progress=progress)
-        torch.manual_seed(
-            sample_key(config.seed, state.step, rank)
-        )  # a step's randomness is its own: nothing to restore
-
-        parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-        for _ in range(config.accumulate):
-            views = next(batches)
-            if unreadable is not None:
-                unreadable.add(views.skipped)
-            views = views.to(device)
-            with accelerator.accumulate(model):
-                losses = model(views, progress)  # the wrapped module itself: DDP must see the call
-                accelerator.backward(torch.stack(list(losses.values())).sum())
-                if accelerator.sync_gradients:
-                    accelerator.unscale_gradients()
-                    method.after_backward(progress)
-                    freeze(encoders, optim, progress)
-                    grad_norm = clip_gradients(parameters, optim)
-                prepared.step()
-                prepared.zero_grad(set_to_none=True)
-            parts.append((losses, method.observations))
-        method.after_step(progress)
+        torch.manual_seed(sample_key(config.seed, state.step, rank))  # a step's randomness is its own
+        done = training_step(
+            method,
+            optimizer,
+            (read(next(batches)) for _ in range(config.accumulate)),
+            optim,
+            peak=peak_lr(optim, config.batch_size) * state.lr_scale,
+            progress=progress,
+            model=model,
+            update=prepared,
+            engine=accelerator,
+        )
         state.step += 1
         stop = interrupt.agreed()
-        health.observe(state.step, _mean([one for one, _ in parts]), grad_norm, _mean([one for _, one in parts]))
+        health.observe(state.step, done.losses, done.grad_norm, done.observations)
 
         last = state.step == config.steps
         to_log = last or state.step == 1 or state.step % config.log.every == 0
@@ -195,13 +189,13 @@ def train(
                 continue
             if to_log:
                 losses_sum = sum(value for name, value in reading.means.items() if name.startswith("loss/"))
-                row = {"step": float(state.step), "progress": state.step / config.steps, "lr": lr}
-                row |= {"weight_decay": decay, "loss": losses_sum, **reading.means}
+                row = {"step": float(state.step), "progress": state.step / config.steps, "lr": done.lr}
+                row |= {"weight_decay": done.weight_decay, "loss": losses_sum, **reading.means}
                 if method.export_network:
                     encoder = method.networks()[method.export_network]
                     with accelerator.autocast():
-                        row |= feature_health(encoder, encoder.normalize(views.global_crops[:HEALTH_IMAGES]))
-                findings = method.diagnose(views, progress)
+                        row |= feature_health(encoder, encoder.normalize(done.views.global_crops[:HEALTH_IMAGES]))
+                findings = method.diagnose(done.views, progress)
                 row |= findings.numbers
                 for name, text in findings.warnings.items():
                     if name not in state.warned:
@@ -216,7 +210,7 @@ def train(
         if to_save:
             checkpoints.save(state)
         if due and not stop:
-            stop = _judge(due, method, state, checkpoints, accelerator)
+            stop = _evaluate_encoder(due, method, state, checkpoints, accelerator)
             if stop and not to_save:
                 checkpoints.save(state)
             if _has_lost_patience(state, config) and not last:
@@ -226,8 +220,8 @@ def train(
                 for listener in listeners:
                     listener.event(state.step, "stopped early", text)
     interrupt.finish()
-    is_judged = state.judged_step == state.step or not any(hook.due(state.step) for hook in hooks)
-    if stop and not (state.step == config.steps and is_judged):
+    is_evaluated = state.evaluated_step == state.step or not any(hook.due(state.step) for hook in hooks)
+    if stop and not (state.step == config.steps and is_evaluated):
         for listener in listeners:
             listener.event(state.step, "interrupted", signal.Signals(stop).name)
         accelerator.wait_for_everyone()  # until the checkpoint is written
@@ -235,7 +229,7 @@ def train(
     return state
 
 
-def _judge(
+def _evaluate_encoder(
     hooks: list[Hook],
     method: Method,
     state: TrainingState,
@@ -264,25 +258,17 @@ def _judge(
             return int(number)
         if score is None:
             continue
-        state.num_judged += not math.isnan(score)
+        state.num_evaluations += not math.isnan(score)
         if not math.isnan(score) and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_step, state.without_best, is_best = score, state.step, 0, True
         else:
             state.without_best += 1
-    state.judged_step = state.step
+    state.evaluated_step = state.step
     if is_best:
         checkpoints.save(state)
     elif checkpoints.path(state.step).exists():
         checkpoints.update_state(state)
     return 0
-
-
-@torch.no_grad()
-def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of each scalar over the micro-batches of a step."""
-    if len(parts) == 1:
-        return parts[0]
-    return {name: torch.stack([part[name].detach().float() for part in parts]).mean() for name in parts[0]}
 
 
 def _has_lost_patience(state: TrainingState, config: LoopConfig) -> bool:

@@ -27,7 +27,7 @@ class OptimConfig:
     """Peak learning rate as it is, in place of ``base_lr``."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end."""
-    warmup_share: Share = 0.1
+    warmup_ratio: Share = 0.1
     """Share of training over which the learning rate grows linearly from 0."""
     after_warmup: Literal["cosine", "constant"] = "cosine"
     """How the learning rate goes on from its peak: half a cosine to ``min_lr``, or not at all."""
@@ -43,7 +43,7 @@ class OptimConfig:
     """Largest gradient norm; None does not clip."""
     clip: Literal["global", "tensor"] = "global"
     """Whether ``clip_norm`` holds for all gradients together or for each tensor alone (DINO's way)."""
-    freeze_encoder_share: Share = 0.0
+    freeze_encoder_ratio: Share = 0.0
     """Share of training, from its start, in which the encoder stays as it is and only what is beside it learns (heads,
     prototypes, decoders): for fresh heads on an encoder that is trained already."""
 
@@ -62,11 +62,11 @@ def peak_lr(config: OptimConfig, images_per_step: int) -> float:
 
 def learning_rate(config: OptimConfig, *, peak: float, progress: float) -> float:
     """Learning rate at ``progress`` in [0, 1]: linear from 0 to ``peak``, then as ``after_warmup`` says."""
-    if progress < config.warmup_share:
-        return peak * progress / config.warmup_share
+    if progress < config.warmup_ratio:
+        return peak * progress / config.warmup_ratio
     if config.after_warmup == "constant":
         return peak
-    share = (progress - config.warmup_share) / max(1 - config.warmup_share, 1e-12)
+    share = (progress - config.warmup_ratio) / max(1 - config.warmup_ratio, 1e-12)
     return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
@@ -100,11 +100,11 @@ def apply_schedules(
 
 
 def freeze(parameters: Iterable[Tensor], config: OptimConfig, progress: float) -> None:
-    """Drop the gradients of an encoder's parameters in the first ``freeze_encoder_share`` of training.
+    """Drop the gradients of an encoder's parameters in the first ``freeze_encoder_ratio`` of training.
 
     AdamW passes over what has no gradient: no decay, no momenta, and its count of steps starts when the freeze ends.
     """
-    if progress < config.freeze_encoder_share:
+    if progress < config.freeze_encoder_ratio:
         for parameter in parameters:
             parameter.grad = None
 

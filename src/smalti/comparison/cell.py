@@ -1,0 +1,323 @@
+"""One cell of a comparison: an arm at a seed, trained and evaluated, in a process of its own.
+
+A cell's folder is named by a digest of what determines its weights; in it every evaluation has a folder named by a
+digest of what determines that. What is finished is never done again; training that was cut short is resumed.
+``python -m smalti.comparison.cell JOB.json PARENT`` runs one; :mod:`smalti.comparison.run` writes the jobs.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import smalti
+from smalti.config import Seed, build, merge, settings, to_tree
+from smalti.data.images.folders import ImageSet
+from smalti.errors import RunError, SmaltiError, machine_trouble
+from smalti.evaluation.details import write_details
+from smalti.evaluation.protocol import EvalConfig, determining, evaluate, write_results
+from smalti.files import remove_leftovers, write_atomically
+from smalti.methods.base import get_method
+from smalti.models.encoder import Encoder
+from smalti.models.loading import as_loaded, file_digest, load, weights_digest
+from smalti.preflight.report import measure_step
+from smalti.preflight.step import step_maker
+from smalti.reading import reading
+from smalti.runs.baseline import untrained_network
+from smalti.runs.build import count_classes, new_encoder, open_training
+from smalti.runs.config import DataConfig, resolve
+from smalti.runs.folder import CONFIG_FILE
+from smalti.runs.train import resume, train
+from smalti.streams import protect_streams, warn_in_one_line
+from smalti.training.launch import num_processes, resolve_devices
+from smalti.training.processes import end_with
+
+RANDOM = "random"
+"""As ``load`` of an arm: the encoder that the plan's trained arms start from."""
+RUN, TRAINED, FAILED, RESULTS_FILE, DETAILS = "run", "trained.json", "failed.txt", "results.json", "details"
+FREE = ("eval", "checkpoint", "log")
+"""Groups of settings that don't change the weights."""
+COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "data", "baseline", "groups")
+"""Settings of an evaluation that don't change its numbers, or stand elsewhere."""
+
+
+@settings
+class Job:
+    """What the process of a cell is told."""
+
+    folder: str
+    """Of the cell."""
+    name: str
+    """Arm and seed, for progress."""
+    seed: int
+    load: str | None = None
+    """Weights to evaluate as they are; None trains."""
+    load_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """``network`` and ``pool`` of what is loaded."""
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the training run as a tree."""
+    untrained: bool = False
+    """Evaluate the network that ``train`` describes before its first step."""
+    minutes: float | None = None
+    """Wall time of training from which its steps are measured; None: ``train`` names the steps."""
+    evaluations: tuple[dict[str, Any], ...] = ()
+    """``key``, ``data`` and ``settings`` of each."""
+    quiet: bool = False
+
+
+def is_trained(job: Job) -> bool:
+    """Whether the cell trains."""
+    return job.load is None and not job.untrained
+
+
+def digest(*parts: Any) -> str:
+    """Twelve letters that change with the parts: plain values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def images_digest(images: ImageSet) -> str:
+    """Changes with the names, sizes, labels, masks and splits of the files; not with where the folder lies."""
+    rows = []
+    for sample in images.samples:
+        files = [path for path in (sample.path, sample.mask, sample.instances) if path is not None]
+        rows.append((*map(_name_and_size, files), sample.label, sample.split))
+    return digest(rows, images.classes)
+
+
+def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet) -> str:
+    """What determines a cell's weights: its settings, the budget, the images, where it starts, and Smalti's version."""
+    config = resolve(tree)
+    plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
+    if plain["prr"] is None:
+        del plain["prr"]  # cells from before it was a setting are the same
+    if plain["method"].get("orders"):
+        plain["method"] = {**plain["method"], "orders": _with_digest(plain["method"]["orders"])}
+    plain["data"] = {name: value for name, value in plain["data"].items() if name not in ("path", "num_workers")}
+    start = weights_digest(config.init) if config.init else None
+    return digest(plain, dict(budget), images_digest(images), start, smalti.__version__)
+
+
+def untrained_key(tree: Mapping[str, Any]) -> str:
+    """What determines a network before its first step: architecture, the method's settings, seed, starting weights."""
+    config = resolve(tree)
+    data = {name: getattr(config.data, name) for name in ("image_size", "channels", "mean", "std", "signal")}
+    parts = {name: getattr(config, name) for name in ("method", "encoder", "load", "seed", "pool", "prr")}
+    start = weights_digest(config.init) if config.init else None
+    return digest(to_tree(data), to_tree(parts), start, smalti.__version__)
+
+
+def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> str:
+    """What determines the numbers of an evaluation, beside the weights."""
+    plain = determining(build(EvalConfig, settings, "evaluate"), COSTLESS)
+    plain |= {"orders": [_with_digest(order) for order in plain["orders"]]} if "orders" in plain else {}
+    return digest(plain, seed, images_digest(images), images.layout, smalti.__version__)
+
+
+def _with_digest(orders: str) -> str:
+    """A name of an order as it is; of a file of orders, what changes with what it holds."""
+    path = Path(orders)
+    return file_digest(path) if path.suffix == ".parquet" and path.is_file() else orders
+
+
+def run_cell(job: Job) -> None:
+    """Train, where that isn't done yet, and evaluate, each evaluation that isn't done yet.
+
+    Raises:
+        SmaltiError: what went wrong.
+    """
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if is_trained(job) and not (folder / TRAINED).is_file():
+        _train(job, folder)
+    if all((folder / entry["key"] / RESULTS_FILE).is_file() for entry in job.evaluations):
+        return
+    encoder = _encoder(job, folder)
+    for entry in job.evaluations:
+        target = folder / entry["key"]
+        if (target / RESULTS_FILE).is_file():
+            continue
+        started, cpu = time.perf_counter(), cpu_seconds()
+        # no score depends on groups: the tables resample them
+        own = {**entry["settings"], "seed": job.seed, "groups": None}
+        config = build(EvalConfig, own, "evaluate")
+        progress = None if job.quiet else _say(job.name)
+        results = evaluate(encoder, job.name, entry["data"], config, progress=progress, figures=True)
+        cost = {"wall_s": time.perf_counter() - started, "cpu_s": cpu_seconds() - cpu, "peak_mib": peak_mib()}
+        cost["parameters"] = num_parameters(encoder)
+        shutil.rmtree(target, ignore_errors=True)
+        write_details(target / DETAILS, results)
+        write_atomically(target / "cost.json", json.dumps(cost, indent=1))
+        write_results(target / RESULTS_FILE, results)  # last: a folder with it is whole
+
+
+def _train(job: Job, folder: Path) -> None:
+    run = folder / RUN
+    was_begun = (run / CONFIG_FILE).is_file()
+    if run.exists() and not was_begun:
+        shutil.rmtree(run)
+    tree = dict(job.train)
+    if job.minutes is not None:
+        tree["steps"] = _steps_within(tree, job.minutes, folder)
+    started, cpu = time.perf_counter(), cpu_seconds()
+    if was_begun:
+        resume(run, quiet=job.quiet)
+    else:
+        train(out=run, overrides=tree, quiet=job.quiet)
+    config = resolve(merge(tree, {}))
+    wall = time.perf_counter() - started
+    devices = resolve_devices(config.devices)
+    on_gpu = devices.kind == "cuda"
+    cost = {
+        "steps": config.steps,
+        "images_seen": config.steps * config.batch_size,
+        "wall_s": wall,
+        "cpu_s": cpu_seconds() - cpu,
+        "gpu_s": wall * devices.processes if on_gpu else 0.0,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_mib(),
+        "peak_is_of": "GPU" if on_gpu else "process",
+        "resumed": was_begun,
+    }
+    write_atomically(folder / TRAINED, json.dumps(cost, indent=1))
+
+
+def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path) -> int:
+    """Steps that fit into the time, measured once a cell and then kept, so that a resumed cell has the same."""
+    kept = folder / "steps.json"
+    if kept.is_file():
+        with reading(kept, "the steps of a cell", RunError, "remove it, and they are measured again"):
+            return int(json.loads(kept.read_bytes())["steps"])
+    config = resolve(merge(tree, {"steps": 1000}))
+    device = torch.device(resolve_devices(config.devices).kind)
+    make_step, _ = step_maker(config, device)
+    estimate = measure_step(
+        make_step,
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch,
+        processes=num_processes(config.devices),
+        steps=1000,
+        device=device,
+    )
+    if not estimate.seconds > 0:
+        raise RunError("the time of a step could not be measured; give the budget in steps or images")
+    steps = max(1, math.floor(minutes * 60 / estimate.seconds))
+    write_atomically(kept, json.dumps({"steps": steps, "step_s": estimate.seconds, "minutes": minutes}))
+    return steps
+
+
+def _encoder(job: Job, folder: Path) -> Encoder:
+    options = dict(job.load_options)
+    pool = options.pop("pool", None)
+    if job.untrained:
+        config = resolve(job.train)
+        images = open_training(config)
+        config = count_classes(config, images)
+        classes = (images.classes or ()) if isinstance(images, ImageSet) else ()
+        network = get_method(config.method.name).export_network
+        encoder = as_loaded(untrained_network(config, network, classes))
+    elif job.load == RANDOM:
+        encoder = build(RandomEncoder, job.train).make().eval()
+    else:
+        encoder = load(job.load or str(folder / RUN), seed=job.seed, quiet=True, **options)
+    if pool:
+        encoder.set_pool(pool)
+    return encoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@settings
+class RandomEncoder:
+    """The encoder of ``load: random``, from the settings of a plan."""
+
+    encoder: str | dict[str, Any] | None = None
+    """Architecture, as in the settings of a run."""
+    data: DataConfig = DataConfig()
+    """Size, channels and normalisation of the images."""
+    seed: Seed = 0
+    """Of timm's random weights."""
+
+    def make(self) -> Encoder:
+        """The encoder, on the CPU."""
+        encoder = new_encoder(self.encoder, self.data, self.seed)
+        encoder.check_size(*encoder.img_size)
+        return encoder
+
+
+def num_parameters(encoder: Encoder) -> int:
+    """Of the encoder that is handed on."""
+    return sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    return sum(psutil.Process().cpu_times()[:4])  # user, system, and those of children where the system counts them
+
+
+def peak_mib() -> float:
+    """Most memory that this process has held; where the system doesn't say, what it holds now."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
+    except (OSError, StopIteration):
+        return psutil.Process().memory_info().rss / 2**20
+
+
+def _name_and_size(path: Path) -> tuple[str, int]:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        size = -1
+    return path.name, size
+
+
+def _say(name: str) -> Any:
+    last = [0.0]
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done >= total or time.monotonic() - last[0] > 10:
+            last[0] = time.monotonic()
+            print(f"{name}: {what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def main(path: str, parent: int) -> int:
+    """Run the job in a file; what went wrong is written to the cell's folder. Returns the exit code.
+
+    Args:
+        path: the job, as JSON.
+        parent: number of the process that compares; this one ends with it.
+    """
+    end_with(parent)
+    protect_streams()
+    warn_in_one_line()
+    job = build(Job, json.loads(Path(path).read_text(encoding="utf-8")), path)
+    failed = Path(job.folder) / FAILED
+    failed.unlink(missing_ok=True)
+    try:
+        run_cell(job)
+    except SmaltiError as error:
+        write_atomically(failed, f"{error}\n")
+        return 2
+    except Exception as error:
+        if (line := machine_trouble(error)) is not None:
+            write_atomically(failed, f"{line}\n")
+            return 2
+        traceback.print_exc()
+        write_atomically(failed, f"{type(error).__name__}: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,388 @@
+"""Readers: a folder tree, a list or table of files, class folders, images with masks or a public data set becomes one
+:class:`ImageSet`.
+
+The layout is detected, or forced by ``NAME=PATH``; what could be read in two ways is refused. Images are not decoded
+here, apart from a few where one of two folders may hold masks; order never depends on the file system.
+"""
+
+import itertools
+import re
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from smalti.config import unknown_key
+from smalti.data.images import datasets
+from smalti.data.images.decode import read_image as read_image
+from smalti.data.images.image_files import Found, find_images, first_of
+from smalti.data.images.image_set import SPLITS as SPLITS
+from smalti.data.images.image_set import ImageSample as ImageSample
+from smalti.data.images.image_set import ImageSet as ImageSet
+from smalti.data.images.image_set import as_text, expand_home, read_class_names
+from smalti.data.images.mask_folders import (
+    IMAGE_FOLDERS,
+    find_mask_folders,
+    masks_beside,
+    read_masks,
+    refuse_masks_as_classes,
+)
+from smalti.data.images.splits import (
+    check_same_splits,
+    folder_splits,
+    image_keys,
+    lists_images,
+    read_split_lists,
+    split_of,
+    stray_note,
+    text_files,
+)
+from smalti.data.images.tables import TABLES, read_list, read_table
+from smalti.errors import ConfigError, DataError
+
+ClassDepth = int | Literal["deepest"]
+"""How many folders name a class: 1 the outermost, 2 ``a/b``, and so on; ``deepest`` the folder of the image alone."""
+_MOST_STRAYS = 0.02
+_ENOUGH_FOR_ONE = 10
+"""Images outside of class folders are left out if they are at most this fraction, or one beside this many; beyond it,
+the folders are no classes."""
+_OWN = ("folder", "classes", "masks")
+"""Layouts of one's own, which take splits from lists."""
+
+
+class LeftOut(UserWarning):
+    """Images of a data set that are left out, and why; or a folder that is read in an unexpected way."""
+
+
+def open_images(data: str | Path, layout: str | None = None, *, class_depth: ClassDepth | None = None) -> ImageSet:
+    """The images at a path, their layout detected or forced.
+
+    Images that are left out are counted in ``left_out`` and in a warning.
+
+    Args:
+        data: a folder, a list or a table; ``NAME=PATH`` forces the reader NAME.
+        layout: forces a reader as well: ``folder``, ``list``, ``table``, ``classes`` or ``masks``. ``folder`` takes all
+            images of the tree as one set; ``list`` a text file with a path a line, relative to it or absolute, perhaps
+            with a label; ``table`` CSV, JSONL or Parquet with the columns path and label, split, group; ``classes``
+            ``CLASS/img`` or ``SPLIT/CLASS/img``; ``masks`` ``images/`` with ``masks/`` or ``instances/``, by stem.
+            Those of :mod:`~smalti.data.images.datasets` take the folders that a public data set comes in.
+        class_depth: how many folders name a class, where class folders are nested; None: one is expected.
+
+    Raises:
+        ConfigError: if there is no reader of that name.
+        DataError: if the path is missing, holds no images, doesn't fit the layout, or could be read in two ways; one
+            line.
+    """
+    path, layout = _split_name(data, layout)
+    if layout is not None and layout not in READERS:
+        raise ConfigError(unknown_key(layout, READERS, "--data").replace("field", "reader"))
+    if not path.exists():
+        raise DataError(f"{as_text(path)}: no such file or folder")
+    if not (path.is_file() or path.is_dir()):  # reading a pipe may never end
+        raise DataError(f"{as_text(path)}: is neither a file nor a folder")
+    images = _read(path, layout, class_depth)
+    if notes := [*images.remarks, *([f"left out: {', '.join(images.left_out)}"] if images.left_out else [])]:
+        warnings.warn(f"{as_text(images.root)}: {'; '.join(notes)}", LeftOut, stacklevel=2)
+    return images
+
+
+def training_images(images: ImageSet) -> ImageSet:
+    """What pretraining reads: the train split where the layout has splits, else all.
+
+    Raises:
+        DataError: if there are splits, but none is for training.
+    """
+    if not images.splits:
+        return images
+    if "train" not in images.splits:
+        raise DataError(
+            f"{as_text(images.root)}: holds the split{'s' * (len(images.splits) > 1)} {', '.join(images.splits)}, but "
+            f"no train; to read every image, write folder={as_text(images.root)}"
+        )
+    return images.subset("train")
+
+
+def _split_name(data: str | Path, layout: str | None) -> tuple[Path, str | None]:
+    """``NAME=PATH`` apart; a path that exists is a path, whatever signs are in it."""
+    path = expand_home(data)
+    if layout is None and not path.exists():
+        match = re.fullmatch(r"([A-Za-z][\w-]*)=(.*)", str(data), re.DOTALL)
+        if match:
+            return expand_home(match[2]), match[1]
+    return path, layout
+
+
+def _read(path: Path, layout: str | None, class_depth: ClassDepth | None) -> ImageSet:
+    is_table = path.suffix.lower() in TABLES
+    if layout is None and path.is_file():
+        if path.suffix.lower() != ".txt" and not is_table:
+            raise DataError(
+                f"{as_text(path)}: a file; give a folder of images, a .txt list with one path a line, or a table "
+                f"({', '.join(TABLES)})"
+            )
+        layout = "table" if is_table else "list"
+    if layout is None:
+        return _detect(path, class_depth)
+    of_file = {"list": "a text file with one path a line", "table": f"a file ({', '.join(TABLES)})"}
+    if path.is_dir() == (layout in of_file):
+        raise DataError(
+            f"{as_text(path)}: layout '{layout}' needs {of_file.get(layout, 'a folder')}, this is a "
+            f"{'folder' if path.is_dir() else 'file'}"
+        )
+    if layout == "classes":
+        return _read_classes(path, class_depth)
+    return READERS[layout](path)
+
+
+def _detect(root: Path, class_depth: ClassDepth | None) -> ImageSet:
+    if known := _known_folders(root):
+        return READERS[known](root)
+    found = find_images(root)
+    images = _detect_own(root, found, class_depth)
+    if images.layout in _OWN and not images.splits:
+        _refuse_other_lists(root, images, found.lists)
+    tables = sorted(entry.name for entry in root.iterdir() if entry.suffix.lower() in TABLES)
+    if tables:
+        note = f"{len(tables)} table{'s' * (len(tables) > 1)}, which table=FILE reads ({first_of(tables)})"
+        images = replace(images, not_read=(*images.not_read, note))
+    return images
+
+
+def _known_folders(root: Path) -> str | None:
+    """The reader of a public data set whose folders are there; None where folders called masks say that it is none."""
+    folders = {entry.name.lower() for entry in root.iterdir() if entry.is_dir()}
+    return None if "images" in folders and folders & {"masks", "instances"} else datasets.detect(root)
+
+
+def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
+    """Masks, class folders or one set of images, perhaps in an outer folder, as archives are packed."""
+    if folder := _only_folder(found.names):
+        inside = found.inside(folder)
+        known = _known_folders(root / folder)
+        images = READERS[known](root / folder) if known else _detect_own(root / folder, inside, class_depth)
+        images = _with_lists(images, root) if images.layout in _OWN else images
+        if images.layout == "masks" and images.classes is None:
+            images = replace(images, classes=read_class_names(root))
+        if images.layout != "folder" or images.splits:
+            strays = [name for name in found.names if name.parts[0] != folder]
+            beside = [stray_note(strays, f"beside {as_text(folder)}/")] if strays else []
+            notes = [note for note in images.not_read if note not in inside.not_read]
+            return replace(images, not_read=(*notes, *beside, *found.not_read))
+    if find_mask_folders(root, found.names):
+        return read_masks(root, found)
+    return _detect_plain(root, found, class_depth)
+
+
+def _only_folder(names: Sequence[PurePosixPath]) -> str | None:
+    """The outermost folder that holds all images, apart from a few that lie less deep; None where folders at the top
+    are splits or classes."""
+    folder, count = Counter(name.parts[0] for name in names).most_common(1)[0]
+    if any(len(name.parts) > 1 and split_of(name.parts[0]) for name in names):
+        return None
+    depths = [len(name.parts) for name in names if name.parts[0] == folder]
+    stray_depths = [len(name.parts) for name in names if name.parts[0] != folder]
+    is_outer = max(depths) > 2 and (not stray_depths or max(2, *stray_depths) < min(depths))
+    return folder if is_outer and _are_few(len(stray_depths), count) else None
+
+
+def _are_few(strays: int, inside: int) -> bool:
+    """Whether so many images in other places may be left out."""
+    return strays <= max(inside >= _ENOUGH_FOR_ONE, _MOST_STRAYS * (inside + strays))
+
+
+def _with_lists(images: ImageSet, home: Path) -> ImageSet:
+    """Splits by the lists in a folder that all images lie in; unchanged where it has none.
+
+    Raises:
+        DataError: for lists that can't be understood or contradict the folders of splits.
+    """
+    if not text_files(home):
+        return images
+    names = _names_from(home, images)
+    lists = read_split_lists(home, _list_keys(names), partial=len(images.splits) > 0)
+    if images.splits:
+        by_folder = {name.as_posix(): sample.split for name, sample in zip(names, images.samples, strict=True)}
+        check_same_splits(home, by_folder, lists)
+        return images
+    if not lists:
+        return images
+    split = [lists.get(name.as_posix()) for name in names]
+    samples = tuple(replace(sample, split=one) for sample, one in zip(images.samples, split, strict=True))
+    unlisted = [name for name, one in zip(names, split, strict=True) if one is None]
+    notes = (stray_note(unlisted, "in no list"),) if unlisted else ()
+    return replace(images, samples=samples, left_out=(*notes, *images.left_out))
+
+
+def _names_from(home: Path, images: ImageSet) -> list[PurePosixPath]:
+    return [PurePosixPath(path.relative_to(home)) for path in images.paths]
+
+
+def _list_keys(names: Sequence[PurePosixPath]) -> dict[str, str]:
+    """What a line of a list may say: a path, perhaps from a folder of images, a split or the only outer folder on."""
+    folders = {name.parts[:-1] for name in names}
+    outer = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
+    parts = {part for parents in folders for part in parents}
+    starts = {part for part in parts if part.lower() in IMAGE_FOLDERS or split_of(part)}
+    return image_keys(names, starts | {level[0] for level in outer})
+
+
+def _refuse_other_lists(root: Path, images: ImageSet, lists: Sequence[str]) -> None:
+    """Refuse lists of splits in other folders than those that are looked into, such as ``meta/train.txt``."""
+    keys = _list_keys(_names_from(root, images)) if lists else {}
+    if found := [name for name in lists if lists_images(root / name, keys)]:
+        raise DataError(
+            f"{as_text(root)}: images are listed in {', '.join(map(as_text, found[:3]))}, where lists are not read; "
+            f"move them to {as_text(root)}, or write folder={as_text(root)} to read every image as one set"
+        )
+
+
+def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
+    """Class folders, or one set of images; with splits where folders or lists name them."""
+    beside = masks_beside(found.names)
+    masks = {mask for some in beside.values() for mask in some}
+    names = [name for name in found.names if name not in masks]
+    refuse_masks_as_classes(root, names)
+    splits = folder_splits(root, names)
+    kept, strays = names, list[PurePosixPath]()
+    if splits:
+        kept = [name for name in names if len(name.parts) > 1]
+        strays = [name for name in names if len(name.parts) == 1]
+    notes = [stray_note(sorted(strays), "beside the split folders")] if strays else []
+    labelled = _class_set(root, kept, len(splits) > 0, class_depth)
+    images = replace(
+        labelled or ImageSet(root, "folder", tuple(ImageSample(root / name) for name in kept), None),
+        no_labels="" if labelled else _why_no_classes(kept, len(splits) > 0, class_depth),
+    )
+    if not splits:
+        images = replace(images, remarks=_no_splits(kept, "a class" if labelled else "any other folder"))
+    images = _with_lists(_with_splits(images) if splits else images, root)
+    if masks and labelled is None and all(len(some) == 1 for some in beside.values()):
+        mask_of = {root / image: root / some[0] for image, some in beside.items()}
+        samples = tuple(replace(sample, mask=mask_of.get(sample.path)) for sample in images.samples)
+        images = replace(images, layout="masks", samples=samples, classes=read_class_names(root))
+    elif masks:
+        notes.append(stray_note(sorted(masks), "named as masks of others" + ", beside class folders" * bool(labelled)))
+        images = replace(images, no_masks=f"{len(masks):,} masks lie beside their images; put them into masks/")
+    return replace(images, left_out=(*notes, *images.left_out), not_read=found.not_read)
+
+
+def _with_splits(images: ImageSet) -> ImageSet:
+    """Splits by the outermost folders."""
+    samples = tuple(
+        replace(sample, split=split_of(sample.path.relative_to(images.root).parts[0])) for sample in images.samples
+    )
+    return replace(images, samples=samples)
+
+
+def _no_splits(names: Sequence[PurePosixPath], as_what: str) -> tuple[str, ...]:
+    """A remark on folders that have the name of a split and are none."""
+    odd = sorted({f"{as_text(name.parts[0])}/" for name in names if len(name.parts) > 1 and split_of(name.parts[0])})
+    return (f"no split: {', '.join(odd)} is read as {as_what}",) if odd else ()
+
+
+def _read_folder(root: Path) -> ImageSet:
+    found = find_images(root)
+    samples = tuple(ImageSample(root / name) for name in found.names)
+    return ImageSet(root, "folder", samples, None, not_read=found.not_read)
+
+
+def _read_classes(root: Path, class_depth: ClassDepth | None = None) -> ImageSet:
+    found = find_images(root)
+    tops = {split_of(name.parts[0]) for name in found.names if len(name.parts) > 1}
+    has_splits = None not in tops and all(len(name.parts) > 2 for name in found.names if len(name.parts) > 1)
+    images = _class_set(root, found.names, has_splits, class_depth, forced=True)
+    if images is None:
+        why = _why_no_classes(found.names, has_splits, class_depth)
+        raise DataError(f"{as_text(root)}: {why}; layout 'classes' needs CLASS/image or SPLIT/CLASS/image everywhere")
+    images = _with_splits(images) if has_splits else replace(images, remarks=_no_splits(found.names, "a class"))
+    return replace(_with_lists(images, root), not_read=found.not_read)
+
+
+def _class_set(
+    root: Path,
+    names: Sequence[PurePosixPath],
+    has_splits: bool,
+    class_depth: ClassDepth | None,
+    forced: bool = False,
+) -> ImageSet | None:
+    """Images with the class of their folder; None where the folders are no classes.
+
+    A few images that lie elsewhere are left out; no split is set.
+
+    Raises:
+        DataError: if two folders have the same name in different Unicode forms.
+    """
+    inside, strays = _class_level(names, has_splits, class_depth)
+    if not inside or not _are_few(len(strays), len(inside)):
+        return None
+    name_of = {name: _class_name(name, has_splits, class_depth) for name in inside}
+    folders = sorted(set(name_of.values()))
+    if len(folders) < 2 and not forced:
+        return None
+    forms: dict[str, list[str]] = defaultdict(list)
+    for folder in folders:
+        forms[unicodedata.normalize("NFC", folder)].append(folder)
+    if repeated := [form for form, same in forms.items() if len(same) > 1]:
+        raise DataError(
+            f"{as_text(root)}: two class folders are both called '{repeated[0]}', in different Unicode forms (NFC and "
+            "NFD); merge or rename them"
+        )
+    number = {folder: place for place, folder in enumerate(folders)}
+    samples = tuple(ImageSample(root / name, label=number[name_of[name]]) for name in inside)
+    notes: tuple[str, ...] = (stray_note(strays, "outside of the class folders"),) if strays else ()
+    return ImageSet(root, "classes", samples, tuple(map(as_text, folders)), left_out=notes)
+
+
+def _class_level(
+    names: Sequence[PurePosixPath], has_splits: bool, class_depth: ClassDepth | None
+) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    """The images at the depth where classes are, and the others."""
+    above = 1 + has_splits
+    if isinstance(class_depth, int):
+        inside = [name for name in names if len(name.parts) >= above + class_depth]
+    elif class_depth == "deepest":
+        inside = [name for name in names if len(name.parts) > above]
+    else:
+        inside = [name for name in names if len(name.parts) == above + 1]
+    chosen = set(inside)
+    return inside, [name for name in names if name not in chosen]
+
+
+def _class_name(name: PurePosixPath, has_splits: bool, class_depth: ClassDepth | None) -> str:
+    folders = name.parts[has_splits:-1]
+    return folders[-1] if class_depth == "deepest" else "/".join(folders[: class_depth or 1])
+
+
+def _why_no_classes(names: Sequence[PurePosixPath], has_splits: bool, class_depth: ClassDepth | None) -> str:
+    depths = Counter(len(name.parts) - has_splits - 1 for name in names)
+    deepest = max(depths)
+    inside, strays = _class_level(names, has_splits, class_depth)
+    if class_depth is None and deepest > 1 and len(depths) == 1:
+        first = "/".join(names[0].parts[has_splits:-1])
+        return (
+            f"folders are nested {deepest} deep ({as_text(first)}); say which name the class: class_depth=1 for the "
+            f"outermost, class_depth=deepest for the innermost"
+        )
+    if inside and strays:
+        few, most = sorted((strays, inside), key=len)
+        return (
+            f"{len(few):,} of {len(names):,} images don't lie where the others do, such as "
+            f"{as_text(str(few[0]))} beside {as_text(str(most[0]))}"
+        )
+    if inside:
+        return "there is only one class folder"
+    return f"{as_text(str(names[0]))} has no class folder"
+
+
+READERS: dict[str, Callable[[Path], ImageSet]] = {
+    "folder": _read_folder,
+    "classes": _read_classes,
+    "list": read_list,
+    "table": read_table,
+    "masks": read_masks,
+    **datasets.READERS,
+}
+"""Name -> reader: what may stand before ``=PATH``."""

@@ -1,0 +1,315 @@
+"""Attention: how different the queries' attention is, how far it reaches, and whether the class token's shows objects.
+
+Source: normalised mutual information and distance: Park et al., "What do self-supervised vision transformers learn?",
+arXiv:2305.00729v1, in the form of their code, with one epsilon of 1e-8 for both (theirs: 1e-32 for the
+distance). Foreground: Caron et al., DINO, arXiv:2104.14294v2, Sec. 4.2.2, in the form of the code of Pariza et al.,
+NeCo, arXiv:2408.11054.
+Differs from the latter: void pixels count for nothing and every class but the first is an object, unless ``parity``;
+the mean is over the images that were seen, where their code divides by all though its loader drops the last batch;
+register tokens are left out of the attention, which their code mistakes for patches.
+Letters: n images, B of them in a batch, H heads, T tokens (prefix and patches), N = h*w patches, S side of the images.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from smalti.data.images.folders import ImageSet
+from smalti.data.images.labelled import eval_mask, read_mask
+from smalti.errors import DataError
+from smalti.evaluation.features import Features, Observer, spread
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocols.linear_segmentation import ignored_value
+from smalti.evaluation.tally import tally_mean
+from smalti.functional.attention import foreground, keep_mass
+from smalti.layers.attention import attention_modules, attention_weights
+from smalti.models.encoder import Encoder
+
+NAME = "attention"
+EPS = 1e-8
+"""Added to each weight between patches before rows are divided by their sums again."""
+NMI_UNIT = "normalised mutual information, 0 all queries attend alike, 1 each to its own key"
+DISTANCE_UNIT = "pixels of the resized image"
+
+
+def between_patches(attention: Float[Tensor, "*B T T"], num_prefix: int, eps: float = EPS) -> Float[Tensor, "*B N N"]:
+    """Attention of patches to patches: prefix tokens left out, ``eps`` added, rows that sum to 1 again."""
+    weights = attention[..., num_prefix:, num_prefix:] + eps
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def mutual_information(attention: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B"]:
+    """Normalised mutual information of queries and keys: 0 where all queries attend alike, 1 each to its own key.
+
+    Args:
+        attention: ``(..., N, N)`` positive, rows sum to 1; queries are taken as equally likely.
+
+    Returns:
+        ``I(q; k) / sqrt(H(q) H(k))``, 0..1; 0 for a single patch, which has nothing to tell apart.
+
+    Source: Park et al., arXiv:2305.00729v1.
+    """
+    count = attention.shape[-1]
+    of_keys = attention.mean(-2, keepdim=True)  # p(k)
+    information = torch.xlogy(attention, attention / of_keys).sum((-2, -1)) / count
+    entropy = torch.special.entr(of_keys).sum((-2, -1))
+    scale = (entropy * float(np.log(count))).clamp(min=1e-12).sqrt()
+    return (information / scale).clamp(0, 1)  # rounding alone leads out of it
+
+
+def attention_distance(attention: Float[Tensor, "*B N N"], distances: Float[Tensor, "N N"]) -> Float[Tensor, "*B"]:
+    """Distance from queries to what they attend to, mean over queries, in the unit of ``distances``.
+
+    Source: Dosovitskiy et al., ViT, arXiv:2010.11929v2, Fig. 7; as :func:`mutual_information`.
+    """
+    # (..., N, N) -> (..., N) first: one sum over all pairs loses four digits in float32
+    return (attention * distances.to(attention)).sum(-1).mean(-1)
+
+
+def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> Float[Tensor, "N N"]:
+    """Distances between the centres of patches in pixels."""
+    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in grid), indexing="ij")
+    centres = torch.stack([rows.flatten() * patch_size[0], columns.flatten() * patch_size[1]], dim=1)
+    return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class AttentionObserver(Observer):
+    """Keeps a few numbers of each layer's attention: the attention itself would be T * T numbers a head and layer.
+
+    Args:
+        num_images: whose attention between patches is judged, at most, spread evenly over those that come.
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self._num_images = num_images
+
+    @contextlib.contextmanager
+    def watch(self, encoder: Encoder, size: int, images: ImageSet) -> Iterator[None]:
+        """See :class:`~smalti.evaluation.features.Observer`.
+
+        Raises:
+            ConfigError: if a block of the encoder has no attention of the usual kind.
+        """
+        modules = attention_modules(encoder.vit.blocks, encoder.name)
+        self.nmi: dict[int, Float[Tensor, "layers H"]] = {}
+        """Place of a test image -> normalised mutual information."""
+        self.distance: dict[int, Float[Tensor, "layers H"]] = {}
+        """Likewise, in pixels."""
+        self.of_class_token: dict[int, Float[Tensor, "H N"]] = {}
+        """Place of a test image -> attention of the class token to the patches in the last layer; only with masks."""
+        self._first = 0  # number of the next image, of those that can be read
+        self._chosen = set(spread(len(images), self._num_images))
+        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}  # row of the batch -> numbers of the layers so far
+        self._rows: Tensor | None = None
+        self._num_prefix = encoder.num_prefix_tokens
+        self._keeps_rows = encoder.has_class_token and _has_masks(images)
+        self._distances = patch_distances(encoder.check_size(size, size), encoder.patch_size)
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda module, args, i=i: self._look(module, args[0], i == len(modules) - 1)
+            )
+            for i, module in enumerate(modules)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def saw(self, places: Sequence[int]) -> None:
+        """See :class:`~smalti.evaluation.features.Observer`."""
+        for row, place in enumerate(places):
+            if row in self._waiting:
+                nmi, distance = self._waiting[row]
+                self.nmi[place], self.distance[place] = nmi, distance
+            if self._rows is not None:
+                self.of_class_token[place] = self._rows[row]
+        self._first += len(places)
+        self._waiting, self._rows = {}, None
+
+    @torch.no_grad()
+    def _look(self, module: nn.Module, tokens: Tensor, is_last: bool) -> None:
+        assert isinstance(module, Attention)
+        for row in range(len(tokens)):
+            if self._first + row not in self._chosen:
+                continue
+            # one image at a time: N * N numbers a head
+            between = between_patches(attention_weights(module, tokens[row : row + 1])[0], self._num_prefix)
+            numbers = mutual_information(between), attention_distance(between, self._distances)
+            ours = tuple(one.cpu()[None] for one in numbers)
+            before = self._waiting.get(row)
+            nmi, distance = ours if before is None else (torch.cat(pair) for pair in zip(before, ours, strict=True))
+            self._waiting[row] = nmi, distance
+        if is_last and self._keeps_rows:
+            self._rows = attention_weights(module, tokens, num_queries=1)[:, :, 0, self._num_prefix :].cpu()
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """IoU of an image's attention with its objects; NaN where the image has none."""
+
+    merged: float
+    best_head: float
+
+
+def foreground_scores(
+    attention: Float[Tensor, "H N"], mask: np.ndarray, grid: tuple[int, int], *, void: int, parity: bool
+) -> Foreground:
+    """How well the attention of one image's class token shows its objects.
+
+    ``merged``: heads averaged and blurred, the patches with 60 % of the mass, parts of one or two patches dropped; IoU
+    with all objects together. ``best_head``: for each object's class the best IoU among the heads' patches with 60 % of
+    the mass; mean over the classes.
+
+    Args:
+        attention: ``(H, N)`` of the class token to the patches.
+        mask: ``(S, S)`` classes; 0 is the background.
+        grid: ``(h, w)``, which divides S.
+        void: value of pixels without a class.
+        parity: as the published code has it: void pixels are foreground; the objects are the values in the mask without
+            the first and the last, which are taken for background and void even where there is none.
+    """
+    scale = (mask.shape[0] // grid[0], mask.shape[1] // grid[1])
+    merged = _pixels(foreground(attention[None], grid)[0], scale)
+    heads = [_pixels(head.view(grid), scale) for head in keep_mass(attention)]
+    values = np.unique(mask).tolist()
+    if parity:
+        counted, objects = np.ones_like(mask, dtype=bool), values[1:-1]
+    else:
+        counted, objects = mask != void, [value for value in values if value not in (0, void)]
+    truth = mask != 0
+    return Foreground(
+        _iou(merged, truth, counted) if parity or objects else float("nan"),
+        float(np.mean([max(_iou(head, mask == value, counted) for head in heads) for value in objects]))
+        if objects
+        else float("nan"),
+    )
+
+
+@register_protocol(
+    NAME,
+    need="images",
+    prefers=("masks",),
+    heeds=("preset", "parity", "num_images", "cache_mib", "cache_dtype"),
+    observer=lambda config: AttentionObserver(config.num_images),
+)
+@torch.no_grad()
+def attention(features: Features, config: EvalConfig) -> Scores:
+    """Diversity and reach of attention in each layer; with masks, the class token's attention as foreground."""
+    size = features.dense_size(config.image_size) if config.preset == "small" else config.image_size or 448
+    encoder, images = features.encoder, features.data.test
+    grid = encoder.check_size(size, size)
+    note = _why_no_foreground(features)
+    seen = _few(features, size, config.num_images) if note else features.observed(NAME, size)
+    assert isinstance(seen, AttentionObserver)
+    places = sorted(seen.nmi)
+    if not places:
+        raise DataError(f"{images.root}: none of the {len(images)} {features.evaluated} can be read")
+    nmi, distance = (torch.stack([of[place] for place in places]) for of in (seen.nmi, seen.distance))  # (n, layers, H)
+    metrics: dict[str, float] = {}
+    tallies = {}
+    units: dict[str, str] = {}
+
+    def add(name: str, values: np.ndarray, unit: str | None = None) -> None:
+        tally = tallies[name] = tally_mean(values)
+        metrics[name] = tally.score()
+        if unit:
+            units[name] = unit
+
+    judged: dict[int, Foreground] = {}
+    if not note:
+        void = ignored_value(len(features.data.classes))
+        for place, rows in seen.of_class_token.items():
+            mask = eval_mask(read_mask(images.samples[place], len(features.data.classes)), size)
+            judged[place] = foreground_scores(rows, mask, grid, void=void, parity=config.parity)
+        for name, values in (
+            ("foreground_iou", {place: one.merged for place, one in judged.items()}),
+            ("foreground_iou_best_head", {place: one.best_head for place, one in judged.items()}),
+        ):
+            if np.isfinite(list(values.values())).any():
+                add(name, _by_place(values, len(images)))
+            else:
+                note = "left out where no judged image has an object"
+    for name, layer in (("last", -1), ("mean", slice(None))):
+        for quantity, numbers, unit in (("nmi", nmi, NMI_UNIT), ("distance_px", distance, DISTANCE_UNIT)):
+            of_images = numbers[:, layer].flatten(1).mean(1).tolist()
+            add(f"{quantity}_{name}", _by_place(dict(zip(places, of_images, strict=True)), len(images)), unit)
+    settings: dict[str, Any] = {
+        "preset": config.preset,
+        "image_size": size,
+        "resize": "to a square, aspect ratio ignored",
+        "num_images": len(places),
+        "chosen": f"spread evenly over the {features.evaluated}" if len(places) < len(images) else "all",
+        "layers": encoder.depth,
+        "num_prefix_tokens": encoder.num_prefix_tokens,
+        "prefix": "left out of the attention, rows divided by their sums again"
+        if encoder.num_prefix_tokens
+        else "none",
+        "eps": EPS,
+        "foreground": note or ("void is foreground, objects as published" if config.parity else "void is ignored"),
+        **({"background": features.data.classes[0], "num_with_foreground": _count(judged)} if judged else {}),
+    }
+    return Scores(
+        metrics,
+        settings,
+        {},
+        units=units,
+        tallies=tallies,
+        curves={
+            "nmi": nmi.mean((0, 2)).tolist(),
+            "distance_px": distance.mean((0, 2)).tolist(),
+        },
+    )
+
+
+def _why_no_foreground(features: Features) -> str:
+    """Empty where there are masks and a class token."""
+    if not features.encoder.has_class_token:
+        return "left out: the encoder has no class token"
+    if not features.data.classes or not _has_masks(features.data.test):
+        return "left out: the images were opened without masks"
+    return ""
+
+
+def _has_masks(images: ImageSet) -> bool:
+    return any(sample.mask is not None or sample.instances is not None for sample in images.samples)
+
+
+def _few(features: Features, size: int, num_images: int) -> AttentionObserver:
+    """What is seen of a few images alone, where the others have nothing to say."""
+    images = features.data.test
+    chosen = spread(len(images), num_images)
+    few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
+    observer = AttentionObserver(num_images)
+    with observer.watch(features.encoder, size, few):
+        for _, positions in features.encode(few, size, "squash", features.batch_size, "attention"):
+            observer.saw([chosen[position] for position in positions])
+    return observer
+
+
+def _pixels(patches: Bool[Tensor, "h w"], scale: tuple[int, int]) -> np.ndarray:
+    return patches.numpy().repeat(scale[0], axis=0).repeat(scale[1], axis=1)
+
+
+def _iou(pred: np.ndarray, truth: np.ndarray, counted: np.ndarray) -> float:
+    union = ((pred | truth) & counted).sum()
+    return float((pred & truth & counted).sum() / union) if union else 0.0
+
+
+def _by_place(values: dict[int, float], number: int) -> np.ndarray:
+    """``(n,)``; NaN for images that say nothing."""
+    row = np.full(number, np.nan)
+    row[list(values)] = list(values.values())
+    return row
+
+
+def _count(judged: dict[int, Foreground]) -> int:
+    return sum(one.merged == one.merged for one in judged.values())

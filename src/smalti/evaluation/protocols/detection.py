@@ -1,0 +1,624 @@
+"""Object detection and instance segmentation: a copy of the encoder in Mask R-CNN, trained end to end on COCO's format.
+
+Source: Li et al., ViTDet, arXiv:2203.16527, Sec. 3 and App. A.2, without window attention and relative positions; the
+lengths and learning rates of Liu et al., "Self-Supervised Learning of Intertwined Content and Positional Features for
+Object Detection", ICML 2025. Region proposals, RoI align, heads and losses are torchvision's.
+Differs from them: torchvision's box loss is smooth L1 with beta 1/9 and its RoI align has no half-pixel shift; class
+token, registers and layer scale stay; biases have no weight decay; epochs run into one another; a border that is filled
+up is zero after normalisation. Strides and anchors follow the patch size: what is said for 16 pixels is scaled.
+Letters: B images, n objects, K classes, S side of the input in pixels, h x w the patch grid, D embed_dim.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from timm.layers import LayerNorm2d
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from smalti.data.images.coco import CocoImage, CocoObject, annotated_image
+from smalti.data.images.decode import image_size
+from smalti.data.images.folders import ImageSample, ImageSet
+from smalti.data.views import Skipped
+from smalti.errors import ConfigError, DataError, SmaltiError
+from smalti.evaluation.coco_ap import (
+    MOST,
+    UNIT,
+    Detections,
+    average_precision,
+    encode_masks,
+    has_outline,
+    is_only_box,
+    need_extra,
+    outline_mask,
+)
+from smalti.evaluation.features import Features
+from smalti.evaluation.protocol import Boxes, EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocols.segmenter import nearest_to, resize_to
+from smalti.evaluation.tuning import (
+    Example,
+    normalized,
+    rate_fresh_positions,
+    seeded,
+    stream,
+    train,
+    trainable_copy,
+    warm_steps,
+)
+from smalti.functional.precision import has_bf16
+from smalti.layers.feature_pyramid import SCALES, SimpleFeaturePyramid
+from smalti.models.encoder import Encoder
+
+FLIP_PROB = 0.5
+BETAS = (0.9, 0.999)
+MILESTONES = (19_667 / 22_128, 21_306 / 22_128)
+"""Shares of the steps after which the learning rate is a tenth."""
+ANCHOR_STRIDES = 8
+"""Side of a map's anchors in its strides: 32 pixels at stride 4."""
+ASPECTS = (0.5, 1.0, 2.0)
+CANONICAL_PATCHES = 224 / 16
+"""Side, in patches, of the boxes that are looked at in the map of stride 1 patch."""
+LEAST_SCORE = 0.05
+LEAST_SIDE = 1.0
+"""Pixels of the input; objects of which less is left are not learned from."""
+SHOWN_SCORE = 0.3
+"""Detections below it are not drawn."""
+_BY_PROPOSALS = ("0", "1", "2", "3", "pool")
+_FULL_STEPS, _FULL_BATCH, _FULL_SIZE = 22_128, 64, 1024
+_SMALL_WIDTH = 384  # of a ViT-S
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset with the settings that the user changed."""
+
+    image_size: int
+    """S in pixels."""
+    iters: int
+    batch_size: int
+    learning_rate: float
+    num_warmup: int
+    """Steps in which the learning rate grows."""
+    scale: tuple[float, float]
+    """Of the image whose longer side fills the input, before it is cropped."""
+    channels: int
+    """Of the pyramid's maps."""
+    rpn_convs: int
+    box_convs: int
+    box_fc: tuple[int, ...]
+    """Widths of the box head's linear layers."""
+    mask_convs: int
+    num_proposals: int
+    """Of an image in training, before some are drawn; half as many are judged."""
+    num_rois: int
+    """Proposals of an image that the heads learn from."""
+    final_norm: bool
+    """Whether the encoder's last norm stays."""
+    layer_decay: float = 0.7
+    weight_decay: float = 0.1
+    drop_path: float = 0.1
+
+
+def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
+    """The preset with what the user changed.
+
+    Raises:
+        ConfigError: if the encoder's patches aren't square, it has fewer blocks than shall be frozen, or its own image
+            size isn't square and none is given.
+        ShapeError: if the patch size does not divide the image size that was given.
+    """
+    encoder = features.encoder
+    height, width = encoder.patch_size
+    if height != width:
+        raise ConfigError(f"{encoder.name} has patches of {height}x{width} pixels; detection needs square ones")
+    if config.frozen_blocks > encoder.depth:
+        raise ConfigError(f"eval.frozen_blocks={config.frozen_blocks}: {encoder.name} has {encoder.depth} blocks")
+    if config.preset == "small":
+        size, iters = features.dense_size(config.image_size), config.iters or 400
+        recipe = Recipe(
+            size, iters, 4, 2e-4, math.ceil(iters / 10), (0.6, 1.4), 128, 1, 0, (512, 512), 2, 500, 64, True
+        )
+    else:
+        size = _FULL_SIZE // height * height if config.image_size is None else features.image_size(config.image_size)
+        iters = config.iters or _FULL_STEPS
+        rate = 1e-4 if encoder.embed_dim <= _SMALL_WIDTH else 3e-4
+        num_warmup = min(250, math.ceil(iters / 10))
+        recipe = Recipe(size, iters, _FULL_BATCH, rate, num_warmup, (0.1, 2.0), 256, 2, 4, (1024,), 4, 2000, 512, False)
+    changed: dict[str, Any] = {"batch_size": config.head_batch_size, "learning_rate": config.learning_rate}
+    return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
+
+
+class PatchAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision has no types
+    """Anchors of a pyramid over patches of any size, whose strides needn't be whole pixels.
+
+    Args:
+        patch_size: in pixels.
+    """
+
+    def __init__(self, patch_size: int) -> None:
+        self.exact = tuple(patch_size / scale for scale in SCALES)
+        sizes = tuple((ANCHOR_STRIDES * stride,) for stride in self.exact)
+        super().__init__(sizes, (ASPECTS,) * len(sizes))
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """``(A, 4)`` x0 y0 x1 y1 in pixels for each image, all alike, float32 whatever the maps are."""
+        device = feature_maps[0].device
+        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.exact]
+        self.set_cell_anchors(torch.float32, device)
+        anchors = torch.cat(self.grid_anchors([list(one.shape[-2:]) for one in feature_maps], strides))
+        return [anchors for _ in image_list.image_sizes]
+
+
+class InFloat32(nn.Module):
+    """A head whose results are float32: bfloat16 has 3 digits, coordinates and scores need more."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *inputs: Any) -> Any:
+        """As the head's."""
+        return _as_float32(self.head(*inputs))
+
+
+def _as_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else type(value)(map(_as_float32, value))
+
+
+class Backbone(nn.Module):
+    """The encoder and the pyramid on its patches.
+
+    Args:
+        encoder: a copy, which is changed.
+        channels: of the maps.
+        final_norm: whether the encoder's last norm stays.
+    """
+
+    def __init__(self, encoder: Encoder, channels: int, final_norm: bool) -> None:
+        super().__init__()
+        self.encoder, self.out_channels = encoder, channels
+        if not final_norm:
+            encoder.vit.norm = nn.Identity()
+        self.pyramid = SimpleFeaturePyramid(encoder.embed_dim, channels)
+
+    def forward(self, images: Float[Tensor, "B C S S"]) -> dict[str, Tensor]:
+        """Maps by name, the finest first."""
+        patches, _, (h, w) = self.encoder.encode(images)
+        tokens = patches.mT.reshape(len(images), -1, h, w)  # (B, N, D) -> (B, D, h, w)
+        return OrderedDict(zip(_BY_PROPOSALS, self.pyramid(tokens), strict=True))
+
+
+class Detector(nn.Module):
+    """Faster or Mask R-CNN on an encoder's pyramid, for squares that are resized and normalised already.
+
+    Args:
+        encoder: a copy, which is changed.
+        recipe: sizes.
+        num_classes: K.
+        masks: whether it has the head for outlines.
+    """
+
+    def __init__(self, encoder: Encoder, recipe: Recipe, num_classes: int, masks: bool) -> None:
+        super().__init__()
+        patch, channels = encoder.patch_size[0], recipe.channels
+        anchors = PatchAnchors(patch)
+        box_head = FastRCNNConvFCHead(
+            (channels, 7, 7), [channels] * recipe.box_convs, list(recipe.box_fc), norm_layer=LayerNorm2d
+        )
+        parts: dict[str, Any] = {
+            "rpn_anchor_generator": anchors,
+            "rpn_head": InFloat32(RPNHead(channels, anchors.num_anchors_per_location()[0], recipe.rpn_convs)),
+            "rpn_pre_nms_top_n_train": recipe.num_proposals,
+            "rpn_pre_nms_top_n_test": recipe.num_proposals // 2,
+            "rpn_post_nms_top_n_train": recipe.num_proposals,
+            "rpn_post_nms_top_n_test": recipe.num_proposals // 2,
+            "box_roi_pool": _roi_align(7, patch),
+            "box_head": box_head,
+            "box_predictor": InFloat32(FastRCNNPredictor(recipe.box_fc[-1], num_classes + 1)),
+            "box_score_thresh": LEAST_SCORE,
+            "box_detections_per_img": MOST,
+            "box_batch_size_per_image": recipe.num_rois,
+        }
+        if masks:
+            parts |= {
+                "mask_roi_pool": _roi_align(14, patch),
+                "mask_head": MaskRCNNHeads(channels, [channels] * recipe.mask_convs, 1, norm_layer=LayerNorm2d),
+                "mask_predictor": InFloat32(MaskRCNNPredictor(channels, channels, num_classes + 1)),
+            }
+        backbone = Backbone(encoder, channels, recipe.final_norm)
+        whole = (MaskRCNN if masks else FasterRCNN)(backbone, **parts)
+        # Its own transform is left out: images come ready, and are not resized twice.
+        self.backbone, self.rpn, self.roi_heads = backbone, whole.rpn, whole.roi_heads
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C S S"],
+        sizes: Sequence[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections in eval mode, losses in training mode.
+
+        Args:
+            images: normalised, filled up at the right and below.
+            sizes: ``(height, width)`` of what is image in them.
+            targets: boxes ``(n, 4)`` in pixels of the input, labels ``(n,)`` 1..K, and masks ``(n, S, S)`` where there
+                is a head for them.
+
+        Returns:
+            For each image boxes, labels 1..K, scores, and masks ``(n, 1, 28, 28)`` of their boxes; the named losses.
+        """
+        batch = ImageList(images, list(sizes))
+        maps = self.backbone(images)
+        proposals, losses = self.rpn(batch, maps, targets)
+        detections, more = self.roi_heads(maps, proposals, list(sizes), targets)
+        return detections, {**losses, **more}
+
+
+def _roi_align(size: int, patch: int) -> MultiScaleRoIAlign:
+    """RoI align with exact scales; left to itself, it would round them to powers of 2."""
+    pool = MultiScaleRoIAlign(list(_BY_PROPOSALS[:4]), size, sampling_ratio=2)
+    pool.scales = [scale / patch for scale in SCALES[:4]]
+    pool.map_levels = initLevelMapper(2, 5, canonical_scale=CANONICAL_PATCHES * patch, canonical_level=4)
+    return pool
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """Makes the training image at a place of the set; see :func:`~smalti.evaluation.tuning.train`."""
+
+    samples: tuple[ImageSample, ...]
+    recipe: Recipe
+    masks: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, place: int, key: int) -> Example | Skipped:
+        """``(C, S, S)`` normalised: scaled, cropped, flipped, filled up; and what to find in it. Crowds are not."""
+        sample, size = self.samples[place], self.recipe.image_size
+        try:
+            image = sample.read(len(self.mean))
+        except DataError as error:
+            return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
+        objects = [item for item in annotated_image(sample).objects if not item.is_crowd]
+        rng = np.random.default_rng(key)
+        full_height, full_width = image.shape[:2]
+        factor = rng.uniform(*self.recipe.scale) * size / max(full_height, full_width)
+        height, width = (max(1, round(side * factor)) for side in (full_height, full_width))
+        top, left = (int(rng.integers(max(side - size, 0) + 1)) for side in (height, width))
+        window = np.s_[top : min(top + size, height), left : min(left + size, width)]
+        view = resize_to(image, height, width)[window]
+        is_flipped = bool(rng.random() < FLIP_PROB)
+        shown_height, shown_width = view.shape[:2]
+        boxes = np.array([item.box for item in objects], np.float32).reshape(-1, 4)
+        boxes *= np.array([width / full_width, height / full_height] * 2, np.float32)
+        boxes -= np.array([left, top] * 2, np.float32)
+        boxes = boxes.clip(0, np.array([shown_width, shown_height] * 2, np.float32))
+        if is_flipped:
+            view = view[:, ::-1]
+            boxes[:, [0, 2]] = shown_width - boxes[:, [2, 0]]
+        kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
+        beyond = (0, size - shown_width, 0, size - shown_height)
+        target = {
+            "boxes": torch.from_numpy(boxes[kept]),
+            "labels": torch.tensor([objects[i].label + 1 for i in kept], dtype=torch.int64),
+            "size": torch.tensor([shown_height, shown_width]),
+        }
+        if self.masks:
+            masks = torch.zeros(len(kept), size, size, dtype=torch.uint8)
+            for row, i in enumerate(kept):
+                mask = _outline_of(sample, objects[i], full_height, full_width)
+                mask = nearest_to(mask, height, width)[window]
+                mask = mask[:, ::-1] if is_flipped else mask
+                masks[row, :shown_height, :shown_width] = torch.from_numpy(mask.copy())
+            target["masks"] = masks
+        return F.pad(normalized(view, self.mean, self.std), beyond), target
+
+
+class _TestImages(Dataset[Any]):
+    """Test images whose longer side is that of the input, normalised and filled up, and the size of what is image."""
+
+    def __init__(self, images: ImageSet, size: int, encoder: Encoder) -> None:
+        self._samples, self._size, self._mean, self._std = images.samples, size, encoder.mean, encoder.std
+
+    def __getitem__(self, place: int) -> tuple[Tensor, tuple[int, int]] | Skipped | SmaltiError:
+        sample, size = self._samples[place], self._size
+        try:
+            image = sample.read(len(self._mean))
+        except DataError as error:
+            return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
+        factor = size / max(image.shape[:2])
+        height, width = (max(1, min(size, round(side * factor))) for side in image.shape[:2])
+        pixels = normalized(resize_to(image, height, width), self._mean, self._std)
+        return F.pad(pixels, (0, size - width, 0, size - height)), (height, width)
+
+
+def optimizer_of(model: Detector, recipe: Recipe, encoder: Encoder) -> torch.optim.Optimizer:
+    """AdamW: the learning rate shrinks from one block down to the next, and is whole in pyramid and heads.
+
+    Args:
+        model: on its device.
+        recipe: rates and decays.
+        encoder: the original.
+    """
+    vit = model.backbone.encoder.vit
+    if any(parameter.requires_grad for parameter in vit.parameters()):
+        optimizer = create_optimizer_v2(
+            vit,
+            "adamw",
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+            betas=BETAS,
+        )
+        for group in optimizer.param_groups:
+            group["lr_scale"] *= recipe.layer_decay  # timm counts from the last block, ViTDet from what follows it
+        rate_fresh_positions(optimizer, encoder, model.backbone.encoder)
+    else:
+        optimizer = torch.optim.AdamW([{"params": []}], lr=recipe.learning_rate, betas=BETAS)
+    known = {id(parameter) for parameter in vit.parameters()}
+    fresh = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    for is_vector, decay in ((False, recipe.weight_decay), (True, 0.0)):
+        params = [parameter for parameter in fresh if (parameter.ndim < 2) == is_vector]
+        optimizer.add_param_group({"params": params, "lr_scale": 1.0, "weight_decay": decay})
+    return optimizer
+
+
+def freeze_blocks(encoder: Encoder, count: int) -> None:
+    """Keep the first blocks as they are, and patch embedding, prefix tokens and positions with them; 0: nothing."""
+    if count:
+        encoder.requires_grad_(False)
+        for part in (*encoder.vit.blocks[count:], encoder.vit.norm):
+            part.requires_grad_(True)
+
+
+@register_protocol(
+    "detection",
+    need="boxes",
+    heeds=("preset", "iters", "head_batch_size", "learning_rate", "masks", "frozen_blocks", "precision"),
+    by_default=False,
+)
+def detection(features: Features, config: EvalConfig) -> Scores:
+    """Boxes (and outlines) of objects by a copy of the encoder in Mask R-CNN; needs COCO's format."""
+    need_extra()
+    recipe = choose_recipe(features, config)
+    encoder, classes = features.encoder, features.data.classes
+    masks = _check_objects(features, config.masks)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(features.device.type))
+    with seeded(config.seed, features.device):
+        copy = trainable_copy(encoder, recipe.drop_path)
+        freeze_blocks(copy, config.frozen_blocks)
+        model = Detector(copy, recipe, len(classes), masks).to(features.device)
+
+        def loss_of(images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+            sizes = [(int(height), int(width)) for height, width in (target["size"].tolist() for target in targets)]
+            _, losses = model(images, sizes, targets)
+            return torch.stack(list(losses.values())).sum()
+
+        curve = train(
+            model,
+            optimizer_of(model, recipe, encoder),
+            features,
+            Augmented(features.data.train.samples, recipe, masks, encoder.mean, encoder.std),
+            loss_of,
+            lambda step: warm_steps(
+                step,
+                recipe.iters,
+                peak=recipe.learning_rate,
+                num_warmup=recipe.num_warmup,
+                milestones=MILESTONES,
+            ),
+            num_steps=recipe.iters,
+            batch_size=recipe.batch_size,
+            seed=config.seed,
+            what="detection",
+            bf16=bf16,
+        )
+        truth, found, shown = _evaluate_encoder(model, features, recipe)
+    metrics: dict[str, float] = {}
+    per_class: dict[str, dict[str, float]] = {}
+    kinds: dict[Literal["bbox", "segm"], str] = {"bbox": "", **({"segm": "mask_"} if masks else {})}
+    for kind, prefix in kinds.items():
+        scores, of_class = average_precision(truth, found, len(classes), kind)
+        metrics |= {prefix + name: value for name, value in scores.items()}
+        per_class |= {
+            prefix + name: dict(zip(classes, values.tolist(), strict=True)) for name, values in of_class.items()
+        }
+    settings = {
+        "preset": config.preset,
+        "comparable": "small preset: not comparable with published numbers"
+        if config.preset == "small"
+        else "ViTDet's recipe of 12 epochs of COCO without window attention and relative positions, in torchvision's "
+        "parts, as far as none of it was changed",
+        "trained": _what_is_trained(encoder, config.frozen_blocks),
+        "masks": masks,
+        "image_size": recipe.image_size,
+        "resize": f"longer side to {recipe.image_size}, filled up to a square",
+        "steps": recipe.iters,
+        "epochs": round(recipe.iters * recipe.batch_size / len(features.data.train), 2),
+        "warmup_steps": recipe.num_warmup,
+        "head_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "optimiser": f"AdamW, betas {BETAS}, weight decay {recipe.weight_decay} (none on vectors and positions), a "
+        f"tenth from step {' and '.join(str(math.ceil(share * recipe.iters)) for share in MILESTONES)} on",
+        "layer_decay": recipe.layer_decay,
+        "drop_path": recipe.drop_path,
+        "final_norm": recipe.final_norm,
+        "augmentation": f"scale {recipe.scale[0]:g}-{recipe.scale[1]:g}, crop, flip",
+        "network": f"pyramid {recipe.channels} wide at strides of {', '.join(f'{1 / s:g}' for s in SCALES)} patches; "
+        f"{recipe.rpn_convs} convolution(s) for proposals, {recipe.box_convs} and {len(recipe.box_fc)} linear for "
+        f"boxes{f', {recipe.mask_convs} for outlines' if masks else ''}; {recipe.num_rois} regions an image",
+        "precision": "bfloat16 in training" if bf16 else "float32",
+        "least_score": LEAST_SCORE,
+        "detections_per_image": MOST,
+        "num_objects": sum(not item.is_crowd for image in truth for item in image.objects),
+        "num_crowds": sum(item.is_crowd for image in truth for item in image.objects),
+        "interval": "none: AP ranks the detections of all images together and is no sum over images",
+        "reported": "last step",
+    }
+    return Scores(metrics, settings, per_class, units=dict.fromkeys(metrics, UNIT), curves={"loss": curve}, found=shown)
+
+
+def _what_is_trained(encoder: Encoder, frozen_blocks: int) -> str:
+    if frozen_blocks:
+        return (
+            f"a copy of the encoder from block {frozen_blocks + 1} of {encoder.depth} on; what comes before is frozen"
+        )
+    new = ", which are new: it was trained without" if encoder.position_free else ""
+    return f"a copy of the whole encoder, positions too{new}"
+
+
+@torch.no_grad()
+def _evaluate_encoder(
+    model: Detector, features: Features, recipe: Recipe
+) -> tuple[list[CocoImage], list[Detections], dict[int, tuple[Boxes, Boxes]]]:
+    """True objects of the test images that can be read, what was found in them, and both for those that are shown.
+
+    Raises:
+        DataError: if no image can be read.
+    """
+    images = features.data.test
+    truth, found = list[CocoImage](), list[Detections]()
+    shown: dict[int, tuple[Boxes, Boxes]] = {}
+    waiting: list[tuple[int, Tensor, tuple[int, int]]] = []
+    at_once = min(features.batch_size, recipe.batch_size)
+    items = _TestImages(images, recipe.image_size, features.encoder)
+
+    def flush() -> None:
+        if not waiting:
+            return
+        pixels = torch.stack([image for _, image, _ in waiting]).to(features.device)
+        results, _ = model(pixels, [size for _, _, size in waiting])
+        for (place, _, size), result in zip(waiting, results, strict=True):
+            image = annotated_image(images.samples[place])
+            truth.append(image)
+            found.append(_in_pixels(result, size, image))
+            if place in features.shown:
+                shown[place] = _to_be_shown(image, found[-1])
+        waiting.clear()
+
+    for place, item in enumerate(stream(items, len(images), features.num_workers)):
+        if isinstance(item, Skipped):
+            features.skipped[str(item.path)] = item.reason
+        else:
+            waiting.append((place, *item))
+        if len(waiting) == at_once or place + 1 == len(images):
+            flush()
+        features.progress(f"detection: {features.evaluated}", place + 1, len(images))
+    if not truth:
+        raise DataError(f"{images.root}: none of the {len(images)} {features.evaluated} can be read")
+    return truth, found, shown
+
+
+def _in_pixels(result: dict[str, Tensor], size: tuple[int, int], image: CocoImage) -> Detections:
+    """Detections in the pixels of the image's file.
+
+    Args:
+        result: of one image.
+        size: ``(height, width)`` that the image had in the input.
+        image: its true size.
+    """
+    scale = torch.tensor([image.width / size[1], image.height / size[0]] * 2, device=result["boxes"].device)
+    boxes = result["boxes"] * scale
+    outlines = None
+    if "masks" in result:
+        pasted = paste_masks_in_image(result["masks"], boxes, (image.height, image.width))
+        outlines = encode_masks((pasted[:, 0] > 0.5).cpu().numpy())
+    return Detections(boxes.cpu().numpy(), result["labels"].cpu().numpy() - 1, result["scores"].cpu().numpy(), outlines)
+
+
+def _to_be_shown(image: CocoImage, found: Detections) -> tuple[Boxes, Boxes]:
+    """True and found objects as shares of the image's sides."""
+    sides = np.array([image.width, image.height] * 2, np.float64)
+    true_boxes = np.array([item.box for item in image.objects], np.float64).reshape(-1, 4)
+    true = Boxes(
+        true_boxes / sides,
+        np.array([item.label for item in image.objects], np.int64),
+        np.array([0.0 if item.is_crowd else 1.0 for item in image.objects]),
+    )
+    kept = found.scores >= SHOWN_SCORE
+    return true, Boxes(found.boxes[kept] / sides, found.labels[kept], found.scores[kept].astype(np.float64))
+
+
+def _check_objects(features: Features, masks: bool | None) -> bool:
+    """Find out before the training whether there is something to learn and to judge, and whether outlines can be.
+
+    Args:
+        features: the images.
+        masks: what was asked for.
+
+    Returns:
+        Whether outlines are learned and judged.
+
+    Raises:
+        DataError: if a split has no objects, a file has another size than its annotations say, or outlines were asked
+            for that aren't there.
+    """
+    lacking: tuple[ImageSample, CocoObject] | None = None
+    only_boxes = True
+    for called, images in (("train images", features.data.train), (features.evaluated, features.data.test)):
+        count = 0
+        for sample in images.samples:
+            image = annotated_image(sample)
+            _check_size(sample, image)
+            for item in image.objects:
+                count += not item.is_crowd
+                if not has_outline(item):
+                    lacking = lacking or (sample, item)
+                elif not item.is_crowd and not is_only_box(item):
+                    only_boxes = False
+        if not count:
+            raise DataError(f"{images.root}: no object in the annotations of the {len(images)} {called}")
+    if masks and (lacking is not None or only_boxes):
+        which = "all outlines are their boxes' rectangles"
+        if lacking is not None:
+            x0, y0, x1, y1 = lacking[1].box
+            which = f"{lacking[0].path.name} has none for the object at x {x0:g}..{x1:g}, y {y0:g}..{y1:g}"
+        raise DataError(
+            f"{features.data.test.root}: eval.masks=true needs an outline (segmentation) of each object; {which}; "
+            "leave eval.masks out for boxes alone"
+        )
+    wanted = masks is not False and lacking is None and not only_boxes
+    if wanted:
+        for images in (features.data.train, features.data.test):
+            for sample in images.samples:
+                image = annotated_image(sample)
+                for item in image.objects:
+                    _outline_of(sample, item, image.height, image.width)  # a damaged one is named before training
+    return wanted
+
+
+def _outline_of(sample: ImageSample, item: CocoObject, height: int, width: int) -> np.ndarray:
+    """``(H, W)`` uint8; what can't be used is named with its image."""
+    try:
+        return outline_mask(item, height, width)
+    except DataError as error:
+        raise DataError(f"{sample.path}: {error}") from None
+
+
+def _check_size(sample: ImageSample, image: CocoImage) -> None:
+    try:
+        size = image_size(sample.path)
+    except DataError:  # counted among the unreadable when it is read
+        return
+    if size != (image.height, image.width):
+        raise DataError(
+            f"{sample.path}: {size[1]}x{size[0]} pixels, its annotations say {image.width}x{image.height}; boxes would "
+            "be in the wrong places"
+        )

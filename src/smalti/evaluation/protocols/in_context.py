@@ -1,0 +1,102 @@
+"""In-context segmentation: classes of pixels by retrieval of labelled patches. Nothing is learned.
+
+Source: Balazevic et al., "Towards in-context scene understanding", arXiv:2306.01667, Sec. 3, in the form of the public
+code open-hummingbird-eval, which NeCo's and CrIBo's comparisons use.
+Differs from the code: search is exact, where theirs is approximate by default; which patches are kept does not depend
+on batches. In ``preset=small`` and ``full`` pixels without a label are no class (theirs: class 0) and predicted classes
+stay as they are (theirs: Hungarian matching, which can only raise the score); ``preset=paper`` does as theirs does.
+Letters: B images in a batch, N = h*w patches, K neighbours, C classes, S side of the masks.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smalti.evaluation.features import Features
+from smalti.evaluation.memory import (
+    DEFAULT_K,
+    HEEDS,
+    choose_k,
+    choose_recipe,
+    comparable,
+    masks_of,
+    memory_settings,
+    neighbours,
+    patch_memory,
+    unlabelled_places,
+)
+from smalti.evaluation.metrics import MATCHINGS, Absent, Matching, accuracy, class_iou, mean_iou
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocols.linear_segmentation import ignored_value, upsampling
+from smalti.evaluation.tally import PixelTally
+from smalti.functional.neighbours import mix_labels
+
+TEMPERATURE = 0.02
+
+
+def upsampled_argmax(shares: Float[Tensor, "h w C"], size: int) -> Int[Tensor, "S S"]:
+    """Class with the greatest share at each pixel, after bilinear upsampling; of equals the lowest.
+
+    Args:
+        shares: ``(h, w, C)`` of the patches of one image.
+        size: S.
+    """
+    rows, columns = (upsampling(side, size).to(shares.device) for side in shares.shape[:2])
+    up = (rows @ shares.flatten(1)).view(size, *shares.shape[1:])  # (h, w, C) -> (S, w, C)
+    return torch.matmul(columns, up).argmax(-1)
+
+
+@register_protocol("in-context", need="masks", heeds=(*HEEDS, "temperature", "matching", "mask_size", "absent"))
+@torch.no_grad()
+def in_context(features: Features, config: EvalConfig) -> Scores:
+    """Classes of pixels by the labels of the nearest training patches; needs masks."""
+    recipe = choose_recipe(features, config)
+    images, classes = features.data.test, features.data.classes
+    grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
+    size = config.mask_size or recipe.image_size
+    is_paper = config.preset == "paper"
+    absent: Absent = config.absent or ("zero" if is_paper else "skip")
+    matching: Matching = config.matching or ("hungarian" if is_paper else "direct")
+    temperature = config.temperature or TEMPERATURE
+    unlabelled = unlabelled_places(features)
+    memory = patch_memory(features, recipe, config.seed)
+    k, about_k = choose_k(config, DEFAULT_K, len(memory.keys))
+
+    tally = PixelTally(len(classes), len(images), ignored_value(len(classes)), features.device)
+    predictions: dict[int, np.ndarray] = {}
+    for sims, found, places in neighbours(features, recipe, config.seed, k):
+        weights = (sims / temperature).softmax(-1)
+        labels = mix_labels(weights.flatten(0, 1), found.flatten(0, 1), memory.counts).view(len(places), *grid, -1)
+        for shares, place in zip(labels, places, strict=True):
+            if place in unlabelled and place not in features.shown:
+                continue
+            pred = upsampled_argmax(shares, size)
+            if place not in unlabelled:
+                tally.update(masks_of(images, [place], len(classes), size).to(pred.device), pred[None], [place])
+            if place in features.shown:
+                predictions[place] = pred.cpu().numpy().astype(np.int32)
+    mapping = MATCHINGS[matching](tally.confusion.matrix)
+    tally = tally.renamed(mapping)
+    matrix = tally.confusion.matrix
+    settings = {
+        **memory_settings(features, recipe, memory, config),
+        "comparable": comparable(
+            config, "void pixels are no class, predicted classes are not matched, absent classes skipped, one pass"
+        ),
+        "mask_size": size,
+        **about_k,
+        "temperature": temperature,
+        "matching": matching,
+        "absent": absent,
+        "ignored_value": ignored_value(len(classes)) if len(classes) <= 255 else None,
+    }
+    iou = dict(zip(classes, class_iou(matrix).tolist(), strict=True))
+    return Scores(
+        {"miou": mean_iou(matrix, absent), "pixel_accuracy": accuracy(matrix)},
+        settings,
+        {"iou": iou},
+        tallies={"miou": tally.iou(absent), "pixel_accuracy": tally.pixel_accuracy()},
+        confusion=matrix.cpu().numpy(),
+        predictions={place: mapping.numpy()[pred].astype(np.int32) for place, pred in predictions.items()},
+    )

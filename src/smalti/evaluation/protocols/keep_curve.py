@@ -1,0 +1,381 @@
+"""Keep curve: how well classes are told by the first patches of an order, against the share of patches that is dropped.
+
+Source: Guo et al., "The Collapse of Patches", 2025, arXiv:2511.22281, Table 5 and Fig. 8: area under the curve (top-1
+over the rates 0, 0.01 ... 0.98, not normalised) and knee. Differs from it: orders that look at no image (one random
+permutation for all images; the mean order) are always drawn beside the others, as the paper lacks them; accuracy comes
+with intervals; the time of an image is measured, with what ranking its patches costs where that is known.
+The head is the run's own where its method trained one; else, and beside a baseline that has none (of another run, with
+other classes, or of an imported encoder), a linear layer that is fitted on whole training images as linear-probe does.
+Encoder and baseline always have the same kind of head. Dropped patches are never embedded.
+Letters: n images, N patches, k kept ones, K classes, S rates.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from smalti.data.images.labelled import eval_batches
+from smalti.data.order_files import OrderCache, check_fits, check_order, grid_order, read_orders
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.features import Features, own_head
+from smalti.evaluation.intervals import LEVEL
+from smalti.evaluation.metrics import ConfusionMatrix, class_recall
+from smalti.evaluation.protocol import SHARE, EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocols.linear_probe import BATCH_SIZE, LEARNING_RATES, fit_probe
+from smalti.evaluation.tally import Tally, tally_mean
+from smalti.functional.graphs import descending
+from smalti.functional.orders import knee, num_kept, random_orders
+from smalti.functional.patches import patch_variance
+from smalti.models.encoder import ClassHead, Encoder
+
+CONTROLS = ("random", "fixed_random")
+"""Orders that are always drawn; ``collapse_static``, too, where a file has ``collapse``."""
+PLAIN = ("halton", "variance")
+"""Orders that are added for an encoder that learned with none, where none is named."""
+RATES = tuple(round(0.05 * step, 2) for step in range(20))
+PAPER_RATES = tuple(round(0.01 * step, 2) for step in range(99))
+TABLE = (0.3, 0.5, 0.78)
+"""Rates of the paper's Table 5: always measured, and no part of the area unless they are among the rates."""
+SPEED_BATCH, SPEED_ROUNDS = 8, 5
+OWN_HEAD = "the run's own, trained or untrained as the encoder is"
+
+
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """Orders of the patches of evaluated images, by name."""
+
+    names: tuple[str, ...]
+    """The one that counts first is the first."""
+    own: str
+    """With which the encoder learned; empty: with none."""
+    asked: bool
+    """Whether the user named the first."""
+    caches: tuple[OrderCache, ...]
+    encoder: Encoder
+    images: tuple[str, ...]
+    """Names of the evaluated images."""
+    seed: int
+
+    def of(self, name: str, pixels: Tensor, places: Sequence[int]) -> Int[Tensor, "B N"]:
+        """The orders of a batch.
+
+        Args:
+            name: one of ``names``.
+            pixels: ``(B, C, S, S)`` as they were read, on the encoder's device.
+            places: of the images in the test set.
+        """
+        grid = self.encoder.check_size(pixels.shape[-2], pixels.shape[-1])
+        cache = self.cache_of(name)
+        if cache is not None:
+            found = cache.orders(name, [self.images[place] for place in places], [False] * len(places))
+            return found.to(pixels.device)
+        fixed = grid_order(name, grid)
+        if fixed is not None:
+            return fixed.to(pixels.device).expand(len(places), -1)
+        if name == "random":
+            keys = torch.tensor(places, device=pixels.device) + 2**32 * self.seed
+            return random_orders(keys, grid[0] * grid[1])
+        if name == "variance":
+            return descending(patch_variance(pixels.float(), self.encoder.patch_size))
+        assert name == "attention", name
+        return descending(self.encoder.encode_with_attention(self.encoder.normalize(pixels))[1].mean(1))
+
+    def cache_of(self, name: str) -> OrderCache | None:
+        """The file that has an order; None where there is none."""
+        return next((cache for cache in self.caches if name in cache.names), None)
+
+
+def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
+    """The orders that are asked for, in that order, the one that the encoder learned with, and the controls.
+
+    A file stands for all orders in it. The first that was asked for counts first; where none was, the encoder's own.
+
+    Raises:
+        ConfigError: for an unknown name.
+        DataError, ShapeError: for a file that can't be read or doesn't fit the images, or if none has an order.
+    """
+    encoder, head = features.encoder, features.encoder.class_head
+    own = head.order if head is not None else ""
+    named = [order if order.endswith(".parquet") else check_order(order) for order in config.orders]
+    files = {order: Path(order).expanduser() for order in named if order.endswith(".parquet")}
+    if own and not files and head is not None and head.orders:
+        files[head.orders] = Path(head.orders)
+    read = {order: read_orders(file) for order, file in files.items()}
+    caches = tuple(read.values())
+    grid = encoder.check_size(size, size)
+    for cache in caches:
+        check_fits(cache, features.data.test, grid, flips_needed=False)
+    stored = [name for cache in caches for name in cache.stored]
+    asked = [name for order in named for name in (read[order].stored if order in files else (order,))]
+    wanted = [*asked, *([own] if own else [] if asked else PLAIN), *([] if asked else stored), *CONTROLS]
+    wanted += ["collapse_static"] if "collapse" in stored else []
+    names = tuple(dict.fromkeys(wanted))
+    orders = Orders(names, own, bool(asked), caches, encoder, features.names, config.seed)
+    for name in names:
+        needs_file = grid_order(name, grid) is None and name not in ("random", "variance")
+        if not needs_file or orders.cache_of(name) is not None:
+            continue
+        if name == "attention":
+            if not encoder.has_class_token:
+                raise ConfigError(f"eval.orders: {encoder.name} has no class token whose attention could order patches")
+            continue
+        given = f"; {', '.join(map(str, files.values()))} can give {', '.join(stored)}" if files else ""
+        raise DataError(f"order '{name}' stands in a file of smalti rank: add it, eval.orders=[FILE.parquet]{given}")
+    return orders
+
+
+def fit_head(features: Features, config: EvalConfig, size: int) -> tuple[ClassHead, dict[str, Any]]:
+    """A linear layer on the vectors of whole training images, and what is to be said of it."""
+    encoder, train, data = features.encoder, features.data.train, features.data
+    vectors, labels = [], list[int]()
+    for found, places in features.encode(train, size, "centre", features.batch_size, "train images"):
+        vectors.append(encoder.pooled(found).float())
+        labels += [int(train.samples[place].label or 0) for place in places]
+    if not vectors:
+        raise DataError(f"{train.root}: none of the {len(train)} train images can be read")
+    inputs = torch.cat(vectors)
+    batch_size = config.head_batch_size or BATCH_SIZE
+    probe = fit_probe(
+        inputs,
+        torch.tensor(labels),
+        len(data.classes),
+        torch.ones(1, inputs.shape[1], dtype=torch.bool),
+        epochs=config.epochs,
+        batch_size=batch_size,
+        seed=config.seed,
+        root=train.root,
+        progress=features.progress,
+    )
+    weight = (probe.heads.weight / probe.std[:, None]).T  # the standardisation goes into the layer
+    bias = probe.heads.bias - weight @ probe.mean
+    told = {
+        "head": "linear layer, fitted on vectors of whole training images as linear-probe does",
+        "learning_rate": LEARNING_RATES[probe.rate] * batch_size / BATCH_SIZE,
+        "held_out_top1": probe.held_out_top1,
+        "epochs": probe.epochs,
+        "head_batch_size": batch_size,
+    }
+    return ClassHead(weight, bias, data.classes), told
+
+
+@register_protocol(
+    "keep-curve",
+    need="labels",
+    heeds=("orders", "rates", "speed", "preset", "epochs", "head_batch_size"),
+    by_default=False,
+)
+@torch.no_grad()
+def keep_curve(features: Features, config: EvalConfig) -> Scores:
+    """Accuracy against the share of patches that is dropped, for several orders; needs class folders."""
+    size = features.image_size(config.image_size)
+    encoder, test, classes = features.encoder, features.data.test, features.data.classes
+    rates = config.rates or (PAPER_RATES if config.preset == "paper" else RATES)
+    if len(rates) < 2 or any(after <= before for before, after in itertools.pairwise(rates)):
+        raise ConfigError(f"eval.rates={list(rates)}: at least two that rise are needed")
+    orders = open_orders(features, config, size)
+    head = features.class_head
+    told: dict[str, Any] = {"head": OWN_HEAD}
+    if head is None:
+        head, told = fit_head(features, config, size)
+        if own_head(encoder, classes) is not None:
+            told["head_note"] = "the baseline has no head of its own: both have fitted ones"
+        elif encoder.class_head is not None and len(encoder.class_head.weight):
+            told["head_note"] = "the run's own head classifies other classes"
+    head = head._replace(weight=head.weight.to(features.device), bias=head.bias.to(features.device))
+    measured = tuple(sorted({0.0, *rates, *TABLE}))
+    preds, places = _predictions(features, orders, head, measured, size)
+    labels = torch.tensor([int(test.samples[place].label or 0) for place in places])
+    right = {name: found == labels[:, None] for name, found in preds.items()}  # (n, S) each
+
+    first = orders.names[0]
+    grid = encoder.check_size(size, size)
+    in_area = torch.tensor([measured.index(rate) for rate in rates])
+    metrics: dict[str, float] = {}
+    units: dict[str, str] = {}
+    tallies: dict[str, Tally] = {}
+
+    def add(name: str, values: Float[Tensor, " n"], unit: str = SHARE) -> None:
+        numbers = np.full(len(test), np.nan)
+        numbers[places] = values.double().numpy()
+        tallies[name] = tally_mean(numbers)
+        metrics[name], units[name] = tallies[name].score(), unit
+
+    span = rates[-1] - rates[0]
+    add("mean_top1", _areas(right[first][:, in_area], rates) / span)
+    add("auc", _areas(right[first][:, in_area], rates), f"area, at most {span:g}, higher is better")
+    add("top1", right[first][:, 0].double())
+    for rate in TABLE:
+        add(f"top1_drop{100 * rate:.0f}", right[first][:, measured.index(rate)].double())
+    metrics["knee"] = knee(right[first][:, in_area].double().mean(0), torch.tensor(rates))
+    units["knee"] = "share of dropped patches where the curve bends most"
+    for name in orders.names[1:]:
+        add(f"mean_top1_{name}", _areas(right[name][:, in_area], rates) / span)
+
+    confusion = ConfusionMatrix(len(classes))
+    confusion.update(labels, preds[first][:, 0])
+    of_class = {rate: ConfusionMatrix(len(classes)) for rate in rates}
+    for rate, matrix in of_class.items():
+        matrix.update(labels, preds[first][:, measured.index(rate)])
+    recalls = torch.stack([class_recall(matrix.matrix) for matrix in of_class.values()])
+    settings = {
+        "preset": config.preset,
+        "order": first,
+        "order_note": "the first that was asked for"
+        if orders.asked
+        else "the one that the encoder learned with"
+        if orders.own
+        else "none was asked for",
+        "orders": list(orders.names),
+        "files": {str(cache.path): cache.source for cache in orders.caches},
+        **told,
+        "pool": encoder.pool,
+        "rates": list(rates),
+        "num_patches": grid[0] * grid[1],
+        "kept": {f"{rate:g}": num_kept(grid[0] * grid[1], rate) for rate in measured},
+        "image_size": size,
+        "resize": "the largest central square",
+        "interval": f"{LEVEL:.0%}, Wilson's, over the {features.evaluated}",
+        "keep_curve": {name: _curve(right[name], measured) for name in orders.names},
+    }
+    if config.speed:
+        settings |= measure_speed(orders, head, measured, size)
+    return Scores(
+        metrics,
+        settings,
+        {
+            "recall": dict(zip(classes, class_recall(confusion.matrix).tolist(), strict=True)),
+            "mean_recall": dict(zip(classes, recalls.mean(0).tolist(), strict=True)),
+        },
+        units=units,
+        tallies=tallies,
+        confusion=confusion.matrix.numpy(),
+    )
+
+
+def _predictions(
+    features: Features, orders: Orders, head: ClassHead, rates: Sequence[float], size: int
+) -> tuple[dict[str, Int[Tensor, "n S"]], list[int]]:
+    """The class that is told at each rate, by each order; and the places of the images that could be read."""
+    encoder, test = features.encoder, features.data.test
+    found: dict[str, list[Tensor]] = {name: [] for name in orders.names}
+    places, done = list[int](), 0
+    batches = eval_batches(
+        test, size, encoder.in_chans, "centre", features.batch_size, num_workers=features.num_workers
+    )
+    for pixels, positions, skipped in batches:
+        features.skipped.update({str(item.path): item.reason for item in skipped})
+        done += len(positions) + len(skipped)
+        if positions:
+            pixels = pixels.to(features.device)
+            images = encoder.normalize(pixels)
+            places += positions
+            whole = _told(encoder, head, images, None)  # the same for all orders
+            for name in orders.names:
+                order = orders.of(name, pixels, positions)
+                columns = []
+                for rate in rates:
+                    keep = num_kept(order.shape[1], rate)
+                    is_whole = keep == order.shape[1]
+                    columns.append(whole if is_whole else _told(encoder, head, images, order[:, :keep]))
+                found[name].append(torch.stack(columns, dim=1))
+        features.progress("keep-curve", done, len(test))
+    if not places:
+        raise DataError(f"{test.root}: none of the {len(test)} {features.evaluated} can be read")
+    return {name: torch.cat(parts) for name, parts in found.items()}, places
+
+
+def _told(encoder: Encoder, head: ClassHead, images: Tensor, ids_keep: Tensor | None) -> Int[Tensor, " B"]:
+    return (encoder.image_features(images, ids_keep) @ head.weight.T + head.bias).argmax(1).cpu()
+
+
+def _areas(right: Tensor, rates: Sequence[float]) -> Float[Tensor, " n"]:
+    """The area under each image's own curve: their mean is that under the curve of accuracy."""
+    return torch.trapezoid(right.double(), torch.tensor(rates, dtype=torch.float64), dim=1)
+
+
+def _curve(right: Tensor, rates: Sequence[float]) -> dict[str, list[float]]:
+    """Accuracy at each rate with its interval, as figures draw it."""
+    known = [
+        stats.binomtest(int(column.sum()), len(column)).proportion_ci(LEVEL, method="wilson") for column in right.T
+    ]
+    return {
+        "rate": list(rates),
+        "top1": [round(value, 5) for value in right.double().mean(0).tolist()],
+        "low": [round(float(interval.low), 5) for interval in known],
+        "high": [round(float(interval.high), 5) for interval in known],
+    }
+
+
+def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size: int) -> dict[str, Any]:
+    """The time of an image at each rate, and of ranking its patches, on this machine: the fastest of several rounds of
+    all in turn, which a busy machine disturbs least.
+
+    Args:
+        orders: those that are drawn.
+        head: for classes.
+        rates: shares of dropped patches.
+        size: of the images in pixels.
+
+    Returns:
+        ``speed``: at each rate the seconds of an image, without ranking; ``ranking_s``: for each order the seconds of
+        ranking an image, None where a network did it that isn't at hand and its file doesn't say.
+    """
+    encoder = orders.encoder
+    device = head.weight.device
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(
+        0, 256, (SPEED_BATCH, encoder.in_chans, size, size), generator=generator, dtype=torch.uint8
+    ).to(device)
+    images = encoder.normalize(pixels)
+    grid = encoder.check_size(size, size)
+    order = random_orders(torch.arange(SPEED_BATCH, device=device), grid[0] * grid[1])
+    kept = {rate: num_kept(order.shape[1], rate) for rate in rates}
+
+    def passes(keep: int) -> Callable[[], object]:
+        return lambda: _told(encoder, head, images, order[:, :keep] if keep < order.shape[1] else None)
+
+    jobs: dict[Any, Callable[[], object]] = {keep: passes(keep) for keep in dict.fromkeys(kept.values())}
+    computed = [name for name in orders.names if name in ("variance", "attention") and orders.cache_of(name) is None]
+    for name in computed:
+        jobs[name] = lambda name=name: orders.of(name, pixels, range(SPEED_BATCH)).cpu()  # type: ignore[misc]
+    seconds: Mapping[Any, float] = _fastest(jobs)
+    ranking: dict[str, float | None] = {}
+    for name in orders.names:
+        cache = orders.cache_of(name)
+        if cache is None or name == "collapse_static":  # one for all images: ranked once
+            ranking[name] = seconds.get(name, 0.0)
+        else:
+            ranking[name] = cache.seconds.get(_base(name))
+    return {
+        "speed": {"rate": list(rates), "image_s": [float(f"{seconds[keep]:.4g}") for keep in kept.values()]},
+        "ranking_s": ranking,
+        "speed_note": f"seconds an image, batches of {SPEED_BATCH}, {torch.get_num_threads()} threads, {device.type}, "
+        f"fastest of {SPEED_ROUNDS} interleaved rounds",
+    }
+
+
+def _base(name: str) -> str:
+    """The stored order from which another follows."""
+    return "collapse" if name.startswith("collapse") else name
+
+
+def _fastest(jobs: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    """Seconds an image of each job; all in turn, so that a busy moment meets all."""
+    for job in jobs.values():
+        job()  # first calls also allocate
+    taken: dict[Any, list[float]] = {name: [] for name in jobs}
+    for _ in range(SPEED_ROUNDS):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()  # ends on the CPU, so a GPU has finished
+            taken[name].append((time.perf_counter() - started) / SPEED_BATCH)
+    return {name: min(values) for name, values in taken.items()}

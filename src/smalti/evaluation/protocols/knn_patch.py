@@ -1,0 +1,69 @@
+"""k-NN classification of patches: the class of most of a patch's pixels, by a vote of labelled training patches.
+
+The image protocol ``knn`` for patches: neighbours by cosine similarity s vote with exp(s / 0.07), for their class.
+Letters: B images in a batch, N = h*w patches, K neighbours, C classes.
+"""
+
+import numpy as np
+import torch
+
+from smalti.evaluation.features import Features
+from smalti.evaluation.memory import (
+    HEEDS,
+    LABEL_K,
+    choose_k,
+    choose_recipe,
+    memory_settings,
+    neighbours,
+    patch_classes,
+    patch_memory,
+    unlabelled_places,
+)
+from smalti.evaluation.metrics import accuracy, balanced_accuracy, class_recall
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocols.knn import TEMPERATURE, vote
+from smalti.evaluation.protocols.linear_segmentation import ignored_value
+from smalti.evaluation.tally import PixelTally
+
+
+@register_protocol("knn-patch", need="masks", heeds=(*HEEDS, "temperature"))
+@torch.no_grad()
+def knn_patch(features: Features, config: EvalConfig) -> Scores:
+    """Classes of patches by a vote of the nearest training patches; needs masks."""
+    recipe = choose_recipe(features, config)
+    images, classes = features.data.test, features.data.classes
+    grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
+    temperature = config.temperature or TEMPERATURE
+    unlabelled = unlabelled_places(features)
+    memory = patch_memory(features, recipe, config.seed)
+    k, about_k = choose_k(config, LABEL_K, len(memory.keys))
+
+    tally = PixelTally(len(classes), len(images), ignored_value(len(classes)), features.device)
+    predictions: dict[int, np.ndarray] = {}
+    for sims, found, places in neighbours(features, recipe, config.seed, k):
+        labels = memory.classes[found]
+        shares = vote(sims.flatten(0, 1), labels.flatten(0, 1), len(classes), temperature)
+        pred = shares.argmax(1).view(len(places), *grid)
+        target = patch_classes(features, recipe, places).view_as(pred).to(pred.device)
+        for truth, guess, place in zip(target, pred, places, strict=True):
+            if place not in unlabelled:
+                tally.update(truth[None], guess[None], [place])
+            if place in features.shown:
+                predictions[place] = guess.cpu().numpy().astype(np.int32)
+    matrix = tally.confusion.matrix
+    settings = {
+        **memory_settings(features, recipe, memory, config),
+        "comparable": "not with published numbers: no protocol of theirs",
+        **about_k,
+        "temperature": temperature,
+        "num_patches": int(matrix.sum()),
+        "patch_class": "that of most of its labelled pixels; of equals the first in classes.txt",
+    }
+    return Scores(
+        {"top1": accuracy(matrix), "balanced_top1": balanced_accuracy(matrix)},
+        settings,
+        {"recall": dict(zip(classes, class_recall(matrix).tolist(), strict=True))},
+        tallies={"top1": tally.pixel_accuracy(), "balanced_top1": tally.recall()},
+        confusion=matrix.cpu().numpy(),
+        predictions=predictions,
+    )

@@ -1,0 +1,425 @@
+"""Linear classification of frozen features, with a grid of learning rates trained at once.
+
+Presets small and full: Oquab et al., DINOv2, arXiv:2304.07193, the linear evaluation of their code: 13 learning rates
+times choices of features, all heads on the same batches. Features are standardised as in He et al., MAE,
+arXiv:2111.06377v3, App. A.1 (a batch norm without affine part), here with mean and deviation of all training images.
+Differs from both: features of the last block only, as class token and as class token with mean patch; they are
+computed once, of whole images, without augmentation; and the best of the grid is chosen on a fifth of the *training*
+images, then fitted again on all of them, so the judged images choose nothing.
+Letters: n images, D features, K classes, H heads.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smalti.data.images.folders import ImageSample
+from smalti.data.loader import epoch_order
+from smalti.data.views import Skipped
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.features import ATTENTIVE, Features, ImageFeatures, Progress
+from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.tally import tally_labels
+from smalti.evaluation.tuning import Example, evaluate_labels, normalized, random_view, seeded, train
+from smalti.models.encoder import Encoder, PatchFeatures, check_pool, pool_features
+
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+"""The grid; each is multiplied by head_batch_size / 256."""
+MOMENTUM = 0.9
+BATCH_SIZE, EPOCHS = 256, 100
+FEWEST_STEPS, MOST_STEPS = 500, 12_500  # few images still need steps; DINOv2 stops at 12 500
+HELD_OUT = 0.2
+DINO_RATE, DINO_BATCH_SIZE, DINO_CROP_AREA = 0.001, 1024, (0.08, 1.0)
+"""The learning rate is for 256 images; the batch is eight GPUs' 128."""
+WIDE = 768
+"""From this width on one block's class token is taken, not four's: that of a ViT-B."""
+
+
+class Heads(NamedTuple):
+    """H linear classifiers side by side."""
+
+    weight: Float[Tensor, "D H*K"]
+    bias: Float[Tensor, " H*K"]
+
+    def logits(self, inputs: Float[Tensor, "n D"], num_classes: int) -> Float[Tensor, "n H K"]:
+        """Class scores of each head."""
+        return torch.addmm(self.bias, inputs, self.weight).view(len(inputs), -1, num_classes)
+
+
+class Probe(NamedTuple):
+    """The head that :func:`fit_probe` chose."""
+
+    heads: Heads
+    """One, on standardised features."""
+    mean: Float[Tensor, " D"]
+    std: Float[Tensor, " D"]
+    reads: Bool[Tensor, " D"]
+    """Which features it reads; ``heads`` has these alone."""
+    combination: int
+    """Of those that were offered."""
+    rate: int
+    """Place of its learning rate in :data:`LEARNING_RATES`."""
+    epochs: int
+    num_held_out: int
+    held_out_top1: float
+
+    def logits(self, inputs: Float[Tensor, "n D"], num_classes: int) -> Float[Tensor, "n K"]:
+        """Class scores of features as they came."""
+        return self.heads.logits(((inputs - self.mean) / self.std)[:, self.reads], num_classes)[:, 0]
+
+
+def train_heads(
+    inputs: Float[Tensor, "n D"],
+    labels: Int[Tensor, " n"],
+    num_classes: int,
+    learning_rates: Float[Tensor, " H"],
+    sees: Bool[Tensor, "H D"],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Heads:
+    """Fit H softmax classifiers at once: SGD with momentum 0.9, cosine learning rate, no weight decay.
+
+    One matrix product a step serves all heads: their weights stand side by side as columns.
+
+    Args:
+        inputs: ``(n, D)`` standardised features.
+        labels: ``(n,)`` classes.
+        num_classes: K.
+        learning_rates: ``(H,)`` one a head, at the first step.
+        sees: ``(H, D)`` True where a head reads a feature.
+        epochs: passes over the images; the order of each depends on (seed, epoch) only.
+        batch_size: images a step.
+        seed: of the order and of the initial weights, N(0, 0.01), which all heads share.
+        progress: called as ``progress("linear-probe", step, steps)``.
+    """
+    num_images, width = inputs.shape
+    device, num_heads = inputs.device, len(learning_rates)
+    g = torch.Generator().manual_seed(seed)
+    start = torch.randn(width, num_classes, generator=g).mul_(0.01).to(device)
+    is_read = sees.to(device).T.repeat_interleave(num_classes, dim=1)  # (D, H*K)
+    weight = start.repeat(1, num_heads) * is_read
+    bias = torch.zeros(num_heads * num_classes, device=device)
+    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    rates = learning_rates.to(device).repeat_interleave(num_classes)
+    one_hot = F.one_hot(labels, num_classes).to(inputs.dtype)
+    steps = epochs * math.ceil(num_images / batch_size)
+    step = 0
+    for epoch in range(epochs):
+        order = torch.from_numpy(epoch_order(seed, epoch, num_images)).to(device)
+        for batch in torch.split(order, batch_size):
+            x = inputs[batch]
+            probs = Heads(weight, bias).logits(x, num_classes).softmax(-1)
+            # cross-entropy's gradient in closed form, mean over the batch, sum over the heads: they don't meet
+            error = (probs - one_hot[batch, None]).flatten(1) / len(batch)
+            weight_velocity.mul_(MOMENTUM).add_(torch.mm(x.T, error))
+            bias_velocity.mul_(MOMENTUM).add_(error.sum(0))
+            now = rates * (0.5 * (1 + math.cos(math.pi * step / steps)))
+            weight -= now * weight_velocity * is_read
+            bias -= now * bias_velocity
+            step += 1
+            if progress is not None and (step % 100 == 0 or step == steps):
+                progress("linear-probe", step, steps)
+    return Heads(weight, bias)
+
+
+def stratified_fifth(labels: Int[Tensor, " n"], seed: int) -> Bool[Tensor, " n"]:
+    """True for about a fifth of each class, at least one of every class that has two, drawn from the seed."""
+    g = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in sorted(set(labels.tolist())):
+        members = (labels == label).nonzero()[:, 0]
+        count = max(1, round(HELD_OUT * len(members))) if len(members) > 1 else 0
+        held_out[members[torch.randperm(len(members), generator=g)[:count]]] = True
+    return held_out
+
+
+@dataclass(frozen=True)
+class LastBlocks:
+    """DINO's features of an image: class tokens of the last blocks, each through the final norm.
+
+    Four blocks of a ViT-S; of wider encoders the last one, with its mean patch, which is as wide.
+    """
+
+    encoder: Encoder
+    pool: str = "auto"
+    """``prr`` pools the tokens of each block by it, as the linear evaluation of the paper's DINO variant does
+    (arXiv:2603.04892, released code); ``avg`` takes mean patches alone."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks whose class tokens are taken."""
+        return min(4, self.encoder.depth) if self.encoder.embed_dim < WIDE else 1
+
+    @property
+    def has_mean_patch(self) -> bool:
+        """Whether the mean patch of the last block is taken, too."""
+        return self.encoder.embed_dim >= WIDE and self.encoder.has_class_token and self.pool != "avg"
+
+    @property
+    def width(self) -> int:
+        """Features in all."""
+        return self.encoder.embed_dim * (self.num_blocks + self.has_mean_patch)
+
+    def __str__(self) -> str:
+        token = "class token" if self.encoder.has_class_token else "mean patch (there is no class token)"
+        if self.pool in ("avg", "prr"):
+            token = {"avg": "mean patch", "prr": "tokens pooled by PRR"}[self.pool]
+        return f"{token} of the last {self.num_blocks} blocks" + (", mean patch" if self.has_mean_patch else "")
+
+    def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """Features of normalised images."""
+        encoder, first = self.encoder, self.encoder.num_prefix_tokens
+        tokens, grid = encoder.embed_patches(images)
+        sequence = encoder.assemble(tokens, encoder.positions(grid))
+        layers = encoder.forward_layers(sequence, range(-self.num_blocks, 0))
+        pool = "auto" if self.pool == "cls" else self.pool
+        parts = [
+            pool_features(PatchFeatures(layer[:, first:], layer[:, :first], grid), pool, encoder.has_class_token)
+            if pool != "prr"
+            else encoder.pooled(PatchFeatures(layer[:, first:], layer[:, :first], grid), pool)
+            for layer in layers
+        ]
+        if self.has_mean_patch:
+            parts.append(layers[-1][:, first:].mean(1))
+        return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class _Cropped:
+    """Makes the training image at a place of the set; see :func:`~smalti.evaluation.tuning.train`."""
+
+    samples: tuple[ImageSample, ...]
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, place: int, key: int) -> Example | Skipped:
+        sample = self.samples[place]
+        view = random_view(sample, len(self.mean), self.size, DINO_CROP_AREA, key, mode="bilinear")
+        if isinstance(view, Skipped):
+            return view
+        return normalized(view, self.mean, self.std), torch.tensor(sample.label)
+
+
+def dino_probe(features: Features, config: EvalConfig) -> Scores:
+    """The linear probe in DINO's form."""
+    encoder, num_classes = features.encoder, len(features.data.classes)
+    size = features.image_size(config.image_size or 224)
+    epochs, batch_size = config.epochs or EPOCHS, config.head_batch_size or DINO_BATCH_SIZE
+    num_images, peak = len(features.data.train), DINO_RATE * batch_size / BATCH_SIZE
+    num_steps = math.ceil(epochs * num_images / batch_size)
+    if config.pool == "map":
+        raise ConfigError("eval.pool=map: eval.preset=paper reads several blocks, whose pooling nobody trained")
+    check_pool(config.pool, encoder.has_class_token)
+    read = LastBlocks(encoder, config.pool)
+
+    def frozen(images: Tensor) -> Tensor:
+        # float32 although the loop trains in bfloat16: nothing but a linear layer is trained
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            return torch.cat([read(part) for part in torch.split(images, features.batch_size)])
+
+    with seeded(config.seed):
+        head = nn.Linear(read.width, num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+    head.to(features.device)
+    curve = train(
+        head,
+        torch.optim.SGD(head.parameters(), peak, MOMENTUM),
+        features,
+        _Cropped(features.data.train.samples, size, encoder.mean, encoder.std),
+        lambda images, labels: F.cross_entropy(head(frozen(images)), labels),
+        lambda step: peak * (1 + math.cos(math.pi * (step * batch_size // num_images) / epochs)) / 2,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        seed=config.seed,
+        what="linear-probe",
+    )
+    metrics, per_class, tallies, confusion = evaluate_labels(lambda images: head(read(images)), features, size)
+    settings = {
+        "preset": config.preset,
+        "form": "DINO's: cropped and flipped images, one learning rate",
+        "comparable": "DINO's settings, as far as none was changed, but the last epoch instead of the best",
+        "features": str(read),
+        "learning_rate": peak,
+        "optimiser": f"SGD, momentum {MOMENTUM}, cosine to 0 by epochs",
+        "epochs": epochs,
+        "steps": num_steps,
+        "head_batch_size": batch_size,
+        "augmentation": "random resized crop of {:g}-{:g} of the area, bilinear, flip".format(*DINO_CROP_AREA),
+        "image_size": size,
+        "resize": "short side, then centre crop",
+        "reported": "last epoch",
+    }
+    return Scores(
+        metrics, settings, per_class, tallies=tallies, confusion=confusion.matrix.numpy(), curves={"loss": curve}
+    )
+
+
+def fit_probe(
+    inputs: Float[Tensor, "n D"],
+    labels: Int[Tensor, " n"],
+    num_classes: int,
+    sees: Bool[Tensor, "F D"],
+    *,
+    epochs: int | None,
+    batch_size: int,
+    seed: int,
+    root: Path,
+    progress: Progress | None = None,
+) -> Probe:
+    """Fit the grid of learning rates and features on four fifths, choose on the rest, and fit the chosen one on all.
+
+    Args:
+        inputs: ``(n, D)`` features of the training images, on the device to compute on.
+        labels: ``(n,)`` classes, on the CPU.
+        num_classes: K.
+        sees: ``(F, D)`` which features each of the F combinations reads.
+        epochs: passes over the images; None takes as many as their number wants.
+        batch_size: images a step.
+        seed: of the held-out fifth, the order of images and the initial weights.
+        root: of the images, for the error.
+        progress: as in :func:`train_heads`.
+
+    Raises:
+        DataError: if no class has two images.
+    """
+    held_out = stratified_fifth(labels, seed)
+    if not held_out.any():
+        raise DataError(
+            f"{root}: {len(labels)} training images, one of each class; linear-probe chooses "
+            "its learning rate on a part of them and needs a class with two"
+        )
+    device = inputs.device
+    labels, sees = labels.to(device), sees.to(device)
+    rates = torch.tensor(LEARNING_RATES) * (batch_size / BATCH_SIZE)
+    heads_rates, heads_sees = rates.repeat(len(sees)), sees.repeat_interleave(len(rates), dim=0)
+
+    fit = ~held_out.to(device)
+    mean, std = _moments(inputs[fit])
+    heads = train_heads(
+        (inputs[fit] - mean) / std,
+        labels[fit],
+        num_classes,
+        heads_rates,
+        heads_sees,
+        epochs=epochs or _epochs(int(fit.sum()), batch_size),
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    best, held_out_top1 = _choose(heads.logits((inputs[~fit] - mean) / std, num_classes), labels[~fit])
+    combination, rate = divmod(best, len(rates))
+
+    mean, std = _moments(inputs)
+    passes = epochs or _epochs(len(labels), batch_size)
+    chosen = sees[combination]
+    head = train_heads(
+        ((inputs - mean) / std)[:, chosen],
+        labels,
+        num_classes,
+        rates[rate : rate + 1],
+        chosen[None, chosen],
+        epochs=passes,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    return Probe(head, mean, std, chosen, combination, rate, passes, int(held_out.sum()), held_out_top1)
+
+
+@register_protocol("linear-probe", need="labels", heeds=("preset", "epochs", "head_batch_size", "pool"))
+@torch.no_grad()
+def linear_probe(features: Features, config: EvalConfig) -> Scores:
+    """Image classes by a linear head on frozen features; needs class folders."""
+    if config.preset == "paper":
+        return dino_probe(features, config)
+    size = features.image_size(config.image_size)
+    train, test = (features.image_level(split, size, config.pool) for split in ("train", "test"))
+    num_classes, device = len(features.data.classes), features.device
+    batch_size = config.head_batch_size or BATCH_SIZE
+    inputs, sees, names = _grid(train, config.pool)
+    probe = fit_probe(
+        inputs.to(device),
+        train.labels,
+        num_classes,
+        sees,
+        epochs=config.epochs,
+        batch_size=batch_size,
+        seed=config.seed,
+        root=features.data.train.root,
+        progress=features.progress,
+    )
+    confusion = ConfusionMatrix(num_classes)
+    preds = probe.logits(_grid(test, config.pool)[0].to(device), num_classes).argmax(1).cpu()
+    confusion.update(test.labels, preds)
+    settings = {
+        "preset": config.preset,
+        "form": "fast: frozen features of whole images, no augmentation",
+        "features": names[probe.combination],
+        "learning_rate": LEARNING_RATES[probe.rate] * batch_size / BATCH_SIZE,
+        "learning_rate_is_at_edge_of_grid": probe.rate in (0, len(LEARNING_RATES) - 1),
+        "chosen_by": "top1 on a fifth of the training images that was held out; then fitted on all of them",
+        "num_held_out": probe.num_held_out,
+        "held_out_top1": probe.held_out_top1,
+        "grid": f"{len(LEARNING_RATES)} learning rates x {' | '.join(names)}",
+        "standardised": "mean and deviation of the training images",
+        "optimiser": f"SGD, momentum {MOMENTUM}, cosine to 0",
+        "epochs": probe.epochs,
+        "head_batch_size": batch_size,
+        "image_size": size,
+        "resize": "short side, then centre crop",
+    }
+    metrics = {"top1": accuracy(confusion.matrix), "balanced_top1": balanced_accuracy(confusion.matrix)}
+    recall = class_recall(confusion.matrix).tolist()
+    return Scores(
+        metrics,
+        settings,
+        {"recall": dict(zip(features.data.classes, recall, strict=True))},
+        tallies=tally_labels(test.labels, preds, num_classes, test.places, len(features.data.test)),
+        confusion=confusion.matrix.numpy(),
+    )
+
+
+def _grid(images: ImageFeatures, pool: str) -> tuple[Float[Tensor, "n D"], Bool[Tensor, "F D"], list[str]]:
+    """All features side by side, which of them each of the F combinations reads, and the combinations' names.
+
+    ``auto`` takes the class token, where there is one; ``prr`` or ``map`` where the encoder hands that on.
+    """
+    avg = images.pool("avg")
+    if pool == "auto":
+        pool = images.auto if images.auto in ATTENTIVE else "cls" if images.has_class_token else "avg"
+    if pool == "avg":
+        return avg, torch.ones(1, avg.shape[1], dtype=torch.bool), ["avg"]
+    sees = torch.ones(2, 2 * avg.shape[1], dtype=torch.bool)
+    sees[0, avg.shape[1] :] = False
+    return torch.cat([images.pool(pool), avg], dim=1), sees, [pool, f"{pool}+avg"]
+
+
+def _choose(logits: Float[Tensor, "n H K"], labels: Int[Tensor, " n"]) -> tuple[int, float]:
+    """The head with the greatest accuracy, among equals that with the smaller cross-entropy; and its accuracy."""
+    top1 = (logits.argmax(-1) == labels[:, None]).double().mean(0)
+    target = labels[:, None].expand(-1, logits.shape[1])
+    loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(0).nan_to_num(torch.inf)
+    best = min(range(len(top1)), key=lambda head: (-float(top1[head]), float(loss[head])))
+    return best, float(top1[best])
+
+
+def _moments(inputs: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Mean, and deviation as a batch norm takes it: what doesn't vary stays 0 rather than becoming noise."""
+    return inputs.mean(0), (inputs.var(0, correction=0) + 1e-6).sqrt()
+
+
+def _epochs(num_images: int, batch_size: int) -> int:
+    steps = math.ceil(num_images / batch_size)  # an epoch
+    return max(1, min(max(EPOCHS, math.ceil(FEWEST_STEPS / steps)), MOST_STEPS // steps))

@@ -1,0 +1,446 @@
+"""Linear segmentation: what a 1x1 convolution reads from frozen patch tokens.
+
+Source: Ziegler & Asano, Leopart, arXiv:2204.13101, and Pariza et al., NeCo, arXiv:2408.11054, in the settings of
+their code: tokens after the final norm, SGD, masks of 100x100 pixels.
+Differs from them: the head comes before the bilinear upsampling instead of behind it, which is the same (both are
+linear, over different axes) and upsamples K logits instead of D features; training images are shuffled; all test
+images count; the last epoch is reported, since choosing one would need the judged images. The small preset also chooses
+its learning rate, on held-out training images: with their 0.01, few steps don't reach what tokens of unit length know.
+Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, K classes, M side of the masks.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+from torch.nn import functional as F
+
+from smalti.data.images.decode import image_size
+from smalti.data.images.folders import ImageSample, ImageSet
+from smalti.data.images.labelled import eval_mask, read_mask
+from smalti.data.loader import epoch_order, sample_key
+from smalti.data.views import Skipped, random_resized_crop, resize
+from smalti.errors import DataError
+from smalti.evaluation.features import Features
+from smalti.evaluation.metrics import IGNORE, Absent, ConfusionMatrix, accuracy, class_iou, mean_iou
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.tally import PixelTally
+
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
+GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
+"""Learning rates of the small preset."""
+HELD_OUT = 0.2
+FEWEST_STEPS = 300
+"""The small preset goes through few images more often, until its head has made so many steps."""
+CROP_AREA, CROP_ASPECT, FLIP_PROB = (0.8, 1.0), (3 / 4, 4 / 3), 0.5
+Alter = Callable[..., tuple[np.ndarray, np.ndarray]]
+"""``alter(image (H, W, C), mask (H, W), rng=...)`` -> an image ``(S, S, C)`` and a mask ``(M, M)``."""
+_AT_ONCE = 16  # images whose pixels' logits are in memory
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset with the settings that the user changed."""
+
+    image_size: int
+    mask_size: int
+    epochs: int
+    batch_size: int
+    augment: bool
+    absent: Absent
+    learning_rates: tuple[float, ...]
+    """Of several, the best on held-out training images is taken."""
+
+    def decay(self, epoch: int) -> float:
+        """Factor of the learning rate: a tenth in the last fifth of the epochs."""
+        return 0.1 if epoch >= 0.8 * self.epochs else 1.0
+
+
+class Head:
+    """A 1x1 convolution with bias and the bilinear upsampling behind it.
+
+    The initial weights are a convolution's default ones, from a generator of their own.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_classes: int,
+        grid: tuple[int, int],
+        mask_size: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        bound = embed_dim**-0.5
+        self.weight = torch.empty(num_classes, embed_dim).uniform_(-bound, bound, generator=g).to(device)
+        self.bias = torch.empty(num_classes).uniform_(-bound, bound, generator=g).to(device)
+        self._grid = grid
+        self._rows, self._columns = (upsampling(side, mask_size).to(device) for side in grid)
+
+    def logits(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B M M K"]:
+        """Class scores of each pixel of the masks."""
+        h, w = self._grid
+        scores = F.linear(tokens, self.weight, self.bias)
+        up = torch.matmul(self._rows, scores.view(len(tokens), h, -1))  # (B, h, w*K) -> (B, M, w*K)
+        return torch.matmul(self._columns, up.view(*up.shape[:2], w, -1))  # (B, M, w, K) -> (B, M, M, K)
+
+    def loss(self, tokens: Float[Tensor, "B N D"], target: Integer[Tensor, "B M M"], ignore: int) -> float:
+        """Sum of the cross-entropy over the labelled pixels; infinite where it is not a number."""
+        logits = self.logits(tokens).flatten(0, 2)
+        loss = float(F.cross_entropy(logits, target.flatten().long(), ignore_index=ignore, reduction="sum"))
+        return loss if loss == loss else math.inf
+
+    def backward(self, tokens: Float[Tensor, "B N D"], target: Integer[Tensor, "B M M"], ignore: int) -> None:
+        """Set ``grad`` of weight and bias, for the mean cross-entropy of a batch's labelled pixels.
+
+        In closed form, since autograd would keep three tensors of ``(B, M, M, K)`` where one is enough; and in parts
+        of the batch.
+        """
+        num_labelled = (target != ignore).sum().clamp(min=1)  # a batch may hold no labelled pixel
+        self.weight.grad, self.bias.grad = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        for part, truth in zip(torch.split(tokens, _AT_ONCE), torch.split(target, _AT_ONCE), strict=True):
+            error = self.logits(part).softmax(-1)  # softmax - one_hot is the gradient for the logits
+            flat, classes = error.view(-1, error.shape[-1]), truth.flatten().long()
+            is_ignored = classes == ignore
+            flat[torch.arange(len(flat), device=flat.device), classes.masked_fill(is_ignored, 0)] -= 1
+            flat[is_ignored] = 0
+            down = torch.matmul(self._columns.T, error).flatten(2)  # (B, M, M, K) -> (B, M, w*K)
+            down = torch.matmul(self._rows.T, down).view(-1, error.shape[-1]) / num_labelled  # -> (B*N, K)
+            self.weight.grad += down.T @ part.flatten(0, 1)
+            self.bias.grad += down.sum(0)
+
+
+def upsampling(side: int, size: int) -> Float[Tensor, "M h"]:
+    """Bilinear upsampling along one axis as a matrix: ``F.interpolate`` without aligned corners."""
+    return F.interpolate(torch.eye(side)[None], size=size, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
+    """The preset with what the user changed.
+
+    Raises:
+        ConfigError: if the encoder's own image size isn't square and none is given.
+        ShapeError: if the patch size does not divide the image size.
+    """
+    if config.preset != "small":
+        size = features.image_size(config.image_size or 448)
+        absent: Absent = "zero" if config.preset == "paper" else "skip"
+        recipe = Recipe(size, 100, 25, 128, True, absent, (LEARNING_RATE,))
+    else:
+        size = features.dense_size(config.image_size)
+        batch_size = config.head_batch_size or 16
+        epochs = max(20, math.ceil(FEWEST_STEPS / math.ceil(len(features.data.train) / batch_size)))
+        recipe = Recipe(size, min(100, size), epochs, batch_size, False, "skip", GRID)
+    changed: dict[str, Any] = {
+        "mask_size": config.mask_size,
+        "epochs": config.epochs,
+        "batch_size": config.head_batch_size,
+        "augment": config.augment,
+        "absent": config.absent,
+        "learning_rates": (config.learning_rate,) if config.learning_rate else None,
+    }
+    return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
+
+
+def train_heads(
+    features: Features,
+    recipe: Recipe,
+    learning_rates: Sequence[float],
+    chosen: Sequence[int],
+    masks: Integer[Tensor, "n M M"],
+    seed: int,
+    what: str,
+) -> list[Head]:
+    """A head for each learning rate, on the same batches: cross-entropy over all labelled pixels, SGD.
+
+    Args:
+        features: of the training images.
+        recipe: all but the learning rates.
+        learning_rates: one a head, at the first step.
+        chosen: places of the images to train with.
+        masks: of all training images, in the size of the heads' logits.
+        seed: of the initial weights, which all heads share, and of the order of images and their augmentation.
+        what: named in the progress.
+    """
+    encoder, num_classes, size = features.encoder, len(features.data.classes), masks.shape[-1]
+    grid = encoder.check_size(recipe.image_size, recipe.image_size)
+    heads = [Head(encoder.embed_dim, num_classes, grid, size, seed, features.device) for _ in learning_rates]
+    optimizers = [
+        torch.optim.SGD([head.weight, head.bias], rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        for head, rate in zip(heads, learning_rates, strict=True)
+    ]
+    tokens = None if recipe.augment else features.tokens("train", recipe.image_size)
+    num_steps = recipe.epochs * math.ceil(len(chosen) / recipe.batch_size)
+    step = 0
+    for epoch in range(recipe.epochs):
+        for optimizer, rate in zip(optimizers, learning_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * recipe.decay(epoch)
+        order = [chosen[i] for i in epoch_order(seed, epoch, len(chosen))]
+        batches: Iterator[tuple[Tensor, Tensor]]
+        if tokens is None:
+            crop = partial(crop_and_flip, size=recipe.image_size, mask_size=size)
+            made = augmented_tokens(features, order, recipe.batch_size, seed, epoch, crop)
+            batches = ((x, target) for x, target, _ in made)
+        else:
+            batches = ((x, masks[torch.tensor(at)]) for x, at in tokens.batches(order, recipe.batch_size))
+        for inputs, target in batches:
+            for head, optimizer in zip(heads, optimizers, strict=True):
+                head.backward(inputs, target.to(inputs.device), ignored_value(num_classes))
+                optimizer.step()
+            step += 1
+            features.progress(what, step, num_steps)
+    return heads
+
+
+def choose_learning_rate(
+    features: Features, recipe: Recipe, masks: Integer[Tensor, "n M M"], seed: int
+) -> tuple[float, dict[str, float]]:
+    """The learning rate with the greatest mIoU on a fifth of the training images, and what each reached there.
+
+    Among equals that with the smallest cross-entropy. Masks have a pixel a patch here, which is far cheaper and asks
+    the same of the learning rate.
+
+    Raises:
+        DataError: if there is only one training image.
+    """
+    images = features.data.train
+    if len(images) < 2:
+        raise DataError(f"{images.root}: one training image, none to choose a learning rate by; set eval.learning_rate")
+    ignore = ignored_value(len(features.data.classes))
+    grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
+    coarse = F.interpolate(masks[:, None].float(), max(grid), mode="nearest")[:, 0].to(masks.dtype)
+    order = epoch_order(seed, 0, len(images)).tolist()
+    num_held_out = max(1, round(HELD_OUT * len(images)))
+    held_out, rest = sorted(order[:num_held_out]), sorted(order[num_held_out:])
+    heads = train_heads(features, recipe, recipe.learning_rates, rest, coarse, seed, "learning rates")
+    batches = list(features.tokens("train", recipe.image_size).batches(held_out))
+    scores = [mean_iou(matrix) for matrix in _evaluate_encoder(heads, features, iter(batches), coarse)]
+    losses = [sum(head.loss(x, coarse[torch.tensor(at)].to(x.device), ignore) for x, at in batches) for head in heads]
+    best = min(range(len(heads)), key=lambda i: (-scores[i], losses[i]))
+    reached = {f"{rate:g}": score for rate, score in zip(recipe.learning_rates, scores, strict=True)}
+    return recipe.learning_rates[best], reached
+
+
+def _evaluate_encoder(
+    heads: Sequence[Head],
+    features: Features,
+    batches: Iterator[tuple[Tensor, list[int]]],
+    masks: Integer[Tensor, "n M M"],
+) -> list[Tensor]:
+    """The confusion matrix of each head."""
+    num_classes = len(features.data.classes)
+    counts = [ConfusionMatrix(num_classes, ignore=ignored_value(num_classes), device=features.device) for _ in heads]
+    for tokens, positions in batches:
+        targets = masks[torch.tensor(positions)].to(tokens.device)
+        for part, target in zip(torch.split(tokens, _AT_ONCE), torch.split(targets, _AT_ONCE), strict=True):
+            for head, confusion in zip(heads, counts, strict=True):
+                confusion.update(target, head.logits(part).argmax(-1))
+    return [confusion.matrix for confusion in counts]
+
+
+@register_protocol(
+    "linear-segmentation",
+    need="masks",
+    heeds=(
+        "preset",
+        "epochs",
+        "head_batch_size",
+        "augment",
+        "mask_size",
+        "absent",
+        "learning_rate",
+        "cache_mib",
+        "cache_dtype",
+        "norm",
+    ),
+)
+@torch.no_grad()
+def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
+    """Classes of pixels by a 1x1 convolution on frozen patch tokens; needs masks."""
+    recipe = choose_recipe(features, config)
+    images, classes = features.data.test, features.data.classes
+    ignore = ignored_value(len(classes))
+    masks = read_masks(images, len(classes), recipe.mask_size)
+    unlabelled = unlabelled_of(images, masks, ignore, features.evaluated)
+    train_masks = read_masks(features.data.train, len(classes), recipe.mask_size)
+    rate, reached = recipe.learning_rates[0], dict[str, float]()
+    if len(recipe.learning_rates) > 1:
+        rate, reached = choose_learning_rate(features, recipe, train_masks, config.seed)
+    everything = range(len(features.data.train))
+    heads = train_heads(features, recipe, [rate], everything, train_masks, config.seed, "linear-segmentation")
+    tally = PixelTally(len(classes), len(images), ignore, features.device)
+    predictions: dict[int, np.ndarray] = {}
+    for tokens, positions in features.tokens("test", recipe.image_size).batches(batch_size=_AT_ONCE):
+        target = masks[torch.tensor(positions)].to(tokens.device)
+        pred = heads[0].logits(tokens).argmax(-1)
+        tally.update(target, pred, positions)
+        predictions |= {
+            place: one.cpu().numpy().astype(np.int32)
+            for place, one in zip(positions, pred, strict=True)
+            if place in features.shown
+        }
+    matrix = tally.confusion.matrix
+    settings = {
+        "preset": config.preset,
+        "comparable": "small preset: not comparable with published numbers"
+        if config.preset == "small"
+        else "Leopart's and NeCo's settings, as far as none was changed"
+        + ("" if config.preset == "paper" else "; absent classes skipped"),
+        "image_size": recipe.image_size,
+        "resize": "to a square, aspect ratio ignored",
+        "mask_size": recipe.mask_size,
+        "augment": recipe.augment,
+        "epochs": recipe.epochs,
+        "head_batch_size": recipe.batch_size,
+        "learning_rate": rate,
+        "learning_rate_chosen_by": "mIoU at one pixel a patch on a fifth of the training images; then fitted on all"
+        if reached
+        else "preset or eval.learning_rate",
+        "learning_rates_tried": reached,
+        "learning_rate_is_at_edge_of_grid": len(reached) > 1 and rate in (min(GRID), max(GRID)),
+        "optimiser": f"SGD, momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, a tenth of the lr in the last fifth",
+        "reported": "last epoch",
+        "absent": recipe.absent,
+        "matching": "direct",
+        "ignored_value": ignore if ignore >= 0 else None,
+        "num_unlabelled": len(unlabelled),
+        "cache_dtype": config.cache_dtype,
+    }
+    iou = dict(zip(classes, class_iou(matrix).tolist(), strict=True))
+    metrics = {"miou": mean_iou(matrix, recipe.absent), "pixel_accuracy": accuracy(matrix)}
+    return Scores(
+        metrics,
+        settings,
+        {"iou": iou},
+        tallies={"miou": tally.iou(recipe.absent), "pixel_accuracy": tally.pixel_accuracy()},
+        confusion=matrix.cpu().numpy(),
+        predictions=predictions,
+    )
+
+
+def ignored_value(num_classes: int) -> int:
+    """The value of pixels that count for nothing: 255, or -1 (none) where 255 is a class."""
+    return IGNORE if num_classes <= IGNORE else -1
+
+
+def read_masks(images: ImageSet, num_classes: int, size: int) -> Integer[Tensor, "n M M"]:
+    """Masks of all images by nearest pixel; those of unreadable images are never looked at and hold zeros.
+
+    Raises:
+        DataError: if the mask of a readable image is missing, damaged, or holds a value beyond the classes.
+    """
+    masks = torch.zeros(len(images), size, size, dtype=torch.uint8 if num_classes <= IGNORE else torch.int64)
+    for place, sample in enumerate(images.samples):
+        mask = mask_of_readable(sample, num_classes)
+        if mask is not None:
+            masks[place] = torch.from_numpy(eval_mask(mask, size))
+    return masks
+
+
+def unlabelled_of(images: ImageSet, masks: Integer[Tensor, "n M M"], ignore: int, called: str) -> list[int]:
+    """Places of the evaluated images whose masks, as :func:`read_masks` gives them, have no labelled pixel, with a
+    warning.
+
+    Raises:
+        DataError: if none has a label.
+    """
+    places = (masks == ignore).flatten(1).all(1).nonzero()[:, 0].tolist()
+    if len(places) == len(images):
+        raise DataError(f"{images.root}: no labelled pixel in the masks of all {len(images)} {called}")
+    warn_unlabelled(images, places, called)
+    return places
+
+
+def warn_unlabelled(images: ImageSet, places: Sequence[int], called: str) -> None:
+    """One line about images without a labelled pixel, from one place, so that Python can tell repetitions."""
+    if places:
+        first = images.samples[places[0]].path.name
+        warnings.warn(
+            f"{images.root}: {len(places)} of {len(images)} {called} have no labelled pixel and are left out "
+            f"(the first is {first})",
+            stacklevel=1,  # the same place for all
+        )
+
+
+def mask_of_readable(sample: ImageSample, num_classes: int) -> np.ndarray | None:
+    """The mask, or None where it is the image that can't be read."""
+    try:
+        return read_mask(sample, num_classes)
+    except DataError:
+        try:
+            image_size(sample.path)
+        except DataError:
+            return None
+        raise
+
+
+def augmented_tokens(
+    features: Features, order: Sequence[int], batch_size: int, seed: int, epoch: int, alter: Alter
+) -> Iterator[tuple[Float[Tensor, "B N D"], Integer[Tensor, "B M M"], list[int]]]:
+    """Tokens and masks of altered training images, and their places; an image's luck depends on (seed, epoch, image).
+
+    Args:
+        features: of the training images, which are encoded in any case.
+        order: places of the images in the split.
+        batch_size: images a batch; images that can't be read are left out.
+        seed: of the alterations.
+        epoch: likewise.
+        alter: makes image and mask ready: ``alter(image, mask, rng=...)``.
+    """
+    images, num_classes = features.data.train, len(features.data.classes)
+    channels = features.encoder.in_chans
+
+    def make(position: int) -> tuple[Tensor, Tensor, int] | Skipped:
+        sample = images.samples[position]
+        try:
+            image = sample.read(channels)
+        except DataError as error:
+            return Skipped(sample.path, str(error).removeprefix(f"{sample.path}: "))
+        mask = read_mask(sample, num_classes)
+        pixels, mask = alter(image, mask, rng=np.random.default_rng(sample_key(seed, epoch, position)))
+        scaled = torch.from_numpy(pixels).permute(2, 0, 1).float()
+        return scaled / 255 if pixels.dtype == np.uint8 else scaled, torch.from_numpy(mask), position
+
+    with ThreadPoolExecutor(max(1, features.num_workers)) as pool:
+        for start in range(0, len(order), batch_size):
+            made = list(pool.map(make, order[start : start + batch_size]))
+            features.skipped.update({str(item.path): item.reason for item in made if isinstance(item, Skipped)})
+            whole = [item for item in made if not isinstance(item, Skipped)]
+            if not whole:
+                continue
+            parts = [
+                features.patches(torch.stack([pixels for pixels, _, _ in whole[i : i + features.batch_size]]))
+                for i in range(0, len(whole), features.batch_size)
+            ]
+            masks, places = torch.stack([mask for _, mask, _ in whole]), [place for _, _, place in whole]
+            yield torch.cat(parts).float(), masks, places
+
+
+def crop_and_flip(
+    image: np.ndarray, mask: np.ndarray, *, size: int, mask_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same random part of an image and its mask, mirrored half of the time.
+
+    Args:
+        image: ``(H, W, C)``.
+        mask: ``(H, W)``.
+        size: side of the image that comes out; antialiased bicubic, where the papers' code is bilinear.
+        mask_size: side of the mask that comes out; by nearest pixel.
+        rng: source of randomness.
+    """
+    top, left, height, width = random_resized_crop(rng, mask.shape[0], mask.shape[1], CROP_AREA, CROP_ASPECT)
+    window = np.s_[top : top + height, left : left + width]
+    pixels = resize(image[window], size).reshape(size, size, -1)  # OpenCV drops a single channel's axis
+    labels = eval_mask(mask[window], mask_size)
+    if rng.random() < FLIP_PROB:
+        pixels, labels = pixels[:, ::-1], labels[:, ::-1]
+    return np.ascontiguousarray(pixels), np.ascontiguousarray(labels)

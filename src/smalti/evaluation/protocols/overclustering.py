@@ -1,0 +1,281 @@
+"""Overclustering: do patches that lie together in feature space belong to one class? Nothing is learned from labels.
+
+Source: Ziegler & Asano, Leopart, arXiv:2204.13101, Sec. 4.1, and Pariza et al., NeCo, arXiv:2408.11054, in the settings
+of their code: standardised tokens of the judged images, PCA, k-means, clusters named by the masks afterwards.
+Differs from them: all judged images count, where their loader drops the last incomplete batch; k-means is
+scikit-learn's, which moves an empty cluster to the points that are farthest from their centres, where theirs splits the
+largest cluster.
+Letters: n images, N = h*w patches, D embed_dim, d dimensions after PCA, K clusters, C classes, M side of the masks.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Integer
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from smalti.data.images.labelled import eval_mask
+from smalti.errors import DataError
+from smalti.evaluation.features import Features
+from smalti.evaluation.metrics import MATCHINGS, Absent, ConfusionMatrix, Matching, class_iou
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocols.linear_segmentation import ignored_value, read_masks, unlabelled_of
+from smalti.evaluation.tally import PixelTally, Tally, join_repetitions
+from smalti.functional.spectra import sum_moments
+
+MORE_CLUSTERS = (300, 500)
+"""Numbers of clusters beside the number of classes."""
+PATCHES_PER_CLUSTER = 39
+"""So many patches a cluster are asked for where ``clusters`` names none: with few, each patch would be its own cluster
+and a great score mean nothing. The number is that from which faiss calls its training set large enough."""
+POINTS_PER_CLUSTER = 256
+"""Points that k-means is fitted on, at most: the library's default in the published code."""
+NUM_DIMS = 50
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset with the settings that the user changed."""
+
+    image_size: int
+    mask_size: int
+    repeats: int
+    restarts: int
+    iters: int
+    init: Literal["k-means++", "random"]
+    absent: Absent
+
+
+def fit_projection(
+    batches: Iterable[Float[Tensor, "... D"]], num_dims: int
+) -> tuple[Float[Tensor, " D"], Float[Tensor, "D d"]]:
+    """Standardisation and PCA as one affine map: ``(tokens - mean) @ basis``.
+
+    Args:
+        batches: ``(..., D)`` tokens, in one pass; their order changes nothing but rounding.
+        num_dims: d, at most D.
+
+    Returns:
+        float64, on the CPU: ``(D,)`` mean, and ``(D, d)`` principal axes of the tokens that were divided by their
+        standard deviation (population; a dimension that never changes is left alone). No whitening.
+    """
+    moments = sum_moments(batches)
+    covariance = moments.covariance
+    variance, mean_square = covariance.diagonal(), moments.square.diagonal() / moments.count
+    # what is left of a constant dimension is rounding of its square
+    sigma = torch.where(variance > 1e-12 * mean_square, variance, 1.0).sqrt()
+    axes = torch.linalg.eigh(covariance / (sigma[:, None] * sigma)).eigenvectors  # eigenvalues rise
+    return moments.mean, axes.flip(1)[:, :num_dims] / sigma[:, None]
+
+
+def cluster(
+    points: Float[np.ndarray, "n d"],
+    num_clusters: int,
+    seed: int,
+    *,
+    iters: int = 100,
+    restarts: int = 1,
+    init: Literal["k-means++", "random"] = "k-means++",
+) -> Int[np.ndarray, " n"]:
+    """Euclidean k-means (Lloyd), fitted on at most 256 points a cluster; all points are assigned.
+
+    Args:
+        points: ``(n, d)`` float32, with ``n >= num_clusters``.
+        num_clusters: K; fewer are used where there are fewer different points.
+        seed: of the points that are drawn and of the first centres.
+        iters: at most so many; fewer where nothing moves any more.
+        restarts: fits, of which that with the smallest sum of squared distances is taken.
+        init: ``k-means++``, or ``random`` points as first centres.
+
+    Returns:
+        ``(n,)`` int64 clusters, 0..K-1.
+    """
+    fitted = points
+    if len(points) > POINTS_PER_CLUSTER * num_clusters:
+        chosen = np.random.default_rng(seed).permutation(len(points))[: POINTS_PER_CLUSTER * num_clusters]
+        fitted = points[np.sort(chosen)]
+    kmeans = KMeans(num_clusters, init=init, n_init=restarts, max_iter=iters, tol=0, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than clusters: said in settings
+        kmeans.fit(fitted)
+    return kmeans.predict(points).astype(np.int64)
+
+
+def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
+    """The preset with what the user changed.
+
+    Raises:
+        ConfigError: if the encoder's own image size isn't square and none is given.
+        ShapeError: if the patch size does not divide the image size.
+    """
+    if config.preset == "small":
+        size = features.dense_size(config.image_size)
+        recipe = Recipe(size, min(100, size), 3, 1, 20, "k-means++", "skip")
+    else:
+        size = features.image_size(config.image_size or 448)
+        paper = config.preset == "paper"
+        recipe = Recipe(size, 100, 5, 5, 100, "random" if paper else "k-means++", "zero" if paper else "skip")
+    changed: dict[str, Any] = {"mask_size": config.mask_size, "repeats": config.repeats, "absent": config.absent}
+    return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
+
+
+def choose_clusters(wanted: Sequence[int], num_classes: int, num_patches: int) -> tuple[list[int], list[int]]:
+    """Numbers of clusters in rising order, and those that were left out for want of patches.
+
+    Args:
+        wanted: by the user; empty: the number of classes, 300 and 500, of which the last two ask for
+            :data:`PATCHES_PER_CLUSTER` patches a cluster.
+        num_classes: C.
+        num_patches: of all images together.
+    """
+    needed = {k: k for k in wanted} or {
+        **{k: k * PATCHES_PER_CLUSTER for k in MORE_CLUSTERS},
+        num_classes: num_classes,
+    }
+    return [k for k in sorted(needed) if needed[k] <= num_patches], [
+        k for k in sorted(needed) if needed[k] > num_patches
+    ]
+
+
+@register_protocol(
+    "overclustering",
+    need="masks",
+    heeds=("preset", "clusters", "repeats", "mask_size", "absent", "cache_mib", "cache_dtype", "norm"),
+)
+@torch.no_grad()
+def overclustering(features: Features, config: EvalConfig) -> Scores:
+    """Clusters of patches, named by the masks afterwards; needs masks."""
+    recipe = choose_recipe(features, config)
+    images, classes = features.data.test, features.data.classes
+    ignore = ignored_value(len(classes))
+    masks = read_masks(images, len(classes), recipe.mask_size)
+    unlabelled = unlabelled_of(images, masks, ignore, features.evaluated)
+    points, places = _project(features, recipe.image_size)
+    num_patches = len(places) * points.shape[1]
+    chosen, left_out = choose_clusters(config.clusters, len(classes), num_patches)
+    if not chosen:
+        raise DataError(
+            f"{images.root}: {len(images)} {features.evaluated} have {num_patches} patches, too few for "
+            f"{min(left_out)} clusters; set a smaller eval.clusters, or evaluate on more or larger images"
+        )
+    grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
+    # (M, M): the patch that each pixel of a mask takes
+    patch_of = torch.from_numpy(eval_mask(np.arange(points.shape[1]).reshape(grid), recipe.mask_size))
+    targets = masks[torch.tensor(places)]
+
+    tallies: dict[str, list[Tally]] = {}
+    used: dict[str, list[int]] = {}
+    shown: list[PixelTally] = []
+    predictions: dict[int, np.ndarray] = {}
+    done = 0
+    for k in reversed(chosen):  # the largest first: it has the headline
+        matchings: dict[str, Matching] = (
+            {"": "hungarian"} if k == len(classes) else {"": "many-to-one-precision", "_iou": "many-to-one-iou"}
+        )
+        for repeat in range(recipe.repeats):
+            found = cluster(
+                points.reshape(-1, points.shape[2]),
+                k,
+                config.seed + repeat,
+                iters=recipe.iters,
+                restarts=recipe.restarts,
+                init=recipe.init,
+            )
+            used.setdefault(str(k), []).append(len(np.unique(found)))
+            assigned = torch.from_numpy(found.reshape(len(places), -1))
+            matrix = _contingency(targets, assigned, patch_of, len(classes), k, ignore)
+            for suffix, matching in matchings.items():
+                mapping = MATCHINGS[matching](matrix)
+                tally = PixelTally(len(classes), len(images), ignore)
+                for target, patches, place in zip(targets, mapping[assigned], places, strict=True):
+                    pred = patches[patch_of]
+                    tally.update(target[None], pred[None], [place])
+                    if k == chosen[-1] and not suffix and not repeat and place in features.shown:
+                        predictions[place] = pred.numpy().astype(np.int32)
+                tallies.setdefault(f"miou_k{k}{suffix}", []).append(tally.iou(recipe.absent))
+                tallies.setdefault(f"pixel_accuracy_k{k}{suffix}", []).append(tally.pixel_accuracy())
+                if k == chosen[-1] and not suffix:
+                    shown.append(tally)
+            done += 1
+            features.progress("clusterings", done, len(chosen) * recipe.repeats)
+    joined = {name: join_repetitions(repetitions) for name, repetitions in tallies.items()}
+    per_repeat = {name: [tally.score() for tally in repetitions] for name, repetitions in tallies.items()}
+    settings = {
+        "preset": config.preset,
+        "comparable": "small preset: not comparable with published numbers"
+        if config.preset == "small"
+        else "Leopart's and NeCo's settings, as far as none was changed"
+        + ("" if config.preset == "paper" else "; absent classes skipped, first centres by k-means++"),
+        "image_size": recipe.image_size,
+        "resize": "to a square, aspect ratio ignored",
+        "mask_size": recipe.mask_size,
+        "clusters": chosen,
+        "clusters_left_out": left_out,
+        "clusters_used": used,
+        "clusters_note": f"left out for want of patches: there are {num_patches}" if left_out else "",
+        "num_patches": num_patches,
+        "pca_dims": points.shape[2],
+        "kmeans": f"first centres {recipe.init}, at most {recipe.iters} iterations, best of {recipe.restarts}, "
+        f"fitted on at most {POINTS_PER_CLUSTER} patches a cluster",
+        "repeats": recipe.repeats,
+        "scores_of_repeats": per_repeat,
+        "matching": f"hungarian for {len(classes)} clusters; else many-to-one by precision, and by IoU where a name "
+        "ends in _iou",
+        "shown": "the first clustering: predictions and confusion",
+        "absent": recipe.absent,
+        "ignored_value": ignore if ignore >= 0 else None,
+        "num_unlabelled": len(unlabelled),
+        "cache_dtype": config.cache_dtype,
+    }
+    iou = torch.stack([class_iou(tally.confusion.matrix) for tally in shown]).nanmean(0).tolist()
+    return Scores(
+        {name: tally.score() for name, tally in joined.items()},
+        settings,
+        {"iou": dict(zip(classes, iou, strict=True))},
+        tallies=joined,
+        confusion=shown[0].confusion.matrix.numpy(),
+        predictions=predictions,
+    )
+
+
+def _project(features: Features, size: int) -> tuple[Float[np.ndarray, "n N d"], list[int]]:
+    """Standardised and reduced tokens of the test images that can be read, and the places of these images.
+
+    In the order of their names: k-means draws points by number, and how images are listed shall change nothing.
+
+    Raises:
+        DataError: if none can be read.
+    """
+    tokens = features.tokens("test", size)
+    images = features.data.test
+    if not any(True for _ in tokens.batches(batch_size=1)):
+        raise DataError(f"{images.root}: none of the {len(images)} {features.evaluated} can be read")
+    mean, basis = fit_projection((batch for batch, _ in tokens.batches()), NUM_DIMS)
+    by_place: dict[int, np.ndarray] = {}
+    for batch, places in tokens.batches():
+        reduced = ((batch.cpu().double() - mean) @ basis).float().numpy()
+        by_place.update(zip(places, reduced, strict=True))
+    names = features.names
+    places = sorted(by_place, key=lambda place: names[place])
+    return np.stack([by_place[place] for place in places]), places
+
+
+def _contingency(
+    targets: Integer[Tensor, "n M M"],
+    assigned: Int[Tensor, "n N"],
+    patch_of: Int[Tensor, "M M"],
+    num_classes: int,
+    num_clusters: int,
+    ignore: int,
+) -> Int[Tensor, "C K"]:
+    """Pixels of each class in each cluster."""
+    confusion = ConfusionMatrix(num_classes, num_clusters, ignore=ignore)
+    for target, patches in zip(targets, assigned, strict=True):
+        confusion.update(target, patches[patch_of])
+    return confusion.matrix

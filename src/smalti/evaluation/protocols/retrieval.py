@@ -1,0 +1,102 @@
+"""Patch retrieval: how many of a patch's nearest training patches are of its class, and how early they come.
+
+No vote and no temperature: neighbours by cosine similarity, in falling order. Queries are patches of judged images, the
+memory has patches of training images, so a patch never finds itself or its own image.
+Letters: B images in a batch, N = h*w patches, K neighbours.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from smalti.evaluation.features import Features
+from smalti.evaluation.memory import (
+    HEEDS,
+    LABEL_K,
+    choose_k,
+    choose_recipe,
+    memory_settings,
+    neighbours,
+    patch_classes,
+    patch_memory,
+    unlabelled_places,
+)
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocols.linear_segmentation import ignored_value
+from smalti.evaluation.tally import Tally
+
+FEWER_K = (1, 5)
+"""Precision at these is reported beside that at the chosen k."""
+
+
+def precision_at(relevant: Bool[Tensor, "Q K"], k: int) -> Float[Tensor, " Q"]:
+    """Share of the first k that are relevant."""
+    return relevant[:, :k].double().mean(1)
+
+
+def average_precision_at(relevant: Bool[Tensor, "Q K"], num_relevant: Int[Tensor, " Q"]) -> Float[Tensor, " Q"]:
+    """Mean of the precision at each relevant neighbour's rank, over as many as there could be among the K.
+
+    Args:
+        relevant: ``(Q, K)``, the nearest first.
+        num_relevant: ``(Q,)`` relevant ones in the whole memory; a query without any gets 0.
+
+    Returns:
+        ``sum over ranks r of [relevant at r] * precision_at(r) / min(K, num_relevant)``, 1 where all relevant ones that
+        fit come first.
+    """
+    ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
+    precision = relevant.double().cumsum(1) / ranks
+    return (precision * relevant).sum(1) / num_relevant.clamp(1, relevant.shape[1])
+
+
+@register_protocol("retrieval", need="masks", heeds=HEEDS)
+@torch.no_grad()
+def retrieval(features: Features, config: EvalConfig) -> Scores:
+    """Share of a patch's nearest training patches that are of its class; needs masks."""
+    recipe = choose_recipe(features, config)
+    images, classes = features.data.test, features.data.classes
+    ignore = ignored_value(len(classes))
+    unlabelled = unlabelled_places(features)
+    memory = patch_memory(features, recipe, config.seed)
+    k, about_k = choose_k(config, LABEL_K, len(memory.keys))
+    num_of_class = memory.classes.bincount(minlength=len(classes))
+
+    names = [*(f"precision_at_{fewer}" for fewer in FEWER_K if fewer < k), f"map_at_{k}"]
+    names = [f"precision_at_{k}", *names]  # the headline first
+    parts = {name: np.zeros((len(images), len(classes))) for name in names}
+    wholes = np.zeros((len(images), len(classes)))
+    for _, found, places in neighbours(features, recipe, config.seed, k):
+        targets = patch_classes(features, recipe, places).to(found.device)
+        for target, neighbour, place in zip(targets, memory.classes[found], places, strict=True):
+            if place in unlabelled:
+                continue
+            is_labelled = target != ignore
+            truth = target[is_labelled]
+            relevant = neighbour[is_labelled] == truth[:, None]
+            wholes[place] = truth.bincount(minlength=len(classes)).cpu().numpy()
+            for name in names:
+                value = (
+                    average_precision_at(relevant, num_of_class[truth])
+                    if name.startswith("map")
+                    else precision_at(relevant, int(name.rpartition("_")[2]))
+                )
+                parts[name][place] = truth.bincount(value, minlength=len(classes)).cpu().numpy()
+    tallies = {name: Tally(part.sum(1, keepdims=True), wholes.sum(1, keepdims=True)) for name, part in parts.items()}
+    with np.errstate(invalid="ignore"):  # NaN for a class without patches
+        per_class = {name: (part.sum(0) / wholes.sum(0)).tolist() for name, part in parts.items()}
+    settings = {
+        **memory_settings(features, recipe, memory, config),
+        "comparable": "not with published numbers: no protocol of theirs",
+        **about_k,
+        "num_patches": int(wholes.sum()),
+        "patch_class": "that of most of its labelled pixels; of equals the first in classes.txt",
+        "chance": float((wholes.sum(0) @ num_of_class.cpu().numpy()) / max(1.0, wholes.sum()) / len(memory.keys)),
+    }
+    return Scores(
+        {name: tally.score() for name, tally in tallies.items()},
+        settings,
+        {name: dict(zip(classes, values, strict=True)) for name, values in per_class.items()},
+        tallies=tallies,
+    )

@@ -1,0 +1,389 @@
+"""Sleep staging: a copy of the encoder, fine-tuned to say the stage of each window, from many labels and from few.
+
+Positions are drawn anew and learned, the class token goes through a linear layer, everything is trained. Shares of the
+labels are shares of the training subjects, the same for every encoder; a smaller share is part of a larger one of the
+same seed. The baseline of an encoder that is untrained is training from scratch.
+Differs from a run over the whole cohort: with few labels there are more passes over them, so that no fit is cut short.
+Letters: n windows, B of them in a batch, D embed_dim, K stages, R recordings, S seeds.
+
+Source: the protocol of PART, arXiv:2506.03682 (fine-tuning with fresh positions, fewer labels); its settings for EEG
+could not be found, so all numbers here are ours. Cohen, "A coefficient of agreement for nominal scales", 1960.
+"""
+
+import math
+import warnings
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smalti.data.signals.hypnograms import UNDEFINED
+from smalti.data.signals.signal_config import check_window
+from smalti.data.signals.signal_set import SignalSet, draw_subjects
+from smalti.errors import DataError, ShapeError
+from smalti.evaluation.features import Features, spread
+from smalti.evaluation.intervals import LEVEL, RESAMPLINGS
+from smalti.evaluation.metrics import (
+    accuracy,
+    balanced_accuracy,
+    class_f1,
+    class_recall,
+    cohen_kappa,
+    macro_f1,
+)
+from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.tally import Tally
+from smalti.evaluation.tuning import (
+    Example,
+    rate_fresh_positions,
+    seeded,
+    train,
+    trainable_copy,
+    warm_cosine,
+    with_linear_head,
+)
+from smalti.models.encoder import Encoder, clone_encoder
+
+AGREEMENT = "agreement beyond chance, at most 1, higher is better"
+"""Unit of kappa; it may be negative."""
+UNDEFINED_SHOWN = 255
+"""Stage of what nobody scored, in the hypnograms that are kept."""
+BETAS = (0.9, 0.999)
+_SHOWN = 4  # recordings whose hypnograms are kept
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one classifier is trained; all ours."""
+
+    epochs: int
+    fewest_steps: int
+    """However few windows there are."""
+    batch_size: int
+    learning_rate: float
+    layer_decay: float = 0.75
+    label_smoothing: float = 0.1
+    weight_decay: float = 0.05
+    drop_path: float = 0.0
+    warmup_ratio: float = 0.05
+    num_steps: int | None = None
+    """In place of epochs."""
+
+    def steps(self, num_windows: int) -> int:
+        """Steps in all; the last may begin another epoch."""
+        if self.num_steps is not None:
+            return self.num_steps
+        return max(self.fewest_steps, math.ceil(self.epochs * num_windows / self.batch_size))
+
+
+def choose_recipe(config: EvalConfig) -> Recipe:
+    """The preset with what the user changed."""
+    small = Recipe(epochs=5, fewest_steps=200, batch_size=32, learning_rate=1e-3)
+    full = Recipe(epochs=50, fewest_steps=1000, batch_size=64, learning_rate=2.5e-4, drop_path=0.1)
+    changed: dict[str, Any] = {
+        "epochs": config.epochs,
+        "batch_size": config.head_batch_size,
+        "learning_rate": config.learning_rate,
+        "num_steps": config.iters,
+    }
+    if config.epochs is not None:
+        changed["fewest_steps"] = 1
+    recipe = small if config.preset == "small" else full
+    return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
+
+
+class Classifier(nn.Module):
+    """The encoder and a linear layer on what stands for a window: its class token where there is one.
+
+    The layer is the copy's own ``head``, so that it is a timm classifier and timm knows its layers.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+        """
+        Args:
+            encoder: a copy, which is changed.
+            num_classes: K.
+        """
+        super().__init__()
+        self.encoder = with_linear_head(encoder, num_classes)
+
+    def forward(self, windows: Float[Tensor, "B C 1 T"]) -> Float[Tensor, "B K"]:
+        """Class scores of windows."""
+        return self.encoder.vit.head(self.encoder.image_features(self.encoder.normalize(windows)))
+
+
+@dataclass(frozen=True)
+class LabelledWindows:
+    """Makes the training window at a place of the scored ones; see :func:`~smalti.evaluation.tuning.train`."""
+
+    signals: SignalSet
+    places: tuple[int, ...]
+    """Of the scored windows."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __call__(self, place: int, key: int) -> Example:
+        """``(C, 1, T)``, and its stage; nothing is random."""
+        index = self.places[place]
+        return _window(self.signals, index), torch.tensor(int(self.signals.stages[index]))
+
+
+def scored_windows(signals: SignalSet) -> LabelledWindows:
+    """The windows that have a stage.
+
+    Raises:
+        DataError: if there is none.
+    """
+    places = np.flatnonzero(signals.stages != UNDEFINED)
+    if not len(places):
+        raise DataError(f"{signals.root}: no window of {', '.join(signals.names[:3])} has a stage")
+    return LabelledWindows(signals, tuple(places.tolist()))
+
+
+def predict(model: nn.Module, signals: SignalSet, batch_size: int, device: torch.device) -> Int[np.ndarray, " n"]:
+    """The most likely stage of every window."""
+    parts = []
+    with torch.no_grad():
+        for first in range(0, len(signals), batch_size):
+            windows = [_window(signals, i) for i in range(first, min(first + batch_size, len(signals)))]
+            parts.append(model(torch.stack(windows).to(device)).argmax(1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def confusions(signals: SignalSet, predicted: Int[np.ndarray, " n"], num_classes: int) -> Int[np.ndarray, "R K K"]:
+    """Counts for each recording: scored stage down, prediction across; what nobody scored counts nowhere."""
+    counts = np.zeros((len(signals.recordings), num_classes, num_classes), np.int64)
+    numbers = np.array([signals.locate(i)[0] for i in range(len(signals))], dtype=np.int64)
+    is_scored = signals.stages != UNDEFINED
+    np.add.at(counts, (numbers[is_scored], signals.stages[is_scored], predicted[is_scored]), 1)
+    return counts
+
+
+def kappa_interval(counts: Int[np.ndarray, "S R K K"], seed: int = 0) -> tuple[float, float]:
+    """Interval of the mean kappa of S fits: recordings drawn anew with replacement, the same for all fits.
+
+    NaN for one recording, which says nothing of others.
+
+    Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13.
+    """
+    number = counts.shape[1]
+    if number < 2:
+        return math.nan, math.nan
+    weights = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=RESAMPLINGS)
+    drawn = np.einsum("br,srkl->bskl", weights, counts)
+    kappas = cohen_kappa(torch.from_numpy(drawn)).numpy()
+    kappas = kappas[np.isfinite(kappas).all(1)].mean(1)
+    low, high = np.quantile(kappas, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(kappas) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def area_under_log(shares: list[float], values: list[float]) -> float:
+    """Mean height of a curve over the logarithm of the share of labels: its area by trapezoids over its width."""
+    x = np.log(np.array(shares))
+    return float(np.trapezoid(values, x) / (x[-1] - x[0]))
+
+
+@register_protocol(
+    "sleep-staging",
+    need="stages",
+    heeds=(
+        "signal",
+        "fractions",
+        "repeats",
+        "preset",
+        "epochs",
+        "iters",
+        "head_batch_size",
+        "learning_rate",
+    ),
+)
+def sleep_staging(features: Features, config: EvalConfig) -> Scores:
+    """Sleep stages by a copy of the encoder, fine-tuned on shares of the subjects; needs recordings with stages."""
+    data = features.signals
+    recipe, encoder, num_classes = choose_recipe(config), features.encoder, len(data.classes)
+    _check_fit(encoder, data.train)
+    shares = _shares(config.fractions or (1.0,), len(data.train.subjects))
+    seeds = [config.seed + number for number in range(config.repeats or 1)]
+    sweep, curve = list[dict[str, Any]](), list[float]()
+    counts, predicted = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for share in shares:
+        found, windows, subjects = [], [], 0
+        for seed in seeds:
+            part = draw_subjects(data.train, share, seed)
+            learned = scored_windows(part)
+            model, losses = fine_tune(features, learned, recipe, num_classes, seed, f"sleep-staging {share:g}")
+            guesses = predict(model, data.test, features.batch_size, features.device)
+            found.append(confusions(data.test, guesses, num_classes))
+            windows.append(len(learned))
+            subjects = len(part.subjects)
+            if seed == config.seed:
+                predicted, curve = guesses, losses
+        counts = np.stack(found)  # (S, R, K, K)
+        low, high = kappa_interval(counts, config.seed)
+        kappas = [float(cohen_kappa(torch.from_numpy(one.sum(0)))) for one in counts]
+        sweep.append(
+            {
+                "share": share,
+                "subjects": subjects,
+                "windows": windows,
+                "kappa": kappas,
+                "mean": float(np.mean(kappas)),
+                "low": low,
+                "high": high,
+            }
+        )
+    matrices = [torch.from_numpy(one.sum(0)) for one in counts]  # of the largest share
+    metrics = {
+        "kappa": sweep[-1]["mean"],
+        "macro_f1": float(np.mean([macro_f1(matrix) for matrix in matrices])),
+        "balanced_top1": float(np.mean([balanced_accuracy(matrix) for matrix in matrices])),
+        "top1": float(np.mean([accuracy(matrix) for matrix in matrices])),
+    }
+    if len(sweep) > 1:
+        means = [one["mean"] for one in sweep]
+        metrics["kappa_area"] = area_under_log(shares, means)
+        metrics |= {f"kappa_at_{one['share']:g}": one["mean"] for one in sweep[:-1]}
+    total = torch.stack(matrices).sum(0)
+    per_class = {
+        name: dict(zip(data.classes, values.tolist(), strict=True))
+        for name, values in (("recall", class_recall(total)), ("f1", class_f1(total)))
+    }
+    settings = {
+        "comparable": "recipe of our own; compare encoders in this table, not with published numbers",
+        "judged": f"{len(data.test.recordings)} recordings of {len(data.test.subjects)} subjects, "
+        f"{int((data.test.stages != UNDEFINED).sum())} scored windows",
+        "train_subjects": len(data.train.subjects),
+        "channels": list(data.train.channels),
+        "signal": asdict(data.train.config),
+        "trained": "a copy of the whole encoder, positions too"
+        + (", which are new: it was trained without" if encoder.position_free else ""),
+        "pool": encoder.pool,
+        "recipe": asdict(recipe),
+        "optimiser": f"AdamW, betas {BETAS}, none of the weight decay on vectors, half a cosine to 0",
+        "seeds": seeds,
+        "label_sweep": sweep,
+        "interval": "95 %, bootstrap over the test recordings",
+    }
+    return Scores(
+        metrics,
+        settings,
+        per_class,
+        units={name: AGREEMENT for name in metrics if name.startswith("kappa")},
+        tallies=_tallies(counts[0]),
+        confusion=total.numpy(),
+        predictions=_hypnograms(data.test, predicted),
+        curves={"loss": curve},
+    )
+
+
+def fine_tune(
+    features: Features, learned: LabelledWindows, recipe: Recipe, num_classes: int, seed: int, what: str
+) -> tuple[Classifier, list[float]]:
+    """A classifier of windows, in eval mode, and its loss over training.
+
+    Args:
+        features: the encoder, which stays as it is, and who hears of progress.
+        learned: the windows.
+        recipe: how long, how fast.
+        num_classes: K.
+        seed: of positions, head and order.
+        what: named in the progress.
+    """
+    encoder, num_steps = features.encoder, recipe.steps(len(learned))
+    with seeded(seed, features.device):
+        copy = clone_encoder(encoder)
+        copy.vit.set_input_size((1, learned.signals.config.window))  # trained on windows of another length, perhaps
+        model = Classifier(trainable_copy(copy, recipe.drop_path), num_classes)
+        optimizer = create_optimizer_v2(
+            model.encoder.vit,
+            "adamw",
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+            betas=BETAS,
+        )
+        rate_fresh_positions(optimizer, encoder, model.encoder)
+        losses = train(
+            model,
+            optimizer,
+            features,
+            learned,
+            lambda windows, stages: F.cross_entropy(model(windows), stages, label_smoothing=recipe.label_smoothing),
+            lambda step: warm_cosine(
+                step,
+                num_steps,
+                peak=recipe.learning_rate,
+                least=0.0,
+                num_warmup=math.ceil(recipe.warmup_ratio * num_steps),
+            ),
+            num_steps=num_steps,
+            batch_size=recipe.batch_size,
+            seed=seed,
+            what=what,
+            num_images=len(learned),
+        )
+    return model, losses
+
+
+def _window(signals: SignalSet, index: int) -> Float[Tensor, "C 1 T"]:
+    return torch.from_numpy(signals.read(index)).permute(2, 0, 1)  # (1, T, C) -> (C, 1, T)
+
+
+def _check_fit(encoder: Encoder, signals: SignalSet) -> None:
+    """Refuse signals that are not what an encoder takes.
+
+    Raises:
+        ShapeError: naming both.
+    """
+    if not encoder.takes_signals:
+        height, width = encoder.img_size
+        raise ShapeError(
+            f"{encoder.name} takes images of {height}x{width} pixels, these are signals; smalti train part --data "
+            f"{signals.root} makes an encoder for them"
+        )
+    if encoder.in_chans != len(signals.channels):
+        raise ShapeError(
+            f"the encoder takes {encoder.in_chans} channels, the signals have {len(signals.channels)} "
+            f"({', '.join(signals.channels)}); choose as many with eval.signal.channels=A,B"
+        )
+    check_window(signals.config, encoder.patch_size[1])
+
+
+def _shares(fractions: tuple[float, ...], num_subjects: int) -> list[float]:
+    """Shares in rising order; of those that are the same number of subjects the largest, with a warning."""
+    of_count: dict[int, float] = {}
+    for share in sorted(set(fractions)):
+        of_count[max(1, round(share * num_subjects))] = share
+    shares = list(of_count.values())
+    if len(shares) < len(set(fractions)):
+        left = ", ".join(f"{share:g}" for share in sorted(set(fractions) - set(shares)))
+        warnings.warn(
+            f"eval.fractions: {left} of {num_subjects} training subjects are as many as a larger share; left out",
+            stacklevel=3,
+        )
+    return shares
+
+
+def _tallies(counts: Int[np.ndarray, "R K K"]) -> dict[str, Tally]:
+    """What each recording contributes to the accuracies, of the first seed."""
+    right, whole = (values.astype(np.float64) for values in (counts.diagonal(axis1=1, axis2=2), counts.sum(2)))
+    return {
+        "top1": Tally(right.sum(1, keepdims=True), whole.sum(1, keepdims=True)),
+        "balanced_top1": Tally(right, whole),
+    }
+
+
+def _hypnograms(signals: SignalSet, predicted: Int[np.ndarray, " n"]) -> dict[int, np.ndarray]:
+    """Place of a recording -> ``(2, windows)``: scored stages, predicted ones."""
+    numbers = np.array([signals.locate(i)[0] for i in range(len(signals))], dtype=np.int64)
+    scored = np.where(signals.stages == UNDEFINED, UNDEFINED_SHOWN, signals.stages)
+    return {
+        place: np.stack([scored[numbers == place], predicted[numbers == place]])
+        for place in spread(len(signals.recordings), _SHOWN)
+    }

@@ -1,0 +1,261 @@
+"""An encoder as ONNX files that run without torch, proven to give the same numbers in ONNX Runtime.
+
+``encoder.onnx`` takes whole images; ``keep.onnx`` also takes which patches to look at, and costs what these cost.
+Letters: B images, N patches, L kept ones, D embed_dim, K classes.
+"""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smalti.errors import ConfigError, MissingExtraError, WeightsError
+from smalti.exporters.card import CARD, Input, input_metadata, model_card
+from smalti.exporters.timm import check_target
+from smalti.files import folder_beside, write_atomically
+from smalti.functional.orders import random_orders
+from smalti.models.encoder import ClassHead, Encoder, clone_encoder
+
+TOLERANCE = 1e-4
+"""Largest difference of a number, as a share of the largest number of its kind (at least of 1)."""
+WHOLE, KEEP, CONFIG = "encoder.onnx", "keep.onnx", "config.json"
+OPSET = 20
+_ONE_FILE_BYTES = 1.8 * 2**30  # protobuf's limit is 2 GiB
+_TRIED = (1, 3)
+"""Sizes of the batches that are compared: the batch is free."""
+
+
+class OnnxExport(NamedTuple):
+    """What :func:`export_onnx` wrote, and how equal it is."""
+
+    path: Path
+    """The folder."""
+    outputs: tuple[str, ...]
+    """``tokens`` ``(B, N, D)``, ``vector`` ``(B, D)``, and ``logits`` ``(B, K)`` where a head came with the weights."""
+    difference: float
+    """Largest difference to torch, as :data:`TOLERANCE` counts it."""
+
+
+class Exported(nn.Module):
+    """What is written: images in, tokens, vector and class scores out.
+
+    Args:
+        encoder: its normalisation is a part of the model with ``input="unit"``.
+        head: linear classification head; None: there is none.
+        input: what the images are.
+    """
+
+    def __init__(self, encoder: Encoder, head: ClassHead | None, input: Input = "normalized") -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.input = input
+        self.head: nn.Linear | None = None
+        if head is not None:
+            self.head = nn.Linear(head.weight.shape[1], len(head.weight))
+            self.head.weight = nn.Parameter(head.weight.detach().clone())
+            self.head.bias = nn.Parameter(head.bias.detach().clone())
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, ...]:
+        """``(B, C, H, W)`` float as ``input`` says, and ``(B, L)`` raster numbers of the patches to look at; None:
+        all."""
+        images = self.encoder.normalize(images) if self.input == "unit" else images
+        features = self.encoder.encode(images, ids_keep=ids_keep)
+        vector = self.encoder.pooled(features)
+        return (features.patches, vector) if self.head is None else (features.patches, vector, self.head(vector))
+
+
+def export_onnx(
+    encoder: Encoder,
+    out: Path,
+    *,
+    image_size: int | None = None,
+    keep: int | None = None,
+    input: Input = "normalized",
+) -> OnnxExport:
+    """Write a folder with ``encoder.onnx``, ``keep.onnx``, ``config.json`` and a model card.
+
+    Both models take ``images`` ``(B, C, H, W)`` float32, any B: what the exported timm model takes, too, or with
+    ``input="unit"`` pixels in 0..1. The files' metadata name range, mean and std. ``keep.onnx`` also
+    takes ``ids_keep`` ``(B, L)`` int64: the first L patches of an order, as raster numbers; the others are not even
+    embedded. The files are run by ONNX Runtime, compared with torch for several B and L, and only then get their name.
+
+    Args:
+        encoder: on any device; what ``encoder.class_head`` tells is an output, too.
+        out: a folder that does not exist yet, or is empty.
+        image_size: side of the images in pixels; None takes the encoder's own size.
+        keep: L as a fixed number; None leaves it free.
+        input: ``normalized`` images, or in 0..1 (``unit``): the normalisation is inside then.
+
+    Raises:
+        MissingExtraError: without onnx, onnxscript or onnxruntime.
+        ConfigError: if ``out`` holds something or can't be written, or ``keep`` is no number of patches.
+        ShapeError: if the patch size does not divide ``image_size``.
+        WeightsError: if ONNX Runtime gives other numbers; nothing is left behind.
+    """
+    check_onnx()
+    check_target(out)
+    height, width = encoder.img_size if image_size is None else (image_size, image_size)
+    grid = encoder.check_size(height, width)
+    num_patches = grid[0] * grid[1]
+    if keep is not None and not 1 <= keep <= num_patches:
+        raise ConfigError(
+            f"keep={keep}: an image of {height}x{width} pixels has {num_patches} patches; 1..{num_patches}"
+        )
+    head = encoder.class_head
+    model = Exported(clone_encoder(encoder).cpu().float().eval(), head, input).eval()
+    outputs = ("tokens", "vector", "logits")[: 2 if head is None else 3]
+    try:
+        with folder_beside(out) as temporary:
+            told = input_metadata(encoder, input)
+            images = _images(2, encoder.in_chans, height, width)
+            some = keep or max(2, num_patches // 2)
+            _write(model, (images,), temporary / WHOLE, ("images",), outputs, {"images": {0: "batch"}}, told)
+            free = {0: "batch"} if keep else {0: "batch", 1: "kept"}
+            arguments = (images, random_orders(torch.arange(2), num_patches)[:, :some])
+            shapes = {"images": {0: "batch"}, "ids_keep": free}
+            _write(model, arguments, temporary / KEEP, ("images", "ids_keep"), outputs, shapes, told)
+            difference = compare(model, temporary, (height, width), (keep,) if keep else (1, some, num_patches))
+            if not difference <= TOLERANCE:  # also NaN
+                raise WeightsError(
+                    f"ONNX Runtime's numbers differ from torch's by {difference:.3g} of the largest, at most "
+                    f"{TOLERANCE:g} is allowed; {out} was not written"
+                )
+            described = {
+                "images": {"shape": ["B", encoder.in_chans, height, width], **told},
+                "ids_keep": {"shape": ["B", keep or "L"], "range": f"0..{num_patches - 1}, int64, raster order"},
+                "outputs": list(outputs),
+                "grid": list(grid),
+                "classes": list(head.classes) if head else [],
+                "order": head.order if head else "",
+                "opset": OPSET,
+                "smalti": encoder.config(),
+            }
+            write_atomically(temporary / CONFIG, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+            usage = f"""import onnxruntime
+
+session = onnxruntime.InferenceSession("{WHOLE}")
+{", ".join(outputs)} = session.run(None, {{"images": images}})"""
+            write_atomically(temporary / CARD, model_card(encoder, input, (height, width), usage))
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ConfigError(f"{encoder.name} with pool={encoder.pool} can't be written as ONNX ({reason})") from error
+    except OSError as error:
+        raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
+    return OnnxExport(out, outputs, difference)
+
+
+def check_onnx() -> None:
+    """Find out before the work whether what is needed is installed.
+
+    Raises:
+        MissingExtraError: naming the extra.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise MissingExtraError(f'export to ONNX needs {error.name}: pip install "smalti[onnx]"') from None
+    del onnx, onnxruntime, onnxscript
+
+
+@torch.inference_mode()
+def compare(model: Exported, folder: Path, size: tuple[int, int], kept: tuple[int, ...]) -> float:
+    """Largest difference between a model and its files in a folder, over random images, as :data:`TOLERANCE` counts.
+
+    Args:
+        model: on the CPU, in eval mode.
+        folder: with :data:`WHOLE` and :data:`KEEP`.
+        size: height and width of the images.
+        kept: numbers of patches to try.
+    """
+    import onnxruntime
+
+    whole, few = (
+        onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"]) for name in (WHOLE, KEEP)
+    )
+    worst = 0.0
+    for batch in _TRIED:
+        images = _images(batch, model.encoder.in_chans, *size)
+        images = model.encoder.normalize(images) if model.input == "normalized" else images
+        num_patches = model(images)[0].shape[1]
+        pairs = [(model(images), whole.run(None, {"images": images.numpy()}))]
+        for count in kept:
+            ids = random_orders(torch.arange(batch), num_patches)[:, :count]
+            pairs.append((model(images, ids), few.run(None, {"images": images.numpy(), "ids_keep": ids.numpy()})))
+        for ours, theirs in pairs:
+            for mine, other in zip(ours, theirs, strict=True):
+                gap = np.abs(mine.numpy() - other).max() / max(1.0, float(mine.abs().max()))
+                worst = max(worst, float(gap)) if np.isfinite(gap) else float("nan")
+                if worst != worst:
+                    return worst
+    return worst
+
+
+def _add_metadata(path: Path, values: Mapping[str, str]) -> None:
+    """Entries of a file's own metadata, beside those that the exporter wrote; weights outside of it stay where they
+    are."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**known, **values})
+    onnx.save(model, path)
+
+
+def _images(batch: int, channels: int, height: int, width: int) -> Tensor:
+    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(batch))
+
+
+def _write(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    path: Path,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    shapes: Mapping[str, Mapping[int, str]],
+    metadata: Mapping[str, str],
+) -> None:
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    free: dict[str, Any] = {
+        name: {axis: torch.export.Dim(what) for axis, what in axes.items()} for name, axes in shapes.items()
+    }
+    if len(inputs) == 1:
+        free["ids_keep"] = None
+    batch = free["images"][0]
+    for name in inputs:
+        free[name][0] = batch  # one and the same
+    with _quiet():
+        torch.onnx.export(
+            model,
+            arguments if len(inputs) > 1 else (*arguments, None),
+            path,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=free,
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=size > _ONE_FILE_BYTES,
+            verbose=False,
+        )
+    _add_metadata(path, metadata)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells of its own affairs; what matters is compared afterwards."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

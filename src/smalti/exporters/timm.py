@@ -1,0 +1,131 @@
+"""An encoder as a folder that timm opens by itself, proven to give the same tokens."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from smalti.errors import ConfigError, WeightsError
+from smalti.exporters.card import CARD, model_card
+from smalti.files import first_held, folder_beside, write_atomically
+from smalti.models.encoder import Encoder, PatchFeatures, clone_encoder
+
+TOLERANCE = 1e-6
+"""Largest difference of a token, in absolute numbers, at which two models count as the same."""
+
+
+class TimmExport(NamedTuple):
+    """What :func:`export_timm` wrote, and how equal it is."""
+
+    path: Path
+    """The folder, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
+    difference: float
+    """Largest absolute difference over all tokens of one random image and its vector, at most :data:`TOLERANCE`."""
+
+
+def export_timm(encoder: Encoder, out: Path) -> TimmExport:
+    """Write an encoder as ``model.safetensors`` and ``config.json``, which timm opens without Smalti, and a model card.
+
+    The folder is written under a temporary name beside its place, opened through timm, compared with the encoder on a
+    random image, and only then renamed: what stands under ``out`` has passed. ``smalti.load("OUT/model.safetensors")``
+    builds the encoder again from the key ``smalti`` of ``config.json``. Away from the native image size timm resamples
+    positions with antialiasing; an encoder with ``pos_antialias=False`` keeps its own way only through ``smalti.load``.
+
+    Args:
+        encoder: on any device; the comparison runs on the CPU in float32.
+        out: a folder that does not exist yet, or is empty.
+
+    Raises:
+        ConfigError: if ``out`` is a file or holds something, or can't be written; or if timm's models can't pool as
+            the encoder does (PRR with norms, say).
+        WeightsError: if timm's model differs by more than :data:`TOLERANCE`; nothing is left behind.
+    """
+    check_target(out)
+    try:
+        with folder_beside(out) as temporary:
+            state = {key: value.contiguous() for key, value in encoder.to_timm().state_dict().items()}
+            save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+            write_atomically(temporary / "config.json", json.dumps(timm_config(encoder), indent=2) + "\n")
+            usage = f"""import timm
+
+model = timm.create_model("local-dir:{out}", pretrained=True).eval()
+features = model.forward_features(images)"""
+            write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage))
+            difference = compare(encoder, temporary)
+            if not difference <= TOLERANCE:  # also NaN
+                raise WeightsError(
+                    f"timm's model differs from the encoder by {difference:.3g} on a random image, "
+                    f"at most {TOLERANCE:g} is allowed; {out} was not written"
+                )
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{out}: can't be written ({getattr(error, 'strerror', None) or error})") from error
+    return TimmExport(out, difference)
+
+
+def check_target(out: Path) -> None:
+    """Refuse a folder that holds something, or a file.
+
+    Raises:
+        ConfigError: naming what is there.
+    """
+    if out.is_dir():
+        if (held := first_held(out)) is not None:
+            raise ConfigError(f"{out}: the folder is not empty (it holds {held.name}); name a new or an empty folder")
+    elif out.exists() or out.is_symlink():
+        raise ConfigError(f"{out}: is a file, a folder is needed; name a new or an empty folder")
+
+
+def timm_config(encoder: Encoder) -> dict[str, Any]:
+    """What timm's local-dir layout wants in ``config.json``, with the encoder's own description under ``smalti``."""
+    height, width = encoder.img_size
+    arguments = encoder.timm_args()
+    return {
+        "architecture": encoder.name,
+        "num_classes": 0,
+        "num_features": encoder.embed_dim,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [encoder.in_chans, height, width],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
+            "num_classes": 0,
+            "pool_size": None,
+            # Older releases of timm take every first convolution for a three-channel one, and draw it anew if it isn't.
+            "first_conv": "patch_embed.proj" if encoder.in_chans == 3 else None,
+            "classifier": "head",
+        },
+        # What is written is a table: the field, where there is one, at the native grid.
+        "smalti": {key: value for key, value in encoder.config().items() if key != "position_field"},
+    }
+
+
+@torch.inference_mode()
+def compare(encoder: Encoder, folder: Path) -> float:
+    """Largest absolute difference between an encoder's tokens, and its vector an image, and those of the timm model in
+    a folder.
+
+    Args:
+        encoder: on any device; a copy on the CPU is asked.
+        folder: in timm's local-dir layout.
+    """
+    ours = clone_encoder(encoder).cpu().float().eval()
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = ours.normalize(torch.rand(1, encoder.in_chans, *encoder.img_size, generator=generator))
+    features = ours.encode(images)
+    tokens = torch.cat([features.prefix, features.patches], dim=1)
+    of_tokens = (tokens - theirs.forward_features(images)).abs().max()
+    # What is made of equal tokens, in float64: sums of many tokens in another order differ by more than the tolerance.
+    pooled = ours.double().pooled(PatchFeatures(features.patches.double(), features.prefix.double(), features.grid))
+    of_vector = (pooled - theirs.double().forward_head(tokens.double())).abs().max()
+    return max(of_tokens.item(), of_vector.item())

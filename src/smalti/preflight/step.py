@@ -1,0 +1,95 @@
+"""A training step of a run to measure: its time and memory, before the run."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smalti.data.loader import TrainLoader
+from smalti.data.views import Views, collate
+from smalti.data.workers import needed_mib
+from smalti.runs.build import (
+    build_method,
+    count_classes,
+    divide_batch,
+    fitting_batches,
+    measure_scale,
+    num_workers,
+    open_training,
+)
+from smalti.runs.config import RunConfig
+from smalti.training.launch import (
+    resolve_devices,
+    resolve_precision,
+)
+from smalti.training.optim import build_optimizer, peak_lr
+from smalti.training.step import training_step
+
+
+def shared_by_workers(config: RunConfig) -> float:
+    """Shared memory in MiB that the data workers of a run need on this machine, all its processes together."""
+    workers = num_workers(config)
+    if not workers:
+        return 0.0
+    views = build_method(config).make_views(config.data.image_size)
+    sample = views(_noise(config), np.random.default_rng(0))
+    return needed_mib(sample, divide_batch(config)[0], workers) * resolve_devices(config.devices).processes
+
+
+def _noise(config: RunConfig) -> np.ndarray:
+    """An image, or a window of signals, of random numbers."""
+    noise = np.random.default_rng(0).integers(0, 256, (375, 500, config.data.channels), dtype=np.uint8)
+    if config.data.signal is None:
+        return noise
+    window = noise.reshape(-1)[: config.data.signal.window * config.data.channels].astype(np.float32)
+    return np.resize(window, (1, config.data.signal.window, config.data.channels))
+
+
+def step_maker(config: RunConfig, device: torch.device) -> tuple[Callable[[int], Callable[[], None]], float]:
+    """A maker of training steps for :func:`smalti.preflight.report.measure_step`, and a checkpoint's size in MiB.
+
+    A step reads its images from ``config.data.path``; without one it is fed noise.
+
+    Raises:
+        ConfigError, DataError, WeightsError: as :func:`train` does.
+    """
+    images = open_training(config) if config.data.path else None
+    if images is not None:
+        config, images = measure_scale(config, images)
+    config = count_classes(config, images)
+    precision = resolve_precision(config.precision, device.type)
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    whole = build_method(config)
+    trained = sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
+    stored = sum(tensor.numel() for tensor in whole.state_dict().values())
+
+    def make_step(batch_size: int) -> Callable[[], None]:
+        method = build_method(config)
+        if images is not None:
+            method.bind(images, config.data.image_size)
+        if method.fit_images and images is not None and not config.init:
+            method.fit(itertools.islice(fitting_batches(method, images, config), 1))
+        method = method.to(device).train()
+        optimizer = build_optimizer(method.param_groups(), config.optim)
+        views = method.make_views(config.data.image_size)
+        batches: Iterator[Views]
+        if images is not None:
+            batches = iter(TrainLoader(images, views, batch_size=batch_size, seed=0, channels=config.data.channels))
+        else:
+            noise = _noise(config)
+            batches = itertools.repeat(collate([views(noise, np.random.default_rng(n)) for n in range(batch_size)]))
+
+        def model(views: Views, progress: float) -> dict[str, Tensor]:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                return method(views, progress)
+
+        def step() -> None:
+            micro_batch = next(batches).to(device)
+            peak = peak_lr(config.optim, batch_size)
+            training_step(method, optimizer, [micro_batch], config.optim, peak=peak, progress=0.5, model=model)
+
+        return step
+
+    return make_step, 4 * (stored + 2 * trained) / 2**20

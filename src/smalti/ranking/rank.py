@@ -1,0 +1,469 @@
+"""Patches of a folder of images ranked: orders as a file, what they are like, what they are worth beside controls."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from smalti.config import ImageSize, Workers, read_yaml, settings
+from smalti.data.images.folders import open_images
+from smalti.data.images.image_set import ImageSet
+from smalti.data.images.labelled import eval_batches
+from smalti.data.images.pixels import PixelConfig
+from smalti.data.order_files import OrderCache, check_fits, read_orders
+from smalti.data.views import Skipped
+from smalti.data.workers import default_workers
+from smalti.errors import ConfigError, DataError, RunError, ShapeError
+from smalti.files import check_writable, write_atomically
+from smalti.methods.base import TokenMethod, get_method
+from smalti.methods.comae import CoMAE
+from smalti.methods.prefix import Prefix
+from smalti.models.loading import open_encoder
+from smalti.models.weights import LoadConfig
+from smalti.preflight.devices import free_bytes
+from smalti.ranking.curves import UNITS as CURVE_UNITS
+from smalti.ranking.curves import CurveScore, PrefixCurve, compare_curves, conclude_curves, evaluate_orders
+from smalti.ranking.diagnostics import UNITS, agreement, conclude, describe_orders, spread_evenly
+from smalti.ranking.rankers import (
+    AttentionRanker,
+    GraphRanker,
+    PixelRanker,
+    RankedImages,
+    Ranker,
+    check_memory,
+    choose_names,
+    look_up,
+    rank_images,
+)
+from smalti.runs.build import load_method
+from smalti.runs.folder import CONFIG_FILE
+from smalti.runs.machine import describe_machine
+
+CONTROLS = ("random", "fixed_random", "collapse_static", "collapse_shuffled", "halton", "centre_out")
+"""Orders that every curve stands beside."""
+RANDOM_DRAWS, FIXED_DRAWS = 3, 5
+"""Draws of ``random`` and permutations of ``fixed_random`` behind a curve."""
+ORDERS_FILE = "orders.parquet"
+_COMPARED = 512  # images for numbers whose cost grows with the square of the patches
+
+Progress = Callable[[str, int, int], None]
+
+
+@settings
+class RankConfig(PixelConfig):
+    """How patches are ranked."""
+
+    batch_size: int = 16
+    """Images at a time."""
+    chunk: int | None = None
+    """Targets at a time, of a run of comae; never changes the orders. None: what 256 MiB hold."""
+    damping: float = 0.85
+    """Of PageRank, in 0..1 (1 excluded)."""
+    image_size: ImageSize | None = None
+    """Side of the ranked squares in pixels, of an encoder; None: its own. A run of comae has one size."""
+    weights: str | None = None
+    """Network of a run: student or teacher."""
+    load: LoadConfig = LoadConfig()
+    """How weights of others are fitted."""
+    num_workers: Workers | None = None
+    """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU."""
+    judged: PositiveInt = 512
+    """Images of the curves, at most: of the test split where there is one, else of val, else of all."""
+    shown: NonNegativeInt = 4
+    """Images on the page."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What :func:`rank` found."""
+
+    source: str
+    data: str
+    cache: OrderCache = field(repr=False)
+    images: ImageSet = field(repr=False)
+    """Those that could be read."""
+    skipped: tuple[Skipped, ...]
+    """Those that could not."""
+    names: tuple[str, ...]
+    """Orders that are looked at."""
+    described: Mapping[str, Mapping[str, float]]
+    """Order -> numbers of :data:`smalti.ranking.diagnostics.UNITS`."""
+    agreements: Mapping[tuple[str, str], Mapping[str, float]]
+    """Pairs of orders that are images' own."""
+    against: Mapping[str, Mapping[str, float]]
+    """Order -> agreement with the other training's."""
+    against_source: str
+    curves: Mapping[str, PrefixCurve] = field(repr=False)
+    """Order -> curve; empty without a judge."""
+    judged: Mapping[str, Mapping[str, CurveScore]]
+    """Order -> number of :data:`smalti.ranking.curves.UNITS`."""
+    judge: str
+    judged_on: str
+    """Which images the curves are of, in words."""
+    sentences: tuple[str, ...]
+    """What the numbers say."""
+    settings: Mapping[str, Any]
+    seconds: float
+    """Of finding orders alone."""
+
+
+def rank(
+    spec: str,
+    data: str,
+    out: Path,
+    config: RankConfig | None = None,
+    *,
+    orders: Sequence[str] = (),
+    both_flips: bool = True,
+    against: str | None = None,
+    judge: str | None = None,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Ranking:
+    """Rank the patches of all images, write the file of orders, and tell what they are like.
+
+    All that can be found wrong before the work is found before it.
+
+    Args:
+        spec: a run of comae, or an encoder by any of its names.
+        data: images.
+        out: the file of orders, ``.parquet``.
+        config: settings.
+        orders: names; empty: all that ``spec`` gives.
+        both_flips: also of the mirrored images.
+        against: a file of orders of the same images, or another run, to compare with.
+        judge: a run of prefix: also curves.
+        device: where to compute; None: the CPU.
+        progress: told what is done, how many and of how many.
+
+    Raises:
+        ConfigError, DataError, ShapeError, RunError, WeightsError: for what doesn't exist or fit.
+    """
+    config, device = config or RankConfig(), device or torch.device("cpu")
+    images = open_images(data).with_pixels(config.pixels)
+    ranker = open_ranker(spec, config, orders, device)
+    asked, named = choose_names(ranker, orders)
+    other = _open_other(against, config, [name for name in named if name in asked], ranker, device)
+    if isinstance(other, OrderCache) and not set(images.names) & set(other.images):
+        check_fits(other, images, ranker.grid, flips_needed=False)
+    referee = None if judge is None else open_predictor(judge, ranker, device)
+    check_writable(out)
+    states = 2 if both_flips else 1
+    check_memory(ranker, config.batch_size, len(images) * states, len(asked), free_bytes(device), device.type)
+    workers = default_workers(device.type) if config.num_workers is None else config.num_workers
+
+    def rank_with(one: Ranker, of: ImageSet, names: Sequence[str], flips: bool) -> RankedImages:
+        return rank_images(
+            one,
+            of,
+            names,
+            both_flips=flips,
+            batch_size=config.batch_size,
+            num_workers=workers,
+            device=device,
+            progress=progress,
+        )
+
+    began = time.monotonic()
+    if not asked:  # orders that need no image
+        asked = ("variance",)
+    ranked = rank_with(ranker, images, asked, both_flips)
+    seconds = time.monotonic() - began
+    unreadable = {one.path for one in ranked.skipped}
+    readable = dataclasses.replace(
+        images, samples=tuple(sample for sample in images.samples if sample.path not in unreadable)
+    )
+    if isinstance(other, OrderCache):
+        check_fits(other, readable, ranker.grid, flips_needed=False)
+    ranked.write(out, ranker)
+    cache = read_orders(out)
+    named = _possible(cache, readable, named, given=bool(orders))
+    described = {name: _describe(cache, name, readable, ranked, both_flips) for name in named}
+    own = [name for name in named if name in cache.stored]
+    some = [readable.names[place] for place in spread_evenly(len(readable), _COMPARED)]
+    agreements = {
+        (first, second): agreement(look_up(cache, first, some, False), look_up(cache, second, some, False))
+        for number, first in enumerate(own)
+        for second in own[number + 1 :]
+    }
+    compared = _compare(cache, own, other, readable, rank_with)
+    curves, judged, judged_on = _evaluate_all(cache, named, readable, ranker, referee, config, device, progress)
+    said = conclude(described, agreements, compared, len(readable))
+    return Ranking(
+        source=ranker.source,
+        data=data,
+        cache=cache,
+        images=readable,
+        skipped=ranked.skipped,
+        names=named,
+        described=described,
+        agreements=agreements,
+        against=compared,
+        against_source=against or "",
+        curves=curves,
+        judged=judged,
+        judge=judge or "",
+        judged_on=judged_on,
+        sentences=(*said, *_said_of_curves(curves, judged)),
+        settings={
+            "image_size": ranker.image_size,
+            "grid": list(ranker.grid),
+            "crop": "the largest central square",
+            "flip_states": "as they are and mirrored" if both_flips else "as they are",
+            "damping": config.damping if isinstance(ranker, GraphRanker) else None,
+            "batch_size": config.batch_size,
+            "device": device.type,
+        },
+        seconds=seconds,
+    )
+
+
+def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: torch.device) -> Ranker:
+    """What orders patches, by its name.
+
+    Raises:
+        ConfigError: for a run that gives no orders, or settings that it has no use for.
+        RunError, WeightsError: if there is no such thing.
+    """
+    run = Path(spec).expanduser()
+    name = _method_of(run)
+    if name is not None and issubclass(get_method(name), TokenMethod):
+        if name != "comae":
+            raise ConfigError(f"{spec}: is a run of {name}; patches are ranked by a run of comae, or by an encoder")
+        for setting in ("image_size", "weights", "load"):
+            if getattr(config, setting) != getattr(RankConfig(), setting):
+                raise ConfigError(f"{setting}: {spec} is a run of comae, which has its own; leave it out")
+        method = load_method(run)
+        assert isinstance(method, CoMAE)
+        method.to(device)
+        return GraphRanker(method, method.config.encoder_dim, spec, config.damping, config.chunk)
+    for setting in ("chunk", "damping"):
+        if getattr(config, setting) != getattr(RankConfig(), setting):
+            raise ConfigError(f"{setting}={getattr(config, setting)}: is for runs of comae; leave it out")
+    load = dataclasses.replace(config.load, weights=config.weights) if config.weights else config.load
+    encoder = open_encoder(spec, load).to(device)
+    if orders and "attention" not in orders and not encoder.has_class_token:
+        height, width = encoder.img_size
+        size = config.image_size or height
+        if config.image_size is None and height != width:
+            raise ConfigError(f"{spec} takes {height}x{width} images; choose a square image_size")
+        return PixelRanker(size, encoder.in_chans, encoder.check_size(size, size), spec)
+    return AttentionRanker(encoder, spec, config.image_size)
+
+
+def open_predictor(run: str, ranker: Ranker, device: torch.device) -> Prefix:
+    """The judge of a run, if it looks at the same patches.
+
+    Raises:
+        ConfigError: if it is a run of another method.
+        ShapeError: if it looks at other patches.
+        RunError: if there is no such run.
+    """
+    folder = Path(run).expanduser()
+    name = _method_of(folder)
+    if name is None:
+        raise RunError(f"--judge {run}: is not a run directory; train one with smalti train prefix")
+    if name != "prefix":
+        raise ConfigError(f"--judge {run}: is a run of {name}; orders are judged by a run of prefix")
+    method = load_method(folder)
+    assert isinstance(method, Prefix)
+    theirs, ours = (method.tokens.image_size, method.tokens.grid), (ranker.image_size, ranker.grid)
+    if theirs != ours:
+        side = ranker.image_size // ranker.grid[0]
+        raise ShapeError(
+            f"--judge {run}: looks at {theirs[1][0]}x{theirs[1][1]} patches of {theirs[0]} px, the orders are of "
+            f"{ours[1][0]}x{ours[1][1]} of {ours[0]} px; train it with data.image_size={ours[0]} "
+            f"tokens.patch_size={side}"
+        )
+    return method.to(device)
+
+
+def write_ranking(path: Path, ranking: Ranking, command: str = "") -> None:
+    """All numbers with their units as JSON."""
+    write_atomically(path, json.dumps(ranking_content(ranking, command), indent=2, ensure_ascii=False) + "\n")
+
+
+def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
+    """What stands in the JSON: plain values, null where there is no number."""
+    return {
+        "encoder": ranking.source,
+        "data": ranking.data,
+        "num_images": len(ranking.images),
+        "unreadable": [{"path": str(one.path), "reason": one.reason} for one in ranking.skipped],
+        "settings": dict(ranking.settings),
+        "seconds": round(ranking.seconds, 3),
+        "seconds_an_image": {name: float(f"{value:.4g}") for name, value in ranking.cache.seconds.items()},
+        "says": list(ranking.sentences),
+        "orders": {name: _finite(numbers) for name, numbers in ranking.described.items()},
+        "agreements": [
+            {"first": first, "second": second, **_finite(numbers)}
+            for (first, second), numbers in ranking.agreements.items()
+        ],
+        "against": {"source": ranking.against_source, "orders": {n: _finite(v) for n, v in ranking.against.items()}}
+        if ranking.against_source
+        else None,
+        "curves": {
+            "judge": ranking.judge,
+            "images": ranking.judged_on,
+            "orders": {
+                name: {
+                    "k": curve.counts.tolist(),
+                    "left": curve.error.tolist(),
+                    "entropy": curve.entropy.mean((0, 1)).tolist(),
+                    "auc_q_sd_of_draws": _number(curve.spread_of_draws()),
+                    **{n: _finite(dataclasses.asdict(one)) for n, one in ranking.judged[name].items()},
+                }
+                for name, curve in ranking.curves.items()
+            },
+        }
+        if ranking.curves
+        else None,
+        "units": {**UNITS, **CURVE_UNITS},
+        "command": command,
+        **describe_machine(),
+    }
+
+
+def _method_of(run: Path) -> str | None:
+    """Name of the method of a run; None for what is no run."""
+    if not (run / CONFIG_FILE).is_file():
+        return None
+    method = read_yaml(run / CONFIG_FILE).get("method")
+    return str(method["name"]) if isinstance(method, Mapping) and "name" in method else None
+
+
+def _open_other(
+    against: str | None, config: RankConfig, names: Sequence[str], ranker: Ranker, device: torch.device
+) -> OrderCache | Ranker | None:
+    """The other training's orders, if they are of the same patches and some of them have a name in common."""
+    if against is None:
+        return None
+    other: OrderCache | Ranker
+    if (Path(against).expanduser() / CONFIG_FILE).is_file():
+        other = open_ranker(against, config, names, device)
+    else:
+        other = read_orders(against)
+    if other.grid != ranker.grid:
+        raise ShapeError(
+            f"--against {against}: orders {other.grid[0]}x{other.grid[1]} patches, these are "
+            f"{ranker.grid[0]}x{ranker.grid[1]}; rank at the same image size and patch size"
+        )
+    there = other.stored if isinstance(other, OrderCache) else other.gives
+    if not any(name in there for name in names):
+        raise DataError(
+            f"--against {against}: has {', '.join(there)}, none of the orders that are compared here "
+            f"({', '.join(names) or 'none is found in images'})"
+        )
+    return other
+
+
+def _compare(
+    cache: OrderCache,
+    names: Sequence[str],
+    other: OrderCache | Ranker | None,
+    images: ImageSet,
+    rank_with: Callable[[Ranker, ImageSet, Sequence[str], bool], RankedImages],
+) -> dict[str, dict[str, float]]:
+    """Agreement with another training's orders of the same names."""
+    if other is None:
+        return {}
+    listed = images.names
+    places = spread_evenly(len(images), _COMPARED)
+    some = [listed[place] for place in places]
+    shared = [name for name in names if name in (other.stored if isinstance(other, OrderCache) else other.gives)]
+    theirs: dict[str, Tensor]
+    if isinstance(other, OrderCache):
+        theirs = {name: other.orders(name, some, [False] * len(some)) for name in shared}
+    else:
+        chosen = dataclasses.replace(images, samples=tuple(images.samples[place] for place in places))
+        found = rank_with(other, chosen, shared, False)
+        theirs = {name: found.orders[name].long() for name in shared}
+    return {name: agreement(look_up(cache, name, some, False), theirs[name]) for name in shared}
+
+
+def _possible(cache: OrderCache, images: ImageSet, names: Sequence[str], given: bool) -> tuple[str, ...]:
+    """Without ``collapse_shuffled`` where a split has one image only, unless it was asked for."""
+    if "collapse_shuffled" not in names or given:
+        return tuple(names)
+    try:
+        look_up(cache, "collapse_shuffled", images.names[:1], False)
+    except DataError:
+        return tuple(name for name in names if name != "collapse_shuffled")
+    return tuple(names)
+
+
+def _describe(
+    cache: OrderCache, name: str, images: ImageSet, ranked: RankedImages, both_flips: bool
+) -> dict[str, float]:
+    listed = images.names
+    is_own = name in cache.stored
+    as_is = torch.tensor([not flip for flip in ranked.flips])
+    return describe_orders(
+        look_up(cache, name, listed, False),
+        cache.grid,
+        mirrored=look_up(cache, name, listed, True) if both_flips and is_own else None,
+        scores=cache.scores[name][as_is] if name in cache.scores else None,
+        degenerate=int(ranked.degenerate[name][as_is].sum()) if name in ranked.degenerate else None,
+    )
+
+
+def _evaluate_all(
+    cache: OrderCache,
+    names: Sequence[str],
+    images: ImageSet,
+    ranker: Ranker,
+    judge: Prefix | None,
+    config: RankConfig,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[dict[str, PrefixCurve], dict[str, dict[str, CurveScore]], str]:
+    if judge is None:
+        return {}, {}, ""
+    split = next((split for split in ("test", "val") if split in images.splits), None)
+    of = images.subset(split) if split else images
+    chosen = dataclasses.replace(
+        of, samples=tuple(of.samples[place] for place in spread_evenly(len(of), config.judged))
+    )
+    tokens = torch.cat(
+        [
+            judge.tokens.encode(pixels.to(device))
+            for pixels, places, _ in eval_batches(chosen, ranker.image_size, judge.tokens.in_chans, "centre", 64)
+            if places
+        ]
+    )
+    listed = chosen.names
+    wanted = (*names, *(name for name in CONTROLS if name not in names))
+    wanted = tuple(
+        name for name in wanted if not name.startswith("collapse_") or (name in names or "collapse" in cache.stored)
+    )
+    draws: dict[str, list[Tensor]] = {}
+    for name in _possible(cache, chosen, wanted, given=False):
+        if name == "random":
+            draws[name] = [look_up(cache, name, listed, False, draw) for draw in range(RANDOM_DRAWS)]
+        elif name == "fixed_random":
+            draws[name] = [look_up(cache, f"{name}:{seed}", listed, False) for seed in range(FIXED_DRAWS)]
+        else:
+            draws[name] = [look_up(cache, name, listed, False)]
+    curves = evaluate_orders(judge, tokens, draws, progress=progress)
+    where = f"{len(chosen):,} images" + (f" of the {split} split" if split else "")
+    return curves, compare_curves(curves), where
+
+
+def _said_of_curves(curves: Mapping[str, PrefixCurve], judged: Mapping[str, Mapping[str, CurveScore]]) -> list[str]:
+    return conclude_curves(judged, at_start=float(curves["random"].error[0])) if judged else []
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in numbers.items()}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,460 @@
+"""Scores of patches and the orders that follow from them, for all images of a folder and both their flip states.
+
+Letters: B images in a batch, C channels, S side of the squares, N patches of an h x w grid, R rows (images in their
+flip states), D width of the network that makes dependency graphs.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
+
+from smalti.data.images.folders import ImageSet
+from smalti.data.images.labelled import eval_batches
+from smalti.data.order_files import GEOMETRIC, OF_COLLAPSE, OrderCache, check_order, grid_order, write_orders
+from smalti.data.views import Skipped
+from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.functional import patches
+from smalti.functional.graphs import coverage_order, descending, in_strength, is_degenerate, pagerank
+from smalti.functional.orders import random_orders
+from smalti.layers.attention import attention_modules, attention_weights
+from smalti.models.encoder import Encoder
+
+FOLLOWING = OF_COLLAPSE
+"""Orders that need nothing stored but ``collapse``."""
+FREE = (*GEOMETRIC, "random", "fixed_random")
+"""Orders that need nothing stored at all."""
+COPIES = 4
+"""Graphs of a batch that are in memory at a time: as made, checked, and what PageRank and the cover make of them."""
+_ACTIVATIONS = 16
+"""Numbers a token and unit of width while a transformer looks at it, at most: the perceptron's inner ones and more."""
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Orders of a batch by one rule."""
+
+    order: Int[Tensor, "B N"]
+    score: Float[Tensor, "B N"] | None = None
+    """What it follows from, descending, where it does follow from one."""
+    seconds: float = 0.0
+    """That finding it took for the batch; what orders share counts for each of them."""
+
+
+class Ranker(ABC):
+    """What orders patches.
+
+    Args:
+        image_size: S.
+        in_chans: C.
+        grid: ``(h, w)``.
+        source: in words, for the file.
+    """
+
+    gives: tuple[str, ...] = ("variance",)
+    """Orders that :meth:`rank` can be asked for."""
+    default: tuple[str, ...] = ("variance",)
+    """Those without the user's word."""
+
+    def __init__(self, image_size: int, in_chans: int, grid: tuple[int, int], source: str) -> None:
+        self.image_size, self.in_chans, self.grid, self.source = image_size, in_chans, grid, source
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @torch.no_grad()
+    def rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
+        """Orders of a batch.
+
+        Args:
+            images: uint8, or float in 0..1.
+            names: of ``gives``.
+        """
+        found = self._rank(images, [name for name in names if name != "variance"])
+        if "variance" in names:
+            watch = _Watch()
+            found["variance"] = watch.stop(_by_score(patch_variance(images, self.grid)))
+        return found
+
+    @abstractmethod
+    def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
+        """All but ``variance``."""
+
+    def bytes_needed(self, batch_size: int) -> int:
+        """Memory that a batch needs, about."""
+        return batch_size * self.in_chans * self.image_size**2 * 12
+
+
+class PixelRanker(Ranker):
+    """Orders that only look at pixels."""
+
+    def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
+        return {}
+
+
+@runtime_checkable
+class HasDependency(Protocol):
+    """What makes dependency graphs: :class:`smalti.methods.comae.CoMAE`."""
+
+    tokens: Any
+    """The :class:`smalti.layers.tokens.TokenSource`."""
+
+    def dependency(self, images: Num[Tensor, "B C S S"], chunk: int | None = None) -> Float[Tensor, "B N N"]:
+        """``A[b, n, j]``: how much patch n leans on patch j; ``chunk`` targets at a time."""
+        ...
+
+
+class GraphRanker(Ranker):
+    """Orders from dependency graphs: ``collapse`` (PageRank), ``in_strength``, ``coverage``.
+
+    Args:
+        method: a CoMAE, in eval mode, on the device where it shall run.
+        width: D.
+        source: see :class:`Ranker`.
+        damping: of PageRank.
+        chunk: targets at a time; each is a pass of N tokens. None: as many as ``PASS_MIB`` hold.
+    """
+
+    gives = ("collapse", "in_strength", "coverage", "variance")
+    default = gives
+    PASS_MIB = 256
+
+    def __init__(
+        self, method: HasDependency, width: int, source: str, damping: float = 0.85, chunk: int | None = None
+    ) -> None:
+        tokens = method.tokens
+        super().__init__(tokens.image_size, tokens.in_chans, tokens.grid, source)
+        self.method, self.damping, self.width = method, damping, width
+        if chunk is not None and chunk < 1:
+            raise ConfigError(f"chunk={chunk}: at least 1 is needed")
+        self.chunk = chunk
+        self.pass_bytes = self.num_patches * width * _ACTIVATIONS * 4
+
+    def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
+        if not names:
+            return {}
+        watch, found = _Watch(), {}
+        graph = self.method.dependency(images, self.targets_at_once(len(images)))
+        graph_s = watch.elapsed_s(graph.device)
+        make: dict[str, Callable[[], Ranked]] = {
+            "collapse": lambda: _by_score(pagerank(graph, self.damping)),
+            "in_strength": lambda: _by_score(in_strength(graph)),
+            "coverage": lambda: Ranked(coverage_order(graph).cpu()),
+        }
+        for name in names:
+            watch = _Watch()
+            found[name] = watch.stop(make[name](), graph_s)
+        return found
+
+    def targets_at_once(self, batch_size: int) -> int:
+        """Passes made together for each image of a batch."""
+        return min(self.num_patches, self.chunk or max(1, self.PASS_MIB * _MIB // (self.pass_bytes * batch_size)))
+
+    def bytes_needed(self, batch_size: int) -> int:
+        """Graphs, the passes of a chunk, and the images."""
+        graphs = COPIES * batch_size * self.num_patches**2 * 4
+        return (
+            graphs + batch_size * self.targets_at_once(batch_size) * self.pass_bytes + super().bytes_needed(batch_size)
+        )
+
+
+class AttentionRanker(Ranker):
+    """``attention``: of the class token to the patches in the last block, mean over the heads.
+
+    Args:
+        encoder: in eval mode, on the device where it shall run.
+        image_size: S; None takes the encoder's own.
+
+    Raises:
+        ConfigError: if it has no class token, or its last block is of another kind than timm's plain one.
+        ShapeError: if patches don't fit into the image.
+    """
+
+    gives = ("attention", "variance")
+    default = gives
+
+    def __init__(self, encoder: Encoder, source: str, image_size: int | None = None) -> None:
+        height, width = encoder.img_size
+        if image_size is None and height != width:
+            raise ConfigError(f"{source} takes {height}x{width} images; choose a square image_size")
+        size = image_size or height
+        super().__init__(size, encoder.in_chans, encoder.check_size(size, size), source)
+        if not encoder.has_class_token:
+            raise ConfigError(f"{source} has no class token, whose attention could rank patches")
+        self.encoder = encoder
+        self.module = attention_modules(encoder.vit.blocks, source)[-1]
+
+    def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
+        if not names:
+            return {}
+        watch, seen = _Watch(), list[Tensor]()
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+
+        hook = self.module.register_forward_pre_hook(look)
+        try:
+            self.encoder.encode(self.encoder.normalize(images))
+        finally:
+            hook.remove()
+        weights = attention_weights(self.module, seen[0], num_queries=1)  # (B, H, 1, T)
+        ranked = _by_score(weights[:, :, 0, self.encoder.num_prefix_tokens :].mean(1))
+        return {"attention": watch.stop(ranked)}
+
+    def bytes_needed(self, batch_size: int) -> int:
+        """What one block holds at a time, and the images."""
+        tokens = self.num_patches + self.encoder.num_prefix_tokens
+        return batch_size * tokens * self.encoder.embed_dim * _ACTIVATIONS * 4 + super().bytes_needed(batch_size)
+
+
+@dataclass(frozen=True)
+class RankedImages:
+    """Orders of all images that could be read, in both flip states or one."""
+
+    images: ImageSet = field(repr=False)
+    places: tuple[int, ...] = field(repr=False)
+    """``(R,)`` of the images in the set."""
+    flips: tuple[bool, ...] = field(repr=False)
+    """``(R,)``."""
+    orders: Mapping[str, Int[Tensor, "R N"]] = field(repr=False)
+    """int16."""
+    scores: Mapping[str, Float[Tensor, "R N"]] = field(repr=False)
+    """float32, for orders that follow from scores."""
+    degenerate: Mapping[str, Bool[Tensor, " R"]] = field(repr=False)
+    """True where all patches have the same score."""
+    seconds: Mapping[str, float] = field(repr=False)
+    """That finding an order took for an image; what orders share counts for each of them."""
+    skipped: tuple[Skipped, ...]
+    """Images that could not be read."""
+
+    def write(self, path: Path, ranker: Ranker) -> None:
+        """The file of orders that :func:`smalti.data.order_files.read_orders` takes."""
+        names, lost = self.images.names, {one.path for one in self.skipped}
+        write_orders(
+            path,
+            images=[names[place] for place in self.places],
+            splits=[self.images.samples[place].split for place in self.places],
+            flips=self.flips,
+            orders=self.orders,
+            scores=self.scores,
+            grid=ranker.grid,
+            image_size=ranker.image_size,
+            root=str(self.images.root),
+            source=ranker.source,
+            seconds=self.seconds,
+            unreadable=[name for name, path in zip(names, self.images.paths, strict=True) if path in lost],
+        )
+
+
+def rank_images(
+    ranker: Ranker,
+    images: ImageSet,
+    names: Sequence[str],
+    *,
+    both_flips: bool = True,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> RankedImages:
+    """Orders of all images: of their largest central squares at the ranker's size.
+
+    Args:
+        ranker: on ``device``.
+        images: what to read.
+        names: of ``ranker.gives``.
+        both_flips: also of the mirrored images, whose orders need not be the mirrored ones.
+        batch_size: images at a time, each in each flip state.
+        num_workers: processes that read images; 0 reads in this one.
+        device: None: the CPU.
+        progress: told of images done and of how many.
+
+    Raises:
+        DataError: if no image can be read.
+    """
+    batches = eval_batches(images, ranker.image_size, ranker.in_chans, "centre", batch_size, num_workers)
+    states = (False, True) if both_flips else (False,)
+    skipped: list[Skipped] = []
+    places: list[int] = []
+    flips: list[bool] = []
+    orders: dict[str, list[Tensor]] = {name: [] for name in names}
+    scores: dict[str, list[Tensor]] = {}
+    degenerate: dict[str, list[Tensor]] = {}
+    seconds = dict.fromkeys(names, 0.0)
+    done = 0
+    for pixels, found, unreadable in batches:
+        skipped += unreadable
+        done += len(found) + len(unreadable)
+        for flip in states if found else ():
+            batch = (pixels.flip(-1) if flip else pixels).to(device or "cpu")
+            for name, ranked in ranker.rank(batch, names).items():
+                seconds[name] += ranked.seconds
+                orders[name].append(ranked.order.to("cpu", torch.int16))
+                if ranked.score is not None:
+                    scores.setdefault(name, []).append(ranked.score.to("cpu", torch.float32))
+                    degenerate.setdefault(name, []).append(is_degenerate(ranked.score).cpu())
+            places += found
+            flips += [flip] * len(found)
+        if progress is not None:
+            progress("images ranked", done, len(images))
+    if not places:
+        first = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
+        raise DataError(f"{images.root}: none of {len(images):,} images can be read{first}")
+    join = {name: torch.cat(parts) for name, parts in orders.items()}
+    return RankedImages(
+        images,
+        tuple(places),
+        tuple(flips),
+        join,
+        {name: torch.cat(parts) for name, parts in scores.items()},
+        {name: torch.cat(parts) for name, parts in degenerate.items()},
+        {name: total / len(places) for name, total in seconds.items()},
+        tuple(skipped),
+    )
+
+
+def choose_names(ranker: Ranker, wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What to find in the images, and which orders to tell of.
+
+    Args:
+        ranker: what orders patches.
+        wanted: as the user names them; empty: all that the ranker has, and what follows from them.
+
+    Returns:
+        Names to ask the ranker for; names of all orders that are looked at, without repetition.
+
+    Raises:
+        ConfigError: for an unknown order, or one that this ranker can't give.
+    """
+    if not wanted:
+        follow = FOLLOWING if "collapse" in ranker.default else ()
+        return ranker.default, (*ranker.default, *follow)
+    for name in wanted:
+        base = "collapse" if check_order(name) in FOLLOWING else name.partition(":")[0]
+        if base not in ranker.gives and base not in FREE:
+            needs = "an encoder with a class token" if base == "attention" else "a run of comae"
+            there = ", ".join((*ranker.gives, *(FOLLOWING if "collapse" in ranker.gives else ()), *FREE))
+            raise ConfigError(f"order '{name}' needs {needs}; {ranker.source} can give {there}")
+    named = tuple(dict.fromkeys(wanted))
+    asked = ["collapse" if name in FOLLOWING else name for name in named if name.partition(":")[0] not in FREE]
+    return tuple(dict.fromkeys(asked)), named
+
+
+def look_up(cache: OrderCache, name: str, images: Sequence[str], flip: bool, draw: int = 0) -> Int[Tensor, "B N"]:
+    """Orders of images by any name: out of a file, or, of those that need none, made here.
+
+    Args:
+        cache: the file.
+        name: of an order.
+        images: their names in the file.
+        flip: whether they are mirrored.
+        draw: another one of ``random``.
+
+    Raises:
+        DataError: as :meth:`smalti.data.order_files.OrderCache.orders`.
+    """
+    if name == "random":
+        return random_orders(torch.arange(len(images)) + 1_000_003 * draw, cache.num_patches)
+    found = None if name in cache.stored else grid_order(name, cache.grid)
+    if found is not None:
+        return found.expand(len(images), -1).clone()
+    return cache.orders(name, images, [flip] * len(images))
+
+
+def check_memory(ranker: Ranker, batch_size: int, num_rows: int, num_names: int, free: float, where: str) -> None:
+    """Refuse a batch that does not fit before anything is read.
+
+    Args:
+        ranker: what orders patches.
+        batch_size: B.
+        num_rows: R; the orders of all are kept in main memory until the file is written.
+        num_names: orders kept.
+        free: bytes of memory that may be used on the device.
+        where: name of the device.
+
+    Raises:
+        ConfigError: if it doesn't fit, with the batch size (or chunk) that does.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: at least 1 is needed")
+    kept = num_rows * ranker.num_patches * num_names * 6 if where == "cpu" else 0
+    if kept > free:
+        raise ConfigError(
+            f"orders of {num_rows:,} rows of {ranker.num_patches} patches need {_gib(kept)}, {_gib(free)} are free; "
+            "rank fewer images at a time, or fewer orders"
+        )
+    needed = ranker.bytes_needed(batch_size)
+    if needed <= free - kept:
+        return
+    fits = largest_batch(ranker, free - kept)
+    what = f"graphs of {ranker.num_patches}x{ranker.num_patches} patches" if isinstance(ranker, GraphRanker) else "this"
+    remedy = f"batch_size={fits} fits"
+    if not fits:
+        remedy = "not even batch_size=1 fits; rank at a smaller image size, or with larger patches"
+        if isinstance(ranker, GraphRanker):
+            without = ranker.bytes_needed(1) - ranker.targets_at_once(1) * ranker.pass_bytes
+            chunk = math.floor((free - kept - without) / ranker.pass_bytes)
+            if chunk >= 1:
+                remedy = f"batch_size=1 chunk={chunk} fits"
+    raise ConfigError(
+        f"batch_size={batch_size}: {what} need about {_gib(needed)}, {_gib(free - kept)} are free on {where}; {remedy}"
+    )
+
+
+def largest_batch(ranker: Ranker, free: float) -> int:
+    """The largest batch size that needs at most ``free`` bytes; 0 if not one image does."""
+    low, high = 0, 1
+    while ranker.bytes_needed(high) <= free and high < 2**20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if ranker.bytes_needed(middle) <= free else (low, middle)
+    return low
+
+
+def patch_variance(images: Num[Tensor, "B C S S"], grid: tuple[int, int]) -> Float[Tensor, "B N"]:
+    """Variance of the values of each patch, all channels together, of images in 0..1.
+
+    Raises:
+        ShapeError: if the grid doesn't divide the images.
+    """
+    height, width = images.shape[-2:]
+    if height % grid[0] or width % grid[1]:
+        raise ShapeError(f"images of {height}x{width} pixels don't split into {grid[0]}x{grid[1]} patches")
+    values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return patches.patch_variance(values, (height // grid[0], width // grid[1]))
+
+
+class _Watch:
+    """A clock that waits for the device."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def elapsed_s(self, device: torch.device) -> float:
+        """Since it was made."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - self._began
+
+    def stop(self, ranked: Ranked, before_s: float = 0.0) -> Ranked:
+        """The same with the time that it took; orders are on the CPU, so the device has finished."""
+        return replace(ranked, seconds=before_s + time.perf_counter() - self._began)
+
+
+def _by_score(scores: Tensor) -> Ranked:
+    return Ranked(descending(scores).cpu(), scores.cpu())
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / _MIB:.1f} MiB"

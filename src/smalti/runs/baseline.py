@@ -1,0 +1,110 @@
+"""The baseline of an encoder: the same network before training, rebuilt from the run's config and seed."""
+
+import dataclasses
+import warnings
+
+from smalti.config import read_yaml
+from smalti.evaluation import protocol
+from smalti.evaluation.features import Progress
+from smalti.evaluation.paired import with_intervals
+from smalti.evaluation.protocol import Baseline, BaselineKind, EvalConfig, Result, random_baseline
+from smalti.models.encoder import Encoder
+from smalti.models.loading import CHECKPOINTS, STATE_FILE, as_loaded, open_encoder, weights_digest
+from smalti.runs.build import build_method
+from smalti.runs.config import RunConfig, resolve
+from smalti.runs.folder import CONFIG_FILE, INIT_DIGEST, read_run_file
+
+
+def evaluate(
+    encoder: Encoder,
+    name: str,
+    data: str,
+    config: EvalConfig,
+    *,
+    progress: Progress | None = None,
+    figures: bool = False,
+) -> list[Result]:
+    """Evaluate an encoder beside its baseline (:func:`baseline_of`); what ``smalti evaluate`` does.
+
+    Args:
+        encoder: on the device where it shall run.
+        name: of the encoder in the results.
+        data: labelled images, as in ``EvalConfig.data``, which is not read here.
+        config: settings of all protocols; ``baseline=False`` leaves the baseline out.
+        progress: called as ``progress(what, done, total)`` from time to time.
+        figures: also keep what pages show of a few images, in ``details.shown``.
+
+    Returns:
+        One result per protocol, each followed by that of the baseline, if there is one; with ``intervals`` over the
+        evaluated images, or over groups of them (``config.groups``).
+
+    Raises:
+        ConfigError, DataError, ShapeError: as :func:`smalti.evaluation.protocol.evaluate`.
+    """
+    baseline = baseline_of(encoder, name, config.seed) if config.baseline else None
+    results = protocol.evaluate(encoder, name, data, config, baseline=baseline, progress=progress, figures=figures)
+    return with_intervals(results)
+
+
+def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | None:
+    """What an encoder's scores are compared with.
+
+    Args:
+        encoder: as :func:`smalti.load` gives it.
+        name: as the user named it; ``random:NAME`` has no baseline.
+        seed: of the random initialisation of an imported encoder.
+
+    Returns:
+        Of a run: the same network at step 0, ``untrained`` or (with ``init``) ``before``. Of an imported encoder:
+        ``random-init``. None for what is untrained itself, and for a run that started from weights which are gone.
+    """
+    if encoder.origin is None:
+        return None if name.startswith("random:") else random_baseline(encoder, seed)
+    origin = encoder.origin
+    run = origin.checkpoint.parent.parent
+    if not (run / CONFIG_FILE).is_file():
+        warnings.warn(
+            f"{origin.checkpoint}: its run's {CONFIG_FILE} is not there, so the untrained network can't be rebuilt; "
+            "the baseline is a random initialisation of the architecture",
+            stacklevel=2,
+        )
+        return random_baseline(encoder, seed)
+    first = run / CHECKPOINTS / f"step_{0:08d}"
+    if origin.checkpoint.name == first.name:
+        return None
+    config = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
+    kind: BaselineKind = "before" if config.init else "untrained"
+    if (first / STATE_FILE).is_file():
+        load = dataclasses.replace(origin.load, weights=origin.network)
+        return Baseline(kind, lambda: _like(encoder, open_encoder(first, load, quiet=True)))
+    if config.init and (known := read_run_file(run).get(INIT_DIGEST)) != weights_digest(config.init):
+        problem = "it can't be found" if known else "the run does not say what it was"
+        warnings.warn(f"{run}: no baseline: init={config.init} has changed since, or {problem}", stacklevel=2)
+        return None
+    classes = encoder.class_head.classes if encoder.class_head is not None else ()
+    return Baseline(
+        kind,
+        lambda: _like(encoder, as_loaded(untrained_network(config, origin.network, classes), origin.load)),
+    )
+
+
+def untrained_network(config: RunConfig, network: str, classes: tuple[str, ...] = ()) -> Encoder:
+    """A network of a run as it is before the first step, on the CPU: bit-equal to the checkpoint of step 0.
+
+    Args:
+        config: the run's settings.
+        network: name of one of the method's networks.
+        classes: names for the head for classes, where the method trains one.
+    """
+    method = build_method(config)
+    encoder = method.networks()[network]
+    encoder.source = f"step 0 ({network})"
+    head = method.class_head(network)
+    encoder.class_head = head._replace(classes=classes) if head is not None else None
+    return encoder
+
+
+def _like(encoder: Encoder, before: Encoder) -> Encoder:
+    """The network before training with the pooling of the trained one."""
+    before.set_pool(encoder.pool, encoder.prr)
+    return before

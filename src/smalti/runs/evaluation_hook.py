@@ -1,0 +1,134 @@
+"""Evaluation in training."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from smalti.errors import ConfigError
+from smalti.evaluation.protocol import (
+    BaselineKind,
+    Result,
+    determining,
+    evaluate,
+    fitting_protocols,
+    open_sets,
+    write_results,
+)
+from smalti.methods.base import Method, get_method
+from smalti.models.encoder import Encoder
+from smalti.models.loading import (
+    CHECKPOINTS,
+    STATE_FILE,
+    load,
+)
+from smalti.runs.build import build_method
+from smalti.runs.config import RunConfig
+from smalti.runs.folder import (
+    RESULTS,
+)
+from smalti.runs.posttrain import COSTLESS, BeforeAfter
+from smalti.training.launch import (
+    resolve_devices,
+)
+
+
+def encoder_at(run: Path, config: RunConfig, step: int) -> Encoder:
+    """The network that evaluation looks at, as it was after a step; step 0 also where its checkpoint is gone."""
+    network = config.weights or get_method(config.method.name).export_network
+    checkpoint = run / CHECKPOINTS / f"step_{step:08d}"
+    if (checkpoint / STATE_FILE).is_file() or step > 0:
+        encoder = load(checkpoint, network=network, quiet=True)
+    else:
+        encoder = build_method(config).networks()[network]
+        encoder.source = f"step {step} ({network})"
+    return encoder.to("cpu" if config.devices == "cpu" else resolve_devices("auto").kind)
+
+
+def evaluated_with(config: RunConfig) -> str:
+    """What the scores of evaluations in training depend on beside the weights, as text; empty without evaluation."""
+    if not config.eval.data:
+        return ""
+    return json.dumps({**determining(config.eval, COSTLESS), "weights": config.weights}, sort_keys=True)
+
+
+class EvaluationHook:
+    """Evaluation in training: before it, every ``eval.every`` steps and after the last; of the network handed on.
+
+    Where training starts from weights, it also keeps what the verdict of :mod:`smalti.runs.posttrain` needs.
+    """
+
+    def __init__(
+        self, config: RunConfig, run: Path, evaluates: bool, progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.progress = progress  # of an evaluation; it may end one by an exception
+        handed_on = get_method(config.method.name).export_network
+        self.before_and_after = (
+            BeforeAfter(run, config.eval, config.weights or handed_on, handed_on, progress)
+            if config.init and evaluates
+            else None
+        )
+        self.evaluates = evaluates  # one process does; the others know when, since all read the finite check together
+
+    def due(self, step: int) -> bool:
+        """Before the first step, every ``eval.every`` steps and after the last."""
+        every = self.config.eval.every
+        return step in (0, self.config.steps) or (every > 0 and step % every == 0)
+
+    def __call__(self, step: int, method: Method) -> float | None:
+        """BeforeAfter; returns the headline of the first protocol, with its sign changed where lower is better."""
+        if not self.evaluates:
+            return None
+        results = self.evaluate(step, method)
+        if not results:
+            return None
+        metric, value = results[0].headline
+        return -value if "lower is better" in results[0].units[metric] else value
+
+    def file(self, step: int) -> Path:
+        """Where the results of a step are written."""
+        return self.run / RESULTS / f"step_{step:08d}.json"
+
+    def evaluate(self, step: int, method: Method) -> list[Result]:
+        """Results now, written to ``results/step_*.json``; those of step 0 are the baseline of all others."""
+        network = self.config.weights or method.export_network
+        encoder = method.networks()[network]
+        encoder.source = f"step {step} ({network})"
+        encoder.class_head = method.class_head(network)
+        data = str(self.config.eval.data)
+        protocols = self.config.eval.protocols or fitting_protocols(data)
+        config = dataclasses.replace(self.config.eval, protocols=protocols)
+        results = evaluate(encoder, f"{self.run} (step {step})", data, config, progress=self.progress)
+        kind: BaselineKind | None = None
+        if step == 0 and config.baseline:
+            kind = "before" if self.config.init else "untrained"
+        write_results(self.file(step), [dataclasses.replace(result, baseline=kind) for result in results])
+        if self.before_and_after is not None:
+            self.before_and_after.heard(step, results)
+            if step == 0 and not self.before_and_after.knows(0):
+                self.before_and_after.evaluate(0, encoder)
+        return results
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Find mistakes in ``eval.*`` before hours of training, not after.
+
+    Raises:
+        ConfigError, DataError: if the data can't be read or an unknown network is named.
+    """
+    if config.eval.data:
+        open_sets(config.eval.data, config.eval)
+        if config.init:
+            open_sets(config.eval.data, BeforeAfter(Path(), config.eval).config)
+    elif config.eval.every or config.eval.patience:
+        name = "every" if config.eval.every else "patience"
+        raise ConfigError(f"eval.{name}={getattr(config.eval, name)} needs labelled images; give eval.data=DIR")
+    if config.eval.patience and not config.eval.every:
+        raise ConfigError(f"eval.patience={config.eval.patience} counts evaluations in training; give eval.every=STEPS")
+    method = get_method(config.method.name)
+    pair = ("student", "teacher")
+    names = pair if method.export_network in pair else (method.export_network,)
+    if config.weights is not None and config.weights not in names:
+        raise ConfigError(f"weights={config.weights}: {method.name} has {', '.join(names)}")

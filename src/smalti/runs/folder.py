@@ -1,0 +1,152 @@
+"""What a run directory holds beside checkpoints and logs: ``run.json``, results, and a lock while a run writes."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smalti.data.images.folders import ImageSet
+from smalti.data.signals.signal_set import SignalSet
+from smalti.errors import DataError
+from smalti.files import remove_leftovers, set_aside, write_atomically
+from smalti.methods.base import Method
+from smalti.models.loading import weights_digest
+from smalti.reading import as_number, read_csv, read_mapping
+from smalti.runs.machine import describe_machine
+from smalti.training.checkpoint import tidy
+from smalti.training.logs import LOG_FILE
+
+CONFIG_FILE, RUN_FILE, RESULTS = "config.yaml", "run.json", "results"
+INIT_DIGEST = "init_digest"
+"""Entry of ``run.json``: changes with the weights that the run started from."""
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "names_digest": str,
+    INIT_DIGEST: str,
+    "classes": list,
+    "num_images": int,
+    "reference": dict,
+    "training_s": (int, float),
+}
+"""Entries of ``run.json`` that are read again."""
+
+
+def write_run_file(run: Path, images: ImageSet | SignalSet, init: str | None, precision: str) -> None:
+    """Write ``run.json``: the command, what is read, the machine."""
+    content = {
+        "command": " ".join(sys.argv),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "images": images.describe(),
+        "classes": list(images.classes or ()) if isinstance(images, ImageSet) else [],
+        "num_images": len(images),
+        "names_digest": _names_digest(images),
+        **({INIT_DIGEST: weights_digest(init)} if init else {}),
+        "precision": precision,
+        **describe_machine(),
+    }
+    write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
+
+
+def read_run_file(run: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run directory holds; nothing where there is none, or it is damaged."""
+    try:
+        return _parse(run / RUN_FILE)
+    except DataError:
+        return {}
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """The entries of a ``run.json``.
+
+    Raises:
+        DataError: if it can't be read, or an entry is of another kind.
+    """
+    content = read_mapping(path)
+    for name, kind in _TYPES.items():
+        if name in content and not isinstance(content[name], kind):
+            raise DataError(f"{path}: '{name}' is a {type(content[name]).__name__}")
+    return content
+
+
+def mend_folder(run: Path) -> None:
+    """Make a run directory ready to be resumed: what a kill left is removed, a damaged ``run.json`` set aside."""
+    remove_leftovers(run)
+    remove_leftovers(run / RESULTS, abandoned=True)  # evaluations write there, too
+    tidy(run)
+    if (run / RUN_FILE).exists():
+        try:
+            _parse(run / RUN_FILE)
+        except DataError as error:
+            set_aside(run / RUN_FILE, error)
+
+
+def check_same_images(run: Path, images: ImageSet | SignalSet) -> None:
+    """A resumed run must see the images that it saw: their order follows from their names.
+
+    Raises:
+        DataError: if there are others now.
+    """
+    known = read_run_file(run)
+    if known.get("names_digest", _names_digest(images)) != _names_digest(images):
+        raise DataError(
+            f"{run}: was trained on {known.get('num_images')} images, {images.root} now has {len(images)} or others; "
+            "bring them back, or start a new run with --init from this one"
+        )
+
+
+def note_end(run: Path, started: float, method: Method) -> None:
+    """Add to ``run.json`` when training ended, how long it took since ``started``, and whether it has learned."""
+    content, reference = read_run_file(run), None
+    try:
+        reference = method.reference(end_of_log(run))
+    except (DataError, ValueError) as error:  # training is done: a log that was damaged meanwhile is no reason to fail
+        warnings.warn(f"{run / LOG_FILE}: does not say whether anything was learned ({error})", stacklevel=2)
+    if reference is not None:
+        content["reference"] = {
+            **dataclasses.asdict(reference),
+            "has_learned": reference.has_learned,
+            "sentence": reference.sentence,
+        }
+    content["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    content["training_s"] = round(content.get("training_s", 0) + time.time() - started, 1)
+    write_atomically(run / RUN_FILE, json.dumps(content, indent=2))
+
+
+def end_of_log(run: Path) -> dict[str, float]:
+    """Means over the last tenth of the rows of ``log.csv``, one row at least, of the columns that are known there."""
+    rows = read_csv(run / LOG_FILE) if (run / LOG_FILE).is_file() else []
+    last = rows[-max(1, len(rows) // 10) :]
+    columns = {name: [as_number(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}
+    return {name: float(np.mean(values)) for name, values in columns.items() if values and np.isfinite(values).all()}
+
+
+def new_results_file(run: Path) -> Path:
+    """A free name for an evaluation in ``results/``, taken by a folder for its details: two in the same second get
+    two."""
+    start = run / RESULTS / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while True:
+        folder = start if number == 1 else start.with_name(f"{start.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder.with_suffix(".json")
+        except FileExistsError:
+            number += 1
+
+
+def _names_digest(images: ImageSet | SignalSet) -> str:
+    """A number for the names of the images and their order; of signals, also for how long they are."""
+    if isinstance(images, SignalSet):
+        listed = "\n".join(f"{one.name} {one.signal.shape[1]}" for one in images.recordings)
+        return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()[:16]
+    names = "\n".join(
+        path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else str(path)
+        for path in images.paths
+    )
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]

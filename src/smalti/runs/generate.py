@@ -1,0 +1,295 @@
+"""Images out of a run of MAR or CMAR: which classes, in which orders, and the drawing itself, within memory."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smalti.config import unknown_key
+from smalti.data.loader import sample_key
+from smalti.data.order_files import CACHED, OrderCache, check_order, grid_order, read_orders
+from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.functional.orders import random_orders, static_order
+from smalti.functional.random import fork_keys, sample_uniform
+from smalti.methods.cmar import CMAR
+from smalti.methods.mar import MAR, SamplerConfig
+from smalti.runs.build import load_method
+from smalti.runs.folder import read_run_file
+
+SOURCES = ("bank", "class_mean", "global_mean")
+_BANK = 6  # branch of an image's keys
+_FREE_SHARE = 0.25
+"""Share of the memory at hand that a batch may fill."""
+_MOST_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A run that draws."""
+
+    method: MAR
+    """In eval mode, on the CPU."""
+    classes: tuple[str, ...]
+    """Names; numbers where the run kept none, empty where it learned without classes."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """How the first images came about."""
+
+    frames: Float[Tensor, "F S C H W"]
+    """F images after S of the steps; places that are not drawn yet are grey."""
+    drawn: tuple[int, ...]
+    """Tokens drawn in each of the S frames."""
+    ranks: Int[Tensor, "F N"]
+    """When each place was drawn; 0 is first."""
+    grid: tuple[int, int]
+    """Tokens down and across."""
+
+
+def load_generator(run: Path) -> Generator:
+    """A run of MAR or CMAR, as its newest checkpoint has it.
+
+    Raises:
+        RunError: if it is no run directory, or holds no checkpoint.
+        ConfigError: for a run of another method.
+    """
+    method = load_method(run)
+    if not isinstance(method, MAR):
+        raise ConfigError(f"{run}: is a run of {method.name}; images are drawn by runs of mar and cmar")
+    names = read_run_file(run).get("classes") or []
+    known = len(names) == method.num_classes
+    return Generator(method, tuple(str(name) for name in (names if known else range(method.num_classes))))
+
+
+def choose_classes(words: str | None, classes: Sequence[str], num: int) -> list[int]:
+    """The class of each image, as many in turn as are named.
+
+    Args:
+        words: names or numbers with commas between; ``none`` draws without a class; None: every class in turn, or none
+            where there are none.
+        classes: names, K of them.
+        num: images.
+
+    Returns:
+        Numbers 0..K-1, and K for none.
+
+    Raises:
+        ConfigError: for an unknown one; the nearest is named.
+    """
+    if words is None:
+        chosen = list(range(len(classes))) or [0]
+    else:
+        chosen = [_class_number(word.strip(), classes) for word in words.split(",") if word.strip()]
+        if not chosen:
+            raise ConfigError("--labels names no class; write --labels cat,dog, or leave it out")
+    return [chosen[place % len(chosen)] for place in range(num)]
+
+
+def _class_number(word: str, classes: Sequence[str]) -> int:
+    if word in classes:
+        return list(classes).index(word)
+    if word == "none":
+        return len(classes)
+    if not classes:
+        raise ConfigError(f"--labels {word}: this run learned without classes; leave --labels out")
+    if word.isdecimal():
+        if int(word) < len(classes):
+            return int(word)
+        raise ConfigError(f"--labels {word}: there are classes 0..{len(classes) - 1}")
+    raise ConfigError("--labels: " + unknown_key(word, classes).replace("settings has no field", "there is no class"))
+
+
+def choose_orders(
+    name: str,
+    source: str,
+    cache: OrderCache | None,
+    labels: Sequence[int],
+    keys: Int[Tensor, " B"],
+    grid: tuple[int, int],
+    classes: Sequence[str],
+) -> Int[Tensor, "B N"]:
+    """The order in which each image is drawn.
+
+    Where orders were found for images, an image that isn't there yet takes one from those of the training images of its
+    class (all of them where it has none): any one of these (``bank``), or the order of their mean ranks
+    (``class_mean``); ``global_mean`` is that of all training images. An image's class is the folder that it lies in.
+
+    Args:
+        name: of an order, see :data:`smalti.data.order_files.ORDERS`.
+        source: how an image's order is taken from a file.
+        cache: the file, where the order needs one.
+        labels: numbers of classes, K for none.
+        keys: randomness of each image.
+        grid: tokens down and across.
+        classes: names, K of them.
+
+    Raises:
+        ConfigError: for an unknown order, one that needs a file, or another source.
+        ShapeError: for orders of another number of tokens.
+        DataError: if the file holds no such order, or none of a class.
+    """
+    check_order(name)
+    if source not in SOURCES:
+        raise ConfigError(f"--order-source {source}: one of {', '.join(SOURCES)} is needed")
+    num_tokens = grid[0] * grid[1]
+    if name == "random":
+        return random_orders(keys, num_tokens)
+    if name == "variance":
+        raise ConfigError("--order variance looks at pixels, which an image that is drawn does not have yet")
+    if name not in CACHED:
+        order = grid_order(name, grid)
+        assert order is not None, name
+        return order.expand(len(labels), -1).clone()
+    if cache is None:
+        raise ConfigError(f"--order {name} stands in a file: name it with --orders FILE (smalti rank writes it)")
+    if cache.grid != grid:
+        raise ShapeError(
+            f"{cache.path}: orders of {cache.grid[0]}x{cache.grid[1]} patches, this run draws {grid[0]}x{grid[1]} "
+            "tokens; rank the images at this image size and patch size"
+        )
+    is_train = np.array([split == "train" for split in cache.splits])
+    rows = np.flatnonzero(is_train) if is_train.any() else np.arange(len(cache.images))
+    found = cache.orders(name, [cache.images[row] for row in rows], [bool(cache.flips[row]) for row in rows])
+    if source == "global_mean":
+        return static_order(found).expand(len(labels), -1).clone()
+    folders = np.array([Path(cache.images[row]).parent.name for row in rows])
+    draws = sample_uniform(fork_keys(keys, _BANK), 1)[:, 0]
+    result = torch.empty(len(labels), num_tokens, dtype=torch.int64)
+    for label in sorted(set(labels)):
+        places = [place for place, own in enumerate(labels) if own == label]
+        members = found
+        if label < len(classes):
+            members = found[torch.from_numpy(np.flatnonzero(folders == classes[label]))]
+            if not len(members):
+                raise DataError(
+                    f"{cache.path}: has no training image in a folder '{classes[label]}', so no order for that class; "
+                    "use --order-source global_mean, or rank images in class folders"
+                )
+        if source == "class_mean":
+            result[places] = static_order(members)
+        else:
+            result[places] = members[(draws[places] * len(members)).long()]
+    return result
+
+
+def own_order(method: MAR) -> tuple[str, str | None]:
+    """The order that a run was trained for, and its file."""
+    return (method.config.order, method.config.orders) if isinstance(method, CMAR) else ("random", None)
+
+
+def open_cache(name: str, path: str | Path | None) -> OrderCache | None:
+    """The file of an order; None for orders that need none."""
+    return read_orders(path) if path is not None and name in CACHED else None
+
+
+def fitting_batch(method: MAR, sampler: SamplerConfig, device: torch.device, num: int) -> int:
+    """How many images are drawn at a time: as many as fill a quarter of the free memory, by a rough count."""
+    config, places = method.config, method.tokens.num_tokens + method.config.buffer_size
+    floats = places * config.embed_dim * 16 + places**2 * config.num_heads
+    floats += max(method.plan(sampler)) * config.head_width * 8
+    of_one = 4 * floats * (1 if sampler.cfg == 1 else 2)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, min(num, _MOST_AT_ONCE, int(_FREE_SHARE * free / of_one)))
+
+
+def draw_images(
+    method: MAR,
+    orders: Int[Tensor, "B N"],
+    labels: Sequence[int],
+    *,
+    seed: int = 0,
+    sampler: SamplerConfig = SamplerConfig(),
+    batch_size: int | None = None,
+    keep: Callable[[int, Float[Tensor, "_ C H W"]], None],
+    is_kept: Callable[[int], bool] = lambda row: False,
+    progress: Callable[[int, int], None] | None = None,
+    film_images: int = 0,
+    film_frames: int = 8,
+) -> tuple[Film | None, float]:
+    """Draw images, a batch at a time; where memory runs out on a GPU, by halves of it.
+
+    Args:
+        method: on its device.
+        orders: of each image.
+        labels: of each image, K for none.
+        seed: the same seed, class and order give the same image, whatever the batch.
+        sampler: how.
+        batch_size: images at a time; None: as many as fit.
+        keep: is given the number of a batch's first image and the images, in 0..1, on the CPU.
+        is_kept: whether an image, by its number, was drawn before; a batch is drawn again if one of its images wasn't.
+        progress: is told the work done and in all, in tokens.
+        film_images: F, how many of the first images are watched.
+        film_frames: S, in how many frames; fewer where there are fewer steps.
+
+    Returns:
+        The film, if any was asked for and its images were drawn now; and images a second.
+    """
+    device = next(method.parameters()).device
+    num, counts = len(labels), method.plan(sampler)
+    batch = fitting_batch(method, sampler, device, num) if batch_size is None else batch_size
+    ends = np.cumsum(counts)
+    shots = sorted({int(ends[round(place)]) for place in np.linspace(0, len(ends) - 1, min(film_frames, len(ends)))})
+    shown: list[Tensor] = []
+    frames: list[Tensor] = []
+    started, first, drawn_now = time.perf_counter(), 0, 0
+    while first < num:
+        rows = range(first, min(first + batch, num))
+        if all(map(is_kept, rows)):
+            first = rows.stop
+            continue
+        keys = image_keys(seed, rows).to(device)
+        shown.clear()
+
+        def watch(drawn: int, tokens: Tensor, done: int = first, count: int = len(rows)) -> None:
+            if drawn in shots and done < film_images:
+                shown.append(tokens[: film_images - done].clone())
+            if progress is not None:
+                progress(done * int(ends[-1]) + drawn * count, num * int(ends[-1]))
+
+        try:
+            tokens = method.draw(
+                orders[first : rows.stop].to(device),
+                keys,
+                torch.tensor([labels[row] for row in rows], device=device),
+                sampler,
+                watch,
+            )
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch = (batch + 1) // 2
+            torch.cuda.empty_cache()
+            continue
+        keep(first, method.tokens.decode(tokens).cpu())
+        drawn_now += len(rows)
+        if shown:
+            frames.append(torch.stack(shown, dim=1))
+        first = rows.stop
+    film = _film(method, torch.cat(frames), orders[: min(film_images, num)], tuple(shots)) if frames else None
+    return film, drawn_now / (time.perf_counter() - started)
+
+
+def image_keys(seed: int, rows: Sequence[int]) -> Int[Tensor, " B"]:
+    """Randomness of images by their numbers."""
+    return torch.tensor([sample_key(seed, 0, row) for row in rows], dtype=torch.int64)
+
+
+def _film(method: MAR, tokens: Float[Tensor, "F S N d"], orders: Tensor, drawn: tuple[int, ...]) -> Film:
+    """Decoded frames with what isn't drawn painted grey."""
+    grid, side = method.tokens.grid, method.tokens.image_size
+    ranks = orders.argsort(dim=1)
+    images = method.tokens.decode(tokens.flatten(0, 1)).cpu()
+    images = images.view(*tokens.shape[:2], *images.shape[1:])
+    places = torch.arange(side) * torch.tensor(grid)[:, None] // side  # pixel rows and columns to those of tokens
+    by_pixel = ranks[:, (places[0][:, None] * grid[1] + places[1]).flatten()].view(-1, 1, side, side)
+    frames = torch.stack(
+        [torch.where(by_pixel < count, images[:, step], 0.5) for step, count in enumerate(drawn)], dim=1
+    )
+    return Film(frames, drawn, ranks, grid)

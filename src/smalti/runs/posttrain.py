@@ -1,0 +1,281 @@
+"""Post-training that proves itself: one evaluation before and after, paired over the images, and one plain sentence.
+
+Whatever is chosen on images (the best step, an early stop) looks better on them than it is. So the choice is made on
+``eval.split`` (by default ``val``), and the verdict is about images that chose nothing: the ``test`` split. Without
+one, the verdict is about the last step, which isn't chosen, on the images that there are; the best step's score is
+shown without a claim.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smalti.data.images.folders import SPLITS, open_images
+from smalti.errors import DataError
+from smalti.evaluation.details import read_details, write_details
+from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval
+from smalti.evaluation.paired import Row, metric_rows, read_row, row_tree, table_cells
+from smalti.evaluation.protocol import (
+    EvalConfig,
+    Result,
+    describe_result,
+    determining,
+    evaluate,
+    fitting_protocols,
+    read_results,
+    write_results,
+)
+from smalti.files import write_atomically
+from smalti.models.encoder import Encoder
+from smalti.reading import read_json, reading
+
+VERDICT_FILE = "posttrain.json"
+BEFORE, LAST, BEST = "before", "last", "best"
+_FOLDER, _SETTINGS = "posttrain", "settings.json"
+_PLAIN = ("judged", "steps", "best_step", "images", "network", "handed_on")
+COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "baseline", "groups")
+"""Settings of an evaluation that don't change its scores."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What post-training was worth."""
+
+    rows: tuple[Row, ...]
+    """Each metric before, at the last and at the best step; differences are against before."""
+    steps: Mapping[str, int]
+    """``before``, ``last`` and, where it is another one than these, ``best``."""
+    judged: str
+    """Which of these the sentence is about."""
+    best_step: int | None
+    """What evaluation in training chose; 0: the weights that training began from; None: nothing was chosen."""
+    images: str
+    """What the verdict was measured on."""
+    notes: tuple[str, ...]
+    """What must be known to read the numbers, a sentence each."""
+    network: str = ""
+    """Which network was judged."""
+    handed_on: str = ""
+    """Which one is handed on by default."""
+
+    @property
+    def headline(self) -> Row:
+        """The first protocol's headline of what the sentence is about."""
+        return next(row for row in self.rows if row.arm == self.judged and row.is_headline)
+
+    @property
+    def kind(self) -> str:
+        """``better``, ``worse``, or ``same``: no difference found."""
+        found_nothing = self.best_step == 0 and self.headline.verdict == "better"
+        return self.headline.verdict if self.headline.verdict in ("better", "worse") and not found_nothing else "same"
+
+    @property
+    def sentence(self) -> str:
+        """One plain sentence."""
+        row, gap = self.headline, self.headline.difference
+        assert gap is not None
+        before = next(r for r in self.rows if r.arm == BEFORE and (r.protocol, r.metric) == (row.protocol, row.metric))
+        span = f", {LEVEL * 100:.0f} % interval {gap.low:.3f} to {gap.high:.3f}" if math.isfinite(gap.low) else ""
+        numbers = (
+            f"{row.protocol} {row.metric} {before.score.mean:.3f} -> {row.score.mean:.3f} ({gap.mean:+.3f}{span}) "
+            f"at step {self.steps[self.judged]}"
+        )
+        if self.network != self.handed_on:
+            numbers += (
+                f", of the {self.network}; unless told weights={self.network}, export hands on the {self.handed_on}"
+            )
+        numbers += _unknown(gap)
+        if self.kind == "better":
+            return f"better by {abs(gap.mean):.3f}: {numbers}"
+        word = f"not better, worse by {abs(gap.mean):.3f}" if self.kind == "worse" else "not better"
+        if self.best_step == 0:
+            return f"{word}: no step was chosen over the weights it began from; {numbers}"
+        return f"{word}: {numbers}" + ("" if span else "; this score has no interval with one seed")
+
+
+class BeforeAfter:
+    """Measures before and after on one set of images, and remembers.
+
+    Args:
+        run: the run directory.
+        config: settings of evaluation in training; ``data`` is given.
+        network: which network is judged, by name.
+        handed_on: which one is handed on by default.
+        progress: told how far an evaluation is; it may end one by an exception.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: EvalConfig,
+        network: str = "encoder",
+        handed_on: str = "encoder",
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        data = str(config.data)
+        self.progress = progress
+        self.run, self.data = run, data
+        self.network, self.handed_on = network, handed_on
+        self.chosen_on, self.is_apart = _splits(data, config)
+        self.config = dataclasses.replace(
+            config,
+            protocols=config.protocols or fitting_protocols(data),
+            split="test" if self.is_apart else config.split,
+        )
+
+    def heard(self, step: int, results: Sequence[Result]) -> None:
+        """Keep what evaluation in training found, if it is about the images of the verdict."""
+        if not self.is_apart:
+            self._keep(step, results)
+
+    def knows(self, step: int) -> bool:
+        """Whether a step was judged with these settings."""
+        try:
+            return bool(read_json(self._folder(step) / _SETTINGS) == self._settings())
+        except DataError:
+            return False
+
+    def evaluate(self, step: int, encoder: Encoder) -> None:
+        """Evaluate a step's encoder on the images of the verdict."""
+        self._keep(step, evaluate(encoder, f"{self.run} (step {step})", self.data, self.config, progress=self.progress))
+
+    def conclude(self, last: int, best: int | None, encoder_of: Callable[[int], Encoder]) -> Verdict:
+        """The verdict, also written to ``results/posttrain.json``.
+
+        Args:
+            last: the step at which training ended.
+            best: the step that evaluation in training chose; 0: the weights that training began from; None: there was
+                nothing to choose from.
+            encoder_of: gives a step's encoder, for what isn't judged yet; it is asked for 0, ``last`` and ``best``.
+        """
+        steps = {BEFORE: 0, LAST: last}
+        if best not in (None, 0, last):
+            steps[BEST] = best
+        for step in steps.values():
+            if not self.knows(step):
+                self.evaluate(step, encoder_of(step))
+        results = {arm: self._results(step) for arm, step in steps.items()}
+        rows: list[Row] = []
+        for number, first in enumerate(results[BEFORE]):
+            for metric in first.metrics:
+                by_arm = {arm: {self.config.seed: found[number]} for arm, found in results.items()}
+                rows += metric_rows(by_arm, metric, self.data, groups=self.config.groups)
+        if not self.is_apart:  # chosen on these very images: no claim
+            rows = [dataclasses.replace(row, difference=None) if row.arm == BEST else row for row in rows]
+        judged = BEST if self.is_apart and BEST in steps else LAST
+        images = describe_result(results[BEFORE][0]) or str(results[BEFORE][0].settings["split"])
+        grouped = any("groups" in row.score.over for row in rows)
+        of = f"groups of images ({self.config.groups or 'of the table'})" if grouped else "images"
+        notes = tuple(self._notes(steps, best, of))
+        verdict = Verdict(tuple(rows), steps, judged, best, images, notes, self.network, self.handed_on)
+        tree = {
+            "sentence": verdict.sentence,
+            "kind": verdict.kind,
+            **{name: getattr(verdict, name) for name in (*_PLAIN, "notes")},
+            "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of the "
+            f"{'groups of images' if grouped else 'images'}, paired",
+            "rows": [row_tree(row) for row in rows],
+        }
+        write_atomically(verdict_path(self.run), json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+        for folder in self._folder(0).parent.iterdir():
+            if folder not in map(self._folder, steps.values()):
+                shutil.rmtree(folder, ignore_errors=True)
+        return verdict
+
+    def _notes(self, steps: Mapping[str, int], best: int | None, of: str) -> list[str]:
+        notes = []
+        if best is None:
+            notes.append("Only the last step was scored, so none was chosen; the verdict is about it.")
+        elif self.is_apart:
+            notes.append(f"Step {best} was chosen on {self.chosen_on}; the verdict is about test, which chose none.")
+        else:
+            notes.append(
+                "The data has no test split beside the images that chose the best step, so the verdict is about the "
+                "last step, which isn't chosen."
+            )
+            if BEST in steps:
+                notes.append(f"The score of step {best} is the highest of several on these images: too good to claim.")
+            if self.config.patience:
+                notes.append("If eval.patience ended training, that, too, was decided on these images.")
+        notes.append(f"The interval is over the {of}; one seed says nothing of how another run would come out.")
+        return notes
+
+    def _folder(self, step: int) -> Path:
+        return verdict_path(self.run).parent / _FOLDER / f"step_{step:08d}"
+
+    def _settings(self) -> dict[str, Any]:
+        plain: dict[str, Any] = json.loads(json.dumps(determining(self.config, COSTLESS)))
+        return plain
+
+    def _keep(self, step: int, results: Sequence[Result]) -> None:
+        folder = self._folder(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        write_details(folder / "results", results)
+        write_results(folder / "results.json", list(results))
+        write_atomically(folder / _SETTINGS, json.dumps(self._settings(), indent=1))  # last: a folder with it is whole
+
+    def _results(self, step: int) -> list[Result]:
+        folder = self._folder(step)
+        return read_details(folder / "results", read_results(folder / "results.json"))
+
+
+def _unknown(gap: Interval) -> str:
+    """What an interval of one run does not know about, to be added to its numbers."""
+    if gap.over == "nothing":
+        return ""
+    groups = (
+        "images that belong together (frames of a video, slices of a patient) count as independent without eval.groups"
+        if gap.over == "images"
+        else "whole groups of images were resampled"
+    )
+    return f"; one seed: another may come out differently; {groups}"
+
+
+def verdict_path(run: Path) -> Path:
+    """Where a run's verdict is written."""
+    return run / "results" / VERDICT_FILE
+
+
+def read_verdict(run: Path) -> Verdict | None:
+    """The verdict of a run; None where there is none.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    path = verdict_path(run)
+    if not path.is_file():
+        return None
+    with reading(path, "a verdict"):
+        tree = json.loads(path.read_bytes())
+        return Verdict(
+            rows=tuple(read_row(row) for row in tree["rows"]),
+            notes=tuple(tree["notes"]),
+            **{name: tree[name] for name in _PLAIN if name in tree or name not in ("network", "handed_on")},
+        )
+
+
+VERDICT_COLUMNS = ("protocol", "metric", "weights", "score", "difference to before", "")
+
+
+def verdict_cells(verdict: Verdict) -> list[tuple[str, ...]]:
+    """Text for :data:`VERDICT_COLUMNS`, a headline metric after the other."""
+    rows = [row for row in verdict.rows if row.is_headline]
+    cells: list[tuple[str, ...]] = []
+    for row, (arm, score, _, gap, word) in zip(rows, table_cells(rows), strict=True):
+        is_first = arm == BEFORE
+        name = arm if is_first else f"{arm}, step {verdict.steps[arm]}"
+        cells.append((row.protocol if is_first else "", row.metric if is_first else "", name, score, gap, word))
+    return cells
+
+
+def _splits(data: str, config: EvalConfig) -> tuple[str, bool]:
+    """Which images choose the best step, and whether there is a test split beside them."""
+    known = open_images(data).splits
+    default = next((split for split in ("val", "test") if split in known), "a seeded fifth")
+    chosen = SPLITS.get(config.split, config.split) if config.split else default
+    return chosen, {"train", "test"} <= set(known) and chosen != "test"

@@ -1,0 +1,367 @@
+"""What a trained PART knows of positions, as numbers: consistency, fit, collapse, leaks, reconstruction.
+
+Letters: B images, N patches, C channels of a prediction, D embed_dim. Tables of pairs are ``(B, N, N, C)``, patch i of
+reference first.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.config import read_yaml
+from smalti.data.images.folders import ImageSet, open_images
+from smalti.data.images.pixels import trained_pixels
+from smalti.data.loader import TrainLoader
+from smalti.data.views import MultiCrop, collate
+from smalti.errors import ConfigError
+from smalti.files import check_folder, write_atomically
+from smalti.functional.offgrid import Patches, resample_boxes
+from smalti.functional.pairs import r_squared, select_pairs
+from smalti.methods.part import PART, pair_loss
+from smalti.models.encoder import eval_mode
+from smalti.runs.build import build_method, load_method
+from smalti.runs.config import resolve
+from smalti.runs.folder import CONFIG_FILE
+
+FOLDER = "probes"
+NUM_TRIPLES, NUM_REFERENCES, NUM_SHOWN, NUM_DISTANCES = 4096, 8, 4, 10
+OVERFIT_IMAGES, OVERFIT_STEPS, OVERFIT_LR = 8, 1000, 5e-4
+_SPLITS = ("val", "test", "train")
+UNITS = {
+    "r2": "of the offsets; 1 perfect, 0 the best constant",
+    "rmse_px": "pixels",
+    "r2_overlap": "among pairs whose boxes intersect",
+    "r2_disjoint": "among pairs whose boxes do not",
+    "shortcut": "r2_overlap - r2_disjoint",
+    "antisymmetry": "0 perfect, 1.41 noise, 2 a constant",
+    "identity_px": "pixels between a patch and itself",
+    "composition": "0 perfect, 1.73 noise",
+    "spread_x": "spread of predictions over that of the truth; near 0: collapsed",
+    "spread_y": "likewise",
+    "effective_rank": "directions that tokens use, 1..D",
+    "reconstruction": "median distance of rebuilt places, in patches",
+    "leak_order": "tokens that change when patches change places; at most 1e-4 without positions",
+    "leak_blank": "r2 on images of one colour; at most 0.01",
+    "leak_noise": "r2 where each patch is noise of its own; at most 0.01",
+    "leak_slot": "correlation of a patch's number and place",
+    "leak_border": "r2 on images of one colour after the views of training; at most 0.01",
+    "leak_size": "r2 of sizes where each box is noise of its own: what resizing gives away",
+    "overfit": "error over the best constant's after 1000 steps on 8 images from the start; at most 0.02 where pairs "
+    "and targets belong together",
+}
+GATES = {"leak_order": 1e-4, "leak_blank": 0.01, "leak_noise": 0.01, "leak_border": 0.01}
+"""The most that a probe of a leak may show."""
+
+
+@dataclass(frozen=True)
+class PositionProbe:
+    """Numbers, and what pictures are drawn from."""
+
+    metrics: dict[str, float]
+    """As :data:`UNITS` lists them; NaN where there is none."""
+    pixels: Tensor
+    """``(4, N, 3, ph, pw)`` patches of a few images, 0..1."""
+    boxes: Tensor
+    """``(4, N, 4)``."""
+    predicted: Tensor
+    """``(4, N, N, 2)`` offsets in pixels."""
+    truth: Tensor
+    """Likewise."""
+    distances: Tensor
+    """``(10,)`` pixels: mean distance of the pairs of each tenth, nearest first."""
+    fits: Tensor
+    """``(10,)`` R^2 of the offsets within each tenth; NaN where the tenth has one offset only."""
+
+
+def probe_positions(
+    run: Path,
+    data: str | None = None,
+    num_images: int = 32,
+    seed: int = 0,
+    learn_by_heart: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> PositionProbe:
+    """Probe a run of PART on held-out images, where its data set has some, cropped as in training.
+
+    Args:
+        run: the run directory.
+        data: images; None takes those that the run names.
+        num_images: B.
+        seed: of images, views, patches and noise.
+        learn_by_heart: also train the method from its start on eight of the images; see :func:`overfit`.
+        progress: told of steps made and of how many, there.
+
+    Raises:
+        ConfigError: if the run is of another method, or ``num_images`` is below 4.
+        RunError: as :func:`load_method`.
+    """
+    if num_images < NUM_SHOWN:
+        raise ConfigError(f"num_images={num_images}: at least {NUM_SHOWN} are needed")
+    method = load_method(run)
+    check_folder(run / FOLDER)
+    if not isinstance(method, PART):
+        raise ConfigError(f"{run}: probes of positions are for part, this is {method.name}")
+    config = read_yaml(run / CONFIG_FILE)
+    views = method.make_views(int(config["data"]["image_size"]))
+    if not isinstance(views, MultiCrop):
+        raise ConfigError(f"{run}: probes of positions are for images; of signals, r2_time in the log tells the fit")
+    images = _held_out(open_images(data or str(config["data"]["path"])).with_pixels(trained_pixels(config)))
+    channels = method.encoder.in_chans
+    batch = next(iter(TrainLoader(images, views, batch_size=num_images, seed=seed, channels=channels)))
+    crops = batch.global_crops[:num_images]
+    blank = _blank_views(views, num_images, channels, seed)
+    with torch.no_grad(), eval_mode(method):
+        probe = measure(method, crops, blank, seed)
+    if not learn_by_heart:
+        return probe
+    trained = resolve(config, str(run / CONFIG_FILE))
+    fresh = build_method(trained)  # as it was before the first step
+    assert isinstance(fresh, PART)
+    error = overfit(fresh, crops[:OVERFIT_IMAGES], progress=progress)
+    return dataclasses.replace(probe, metrics={**probe.metrics, "overfit": error})
+
+
+def overfit(
+    part: PART, images: Tensor, steps: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> float:
+    """Train on all pairs of the same patches: the mean square error over the best constant's, at the end.
+
+    Without augmentation or stochastic depth, in float32, AdamW at a constant 5e-4. What stays near 1 is wired wrongly;
+    patches that are exactly alike hold it up, too, as without positions they can't be told apart.
+
+    Args:
+        part: fresh, or not; it is changed.
+        images: ``(B, C, S, S)`` uint8, or float in 0..1.
+        steps: optimiser steps; None: 1000.
+        progress: told of steps made and of how many.
+    """
+    steps = OVERFIT_STEPS if steps is None else steps
+    normalized = part.encoder.normalize(images)
+    keys = torch.arange(len(images))
+    patches = part.sampler(keys, normalized)
+    num_patches = patches.boxes.shape[1]
+    pairs = select_pairs(torch.arange(1), num_patches, num_patches**2)
+    target = part.target(patches, pairs, tuple(normalized.shape[2:])).values
+    floor = target.flatten(0, 1).var(0, correction=0).mean()
+    optimizer = torch.optim.AdamW(part.parameters(), lr=OVERFIT_LR)
+    error = math.nan
+    with torch.enable_grad(), eval_mode(part):
+        for step in range(1, steps + 1):
+            prediction = part.head(part.encode(patches, keys)[0], pairs)
+            loss = pair_loss(prediction, target).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            error = float(loss.detach() / floor)
+            if progress is not None:
+                progress(step, steps)
+    return error
+
+
+def measure(part: PART, images: Tensor, blank: Tensor, seed: int = 0) -> PositionProbe:
+    """All numbers for a batch of images.
+
+    Args:
+        part: in eval mode.
+        images: ``(B, C, S, S)`` uint8, or float in 0..1.
+        blank: the same shape, images of one colour after the views of training.
+        seed: of patches and noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    normalized = part.encoder.normalize(images)
+    size = tuple(normalized.shape[2:])
+    keys = torch.arange(len(images)) + 1_000_003 * (seed + 1)
+    patches = part.sampler(keys, normalized)
+    tokens, _ = part.encode(patches, keys)
+    prediction, target, in_pixels, truth = _tables(part, patches, tokens, size)
+    off = ~torch.eye(in_pixels.shape[1], dtype=torch.bool)
+
+    metrics = {"r2": _mean(r_squared(prediction, target)[:2])}
+    metrics |= {
+        f"r2_{name}": float(score) for name, score in zip(part.channels, r_squared(prediction, target), strict=True)
+    }
+    metrics["rmse_px"] = rms(in_pixels - truth)
+    overlap = boxes_overlap(patches.boxes) & off
+    for name, chosen in (("r2_overlap", overlap), ("r2_disjoint", ~overlap & off)):
+        metrics[name] = _mean(r_squared(in_pixels[chosen], truth[chosen])) if chosen.any() else math.nan
+    metrics["shortcut"] = metrics["r2_overlap"] - metrics["r2_disjoint"]
+    metrics["antisymmetry"] = antisymmetry(in_pixels, truth)
+    metrics["identity_px"] = rms(in_pixels.diagonal(dim1=1, dim2=2))
+    metrics["composition"] = composition(in_pixels, generator)
+    for axis, name in enumerate("xy"):
+        metrics[f"spread_{name}"] = float(in_pixels[:, off][..., axis].std() / truth[:, off][..., axis].std())
+    metrics["effective_rank"] = effective_rank(tokens.flatten(0, 1)[:2048])
+    metrics["reconstruction"] = reconstruction_error(in_pixels, truth, generator) / max(part.encoder.patch_size)
+    metrics |= leaks(part, patches, tokens, keys, normalized, part.encoder.normalize(blank), generator)
+    some = slice(0, NUM_SHOWN)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (part.encoder.mean, part.encoder.std))
+    shown = (patches.pixels[some] * std + mean).clamp(0, 1)
+    distances, fits = fit_by_distance(in_pixels[:, off], truth[:, off])
+    return PositionProbe(metrics, shown, patches.boxes[some], in_pixels[some], truth[some], distances, fits)
+
+
+def fit_by_distance(
+    offsets: Float[Tensor, "B M 2"], truth: Float[Tensor, "B M 2"]
+) -> tuple[Float[Tensor, " 10"], Float[Tensor, " 10"]]:
+    """Mean true distance and R^2 (mean of both axes) of the pairs of each tenth, nearest first.
+
+    Within a tenth the best constant pays less than over all pairs, so tenths may fit worse than the whole does.
+    """
+    offsets, truth = offsets.flatten(0, 1), truth.flatten(0, 1)
+    length = truth.square().sum(-1).sqrt()
+    tenths = length.argsort().tensor_split(NUM_DISTANCES)
+    fits = [_mean(r_squared(offsets[tenth], truth[tenth])) for tenth in tenths]
+    return torch.stack([length[tenth].mean() for tenth in tenths]), torch.tensor(fits)
+
+
+def antisymmetry(table: Float[Tensor, "B N N A"], truth: Float[Tensor, "B N N A"]) -> float:
+    """RMS of (i, j) + (j, i) over the RMS of (i, j), without the diagonal; NaN where next to nothing is predicted."""
+    off = ~torch.eye(table.shape[1], dtype=torch.bool)
+    size = rms(table[:, off])
+    return rms((table + table.transpose(1, 2))[:, off]) / size if size >= 1e-3 * float(truth.std()) else math.nan
+
+
+def composition(table: Float[Tensor, "B N N A"], generator: torch.Generator) -> float:
+    """RMS of (i, k) - (i, j) - (j, k) over the RMS of (i, k), for 4096 triples of different patches."""
+    count, num_patches = NUM_TRIPLES, table.shape[1]
+    image = torch.randint(len(table), (count,), generator=generator)
+    i, j, k = torch.rand(count, num_patches, generator=generator).argsort(1)[:, :3].unbind(1)
+    return rms(table[image, i, k] - table[image, i, j] - table[image, j, k]) / max(rms(table[image, i, k]), 1e-12)
+
+
+def reconstruction_error(
+    table: Float[Tensor, "B N N A"], truth: Float[Tensor, "B N N A"], generator: torch.Generator
+) -> float:
+    """Median distance, in the table's units, of patches placed by their offsets from a reference; 8 references."""
+    chosen = torch.randperm(table.shape[1], generator=generator)[:NUM_REFERENCES]
+    missed = (table - truth)[:, chosen].square().sum(-1).sqrt()  # (B, 8, N)
+    is_other = torch.ones(len(chosen), table.shape[1], dtype=torch.bool)
+    is_other[torch.arange(len(chosen)), chosen] = False
+    return float(missed[:, is_other].median())
+
+
+def effective_rank(tokens: Float[Tensor, "M D"]) -> float:
+    """Exponential of the entropy of the normalised singular values of the centred tokens."""
+    values = torch.linalg.svdvals((tokens - tokens.mean(0)).float())
+    return float(torch.special.entr(values / values.sum().clamp(min=1e-12)).sum().exp())
+
+
+def boxes_overlap(boxes: Float[Tensor, "B N 4"]) -> Tensor:
+    """``(B, N, N)`` True where two boxes share pixels."""
+    start, end = boxes[..., :2], boxes[..., 2:]
+    inner = torch.minimum(end[:, :, None], end[:, None]) - torch.maximum(start[:, :, None], start[:, None])
+    return (inner > 0).all(-1)
+
+
+def leaks(
+    part: PART,
+    patches: Patches,
+    tokens: Tensor,
+    keys: Tensor,
+    images: Tensor,
+    blank: Tensor,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """What says where a patch is without looking at its content; see :data:`UNITS`."""
+    order = torch.randperm(tokens.shape[1], generator=generator)
+    again, _ = part.encode(patches._replace(pixels=patches.pixels[:, order]), keys)
+    colour = torch.rand(len(images), images.shape[1], 1, 1, generator=generator)
+    flat = part.sampler(keys, part.encoder.normalize(colour).expand_as(images))
+    if part.sampler.kind == "saliency":
+        flat = flat._replace(boxes=patches.boxes)
+    noise = patches._replace(pixels=torch.randn(patches.pixels.shape, generator=generator))
+    slots = torch.arange(tokens.shape[1]).float().expand(len(images), -1).flatten()
+    starts = patches.boxes[..., :2].flatten(0, 1)
+    found = {
+        "leak_order": float((tokens[:, order] - again).abs().max() / tokens.abs().max()),
+        "leak_blank": _score(part, flat, keys, images)[0],
+        "leak_noise": _score(part, noise, keys, images)[0],
+        "leak_slot": max(abs(float(torch.corrcoef(torch.stack([slots, axis]))[0, 1])) for axis in starts.unbind(1)),
+        "leak_border": _score(part, part.sampler(keys, blank), keys, images)[0],
+        "leak_size": math.nan,
+    }
+    if part.sampler.has_sizes:  # noise of each box's own at its own size, then resized
+        found["leak_size"] = _score(
+            part, noise._replace(pixels=_resized_noise(part, patches, generator)), keys, images
+        )[1]
+    return found
+
+
+def write_probe(run: Path, probe: PositionProbe) -> Path:
+    """``probes/positions.json`` in the run directory: numbers and their meaning."""
+    path = run / FOLDER / "positions.json"
+    metrics = {name: None if math.isnan(value) else value for name, value in probe.metrics.items()}
+    content: dict[str, Any] = {"metrics": metrics, "units": {name: UNITS.get(name, "") for name in metrics}}
+    tenths = zip(probe.distances.tolist(), probe.fits.tolist(), strict=True)
+    content["by_distance"] = [{"px": px, "r2": None if math.isnan(fit) else fit} for px, fit in tenths]
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def rms(values: Tensor) -> float:
+    """Root of the mean square."""
+    return float(values.square().mean().sqrt())
+
+
+def _tables(part: PART, patches: Patches, tokens: Tensor, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Prediction and target of all pairs ``(B, N * N, C)``, and both offsets in pixels ``(B, N, N, 2)``."""
+    num_patches = tokens.shape[1]
+    pairs = select_pairs(torch.arange(1), num_patches, num_patches**2)
+    prediction = torch.cat([part.head(tokens[i : i + 4], pairs) for i in range(0, len(tokens), 4)]).float()
+    target, units = part.target(patches, pairs, size)
+    squares = (
+        part.pixel_offsets(values, patches, pairs, units).view(len(tokens), num_patches, num_patches, 2)
+        for values in (prediction, target)
+    )
+    return prediction, target, *squares
+
+
+def _score(part: PART, patches: Patches, keys: Tensor, images: Tensor) -> tuple[float, float]:
+    """R^2 of offsets and of sizes (NaN: there are none), the better axis of each."""
+    tokens, _ = part.encode(patches, keys)
+    prediction, target, _, _ = _tables(part, patches, tokens, tuple(images.shape[2:]))
+    scores = r_squared(prediction, target)
+    return float(scores[:2].max()), float(scores[2:4].max()) if part.sampler.has_sizes else math.nan
+
+
+def _resized_noise(part: PART, patches: Patches, generator: torch.Generator) -> Tensor:
+    """Each box cut out of a noise image of its own, as large as the largest box."""
+    boxes = patches.boxes.flatten(0, 1)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    own = torch.cat([torch.zeros_like(sides), sides], dim=1)[:, None]
+    largest, channels = int(sides.max()), patches.pixels.shape[2]
+    pieces = []
+    for first in range(0, len(own), 64):
+        some = own[first : first + 64]
+        noise = torch.randn(len(some), channels, largest, largest, generator=generator)
+        patch, mode = part.sampler.patch_size, part.sampler.mode
+        pieces.append(resample_boxes(noise, some, patch, max_side=largest, mode=mode)[:, 0])
+    return torch.cat(pieces).view(patches.pixels.shape)
+
+
+def _held_out(images: ImageSet) -> ImageSet:
+    split = next((split for split in _SPLITS if split in images.splits), None)
+    return images.subset(split) if split else images
+
+
+def _blank_views(views: MultiCrop, count: int, channels: int, seed: int) -> Tensor:
+    """Images of one colour each, through the views of training: only frames and fills can vary."""
+    samples = []
+    for place in range(count):
+        rng = np.random.default_rng([seed, place])
+        colour = rng.integers(0, 256, (1, 1, channels), dtype=np.uint8)
+        samples.append(views(np.broadcast_to(colour, (240, 320, channels)).copy(), rng))
+    return collate(samples).global_crops[:count]
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())

@@ -1,0 +1,440 @@
+"""The main job: a folder of images in, a run directory with a better encoder out."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.models.vision_transformer import Block
+
+from smalti.config import (
+    flatten,
+    merge,
+    read_yaml,
+    to_tree,
+    write_yaml,
+)
+from smalti.data.images.folders import ImageSet
+from smalti.data.images.image_set import as_text, is_text
+from smalti.data.loader import TrainLoader, UnreadableLog
+from smalti.data.signals.signal_set import SignalSet
+from smalti.data.views import Views
+from smalti.data.workers import check_workers
+from smalti.errors import ConfigError, DataError, Interrupted
+from smalti.files import check_folder, is_free, remove_leftovers
+from smalti.methods.base import Method
+from smalti.models.loading import (
+    encoder_description,
+    latest_checkpoint,
+)
+from smalti.runs.build import (
+    build_method,
+    chosen_precision,
+    count_classes,
+    divide_batch,
+    fitting_batches,
+    measure_scale,
+    num_workers,
+    open_data,
+    open_training,
+    training_part,
+)
+from smalti.runs.config import (
+    MAY_CHANGE,
+    RunConfig,
+    absolute_paths,
+    check_start,
+    posttrain_note,
+    resolve,
+    with_signals,
+    with_start,
+)
+from smalti.runs.evaluation_hook import EvaluationHook, check_evaluation, encoder_at, evaluated_with
+from smalti.runs.folder import (
+    CONFIG_FILE,
+    RUN_FILE,
+    check_same_images,
+    mend_folder,
+    note_end,
+    write_run_file,
+)
+from smalti.runs.lock import locked
+from smalti.runs.recipes import find_recipe
+from smalti.training.checkpoint import Checkpoints, TrainingState, usable_checkpoint
+from smalti.training.interrupt import Interrupt, StopRequested, end_at_once, handled_signals
+from smalti.training.launch import (
+    PATIENCE,
+    limit_threads,
+    make_accelerator,
+    resolve_devices,
+    resolve_precision,
+    under_launcher,
+)
+from smalti.training.logs import CSVLog, Screen, Trackers
+from smalti.training.loop import Listener, LoopConfig
+from smalti.training.loop import train as run_loop
+from smalti.training.optim import OptimConfig, build_optimizer
+from smalti.training.processes import launch
+
+FIRST_LOOK = 20
+"""Images of which one must be readable before a run is begun."""
+
+
+def train(
+    method: str | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    init: str | None = None,
+    recipe: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Train an encoder on a folder of images; what ``smalti train`` does.
+
+    Args:
+        method: by name, such as ``mae``; None takes the recipe's.
+        data: what ``data.path`` takes.
+        out: the run directory; it must not hold anything yet.
+        init: weights to start from, see :class:`RunConfig`.
+        recipe: a YAML file of settings, or the name of one that comes with Smalti.
+        overrides: further settings as a tree, such as ``{"steps": 100, "method": {"mask_ratio": 0.6}}``.
+        quiet: show no progress.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ConfigError, DataError, WeightsError, RunError: each with one line that says what to do.
+        Interrupted: after a signal; what was done is kept, and :func:`resume` continues.
+    """
+    tree = read_yaml(find_recipe(recipe)) if recipe else {}
+    given: dict[str, Any] = {"method": {"name": method}} if method else {}
+    given |= {"data": {"path": str(data)}} if data else {}
+    given |= {"init": init} if init else {}
+    tree = with_start(with_signals(absolute_paths(merge(merge(tree, given), overrides or {}))))
+    config = resolve(tree, str(recipe) if recipe else "settings")
+    check_start(config)
+    if not config.data.path:
+        raise ConfigError("no images are named; give --data DIR")
+    if out is None:
+        raise ConfigError("no run directory is named; give --out DIR")
+    run = Path(out).expanduser()
+    if run.is_file():
+        raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
+    if not is_text(run.absolute()):
+        raise ConfigError(f"{as_text(run)}: its path is not UTF-8, and weights can't be read from there; rename it")
+    if _is_first_process():
+        _check_free(run)
+        check_folder(run)
+    found = open_data(config)
+    config, images = measure_scale(config, training_part(found, config))
+    config = count_classes(config, images)
+    _check_before_writing(config, images, quiet=under_launcher() and not _is_first_process())
+    with _written_by_this_process(run):
+        if _is_first_process():
+            _check_free(run)  # another process may have been quicker
+            remove_leftovers(run)
+            if not quiet:
+                print(f"data: {found.account()}", file=sys.stderr)
+                if note := posttrain_note(tree, config):
+                    print(note, file=sys.stderr)
+            write_yaml(run / CONFIG_FILE, to_tree(config))
+            write_run_file(run, images, config.init, chosen_precision(config))
+        _start(run, config, None, quiet)
+    return run
+
+
+def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Path:
+    """Resume an interrupted run from its newest checkpoint that can be read; what ``smalti train --resume RUN`` does.
+
+    Args:
+        run: the run directory.
+        overrides: settings given anew, of those in ``MAY_CHANGE``.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError: if there is no such run, or a setting can't change any more.
+        RunError: if another process writes into it.
+        WeightsError: if it has checkpoints, none of which can be read.
+        Interrupted: after a signal; what was done is kept.
+    """
+    run = Path(run).expanduser()
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{run}: is not a run directory (it has no {CONFIG_FILE}); start one with: smalti train METHOD"
+        )
+    before = read_yaml(path)
+    overrides = overrides or {}
+    for name in flatten(overrides):
+        if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE):
+            raise ConfigError(
+                f"{name} can't change when a run is resumed, the weights would differ; free are {', '.join(MAY_CHANGE)}"
+            )
+    config = resolve(merge(before, absolute_paths(overrides)), str(path))
+    divide_batch(config)
+    check_evaluation(config)
+    images = open_training(config)
+    with _written_by_this_process(run):
+        if _is_first_process():
+            mend_folder(run)
+        check_same_images(run, images)
+        checkpoint, notes = usable_checkpoint(run, set_aside=_is_first_process())
+        if _is_first_process():
+            for note in notes:
+                warnings.warn(note, stacklevel=2)
+            if not (run / RUN_FILE).exists():
+                write_run_file(run, images, config.init, chosen_precision(config))
+            if checkpoint is None:
+                print(f"{run}: has no checkpoint yet; it starts from step 0", file=sys.stderr)
+        _start(run, config, checkpoint, quiet)
+    return run
+
+
+def _check_free(run: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        ConfigError: naming the command that resumes it.
+    """
+    if not is_free(run):
+        raise ConfigError(f"{run}: is not empty; choose another --out, or resume it with: smalti train --resume {run}")
+
+
+def _written_by_this_process(run: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of a run directory; of several processes the first one holds it."""
+    return locked(run) if _is_first_process() else contextlib.nullcontext()
+
+
+def _check_before_writing(config: RunConfig, images: ImageSet | SignalSet, quiet: bool) -> None:
+    """Find mistakes while there is nothing to clean up.
+
+    Raises:
+        ConfigError, DataError, ShapeError, WeightsError: the mistake.
+    """
+    check_evaluation(config)
+    resolve_precision(config.precision, resolve_devices(config.devices).kind)
+    method = build_method(config, quiet=quiet)
+    micro_batch, accumulate = divide_batch(config)
+    method.check_batch(micro_batch)
+    if accumulate > 1 and method.couples_samples and not quiet:
+        print(
+            f"gradients of {accumulate} micro-batches of {micro_batch} are accumulated, but {method.name} couples the "
+            f"images of a micro-batch ({method.couples_samples}): results differ from one batch of {config.batch_size}",
+            file=sys.stderr,
+        )
+    method.bind(images, config.data.image_size)
+    if config.weights is not None and config.weights not in method.networks():
+        raise ConfigError(f"weights={config.weights}: {method.name} as it is set has {', '.join(method.networks())}")
+    views = method.make_views(config.data.image_size)
+    build_optimizer(method.param_groups(), config.optim)
+    _check_freeze(method, config.optim)
+    _check_pool(method, config)
+    workers = num_workers(config)
+    if isinstance(images, SignalSet):  # all of them are read already
+        check_workers(views(images.read(0), np.random.default_rng(0)), micro_batch, workers)
+        return
+    if config.eval.data and config.eval.image_size:
+        method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
+    trouble: DataError | None = None
+    for sample in images.samples[:FIRST_LOOK]:
+        try:
+            view = views(sample.read(config.data.channels), np.random.default_rng(0))
+            check_workers(view, micro_batch, workers, resolve_devices(config.devices).processes)
+            return
+        except DataError as error:
+            trouble = error
+    if trouble is not None:
+        raise trouble
+
+
+def _check_freeze(method: Method, config: OptimConfig) -> None:
+    """Something must be left to learn while the encoder stays as it is.
+
+    Raises:
+        ConfigError: if there is nothing beside it.
+    """
+    inside = {parameter for encoder in method.networks().values() for parameter in encoder.parameters()}
+    beside = any(parameter.requires_grad and parameter not in inside for parameter in method.parameters())
+    if config.freeze_encoder_ratio and not beside:
+        raise ConfigError(
+            f"optim.freeze_encoder_ratio={config.freeze_encoder_ratio}: {method.name} trains nothing beside its "
+            "encoder; leave it at 0"
+        )
+
+
+def _check_pool(method: Method, config: RunConfig) -> None:
+    """A pooling with parameters must be read by the method's loss, or it would be handed on as it was drawn.
+
+    Raises:
+        ConfigError: if it isn't.
+    """
+    if not method.networks():
+        return
+    pool = next(iter(method.networks().values())).vit.attn_pool
+    if pool is not None and any(True for _ in pool.parameters()) and not method.pools_images:
+        raise ConfigError(
+            f"pool={config.pool}: {method.name} learns from patches alone, so the parameters of this pooling would "
+            "stay as they were drawn; choose auto, cls, avg, or prr without norms"
+        )
+
+
+def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
+    """Run the processes that ``devices`` asks for, or this one where a launcher has started it already.
+
+    Raises:
+        Interrupted: after a signal, with the line that says how to resume.
+    """
+    devices = resolve_devices(config.devices)
+    if config.precision == "auto" and not quiet and _is_first_process():
+        kind = "GPU" if devices.kind == "cuda" else "CPU"
+        print(f"precision=auto: {chosen_precision(config)} on this {kind}", file=sys.stderr)
+    try:
+        if devices.processes > 1 and not under_launcher():
+            launch(_work, (run, config, checkpoint, quiet), devices.processes)
+        else:
+            _work(run, config, checkpoint, quiet)
+    except Interrupted as end:
+        kept = latest_checkpoint(run)
+        where = f"; checkpoint: {kept}" if kept is not None else ""
+        name = signal.Signals(end.number).name
+        line = f"interrupted by {name}{where}; resume with: smalti train --resume {shlex.quote(str(run))}"
+        raise Interrupted(end.number, line if _is_first_process() else "") from None
+
+
+def _resumed(state: TrainingState, checkpoint: Path | None, processes: int, micro_batch: int) -> str:
+    """Where a run resumes, and how its steps are divided now if that has changed."""
+    changes = [
+        f"{name} {before} -> {now}"
+        for name, before, now in (
+            ("processes", state.num_processes, processes),
+            ("micro_batch", state.micro_batch, micro_batch),
+        )
+        if before not in (0, now)
+    ]
+    return "; ".join((str(checkpoint), *changes))
+
+
+def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
+    """One process of a run.
+
+    Raises:
+        Interrupted: after a signal.
+    """
+    interrupt = Interrupt()
+    with handled_signals(interrupt.ask, None if under_launcher() else end_at_once):
+        try:
+            _train(run, config, checkpoint, quiet, interrupt)
+        except StopRequested as stop:
+            raise Interrupted(stop.number) from None
+
+
+def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, interrupt: Interrupt) -> None:
+    kind = resolve_devices("cpu" if config.devices == "cpu" else "auto").kind
+    micro_batch, accumulate = divide_batch(config)
+    accelerator = make_accelerator(
+        kind, resolve_precision(config.precision, kind), accumulate, config.log.trackers, run
+    )
+    if accelerator.num_processes > 1:
+        interrupt.share(PATIENCE)
+    images = open_training(config)
+    description = None if checkpoint is None else encoder_description(checkpoint)
+    method = build_method(config, description)
+    method.bind(images, config.data.image_size)
+    if method.fit_images and checkpoint is None and not config.init:
+        method.fit(fitting_batches(method, images, config))
+    method = method.to(accelerator.device)
+    limit_threads(method, micro_batch)
+    if config.compile:
+        for module in method.modules():
+            if isinstance(module, Block):
+                module.compile()
+    optimizer = build_optimizer(method.param_groups(), config.optim)
+    main = accelerator.is_main_process
+    state: TrainingState | None = None
+    if checkpoint is not None:
+        state = Checkpoints(run, method, optimizer, config.checkpoint, main).restore(checkpoint)
+
+    views = method.make_views(config.data.image_size)
+
+    def make_batches(start: int) -> Iterator[Views]:
+        return iter(
+            TrainLoader(
+                images,
+                views,
+                batch_size=micro_batch,
+                seed=config.seed,
+                channels=config.data.channels,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                num_workers=num_workers(config),
+                start_step=start,
+                pin_memory=kind == "cuda",
+            )
+        )
+
+    screen = Screen(method.name) if main and not quiet else None
+    csv_log = CSVLog(run)
+    listeners: tuple[Listener, ...] = ((csv_log,) if main else ()) + ((screen,) if screen else ())
+    if config.log.trackers:
+        accelerator.init_trackers(
+            "smalti", config={name: str(value) for name, value in flatten(to_tree(config)).items()}
+        )
+        listeners += (Trackers(accelerator),) if main else ()
+    if main and state is not None:
+        csv_log.event(state.step, "resumed", _resumed(state, checkpoint, accelerator.num_processes, micro_batch))
+    hook = EvaluationHook(config, run, evaluates=main, progress=interrupt.check) if config.eval.data else None
+    counted = -1 if state is None else state.evaluated_step
+    if hook is not None and main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
+        hook.evaluate(counted, method)  # counted already, but its file is lost
+    loop = LoopConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        accumulate=accumulate,
+        seed=config.seed,
+        optim=config.optim,
+        checkpoint=config.checkpoint,
+        log=config.log,
+        patience=config.eval.patience,
+        evaluated_with=evaluated_with(config),
+    )
+    started = time.time()
+    try:
+        state = run_loop(
+            method,
+            optimizer,
+            accelerator,
+            make_batches,
+            loop,
+            run,
+            state=state,
+            hooks=() if hook is None else (hook,),
+            listeners=listeners,
+            unreadable=UnreadableLog(run / "unreadable.csv", len(images)),
+            interrupt=interrupt,
+        )
+    finally:
+        if screen is not None:
+            screen.close()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # not end_training: it would take the processes apart, who meet once more below
+    if main:
+        note_end(run, started, method)
+        if hook is not None and hook.before_and_after is not None:
+            best = state.best_step if state.num_evaluations > 1 else None  # of one score nothing is chosen
+            hook.before_and_after.conclude(state.step, best, partial(encoder_at, run, config))
+    accelerator.wait_for_everyone()
+
+
+def _is_first_process() -> bool:
+    """Whether this process writes: the first of several, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,141 @@
+"""ONNX files give torch's numbers for any batch and any patches; what can't be written leaves nothing behind."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+from command import smalti
+from smalti.errors import ConfigError, MissingExtraError, ShapeError, WeightsError
+from smalti.exporters import onnx as export
+from smalti.exporters.card import CARD
+from smalti.exporters.onnx import CONFIG, KEEP, WHOLE, export_onnx
+from smalti.exporters.timm import export_timm
+from smalti.functional.orders import random_orders
+from smalti.models.encoder import ClassHead, Encoder, build_encoder
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx")
+pytest.importorskip("onnxscript", reason="the extra onnx")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked() -> Iterator[None]:
+    """torch's exporter can't trace the checks of shapes."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def tiny(**arguments) -> Encoder:
+    return build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, seed=0, depth=1, embed_dim=24, num_heads=2, **arguments
+    )
+
+
+def run(path: Path, images: torch.Tensor, ids: torch.Tensor | None = None) -> list[torch.Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feed = {"images": images.numpy()} | ({} if ids is None else {"ids_keep": ids.numpy()})
+    return [torch.from_numpy(found) for found in session.run(None, feed)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"reg_tokens": 2, "class_token": False, "global_pool": "avg", "in_chans": 1}],
+    ids=["class token", "registers, one channel"],
+)
+@torch.no_grad()
+def test_files_give_torch_s_numbers_for_any_batch_and_any_patches(arguments, tmp_path):
+    encoder = tiny(**arguments).train()
+    encoder.class_head = ClassHead(torch.randn(3, 24), torch.randn(3), ("a", "b", "c"), "halton")
+    made = export_onnx(encoder, tmp_path / "out")
+    assert made.outputs == ("tokens", "vector", "logits") and made.difference < 1e-4
+    assert sorted(path.name for path in made.path.iterdir()) == [CARD, CONFIG, WHOLE, KEEP]
+    assert list(tmp_path.iterdir()) == [made.path] and encoder.training
+    encoder.eval()
+    for batch, count in ((1, 16), (5, 3)):
+        images, order = torch.rand(batch, encoder.in_chans, 32, 32), random_orders(torch.arange(batch), 16)
+        pixels = encoder.normalize(images)
+        tokens, vector, logits = run(made.path / WHOLE, pixels)
+        assert_close(tokens, encoder.encode(pixels).patches, atol=1e-4, rtol=0)
+        assert_close(vector, encoder.image_features(pixels), atol=1e-4, rtol=0)
+        assert_close(logits, vector @ encoder.class_head.weight.T + encoder.class_head.bias, atol=1e-4, rtol=0)
+        few = run(made.path / KEEP, pixels, order[:, :count])
+        assert few[0].shape == (batch, count, 24)
+        assert_close(few[1], encoder.image_features(pixels, order[:, :count]), atol=1e-4, rtol=0)
+    described = json.loads((made.path / CONFIG).read_text())
+    assert (described["classes"], described["order"], described["grid"]) == (["a", "b", "c"], "halton", [4, 4])
+
+
+@torch.no_grad()
+def test_timm_and_onnx_want_the_same_input_unless_told_otherwise(tmp_path):
+    encoder = tiny().eval()
+    encoder.set_normalization((0.3, 0.4, 0.5), (0.2, 0.25, 0.2))
+    images = torch.rand(2, 3, 32, 32)
+    pixels = encoder.normalize(images)
+    model = timm.create_model(f"local-dir:{export_timm(encoder, tmp_path / 'timm').path}", pretrained=True).eval()
+    expected = model.forward_features(pixels)[:, 1:]
+    same, unit = (export_onnx(encoder, tmp_path / name, input=name) for name in ("normalized", "unit"))
+    assert_close(run(same.path / WHOLE, pixels)[0], expected, atol=1e-4, rtol=0)
+    assert_close(run(unit.path / WHOLE, images)[0], expected, atol=1e-4, rtol=0)
+    for made, word in ((same, "normalised: (pixels in 0..1 - mean) / std"), (unit, "in 0..1; the model itself")):
+        for name in (WHOLE, KEEP):
+            session = onnxruntime.InferenceSession(made.path / name, providers=["CPUExecutionProvider"])
+            told = session.get_modelmeta().custom_metadata_map
+            assert (told["input"], told["mean"], told["std"]) == (made.path.name, "(0.3, 0.4, 0.5)", "(0.2, 0.25, 0.2)")
+            assert word in told["range"]
+        assert word in (made.path / CARD).read_text() and word in (made.path / CONFIG).read_text()
+    assert (
+        "normalised: (pixels in 0..1 - mean) / std, with mean (0.3, 0.4, 0.5)" in (tmp_path / "timm" / CARD).read_text()
+    )
+
+
+def test_a_fixed_number_of_patches_and_another_size(tmp_path):
+    made = export_onnx(tiny(), tmp_path / "out", image_size=48, keep=5)
+    assert made.outputs == ("tokens", "vector")
+    images, order = torch.rand(2, 3, 48, 48), random_orders(torch.arange(2), 36)
+    assert run(made.path / KEEP, images, order[:, :5])[0].shape == (2, 5, 24)
+    with pytest.raises(Exception, match="invalid dimensions for input: ids_keep"):
+        run(made.path / KEEP, images, order[:, :6])
+
+
+def test_other_numbers_are_not_handed_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_write", lambda *_: None)
+    monkeypatch.setattr(export, "compare", lambda *_: float("nan"))
+    with pytest.raises(WeightsError, match="ONNX Runtime's numbers differ from torch's by nan"):
+        export_onnx(tiny(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_write", lambda *_: pytest.fail("too late"))
+    for keep in (0, 17):
+        with pytest.raises(ConfigError, match=rf"keep={keep}: an image of 32x32 pixels has 16 patches; 1\.\.16"):
+            export_onnx(tiny(), tmp_path / "out", keep=keep)
+    with pytest.raises(ShapeError, match="does not divide"):
+        export_onnx(tiny(), tmp_path / "out", image_size=30)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").touch()
+    with pytest.raises(ConfigError, match=r"not empty \(it holds note.txt\)"):
+        export_onnx(tiny(), tmp_path / "full")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r"export to ONNX needs onnxscript: pip install \"smalti\[onnx\]\""):
+        export_onnx(tiny(), tmp_path / "out")
+
+
+def test_the_command_names_mistakes_in_one_line(tmp_path):
+    for words, line in (
+        (["--to", "jax"], "--to jax: this version exports to timm and onnx"),
+        (["--to", "timm", "--input", "unit"], "--input unit is for --to onnx; --to timm takes normalized images"),
+        (["--to", "onnx", "--input", "raw"], "--input raw: choose normalized or unit"),
+        (["--to", "timm", "keep=4"], "image_size and keep are for --to onnx"),
+        (["--to", "onnx", "keep=400"], "has 196 patches; 1..196"),
+    ):
+        done = smalti("export", "random:vit_tiny_patch16_224", "--out", tmp_path / "o", *words, code=2)
+        assert line in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
