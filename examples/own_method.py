@@ -19,14 +19,15 @@ from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.functional.masking import random_mask
 from smalti.functional.patches import patchify
 from smalti.functional.random import sample_uniform
-from smalti.methods.base import Method, register
+from smalti.methods.base import Method, MethodConfig, register
 from smalti.models.encoder import Encoder
 
 
 @settings
-class SimMIMConfig:
+class SimMIMConfig(MethodConfig):
     """Settings, ``method.*`` in plans and on the command line."""
 
+    name: str = "simmim"
     mask_ratio: float = 0.6
     """Fraction of patches that are hidden."""
 
