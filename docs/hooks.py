@@ -18,16 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "src" / "smalti"
 SHOWN = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site to the files at the top of the repository that they show."""
+FIRST = ("load", "train", "evaluate", "compare", "embed")
+"""Public names in the order in which they are needed; the others follow, functions before classes."""
 _LINK = re.compile(r"(?<!!)(\[[^\]]*\]\()([^)\s]+)(\))")
 _CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`(?!\]\())", re.M | re.S)
 
 
 def public_names() -> list[tuple[str, str]]:
-    """Each public name of ``smalti`` that is defined in the package, with the place where it is; functions first."""
+    """Each public name of ``smalti`` that is defined in the package, with the place where it is."""
     package = importlib.import_module("smalti")
     values = {name: getattr(package, name) for name in package.__all__}
     known = {name: value for name, value in values.items() if hasattr(value, "__qualname__")}
-    names = sorted(known, key=lambda name: (isinstance(known[name], type), name))
+    others = sorted(known.keys() - set(FIRST), key=lambda name: (isinstance(known[name], type), name))
+    names = [*(name for name in FIRST if name in known), *others]
     return [(name, f"{known[name].__module__}.{known[name].__qualname__}") for name in names]
 
 

@@ -59,6 +59,8 @@ def test_every_public_name_and_every_module_has_its_place() -> None:
     pages, sections = hooks.api()
     for name in ("load", "train", "evaluate", "compare", "embed", "Encoder"):
         assert name in smalti.__all__ and f"heading: smalti.{name}," in pages["api/index.md"]
+    assert [name for name, _ in hooks.public_names()][:2] == ["load", "train"]
+    assert len(hooks.public_names()) == len([name for name in smalti.__all__ if name not in ("__version__", "errors")])
     shown = {page.removeprefix("api/").removesuffix(".md") for page in pages}
     for path in (ROOT / "src" / "smalti").rglob("[!_]*.py"):
         module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
