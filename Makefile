@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup check test test-all test-isa demo bench clean
+.PHONY: setup check test test-all test-isa demo bench docs dist clean
 
 setup: .venv/ready
 
@@ -16,8 +16,8 @@ setup: .venv/ready
 	touch $@
 
 check: setup
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs examples
+	$(BIN)/ruff check src tests benchmarks docs examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -46,5 +46,15 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
 
+# Into site/; warnings are errors. To look at it: python3 -m http.server -d site
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The packages for PyPI, into dist/.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv dist site .pytest_cache .mypy_cache .ruff_cache
