@@ -85,8 +85,8 @@ def plan(images: Path, form: dict[str, Any], seeds: list[int]) -> dict[str, Any]
                 "protocols": ["finetune", "linear-probe"],
                 "train_size": form["labelled"],
                 "image_size": 32,
-                "epochs": form["epochs"],
-                "head_batch_size": 64,
+                "finetune": {"epochs": form["epochs"], "batch_size": 64},
+                "linear-probe": {"epochs": form["epochs"], "batch_size": 64},
             }
         ],
         "budget": {"steps": form["steps"]},

@@ -20,7 +20,8 @@ import torch
 
 import smalti
 from smalti.config import read_yaml
-from smalti.evaluation.protocol import EvalConfig, Result, read_results, write_results
+from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.result import Result, read_results, write_results
 from smalti.runs.machine import describe_machine
 from smalti.runs.train import resume
 

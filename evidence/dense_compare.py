@@ -25,7 +25,7 @@ def plan(clothing: Path, ccp: Path, weights: Path) -> dict[str, Any]:
         "data": str(ccp),
         "protocols": ["in-context", "linear-segmentation", "overclustering", "knn-patch"],
         "image_size": DENSE_SIZE,
-        "epochs": 7,
+        "linear-segmentation": {"epochs": 7},
     }
     return {
         "data": str(clothing / "train"),

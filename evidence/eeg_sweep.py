@@ -32,7 +32,9 @@ import smalti
 from smalti.config import write_atomically
 from smalti.data.signals.signal_config import SignalConfig
 from smalti.data.signals.sleep_samples import write_nights
-from smalti.evaluation.protocol import EvalConfig, evaluate, random_twin
+from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.evaluate import evaluate
+from smalti.evaluation.protocol import random_twin
 from smalti.evaluation.protocols.sleep_staging import area_under_log
 from smalti.models.encoder import Encoder
 from smalti.runs.machine import describe_machine
@@ -55,7 +57,7 @@ PRETRAINING: dict[str, Any] = {
     "checkpoint": {"every": 500},
     "devices": "cpu",
 }
-FINE_TUNING: dict[str, Any] = {"iters": 200, "head_batch_size": 32, "learning_rate": 1e-3}
+FINE_TUNING: dict[str, Any] = {"steps": 200, "batch_size": 32, "learning_rate": 1e-3}
 LEARNED, POSSIBLE, LEVEL = 0.05, 0.5, 0.95
 
 
@@ -81,11 +83,10 @@ def cell(arm: str, share: float, seed: int, encoder: Encoder, data: Path, out: P
         started = time.process_time()
         config = EvalConfig(
             protocols=("sleep-staging",),
-            fractions=(share,),
             seed=seed,
             baseline=False,
             signal=SignalConfig(),
-            **FINE_TUNING,
+            own={"sleep-staging": {**FINE_TUNING, "fractions": (share,)}},
         )
         result = evaluate(encoder, f"{arm}, seed {seed}", str(data), config)[0]
         content = {**result.metrics, "subjects": result.settings["label_sweep"][0]["subjects"]}

@@ -24,7 +24,14 @@ def plan(images: Path, ccp: Path, start: str, form: dict[str, Any], seeds: int) 
     neco = {"method": "neco", "method.num_local_views": 2, "init": start, **form["load"], **form["neco"]}
     return {
         "data": str(images),
-        "evaluate": [{"data": str(ccp), "protocols": PROTOCOLS, "image_size": form["dense_size"], "epochs": 7}],
+        "evaluate": [
+            {
+                "data": str(ccp),
+                "protocols": PROTOCOLS,
+                "image_size": form["dense_size"],
+                "linear-segmentation": {"epochs": 7},
+            }
+        ],
         "budget": {"images": form["images"]},
         "seeds": list(range(seeds)),
         "settings": {"batch_size": form["batch_size"], "checkpoint.every": 50, **form["settings"]},

@@ -64,7 +64,7 @@ def main() -> None:
         found = out / f"{name}_curve.json"
         if not found.is_file():
             what = ("--protocol", "keep-curve", "--data", data, "--out", out / f"{name}_curve", "--json", found)
-            smalti("evaluate", out / name, *what, "--quiet", "eval.split=test", f"eval.orders=[{orders}]")
+            smalti("evaluate", out / name, *what, "--quiet", "eval.split=test", f"eval.keep-curve.orders=[{orders}]")
         curves[name] = json.loads(found.read_text())
     content = {
         "collected_on": describe_machine(),

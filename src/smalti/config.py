@@ -55,6 +55,8 @@ class NamesPath:
 PathText = Annotated[str, NamesPath()]
 """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH``; relative paths are made absolute before a run is written."""
 
+OWN = "own"
+"""Field in which a class with :func:`open_groups` keeps them."""
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # pydantic's names
 _DEEPEST = 16  # groups inside of groups
 _MOST_VALUES = 100_000  # in a YAML file, aliases written out
@@ -221,7 +223,7 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings", group:
     Args:
         cls: a class decorated with :func:`settings`.
         tree: nested plain values, as read from YAML.
-        where: what to name in errors: a file, or "settings".
+        where: what to name in errors: a file, or "settings"; empty: nothing.
         group: the group of settings that this is, such as ``method``.
 
     Raises:
@@ -230,7 +232,7 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings", group:
     try:
         built = TypeAdapter(cls).validate_python(dict(tree))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_problem(cls, error, group, tree)}") from None
+        raise ConfigError(f"{where}{': ' if where else ''}{_first_problem(cls, error, group, tree)}") from None
     for key, value in flatten(to_tree(built), f"{group}." if group else "").items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ConfigError(f"{where}: {key}={_shown(value)}: a whole number must fit into 64 bits")
@@ -242,6 +244,8 @@ def _first_problem(cls: type, error: ValidationError, group: str, tree: Mapping[
     problems = error.errors(include_url=False)
     unknown = [p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")]
     problem = (unknown or problems)[0]
+    if isinstance(cause := problem.get("ctx", {}).get("error"), ConfigError):  # raised by a validator of ours
+        return str(cause)
     path = ".".join([*([group] if group else []), *(str(part) for part in problem["loc"])])
     if unknown:
         parent = cls
@@ -253,7 +257,7 @@ def _first_problem(cls: type, error: ValidationError, group: str, tree: Mapping[
             key for key in flatten(to_tree(tree)) if key not in wrong
         ]  # groups that are plain mappings in the class
         elsewhere = [f"{group}.{key}" if group else key for key in (*all_keys(cls), *given)]
-        return unknown_key(name, field_names(parent), ".".join(groups), elsewhere=elsewhere)
+        return unknown_key(name, key_names(parent), ".".join(groups), elsewhere=elsewhere)
     message = problem["msg"].removeprefix("Value error, ")
     limits = problem.get("ctx", {})
     for limit, words in _LIMITS.items():
@@ -314,9 +318,24 @@ def field_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
+def open_groups(cls: type) -> Mapping[str, type]:
+    """Groups that a settings class takes beside its fields, by name: those of ``eval`` are the protocols.
+
+    Such a class has a static method ``open_groups`` and keeps the groups in a field ``own``.
+    """
+    find = getattr(cls, "open_groups", None)
+    return find() if find is not None else {}
+
+
+def key_names(cls: type) -> list[str]:
+    """What may stand in a group of settings: its fields and its open groups."""
+    groups = open_groups(cls)
+    return [name for name in field_names(cls) if not (groups and name == OWN)] + list(groups)
+
+
 def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Dotted keys of all settings in a settings class and its groups."""
-    for name in field_names(cls):
+    for name in key_names(cls):
         inner = _field_type(cls, name)
         if inner is object:
             yield f"{prefix}{name}"
@@ -343,7 +362,9 @@ def field_docs(cls: type) -> dict[str, tuple[Any, str]]:
 
 
 def _field_type(cls: type, name: str) -> type:
-    """The settings class of a nested field; ``object`` where there is none."""
+    """The settings class of a nested field or open group; ``object`` where there is none."""
+    if name not in field_names(cls) and name in (groups := open_groups(cls)):
+        return groups[name]
     info = getattr(cls, "__pydantic_fields__", {}).get(name)
     annotation = info.annotation if info else object
     for candidate in (annotation, *get_args(annotation)):
@@ -387,7 +408,8 @@ def _names_path(annotation: Any, metadata: Iterable[Any] = ()) -> bool:
 def to_tree(value: Any) -> Any:
     """Plain values (what YAML and JSON can hold) of a settings object."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        tree = {field.name: to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {**tree, **tree.pop(OWN)} if hasattr(value, "open_groups") else tree
     if isinstance(value, Mapping):
         return {str(key): to_tree(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

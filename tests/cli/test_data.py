@@ -71,9 +71,9 @@ def test_every_command_says_what_it_reads_and_training_reads_train_alone(splits:
     run = tmp_path / "run"
     assert line in smalti("train", "mae", "--data", splits, "--out", run, *TINY).stderr
     assert json.loads((run / "run.json").read_text())["num_images"] == 12
-    assert line in smalti("evaluate", run, "--data", splits, "--protocol", "knn", "eval.k=3").stderr
+    assert line in smalti("evaluate", run, "--data", splits, "--protocol", "knn", "eval.knn.k=3").stderr
     assert line in smalti("embed", run, "--data", splits, "--out", tmp_path / "x.parquet").stderr
-    quiet = smalti("evaluate", run, "--data", splits, "--protocol", "knn", "eval.k=3", "--quiet")
+    quiet = smalti("evaluate", run, "--data", splits, "--protocol", "knn", "eval.knn.k=3", "--quiet")
     assert "data:" not in quiet.stderr
 
 
@@ -105,7 +105,7 @@ def test_a_table_with_labels_is_evaluated(splits: Path, tmp_path: Path) -> None:
     rows = [f"set/{path.relative_to(splits).as_posix()},{path.parent.name}" for path in sorted(splits.rglob("*/*.png"))]
     table = tmp_path / "labels.csv"
     table.write_text("path,label\n" + "\n".join(rows) + "\n")
-    done = smalti("evaluate", ENCODER, "--data", table, "--protocol", "knn", "eval.k=3", "eval.image_size=32")
+    done = smalti("evaluate", ENCODER, "--data", table, "--protocol", "knn", "eval.knn.k=3", "eval.image_size=32")
     assert "data: table: 24 images, 2 classes" in done.stderr and "top1" in done.stdout
 
 
@@ -117,7 +117,7 @@ def test_the_groups_of_a_table_are_resampled_whole(tmp_path: Path) -> None:
         rows.append(f"{number}.png,{kind},{'train' if number < 12 else 'test'},video{number // 4}")
     table, found = tmp_path / "labels.csv", tmp_path / "found.json"
     table.write_text("path,label,split,group\n" + "\n".join(rows) + "\n")
-    words = ("--data", table, "--protocol", "knn", "eval.k=3", "eval.image_size=32", "--json", found)
+    words = ("--data", table, "--protocol", "knn", "eval.knn.k=3", "eval.image_size=32", "--json", found)
     assert "resamplings of 3 groups of images (of the table)" in smalti("evaluate", ENCODER, *words).stdout
     settings = json.loads(found.read_text())["results"][0]["settings"]
     assert settings["num_test"] == 12 and "3 groups of images" in settings["intervals"]

@@ -14,7 +14,7 @@ from command import smalti
 from smalti.cli import embed, evaluate, samples
 from smalti.cli.main import app
 from smalti.config import build, parse_overrides
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.ranking.rank import RankConfig
 from smalti.registry import listed
 from smalti.runs.config import resolve

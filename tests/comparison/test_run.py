@@ -20,9 +20,10 @@ from smalti.comparison import run as module
 from smalti.comparison.cell import TRAINED, _steps_within, digest, images_digest
 from smalti.comparison.run import compare, read_comparison, read_plan
 from smalti.errors import ConfigError, DataError, RunError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.intervals import Interval
 from smalti.evaluation.paired import Row, about_lines, metric_rows, shared_headline
-from smalti.evaluation.protocol import EvalConfig, Result
+from smalti.evaluation.result import Result
 from smalti.models.loading import weights_digest
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}

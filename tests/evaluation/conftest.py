@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from smalti.data.images.labelled import open_labelled
+from smalti.evaluation.evaluate import open_unlabelled
 from smalti.evaluation.features import Features
-from smalti.evaluation.protocol import open_unlabelled
 from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
 
 STEP = 40

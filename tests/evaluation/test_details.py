@@ -8,15 +8,15 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.details import read_details, write_details
-from smalti.evaluation.protocol import EvalConfig
 from smalti.evaluation.tally import Tally, join_repetitions
 from smalti.functional.colours import palette
 from smalti.runs.baseline import evaluate
 
 
 def test_details_survive_their_folder(tiny, scenes, greys, tmp_path):
-    config = {"baseline": False, "epochs": 2}
+    config = {"baseline": False, "own": {"linear-segmentation": {"epochs": 2}}}
     results = evaluate(tiny, "a", str(scenes), EvalConfig(protocols=("linear-segmentation",), **config))
     results += evaluate(tiny, "a", str(greys), EvalConfig(protocols=("knn",), baseline=False))
     write_details(tmp_path, results)
@@ -49,7 +49,7 @@ def test_repetitions_and_many_classes_survive(tiny, greys, tmp_path):
 
 
 def test_predictions_open_in_any_viewer_with_distinct_colours(tiny, scenes, tmp_path):
-    config = EvalConfig(protocols=("linear-segmentation",), baseline=False, epochs=1)
+    config = EvalConfig(protocols=("linear-segmentation",), baseline=False, own={"linear-segmentation": {"epochs": 1}})
     write_details(tmp_path, evaluate(tiny, "a", str(scenes), config))
     with Image.open(next(tmp_path.glob("*/predictions/*.png"))) as image:
         assert image.mode == "P"
@@ -58,7 +58,7 @@ def test_predictions_open_in_any_viewer_with_distinct_colours(tiny, scenes, tmp_
 
 
 def test_what_pages_show_is_kept_once_for_all_protocols_of_an_encoder(tiny, scenes, tmp_path):
-    config = EvalConfig(protocols=("linear-segmentation",), epochs=1)
+    config = EvalConfig(protocols=("linear-segmentation",), own={"linear-segmentation": {"epochs": 1}})
     ours, twin = evaluate(tiny, "a", str(scenes), config, figures=True)
     shown = ours.details.shown
     height, width = shown.grid

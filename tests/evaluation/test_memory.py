@@ -13,11 +13,13 @@ from torch.testing import assert_close
 from smalti.data.views import random_resized_crop
 from smalti.errors import DataError
 from smalti.evaluation import memory as memory_module
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.memory import (
     CROP_AREA,
     CROP_ASPECT,
     HBIRD_STD,
     IMAGENET_STD,
+    MemoryConfig,
     Recipe,
     choose_k,
     choose_recipe,
@@ -27,7 +29,6 @@ from smalti.evaluation.memory import (
     patch_scores,
     unlabelled_places,
 )
-from smalti.evaluation.protocol import EvalConfig
 from smalti.functional.neighbours import patch_counts
 from smalti.models.encoder import build_encoder
 
@@ -46,21 +47,28 @@ def test_e8_patches_with_rare_classes_have_the_smallest_scores():
 def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     tiny.set_normalization((0.485, 0.456, 0.406), IMAGENET_STD)
     features = features_of(tiny, scenes, "masks")
-    assert choose_recipe(features, EvalConfig()) == Recipe(32, 50_000, "ignore", False, 1, "encoder")
-    assert choose_recipe(features, EvalConfig(preset="full")) == Recipe(512, 10_240_000, "ignore", True, 1, "encoder")
-    paper = choose_recipe(features, EvalConfig(preset="paper"))
+    assert choose_recipe(features, EvalConfig(), MemoryConfig()) == Recipe(32, 50_000, "ignore", False, 1, "encoder")
+    assert choose_recipe(features, EvalConfig(preset="full"), MemoryConfig()) == Recipe(
+        512, 10_240_000, "ignore", True, 1, "encoder"
+    )
+    paper = choose_recipe(features, EvalConfig(preset="paper"), MemoryConfig())
     assert paper == Recipe(512, 10_240_000, "class0", True, 2, "hbird")
-    still = choose_recipe(features, EvalConfig(preset="paper", augment=False, memory_size=7, image_size=64))
+    still = choose_recipe(
+        features, EvalConfig(preset="paper", image_size=64), MemoryConfig(augment=False, memory_size=7)
+    )
     assert still == Recipe(64, 7, "class0", False, 1, "hbird")  # a second pass would say the same again
     tiny.set_normalization((0.5,), (0.5,))
     assert (
-        choose_recipe(features, EvalConfig(preset="paper")).std == "encoder"
+        choose_recipe(features, EvalConfig(preset="paper"), MemoryConfig()).std == "encoder"
     )  # their slip is about ImageNet's numbers
 
 
 def test_patches_of_14_pixels_get_images_of_504(scenes, features_of):
     encoder = build_encoder("vit_tiny_patch16_224", img_size=28, patch_size=14, depth=1, seed=0)
-    assert choose_recipe(features_of(encoder, scenes, "masks"), EvalConfig(preset="full")).image_size == 504
+    assert (
+        choose_recipe(features_of(encoder, scenes, "masks"), EvalConfig(preset="full"), MemoryConfig()).image_size
+        == 504
+    )
 
 
 def test_all_labelled_patches_are_kept_in_order(perfect, scenes, features_of):
@@ -167,10 +175,10 @@ def test_the_search_is_done_once_where_it_fits_and_gives_the_same_anyway(tiny, s
 
 
 def test_the_number_of_neighbours_follows_the_memory():
-    assert choose_k(EvalConfig(), 30, 5000) == (30, {"k": 30})
-    assert choose_k(EvalConfig(), 30, 4999) == (10, {"k": 10})
-    assert choose_k(EvalConfig(preset="full"), 30, 4999) == (30, {"k": 30})
-    k, about = choose_k(EvalConfig(k=40), 30, 12)
+    assert choose_k(EvalConfig(), MemoryConfig(), 30, 5000) == (30, {"k": 30})
+    assert choose_k(EvalConfig(), MemoryConfig(), 30, 4999) == (10, {"k": 10})
+    assert choose_k(EvalConfig(preset="full"), MemoryConfig(), 30, 4999) == (30, {"k": 30})
+    k, about = choose_k(EvalConfig(), MemoryConfig(k=40), 30, 12)
     assert k == 12 and about["k_wanted"] == 40 and "12 patches, fewer than k" in about["k_note"]
 
 

@@ -11,31 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from smalti.config import build, field_docs
+from smalti.config import build, field_docs, field_names
 from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.evaluate import fitting_protocols, random_init
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import class_iou
-from smalti.evaluation.protocol import (
-    SHARE,
-    EvalConfig,
-    Result,
-    describe_result,
-    find_protocol,
-    fitting_protocols,
-    protocol_names,
-    random_init,
-    read_results,
-    write_results,
-)
+from smalti.evaluation.protocol import find_protocol, protocol_names
 from smalti.evaluation.protocols import linear_probe as linear_probe_module
+from smalti.evaluation.result import SHARE, Result, describe_result, read_results, write_results
 from smalti.runs.baseline import evaluate
 
 NAMES = tuple(
     name for name in protocol_names() if find_protocol(name).need != "stages" and find_protocol(name).has_baseline
 )
 """Those that judge an encoder on images; of signals: test_sleep_staging.py, generated images: test_generation.py."""
-QUICK: dict[str, object] = {"epochs": 2, "iters": 2, "speed": False}
-"""Settings that make any protocol end in a moment, and alike each time, given to those that heed them."""
+QUICK: dict[str, object] = {"epochs": 2, "steps": 2, "speed": False}
+"""Settings that make any protocol end in a moment, given to those that have them."""
 
 
 @pytest.fixture
@@ -46,8 +38,8 @@ def data(scenes, greys, photos, shapes):
 
 
 def quick(name, **settings):
-    heeds = find_protocol(name).heeds
-    return EvalConfig(protocols=(name,), **{k: v for k, v in QUICK.items() if k in heeds}, **settings)
+    own = {key: value for key, value in QUICK.items() if key in field_names(find_protocol(name).settings)}
+    return EvalConfig(protocols=(name,), own={name: own}, **settings)
 
 
 def test_names_and_what_fits_the_data(scenes, greys, photos):
@@ -107,7 +99,10 @@ def test_a_training_step_on_dropout_does_not_leak_into_the_numbers(scenes):
     noisy = build_encoder("vit_tiny_patch16_224", img_size=32, depth=1, seed=0, drop_path_rate=0.5, proj_drop_rate=0.5)
     noisy.train()
     first, again = (
-        evaluate(noisy, "mine", str(scenes), EvalConfig(epochs=1, baseline=False))[0].metrics for _ in range(2)
+        evaluate(noisy, "mine", str(scenes), EvalConfig(baseline=False, own={"linear-segmentation": {"epochs": 1}}))[
+            0
+        ].metrics
+        for _ in range(2)
     )
     assert first == again
 
@@ -116,12 +111,14 @@ def test_protocols_that_need_the_same_features_share_them(tiny, data, monkeypatc
     seen = []
     encode = Features.encode
     monkeypatch.setattr(Features, "encode", lambda self, *a: (seen.append(a[-1]), encode(self, *a))[1])
-    evaluate(tiny, "mine", data["knn"], EvalConfig(epochs=2, baseline=False))
+    evaluate(tiny, "mine", data["knn"], EvalConfig(baseline=False, own={"linear-probe": {"epochs": 2}}))
     assert seen == ["train images", "val images"]
 
 
 def test_the_order_of_results_is_that_of_the_protocols(tiny, data):
-    results = evaluate(tiny, "mine", data["knn"], EvalConfig(protocols=("linear-probe", "knn"), epochs=2))
+    results = evaluate(
+        tiny, "mine", data["knn"], EvalConfig(protocols=("linear-probe", "knn"), own={"linear-probe": {"epochs": 2}})
+    )
     assert [(r.protocol, r.is_baseline) for r in results] == [
         ("linear-probe", False),
         ("linear-probe", True),
@@ -186,24 +183,40 @@ def test_an_oblong_encoder_asks_for_a_square(data):
 
 
 def test_settings_without_effect_are_named_once(tiny, data):
-    with pytest.warns(UserWarning, match=r"eval\.k, eval\.augment: no effect on linear-probe"):
+    with pytest.warns(UserWarning, match=r"eval\.norm, eval\.in-context, eval\.knn: no effect on linear-probe"):
         evaluate(
             tiny,
             "mine",
             data["knn"],
-            EvalConfig(protocols=("linear-probe",), k=5, augment=True, epochs=1, baseline=False),
+            EvalConfig(
+                protocols=("linear-probe",),
+                baseline=False,
+                norm=False,
+                own={"knn": {"k": 5}, "in-context": {"augment": True}, "linear-probe": {"epochs": 1}},
+            ),
         )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluate(tiny, "mine", data["knn"], EvalConfig(protocols=("knn",), k=5, split="val", baseline=False))
+        evaluate(
+            tiny,
+            "mine",
+            data["knn"],
+            EvalConfig(protocols=("knn",), split="val", baseline=False, own={"knn": {"k": 5}}),
+        )
 
 
 def test_every_setting_is_documented_and_checked():
-    docs = field_docs(EvalConfig)
-    assert all(meaning for _, meaning in docs.values())
-    for key, value in (("k", 0), ("batch_size", 0), ("epochs", -1), ("cache_mib", -1), ("preset", "tiny")):
+    for cls in (EvalConfig, *EvalConfig.open_groups().values()):
+        assert all(meaning for _, meaning in field_docs(cls).values())
+    for key, value in (("batch_size", 0), ("cache_mib", -1), ("preset", "tiny")):
         with pytest.raises(ConfigError, match=f"eval: {key}="):
             build(EvalConfig, {key: value}, "eval")
+    with pytest.raises(ConfigError, match=r"^eval: eval.knn.k=0: at least 1 is needed$"):
+        build(EvalConfig, {"knn": {"k": 0}}, "eval")
+    with pytest.raises(ConfigError, match=r"eval.knn has no field 'kk'; did you mean 'k'"):
+        build(EvalConfig, {"knn": {"kk": 1}}, "eval")
+    with pytest.raises(ConfigError, match=r"eval.knn=3: needs settings, such as eval.knn.KEY=VALUE"):
+        build(EvalConfig, {"knn": 3}, "eval")
     with pytest.raises(ConfigError, match="did you mean 'image_size'"):
         build(EvalConfig, {"img_size": 3}, "eval")
 
@@ -256,7 +269,9 @@ def test_results_say_what_the_values_of_the_masks_mean(tiny, tmp_path):
                 path = tmp_path / folder / split / f"{stem.format(number)}.{ending}"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(path), values)
-    config = EvalConfig(protocols=("linear-segmentation",), epochs=2, baseline=False, absent="zero")
+    config = EvalConfig(
+        protocols=("linear-segmentation",), baseline=False, own={"linear-segmentation": {"epochs": 2, "absent": "zero"}}
+    )
     (plain,) = evaluate(tiny, "", str(tmp_path), config)
     assert plain.settings["layout"] == "ade20k" and plain.settings["num_classes"] == 150
     assert plain.settings["labels"] == "ADE20K's 150 classes, values less 1; 0 (other) is 255, ignored"
@@ -274,12 +289,11 @@ def test_masks_of_ones_own_have_their_meaning_in_classes_txt(tiny, scenes):
 @pytest.mark.parametrize("protocol", ["knn-patch", "in-context", "retrieval", "linear-segmentation", "overclustering"])
 def test_dense_tokens_are_never_refined_and_lose_the_norm_only_when_told_to(protocol, tiny, scenes):
     def judge(**more):
-        config = EvalConfig(protocols=(protocol,), baseline=False, epochs=2 if "linear" in protocol else None, **more)
-        [result] = evaluate(tiny, "mine", str(scenes), config)
+        [result] = evaluate(tiny, "mine", str(scenes), quick(protocol, baseline=False, **more))
         return result
 
     plain = judge()
-    assert plain.settings["tokens"] == "behind the final norm"
+    assert plain.settings["tokens"] == "after the final norm"
     with torch.no_grad():  # a norm that says nothing of the tokens: scores with it can only be a constant's
         tiny.vit.norm.weight.zero_()
     raw, silenced = judge(norm=False), judge()
@@ -306,7 +320,10 @@ def test_a_result_says_what_it_is_about_and_what_was_left_out(tiny, greys, tmp_p
     for split in ("train", "val"):
         (tmp_path / "greys" / split / "grey0" / "0.png").write_bytes(b"no image")
     (damaged,) = evaluate(
-        tiny, "", str(tmp_path / "greys"), EvalConfig(protocols=("linear-probe",), epochs=2, baseline=False)
+        tiny,
+        "",
+        str(tmp_path / "greys"),
+        EvalConfig(protocols=("linear-probe",), baseline=False, own={"linear-probe": {"epochs": 2}}),
     )
     assert describe_result(damaged) == (
         "16 val images, 32 px, preset small; left out: 1 unreadable, 1 unreadable in train"
@@ -319,8 +336,7 @@ def test_classes_without_evaluated_images_are_left_out_and_said_to_be(tiny, grey
     for label in (1, 3):
         shutil.rmtree(tmp_path / "greys" / "val" / f"grey{label}")
     for protocol in ("knn", "linear-probe"):
-        config = EvalConfig(protocols=(protocol,), epochs=2 if protocol == "linear-probe" else None, baseline=False)
-        (result,) = evaluate(tiny, "", str(tmp_path / "greys"), config)
+        (result,) = evaluate(tiny, "", str(tmp_path / "greys"), quick(protocol, baseline=False))
         assert describe_result(result).endswith("left out: 2 of 5 classes, which have no such images (grey1, grey3)")
         assert 0 <= result.metrics["balanced_top1"] <= 1 and math.isnan(result.per_class["recall"]["grey1"])
 
@@ -328,9 +344,14 @@ def test_classes_without_evaluated_images_are_left_out_and_said_to_be(tiny, grey
 def test_the_evaluated_split_has_its_own_name(tiny, greys, scenes, photos):
     (held_out,) = evaluate(tiny, "", str(greys / "train"), EvalConfig(protocols=("knn",), baseline=False))
     assert describe_result(held_out) == "7 held-out images, 32 px"
-    (few,) = evaluate(tiny, "", str(photos), EvalConfig(protocols=("rank",), num_images=5, baseline=False))
+    (few,) = evaluate(
+        tiny,
+        "",
+        str(photos),
+        EvalConfig(protocols=("effective-rank",), baseline=False, own={"effective-rank": {"num_images": 5}}),
+    )
     assert describe_result(few) == "5 of 24 images, 32 px"
-    config = EvalConfig(protocols=("overclustering",), repeats=1, baseline=False)
+    config = EvalConfig(protocols=("overclustering",), baseline=False, own={"overclustering": {"repeats": 1}})
     (clusters,) = evaluate(tiny, "", str(scenes), config)
     assert describe_result(clusters) == (
         "6 val images, 32 px, preset small, 96 patches; left out: K = 300, 500 (too few patches)"

@@ -23,7 +23,7 @@ from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views, collate
 from smalti.errors import ConfigError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.functional.boxes import normalize_boxes
 from smalti.functional.positions import patch_centres
 from smalti.functional.transport import sinkhorn

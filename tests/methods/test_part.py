@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from smalti.data.views import Views
 from smalti.errors import ConfigError
-from smalti.evaluation.protocol import random_init
+from smalti.evaluation.evaluate import random_init
 from smalti.evaluation.tuning import rate_fresh_positions, seeded, trainable_copy
 from smalti.functional.offgrid import Patches
 from smalti.functional.pairs import r_squared, select_pairs

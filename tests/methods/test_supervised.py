@@ -14,7 +14,7 @@ from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.methods.supervised import Supervised, SupervisedConfig, class_loss
 from smalti.models.encoder import build_encoder
 from smalti.models.loading import latest_checkpoint
@@ -123,7 +123,7 @@ def test_a_run_takes_the_classes_from_the_folders_and_learns_them(class_folders:
     config = read_yaml(run / "config.yaml")
     assert config["method"]["num_classes"] == 2 and config["pool"] == "prr"
     encoder = smalti.load(run)
-    config = EvalConfig(protocols=("knn",), baseline=False, k=3)
+    config = EvalConfig(protocols=("knn",), baseline=False, own={"knn": {"k": 3}})
     [result] = evaluate(encoder, "run", str(class_folders), config)
     assert result.metrics["top1"] == 1.0 and result.settings["pool"] == "prr"
 

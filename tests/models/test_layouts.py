@@ -502,7 +502,7 @@ def test_an_offset_never_changes_the_number_of_positions(old: int) -> None:
 
 
 def test_the_way_of_resampling_is_kept_by_description_export_and_twin(tmp_path: Path) -> None:
-    from smalti.evaluation.protocol import random_init
+    from smalti.evaluation.evaluate import random_init
 
     source = tiny(V2, img_size=56)
     torch.save(state(source), tmp_path / "x.pth")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from smalti.config import write_yaml
-from smalti.evaluation.protocol import Result, write_results
+from smalti.evaluation.result import Result, write_results
 from smalti.models.encoder import Encoder, build_encoder
 
 DATA = "scenes"

@@ -9,8 +9,8 @@ import pytest
 from htmlpage import check_page
 from smalti.comparison.run import Cell, Comparison, Cost, Plan, Row, compare, read_comparison
 from smalti.errors import ConfigError, RunError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.intervals import Interval
-from smalti.evaluation.protocol import EvalConfig
 from smalti.report.comparison import sentences, write_comparison
 from smalti.report.evaluation import save_evaluation, write_evaluation
 from smalti.runs.baseline import evaluate

@@ -10,7 +10,7 @@ import torch
 
 from htmlpage import Page, check_page
 from smalti.evaluation.details import read_details, write_details
-from smalti.evaluation.protocol import Boxes, Details, Result
+from smalti.evaluation.result import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.colours import palette

@@ -14,9 +14,10 @@ from test_methods import SMALL, WITH_ENCODER
 import smalti
 from smalti.config import merge, read_yaml
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.paired import result_cells
-from smalti.evaluation.protocol import EvalConfig, read_results, write_results
 from smalti.evaluation.protocols.keep_curve import OWN_HEAD
+from smalti.evaluation.result import read_results, write_results
 from smalti.methods.base import get_method
 from smalti.models.loading import as_loaded
 from smalti.models.weights import LoadConfig
@@ -172,7 +173,11 @@ def test_a_keep_curve_reads_the_untrained_network_through_its_own_untrained_head
     class_folders: Path, tmp_path: Path
 ) -> None:
     run = train(tmp_path / "run", "supervised", class_folders)
-    config = EvalConfig(protocols=("keep-curve",), image_size=32, rates=(0.0, 0.5), speed=False, orders=("halton",))
+    config = EvalConfig(
+        protocols=("keep-curve",),
+        image_size=32,
+        own={"keep-curve": {"rates": (0.0, 0.5), "speed": False, "orders": ("halton",)}},
+    )
     results = smalti.evaluate(smalti.load(run, quiet=True), str(run), str(class_folders), config)
     assert [result.baseline for result in results] == [None, "untrained"]
     assert [result.settings["head"] for result in results] == [OWN_HEAD, OWN_HEAD]

@@ -17,9 +17,10 @@ import smalti
 from smalti.cli.train import command
 from smalti.config import merge, read_yaml
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.intervals import Interval
 from smalti.evaluation.paired import Row
-from smalti.evaluation.protocol import SHARE, EvalConfig, Result, read_results
+from smalti.evaluation.result import SHARE, Result, read_results
 from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.report.page import write_report
@@ -355,4 +356,4 @@ def test_other_settings_are_judged_anew(with_test: Path, tmp_path: Path) -> None
     result = Result("knn-patch", "e", "d", {"miou": 0.5}, {"miou": SHARE}, {"split": "x"})
     judge().heard(3, [result])
     assert judge().knows(3) and judge(batch_size=1).knows(3)
-    assert not judge().knows(4) and not judge(k=7).knows(3)
+    assert not judge().knows(4) and not judge(own={"knn-patch": {"k": 7}}).knows(3)

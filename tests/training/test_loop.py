@@ -19,7 +19,7 @@ import smalti
 from smalti.cli.evaluate import as_trained
 from smalti.config import merge, read_yaml
 from smalti.errors import ConfigError, DataError, Interrupted, RunError, WeightsError
-from smalti.evaluation.protocol import SHARE, Result, write_results
+from smalti.evaluation.result import SHARE, Result, write_results
 from smalti.files import temporary_name
 from smalti.methods.base import get_method
 from smalti.methods.mae import MAE
@@ -822,6 +822,6 @@ def test_scores_of_another_evaluation_are_not_compared_with_those_before(
     evaluation = {"data": str(class_folders), "every": 2, "patience": 2}
     run = train(tmp_path / "a", photos, eval=evaluation)
     assert (state_of(run)["step"], state_of(run)["best_step"]) == (4, 0)
-    runs.resume(run, {"eval": {"patience": 0, "k": 3}}, quiet=True)
+    runs.resume(run, {"eval": {"patience": 0, "knn": {"k": 3}}}, quiet=True)
     state = state_of(run)
     assert (state["step"], state["best_step"], state["best_score"]) == (8, 8, 0.35)

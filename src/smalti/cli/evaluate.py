@@ -74,8 +74,6 @@ def command(
     check_names(tree)
     weights, fit = tree.pop("weights", None), group(tree, "load")
     settings = merge({name: tree[name] for name in PLAIN if name in tree}, tree.get("eval", {}))
-    if (features := settings.pop("features", None)) is not None:
-        settings["generated"], encoder = _as_generated(encoder, settings), str(features)
     settings = as_trained(encoder, str(data), settings)
     if protocol:
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
@@ -84,8 +82,10 @@ def command(
     from smalti.config import build
     from smalti.data.signals.signal_config import SignalConfig
     from smalti.data.signals.signal_set import open_signals
+    from smalti.evaluation.config import EvalConfig
     from smalti.evaluation.details import write_details
-    from smalti.evaluation.protocol import EvalConfig, open_sets, write_results
+    from smalti.evaluation.evaluate import open_sets
+    from smalti.evaluation.result import write_results
     from smalti.files import check_folder, check_writable
     from smalti.report.evaluation import RESULTS_FILE, check_free, save_evaluation
     from smalti.runs.baseline import evaluate
@@ -130,7 +130,7 @@ def check_names(tree: Mapping[str, Any]) -> None:
     known = (*PLAIN, *GROUPS)
     for name in tree:
         if name not in known:
-            from smalti.evaluation.protocol import EvalConfig
+            from smalti.evaluation.config import EvalConfig
             from smalti.models.weights import LoadConfig
 
             elsewhere = (*all_keys(EvalConfig, "eval."), *all_keys(LoadConfig, "load."))
@@ -145,7 +145,7 @@ def more_help() -> str:
 
 def own_settings() -> list[Setting]:
     """For ``smalti settings evaluate``: what this command takes, without what only evaluation in training uses."""
-    from smalti.evaluation.protocol import EvalConfig
+    from smalti.evaluation.config import EvalConfig
     from smalti.models.weights import LoadConfig
 
     of_eval = list(describe(EvalConfig, "eval."))
@@ -155,19 +155,6 @@ def own_settings() -> list[Setting]:
     grouped = [one for one in of_eval if one.key.removeprefix("eval.") not in (*PLAIN, *ELSEWHERE)]
     (weights, *others) = describe(LoadConfig, "load.")
     return [*plain, replace(weights, key="weights"), *grouped, *others]
-
-
-def _as_generated(folder: str, settings: dict[str, Any]) -> str:
-    """What stands in the encoder's place where ``eval.features`` names the encoder: a folder of generated images.
-
-    Raises:
-        ConfigError: if they are named twice, or it is a run, which has drawn nothing yet.
-    """
-    if settings.get("generated") is not None:
-        raise ConfigError(f"eval.generated={settings['generated']}: {folder} is evaluated already; leave one out")
-    if (Path(folder).expanduser() / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: is a run; draw images first, with smalti generate, and name their folder")
-    return folder
 
 
 def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from smalti.registry import use_modules
 if TYPE_CHECKING:
     import torch
 
-    from smalti.evaluation.protocol import Result
+    from smalti.evaluation.result import Result
     from smalti.models.encoder import Encoder
 
 EncoderSpec = Annotated[
@@ -147,7 +147,7 @@ def print_results(results: "list[Result]") -> None:
     """A table a protocol, the baseline beside the encoder, with intervals."""
     from smalti.cli.tables import plain_table, print_table
     from smalti.evaluation.paired import result_cells
-    from smalti.evaluation.protocol import BASELINE_LABELS, describe_result
+    from smalti.evaluation.result import BASELINE_LABELS, describe_result
 
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
     told: dict[str, None] = {}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from smalti.config import field_docs, to_tree
+from smalti.config import OWN, field_docs, open_groups, to_tree
 
 _NAMES: Mapping[Any, str] = {type(None): "null", int: "int", float: "float", str: "str", bool: "bool", Any: "any"}
 
@@ -39,7 +39,10 @@ def describe(cls: type, prefix: str = "", defaults: Mapping[str, Any] | None = N
         defaults: dotted keys (with the prefix) whose defaults are others than those of the class.
     """
     fields = getattr(cls, "__pydantic_fields__", {})
+    groups = open_groups(cls)
     for name, (default, meaning) in field_docs(cls).items():
+        if groups and name == OWN:
+            continue
         key, info = f"{prefix}{name}", fields[name]
         group = _group(info.annotation)
         if group is not None:
@@ -51,6 +54,8 @@ def describe(cls: type, prefix: str = "", defaults: Mapping[str, Any] | None = N
         yield Setting(
             key, type_text(info.annotation, info.metadata), shown, " ".join(meaning.replace("``", "").split())
         )
+    for name, group in groups.items():
+        yield from describe(group, f"{prefix}{name}.", defaults)
 
 
 def _group(annotation: Any) -> type | None:

@@ -79,7 +79,7 @@ def command(
 
 def _say_what_next(run: Path) -> None:
     from smalti.cli.options import print_results
-    from smalti.evaluation.protocol import read_results
+    from smalti.evaluation.result import read_results
     from smalti.methods.base import TokenMethod, get_method
     from smalti.runs.folder import read_run_file
     from smalti.runs.posttrain import read_verdict

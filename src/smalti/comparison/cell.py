@@ -24,8 +24,10 @@ import smalti
 from smalti.config import Seed, build, merge, settings, to_tree
 from smalti.data.images.folders import ImageSet
 from smalti.errors import RunError, SmaltiError, machine_trouble
+from smalti.evaluation.config import EvalConfig, determining
 from smalti.evaluation.details import write_details
-from smalti.evaluation.protocol import EvalConfig, determining, evaluate, write_results
+from smalti.evaluation.evaluate import evaluate
+from smalti.evaluation.result import write_results
 from smalti.files import remove_leftovers, write_atomically
 from smalti.methods.base import get_method
 from smalti.models.encoder import Encoder
@@ -120,7 +122,8 @@ def untrained_key(tree: Mapping[str, Any]) -> str:
 def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> str:
     """What determines the numbers of an evaluation, beside the weights."""
     plain = determining(build(EvalConfig, settings, "evaluate"), COSTLESS)
-    plain |= {"orders": [_with_digest(order) for order in plain["orders"]]} if "orders" in plain else {}
+    if (curve := plain.get("keep-curve")) is not None:
+        plain["keep-curve"] = {**curve, "orders": [_with_digest(order) for order in curve["orders"]]}
     return digest(plain, seed, images_digest(images), images.layout, smalti.__version__)
 
 

@@ -53,7 +53,9 @@ from smalti.config import (
 from smalti.data.images.folders import ImageSet, open_images, training_images
 from smalti.data.images.pixels import NO_PIXELS, trained_pixels
 from smalti.errors import ConfigError, Interrupted, RunError, SmaltiError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.details import read_details
+from smalti.evaluation.evaluate import open_sets
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval, few_seeds
 from smalti.evaluation.paired import (
     Row,
@@ -65,7 +67,8 @@ from smalti.evaluation.paired import (
     shared_headline,
     table_cells,
 )
-from smalti.evaluation.protocol import BaselineKind, EvalConfig, Result, find_protocol, open_sets, read_results
+from smalti.evaluation.protocol import find_protocol
+from smalti.evaluation.result import BaselineKind, Result, read_results
 from smalti.files import check_folder, is_free, remove_leftovers, write_atomically
 from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 from PIL import Image
 
-from smalti.evaluation.protocol import Boxes, Details, Result
+from smalti.evaluation.result import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
 from smalti.files import write_atomically

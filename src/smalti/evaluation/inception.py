@@ -57,5 +57,5 @@ def _extractor_class() -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise MissingExtraError('eval.inception needs torch-fidelity: pip install "smalti[gen]"') from None
+        raise MissingExtraError('eval.generation.inception needs torch-fidelity: pip install "smalti[gen]"') from None
     return FeatureExtractorInceptionV3

@@ -20,13 +20,14 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
+from smalti.config import Count, CountFromZero, settings
 from smalti.data.images.folders import ImageSet
 from smalti.data.images.labelled import eval_mask
 from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import ColorConfig, random_resized_crop, recolor
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
-from smalti.evaluation.protocol import EvalConfig
 from smalti.evaluation.protocols.linear_segmentation import (
     augmented_tokens,
     ignored_value,
@@ -38,8 +39,6 @@ from smalti.functional.neighbours import nearest, patch_counts
 from smalti.functional.random import sample_uniform
 from smalti.models.encoder import Encoder
 
-HEEDS = ("preset", "k", "memory_size", "void", "augment", "cache_mib", "cache_dtype", "norm")
-"""Settings that the memory and the search in it depend on."""
 PAPER_SIZE = 512
 """Side of the images in pixels, at most; 504 for patches of 14 pixels."""
 PAPER_MEMORY, SMALL_MEMORY = 10_240_000, 50_000
@@ -54,6 +53,20 @@ IMAGENET_STD, HBIRD_STD = (0.229, 0.224, 0.225), (0.229, 0.224, 0.255)
 """What is meant, and what the public code divides by."""
 _AT_ONCE = 16  # images whose patches are searched for at a time
 _KEPT_BYTES = 2**26  # neighbours up to this size are kept for the next protocol
+
+
+@settings
+class MemoryConfig:
+    """Settings of the memory of training patches, and of the search in it."""
+
+    k: Count | None = None
+    """Nearest neighbours; None: the preset's."""
+    memory_size: CountFromZero | None = None
+    """Training patches that are kept, at most; 0 keeps all; None: the preset's."""
+    void: Literal["ignore", "class0"] | None = None
+    """Pixels without a label in the memory: ignored, or class 0; None: the preset's."""
+    augment: bool | None = None
+    """Random crops and color jitter of the training images; None: the preset's."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class PatchMemory(NamedTuple):
         return self.counts.argmax(1)
 
 
-def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
+def choose_recipe(features: Features, config: EvalConfig, own: MemoryConfig) -> Recipe:
     """The preset with what the user changed.
 
     Raises:
@@ -102,7 +115,7 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         recipe = Recipe(size, PAPER_MEMORY, "ignore", True, 1, "encoder")
         if config.preset == "paper":
             recipe = dataclasses.replace(recipe, void="class0", epochs=2, std="hbird")
-    changed: dict[str, Any] = {"memory_size": config.memory_size, "void": config.void, "augment": config.augment}
+    changed: dict[str, Any] = {"memory_size": own.memory_size, "void": own.void, "augment": own.augment}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in changed.items() if value is not None})
     if not recipe.augment:  # a second pass would say the same again
         recipe = dataclasses.replace(recipe, epochs=1)
@@ -111,11 +124,11 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     return recipe
 
 
-def choose_k(config: EvalConfig, default: int, num_keys: int) -> tuple[int, dict[str, Any]]:
+def choose_k(config: EvalConfig, own: MemoryConfig, default: int, num_keys: int) -> tuple[int, dict[str, Any]]:
     """Number of neighbours, and what the settings of a result say about it."""
-    if config.k is None and config.preset == "small" and num_keys < FEW_KEYS:
+    if own.k is None and config.preset == "small" and num_keys < FEW_KEYS:
         default = min(default, FEW_K)
-    wanted = config.k or default
+    wanted = own.k or default
     if wanted <= num_keys:
         return wanted, {"k": wanted}
     return num_keys, {

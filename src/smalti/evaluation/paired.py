@@ -22,7 +22,7 @@ from smalti.evaluation.intervals import (
     interval,
     resample,
 )
-from smalti.evaluation.protocol import BASELINE_LABELS, SHARE, Details, Result, describe_result
+from smalti.evaluation.result import BASELINE_LABELS, SHARE, Details, Result, describe_result
 
 NO_DIFFERENCE = "no difference found"
 

@@ -310,7 +310,7 @@ def train(
             losses.append(loss.detach())
             if step % _CHECK_EVERY == 0 or step + 1 == num_steps:
                 if not torch.stack(losses[-_CHECK_EVERY:]).isfinite().all():
-                    raise RunError(f"{what}: the loss is not finite at step {step}; lower eval.learning_rate")
+                    raise RunError(f"{what}: the loss is not finite at step {step}; lower its learning_rate")
                 told = -math.inf
             if time.monotonic() - told > _TELL_EVERY_S:
                 told = time.monotonic()

@@ -21,7 +21,7 @@ from smalti.config import flatten, to_tree
 from smalti.errors import SmaltiError
 from smalti.evaluation.intervals import few_seeds
 from smalti.evaluation.paired import NO_DIFFERENCE, Row, about_lines, gain_cells, table_cells
-from smalti.evaluation.protocol import Result
+from smalti.evaluation.result import Result
 from smalti.files import write_atomically
 from smalti.report.details import Evaluated, detail_sections
 from smalti.report.figures import ForestRow, forest_chart, line_chart

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smalti.evaluation.protocol import BASELINE_LABELS, Details, Result
+from smalti.evaluation.result import BASELINE_LABELS, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.functional.colours import palette
 from smalti.functional.components import align_components

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details, write_details
-from smalti.evaluation.protocol import Result, read_results, write_results
+from smalti.evaluation.result import Result, read_results, write_results
 from smalti.files import is_free, write_atomically
 from smalti.reading import read_mapping
 from smalti.report.details import detail_sections

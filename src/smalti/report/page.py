@@ -16,7 +16,7 @@ from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.pixels import trained_pixels
 from smalti.errors import ConfigError, DataError, SmaltiError
 from smalti.evaluation.paired import result_cells
-from smalti.evaluation.protocol import BASELINE_LABELS, Baseline, Result, describe_result
+from smalti.evaluation.result import BASELINE_LABELS, Baseline, Result, describe_result
 from smalti.files import write_atomically
 from smalti.functional.components import reduce_patches
 from smalti.methods.base import TokenMethod, get_method, method_names

@@ -9,7 +9,7 @@ from typing import Any
 from smalti.config import Tree, read_yaml
 from smalti.errors import RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details
-from smalti.evaluation.protocol import Result, read_results
+from smalti.evaluation.result import Result, read_results
 from smalti.reading import as_number, read_csv, read_mapping
 from smalti.runs.posttrain import VERDICT_FILE, Verdict, read_verdict
 

@@ -4,10 +4,12 @@ import dataclasses
 import warnings
 
 from smalti.config import read_yaml
-from smalti.evaluation import protocol
+from smalti.evaluation import evaluate as evaluation
+from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.evaluate import random_baseline
 from smalti.evaluation.features import Progress
 from smalti.evaluation.paired import with_intervals
-from smalti.evaluation.protocol import Baseline, BaselineKind, EvalConfig, Result, random_baseline
+from smalti.evaluation.result import Baseline, BaselineKind, Result
 from smalti.models.encoder import Encoder
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, as_loaded, open_encoder, weights_digest
 from smalti.runs.build import build_method
@@ -42,7 +44,7 @@ def evaluate(
         ConfigError, DataError, ShapeError: as :func:`smalti.evaluation.protocol.evaluate`.
     """
     baseline = baseline_of(encoder, name, config.seed) if config.baseline else None
-    results = protocol.evaluate(encoder, name, data, config, baseline=baseline, progress=progress, figures=figures)
+    results = evaluation.evaluate(encoder, name, data, config, baseline=baseline, progress=progress, figures=figures)
     return with_intervals(results)
 
 

@@ -28,10 +28,8 @@ from smalti.data.images.pixels import NO_PIXELS, PixelConfig, Range
 from smalti.data.signals.signal_config import SignalConfig, as_read
 from smalti.data.signals.signal_set import is_signals, open_signals
 from smalti.errors import ConfigError, RunError
-from smalti.evaluation.protocol import (
-    EvalConfig,
-    find_protocol,
-)
+from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.protocol import find_protocol
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import MethodConfig, TokenMethod, get_method, method_names

@@ -6,15 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from smalti.errors import ConfigError
-from smalti.evaluation.protocol import (
-    BaselineKind,
-    Result,
-    determining,
-    evaluate,
-    fitting_protocols,
-    open_sets,
-    write_results,
-)
+from smalti.evaluation.config import determining
+from smalti.evaluation.evaluate import evaluate, fitting_protocols, open_sets
+from smalti.evaluation.result import BaselineKind, Result, write_results
 from smalti.methods.base import Method, get_method
 from smalti.models.encoder import Encoder
 from smalti.models.loading import (

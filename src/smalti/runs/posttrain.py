@@ -17,19 +17,12 @@ from typing import Any
 
 from smalti.data.images.folders import SPLITS, open_images
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig, determining
 from smalti.evaluation.details import read_details, write_details
+from smalti.evaluation.evaluate import evaluate, fitting_protocols
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS, Interval
 from smalti.evaluation.paired import Row, metric_rows, read_row, row_tree, table_cells
-from smalti.evaluation.protocol import (
-    EvalConfig,
-    Result,
-    describe_result,
-    determining,
-    evaluate,
-    fitting_protocols,
-    read_results,
-    write_results,
-)
+from smalti.evaluation.result import Result, describe_result, read_results, write_results
 from smalti.files import write_atomically
 from smalti.models.encoder import Encoder
 from smalti.reading import read_json, reading

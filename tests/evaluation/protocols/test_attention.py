@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from smalti.data.images.folders import LeftOut
 from smalti.errors import ConfigError, DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import spread
-from smalti.evaluation.protocol import EvalConfig
 from smalti.evaluation.protocols.attention import (
     EPS,
     AttentionObserver,
@@ -193,8 +193,9 @@ def test_an_image_without_objects_says_nothing():
 
 
 def run(encoder, data, features_of, need="masks", **settings):
-    config = EvalConfig(num_images=settings.pop("num_images", 64), parity=settings.pop("parity", False))
-    observers = {"attention": AttentionObserver(config.num_images)}
+    own = {name: settings.pop(name) for name in ("num_images", "parity") if name in settings}
+    config = EvalConfig(own={"attention": own})
+    observers = {"attention": AttentionObserver(config.of("attention").num_images)}
     return attention(features_of(encoder, data, need, observers=observers, **settings), config)
 
 
@@ -248,7 +249,7 @@ def test_order_of_images_and_batch_size_do_not_matter(scenes, features_of):
 
 def test_it_shares_the_pass_of_another_protocol(scenes, features_of, monkeypatch):
     features = features_of(small_vit(), scenes, "masks", observers={"attention": AttentionObserver(64)})
-    linear_segmentation(features, EvalConfig(epochs=1, learning_rate=0.1))
+    linear_segmentation(features, EvalConfig(own={"linear-segmentation": {"epochs": 1, "learning_rate": 0.1}}))
     monkeypatch.setattr(features, "encode", None)
     assert attention(features, EvalConfig()).metrics["nmi_last"] > 0
 

@@ -16,7 +16,7 @@ from smalti.data.images.coco import annotated_image
 from smalti.data.images.labelled import open_labelled
 from smalti.errors import ConfigError, DataError, MissingExtraError
 from smalti.evaluation import coco_ap
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols import detection as module
 from smalti.evaluation.protocols.detection import (
     Augmented,
@@ -76,7 +76,9 @@ def test_it_learns_boxes_and_outlines_and_leaves_the_encoder_alone(quick, encode
         row["file_name"] = f"v{row['file_name']}"
     rewritten(root, table, "val")
     before = clone_encoder(encoder64).state_dict()
-    scores = detection(features_of(encoder64, root, "boxes"), EvalConfig(iters=120, learning_rate=1e-3))
+    scores = detection(
+        features_of(encoder64, root, "boxes"), EvalConfig(own={"detection": {"steps": 120, "learning_rate": 1e-3}})
+    )
     assert scores.metrics["ap50"] > 0.8 and scores.metrics["mask_ap50"] > 0.8
     assert scores.curves["loss"][-1] < 0.5 * scores.curves["loss"][0]
     assert scores.settings["num_crowds"] == 1 and scores.settings["masks"]
@@ -88,7 +90,7 @@ def test_it_learns_boxes_and_outlines_and_leaves_the_encoder_alone(quick, encode
 
 
 def test_the_same_seed_gives_the_same_numbers_with_any_number_of_workers(quick, tiny, shapes, features_of):
-    config = EvalConfig(iters=3, image_size=32, seed=5, frozen_blocks=1)
+    config = EvalConfig(image_size=32, seed=5, own={"detection": {"steps": 3, "frozen_blocks": 1}})
     first = detection(features_of(tiny, shapes, "boxes"), config)
     again = detection(features_of(tiny, shapes, "boxes", num_workers=1, batch_size=3), config)
     other = detection(features_of(tiny, shapes, "boxes"), EvalConfig(**{**vars(config), "seed": 6}))
@@ -175,11 +177,11 @@ def test_published_recipes(encoder64, shapes, features_of):
     rates = [warm_steps(s, 22_128, peak=1e-4, num_warmup=250, milestones=module.MILESTONES) for s in range(22_128)]
     assert rates[:2] == pytest.approx([4e-7, 8e-7]) and rates[249] == rates[19_666] == 1e-4
     assert rates[19_667] == rates[21_305] == pytest.approx(1e-5) and rates[21_306] == pytest.approx(1e-6)
-    changed = EvalConfig(iters=10, learning_rate=1e-3, head_batch_size=2, image_size=32)
+    changed = EvalConfig(image_size=32, own={"detection": {"steps": 10, "learning_rate": 1e-3, "batch_size": 2}})
     recipe = choose_recipe(features, changed)
     assert (recipe.iters, recipe.batch_size, recipe.learning_rate, recipe.image_size) == (10, 2, 1e-3, 32)
-    with pytest.raises(ConfigError, match=r"eval.frozen_blocks=3: vit_tiny_patch16_224 has 2 blocks"):
-        choose_recipe(features, EvalConfig(frozen_blocks=3))
+    with pytest.raises(ConfigError, match=r"eval.detection.frozen_blocks=3: vit_tiny_patch16_224 has 2 blocks"):
+        choose_recipe(features, EvalConfig(own={"detection": {"frozen_blocks": 3}}))
 
 
 def test_augmented_boxes_and_masks_stay_on_their_object(shapes):
@@ -209,7 +211,7 @@ def test_augmented_boxes_and_masks_stay_on_their_object(shapes):
 
 def test_boxes_alone_where_outlines_are_rectangles_or_not_wanted(quick, tiny, tmp_path, features_of):
     root = write_shapes(tmp_path, {"train": 3, "val": 3})
-    config = EvalConfig(iters=1, image_size=32, masks=False)
+    config = EvalConfig(image_size=32, own={"detection": {"steps": 1, "masks": False}})
     assert set(detection(features_of(tiny, root, "boxes"), config).metrics) == set(coco_ap.NAMES)
     for split in ("train", "val"):
         table = listed(root, split)
@@ -218,16 +220,16 @@ def test_boxes_alone_where_outlines_are_rectangles_or_not_wanted(quick, tiny, tm
                 x, y, width, height = item["bbox"]
                 item["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
         rewritten(root, table, split)
-    scores = detection(features_of(tiny, root, "boxes"), EvalConfig(iters=1, image_size=32))
+    scores = detection(features_of(tiny, root, "boxes"), EvalConfig(image_size=32, own={"detection": {"steps": 1}}))
     assert set(scores.metrics) == set(coco_ap.NAMES) and not scores.settings["masks"]
     with pytest.raises(
-        DataError, match=r"eval.masks=true needs an outline .* all outlines are their boxes' rectangles"
+        DataError, match=r"eval.detection.masks=true needs an outline .* all outlines are their boxes' rectangles"
     ):
-        detection(features_of(tiny, root, "boxes"), EvalConfig(iters=1, masks=True))
+        detection(features_of(tiny, root, "boxes"), EvalConfig(own={"detection": {"steps": 1, "masks": True}}))
     table["annotations"][0]["segmentation"] = []
     rewritten(root, table, "val")
-    with pytest.raises(DataError, match=r"png has none for the object at x .* leave eval.masks out"):
-        detection(features_of(tiny, root, "boxes"), EvalConfig(iters=1, masks=True))
+    with pytest.raises(DataError, match=r"png has none for the object at x .* leave eval.detection.masks out"):
+        detection(features_of(tiny, root, "boxes"), EvalConfig(own={"detection": {"steps": 1, "masks": True}}))
 
 
 def no_categories(root, table):
@@ -277,7 +279,7 @@ def test_what_cannot_be_used_gets_one_line_before_anything_is_trained(mistake, l
     mistake(root, table)
     rewritten(root, table, "val")
     with pytest.raises(DataError, match=line) as caught:
-        detection(features_of(tiny, root, "boxes"), EvalConfig(iters=10**9))
+        detection(features_of(tiny, root, "boxes"), EvalConfig(own={"detection": {"steps": 10**9}}))
     assert "\n" not in str(caught.value)
 
 
@@ -288,7 +290,7 @@ def test_other_layouts_splits_and_a_missing_library(tiny, shapes, scenes, greys,
         open_labelled(shapes, need="boxes", split="test")
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(MissingExtraError, match=r'pip install "smalti\[detection\]"'):
-        detection(features_of(tiny, shapes, "boxes"), EvalConfig(iters=10**9))
+        detection(features_of(tiny, shapes, "boxes"), EvalConfig(own={"detection": {"steps": 10**9}}))
 
 
 def test_images_without_annotations_are_left_out_and_boxes_over_the_border_clipped(tmp_path):

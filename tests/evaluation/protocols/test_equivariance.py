@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.equivariance import (
     VIEWS,
     compare_views,
@@ -86,7 +86,7 @@ def test_an_enlarged_middle_is_the_middle_upsampled():
 
 
 def test_scores(tiny, photos, constant, features_of):
-    scores = equivariance(features_of(tiny, photos, "images"), EvalConfig(num_images=7))
+    scores = equivariance(features_of(tiny, photos, "images"), EvalConfig(own={"equivariance": {"num_images": 7}}))
     assert list(scores.metrics) == [
         "match",
         *(f"match_{v}" for v in VIEWS),

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from evaluation.conftest import STEP, tiny_encoder, write_image
 from smalti.errors import ConfigError, DataError, ShapeError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.finetune import Augmented, Classifier, choose_recipe, finetune
 from smalti.evaluation.tuning import seeded, trainable_copy
 from smalti.models.encoder import clone_encoder
@@ -20,7 +20,7 @@ from smalti.models.encoder import clone_encoder
 
 def test_it_learns_classes_that_can_be_told_apart_and_leaves_the_encoder_alone(tiny, greys, features_of):
     before = clone_encoder(tiny).state_dict()
-    scores = finetune(features_of(tiny, greys, "labels"), EvalConfig(head_batch_size=8))
+    scores = finetune(features_of(tiny, greys, "labels"), EvalConfig(own={"finetune": {"batch_size": 8}}))
     assert scores.metrics["top1"] > 0.9 and scores.metrics["balanced_top1"] > 0.9
     assert scores.metrics["top5"] == 1.0  # of five classes
     assert scores.curves["loss"][-1] < 0.5 * scores.curves["loss"][0]
@@ -33,7 +33,7 @@ def test_it_learns_classes_that_can_be_told_apart_and_leaves_the_encoder_alone(t
 
 @pytest.mark.parametrize("preset", ["small", "full"])
 def test_the_same_seed_gives_the_same_numbers_with_any_number_of_workers(preset, tiny, greys, features_of):
-    config = EvalConfig(preset=preset, epochs=1, head_batch_size=8, image_size=32, seed=5)
+    config = EvalConfig(preset=preset, image_size=32, seed=5, own={"finetune": {"epochs": 1, "batch_size": 8}})
     first = finetune(features_of(tiny, greys, "labels"), config)
     again = finetune(features_of(tiny, greys, "labels", num_workers=1, batch_size=3), config)
     other = finetune(features_of(tiny, greys, "labels"), EvalConfig(**{**vars(config), "seed": 6}))
@@ -80,7 +80,7 @@ def test_the_classifier_is_timms_with_average_pooling():
 
 
 def augmented(samples, encoder, features, **settings):
-    recipe = choose_recipe(features, EvalConfig(image_size=32, head_batch_size=4, **settings))
+    recipe = choose_recipe(features, EvalConfig(image_size=32, **settings, own={"finetune": {"batch_size": 4}}))
     return Augmented(samples, recipe, encoder.mean, encoder.std)
 
 
@@ -103,9 +103,9 @@ def test_grey_images_of_one_channel_and_of_16_bits(tmp_path, features_of):
                 write_image(tmp_path / "deep" / split / f"{label}" / f"{number}.png", grey)
                 write_image(tmp_path / "flat" / split / f"{label}" / f"{number}.png", (grey >> 8).astype(np.uint8))
     encoder = tiny_encoder(in_chans=1)
-    config = EvalConfig(epochs=1, head_batch_size=4)
+    config = EvalConfig(own={"finetune": {"epochs": 1, "batch_size": 4}})
     assert 0 <= finetune(features_of(encoder, tmp_path / "deep", "labels"), config).metrics["top1"] <= 1
-    full = EvalConfig(preset="full", image_size=32, epochs=1, head_batch_size=4)
+    full = EvalConfig(preset="full", image_size=32, own={"finetune": {"epochs": 1, "batch_size": 4}})
     assert "top5" not in finetune(features_of(encoder, tmp_path / "flat", "labels"), full).metrics
     with pytest.raises(DataError, match=r"RandAugment knows 8-bit images .* float32 with 1; use eval\.preset=small"):
         finetune(features_of(encoder, tmp_path / "deep", "labels"), full)
@@ -119,15 +119,15 @@ def test_images_that_cannot_be_read_are_left_out(tiny, greys, tmp_path, features
                 write_image(tmp_path / split / f"{label}" / f"{number}.png", image)
             (tmp_path / split / f"{label}" / "bad.png").write_bytes(b"no image")
     features = features_of(tiny, tmp_path, "labels")
-    scores = finetune(features, EvalConfig(epochs=2, head_batch_size=3))
+    scores = finetune(features, EvalConfig(own={"finetune": {"epochs": 2, "batch_size": 3}}))
     assert scores.confusion.sum() == 4
     assert len(features.skipped) == 4
 
 
 def test_mistakes_are_told_in_one_line(tiny, greys, features_of):
     features = features_of(tiny, greys, "labels")
-    with pytest.raises(ConfigError, match=r"^eval\.head_batch_size=3: preset full mixes pairs; make it even$"):
-        finetune(features, EvalConfig(preset="full", head_batch_size=3))
+    with pytest.raises(ConfigError, match=r"^eval\.finetune\.batch_size=3: an even number is needed for mixup$"):
+        finetune(features, EvalConfig(preset="full", own={"finetune": {"batch_size": 3}}))
     with pytest.raises(ShapeError, match="images are 30x30 pixels, which patch_size=8 does not divide"):
         finetune(features, EvalConfig(image_size=30))
 
@@ -152,7 +152,9 @@ def test_pooling_is_chosen_and_reported(tiny, greys, features_of):
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
     found = {}
     for pool in ("auto", "avg", "cls", "prr", "map"):
-        scores = finetune(features_of(tiny, greys, "labels"), EvalConfig(epochs=2, head_batch_size=8, pool=pool))
+        scores = finetune(
+            features_of(tiny, greys, "labels"), EvalConfig(pool=pool, own={"finetune": {"epochs": 2, "batch_size": 8}})
+        )
         found[pool] = scores.curves["loss"]
         assert scores.settings["pool"].startswith("mean patch" if pool in ("auto", "avg") else pool)
     assert found["auto"] == found["avg"]

@@ -13,12 +13,15 @@ from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from command import smalti
+from smalti.config import build
 from smalti.data.images.labelled import load_images
 from smalti.errors import ConfigError, DataError, MissingExtraError, WeightsError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.details import read_details, write_details
+from smalti.evaluation.evaluate import open_sets
 from smalti.evaluation.inception import Inception
-from smalti.evaluation.protocol import EvalConfig, open_sets, read_results
 from smalti.evaluation.protocols import generation as module
+from smalti.evaluation.result import read_results
 from smalti.models.encoder import build_encoder
 from smalti.report.evaluation import save_evaluation
 from smalti.runs.baseline import evaluate
@@ -34,7 +37,9 @@ def small(dim: int = 6):
 
 
 def judge(data, generated, encoder=None, **settings):
-    config = EvalConfig(protocols=("generation",), generated=str(generated), **settings)
+    shared = {name: settings.pop(name) for name in ("image_size", "seed", "baseline", "pool") if name in settings}
+    own = {"generation": {"generated": str(generated), **settings}}
+    config = EvalConfig(protocols=("generation",), own=own, **shared)
     (result,) = evaluate(encoder or small(), "mine", str(data), config)
     return result
 
@@ -133,13 +138,13 @@ def test_too_few_images_for_the_features_are_said_so(greys, tmp_path):
 def test_mistakes_are_found_before_there_is_an_encoder(greys, tmp_path):
     folder = noise(tmp_path / "noise", 2)
     for settings, error, message in (
-        ({}, ConfigError, "give eval.generated=FOLDER"),
+        ({}, ConfigError, "give eval.generation.generated=FOLDER"),
         ({"generated": str(tmp_path / "no")}, DataError, "no such file or folder"),
-        ({"generated": str(folder), "repeats": 5}, ConfigError, "5 resamples are too few"),
+        ({"generated": str(folder), "repeats": 5}, ConfigError, "eval.generation.repeats=5: at least 20 is needed"),
         ({"generated": str(folder), "inception": str(tmp_path / "no.pth")}, WeightsError, "does not exist"),
     ):
         with pytest.raises(error, match=message):
-            open_sets(str(greys), EvalConfig(protocols=("generation",), **settings))
+            open_sets(str(greys), build(EvalConfig, {"protocols": ["generation"], "generation": settings}))
     with pytest.raises(DataError, match="2 generated images can be read; at least 3 are needed"):
         judge(greys, folder)
 
@@ -180,17 +185,14 @@ def test_the_nearest_training_image_of_a_copy_is_the_original(greys, tmp_path):
     assert np.array_equal(sheet[:, :64], sheet[:, 64:128])
 
 
-def test_both_ways_to_ask_on_the_command_line_are_one(greys, tmp_path, monkeypatch):
+def test_the_command_line_prints_the_numbers_with_their_errors(greys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    folder = noise(tmp_path / "noise", 40)
-    common = ["--data", str(greys), "--protocol", "generation", "--quiet", "eval.image_size=32"]
-    encoder, found = "random:vit_tiny_patch16_224", []
-    for number, words in enumerate(([encoder, f"eval.generated={folder}"], [str(folder), f"eval.features={encoder}"])):
-        out = tmp_path / f"{number}.json"
-        done = smalti("evaluate", *words, *common, "--json", out)
-        assert "±" in done.stdout and "mostly bias" in done.stderr
-        found.append(read_results(out)[0].metrics)
-    assert found[0] == found[1]
+    folder, out = noise(tmp_path / "noise", 40), tmp_path / "found.json"
+    words = ["--data", greys, "--protocol", "generation", "--quiet", "eval.image_size=32"]
+    words += [f"eval.generation.generated={folder}", "--json", out]
+    done = smalti("evaluate", "random:vit_tiny_patch16_224", *words)
+    assert "±" in done.stdout and "mostly bias" in done.stderr
+    assert read_results(out)[0].settings["num_generated"] == 40
 
 
 def test_of_a_folder_of_smalti_generate_the_samples_alone_are_judged(greys, tmp_path):
@@ -199,14 +201,6 @@ def test_of_a_folder_of_smalti_generate_the_samples_alone_are_judged(greys, tmp_
     (tmp_path / "out" / "samples.json").write_text("{}")
     shutil.copy(tmp_path / "out" / "images" / "cat" / "000.png", tmp_path / "out" / "grid.png")
     assert judge(greys, tmp_path / "out").settings["num_generated"] == 16
-
-
-def test_a_run_draws_nothing_by_itself(greys, tmp_path):
-    from smalti.cli.evaluate import command
-
-    (tmp_path / "config.yaml").write_text("method: mar")
-    with pytest.raises(ConfigError, match="is a run; draw images first, with smalti generate"):
-        command(str(tmp_path), ["eval.features=random:vit_tiny_patch16_224"], data=str(greys), protocol="generation")
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +262,7 @@ def test_inception_looks_at_the_size_of_what_was_generated_and_not_at_the_encode
 def test_neighbours_are_as_many_everywhere_and_those_that_are_told(greys, tmp_path):
     folder = noise(tmp_path / "noise", 4)
     assert judge(greys, folder).settings["k"] == 3
-    with pytest.raises(ConfigError, match=r"eval.k=4: so few images have 1\.\.3 neighbours"):
+    with pytest.raises(ConfigError, match=r"eval.generation.k=4: so few images have 1\.\.3 neighbours"):
         judge(greys, folder, k=4)
 
 
@@ -280,5 +274,7 @@ def test_weights_of_something_else_are_not_inception_s(tmp_path, inception):
 
 def test_without_torch_fidelity_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(MissingExtraError, match=r'eval.inception needs torch-fidelity: pip install "smalti\[gen\]"'):
+    with pytest.raises(
+        MissingExtraError, match=r'eval.generation.inception needs torch-fidelity: pip install "smalti\[gen\]"'
+    ):
         Inception(tmp_path / "weights.pth")

@@ -10,8 +10,8 @@ from sklearn.metrics import average_precision_score
 from torch.nn import functional as F
 
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
-from smalti.evaluation.protocol import EvalConfig
 from smalti.evaluation.protocols.in_context import in_context, upsampled_argmax
 from smalti.evaluation.protocols.knn_patch import knn_patch
 from smalti.evaluation.protocols.retrieval import average_precision_at, precision_at, retrieval
@@ -59,11 +59,15 @@ def test_upsampling_is_bilinear_and_ties_go_to_the_lowest_class():
 
 def test_e18_a_perfect_encoder_gets_everything_right(perfect, scenes, features_of):
     features = features_of(perfect, scenes, "masks")
-    scores = in_context(features, EvalConfig(mask_size=4, k=5))  # a pixel of the mask is a patch
+    scores = in_context(
+        features, EvalConfig(own={"in-context": {"mask_size": 4, "k": 5}})
+    )  # a pixel of the mask is a patch
     assert scores.metrics == {"miou": 1.0, "pixel_accuracy": 1.0}
     assert list(scores.per_class["iou"]) == ["ground", "leaf", "stone"]
-    assert 0.85 < in_context(features, EvalConfig(k=5)).metrics["miou"] < 1  # corners go to the bilinear majority
-    assert knn_patch(features, EvalConfig(k=5)).metrics == {"top1": 1.0, "balanced_top1": 1.0}
+    assert (
+        0.85 < in_context(features, EvalConfig(own={"in-context": {"k": 5}})).metrics["miou"] < 1
+    )  # corners go to the bilinear majority
+    assert knn_patch(features, EvalConfig(own={"knn-patch": {"k": 5}})).metrics == {"top1": 1.0, "balanced_top1": 1.0}
     found = retrieval(features, EvalConfig()).metrics
     assert found == {"precision_at_10": 1.0, "precision_at_1": 1.0, "precision_at_5": 1.0, "map_at_10": 1.0}
 
@@ -72,7 +76,7 @@ def test_e18_a_constant_encoder_gets_the_prior_of_the_memory(constant, scenes, f
     features = features_of(constant, scenes, "masks")
     labels = masks_of(scenes, [f"val{i}" for i in range(6)])
     share = float((labels == 0).mean())  # the first class is the most frequent
-    segmented = in_context(features, EvalConfig(mask_size=4, k=10**6))
+    segmented = in_context(features, EvalConfig(own={"in-context": {"mask_size": 4, "k": 10**6}}))
     assert all((prediction == 0).all() for prediction in segmented.predictions.values())
     first_pixels = masks_of(scenes, [f"val{i}" for i in range(6)])
     counted = np.ones_like(first_pixels, dtype=bool)
@@ -80,8 +84,11 @@ def test_e18_a_constant_encoder_gets_the_prior_of_the_memory(constant, scenes, f
     assert segmented.metrics["pixel_accuracy"] == pytest.approx(float((labels[counted] == 0).mean()))
     assert segmented.metrics["miou"] == pytest.approx(segmented.metrics["pixel_accuracy"] / 3)
     assert segmented.per_class["iou"]["leaf"] == segmented.per_class["iou"]["stone"] == 0.0
-    assert knn_patch(features, EvalConfig(k=10**6)).metrics == {"top1": pytest.approx(share), "balanced_top1": 1 / 3}
-    found = retrieval(features, EvalConfig(k=10**6))
+    assert knn_patch(features, EvalConfig(own={"knn-patch": {"k": 10**6}})).metrics == {
+        "top1": pytest.approx(share),
+        "balanced_top1": 1 / 3,
+    }
+    found = retrieval(features, EvalConfig(own={"retrieval": {"k": 10**6}}))
     train = masks_of(scenes, [f"train{i}" for i in range(16)])
     prior = np.bincount(train.ravel(), minlength=3) / train.size
     expected = float((np.bincount(labels.ravel(), minlength=3) / labels.size) @ prior)
@@ -111,7 +118,7 @@ def test_training_images_are_encoded_once_for_all_three(tiny, scenes, monkeypatc
 
 def test_the_paper_preset_is_what_the_public_code_does(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    paper = in_context(features, EvalConfig(preset="paper", image_size=32, memory_size=200))
+    paper = in_context(features, EvalConfig(preset="paper", image_size=32, own={"in-context": {"memory_size": 200}}))
     said = {key: paper.settings[key] for key in ("void", "matching", "absent", "augment_epochs", "temperature", "k")}
     assert said == {
         "void": "class0",
@@ -122,7 +129,10 @@ def test_the_paper_preset_is_what_the_public_code_does(tiny, scenes, features_of
         "k": 30,
     }
     assert paper.settings["memory_size"] == 2 * 16 * 6 and paper.settings["comparable"].startswith("open-hummingbird")
-    ours = in_context(features, EvalConfig(preset="paper", image_size=32, memory_size=200, matching="direct"))
+    ours = in_context(
+        features,
+        EvalConfig(preset="paper", image_size=32, own={"in-context": {"memory_size": 200, "matching": "direct"}}),
+    )
     assert paper.metrics["miou"] >= ours.metrics["miou"]  # a matching can only raise it
     small = in_context(features, EvalConfig())
     assert small.settings["comparable"] == "small preset: not comparable with published numbers"
@@ -139,9 +149,9 @@ def test_matching_renames_predictions_and_tallies_alike(perfect, scenes, tmp_pat
         mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         turned[path.stem] = np.where(mask < 2, 1 - np.minimum(mask, 1), mask).astype(np.uint8)
     features = features_of(perfect, copy_with(scenes, tmp_path, masks=turned), "masks")
-    config = EvalConfig(mask_size=4, k=5)
+    config = EvalConfig(own={"in-context": {"mask_size": 4, "k": 5}})
     direct = in_context(features, config)
-    matched = in_context(features, dataclasses.replace(config, matching="hungarian"))
+    matched = in_context(features, EvalConfig(own={"in-context": {"mask_size": 4, "k": 5, "matching": "hungarian"}}))
     assert direct.metrics["miou"] == pytest.approx(1 / 3) and matched.metrics["miou"] == 1.0
     for scores in (direct, matched):
         assert scores.tallies["miou"].score() == pytest.approx(scores.metrics["miou"])
@@ -155,7 +165,10 @@ def test_classes_that_occur_nowhere_count_as_the_convention_says(perfect, scenes
     (root / "classes.txt").unlink()
     (root / "classes.txt").write_text("ground\nleaf\nstone\nghost\n")
     features = features_of(perfect, root, "masks")
-    skip, zero = (in_context(features, EvalConfig(mask_size=4, k=5, absent=absent)) for absent in ("skip", "zero"))
+    skip, zero = (
+        in_context(features, EvalConfig(own={"in-context": {"mask_size": 4, "k": 5, "absent": absent}}))
+        for absent in ("skip", "zero")
+    )
     assert (skip.metrics["miou"], zero.metrics["miou"]) == (1.0, 0.75)
     assert np.isnan(skip.per_class["iou"]["ghost"])
     assert np.isnan(retrieval(features, EvalConfig()).per_class["map_at_10"]["ghost"])
@@ -163,8 +176,10 @@ def test_classes_that_occur_nowhere_count_as_the_convention_says(perfect, scenes
 
 def test_a_temperature_decides_between_the_nearest_and_the_many(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    cold, warm = (in_context(features, EvalConfig(k=200, temperature=t)) for t in (1e-4, 100.0))
-    one = in_context(features, EvalConfig(k=1))
+    cold, warm = (
+        in_context(features, EvalConfig(own={"in-context": {"k": 200, "temperature": t}})) for t in (1e-4, 100.0)
+    )
+    one = in_context(features, EvalConfig(own={"in-context": {"k": 1}}))
     assert cold.metrics == pytest.approx(one.metrics, abs=0.01) and warm.metrics != cold.metrics
     assert (cold.settings["temperature"], one.settings["temperature"]) == (1e-4, 0.02)
 
@@ -183,7 +198,9 @@ def test_retrieval_scores_equal_scikit_learns():
 
 
 def test_a_memory_smaller_than_k_is_used_as_a_whole_and_said(protocol, tiny, scenes, features_of):
-    settings = protocol(features_of(tiny, scenes, "masks"), EvalConfig(k=30, memory_size=16)).settings
+    settings = protocol(
+        features_of(tiny, scenes, "masks"), EvalConfig(own={key: {"k": 30, "memory_size": 16} for key in PROTOCOLS})
+    ).settings
     assert (settings["k"], settings["k_wanted"], settings["memory_size"]) == (16, 30, 16)
     assert settings["k_note"] == "the whole memory: it has 16 patches, fewer than k"
 
@@ -216,8 +233,8 @@ def test_a_judged_image_without_a_label_is_left_out_with_a_warning(protocol, tin
 def test_a_wrong_mask_gets_one_line_in_every_dense_protocol(name, mask, line, tiny, scenes, tmp_path):
     root = copy_with(scenes, tmp_path, masks={"val1": mask})
     with pytest.raises(DataError, match=line) as caught:
-        iters = 1 if name == "segmenter" else None  # which reads masks to evaluate after training
-        evaluate(tiny, "mine", str(root), EvalConfig(protocols=(name,), baseline=False, iters=iters))
+        own = {name: {"steps": 1} if name == "segmenter" else {}}  # it reads masks to evaluate after training
+        evaluate(tiny, "mine", str(root), EvalConfig(protocols=(name,), baseline=False, own=own))
     assert "\n" not in str(caught.value)
 
 
@@ -234,7 +251,7 @@ def test_a_wrong_mask_of_a_training_image_is_named(protocol, tiny, scenes, tmp_p
     root = copy_with(scenes, tmp_path, masks={"train1": np.zeros((32, 32, 3), np.uint8)})
     for augment in (False, True):
         with pytest.raises(DataError, match=r"train1\.png: a mask of mode RGB"):
-            protocol(features_of(tiny, root, "masks"), EvalConfig(augment=augment))
+            protocol(features_of(tiny, root, "masks"), EvalConfig(own={key: {"augment": augment} for key in PROTOCOLS}))
 
 
 @pytest.mark.parametrize("name", [*PROTOCOLS, "linear-segmentation"])

@@ -11,9 +11,10 @@ from torch import Tensor
 from smalti.data.images.folders import open_images
 from smalti.data.order_files import write_orders
 from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
-from smalti.evaluation.protocol import EvalConfig, Result, describe_result, read_results, write_results
 from smalti.evaluation.protocols.keep_curve import OWN_HEAD, PAPER_RATES, RATES, TABLE, keep_curve
+from smalti.evaluation.result import Result, describe_result, read_results, write_results
 from smalti.functional.orders import area_under, knee, num_kept, random_orders
 from smalti.models.encoder import ClassHead, Encoder, PatchFeatures, build_encoder
 from smalti.runs.baseline import evaluate
@@ -89,7 +90,10 @@ def test_area_and_knee_of_the_paper_s_figure() -> None:  # digitised; plotted x 
 def test_an_order_is_worth_what_it_keeps(greys: Path, features_of: Callable[..., Features]) -> None:
     encoder = tiny_encoder(CornerEncoder)
     encoder.class_head = known_head(classes_of(greys))
-    scores = keep_curve(features_of(encoder, greys, "labels"), EvalConfig(orders=("raster", "border_in"), speed=False))
+    scores = keep_curve(
+        features_of(encoder, greys, "labels"),
+        EvalConfig(own={"keep-curve": {"orders": ("raster", "border_in"), "speed": False}}),
+    )
     curve = scores.settings["keep_curve"]
     last_share = 2 / 16  # of the test images, those of the last class
     for rate, top1 in zip(curve["raster"]["rate"], curve["raster"]["top1"], strict=True):
@@ -112,12 +116,14 @@ def test_an_order_is_worth_what_it_keeps(greys: Path, features_of: Callable[...,
 
 
 def test_a_head_is_fitted_where_the_encoder_has_none(greys: Path, features_of: Callable[..., Features]) -> None:
-    scores = keep_curve(features_of(tiny_encoder(CornerEncoder), greys, "labels"), EvalConfig(speed=False))
+    scores = keep_curve(
+        features_of(tiny_encoder(CornerEncoder), greys, "labels"), EvalConfig(own={"keep-curve": {"speed": False}})
+    )
     assert scores.metrics["top1"] == 1.0 and "fitted" in scores.settings["head"]
     assert list(scores.settings["orders"]) == ["halton", "variance", "random", "fixed_random"]
     strange = tiny_encoder(CornerEncoder)
     strange.class_head = known_head(("a", "b", "c", "d", "e"), "raster")
-    scores = keep_curve(features_of(strange, greys, "labels"), EvalConfig(speed=False))
+    scores = keep_curve(features_of(strange, greys, "labels"), EvalConfig(own={"keep-curve": {"speed": False}}))
     assert scores.settings["head_note"] == "the run's own head classifies other classes"
 
 
@@ -151,7 +157,8 @@ def test_a_file_among_others_means_all_its_orders_and_the_first_that_was_asked_f
     both = {"file first": (str(path), "halton"), "name first": ("halton", str(path))}
     found = {
         case: keep_curve(
-            features_of(encoder, greys, "labels"), EvalConfig(orders=orders, rates=(0.0, 0.5), speed=False)
+            features_of(encoder, greys, "labels"),
+            EvalConfig(own={"keep-curve": {"orders": orders, "rates": (0.0, 0.5), "speed": False}}),
         )
         for case, orders in both.items()
     }
@@ -163,14 +170,17 @@ def test_a_file_among_others_means_all_its_orders_and_the_first_that_was_asked_f
         assert (told["order"], told["order_note"]) == (order, "the first that was asked for")
         assert f"order {order}" in describe_result(Result("keep-curve", "", "", {}, {}, told))
     assert found["file first"].metrics["mean_top1"] == found["name first"].metrics["mean_top1_collapse"]
-    own = keep_curve(features_of(encoder, greys, "labels"), EvalConfig(rates=(0.0, 0.5), speed=False)).settings
+    own = keep_curve(
+        features_of(encoder, greys, "labels"), EvalConfig(own={"keep-curve": {"rates": (0.0, 0.5), "speed": False}})
+    ).settings
     assert (own["order"], own["order_note"]) == ("raster", "the one that the encoder learned with")
 
 
 def test_a_real_encoder_whole_is_the_same_by_any_order(greys: Path, features_of: Callable[..., Features]) -> None:
     names = ("attention", "variance", "halton", "fixed_random:3")
     scores = keep_curve(
-        features_of(tiny_encoder(), greys, "labels"), EvalConfig(orders=names, rates=(0.0, 0.5), epochs=5, speed=True)
+        features_of(tiny_encoder(), greys, "labels"),
+        EvalConfig(own={"keep-curve": {"orders": names, "rates": (0.0, 0.5), "epochs": 5, "speed": True}}),
     )
     curve = scores.settings["keep_curve"]
     assert len({points["top1"][0] for points in curve.values()}) == 1
@@ -181,7 +191,7 @@ def test_a_real_encoder_whole_is_the_same_by_any_order(greys: Path, features_of:
 def test_results_come_back_from_their_file_and_the_twin_is_asked_in_the_same_order(greys: Path, tmp_path: Path) -> None:
     encoder = tiny_encoder()
     encoder.class_head = known_head(classes_of(greys), "raster")
-    config = EvalConfig(protocols=("keep-curve",), rates=(0.0, 0.5, 0.9), epochs=3)
+    config = EvalConfig(protocols=("keep-curve",), own={"keep-curve": {"rates": (0.0, 0.5, 0.9), "epochs": 3}})
     results = evaluate(encoder, "run", str(greys), config)
     assert [result.settings["order"] for result in results] == ["raster", "raster"]
     # timm's random initialisation has no head of its own, so both have fitted ones
@@ -200,7 +210,7 @@ def test_results_come_back_from_their_file_and_the_twin_is_asked_in_the_same_ord
     ("more", "line"),
     [
         ({"orders": ("colapse",)}, "there is no order 'colapse'"),
-        ({"orders": ("coverage",)}, "order 'coverage' stands in a file of smalti rank"),
+        ({"orders": ("coverage",)}, "order 'coverage' comes from a file of smalti rank"),
         ({"orders": ("nowhere.parquet",)}, "is not a file"),
         ({"rates": (0.5,)}, "at least two that rise"),
         ({"rates": (0.5, 0.2)}, "at least two that rise"),
@@ -208,7 +218,7 @@ def test_results_come_back_from_their_file_and_the_twin_is_asked_in_the_same_ord
 )
 def test_mistakes_are_one_line_each(more, line: str, greys: Path, features_of: Callable[..., Features]) -> None:
     with pytest.raises((ConfigError, DataError), match=line):
-        keep_curve(features_of(tiny_encoder(), greys, "labels"), EvalConfig(**more))
+        keep_curve(features_of(tiny_encoder(), greys, "labels"), EvalConfig(own={"keep-curve": more}))
 
 
 def test_orders_of_other_images_or_another_grid_are_refused(
@@ -216,7 +226,11 @@ def test_orders_of_other_images_or_another_grid_are_refused(
 ) -> None:
     other = orders_file(tmp_path / "other.parquet", scenes)
     with pytest.raises(DataError, match="has orders of 0 of the 16 images"):
-        keep_curve(features_of(tiny_encoder(), greys, "labels"), EvalConfig(orders=(str(other),)))
+        keep_curve(
+            features_of(tiny_encoder(), greys, "labels"), EvalConfig(own={"keep-curve": {"orders": (str(other),)}})
+        )
     fine = orders_file(tmp_path / "fine.parquet", greys, size=8)
     with pytest.raises(ShapeError, match="orders of 8x8 patches, the images have 4x4"):
-        keep_curve(features_of(tiny_encoder(), greys, "labels"), EvalConfig(orders=(str(fine),)))
+        keep_curve(
+            features_of(tiny_encoder(), greys, "labels"), EvalConfig(own={"keep-curve": {"orders": (str(fine),)}})
+        )

@@ -9,7 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols import knn as module
 from smalti.evaluation.protocols.knn import knn, nearest, vote
 
@@ -52,26 +52,26 @@ def test_chunks_give_the_same_neighbours(monkeypatch):
 
 
 def test_e18_a_perfect_encoder_finds_every_class(perfect, greys, features_of):
-    scores = knn(features_of(perfect, greys, "labels"), EvalConfig(k=4))
+    scores = knn(features_of(perfect, greys, "labels"), EvalConfig(own={"knn": {"k": 4}}))
     assert scores.metrics["top1"] == scores.metrics["balanced_top1"] == scores.metrics["top5"] == 1.0
     assert scores.per_class["recall"] == {f"grey{label}": 1.0 for label in range(5)}
     assert next(iter(scores.metrics)) == "top1"
 
 
 def test_e18_a_constant_encoder_gets_the_most_frequent_class(constant, greys, features_of):
-    scores = knn(features_of(constant, greys, "labels"), EvalConfig(k=32))
+    scores = knn(features_of(constant, greys, "labels"), EvalConfig(own={"knn": {"k": 32}}))
     assert scores.metrics["top1"] == 0.5  # half of the images are of the first class
     assert scores.metrics["balanced_top1"] == pytest.approx(1 / 5)
 
 
 def test_k_beyond_the_training_set_takes_all_and_says_so(constant, greys, features_of):
-    scores = knn(features_of(constant, greys, "labels"), EvalConfig(k=1000))
+    scores = knn(features_of(constant, greys, "labels"), EvalConfig(own={"knn": {"k": 1000}}))
     assert scores.settings["k"] == 32 and scores.settings["k_wanted"] == 1000
     assert "all training images vote" in scores.settings["k_note"]
 
 
 def test_other_k_are_reported_where_there_are_enough_images(perfect, greys, features_of):
-    scores = knn(features_of(perfect, greys, "labels"), EvalConfig(k=4))
+    scores = knn(features_of(perfect, greys, "labels"), EvalConfig(own={"knn": {"k": 4}}))
     assert set(scores.metrics) == {"top1", "balanced_top1", "top5", "top1_k10", "top1_k20"}  # not k100: 32 images
 
 

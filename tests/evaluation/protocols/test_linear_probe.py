@@ -15,7 +15,7 @@ from smalti.data.images.image_set import ImageSample
 from smalti.data.loader import epoch_order
 from smalti.data.views import random_resized_crop
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.linear_probe import (
     LEARNING_RATES,
     LastBlocks,
@@ -112,7 +112,12 @@ def test_an_encoder_without_class_token_is_read_by_its_mean_patch(greys, feature
     bare = build_encoder(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, seed=0, class_token=False, global_pool="avg"
     )
-    assert linear_probe(features_of(bare, greys, "labels"), EvalConfig(epochs=2)).settings["features"] == "avg"
+    assert (
+        linear_probe(features_of(bare, greys, "labels"), EvalConfig(own={"linear-probe": {"epochs": 2}})).settings[
+            "features"
+        ]
+        == "avg"
+    )
 
 
 def test_one_image_a_class_is_too_few_to_choose_by(tiny, greys, features_of):
@@ -161,7 +166,7 @@ def test_dinos_crops_are_pillows_bilinear_ones(tmp_path):
 
 def test_dinos_form_learns_and_leaves_the_encoder_alone(tiny, greys, features_of):
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
-    config = EvalConfig(preset="paper", image_size=32, epochs=80, head_batch_size=8)
+    config = EvalConfig(preset="paper", image_size=32, own={"linear-probe": {"epochs": 80, "batch_size": 8}})
     features = features_of(tiny, greys, "labels")
     scores = linear_probe(features, config)
     frequencies = torch.tensor([1 / 2, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
@@ -186,7 +191,9 @@ def test_dinos_form_for_an_encoder_without_a_class_token(features_of, greys):
 
 def test_the_pooling_that_an_encoder_hands_on_takes_the_place_of_the_class_token(tiny, greys, features_of):
     def features(pool="auto"):
-        scores = linear_probe(features_of(tiny, greys, "labels"), EvalConfig(epochs=1, pool=pool))
+        scores = linear_probe(
+            features_of(tiny, greys, "labels"), EvalConfig(pool=pool, own={"linear-probe": {"epochs": 1}})
+        )
         return scores.settings["grid"].partition(" x ")[2]
 
     assert features() == features("cls") == "cls | cls+avg"

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from smalti.data.images.labelled import open_labelled
 from smalti.data.loader import epoch_order
 from smalti.errors import DataError, RunError, ShapeError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.linear_segmentation import (
     GRID,
     Head,
@@ -77,22 +77,38 @@ def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     assert choose_recipe(features, EvalConfig(preset="paper")) == Recipe(448, 100, 25, 128, True, "zero", (0.01,))
     assert choose_recipe(features, EvalConfig()) == Recipe(32, 32, 300, 16, False, "skip", GRID)  # an epoch is one step
     changed = EvalConfig(
-        preset="paper", augment=False, epochs=3, mask_size=50, absent="skip", image_size=64, learning_rate=1
+        preset="paper",
+        image_size=64,
+        own={
+            "linear-segmentation": {
+                "augment": False,
+                "epochs": 3,
+                "mask_size": 50,
+                "absent": "skip",
+                "learning_rate": 1,
+            }
+        },
     )
     assert choose_recipe(features, changed) == Recipe(64, 50, 3, 128, False, "skip", (1.0,))
 
 
 def test_e18_a_perfect_encoder_segments_perfectly(perfect, scenes, features_of):
-    config = EvalConfig(mask_size=4, epochs=60)  # a pixel of the mask is a patch: nothing is lost at borders
+    config = EvalConfig(
+        own={"linear-segmentation": {"mask_size": 4, "epochs": 60}}
+    )  # a pixel of the mask is a patch: nothing is lost at borders
     scores = linear_segmentation(features_of(perfect, scenes, "masks"), config)
     assert scores.metrics == {"miou": 1.0, "pixel_accuracy": 1.0}
     assert list(scores.per_class["iou"]) == ["ground", "leaf", "stone"]
-    full = linear_segmentation(features_of(perfect, scenes, "masks"), EvalConfig(epochs=60))
+    full = linear_segmentation(
+        features_of(perfect, scenes, "masks"), EvalConfig(own={"linear-segmentation": {"epochs": 60}})
+    )
     assert 0.85 < full.metrics["miou"] < 1  # corners of patches go to the bilinear majority
 
 
 def test_e18_a_constant_encoder_gets_the_majority_class(constant, scenes, features_of):
-    scores = linear_segmentation(features_of(constant, scenes, "masks"), EvalConfig(mask_size=4, epochs=60))
+    scores = linear_segmentation(
+        features_of(constant, scenes, "masks"), EvalConfig(own={"linear-segmentation": {"mask_size": 4, "epochs": 60}})
+    )
     masks = [cv2.imread(str(scenes / "masks" / f"val{i}.png"), cv2.IMREAD_UNCHANGED)[::8, ::8] for i in range(6)]
     labels = np.concatenate([mask[mask != 255] for mask in masks])
     share = float((labels == 0).mean())
@@ -117,19 +133,23 @@ def test_tokens_come_in_the_same_batches_whether_kept_or_not(perfect, scenes, fe
 def test_e18_the_length_of_tokens_does_not_matter(perfect, scenes, features_of, scale):
     encode = perfect.encode
     perfect.encode = lambda images: encode(images)._replace(patches=encode(images).patches * scale)
-    scores = linear_segmentation(features_of(perfect, scenes, "masks"), EvalConfig(mask_size=4, epochs=100))
+    scores = linear_segmentation(
+        features_of(perfect, scenes, "masks"), EvalConfig(own={"linear-segmentation": {"mask_size": 4, "epochs": 100}})
+    )
     assert scores.metrics["miou"] == 1.0
 
 
 def test_judged_images_choose_no_learning_rate(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    chosen = linear_segmentation(features, EvalConfig(epochs=5)).settings
+    chosen = linear_segmentation(features, EvalConfig(own={"linear-segmentation": {"epochs": 5}})).settings
     assert chosen["learning_rates_tried"].keys() == {f"{rate:g}" for rate in GRID}
     features = features_of(tiny, scenes, "masks")
     few = dataclasses.replace(features.data.test, samples=features.data.test.samples[:1])
     features.data = dataclasses.replace(features.data, test=few)
-    assert linear_segmentation(features, EvalConfig(epochs=5)).settings == chosen
-    told = linear_segmentation(features, EvalConfig(epochs=5, learning_rate=0.3)).settings
+    assert linear_segmentation(features, EvalConfig(own={"linear-segmentation": {"epochs": 5}})).settings == chosen
+    told = linear_segmentation(
+        features, EvalConfig(own={"linear-segmentation": {"epochs": 5, "learning_rate": 0.3}})
+    ).settings
     assert told["learning_rate"] == 0.3 and told["learning_rates_tried"] == {}
 
 
@@ -138,32 +158,44 @@ def test_one_training_image_needs_a_learning_rate(tiny, scenes, features_of):
     one = dataclasses.replace(features.data.train, samples=features.data.train.samples[:1])
     features.data = dataclasses.replace(features.data, train=one)
     with pytest.raises(DataError, match=r"one training image, .* set eval\.learning_rate"):
-        linear_segmentation(features, EvalConfig(epochs=1))
-    assert linear_segmentation(features, EvalConfig(epochs=1, learning_rate=0.1)).metrics
+        linear_segmentation(features, EvalConfig(own={"linear-segmentation": {"epochs": 1}}))
+    assert linear_segmentation(
+        features, EvalConfig(own={"linear-segmentation": {"epochs": 1, "learning_rate": 0.1}})
+    ).metrics
 
 
 def test_order_of_judged_images_batch_size_and_cache_do_not_matter(tiny, scenes, features_of):
-    whole = linear_segmentation(features_of(tiny, scenes, "masks"), EvalConfig(epochs=5))
+    whole = linear_segmentation(
+        features_of(tiny, scenes, "masks"), EvalConfig(own={"linear-segmentation": {"epochs": 5}})
+    )
     turned = features_of(tiny, scenes, "masks", batch_size=3, cache_mib=0)
     assert not turned.tokens("train", 32).is_kept and features_of(tiny, scenes, "masks").tokens("train", 32).is_kept
     test = dataclasses.replace(turned.data.test, samples=turned.data.test.samples[::-1])
     turned.data = dataclasses.replace(turned.data, test=test)
-    again = linear_segmentation(turned, EvalConfig(epochs=5))
+    again = linear_segmentation(turned, EvalConfig(own={"linear-segmentation": {"epochs": 5}}))
     assert again.metrics == pytest.approx(whole.metrics, abs=2e-3)  # a float may round the other way
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_another_head(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    first, again = (linear_segmentation(features, EvalConfig(epochs=3)) for _ in range(2))
+    first, again = (
+        linear_segmentation(features, EvalConfig(own={"linear-segmentation": {"epochs": 3}})) for _ in range(2)
+    )
     assert first[:3] == again[:3]
-    assert linear_segmentation(features, EvalConfig(epochs=3, seed=1)).metrics != first.metrics
+    assert (
+        linear_segmentation(features, EvalConfig(seed=1, own={"linear-segmentation": {"epochs": 3}})).metrics
+        != first.metrics
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_augmentation_depends_on_seed_epoch_and_image_only(tiny, scenes, features_of, num_workers):
     def run(**settings):
         features = features_of(tiny, scenes, "masks", **settings)
-        return linear_segmentation(features, EvalConfig(preset="paper", image_size=32, mask_size=16, epochs=2))
+        return linear_segmentation(
+            features,
+            EvalConfig(preset="paper", image_size=32, own={"linear-segmentation": {"mask_size": 16, "epochs": 2}}),
+        )
 
     whole = run()
     assert run(num_workers=num_workers, batch_size=5).metrics == pytest.approx(whole.metrics, abs=2e-3)
@@ -185,7 +217,10 @@ def test_classes_that_occur_nowhere_count_as_the_convention_says(perfect, scenes
     (tmp_path / "classes.txt").write_text("ground\nleaf\nstone\nghost\n")
     features = features_of(perfect, tmp_path, "masks")
     skip, zero = (
-        linear_segmentation(features, EvalConfig(mask_size=4, epochs=30, absent=absent)) for absent in ("skip", "zero")
+        linear_segmentation(
+            features, EvalConfig(own={"linear-segmentation": {"mask_size": 4, "epochs": 30, "absent": absent}})
+        )
+        for absent in ("skip", "zero")
     )
     assert skip.metrics["miou"] == 1.0 and zero.metrics["miou"] == 0.75
     assert np.isnan(skip.per_class["iou"]["ghost"])
@@ -213,10 +248,15 @@ def test_masks_without_a_labelled_pixel_are_refused_or_counted(tiny, scenes, tmp
         if number == 0:
             for protocol in (linear_segmentation, overclustering, segmenter):
                 with pytest.warns(UserWarning, match="1 of 6 val images have no labelled pixel and are left out"):
-                    scores = protocol(features_of(tiny, tmp_path, "masks"), EvalConfig(epochs=1, iters=1, repeats=1))
+                    scores = protocol(
+                        features_of(tiny, tmp_path, "masks"),
+                        EvalConfig(own={"linear-segmentation": {"epochs": 1, "steps": 1, "repeats": 1}}),
+                    )
                 assert scores.settings["num_unlabelled"] == 1
     with pytest.raises(DataError, match="no labelled pixel in the masks of all 6 val images"):
-        linear_segmentation(features_of(tiny, tmp_path, "masks"), EvalConfig(epochs=1))
+        linear_segmentation(
+            features_of(tiny, tmp_path, "masks"), EvalConfig(own={"linear-segmentation": {"epochs": 1}})
+        )
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -231,7 +271,7 @@ def test_unreadable_images_are_left_out_and_counted(tiny, scenes, tmp_path, feat
         path.unlink()
         path.write_bytes((scenes / "images" / f"{name}.png").read_bytes()[:60])
     features = features_of(tiny, tmp_path, "masks")
-    scores = linear_segmentation(features, EvalConfig(epochs=2, augment=augment))
+    scores = linear_segmentation(features, EvalConfig(own={"linear-segmentation": {"epochs": 2, "augment": augment}}))
     assert np.isfinite(scores.metrics["miou"])
     assert sorted(path[-10:] for path in features.skipped) == ["train3.png", "s/val2.png"][::-1]
 
@@ -246,7 +286,10 @@ def test_tokens_that_are_not_numbers_or_too_great_are_named(tiny, scenes, featur
         tiny.vit.norm.bias.fill_(1e5)
     with pytest.raises(RunError, match=r"don't fit into torch\.float16"):
         linear_segmentation(features_of(tiny, scenes, "masks"), EvalConfig())
-    linear_segmentation(features_of(tiny, scenes, "masks", cache_dtype="float32"), EvalConfig(epochs=1))
+    linear_segmentation(
+        features_of(tiny, scenes, "masks", cache_dtype="float32"),
+        EvalConfig(own={"linear-segmentation": {"epochs": 1}}),
+    )
     with torch.no_grad():
         tiny.vit.norm.bias.fill_(torch.nan)
     with pytest.raises(RunError, match="features are not finite"):

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from smalti.errors import DataError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.overclustering import (
     Recipe,
     choose_clusters,
@@ -92,12 +92,16 @@ def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     assert choose_recipe(features, EvalConfig()) == Recipe(32, 32, 3, 1, 20, "k-means++", "skip")
     assert choose_recipe(features, EvalConfig(preset="paper")) == Recipe(448, 100, 5, 5, 100, "random", "zero")
     assert choose_recipe(features, EvalConfig(preset="full")) == Recipe(448, 100, 5, 5, 100, "k-means++", "skip")
-    changed = EvalConfig(preset="paper", repeats=2, mask_size=50, absent="skip", image_size=64)
+    changed = EvalConfig(
+        preset="paper", image_size=64, own={"overclustering": {"repeats": 2, "mask_size": 50, "absent": "skip"}}
+    )
     assert choose_recipe(features, changed) == Recipe(64, 50, 2, 5, 100, "random", "skip")
 
 
 def test_e18_a_perfect_encoder_gets_all_of_it(perfect, scenes, features_of):
-    scores = overclustering(features_of(perfect, scenes, "masks"), EvalConfig(clusters=(3, 6)))
+    scores = overclustering(
+        features_of(perfect, scenes, "masks"), EvalConfig(own={"overclustering": {"clusters": (3, 6)}})
+    )
     assert list(scores.metrics) == [
         "miou_k6",
         "pixel_accuracy_k6",
@@ -114,7 +118,9 @@ def test_e18_a_perfect_encoder_gets_all_of_it(perfect, scenes, features_of):
 
 
 def test_e18_a_constant_encoder_gets_the_majority_class(constant, scenes, features_of):
-    scores = overclustering(features_of(constant, scenes, "masks"), EvalConfig(clusters=(4,), mask_size=32))
+    scores = overclustering(
+        features_of(constant, scenes, "masks"), EvalConfig(own={"overclustering": {"clusters": (4,), "mask_size": 32}})
+    )
     share = scores.confusion.sum(1).max() / scores.confusion.sum()
     assert scores.confusion.sum(1).argmax() == 0
     assert scores.metrics["pixel_accuracy_k4"] == pytest.approx(share)
@@ -122,22 +128,27 @@ def test_e18_a_constant_encoder_gets_the_majority_class(constant, scenes, featur
 
 
 def test_order_of_judged_images_batch_size_and_cache_do_not_matter(tiny, scenes, features_of):
-    whole = overclustering(features_of(tiny, scenes, "masks"), EvalConfig(clusters=(3, 12)))
+    whole = overclustering(
+        features_of(tiny, scenes, "masks"), EvalConfig(own={"overclustering": {"clusters": (3, 12)}})
+    )
     turned = features_of(tiny, scenes, "masks", batch_size=4, cache_mib=0)
     order = [3, 0, 5, 1, 4, 2]
     samples = turned.data.test.samples
     shuffled = dataclasses.replace(turned.data.test, samples=tuple(samples[i] for i in order))
     turned.data = dataclasses.replace(turned.data, test=shuffled)
     assert not turned.tokens("test", 32).is_kept
-    again = overclustering(turned, EvalConfig(clusters=(3, 12)))
+    again = overclustering(turned, EvalConfig(own={"overclustering": {"clusters": (3, 12)}}))
     assert again.metrics == pytest.approx(whole.metrics, abs=2e-3)
     assert np.array_equal(again.predictions[0], whole.predictions[3])
 
 
 def test_scores_are_means_over_clusterings_with_seeds_of_their_own(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    both = overclustering(features, EvalConfig(clusters=(12,), repeats=2, seed=4))
-    one, other = (overclustering(features, EvalConfig(clusters=(12,), repeats=1, seed=seed)) for seed in (4, 5))
+    both = overclustering(features, EvalConfig(seed=4, own={"overclustering": {"clusters": (12,), "repeats": 2}}))
+    one, other = (
+        overclustering(features, EvalConfig(seed=seed, own={"overclustering": {"clusters": (12,), "repeats": 1}}))
+        for seed in (4, 5)
+    )
     assert one.metrics["miou_k12"] != other.metrics["miou_k12"]
     assert both.metrics["miou_k12"] == pytest.approx((one.metrics["miou_k12"] + other.metrics["miou_k12"]) / 2)
     assert both.settings["scores_of_repeats"]["miou_k12"] == [one.metrics["miou_k12"], other.metrics["miou_k12"]]
@@ -145,18 +156,18 @@ def test_scores_are_means_over_clusterings_with_seeds_of_their_own(tiny, scenes,
 
 
 def test_too_few_patches_are_said(tiny, scenes, features_of):
-    scores = overclustering(features_of(tiny, scenes, "masks"), EvalConfig(repeats=1))
+    scores = overclustering(features_of(tiny, scenes, "masks"), EvalConfig(own={"overclustering": {"repeats": 1}}))
     assert scores.settings["clusters"] == [3] and scores.settings["clusters_left_out"] == [300, 500]
     assert scores.settings["clusters_note"] == "left out for want of patches: there are 96"
     assert next(iter(scores.metrics)) == "miou_k3"
     with pytest.raises(DataError, match=r"6 val images have 96 patches, too few for 97 clusters"):
-        overclustering(features_of(tiny, scenes, "masks"), EvalConfig(clusters=(97,)))
+        overclustering(features_of(tiny, scenes, "masks"), EvalConfig(own={"overclustering": {"clusters": (97,)}}))
 
 
 def test_nothing_is_written_to_warnings(constant, scenes, features_of):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        overclustering(features_of(constant, scenes, "masks"), EvalConfig(repeats=1))
+        overclustering(features_of(constant, scenes, "masks"), EvalConfig(own={"overclustering": {"repeats": 1}}))
 
 
 def test_unreadable_images_are_left_out(tiny, scenes, tmp_path, features_of):
@@ -165,10 +176,10 @@ def test_unreadable_images_are_left_out(tiny, scenes, tmp_path, features_of):
     (tmp_path / "images").mkdir()
     for image in (scenes / "images").iterdir():
         (tmp_path / "images" / image.name).write_bytes(image.read_bytes()[: 60 if image.name == "val2.png" else None])
-    scores = overclustering(features_of(tiny, tmp_path, "masks"), EvalConfig(repeats=1))
+    scores = overclustering(features_of(tiny, tmp_path, "masks"), EvalConfig(own={"overclustering": {"repeats": 1}}))
     assert scores.settings["num_patches"] == 5 * 16
     assert scores.tallies["miou_k3"].whole[2].sum() == 0
     for number in range(6):
         (tmp_path / "images" / f"val{number}.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="none of the 6 val images can be read"):
-        overclustering(features_of(tiny, tmp_path, "masks"), EvalConfig(repeats=1))
+        overclustering(features_of(tiny, tmp_path, "masks"), EvalConfig(own={"overclustering": {"repeats": 1}}))

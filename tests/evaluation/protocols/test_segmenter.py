@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from evaluation.conftest import STEP, tiny_encoder, write_image
 from smalti.errors import DataError, ShapeError
-from smalti.evaluation.protocol import EvalConfig
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.segmenter import (
     Augmented,
     Segmenter,
@@ -32,8 +32,12 @@ from smalti.models.encoder import clone_encoder
 
 def test_it_learns_and_leaves_the_encoder_alone(tiny, scenes, features_of):
     before = clone_encoder(tiny).state_dict()
-    untrained = segmenter(features_of(tiny, scenes, "masks"), EvalConfig(iters=1, learning_rate=1e-9))
-    scores = segmenter(features_of(tiny, scenes, "masks"), EvalConfig(iters=120, learning_rate=1e-3))
+    untrained = segmenter(
+        features_of(tiny, scenes, "masks"), EvalConfig(own={"segmenter": {"steps": 1, "learning_rate": 1e-9}})
+    )
+    scores = segmenter(
+        features_of(tiny, scenes, "masks"), EvalConfig(own={"segmenter": {"steps": 120, "learning_rate": 1e-3}})
+    )
     assert scores.metrics["miou"] > 0.8 > untrained.metrics["miou"] + 0.3
     assert scores.curves["loss"][-1] < 0.5 * scores.curves["loss"][0]
     after = tiny.state_dict()
@@ -44,7 +48,7 @@ def test_it_learns_and_leaves_the_encoder_alone(tiny, scenes, features_of):
 
 @pytest.mark.parametrize("preset", ["small", "full", "paper"])
 def test_the_same_seed_gives_the_same_numbers_with_any_number_of_workers(preset, tiny, scenes, features_of):
-    config = EvalConfig(preset=preset, iters=3, image_size=32, seed=5)
+    config = EvalConfig(preset=preset, image_size=32, seed=5, own={"segmenter": {"steps": 3}})
     first = segmenter(features_of(tiny, scenes, "masks"), config)
     again = segmenter(features_of(tiny, scenes, "masks", num_workers=1, batch_size=3), config)
     other = segmenter(features_of(tiny, scenes, "masks"), EvalConfig(**{**vars(config), "seed": 6}))
@@ -64,7 +68,11 @@ def test_published_recipes(tiny, scenes, features_of):
     assert (paper.optimizer, paper.learning_rate, paper.least_lr, paper.weight_decay) == ("sgd", 1e-3, 1e-5, 0.0)
     for recipe in (ours, paper):
         assert (recipe.cat_max_ratio, recipe.drop_path, recipe.distort, recipe.scale) == (0.75, 0.1, True, (0.5, 2.0))
-    changed = EvalConfig(preset="full", iters=10, learning_rate=1e-3, head_batch_size=2, absent="zero", image_size=64)
+    changed = EvalConfig(
+        preset="full",
+        image_size=64,
+        own={"segmenter": {"steps": 10, "learning_rate": 1e-3, "batch_size": 2, "absent": "zero"}},
+    )
     recipe = choose_recipe(features, changed)
     assert (recipe.iters, recipe.batch_size, recipe.absent, recipe.crop, recipe.stride) == (10, 2, "zero", 64, 42)
     assert (recipe.learning_rate, recipe.least_lr) == (1e-3, 1e-4)
@@ -213,7 +221,7 @@ def oblong(tmp_path):
 def test_every_mask_is_judged_in_its_own_pixels(oblong, features_of):
     encoder = tiny_encoder(in_chans=1)
     features = features_of(encoder, oblong, "masks")
-    scores = segmenter(features, EvalConfig(iters=2, head_batch_size=2))
+    scores = segmenter(features, EvalConfig(own={"segmenter": {"steps": 2, "batch_size": 2}}))
     assert scores.confusion.sum() == 40 * 60 + 70 * 33 + 300 * 20
     assert {place: pred.shape for place, pred in scores.predictions.items()} == {0: (40, 60), 1: (70, 33), 2: (256, 17)}
     assert set(scores.predictions) <= set(features.shown) and scores.predictions[0].dtype == np.int32
@@ -227,8 +235,8 @@ def test_mistakes_are_told_in_one_line(tiny, scenes, oblong, features_of):
     for path in (oblong / "masks").glob("val*.png"):
         write_image(path, np.full((40, 60), 255, dtype=np.uint8))
     with pytest.raises(DataError, match=r"valb\.png: 60x40 pixels, its image valb\.png has 33x70"):
-        segmenter(features_of(tiny, oblong, "masks"), EvalConfig(iters=1))
+        segmenter(features_of(tiny, oblong, "masks"), EvalConfig(own={"segmenter": {"steps": 1}}))
     for name, (height, width) in {"b": (70, 33), "c": (300, 20)}.items():
         write_image(oblong / "masks" / f"val{name}.png", np.full((height, width), 255, dtype=np.uint8))
     with pytest.raises(DataError, match="no labelled pixel in the masks of the 4 val images"):
-        segmenter(features_of(tiny, oblong, "masks"), EvalConfig(iters=1))
+        segmenter(features_of(tiny, oblong, "masks"), EvalConfig(own={"segmenter": {"steps": 1}}))

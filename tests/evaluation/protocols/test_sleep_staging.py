@@ -20,9 +20,10 @@ from smalti.data.signals.signal_config import SignalConfig
 from smalti.data.signals.signal_set import open_labelled_signals, open_signals
 from smalti.data.signals.sleep_samples import write_nights
 from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.details import read_details
+from smalti.evaluation.evaluate import fitting_protocols
 from smalti.evaluation.metrics import cohen_kappa, macro_f1
-from smalti.evaluation.protocol import EvalConfig, fitting_protocols, read_results
 from smalti.evaluation.protocols.sleep_staging import (
     Classifier,
     area_under_log,
@@ -32,6 +33,7 @@ from smalti.evaluation.protocols.sleep_staging import (
     predict,
     scored_windows,
 )
+from smalti.evaluation.result import read_results
 from smalti.evaluation.tuning import trainable_copy
 from smalti.models.encoder import Encoder, build_encoder
 from smalti.report.evaluation import save_evaluation
@@ -39,7 +41,7 @@ from smalti.runs.baseline import evaluate
 
 SHARED = Path(os.environ.get("SMALTI_SHARED", Path(__file__).parents[2].parent / "shared"))
 DREAMS = SHARED / "data" / "dreams-sleep-eeg"
-FAST = {"iters": 3, "head_batch_size": 4}
+FAST = {"steps": 3, "batch_size": 4}
 
 
 def encoder(window: int = 3000, **arguments: object) -> Encoder:
@@ -119,7 +121,7 @@ def test_a_classifier_of_a_constant_head_says_one_stage(nights):
 def test_classifiers_begin_with_fresh_positions_and_leave_the_encoder_alone(nights):
     vit = encoder(window=1000)  # trained on shorter windows
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
-    result = evaluate(vit, "x", str(nights), EvalConfig(**FAST, baseline=False))[0]
+    result = evaluate(vit, "x", str(nights), EvalConfig(own={"sleep-staging": FAST}, baseline=False))[0]
     for name, tensor in vit.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert vit.position_free and "which are new" in result.settings["trained"]
@@ -134,14 +136,14 @@ def test_loud_and_quiet_windows_are_told_apart(tmp_path):
         loudness = np.where(stages == "N3", 6.0, 1.0).repeat(3000)
         values = loudness * rng.normal(size=24_000)
         np.savez(tmp_path / f"s{number}.npz", signal=values, rate_hz=100.0, stages=stages)
-    config = EvalConfig(iters=60, head_batch_size=16, learning_rate=2e-3, baseline=False)
+    config = EvalConfig(baseline=False, own={"sleep-staging": {"steps": 60, "batch_size": 16, "learning_rate": 2e-3}})
     result = evaluate(encoder(), "x", str(tmp_path), config)[0]
     assert result.headline[0] == "kappa" and result.metrics["kappa"] > 0.8
     assert evaluate(encoder(), "x", str(tmp_path), config)[0].metrics == result.metrics
 
 
 def test_a_sweep_says_which_subjects_and_how_well_and_scratch_stands_beside(nights):
-    config = EvalConfig(fractions=(0.25, 1.0), repeats=2, **FAST)
+    config = EvalConfig(own={"sleep-staging": {**FAST, "fractions": (0.25, 1.0), "repeats": 2}})
     trained, scratch = evaluate(encoder(), "x", str(nights), config)
     sweep = trained.settings["label_sweep"]
     assert [(one["share"], one["subjects"], one["windows"]) for one in sweep] == [(0.25, 1, [4, 4]), (1.0, 4, [16, 16])]
@@ -158,8 +160,13 @@ def test_a_sweep_says_which_subjects_and_how_well_and_scratch_stands_beside(nigh
 
 
 def test_shares_of_as_many_subjects_are_tried_once_with_a_warning(nights):
-    with pytest.warns(UserWarning, match="0.01, 0.05 of 4 training subjects are as many as a larger share"):
-        result = evaluate(encoder(), "x", str(nights), EvalConfig(fractions=(0.01, 0.05, 0.2), **FAST, baseline=False))
+    with pytest.warns(UserWarning, match="0.01, 0.05 of 4 subjects are as many as a larger fraction"):
+        result = evaluate(
+            encoder(),
+            "x",
+            str(nights),
+            EvalConfig(baseline=False, own={"sleep-staging": {**FAST, "fractions": (0.01, 0.05, 0.2)}}),
+        )
     assert [one["share"] for one in result[0].settings["label_sweep"]] == [0.2]
     assert "kappa_area" not in result[0].metrics
 
@@ -167,13 +174,18 @@ def test_shares_of_as_many_subjects_are_tried_once_with_a_warning(nights):
 def test_few_labels_are_gone_through_more_often():
     small = choose_recipe(EvalConfig())
     assert small.steps(10) == 200 and small.steps(64_000) == 10_000
-    assert choose_recipe(EvalConfig(epochs=2)).steps(64) == 4 and choose_recipe(EvalConfig(iters=7)).steps(999) == 7
+    assert (
+        choose_recipe(EvalConfig(own={"sleep-staging": {"epochs": 2}})).steps(64) == 4
+        and choose_recipe(EvalConfig(own={"sleep-staging": {"steps": 7}})).steps(999) == 7
+    )
     full = choose_recipe(EvalConfig(preset="full"))
     assert (full.epochs, full.learning_rate, full.layer_decay, full.label_smoothing) == (50, 2.5e-4, 0.75, 0.1)
 
 
 def test_the_page_shows_hypnograms_and_the_curve(nights, tmp_path):
-    results = evaluate(encoder(), "x", str(nights), EvalConfig(fractions=(0.5, 1.0), **FAST), figures=True)
+    results = evaluate(
+        encoder(), "x", str(nights), EvalConfig(own={"sleep-staging": {**FAST, "fractions": (0.5, 1.0)}}), figures=True
+    )
     page = save_evaluation(tmp_path / "out", results).read_text()
     assert "Hypnograms" in page and "kappa with fewer labels" in page and "Stages of test_00000.npz" in page
     kept = read_details(tmp_path / "out" / "details", read_results(tmp_path / "out" / "results.json"))
@@ -188,7 +200,7 @@ def test_signals_and_images_are_not_mixed_up(nights, tmp_path):
     (tmp_path / "a" / "x.png").write_bytes(b"")
     with pytest.raises(DataError, match="protocol sleep-staging needs signals, these are images"):
         evaluate(encoder(), "x", str(tmp_path), EvalConfig(protocols=("sleep-staging",)))
-    with pytest.raises(ConfigError, match=r"eval.fractions draws shares"):
+    with pytest.raises(ConfigError, match=r"set eval.sleep-staging.fractions"):
         evaluate(encoder(), "x", str(nights), EvalConfig(train_size=0.5))
 
 
@@ -197,12 +209,14 @@ def test_encoders_that_do_not_fit_are_refused(nights):
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=3, seed=0
     )
     with pytest.raises(ShapeError, match="takes images of 32x32 pixels, these are signals"):
-        evaluate(images, "x", str(nights), EvalConfig(**FAST))
+        evaluate(images, "x", str(nights), EvalConfig(own={"sleep-staging": FAST}))
     with pytest.raises(ShapeError, match=r"windows are 250 samples .* patches of 100"):
-        evaluate(encoder(), "x", str(nights), EvalConfig(**FAST, signal=SignalConfig(window_s=2.5)))
+        evaluate(
+            encoder(), "x", str(nights), EvalConfig(own={"sleep-staging": FAST}, signal=SignalConfig(window_s=2.5))
+        )
     two = build_encoder("vit_tiny_patch16_224", img_size=(1, 3000), patch_size=[1, 100], in_chans=2, depth=1, seed=0)
     with pytest.raises(ShapeError, match=r"takes 2 channels, the signals have 1 \(C3-M2\)"):
-        evaluate(two, "x", str(nights), EvalConfig(**FAST))
+        evaluate(two, "x", str(nights), EvalConfig(own={"sleep-staging": FAST}))
 
 
 def test_recordings_are_read_as_the_run_read_them_in_windows_of_a_stage(nights, tmp_path):
@@ -233,7 +247,7 @@ def test_dreams_goes_the_whole_way(tmp_path):
             "steps": 3,
             "batch_size": 4,
             "devices": "cpu",
-            "eval": {"data": str(DREAMS), **FAST},
+            "eval": {"data": str(DREAMS), "sleep-staging": FAST},
         },
         quiet=True,
     )

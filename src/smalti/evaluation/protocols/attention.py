@@ -22,11 +22,13 @@ from jaxtyping import Bool, Float
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from smalti.config import Count, settings
 from smalti.data.images.folders import ImageSet
 from smalti.data.images.labelled import eval_mask, read_mask
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features, Observer, spread
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.linear_segmentation import ignored_value
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.attention import foreground, keep_mass
@@ -194,21 +196,32 @@ def foreground_scores(
     )
 
 
+@settings
+class AttentionConfig:
+    """Settings of ``attention``."""
+
+    num_images: Count = 64
+    """Images that are looked at, spread evenly."""
+    parity: bool = False
+    """Void pixels and objects as in the published code."""
+
+
 @register_protocol(
     NAME,
     need="images",
     prefers=("masks",),
-    heeds=("preset", "parity", "num_images", "cache_mib", "cache_dtype"),
-    observer=lambda config: AttentionObserver(config.num_images),
+    settings=AttentionConfig,
+    observer=lambda own: AttentionObserver(own.num_images),
 )
 @torch.no_grad()
 def attention(features: Features, config: EvalConfig) -> Scores:
     """Mutual information and distance of attention per layer; with masks, foreground IoU; needs no labels."""
+    own: AttentionConfig = config.of("attention")
     size = features.dense_size(config.image_size) if config.preset == "small" else config.image_size or 448
     encoder, images = features.encoder, features.data.test
     grid = encoder.check_size(size, size)
     note = _why_no_foreground(features)
-    seen = _few(features, size, config.num_images) if note else features.observed(NAME, size)
+    seen = _few(features, size, own.num_images) if note else features.observed(NAME, size)
     assert isinstance(seen, AttentionObserver)
     places = sorted(seen.nmi)
     if not places:
@@ -229,7 +242,7 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         void = ignored_value(len(features.data.classes))
         for place, rows in seen.of_class_token.items():
             mask = eval_mask(read_mask(images.samples[place], len(features.data.classes)), size)
-            judged[place] = foreground_scores(rows, mask, grid, void=void, parity=config.parity)
+            judged[place] = foreground_scores(rows, mask, grid, void=void, parity=own.parity)
         for name, values in (
             ("foreground_iou", {place: one.merged for place, one in judged.items()}),
             ("foreground_iou_best_head", {place: one.best_head for place, one in judged.items()}),
@@ -254,7 +267,7 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         if encoder.num_prefix_tokens
         else "none",
         "eps": EPS,
-        "foreground": note or ("void is foreground, objects as published" if config.parity else "void is ignored"),
+        "foreground": note or ("void is foreground, objects as published" if own.parity else "void is ignored"),
         **({"background": features.data.classes[0], "num_with_foreground": _count(judged)} if judged else {}),
     }
     return Scores(

@@ -13,11 +13,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from timm.layers import LayerNorm2d
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from smalti.config import BatchSize, Count, CountFromZero, settings
 from smalti.data.images.coco import CocoImage, CocoObject, annotated_image
 from smalti.data.images.decode import image_size
 from smalti.data.images.folders import ImageSample, ImageSet
@@ -49,9 +51,11 @@ from smalti.evaluation.coco_ap import (
     need_extra,
     outline_mask,
 )
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
-from smalti.evaluation.protocol import Boxes, EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.segmenter import nearest_to, resize_to
+from smalti.evaluation.result import Boxes
 from smalti.evaluation.tuning import (
     Example,
     normalized,
@@ -116,6 +120,24 @@ class Recipe:
     drop_path: float = 0.1
 
 
+@settings
+class DetectionConfig:
+    """Settings of ``detection``."""
+
+    steps: Count | None = None
+    """Training steps; None: the preset's."""
+    batch_size: BatchSize | None = None
+    """Images per training step; None: the preset's."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest learning rate; None: the preset's."""
+    masks: bool | None = None
+    """Also learn and evaluate instance masks; None: where the annotations have more than boxes."""
+    frozen_blocks: CountFromZero = 0
+    """The encoder's first blocks that are not trained, and what comes before them."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of training; ``auto`` is bf16 on GPUs that have it."""
+
+
 def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     """The preset with what the user changed.
 
@@ -124,24 +146,27 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
             size isn't square and none is given.
         ShapeError: if the patch size does not divide the image size that was given.
     """
+    own: DetectionConfig = config.of("detection")
     encoder = features.encoder
     height, width = encoder.patch_size
     if height != width:
         raise ConfigError(f"{encoder.name} has patches of {height}x{width} pixels; detection needs square ones")
-    if config.frozen_blocks > encoder.depth:
-        raise ConfigError(f"eval.frozen_blocks={config.frozen_blocks}: {encoder.name} has {encoder.depth} blocks")
+    if own.frozen_blocks > encoder.depth:
+        raise ConfigError(
+            f"eval.detection.frozen_blocks={own.frozen_blocks}: {encoder.name} has {encoder.depth} blocks"
+        )
     if config.preset == "small":
-        size, iters = features.dense_size(config.image_size), config.iters or 400
+        size, iters = features.dense_size(config.image_size), own.steps or 400
         recipe = Recipe(
             size, iters, 4, 2e-4, math.ceil(iters / 10), (0.6, 1.4), 128, 1, 0, (512, 512), 2, 500, 64, True
         )
     else:
         size = _FULL_SIZE // height * height if config.image_size is None else features.image_size(config.image_size)
-        iters = config.iters or _FULL_STEPS
+        iters = own.steps or _FULL_STEPS
         rate = 1e-4 if encoder.embed_dim <= _SMALL_WIDTH else 3e-4
         num_warmup = min(250, math.ceil(iters / 10))
         recipe = Recipe(size, iters, _FULL_BATCH, rate, num_warmup, (0.1, 2.0), 256, 2, 4, (1024,), 4, 2000, 512, False)
-    changed: dict[str, Any] = {"batch_size": config.head_batch_size, "learning_rate": config.learning_rate}
+    changed: dict[str, Any] = {"batch_size": own.batch_size, "learning_rate": own.learning_rate}
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
 
@@ -391,19 +416,20 @@ def freeze_blocks(encoder: Encoder, count: int) -> None:
 @register_protocol(
     "detection",
     need="boxes",
-    heeds=("preset", "iters", "head_batch_size", "learning_rate", "masks", "frozen_blocks", "precision"),
+    settings=DetectionConfig,
     by_default=False,
 )
 def detection(features: Features, config: EvalConfig) -> Scores:
     """Object detection and instance segmentation with Mask R-CNN, fine-tuned; needs data in COCO format."""
+    own: DetectionConfig = config.of("detection")
     need_extra()
     recipe = choose_recipe(features, config)
     encoder, classes = features.encoder, features.data.classes
-    masks = _check_objects(features, config.masks)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(features.device.type))
+    masks = _check_objects(features, own.masks)
+    bf16 = own.precision == "bf16" or (own.precision == "auto" and has_bf16(features.device.type))
     with seeded(config.seed, features.device):
         copy = trainable_copy(encoder, recipe.drop_path)
-        freeze_blocks(copy, config.frozen_blocks)
+        freeze_blocks(copy, own.frozen_blocks)
         model = Detector(copy, recipe, len(classes), masks).to(features.device)
 
         def loss_of(images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
@@ -446,7 +472,7 @@ def detection(features: Features, config: EvalConfig) -> Scores:
         if config.preset == "small"
         else "ViTDet's recipe of 12 epochs of COCO without window attention and relative positions, in torchvision's "
         "parts, as far as none of it was changed",
-        "trained": _what_is_trained(encoder, config.frozen_blocks),
+        "trained": _what_is_trained(encoder, own.frozen_blocks),
         "masks": masks,
         "image_size": recipe.image_size,
         "resize": f"longer side to {recipe.image_size}, filled up to a square",
@@ -591,8 +617,8 @@ def _check_objects(features: Features, masks: bool | None) -> bool:
             x0, y0, x1, y1 = lacking[1].box
             which = f"{lacking[0].path.name} has none for the object at x {x0:g}..{x1:g}, y {y0:g}..{y1:g}"
         raise DataError(
-            f"{features.data.test.root}: eval.masks=true needs an outline (segmentation) of each object; {which}; "
-            "leave eval.masks out for boxes alone"
+            f"{features.data.test.root}: eval.detection.masks=true needs an outline (segmentation) of each object; "
+            f"{which}; leave eval.detection.masks out for boxes alone"
         )
     wanted = masks is not False and lacking is None and not only_boxes
     if wanted:

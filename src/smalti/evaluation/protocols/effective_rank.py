@@ -13,23 +13,34 @@ import dataclasses
 import numpy as np
 import torch
 
+from smalti.config import Count, settings
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features, spread
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.spectra import effective_rank, rankme, singular_values, sum_moments
 
 UNIT = "dimensions, 1 to the width of a token"
 
 
-@register_protocol("rank", need="images", heeds=("num_images", "pool"))
+@settings
+class EffectiveRankConfig:
+    """Settings of ``effective-rank``."""
+
+    num_images: Count = 64
+    """Images that are looked at, spread evenly."""
+
+
+@register_protocol("effective-rank", need="images", settings=EffectiveRankConfig, takes_pool=True, has_presets=False)
 @torch.no_grad()
-def rank(features: Features, config: EvalConfig) -> Scores:
+def effective_rank_of_features(features: Features, config: EvalConfig) -> Scores:
     """Effective rank of patch tokens and image features; needs no labels."""
+    own: EffectiveRankConfig = config.of("effective-rank")
     size = features.dense_size(config.image_size)
     encoder, images = features.encoder, features.data.test
     pool = encoder.pool if config.pool == "auto" else config.pool
-    chosen = spread(len(images), config.num_images)
+    chosen = spread(len(images), own.num_images)
     few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
     all_patches, pooled = sum_moments([]), []
     within = np.full(len(images), np.nan)
@@ -56,7 +67,7 @@ def rank(features: Features, config: EvalConfig) -> Scores:
         "embed_dim": encoder.embed_dim,
         "pool": pool,
         "images_note": f"{all_images.count} images can't fill more than {all_images.count} dimensions; "
-        "set a greater eval.num_images"
+        "set a greater eval.effective-rank.num_images"
         if all_images.count < 2 * encoder.embed_dim
         else "",
         "centred": "effective_rank: yes; rankme: no",

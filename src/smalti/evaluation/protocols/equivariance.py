@@ -18,10 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from smalti.config import Count, settings
 from smalti.data.images.labelled import eval_batches
 from smalti.errors import ConfigError, DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features, spread
-from smalti.evaluation.protocol import SHARE, EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
+from smalti.evaluation.result import SHARE
 from smalti.evaluation.tally import tally_mean
 
 VIEWS = ("flip", "shift", "zoom")
@@ -108,10 +111,19 @@ def compare_views(
     ]
 
 
-@register_protocol("equivariance", need="images", heeds=("num_images", "cache_dtype"))
+@settings
+class EquivarianceConfig:
+    """Settings of ``equivariance``."""
+
+    num_images: Count = 64
+    """Images that are looked at, spread evenly."""
+
+
+@register_protocol("equivariance", need="images", settings=EquivarianceConfig, has_presets=False)
 @torch.no_grad()
 def equivariance(features: Features, config: EvalConfig) -> Scores:
     """Whether patch tokens follow flips, shifts and zooms of the image; needs no labels."""
+    own: EquivarianceConfig = config.of("equivariance")
     size = features.dense_size(config.image_size)
     encoder, images = features.encoder, features.data.test
     grid = encoder.check_size(size, size)
@@ -120,7 +132,7 @@ def equivariance(features: Features, config: EvalConfig) -> Scores:
             f"images of {size} pixels have {grid[0]}x{grid[1]} patches, equivariance needs 3x3 at least; "
             "set a greater eval.image_size"
         )
-    chosen = spread(len(images), config.num_images)
+    chosen = spread(len(images), own.num_images)
     few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
     larger = size + max(step * side for step, side in zip(shift_step(grid), encoder.patch_size, strict=True))
     values = np.full((len(images), len(VIEWS), 2), np.nan)

@@ -10,12 +10,13 @@ Letters: n images, B of them in a batch, D embed_dim, K classes.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from pydantic import Field
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
@@ -24,11 +25,13 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.config import BatchSize, Count, settings
 from smalti.data.images.folders import ImageSample
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tuning import (
     Example,
     evaluate_labels,
@@ -85,6 +88,18 @@ class Recipe:
         return math.ceil(self.epochs * num_images / self.batch_size)
 
 
+@settings
+class FinetuneConfig:
+    """Settings of ``finetune``."""
+
+    epochs: Count | None = None
+    """Passes over the training images; None: the preset's."""
+    batch_size: BatchSize | None = None
+    """Images per training step; None: the preset's."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest learning rate; None: the preset's."""
+
+
 def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     """The preset with what the user changed.
 
@@ -93,10 +108,11 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
             and a step has an odd number of them.
         ShapeError: if the patch size does not divide the image size.
     """
+    own: FinetuneConfig = config.of("finetune")
     num_images, depth = len(features.data.train), features.encoder.depth
     if config.preset == "small":
         size = features.image_size(config.image_size)
-        batch_size = config.head_batch_size or min(32, num_images)
+        batch_size = own.batch_size or min(32, num_images)
         epochs = max(10, math.ceil(FEWEST_STEPS * batch_size / num_images))
         # The learning rate of 64 images however few there are: Adam's strides don't shrink with the noise.
         recipe = Recipe(size, epochs, batch_size, 1e-3, 0.75, 0.0, 0.1, (0.35, 1.0), learning_rate=1e-3 * 64 / 256)
@@ -122,13 +138,15 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
             label_smoothing=0.1,
         )
     changed: dict[str, Any] = {
-        "epochs": config.epochs,
-        "batch_size": config.head_batch_size,
-        "learning_rate": config.learning_rate,
+        "epochs": own.epochs,
+        "batch_size": own.batch_size,
+        "learning_rate": own.learning_rate,
     }
     recipe = replace(recipe, **{name: value for name, value in changed.items() if value is not None})
     if recipe.mixup and recipe.batch_size % 2:
-        raise ConfigError(f"eval.head_batch_size={recipe.batch_size}: preset {config.preset} mixes pairs; make it even")
+        raise ConfigError(
+            f"eval.finetune.batch_size={recipe.batch_size}: preset {config.preset} mixes pairs; make it even"
+        )
     return recipe
 
 
@@ -212,7 +230,8 @@ class Augmented:
 @register_protocol(
     "finetune",
     need="labels",
-    heeds=("preset", "epochs", "head_batch_size", "learning_rate", "pool"),
+    settings=FinetuneConfig,
+    takes_pool=True,
     by_default=False,
 )
 def finetune(features: Features, config: EvalConfig) -> Scores:

@@ -14,23 +14,26 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from smalti.config import Count, PathText, settings
 from smalti.data.images.decode import as_picture, image_size
 from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.labelled import eval_batches, eval_image
 from smalti.errors import ConfigError, DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features, spread
 from smalti.evaluation.inception import LIBRARY, Inception
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.distributions import (
     REPEATS,
@@ -75,20 +78,35 @@ class Distances(NamedTuple):
     errors: dict[str, float]
 
 
+@settings
+class GenerationConfig:
+    """Settings of ``generation``."""
+
+    generated: PathText | None = None
+    """The generated images, as ``--data`` takes them, or the ``--out`` of ``smalti generate``; required."""
+    inception: PathText | None = None
+    """Weights of FID's Inception network, for FID, KID and inception score beside the other metrics."""
+    k: Count | None = None
+    """Neighbours of precision and recall; None: the default, or fewer where there are few images."""
+    repeats: Annotated[int, Field(ge=20, lt=2**31)] = REPEATS
+    """Bootstrap resamples behind standard errors."""
+
+
 def check_generated(config: EvalConfig) -> None:
     """Find mistakes before anything is encoded.
 
     Raises:
         ConfigError: if no generated images are named, or there are too few resamples for an error.
         DataError: if there are none at that place.
-        MissingExtraError, WeightsError: if ``eval.inception`` can't be used.
+        MissingExtraError, WeightsError: if ``eval.generation.inception`` can't be used.
     """
-    if config.generated is None:
-        raise ConfigError("generation judges images that were generated; give eval.generated=FOLDER")
-    open_generated(config.generated)
-    if config.inception is not None:
-        Inception(Path(config.inception).expanduser())
-    resamples(1, config.repeats or REPEATS, config.seed)
+    own: GenerationConfig = config.of("generation")
+    if own.generated is None:
+        raise ConfigError("generation evaluates generated images; give eval.generation.generated=FOLDER")
+    open_generated(own.generated)
+    if own.inception is not None:
+        Inception(Path(own.inception).expanduser())
+    resamples(1, own.repeats, config.seed)
 
 
 def open_generated(place: str) -> ImageSet:
@@ -105,18 +123,21 @@ def open_generated(place: str) -> ImageSet:
     "generation",
     need="images",
     prefers=("labels",),
-    heeds=("generated", "inception", "k", "repeats", "pool"),
+    settings=GenerationConfig,
+    takes_pool=True,
+    has_presets=False,
     by_default=False,
     has_baseline=False,
     check=check_generated,
 )
 @torch.no_grad()
 def generation(features: Features, config: EvalConfig) -> Scores:
-    """Fréchet distance, precision and recall of generated images; needs eval.generated=FOLDER."""
+    """Fréchet distance, precision and recall of generated images; needs eval.generation.generated=FOLDER."""
+    own: GenerationConfig = config.of("generation")
     size, seed = features.image_size(config.image_size), config.seed
-    repeats = config.repeats or REPEATS
+    repeats = own.repeats
     pool = features.encoder.pool if config.pool == "auto" else config.pool
-    drawn = open_generated(str(config.generated))
+    drawn = open_generated(str(own.generated))
     encode = _Encode(features, size, pool)
     fake, fake_places = encode(drawn, "generated images")
     real, real_places = encode(features.data.test, "real images")
@@ -136,9 +157,9 @@ def generation(features: Features, config: EvalConfig) -> Scores:
         raise DataError(
             f"{features.data.test.root}: {len(real)} real images without a train split; at least 4 are needed"
         )
-    if config.k is not None and config.k > most:
-        raise ConfigError(f"eval.k={config.k}: so few images have 1..{most} neighbours; choose one of these")
-    k = min(config.k or DEFAULT_K, most)  # the same everywhere, or precision would not compare with its floor
+    if own.k is not None and own.k > most:
+        raise ConfigError(f"eval.generation.k={own.k}: so few images have 1..{most} neighbours; choose one of these")
+    k = min(own.k or DEFAULT_K, most)  # the same everywhere, or precision would not compare with its floor
 
     metrics, errors = dict[str, float](), dict[str, float]()
     against = distances(fake, real, repeats, seed)
@@ -157,7 +178,7 @@ def generation(features: Features, config: EvalConfig) -> Scores:
 
     units = {name: DISTANCE if name.startswith("frechet") else KERNEL for name in metrics if "distance" in name}
     settings = {
-        "generated": str(config.generated),
+        "generated": str(own.generated),
         "num_generated": len(fake),
         "num_real": len(real),
         "num_train_compared": len(train),
@@ -191,11 +212,11 @@ def generation(features: Features, config: EvalConfig) -> Scores:
                 f"logistic regression on standardised features of {min(len(labels), _MOST_CLASSIFIED)} training images"
             )
             settings["classifier_accuracy"] = float((of_real.argmax(1) == truth).double().mean())
-    if config.inception is not None:
+    if own.inception is not None:
         side = generated_side(drawn)
-        judged_by = _inception_distances(features, drawn, side, config)
+        judged_by = _inception_distances(features, drawn, side, config.seed, own)
         metrics, errors, units = metrics | judged_by.values, errors | judged_by.errors, units | INCEPTION_UNITS
-        settings["inception"] = f"{LIBRARY}, {config.inception}"
+        settings["inception"] = f"{LIBRARY}, {own.inception}"
         settings["inception_image_size"] = side
     settings[ERRORS] = errors
     recall = np.full(len(features.data.test), np.nan)
@@ -231,10 +252,10 @@ def generated_side(drawn: ImageSet) -> int:
     return min(sides)
 
 
-def _inception_distances(features: Features, drawn: ImageSet, size: int, config: EvalConfig) -> Distances:
+def _inception_distances(features: Features, drawn: ImageSet, size: int, seed: int, own: GenerationConfig) -> Distances:
     """FID, KID and inception score; the floor is of training images, or of halves, as for the other features."""
-    network = Inception(Path(str(config.inception)).expanduser()).to(features.device)
-    repeats, seed = config.repeats or REPEATS, config.seed
+    network = Inception(Path(str(own.inception)).expanduser()).to(features.device)
+    repeats = own.repeats
 
     def encode(images: ImageSet, what: str) -> tuple[Tensor, Tensor]:
         pooled, shares, done = list[Tensor](), list[Tensor](), 0

@@ -8,15 +8,20 @@ stay as they are (theirs: Hungarian matching, which can only raise the score); `
 Letters: B images in a batch, N = h*w patches, K neighbours, C classes, S side of the masks.
 """
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
+from smalti.config import ImageSize, settings
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
 from smalti.evaluation.memory import (
     DEFAULT_K,
-    HEEDS,
+    MemoryConfig,
     choose_k,
     choose_recipe,
     comparable,
@@ -27,12 +32,24 @@ from smalti.evaluation.memory import (
     unlabelled_places,
 )
 from smalti.evaluation.metrics import MATCHINGS, Absent, Matching, accuracy, class_iou, mean_iou
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.linear_segmentation import ignored_value, upsampling
 from smalti.evaluation.tally import PixelTally
 from smalti.functional.neighbours import mix_labels
 
-TEMPERATURE = 0.02
+
+@settings
+class InContextConfig(MemoryConfig):
+    """Settings of ``in-context``."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.02
+    """Of the softmax over neighbours."""
+    matching: Matching | None = None
+    """Predicted classes as they are (``direct``), or matched to the true ones (``hungarian``); None: the preset's."""
+    mask_size: ImageSize | None = None
+    """Side of the masks in pixels; None: the preset's."""
+    absent: Absent | None = None
+    """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
 
 def upsampled_argmax(shares: Float[Tensor, "h w C"], size: int) -> Int[Tensor, "S S"]:
@@ -47,26 +64,26 @@ def upsampled_argmax(shares: Float[Tensor, "h w C"], size: int) -> Int[Tensor, "
     return torch.matmul(columns, up).argmax(-1)
 
 
-@register_protocol("in-context", need="masks", heeds=(*HEEDS, "temperature", "matching", "mask_size", "absent"))
+@register_protocol("in-context", need="masks", settings=InContextConfig, takes_norm=True)
 @torch.no_grad()
 def in_context(features: Features, config: EvalConfig) -> Scores:
     """Semantic segmentation by retrieving the labels of the nearest training patches; needs masks."""
-    recipe = choose_recipe(features, config)
+    own: InContextConfig = config.of("in-context")
+    recipe = choose_recipe(features, config, own)
     images, classes = features.data.test, features.data.classes
     grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
-    size = config.mask_size or recipe.image_size
+    size = own.mask_size or recipe.image_size
     is_paper = config.preset == "paper"
-    absent: Absent = config.absent or ("zero" if is_paper else "skip")
-    matching: Matching = config.matching or ("hungarian" if is_paper else "direct")
-    temperature = config.temperature or TEMPERATURE
+    absent: Absent = own.absent or ("zero" if is_paper else "skip")
+    matching: Matching = own.matching or ("hungarian" if is_paper else "direct")
     unlabelled = unlabelled_places(features)
     memory = patch_memory(features, recipe, config.seed)
-    k, about_k = choose_k(config, DEFAULT_K, len(memory.keys))
+    k, about_k = choose_k(config, own, DEFAULT_K, len(memory.keys))
 
     tally = PixelTally(len(classes), len(images), ignored_value(len(classes)), features.device)
     predictions: dict[int, np.ndarray] = {}
     for sims, found, places in neighbours(features, recipe, config.seed, k):
-        weights = (sims / temperature).softmax(-1)
+        weights = (sims / own.temperature).softmax(-1)
         labels = mix_labels(weights.flatten(0, 1), found.flatten(0, 1), memory.counts).view(len(places), *grid, -1)
         for shares, place in zip(labels, places, strict=True):
             if place in unlabelled and place not in features.shown:
@@ -86,7 +103,7 @@ def in_context(features: Features, config: EvalConfig) -> Scores:
         ),
         "mask_size": size,
         **about_k,
-        "temperature": temperature,
+        "temperature": own.temperature,
         "matching": matching,
         "absent": absent,
         "ignored_value": ignored_value(len(classes)) if len(classes) <= 255 else None,

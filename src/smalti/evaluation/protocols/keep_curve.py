@@ -15,22 +15,26 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from scipy import stats
 from torch import Tensor
 
+from smalti.config import BatchSize, Count, PathText, settings
 from smalti.data.images.labelled import eval_batches
 from smalti.data.order_files import OrderCache, check_fits, check_order, grid_order, read_orders
 from smalti.errors import ConfigError, DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features, own_head
 from smalti.evaluation.intervals import LEVEL
 from smalti.evaluation.metrics import ConfusionMatrix, class_recall
-from smalti.evaluation.protocol import SHARE, EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.linear_probe import BATCH_SIZE, LEARNING_RATES, fit_probe
+from smalti.evaluation.result import SHARE
 from smalti.evaluation.tally import Tally, tally_mean
 from smalti.functional.graphs import descending
 from smalti.functional.orders import knee, num_kept, random_orders
@@ -94,6 +98,23 @@ class Orders:
         return next((cache for cache in self.caches if name in cache.names), None)
 
 
+@settings
+class KeepCurveConfig:
+    """Settings of ``keep-curve``."""
+
+    orders: tuple[PathText, ...] = ()
+    """Orders of patches by name, and files of ``smalti rank`` (.parquet), each for all orders in it. The first is the
+    headline; the encoder's own order, random and static ones are always among them."""
+    rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
+    """Fractions of patches that are dropped, ascending; empty: 0, 0.05 ... 0.95 (paper: 0, 0.01 ... 0.98)."""
+    speed: bool = True
+    """Also measure the time per image at each rate on this machine; no score depends on it."""
+    epochs: Count | None = None
+    """Passes over the training images; None: the preset's."""
+    batch_size: BatchSize | None = None
+    """Images per training step; None: the preset's."""
+
+
 def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
     """The orders that are asked for, in that order, the one that the encoder learned with, and the controls.
 
@@ -103,9 +124,10 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
         ConfigError: for an unknown name.
         DataError, ShapeError: for a file that can't be read or doesn't fit the images, or if none has an order.
     """
+    own_settings: KeepCurveConfig = config.of("keep-curve")
     encoder, head = features.encoder, features.encoder.class_head
     own = head.order if head is not None else ""
-    named = [order if order.endswith(".parquet") else check_order(order) for order in config.orders]
+    named = [order if order.endswith(".parquet") else check_order(order) for order in own_settings.orders]
     files = {order: Path(order).expanduser() for order in named if order.endswith(".parquet")}
     if own and not files and head is not None and head.orders:
         files[head.orders] = Path(head.orders)
@@ -126,15 +148,18 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
             continue
         if name == "attention":
             if not encoder.has_class_token:
-                raise ConfigError(f"eval.orders: {encoder.name} has no class token whose attention could order patches")
+                raise ConfigError(f"eval.keep-curve.orders: attention needs a class token; {encoder.name} has none")
             continue
         given = f"; {', '.join(map(str, files.values()))} can give {', '.join(stored)}" if files else ""
-        raise DataError(f"order '{name}' stands in a file of smalti rank: add it, eval.orders=[FILE.parquet]{given}")
+        raise DataError(
+            f"order '{name}' comes from a file of smalti rank; add it: eval.keep-curve.orders=[FILE.parquet]{given}"
+        )
     return orders
 
 
 def fit_head(features: Features, config: EvalConfig, size: int) -> tuple[ClassHead, dict[str, Any]]:
     """A linear layer on the vectors of whole training images, and what is to be said of it."""
+    own: KeepCurveConfig = config.of("keep-curve")
     encoder, train, data = features.encoder, features.data.train, features.data
     vectors, labels = [], list[int]()
     for found, places in features.encode(train, size, "centre", features.batch_size, "train images"):
@@ -143,13 +168,13 @@ def fit_head(features: Features, config: EvalConfig, size: int) -> tuple[ClassHe
     if not vectors:
         raise DataError(f"{train.root}: none of the {len(train)} train images can be read")
     inputs = torch.cat(vectors)
-    batch_size = config.head_batch_size or BATCH_SIZE
+    batch_size = own.batch_size or BATCH_SIZE
     probe = fit_probe(
         inputs,
         torch.tensor(labels),
         len(data.classes),
         torch.ones(1, inputs.shape[1], dtype=torch.bool),
-        epochs=config.epochs,
+        epochs=own.epochs,
         batch_size=batch_size,
         seed=config.seed,
         root=train.root,
@@ -170,17 +195,18 @@ def fit_head(features: Features, config: EvalConfig, size: int) -> tuple[ClassHe
 @register_protocol(
     "keep-curve",
     need="labels",
-    heeds=("orders", "rates", "speed", "preset", "epochs", "head_batch_size"),
+    settings=KeepCurveConfig,
     by_default=False,
 )
 @torch.no_grad()
 def keep_curve(features: Features, config: EvalConfig) -> Scores:
     """Classification accuracy as patches are dropped in several orders; needs class folders."""
+    own: KeepCurveConfig = config.of("keep-curve")
     size = features.image_size(config.image_size)
     encoder, test, classes = features.encoder, features.data.test, features.data.classes
-    rates = config.rates or (PAPER_RATES if config.preset == "paper" else RATES)
+    rates = own.rates or (PAPER_RATES if config.preset == "paper" else RATES)
     if len(rates) < 2 or any(after <= before for before, after in itertools.pairwise(rates)):
-        raise ConfigError(f"eval.rates={list(rates)}: at least two that rise are needed")
+        raise ConfigError(f"eval.keep-curve.rates={list(rates)}: at least two that rise are needed")
     orders = open_orders(features, config, size)
     head = features.class_head
     told: dict[str, Any] = {"head": OWN_HEAD}
@@ -246,7 +272,7 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
         "interval": f"{LEVEL:.0%}, Wilson's, over the {features.evaluated}",
         "keep_curve": {name: _curve(right[name], measured) for name in orders.names},
     }
-    if config.speed:
+    if own.speed:
         settings |= measure_speed(orders, head, measured, size)
     return Scores(
         metrics,

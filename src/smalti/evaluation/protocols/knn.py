@@ -11,16 +11,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from smalti.config import Count, settings
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_labels, tally_mean
 
 TEMPERATURE = 0.07
-DEFAULT_K = 20
 EXTRA_K = (10, 20, 100)
 """Numbers of neighbours that are reported beside the chosen one."""
 _CHUNK = 2**24  # similarities held at a time
+
+
+@settings
+class KNNConfig:
+    """Settings of ``knn``."""
+
+    k: Count = 20
+    """Neighbours that vote."""
 
 
 def nearest(
@@ -56,14 +65,14 @@ def vote(
     return weights.new_zeros(len(sims), num_classes).scatter_add_(1, labels, weights)
 
 
-@register_protocol("knn", need="labels", heeds=("pool", "k"))
+@register_protocol("knn", need="labels", settings=KNNConfig, takes_pool=True, has_presets=False)
 def knn(features: Features, config: EvalConfig) -> Scores:
     """Image classification by k nearest neighbours; needs class folders."""
+    own: KNNConfig = config.of("knn")
     size = features.image_size(config.image_size)
     train, test = (features.image_level(split, size, config.pool) for split in ("train", "test"))
     num_train, num_classes = len(train.labels), len(features.data.classes)
-    wanted = config.k or DEFAULT_K
-    k = min(wanted, num_train)
+    k = min(own.k, num_train)
     more = [other for other in EXTRA_K if other <= num_train and other != k]
     device = features.device
     sims, indices = nearest(test.pool(config.pool).to(device), train.pool(config.pool).to(device), max(k, *more, 0))
@@ -88,7 +97,7 @@ def knn(features: Features, config: EvalConfig) -> Scores:
         right[f"top1_k{other}"] = shares_of_other.argmax(1) == test.labels
     settings = {
         "k": k,
-        **({"k_wanted": wanted, "k_note": "all training images vote: there are fewer than k"} if k < wanted else {}),
+        **({"k_wanted": own.k, "k_note": "all training images vote: there are fewer than k"} if k < own.k else {}),
         "temperature": TEMPERATURE,
         "pool": train.auto if config.pool == "auto" else config.pool,
         "image_size": size,

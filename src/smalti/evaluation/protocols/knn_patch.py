@@ -4,13 +4,18 @@ The image protocol ``knn`` for patches: neighbours by cosine similarity s vote w
 Letters: B images in a batch, N = h*w patches, K neighbours, C classes.
 """
 
+from typing import Annotated
+
 import numpy as np
 import torch
+from pydantic import Field
 
+from smalti.config import settings
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
 from smalti.evaluation.memory import (
-    HEEDS,
     LABEL_K,
+    MemoryConfig,
     choose_k,
     choose_recipe,
     memory_settings,
@@ -20,29 +25,37 @@ from smalti.evaluation.memory import (
     unlabelled_places,
 )
 from smalti.evaluation.metrics import accuracy, balanced_accuracy, class_recall
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.knn import TEMPERATURE, vote
 from smalti.evaluation.protocols.linear_segmentation import ignored_value
 from smalti.evaluation.tally import PixelTally
 
 
-@register_protocol("knn-patch", need="masks", heeds=(*HEEDS, "temperature"))
+@settings
+class KNNPatchConfig(MemoryConfig):
+    """Settings of ``knn-patch``."""
+
+    temperature: Annotated[float, Field(gt=0)] = TEMPERATURE
+    """Neighbours vote with exp(similarity / temperature)."""
+
+
+@register_protocol("knn-patch", need="masks", settings=KNNPatchConfig, takes_norm=True)
 @torch.no_grad()
 def knn_patch(features: Features, config: EvalConfig) -> Scores:
     """Patch classification by k nearest neighbours; needs masks."""
-    recipe = choose_recipe(features, config)
+    own: KNNPatchConfig = config.of("knn-patch")
+    recipe = choose_recipe(features, config, own)
     images, classes = features.data.test, features.data.classes
     grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
-    temperature = config.temperature or TEMPERATURE
     unlabelled = unlabelled_places(features)
     memory = patch_memory(features, recipe, config.seed)
-    k, about_k = choose_k(config, LABEL_K, len(memory.keys))
+    k, about_k = choose_k(config, own, LABEL_K, len(memory.keys))
 
     tally = PixelTally(len(classes), len(images), ignored_value(len(classes)), features.device)
     predictions: dict[int, np.ndarray] = {}
     for sims, found, places in neighbours(features, recipe, config.seed, k):
         labels = memory.classes[found]
-        shares = vote(sims.flatten(0, 1), labels.flatten(0, 1), len(classes), temperature)
+        shares = vote(sims.flatten(0, 1), labels.flatten(0, 1), len(classes), own.temperature)
         pred = shares.argmax(1).view(len(places), *grid)
         target = patch_classes(features, recipe, places).view_as(pred).to(pred.device)
         for truth, guess, place in zip(target, pred, places, strict=True):
@@ -55,7 +68,7 @@ def knn_patch(features: Features, config: EvalConfig) -> Scores:
         **memory_settings(features, recipe, memory, config),
         "comparable": "not with published numbers: no protocol of theirs",
         **about_k,
-        "temperature": temperature,
+        "temperature": own.temperature,
         "num_patches": int(matrix.sum()),
         "patch_class": "that of most of its labelled pixels; of equals the first in classes.txt",
     }

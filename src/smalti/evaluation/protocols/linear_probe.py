@@ -19,13 +19,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.config import BatchSize, Count, settings
 from smalti.data.images.folders import ImageSample
 from smalti.data.loader import epoch_order
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import ATTENTIVE, Features, ImageFeatures, Progress
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_labels
 from smalti.evaluation.tuning import Example, evaluate_labels, normalized, random_view, seeded, train
 from smalti.models.encoder import Encoder, PatchFeatures, check_pool, pool_features
@@ -211,11 +213,22 @@ class _Cropped:
         return normalized(view, self.mean, self.std), torch.tensor(sample.label)
 
 
+@settings
+class LinearProbeConfig:
+    """Settings of ``linear-probe``."""
+
+    epochs: Count | None = None
+    """Passes over the training images; None: the preset's."""
+    batch_size: BatchSize | None = None
+    """Images per training step; None: the preset's."""
+
+
 def dino_probe(features: Features, config: EvalConfig) -> Scores:
     """The linear probe in DINO's form."""
+    own: LinearProbeConfig = config.of("linear-probe")
     encoder, num_classes = features.encoder, len(features.data.classes)
     size = features.image_size(config.image_size or 224)
-    epochs, batch_size = config.epochs or EPOCHS, config.head_batch_size or DINO_BATCH_SIZE
+    epochs, batch_size = own.epochs or EPOCHS, own.batch_size or DINO_BATCH_SIZE
     num_images, peak = len(features.data.train), DINO_RATE * batch_size / BATCH_SIZE
     num_steps = math.ceil(epochs * num_images / batch_size)
     if config.pool == "map":
@@ -338,23 +351,24 @@ def fit_probe(
     return Probe(head, mean, std, chosen, combination, rate, passes, int(held_out.sum()), held_out_top1)
 
 
-@register_protocol("linear-probe", need="labels", heeds=("preset", "epochs", "head_batch_size", "pool"))
+@register_protocol("linear-probe", need="labels", settings=LinearProbeConfig, takes_pool=True)
 @torch.no_grad()
 def linear_probe(features: Features, config: EvalConfig) -> Scores:
     """Image classification with a linear head on frozen features; needs class folders."""
+    own: LinearProbeConfig = config.of("linear-probe")
     if config.preset == "paper":
         return dino_probe(features, config)
     size = features.image_size(config.image_size)
     train, test = (features.image_level(split, size, config.pool) for split in ("train", "test"))
     num_classes, device = len(features.data.classes), features.device
-    batch_size = config.head_batch_size or BATCH_SIZE
+    batch_size = own.batch_size or BATCH_SIZE
     inputs, sees, names = _grid(train, config.pool)
     probe = fit_probe(
         inputs.to(device),
         train.labels,
         num_classes,
         sees,
-        epochs=config.epochs,
+        epochs=own.epochs,
         batch_size=batch_size,
         seed=config.seed,
         root=features.data.train.root,

@@ -15,23 +15,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from smalti.config import BatchSize, Count, ImageSize, settings
 from smalti.data.images.decode import image_size
 from smalti.data.images.folders import ImageSample, ImageSet
 from smalti.data.images.labelled import eval_mask, read_mask
 from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import Skipped, random_resized_crop, resize
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import IGNORE, Absent, ConfusionMatrix, accuracy, class_iou, mean_iou
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import PixelTally
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
@@ -124,6 +127,24 @@ def upsampling(side: int, size: int) -> Float[Tensor, "M h"]:
     return F.interpolate(torch.eye(side)[None], size=size, mode="linear", align_corners=False)[0].T.contiguous()
 
 
+@settings
+class LinearSegmentationConfig:
+    """Settings of ``linear-segmentation``."""
+
+    epochs: Count | None = None
+    """Passes over the training images; None: the preset's."""
+    batch_size: BatchSize | None = None
+    """Images per training step; None: the preset's."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest learning rate; None: the preset's (in the small preset chosen on held-out training images)."""
+    augment: bool | None = None
+    """Random crops and flips of the training images; None: the preset's."""
+    mask_size: ImageSize | None = None
+    """Side of the masks in pixels; None: the preset's."""
+    absent: Absent | None = None
+    """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
+
+
 def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     """The preset with what the user changed.
 
@@ -131,22 +152,23 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         ConfigError: if the encoder's own image size isn't square and none is given.
         ShapeError: if the patch size does not divide the image size.
     """
+    own: LinearSegmentationConfig = config.of("linear-segmentation")
     if config.preset != "small":
         size = features.image_size(config.image_size or 448)
         absent: Absent = "zero" if config.preset == "paper" else "skip"
         recipe = Recipe(size, 100, 25, 128, True, absent, (LEARNING_RATE,))
     else:
         size = features.dense_size(config.image_size)
-        batch_size = config.head_batch_size or 16
+        batch_size = own.batch_size or 16
         epochs = max(20, math.ceil(FEWEST_STEPS / math.ceil(len(features.data.train) / batch_size)))
         recipe = Recipe(size, min(100, size), epochs, batch_size, False, "skip", GRID)
     changed: dict[str, Any] = {
-        "mask_size": config.mask_size,
-        "epochs": config.epochs,
-        "batch_size": config.head_batch_size,
-        "augment": config.augment,
-        "absent": config.absent,
-        "learning_rates": (config.learning_rate,) if config.learning_rate else None,
+        "mask_size": own.mask_size,
+        "epochs": own.epochs,
+        "batch_size": own.batch_size,
+        "augment": own.augment,
+        "absent": own.absent,
+        "learning_rates": (own.learning_rate,) if own.learning_rate else None,
     }
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
@@ -214,7 +236,10 @@ def choose_learning_rate(
     """
     images = features.data.train
     if len(images) < 2:
-        raise DataError(f"{images.root}: one training image, none to choose a learning rate by; set eval.learning_rate")
+        raise DataError(
+            f"{images.root}: one training image, none to choose a learning rate by; set "
+            "eval.linear-segmentation.learning_rate"
+        )
     ignore = ignored_value(len(features.data.classes))
     grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
     coarse = F.interpolate(masks[:, None].float(), max(grid), mode="nearest")[:, 0].to(masks.dtype)
@@ -250,18 +275,8 @@ def _evaluate_encoder(
 @register_protocol(
     "linear-segmentation",
     need="masks",
-    heeds=(
-        "preset",
-        "epochs",
-        "head_batch_size",
-        "augment",
-        "mask_size",
-        "absent",
-        "learning_rate",
-        "cache_mib",
-        "cache_dtype",
-        "norm",
-    ),
+    settings=LinearSegmentationConfig,
+    takes_norm=True,
 )
 @torch.no_grad()
 def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
@@ -304,7 +319,7 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
         "learning_rate": rate,
         "learning_rate_chosen_by": "mIoU at one pixel a patch on a fifth of the training images; then fitted on all"
         if reached
-        else "preset or eval.learning_rate",
+        else "preset or eval.linear-segmentation.learning_rate",
         "learning_rates_tried": reached,
         "learning_rate_is_at_edge_of_grid": len(reached) > 1 and rate in (min(GRID), max(GRID)),
         "optimiser": f"SGD, momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, a tenth of the lr in the last fifth",

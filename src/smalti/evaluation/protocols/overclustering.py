@@ -20,11 +20,13 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from smalti.config import Count, ImageSize, settings
 from smalti.data.images.labelled import eval_mask
 from smalti.errors import DataError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import MATCHINGS, Absent, ConfusionMatrix, Matching, class_iou
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.linear_segmentation import ignored_value, read_masks, unlabelled_of
 from smalti.evaluation.tally import PixelTally, Tally, join_repetitions
 from smalti.functional.spectra import sum_moments
@@ -107,6 +109,20 @@ def cluster(
     return kmeans.predict(points).astype(np.int64)
 
 
+@settings
+class OverclusteringConfig:
+    """Settings of ``overclustering``."""
+
+    clusters: tuple[Count, ...] = ()
+    """Numbers of clusters; empty: the number of classes, 300 and 500, where there are enough patches."""
+    repeats: Count | None = None
+    """Clusterings with different seeds, whose scores are averaged; None: the preset's."""
+    mask_size: ImageSize | None = None
+    """Side of the masks in pixels; None: the preset's."""
+    absent: Absent | None = None
+    """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
+
+
 def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     """The preset with what the user changed.
 
@@ -114,6 +130,7 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         ConfigError: if the encoder's own image size isn't square and none is given.
         ShapeError: if the patch size does not divide the image size.
     """
+    own: OverclusteringConfig = config.of("overclustering")
     if config.preset == "small":
         size = features.dense_size(config.image_size)
         recipe = Recipe(size, min(100, size), 3, 1, 20, "k-means++", "skip")
@@ -121,7 +138,7 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         size = features.image_size(config.image_size or 448)
         paper = config.preset == "paper"
         recipe = Recipe(size, 100, 5, 5, 100, "random" if paper else "k-means++", "zero" if paper else "skip")
-    changed: dict[str, Any] = {"mask_size": config.mask_size, "repeats": config.repeats, "absent": config.absent}
+    changed: dict[str, Any] = {"mask_size": own.mask_size, "repeats": own.repeats, "absent": own.absent}
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
 
@@ -146,11 +163,13 @@ def choose_clusters(wanted: Sequence[int], num_classes: int, num_patches: int) -
 @register_protocol(
     "overclustering",
     need="masks",
-    heeds=("preset", "clusters", "repeats", "mask_size", "absent", "cache_mib", "cache_dtype", "norm"),
+    settings=OverclusteringConfig,
+    takes_norm=True,
 )
 @torch.no_grad()
 def overclustering(features: Features, config: EvalConfig) -> Scores:
     """Semantic segmentation by k-means on patch tokens, clusters matched to classes; needs masks."""
+    own: OverclusteringConfig = config.of("overclustering")
     recipe = choose_recipe(features, config)
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))
@@ -158,11 +177,11 @@ def overclustering(features: Features, config: EvalConfig) -> Scores:
     unlabelled = unlabelled_of(images, masks, ignore, features.evaluated)
     points, places = _project(features, recipe.image_size)
     num_patches = len(places) * points.shape[1]
-    chosen, left_out = choose_clusters(config.clusters, len(classes), num_patches)
+    chosen, left_out = choose_clusters(own.clusters, len(classes), num_patches)
     if not chosen:
         raise DataError(
             f"{images.root}: {len(images)} {features.evaluated} have {num_patches} patches, too few for "
-            f"{min(left_out)} clusters; set a smaller eval.clusters, or evaluate on more or larger images"
+            f"{min(left_out)} clusters; lower eval.overclustering.clusters, or evaluate on more or larger images"
         )
     grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
     # (M, M): the patch that each pixel of a mask takes

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from smalti.config import settings
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
 from smalti.evaluation.memory import (
-    HEEDS,
     LABEL_K,
+    MemoryConfig,
     choose_k,
     choose_recipe,
     memory_settings,
@@ -22,7 +24,7 @@ from smalti.evaluation.memory import (
     patch_memory,
     unlabelled_places,
 )
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.linear_segmentation import ignored_value
 from smalti.evaluation.tally import Tally
 
@@ -51,16 +53,22 @@ def average_precision_at(relevant: Bool[Tensor, "Q K"], num_relevant: Int[Tensor
     return (precision * relevant).sum(1) / num_relevant.clamp(1, relevant.shape[1])
 
 
-@register_protocol("retrieval", need="masks", heeds=HEEDS)
+@settings
+class RetrievalConfig(MemoryConfig):
+    """Settings of ``retrieval``."""
+
+
+@register_protocol("retrieval", need="masks", settings=RetrievalConfig, takes_norm=True)
 @torch.no_grad()
 def retrieval(features: Features, config: EvalConfig) -> Scores:
     """Precision of patch retrieval: do the nearest training patches have the same class; needs masks."""
-    recipe = choose_recipe(features, config)
+    own: RetrievalConfig = config.of("retrieval")
+    recipe = choose_recipe(features, config, own)
     images, classes = features.data.test, features.data.classes
     ignore = ignored_value(len(classes))
     unlabelled = unlabelled_places(features)
     memory = patch_memory(features, recipe, config.seed)
-    k, about_k = choose_k(config, LABEL_K, len(memory.keys))
+    k, about_k = choose_k(config, own, LABEL_K, len(memory.keys))
     num_of_class = memory.classes.bincount(minlength=len(classes))
 
     names = [*(f"precision_at_{fewer}" for fewer in FEWER_K if fewer < k), f"map_at_{k}"]

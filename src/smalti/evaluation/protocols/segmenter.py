@@ -11,24 +11,27 @@ Letters: B images, C channels, h x w the patch grid, D embed_dim, K classes, S s
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from smalti.config import BatchSize, Count, settings
 from smalti.data.images.folders import ImageSample, ImageSet
 from smalti.data.images.labelled import read_mask
 from smalti.data.views import Box, Skipped
 from smalti.errors import DataError, SmaltiError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import Absent, accuracy, class_iou, mean_iou
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.linear_segmentation import ignored_value, upsampling, warn_unlabelled
 from smalti.evaluation.tally import PixelTally
 from smalti.evaluation.tuning import (
@@ -82,6 +85,20 @@ class Recipe:
     """Of the image, before it is cropped."""
 
 
+@settings
+class SegmenterConfig:
+    """Settings of ``segmenter``."""
+
+    steps: Count | None = None
+    """Training steps; None: the preset's."""
+    batch_size: BatchSize | None = None
+    """Images per training step; None: the preset's."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest learning rate; None: the preset's."""
+    absent: Absent | None = None
+    """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
+
+
 def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     """The preset with what the user changed.
 
@@ -89,21 +106,22 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         ConfigError: if the encoder's own image size isn't square and none is given.
         ShapeError: if the patch size does not divide the image size that was given.
     """
+    own: SegmenterConfig = config.of("segmenter")
     changed: dict[str, Any] = {
-        "batch_size": config.head_batch_size,
-        "learning_rate": config.learning_rate,
-        "absent": config.absent,
+        "batch_size": own.batch_size,
+        "learning_rate": own.learning_rate,
+        "absent": own.absent,
     }
     given = {name: value for name, value in changed.items() if value is not None}
     if config.preset == "small":
-        crop, iters = features.dense_size(config.image_size), config.iters or 300
+        crop, iters = features.dense_size(config.image_size), own.steps or 300
         # Two thirds of the crop apart, as 341 is of 512. Few steps need a higher learning rate.
         recipe = Recipe(
             crop, max(1, crop * 2 // 3), iters, 8, "adamw", 1e-4, 0.0, 0.01, iters // 10, 0.1, 1.0, False, "skip"
         )
     else:
         crop = 512 if config.image_size is None else features.image_size(config.image_size)
-        iters = config.iters or 160_000
+        iters = own.steps or 160_000
         if config.preset == "full":
             num_warmup = min(1500, iters // 10)
             recipe = Recipe(
@@ -341,7 +359,7 @@ class _TestImages(Dataset[Any]):
 @register_protocol(
     "segmenter",
     need="masks",
-    heeds=("preset", "iters", "head_batch_size", "learning_rate", "absent"),
+    settings=SegmenterConfig,
     by_default=False,
 )
 def segmenter(features: Features, config: EvalConfig) -> Scores:

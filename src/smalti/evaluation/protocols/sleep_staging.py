@@ -13,19 +13,22 @@ could not be found, so all numbers here are ours. Cohen, "A coefficient of agree
 import math
 import warnings
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.config import BatchSize, Count, settings
 from smalti.data.signals.hypnograms import UNDEFINED
 from smalti.data.signals.signal_config import check_window
 from smalti.data.signals.signal_set import SignalSet, draw_subjects
 from smalti.errors import DataError, ShapeError
+from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.features import Features, spread
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS
 from smalti.evaluation.metrics import (
@@ -36,7 +39,7 @@ from smalti.evaluation.metrics import (
     cohen_kappa,
     macro_f1,
 )
-from smalti.evaluation.protocol import EvalConfig, Scores, register_protocol
+from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import Tally
 from smalti.evaluation.tuning import (
     Example,
@@ -81,17 +84,36 @@ class Recipe:
         return max(self.fewest_steps, math.ceil(self.epochs * num_windows / self.batch_size))
 
 
+@settings
+class SleepStagingConfig:
+    """Settings of ``sleep-staging``."""
+
+    fractions: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
+    """Fractions of the training subjects whose labels are used, one fine-tuning each."""
+    repeats: Count = 1
+    """Fits with different seeds, each on its own draw of subjects."""
+    steps: Count | None = None
+    """Training steps; None: the preset's. Not together with ``epochs``."""
+    epochs: Count | None = None
+    """Passes over the training images; None: the preset's."""
+    batch_size: BatchSize | None = None
+    """Images per training step; None: the preset's."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest learning rate; None: the preset's."""
+
+
 def choose_recipe(config: EvalConfig) -> Recipe:
     """The preset with what the user changed."""
+    own: SleepStagingConfig = config.of("sleep-staging")
     small = Recipe(epochs=5, fewest_steps=200, batch_size=32, learning_rate=1e-3)
     full = Recipe(epochs=50, fewest_steps=1000, batch_size=64, learning_rate=2.5e-4, drop_path=0.1)
     changed: dict[str, Any] = {
-        "epochs": config.epochs,
-        "batch_size": config.head_batch_size,
-        "learning_rate": config.learning_rate,
-        "num_steps": config.iters,
+        "epochs": own.epochs,
+        "batch_size": own.batch_size,
+        "learning_rate": own.learning_rate,
+        "num_steps": own.steps,
     }
-    if config.epochs is not None:
+    if own.epochs is not None:
         changed["fewest_steps"] = 1
     recipe = small if config.preset == "small" else full
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
@@ -192,24 +214,16 @@ def area_under_log(shares: list[float], values: list[float]) -> float:
 @register_protocol(
     "sleep-staging",
     need="stages",
-    heeds=(
-        "signal",
-        "fractions",
-        "repeats",
-        "preset",
-        "epochs",
-        "iters",
-        "head_batch_size",
-        "learning_rate",
-    ),
+    settings=SleepStagingConfig,
 )
 def sleep_staging(features: Features, config: EvalConfig) -> Scores:
     """Sleep stage classification, fine-tuned on fractions of the subjects; needs recordings with stages."""
+    own: SleepStagingConfig = config.of("sleep-staging")
     data = features.signals
     recipe, encoder, num_classes = choose_recipe(config), features.encoder, len(data.classes)
     _check_fit(encoder, data.train)
-    shares = _shares(config.fractions or (1.0,), len(data.train.subjects))
-    seeds = [config.seed + number for number in range(config.repeats or 1)]
+    shares = _shares(own.fractions, len(data.train.subjects))
+    seeds = [config.seed + number for number in range(own.repeats)]
     sweep, curve = list[dict[str, Any]](), list[float]()
     counts, predicted = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for share in shares:
@@ -364,7 +378,7 @@ def _shares(fractions: tuple[float, ...], num_subjects: int) -> list[float]:
     if len(shares) < len(set(fractions)):
         left = ", ".join(f"{share:g}" for share in sorted(set(fractions) - set(shares)))
         warnings.warn(
-            f"eval.fractions: {left} of {num_subjects} training subjects are as many as a larger share; left out",
+            f"eval.sleep-staging.fractions: {left} of {num_subjects} subjects are as many as a larger fraction",
             stacklevel=3,
         )
     return shares

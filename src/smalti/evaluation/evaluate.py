@@ -1,0 +1,318 @@
+"""Evaluate an encoder with several protocols, beside its baseline."""
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+
+from smalti.data.images.folders import ClassDepth, ImageSet, open_images
+from smalti.data.images.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
+from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.signal_set import LabelledSignals, is_signals, open_labelled_signals
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.features import Features, Progress, own_head
+from smalti.evaluation.intervals import group_images
+from smalti.evaluation.protocol import Need, Protocol, _registry, find_protocol, protocol_names
+from smalti.evaluation.result import SHARE, Baseline, Details, Result
+from smalti.evaluation.shown import show
+from smalti.models.encoder import Encoder, encoder_from_config, eval_mode
+
+_KINDS: Mapping[Need, Kind] = {"labels": "labels", "masks": "masks", "boxes": "boxes"}
+Labelled = LabelledData | LabelledSignals
+
+
+def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
+    """Names of the protocols that the layout of the data allows and that end in minutes, in alphabetical order.
+
+    Data with neither labels nor masks get those that need none.
+    """
+    protocols = [_registry()[name] for name in protocol_names()]
+    if is_signals(data):
+        return tuple(protocol.name for protocol in protocols if protocol.need == "stages")
+    has = _has(open_images(data, class_depth=class_depth)) or {"images"}
+    return tuple(protocol.name for protocol in protocols if protocol.need in has and protocol.by_default)
+
+
+def evaluate(
+    encoder: Encoder,
+    name: str,
+    data: str,
+    config: EvalConfig,
+    *,
+    baseline: Baseline | None = None,
+    progress: Progress | None = None,
+    figures: bool = False,
+) -> list[Result]:
+    """Evaluate an encoder with the protocols of ``config``, and its baseline beside it.
+
+    The encoder comes back as it was: each submodule in its own train or eval mode, weights untouched, and no global
+    random state is drawn from.
+
+    Args:
+        encoder: on the device where it shall run.
+        name: of the encoder in the results.
+        data: labelled images, as in ``EvalConfig.data``, which is not read here.
+        config: settings of all protocols.
+        baseline: what the scores are compared with; None: the encoder alone. ``smalti.evaluate`` finds it.
+        progress: called as ``progress(what, done, total)`` from time to time.
+        figures: also keep what pages show of a few images, in ``details.shown``.
+
+    Returns:
+        One result per protocol in the order of ``config.protocols``, each followed by that of the baseline, if there
+        is one, with its kind in ``baseline``.
+
+    Raises:
+        ConfigError: for an unknown protocol, or a setting that can't be used.
+        DataError: if the data lacks what a protocol needs.
+        ShapeError: if the patch size does not divide the image size, or the encoder wants other channels.
+    """
+    protocols = [
+        find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config.class_depth)
+    ]
+    _warn_unused(protocols, config)
+    sets = open_sets(data, config)
+    for need, labelled in sets.items():
+        if need == "masks" and isinstance(labelled, LabelledData):
+            check_headers(labelled.train)
+            check_headers(labelled.test)
+    compared = [protocol for protocol in protocols if protocol.has_baseline]
+    other: Encoder | None = None
+    if config.baseline and compared and baseline is not None:
+        other = baseline.make().to(next(encoder.parameters()).device)
+    results = _evaluate_encoder(encoder, name, data, protocols, sets, config, progress, figures, other)
+    beside: dict[str, Result] = {}
+    if other is not None and baseline is not None:
+        label = f"{name} ({baseline.label})"
+        found = _evaluate_encoder(other, label, data, compared, sets, config, progress, figures, encoder)
+        beside = {result.protocol: dataclasses.replace(result, baseline=baseline.kind) for result in found}
+    return [one for result in results for one in (result, beside.get(result.protocol)) if one is not None]
+
+
+def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
+    """The labelled images that the protocols of ``config`` need; also finds mistakes before there is an encoder.
+
+    Raises:
+        ConfigError: for an unknown protocol.
+        DataError: if the data lacks what a protocol needs.
+    """
+    protocols = [
+        find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config.class_depth)
+    ]
+    of_signals = is_signals(data)
+    for protocol in protocols:
+        if protocol.check is not None:
+            protocol.check(config)
+        if (protocol.need == "stages") != of_signals:
+            wanted, there = ("signals", "images") if protocol.need == "stages" else ("images", "signals")
+            raise DataError(
+                f"{data}: protocol {protocol.name} needs {wanted}, these are {there}"
+                + ("; signals=PATH forces them to be read as such" if not of_signals else "")
+            )
+    if of_signals:
+        if config.train_size is not None:
+            raise ConfigError("eval.train_size is for images; for recordings set eval.sleep-staging.fractions")
+        split_seed = config.seed if config.split_seed is None else config.split_seed
+        signal = config.signal or SignalConfig()
+        signals = open_labelled_signals(data, signal, split=config.split, seed=split_seed)
+        if config.groups is not None:
+            group_images(signals.test.names, config.groups)
+        return {"stages": signals}
+    images = (
+        open_images(data, class_depth=config.class_depth) if any(protocol.prefers for protocol in protocols) else None
+    )
+    # without a train split or class names, what is only preferred can't be opened
+    has = _has(images) if images and images.classes and (not images.splits or "train" in images.splits) else ()
+    needs = dict.fromkeys(_source(protocol, has) for protocol in protocols)
+    seed = config.seed if config.split_seed is None else config.split_seed
+    sets: dict[Need, LabelledData] = {
+        need: open_unlabelled(data, split=config.split)
+        if need == "images"
+        else open_labelled(
+            data,
+            split=config.split,
+            seed=seed,
+            need=_KINDS[need],
+            class_depth=config.class_depth,
+            mask_values=config.mask_values,
+            ignore=config.ignore,
+        )
+        for need in needs
+    }
+    sets = {need: labelled.with_pixels(config.pixels) for need, labelled in sets.items()}
+    for need, labelled in sets.items():
+        for called, images in (("train images", labelled.train), (labelled.evaluated, labelled.test))[
+            need == "images" :
+        ]:
+            if not len(images):
+                raise DataError(f"{data}: no {called}; an evaluation learns from train and is about another split")
+    if config.groups is not None:
+        for labelled in sets.values():
+            group_images(labelled.test.names, config.groups)
+    if config.train_size is not None:
+        for need in sets.keys() - {"images"}:
+            sets[need] = draw_training(sets[need], config.train_size, seed)
+    return {**sets}
+
+
+def _has(images: ImageSet) -> set[Need]:
+    """What there is beyond images."""
+    has: set[Need] = set()
+    if any(sample.label is not None for sample in images.samples):
+        has.add("labels")
+    if any(sample.mask is not None or sample.instances is not None for sample in images.samples):
+        has.add("masks")
+    return has
+
+
+def _source(protocol: Protocol, has: Collection[Need]) -> Need:
+    """Which data a protocol takes, of what there is."""
+    return next((need for need in protocol.prefers if need in has), protocol.need)
+
+
+def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
+    """Images for protocols that need no labels: a split (val or test where there is one), or all of them."""
+    images = open_images(data)
+    held_out = [name for name in ("val", "test") if name in images.splits]
+    name = split or (held_out[0] if held_out else None)
+    judged = images.subset(name) if name else images
+    nothing = dataclasses.replace(images, samples=())
+    note = f"no labels needed: {name or 'all images'} ({len(judged)})"
+    return LabelledData(nothing, judged, (), note, split=name or "")
+
+
+def random_baseline(encoder: Encoder, seed: int) -> Baseline:
+    """The baseline of an imported encoder: its architecture with timm's random initialisation."""
+    return Baseline("random-init", partial(random_init, encoder, seed))
+
+
+def random_init(encoder: Encoder, seed: int) -> Encoder:
+    """An encoder of the same architecture and normalisation with timm's random weights, on the same device."""
+    shape = {key: value for key, value in encoder.config().items() if key not in ("fixed_positions", "position_field")}
+    made = encoder_from_config(shape, seed)
+    head = encoder.class_head
+    if head is not None:  # no classes: only the order of patches in which both are asked
+        made.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
+    return made.to(next(encoder.parameters()).device)
+
+
+def _evaluate_encoder(
+    encoder: Encoder,
+    name: str,
+    data: str,
+    protocols: Sequence[Protocol],
+    sets: Mapping[Need, Labelled],
+    config: EvalConfig,
+    progress: Progress | None,
+    figures: bool,
+    beside: Encoder | None,
+) -> list[Result]:
+    """One result a protocol; features are computed once for all of them. Own heads are used only where ``beside``, the
+    encoder that this one is compared with, has one, too."""
+    results = []
+    with eval_mode(encoder):
+        features = {
+            need: Features(
+                encoder,
+                labelled,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                cache_dtype=config.cache_dtype,
+                cache_mib=config.cache_mib,
+                norm=config.norm,
+                progress=progress,
+                observers={
+                    protocol.name: protocol.observer(config.of(protocol.name))
+                    for protocol in protocols
+                    if protocol.observer is not None and _source(protocol, sets) == need
+                },
+                own_heads=beside is None or own_head(beside, labelled.classes) is not None,
+            )
+            for need, labelled in sets.items()
+        }
+        for protocol in protocols:
+            need = _source(protocol, sets)
+            source = features[need]
+            scores = protocol.run(source, config)
+            shared = {
+                "architecture": encoder.name,
+                "weights": encoder.source or "as given",
+                "fitted": [] if encoder.report is None else [*encoder.report.resampled, *encoder.report.notes],
+                "pos_resampling": encoder.pos_resampling._asdict(),
+                "split": sets[need].note,
+                "evaluated": source.evaluated,
+                "num_train": len(source.data.train),
+                "num_test": len(source.data.test),
+                "num_unreadable": len(source.skipped),
+                "num_unreadable_evaluated": len(source.skipped.keys() & set(map(str, source.data.test.paths))),
+                "num_classes": len(source.data.classes),
+                "layout": source.data.test.layout,
+                "seed": config.seed,
+            }
+            if encoder.position_field is not None:
+                shared["position_field"] = encoder.position_field.config()
+            if protocol.takes_norm:
+                shared["tokens"] = "after the final norm" if config.norm else "of the last block, without final norm"
+            if source.data.test.label_note is not None:
+                shared["labels"] = source.data.test.label_note
+            if need == "labels" and source.data.missing:
+                shared["classes_without_images"] = list(source.data.missing)
+            if source.data.drawn:
+                shared["train_images"] = source.data.train.names
+            if config.groups is not None:
+                shared["groups"] = config.groups
+            results.append(
+                Result(
+                    protocol=protocol.name,
+                    encoder=name,
+                    data=data,
+                    metrics=scores.metrics,
+                    units={**dict.fromkeys(scores.metrics, SHARE), **scores.units},
+                    settings={**shared, **scores.settings},
+                    per_class=scores.per_class,
+                    details=Details(
+                        images=source.names,
+                        groups=_table_groups(source.data),
+                        classes=source.data.classes,
+                        tallies=scores.tallies,
+                        confusion=scores.confusion,
+                        predictions=scores.predictions,
+                        found=scores.found,
+                        curves=scores.curves,
+                        pictures=scores.pictures,
+                        shown=source.once("shown", partial(show, source, config.image_size))
+                        if figures and need != "stages"
+                        else None,
+                    ),
+                )
+            )
+    return results
+
+
+def _warn_unused(protocols: Sequence[Protocol], config: EvalConfig) -> None:
+    """One line about settings that were changed and that none of the protocols uses."""
+    default, needs = EvalConfig(), {need for protocol in protocols for need in protocol.needs}
+    used = {
+        "preset": any(protocol.has_presets for protocol in protocols),
+        "norm": any(protocol.takes_norm for protocol in protocols),
+        "pool": any(protocol.takes_pool for protocol in protocols),
+        "class_depth": "labels" in needs,
+        "mask_values": "masks" in needs,
+        "ignore": "masks" in needs,
+        "signal": "stages" in needs,
+    }
+    unused = [name for name, is_used in used.items() if not is_used and getattr(config, name) != getattr(default, name)]
+    unused += sorted(config.own.keys() - {protocol.name for protocol in protocols})
+    if unused:
+        names = ", ".join(protocol.name for protocol in protocols)
+        warnings.warn(f"{', '.join(f'eval.{key}' for key in unused)}: no effect on {names}", stacklevel=3)
+
+
+def _table_groups(data: Labelled) -> tuple[str, ...]:
+    """The groups of the evaluated images by their table, an image without one by itself; empty where no table has any,
+    or all images are in one."""
+    if isinstance(data, LabelledSignals):
+        return ()
+    groups = tuple(sample.group or str(sample.path) for sample in data.test.samples)
+    is_known = any(sample.group is not None for sample in data.test.samples)
+    return groups if is_known and len(set(groups)) > 1 else ()

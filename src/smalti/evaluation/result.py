@@ -1,0 +1,212 @@
+"""What an evaluation found, and its JSON."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from smalti.evaluation.shown import Shown
+from smalti.evaluation.tally import Tally
+from smalti.files import write_atomically
+from smalti.models.encoder import Encoder
+from smalti.reading import reading
+
+_FEW_NAMES = 5
+SHARE = "share of 1, higher is better"
+"""Unit of accuracies and IoUs."""
+
+
+BaselineKind = Literal["untrained", "before", "random-init"]
+BASELINE_LABELS: Mapping[BaselineKind, str] = {
+    "untrained": "untrained",
+    "before": "before",
+    "random-init": "random init",
+}
+"""How tables and pages name a baseline: the same network before its first step, where that is random (``untrained``)
+or brought by ``init`` (``before``), or timm's random initialisation of an imported encoder."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the scores of an encoder are compared with."""
+
+    kind: BaselineKind
+    make: Callable[[], Encoder]
+    """Builds the encoder; called once it is needed."""
+
+    @property
+    def label(self) -> str:
+        """As tables and pages name it."""
+        return BASELINE_LABELS[self.kind]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one protocol found about one encoder on one data set; the same object for CLI, report and comparison."""
+
+    protocol: str
+    """Name of the protocol, as the command line spells it."""
+    encoder: str
+    """The encoder as the user named it (``runs/a``, ``random:vit_tiny_patch16_224``)."""
+    data: str
+    """The data set as the user named it."""
+    metrics: Mapping[str, float]
+    """Name -> value; the first is the headline. Scores lie in 0..1."""
+    units: Mapping[str, str]
+    """Metric name -> unit and direction, such as ``share, higher is better``."""
+    settings: Mapping[str, Any]
+    """Everything that determined the numbers: preset, split, sizes, seeds, conventions, counts."""
+    per_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Metric name -> class name -> value; NaN where a class does not occur."""
+    details: "Details | None" = field(default=None, compare=False, repr=False)
+    """What stands behind the numbers, image by image; not part of the JSON."""
+    baseline: BaselineKind | None = None
+    """Of the scores of a baseline, which kind it is; None: scores of the encoder that was asked about."""
+    intervals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Metric name -> ``low`` and ``high`` of its interval; where a baseline stands beside it also ``difference``,
+    ``difference_low`` and ``difference_high``, paired. Metrics that are no sum over images have none. Filled by
+    :func:`smalti.evaluate`; ``settings["intervals"]`` says what was resampled."""
+
+    @property
+    def headline(self) -> tuple[str, float]:
+        """Name and value of the first metric."""
+        return next(iter(self.metrics.items()))
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the baseline of the encoder that was asked about."""
+        return self.baseline is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; NaN becomes None, as JSON has none."""
+        plain = dataclasses.asdict(dataclasses.replace(self, details=None))
+        del plain["details"]
+        return _plain(plain)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Objects in one image, as pages draw them."""
+
+    boxes: np.ndarray
+    """``(n, 4)`` x0 y0 x1 y1 as shares of the image's width and height."""
+    labels: np.ndarray
+    """``(n,)`` class of each."""
+    scores: np.ndarray
+    """``(n,)`` in 0..1; of true objects 1, of crowds 0."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What stands behind the numbers of a result."""
+
+    images: tuple[str, ...]
+    """Test images, relative to their data set; the n of the tallies."""
+    classes: tuple[str, ...]
+    tallies: Mapping[str, Tally]
+    """Metric name -> what each test image contributed; metrics that have no such form are left out."""
+    confusion: np.ndarray | None = None
+    """``(G, G)`` int64 pixels or images, ground truth down, prediction across."""
+    predictions: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Place of a test image -> ``(M, M)`` class of each pixel, of the few images that are shown."""
+    found: Mapping[int, tuple[Boxes, Boxes]] = field(default_factory=dict)
+    """Place of a test image -> true objects and those that were found, of the few images that are shown."""
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Name -> numbers for figures: of each step, where the name begins with ``loss``; else of each layer, first to
+    last."""
+    pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Caption -> ``(H, W, 3)`` uint8, as pages show it."""
+    shown: Shown | None = None
+    """Pictures, masks and patch tokens of the images of ``predictions``; where :func:`evaluate` was asked for them."""
+    groups: tuple[str, ...] = ()
+    """What each test image belongs to, where a table of the data says so."""
+
+
+def describe_result(result: Result) -> str:
+    """What must be known to read the numbers of a result: how many images of which split, their size, the preset, and
+    what was left out."""
+    told, parts = result.settings, list[str]()
+    if (number := told.get("num_test")) is not None:
+        looked_at = told.get("num_images")
+        few = f"{looked_at} of " if looked_at is not None and looked_at < number else ""
+        parts.append(f"{few}{number} {told.get('evaluated', 'images')}")
+    if (size := told.get("image_size")) is not None:
+        parts.append(f"{size} px")
+    if told.get("preset") is not None:
+        parts.append(f"preset {told['preset']}")
+    if told.get("keep_curve"):
+        parts.append(f"order {told['order']}")
+    if told.get("clusters"):
+        parts.append(f"{told['num_patches']} patches")
+    line = ", ".join(parts)
+    if left_out := _left_out(told):
+        line += f"{'; ' if line else ''}left out: {', '.join(left_out)}"
+    return line
+
+
+def _left_out(told: Mapping[str, Any]) -> list[str]:
+    unreadable = told.get("num_unreadable", 0)
+    evaluated = told.get("num_unreadable_evaluated", unreadable)
+    clusters, missing = told.get("clusters_left_out") or (), told.get("classes_without_images") or ()
+    names = ", ".join(missing[:_FEW_NAMES]) + (", ..." if len(missing) > _FEW_NAMES else "")
+    return [
+        *([f"{evaluated} unreadable"] if evaluated else []),
+        *([f"{unreadable - evaluated} unreadable in train"] if unreadable > evaluated else []),
+        *([f"{told['num_unlabelled']} without a label"] if told.get("num_unlabelled") else []),
+        *([f"K = {', '.join(map(str, clusters))} (too few patches)"] if clusters else []),
+        *([f"{len(missing)} of {told['num_classes']} classes, which have no such images ({names})"] if missing else []),
+    ]
+
+
+def results_json(results: list[Result]) -> str:
+    """``{"results": [...]}`` as text."""
+    return json.dumps({"results": [result.to_json() for result in results]}, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_results(path: Path, results: list[Result]) -> None:
+    """Write results as JSON, whole file or none."""
+    write_atomically(path, results_json(results))
+
+
+def read_results(path: Path) -> list[Result]:
+    """Results that :func:`write_results` wrote.
+
+    Raises:
+        DataError: if the file isn't there or isn't of that form.
+    """
+    with reading(path, "a file of results"):
+        return [_result(row) for row in json.loads(path.read_bytes())["results"]]
+
+
+def _result(row: Mapping[str, Any]) -> Result:
+    """A result from its row in JSON; null is NaN again. Raises ValueError where a value has another type."""
+    texts = [row["protocol"], row["encoder"], row["data"], *row["units"].values()]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"a text is needed, not {wrong[0]!r}")
+    if not row["metrics"] or not isinstance(row["settings"], dict):
+        raise ValueError("metrics and settings are needed")
+    if row.get("baseline") not in (None, *BASELINE_LABELS):
+        raise ValueError(f"baseline={row['baseline']!r} is of no known kind")
+    groups = {
+        key: {name: _numbers(values) for name, values in row.get(key, {}).items()} for key in ("per_class", "intervals")
+    }
+    return Result(**{**row, "metrics": _numbers(row["metrics"]), **groups})
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    """JSON's null is NaN again."""
+    return {name: float("nan") if value is None else float(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return str(value) if isinstance(value, Path) else value
