@@ -69,6 +69,10 @@ def test_hints_look_across_groups(word: str, hint: str) -> None:
     assert str(refused.value) == f"settings: {hint}"
 
 
+def test_of_equal_names_with_a_typing_error_an_outermost_is_named() -> None:
+    assert "'data.channels'?" in unknown_key("chanels", ["seed"], elsewhere=["data.channels", "eval.signal.channels"])
+
+
 def test_other_groups_are_named_only_for_typing_errors() -> None:
     line = unknown_key("steps", ["seed", "pool"], elsewhere=["eval.signal.stage_s"])
     assert line == "settings has no field 'steps'; it has: pool, seed"

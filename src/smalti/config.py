@@ -253,9 +253,7 @@ def _first_problem(cls: type, error: ValidationError, group: str, tree: Mapping[
             parent = _field_type(parent, str(part))
         *groups, name = path.split(".")
         wrong = {".".join(str(part) for part in p["loc"]) for p in unknown}
-        given = [
-            key for key in flatten(to_tree(tree)) if key not in wrong
-        ]  # groups that are plain mappings in the class
+        given = [key for key in flatten(to_tree(tree)) if key not in wrong]  # in groups that are plain mappings
         elsewhere = [f"{group}.{key}" if group else key for key in (*all_keys(cls), *given)]
         return unknown_key(name, key_names(parent), ".".join(groups), elsewhere=elsewhere)
     message = problem["msg"].removeprefix("Value error, ")
@@ -306,7 +304,8 @@ def unknown_key(
         return f"{line}; did you mean {' or '.join(choice)}?"
     near = nearest(name, known)
     if near is None:
-        lasts = {key.rpartition(".")[2]: key for key in elsewhere}
+        outermost_last = sorted(elsewhere, key=lambda key: -key.count("."))
+        lasts = {key.rpartition(".")[2]: key for key in outermost_last}
         near = lasts.get(nearest(name, lasts, only_typos=True) or "")
     return f"{line}; " + (
         f"did you mean '{near}'?" if near else f"{'it has' if owner else 'there are'}: {', '.join(known)}"
