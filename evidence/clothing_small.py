@@ -20,7 +20,6 @@ import torch
 
 import smalti
 from smalti.config import read_yaml
-from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.result import Result, read_results, write_results
 from smalti.runs.machine import describe_machine
 from smalti.runs.train import resume
@@ -41,10 +40,8 @@ def results_of(method: str, seed: int, data: Path, out: Path) -> tuple[list[Resu
             resume(run)
         else:
             smalti.train(None, data / "train", run, recipe=ARMS[method], overrides={"seed": seed})
-        config = EvalConfig(
-            protocols=PROTOCOLS, split="test", seed=seed, image_size=read_yaml(ARMS[method])["data"]["image_size"]
-        )
-        write_results(file, smalti.evaluate(smalti.load(run), f"{method}, seed {seed}", str(data), config))
+        size = read_yaml(ARMS[method])["data"]["image_size"]
+        write_results(file, smalti.evaluate(run, data, PROTOCOLS, split="test", seed=seed, image_size=size))
     return read_results(file), json.loads((run / "run.json").read_text())["training_s"]
 
 

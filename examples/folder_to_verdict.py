@@ -8,7 +8,6 @@ IMAGES is any folder tree of images. LABELLED holds class folders (CLASS/image),
 import argparse
 
 import smalti
-from smalti.evaluation.protocol import EvalConfig
 
 
 def main() -> None:
@@ -30,8 +29,7 @@ def main() -> None:
     }
     run = smalti.train("mae", options.images, options.out, overrides=settings)
 
-    encoder = smalti.load(run)
-    results = smalti.evaluate(encoder, str(run), options.labelled, EvalConfig())
+    results = smalti.evaluate(run, options.labelled)
     trained = [result for result in results if result.baseline is None]
     untrained = {result.protocol: result for result in results if result.baseline}
     for result in trained:

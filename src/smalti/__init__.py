@@ -1,8 +1,8 @@
-"""Smalti learns from the pieces of an image.
+"""Patch-level self-supervised learning for vision transformers.
 
-Patch-level pretraining and post-training of vision transformers on your own images, evaluation of their patch
-tokens, and the encoder handed on as a plain timm model. The names below are the public face; everything heavy is
-imported when it is first used, so that ``import smalti`` and ``smalti --help`` are quick.
+Pretrain and post-train on your own images, evaluate patch tokens, rank patches, and export plain timm models. The
+names below are the public API; heavy modules are imported on first use, so that ``import smalti`` and
+``smalti --help`` are quick.
 """
 
 import importlib
@@ -19,13 +19,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 _LAZY = {
     "Encoder": "smalti.models.encoder",
     "PatchFeatures": "smalti.models.encoder",
-    "load": "smalti.models.loading",
-    "train": "smalti.runs.train",
-    "evaluate": "smalti.runs.baseline",
-    "compare": "smalti.comparison.run",
-    "embed": "smalti.exporters.embeddings",
     "load_images": "smalti.data.images.labelled",
     "open_images": "smalti.data.images.folders",
+    "load": "smalti.models.loading",
+    "train": "smalti.runs.train",
+    "resume": "smalti.runs.train",
+    "compare": "smalti.comparison.run",
+    **dict.fromkeys(("doctor", "embed", "evaluate", "export", "generate", "rank"), "smalti.api"),
 }
 
 __all__ = [
@@ -33,12 +33,17 @@ __all__ = [
     "PatchFeatures",
     "__version__",
     "compare",
+    "doctor",
     "embed",
     "errors",
     "evaluate",
+    "export",
+    "generate",
     "load",
     "load_images",
     "open_images",
+    "rank",
+    "resume",
     "train",
 ]
 

@@ -20,7 +20,6 @@ from smalti.comparison import run as module
 from smalti.comparison.cell import TRAINED, _steps_within, digest, images_digest
 from smalti.comparison.run import compare, read_comparison, read_plan
 from smalti.errors import ConfigError, DataError, RunError
-from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.intervals import Interval
 from smalti.evaluation.paired import Row, about_lines, metric_rows, shared_headline
 from smalti.evaluation.result import Result
@@ -369,8 +368,8 @@ def test_the_gain_of_a_trained_arm_is_over_its_own_network_untrained(plan, tmp_p
     for cell in cells:
         run_folder = cell.folder / "run"
         first = smalti.load(run_folder / "checkpoints" / "step_00000000", quiet=True)
-        config = EvalConfig(protocols=("knn",), image_size=32, seed=cell.seed)
-        (alone,) = smalti.evaluate(first, "x", plan["evaluate"][0]["data"], config)
+        data = plan["evaluate"][0]["data"]
+        (alone,) = smalti.evaluate(first, data, ["knn"], image_size=32, seed=cell.seed)
         assert alone.metrics == cell.baseline_of(0)[0].metrics
     again = read_comparison(tmp_path / "out")
     assert [row.gain for row in again.rows] == [row.gain for row in result.rows]

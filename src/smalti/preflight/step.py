@@ -1,5 +1,6 @@
 """A training step of a run to measure: its time and memory, before the run."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -7,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smalti.config import build, to_tree
 from smalti.data.loader import TrainLoader
 from smalti.data.views import Views, collate
 from smalti.data.workers import needed_mib
+from smalti.methods.base import get_method
 from smalti.runs.build import (
     build_method,
     count_classes,
@@ -26,6 +29,9 @@ from smalti.training.launch import (
 )
 from smalti.training.optim import build_optimizer, peak_lr
 from smalti.training.step import training_step
+
+STAND_IN_CLASSES = 1000
+"""Classes of a supervised step that is measured without images: ImageNet's number."""
 
 
 def shared_by_workers(config: RunConfig) -> float:
@@ -47,6 +53,15 @@ def _noise(config: RunConfig) -> np.ndarray:
     return np.resize(window, (1, config.data.signal.window, config.data.channels))
 
 
+def _with_classes(config: RunConfig) -> RunConfig:
+    """Without images, a method that learns from labels is measured with :data:`STAND_IN_CLASSES`."""
+    method = get_method(config.method.name)
+    if not method.needs_labels or getattr(config.method, "num_classes", None) is not None:
+        return config
+    named = build(type(config.method), {**to_tree(config.method), "num_classes": STAND_IN_CLASSES}, group="method")
+    return dataclasses.replace(config, method=named)
+
+
 def step_maker(config: RunConfig, device: torch.device) -> tuple[Callable[[int], Callable[[], None]], float]:
     """A maker of training steps for :func:`smalti.preflight.report.measure_step`, and a checkpoint's size in MiB.
 
@@ -58,7 +73,7 @@ def step_maker(config: RunConfig, device: torch.device) -> tuple[Callable[[int],
     images = open_training(config) if config.data.path else None
     if images is not None:
         config, images = measure_scale(config, images)
-    config = count_classes(config, images)
+    config = count_classes(config, images) if images is not None else _with_classes(config)
     precision = resolve_precision(config.precision, device.type)
     dtype = torch.bfloat16 if precision == "bf16" else None
     whole = build_method(config)
@@ -79,7 +94,9 @@ def step_maker(config: RunConfig, device: torch.device) -> tuple[Callable[[int],
             batches = iter(TrainLoader(images, views, batch_size=batch_size, seed=0, channels=config.data.channels))
         else:
             noise = _noise(config)
-            batches = itertools.repeat(collate([views(noise, np.random.default_rng(n)) for n in range(batch_size)]))
+            batch = collate([views(noise, np.random.default_rng(n)) for n in range(batch_size)])
+            batch.labels = torch.arange(batch_size) % (getattr(config.method, "num_classes", None) or 1)
+            batches = itertools.repeat(batch)
 
         def model(views: Views, progress: float) -> dict[str, Tensor]:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
