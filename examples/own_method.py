@@ -19,7 +19,7 @@ from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
 from smalti.functional.masking import random_mask
 from smalti.functional.patches import patchify
 from smalti.functional.random import sample_uniform
-from smalti.methods.base import Method, MethodConfig, register
+from smalti.methods.base import EncoderMethod, MethodConfig, register
 from smalti.models.encoder import Encoder
 
 
@@ -33,7 +33,7 @@ class SimMIMConfig(MethodConfig):
 
 
 @register("simmim")
-class SimMIM(Method):
+class SimMIM(EncoderMethod):
     """Predict the pixels of hidden patches from the tokens at their places."""
 
     Config = SimMIMConfig

@@ -52,7 +52,7 @@ def test_an_exported_encoder_gives_the_same_features_without_smalti(tmp_path: Pa
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
     for path, pixels in zip(paths, noise, strict=True):
         Image.fromarray(pixels).save(path)
-    command("export", SPEC, "--to", "timm", "--out", str(tmp_path / "exported"))
+    command("export", SPEC, "to=timm", "--out", str(tmp_path / "exported"))
     text = run("exported_features.py", "exported", "features.npz", *paths, folder=tmp_path)
     assert "features.npz: image (2, 192), patches (2, 196, 192)" in text
     saved = np.load(tmp_path / "features.npz")

@@ -20,7 +20,7 @@ from smalti.functional.patches import patchify
 from smalti.layers.tokens import TokenConfig
 from smalti.methods import base
 from smalti.methods.autoencoder import Autoencoder, AutoencoderConfig, pca_psnr, reconstruction_loss
-from smalti.methods.base import TokenMethod
+from smalti.methods.base import MethodConfig, TokenMethod
 from smalti.runs.build import load_method
 from smalti.runs.train import resume, train
 
@@ -35,8 +35,10 @@ SMALL = {
 
 
 @settings
-class ReaderConfig:
+class ReaderConfig(MethodConfig):
     """None."""
+
+    name: str = "reader"
 
 
 class Reader(TokenMethod):

@@ -80,7 +80,7 @@ def command(
 def _say_what_next(run: Path) -> None:
     from smalti.cli.options import print_results
     from smalti.evaluation.result import read_results
-    from smalti.methods.base import TokenMethod, get_method
+    from smalti.methods.base import get_method
     from smalti.runs.folder import read_run_file
     from smalti.runs.posttrain import read_verdict
     from smalti.training.checkpoint import read_state
@@ -107,7 +107,7 @@ def _say_what_next(run: Path) -> None:
         print(f"trained: {run}")
     config = read_yaml(run / "config.yaml")
     method = get_method(config["method"]["name"])
-    if issubclass(method, TokenMethod):  # it has no encoder to export
+    if not method.has_encoder:  # it has no encoder to export
         print(f"next:    {method.next_command.format(run=run)}")
         print(f"         smalti report {run}")
         return

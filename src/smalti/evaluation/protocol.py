@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from smalti.config import settings as settings_class
 from smalti.config import (
     unknown_key,
 )
@@ -25,6 +26,11 @@ Need = Literal["labels", "masks", "boxes", "images", "stages"]
 Run = Callable[[Features, EvalConfig], "Scores"]
 """Features and settings in, scores out; ``config.of(NAME)`` gives the protocol's own settings."""
 F = TypeVar("F", bound=Run)
+
+
+@settings_class
+class NoSettings:
+    """Of protocols without settings of their own."""
 
 
 class Scores(NamedTuple):
@@ -94,7 +100,7 @@ def register_protocol(
     name: str,
     *,
     need: Need,
-    settings: type,
+    settings: type = NoSettings,
     by_default: bool = True,
     observer: Callable[[Any], Observer] | None = None,
     prefers: tuple[Need, ...] = (),

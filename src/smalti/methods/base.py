@@ -120,10 +120,9 @@ def same_for_all(row: Mapping[str, float], term: str, entropy: str, weight: floa
 
 
 class Method(nn.Module, ABC):
-    """Base of all methods; see ``docs/architecture.md``, contract 2.
+    """Base of all methods: :class:`EncoderMethod` and :class:`TokenMethod`; see ``docs/architecture.md``, contract 2.
 
     Args:
-        encoder: the network to train; a method may hold copies of it.
         config: an instance of the class's ``Config``.
     """
 
@@ -149,8 +148,10 @@ class Method(nn.Module, ABC):
     """Whether it learns from windows of signals, too: ``(B, C, 1, T)``."""
     signal_defaults: ClassVar[Mapping[str, Any]] = {}
     """What goes over ``defaults`` where the data are signals; may hold settings of the method under ``method``."""
-    export_network: ClassVar[str] = "encoder"
-    """Which of :meth:`networks` is handed on by default."""
+    has_encoder: ClassVar[bool]
+    """Whether it trains an encoder, which can be evaluated and exported."""
+    export_network: ClassVar[str] = ""
+    """Which of :meth:`networks` is exported by default; empty without an encoder."""
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Last parts of names of parameters that are not decayed, beside biases and one-dimensional ones."""
     is_posttraining: ClassVar[bool] = False
@@ -158,10 +159,17 @@ class Method(nn.Module, ABC):
     reads_field: ClassVar[bool] = False
     """Whether crops read their positions out of a field. For all others a field that weights bring becomes a table."""
 
+    starts_from: ClassVar[tuple[str, ...]] = ()
+    """Without an encoder: methods whose runs ``init`` may name, beside its own."""
+    needs_start: ClassVar[bool] = False
+    """Whether a run must start from another (``init``)."""
+    next_command: ClassVar[str] = ""
+    """What a user types next, where it is not evaluation; ``{run}`` stands for the run."""
+
     fit_images: ClassVar[int] = 0
     """How many images :meth:`fit` wants to see; 0: there is nothing to fit."""
 
-    def __init__(self, encoder: Any, config: Any) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.observations: dict[str, Tensor] = {}
@@ -260,6 +268,21 @@ class Method(nn.Module, ABC):
         ]
 
 
+class EncoderMethod(Method):
+    """Base of methods that train an encoder.
+
+    Args:
+        encoder: the network to train; a method may hold copies of it.
+        config: an instance of the class's ``Config``.
+    """
+
+    has_encoder = True
+    export_network = "encoder"
+
+    def __init__(self, encoder: Encoder, config: Any) -> None:
+        super().__init__(config)
+
+
 class TokenMethod(Method):
     """Base of methods that learn about the tokens of images and hand on no encoder: what ranks patches, or draws them.
 
@@ -268,17 +291,11 @@ class TokenMethod(Method):
         config: an instance of the class's ``Config``.
     """
 
-    export_network = ""
+    has_encoder = False
     fit_images = 2048
-    starts_from: ClassVar[tuple[str, ...]] = ()
-    """Methods whose runs ``init`` may name; its own is always one."""
-    needs_start: ClassVar[bool] = False
-    """Whether a run must start from another (``init``)."""
-    next_command: ClassVar[str] = ""
-    """What a user types next; ``{run}`` stands for the run."""
 
     def __init__(self, tokens: TokenSource, config: Any) -> None:
-        super().__init__(tokens, config)
+        super().__init__(config)
         self.tokens = tokens.requires_grad_(False)
 
     @classmethod
@@ -340,10 +357,12 @@ def register(name: str) -> Callable[[M], M]:
     """Class decorator: make a method known under a name.
 
     Raises:
-        ConfigError: if another class has that name.
+        ConfigError: if another class has that name, or ``Config`` is no :class:`MethodConfig`.
     """
 
     def add(cls: M) -> M:
+        if not issubclass(cls.Config, MethodConfig):
+            raise ConfigError(f"method {name}: {cls.Config.__name__} must be a subclass of MethodConfig")
         other = _REGISTRY.get(name, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(clash("method", name, other.__module__, cls.__module__))

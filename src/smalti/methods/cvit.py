@@ -28,7 +28,7 @@ from smalti.functional.graphs import descending
 from smalti.functional.orders import num_kept
 from smalti.functional.patches import patch_variance
 from smalti.functional.random import sample_uniform
-from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, uniform_guess
 from smalti.methods.supervised import class_loss
 from smalti.methods.teacher import Average
 from smalti.models.encoder import ClassHead, Encoder
@@ -86,7 +86,7 @@ class Classifier(nn.Module):
 
 
 @register("cvit")
-class CViT(Method):
+class CViT(EncoderMethod):
     """Drop the last patches of an order, a new share of them in each batch, and tell the class by the rest."""
 
     Config = CViTConfig

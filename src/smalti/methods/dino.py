@@ -23,7 +23,7 @@ from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.layers.heads import ProjectionHead, Prototypes
-from smalti.methods.base import Method, MethodConfig, Reference, register, same_for_all
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, same_for_all
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
@@ -160,7 +160,7 @@ class EncoderWithHead(nn.Module):
 
 
 @register("dino")
-class DINO(Method):
+class DINO(EncoderMethod):
     """A student matches, from any crop, what its moving average says of the large crops."""
 
     Config = DINOConfig

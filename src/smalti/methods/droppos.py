@@ -29,7 +29,7 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import weighted_mean
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import Method, MethodConfig, Reference, register
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register
 from smalti.methods.mae import init_encoder, init_linear_layers, reconstruction_loss
 from smalti.models.encoder import Encoder, PatchFeatures, eval_mode
 
@@ -174,7 +174,7 @@ class PositionDecoder(nn.Module):
 
 
 @register("droppos")
-class DropPos(Method):
+class DropPos(EncoderMethod):
     """Hide most patches, take the positions of most others, and say where these were."""
 
     Config = DropPosConfig

@@ -31,7 +31,7 @@ from smalti.functional.transfer import move
 from smalti.functional.transport import sinkhorn_offsets
 from smalti.layers.heads import PrototypeHead
 from smalti.layers.last_block import Chosen, place_of
-from smalti.methods.base import Method, MethodConfig, Reference, register, same_for_all
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, same_for_all
 from smalti.methods.dino import color_jitter, draw_weights, resample_as_released
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
@@ -255,7 +255,7 @@ def other_views(batch: int, num_views: int, device: torch.device) -> tuple[Int[T
 
 
 @register("ibot")
-class IBOT(Method):
+class IBOT(EncoderMethod):
     """A student matches a teacher on the image token across crops, and on masked patches within a crop.
 
     For variants, each its own method to override: :meth:`make_network` and its ``embed`` (how tokens are put together),

@@ -31,7 +31,7 @@ from smalti.functional.random import sample_uniform, step_key
 from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.layers.heads import ProjectionHead, Prototypes
-from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, uniform_guess
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder
 
@@ -203,7 +203,7 @@ class EncoderWithClusters(nn.Module):
 
 
 @register("loca")
-class LOCA(Method):
+class LOCA(EncoderMethod):
     """Queries look at a few patches of a reference view, and say where in it they lie and to what clusters they go."""
 
     Config = LOCAConfig

@@ -24,7 +24,7 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import Method, MethodConfig, Reference, refuse_changed, register
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 
@@ -74,7 +74,7 @@ def mean_patch_error(target: Float[Tensor, "B M P"], norm_pix: bool) -> Float[Te
 
 
 @register("mae")
-class MAE(Method):
+class MAE(EncoderMethod):
     """Hide most patches, encode the rest, reconstruct the pixels of the hidden ones."""
 
     Config = MAEConfig

@@ -23,7 +23,7 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import hidden_ids
 from smalti.layers.relative_encoder import init_linear
-from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, uniform_guess
 from smalti.models.encoder import Encoder
 
 
@@ -48,7 +48,7 @@ def position_loss(logits: Float[Tensor, "B M K"], labels: Int[Tensor, "B M"]) ->
 
 
 @register("mp3")
-class MP3(Method):
+class MP3(EncoderMethod):
     """Encode the patches of the grid without a word on where they are; each says which cell is its own."""
 
     Config = MP3Config

@@ -34,7 +34,7 @@ from smalti.functional.random import sample_uniform
 from smalti.functional.sorting import check_backend, neco_loss
 from smalti.functional.sorting_networks import network_layers
 from smalti.layers.heads import ProjectionHead
-from smalti.methods.base import Method, MethodConfig, register
+from smalti.methods.base import EncoderMethod, MethodConfig, register
 from smalti.methods.teacher import Teacher, cosine_momentum
 from smalti.models.encoder import Encoder, PatchFeatures
 
@@ -213,7 +213,7 @@ def draw_allowed(
 
 
 @register("neco")
-class NeCo(Method):
+class NeCo(EncoderMethod):
     """Student and teacher put the same references into the same order, seen from the same piece of the image."""
 
     Config = NeCoConfig

@@ -43,7 +43,7 @@ from smalti.functional.random import fork_keys, sample_uniform, step_key
 from smalti.functional.transfer import move
 from smalti.layers.heads import ProjectionHead
 from smalti.layers.relative_encoder import DifferenceHead, PairMLP, PairwiseLinear, RelativeEncoder
-from smalti.methods.base import Method, MethodConfig, Reference, refuse_changed, register
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
 ALL_PAIRS_BELOW = 100
@@ -187,7 +187,7 @@ def info_nce(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temp: fl
 
 
 @register("part")
-class PART(Method):
+class PART(EncoderMethod):
     """Encode patches from anywhere without a word on where they are; say for pairs how one lies to the other."""
 
     Config = PARTConfig

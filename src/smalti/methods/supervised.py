@@ -24,7 +24,7 @@ from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
-from smalti.methods.base import Method, MethodConfig, Reference, register, uniform_guess
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, uniform_guess
 from smalti.models.encoder import ClassHead, Encoder
 
 
@@ -61,7 +61,7 @@ def class_loss(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], smoothin
 
 
 @register("supervised")
-class Supervised(Method):
+class Supervised(EncoderMethod):
     """Tell each image's class by a linear layer on the vector that stands for it."""
 
     Config = SupervisedConfig

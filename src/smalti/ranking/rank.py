@@ -23,7 +23,7 @@ from smalti.data.views import Skipped
 from smalti.data.workers import default_workers
 from smalti.errors import ConfigError, DataError, RunError, ShapeError
 from smalti.files import check_writable, write_atomically
-from smalti.methods.base import TokenMethod, get_method
+from smalti.methods.base import get_method
 from smalti.methods.comae import CoMAE
 from smalti.methods.prefix import Prefix
 from smalti.models.loading import open_encoder
@@ -235,7 +235,7 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
     """
     run = Path(spec).expanduser()
     name = _method_of(run)
-    if name is not None and issubclass(get_method(name), TokenMethod):
+    if name is not None and not get_method(name).has_encoder:
         if name != "comae":
             raise ConfigError(f"{spec}: is a run of {name}; patches are ranked by a run of comae, or by an encoder")
         for setting in ("image_size", "weights", "load"):

@@ -19,7 +19,7 @@ from smalti.evaluation.paired import result_cells
 from smalti.evaluation.result import BASELINE_LABELS, Baseline, Result, describe_result
 from smalti.files import write_atomically
 from smalti.functional.components import reduce_patches
-from smalti.methods.base import TokenMethod, get_method, method_names
+from smalti.methods.base import Method, get_method, method_names
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
 from smalti.reading import read_mapping
@@ -186,7 +186,7 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
     return sorted(pairs, key=lambda pair: rank.get(pair.trained.protocol, len(rank)))
 
 
-def verdict(comparisons: Sequence[Comparison], method: type[TokenMethod] | None = None) -> tuple[str, str]:
+def verdict(comparisons: Sequence[Comparison], method: type[Method] | None = None) -> tuple[str, str]:
     """Whether training helped: ``better``, ``same``, ``worse`` or ``unknown``, and one sentence; ``method`` names one
     that hands on no encoder."""
     measured = [pair for pair in comparisons if math.isfinite(pair.gain(pair.trained.headline[0]))]
@@ -235,11 +235,11 @@ def _signed(gain: float, pair: Comparison) -> str:
     return f"{-gain if lower else gain:+.3f}"
 
 
-def _without_encoder(files: RunFiles) -> type[TokenMethod] | None:
+def _without_encoder(files: RunFiles) -> type[Method] | None:
     """The method, if it sees tokens and hands on no encoder."""
     name = files.setting("method")
     method = get_method(str(name)) if name in method_names() else None
-    return method if method is not None and issubclass(method, TokenMethod) else None
+    return method if method is not None and not method.has_encoder else None
 
 
 def _page(files: RunFiles, shown: tuple[Html, Html] | str | None) -> str:

@@ -25,7 +25,7 @@ from smalti.data.views import Views
 from smalti.data.workers import default_workers
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError, WeightsError
 from smalti.layers.tokens import TokenConfig
-from smalti.methods.base import Method, TokenMethod, get_method
+from smalti.methods.base import EncoderMethod, Method, TokenMethod, get_method
 from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
 from smalti.models.loading import (
     WEIGHTS_FILE,
@@ -111,6 +111,7 @@ def build_method(config: RunConfig, description: Mapping[str, Any] | None = None
             if config.init and description is None:
                 built.start_from(load_method(Path(config.init)))
             return built
+        assert issubclass(method, EncoderMethod), method
         encoder = starting_encoder(config, description, quiet)
         encoder.draw_positions()  # a method that wants none drops them again
         encoder.set_drop_path(config.drop_path)

@@ -32,7 +32,7 @@ from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocol import find_protocol
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.tokens import TokenConfig
-from smalti.methods.base import MethodConfig, TokenMethod, get_method, method_names
+from smalti.methods.base import MethodConfig, get_method, method_names
 from smalti.models.loading import (
     names_best,
 )
@@ -166,7 +166,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
     if isinstance(optim, Mapping) and "base_lr" in optim and "lr" not in optim:  # else the default would win over it
         defaults = merge(defaults, {"optim": {"lr": None}})
     config = build(RunConfig, {**merge(defaults, tree), "method": method_config}, where)
-    if issubclass(method, TokenMethod):
+    if not method.has_encoder:
         _check_no_encoder(config, where)
         if method.needs_start and not config.init:
             names = " or ".join(dict.fromkeys((*method.starts_from, method.name)))
@@ -221,7 +221,7 @@ def with_start(tree: Tree) -> Tree:
     if not tree.get("init") or name not in method_names():
         return tree
     method = get_method(str(name))
-    if not issubclass(method, TokenMethod):
+    if method.has_encoder:
         return tree
     run = Path(str(tree["init"]))
     if not (run / CONFIG_FILE).is_file():
