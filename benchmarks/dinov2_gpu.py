@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 sys.path.insert(0, str(Path(__file__).parent))
 from smalti.data.views import Views
 from smalti.methods.dinov2 import DINOv2, DINOv2Config
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 
 ROUNDS, WARM_UP = 20, 5

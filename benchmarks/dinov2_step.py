@@ -21,7 +21,7 @@ from _bench import interleave, report
 from smalti.data.views import Views, collate
 from smalti.methods.dinov2 import DINOv2, DINOv2Config
 from smalti.methods.ibot import MaskedNetwork
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 BATCH = 2
 

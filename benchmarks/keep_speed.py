@@ -25,7 +25,7 @@ from smalti.functional.orders import num_kept, random_orders
 from smalti.functional.patches import patch_variance
 from smalti.layers.tokens import PatchTokens
 from smalti.methods.comae import CoMAE, CoMAEConfig
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 SIDE, PATCH = 224, 16
 RANKED_TARGETS = 14

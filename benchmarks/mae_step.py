@@ -10,7 +10,7 @@ import torch
 from _bench import interleave, report
 from smalti.data.views import Views
 from smalti.methods.mae import MAE, MAEConfig
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 BATCH = 8
 

@@ -23,7 +23,7 @@ from _bench import interleave, report
 from smalti.data.views import Views, collate
 from smalti.functional.sorting import neco_loss
 from smalti.methods.neco import NeCo, NeCoConfig
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 BATCH = 4
 

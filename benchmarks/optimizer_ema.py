@@ -11,7 +11,7 @@ import torch
 
 from _bench import interleave, report
 from smalti.methods.dino import DINO, DINOConfig
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import smalti
 from smalti.comparison.cell import RUN
-from smalti.comparison.run import Comparison
+from smalti.comparison.outcome import Comparison
 from smalti.config import write_atomically
 from smalti.report.positions import draw_positions
 from smalti.runs.probe import probe_positions

@@ -34,7 +34,8 @@ from smalti.config import write_atomically
 from smalti.data.views import Views
 from smalti.evaluation.metrics import ConfusionMatrix, class_iou
 from smalti.methods.supervised import Supervised, SupervisedConfig
-from smalti.models.encoder import Encoder, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import Encoder
 from smalti.runs.machine import describe_machine
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, clip_gradients
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import smalti
 from smalti.comparison.cell import RUN
-from smalti.comparison.run import Comparison
+from smalti.comparison.outcome import Comparison
 from smalti.config import read_yaml, write_atomically
 from smalti.training.logs import read_csv
 

@@ -35,7 +35,7 @@ from smalti.data.order_files import read_orders, write_orders
 from smalti.data.signals.signal_set import SignalConfig, open_signals
 from smalti.errors import DataError, SmaltiError
 from smalti.exporters.timm import export_timm
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.models.loading import load
 from smalti.preflight.dataset import look_at_data
 from smalti.report.page import write_report

@@ -5,7 +5,7 @@ import torch
 
 from smalti.data.views import Views, collate
 from smalti.methods.ibot import IBOT
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 SMALL = {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2}
 

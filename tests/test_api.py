@@ -10,7 +10,7 @@ import smalti
 from small_mar import SMALL
 from smalti.errors import ConfigError
 from smalti.evaluation.config import EvalConfig
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.runs import baseline
 
 SPEC = "random:vit_tiny_patch16_224"

@@ -11,7 +11,7 @@ import torch
 
 from smalti import threads
 from smalti.methods.mae import MAE, MAEConfig
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.training import launch
 from smalti.training.launch import layer_work, limit_threads
 

@@ -18,7 +18,8 @@ import yaml
 import smalti
 from smalti.comparison import run as module
 from smalti.comparison.cell import TRAINED, _steps_within, digest, images_digest
-from smalti.comparison.run import compare, read_comparison, read_plan
+from smalti.comparison.plan import read_plan
+from smalti.comparison.run import compare, read_comparison
 from smalti.errors import ConfigError, DataError, RunError
 from smalti.evaluation.intervals import Interval
 from smalti.evaluation.paired import Row, about_lines, metric_rows, shared_headline

@@ -16,7 +16,7 @@ from smalti.data.views import Views
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import Method, Reference, TokenMethod, get_method, method_names, uniform_guess
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.runs.recipes import recipe_files
 from smalti.training.health import Health
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer

@@ -13,7 +13,8 @@ from torch import nn
 from smalti.data.images.labelled import open_labelled
 from smalti.evaluation.evaluate import open_unlabelled
 from smalti.evaluation.features import Features
-from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import Encoder, PatchFeatures
 
 STEP = 40
 """Grey value of class k is k * STEP."""

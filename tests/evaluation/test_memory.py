@@ -30,7 +30,7 @@ from smalti.evaluation.memory import (
     unlabelled_places,
 )
 from smalti.functional.neighbours import patch_counts
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 SMALL = Recipe(32, 0, "ignore", False, 1, "encoder")
 """All patches of the scenes, which have 16 training images of 16 patches."""

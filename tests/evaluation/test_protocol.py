@@ -94,7 +94,7 @@ def test_batch_size_and_workers_do_not_change_the_numbers(name, tiny, data):
 
 
 def test_a_training_step_on_dropout_does_not_leak_into_the_numbers(scenes):
-    from smalti.models.encoder import build_encoder
+    from smalti.models.build import build_encoder
 
     noisy = build_encoder("vit_tiny_patch16_224", img_size=32, depth=1, seed=0, drop_path_rate=0.5, proj_drop_rate=0.5)
     noisy.train()
@@ -175,7 +175,7 @@ def test_no_image_that_can_be_read(tiny, data, tmp_path):
 
 
 def test_an_oblong_encoder_asks_for_a_square(data):
-    from smalti.models.encoder import build_encoder
+    from smalti.models.build import build_encoder
 
     oblong = build_encoder("vit_tiny_patch16_224", img_size=(32, 64), depth=1, seed=0)
     with pytest.raises(ConfigError, match=r"takes 32x64 images; choose a square eval\.image_size"):

@@ -13,7 +13,8 @@ from smalti.data.images.labelled import eval_image
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.exporters import embeddings
 from smalti.exporters.embeddings import embed
-from smalti.models.encoder import Encoder, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import Encoder
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from smalti.exporters.card import CARD
 from smalti.exporters.onnx import CONFIG, KEEP, WHOLE, export_onnx
 from smalti.exporters.timm import export_timm
 from smalti.functional.orders import random_orders
-from smalti.models.encoder import ClassHead, Encoder, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import ClassHead, Encoder
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx")
 pytest.importorskip("onnxscript", reason="the extra onnx")

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from smalti.errors import ConfigError, WeightsError
 from smalti.exporters.timm import TOLERANCE, export_timm
-from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
+from smalti.models.build import build_encoder, encoder_from_config
+from smalti.models.encoder import Encoder
 
 ENCODERS = {
     "class token": dict(img_size=64),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from smalti.layers.last_block import Chosen, block_at, place_of
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 VARIANTS = ({}, {"qk_norm": True}, {"init_values": 0.3}, {"scale_attn_norm": True, "qkv_bias": True})
 

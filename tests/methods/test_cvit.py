@@ -21,7 +21,7 @@ from smalti.functional.orders import fixed_random, num_kept, random_orders
 from smalti.functional.patches import patch_variance
 from smalti.methods.cvit import CViT, CViTConfig, drop_rate
 from smalti.methods.teacher import Average
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.runs import train as runs
 

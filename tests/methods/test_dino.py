@@ -20,7 +20,7 @@ from smalti.methods.dino import DINO, DINOConfig, cross_view_entropy
 from smalti.methods.dinov2 import DINOv2
 from smalti.methods.ibot import IBOT
 from smalti.methods.teacher import Teacher, cosine_momentum
-from smalti.models.encoder import build_encoder, encoder_from_config
+from smalti.models.build import build_encoder, encoder_from_config
 from smalti.models.loading import load
 from smalti.runs.config import resolve
 from smalti.runs.recipes import find_recipe

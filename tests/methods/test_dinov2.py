@@ -13,7 +13,7 @@ from smalti.config import read_yaml
 from smalti.errors import ConfigError, ShapeError
 from smalti.methods.dinov2 import DINOv2, DINOv2Config, koleo
 from smalti.methods.teacher import cosine_momentum
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.runs.config import resolve
 from smalti.runs.recipes import find_recipe
 from smalti.runs.train import train

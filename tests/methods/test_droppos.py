@@ -24,7 +24,8 @@ from smalti.methods.droppos import (
     position_loss,
     smoothed_labels,
 )
-from smalti.models.encoder import PatchFeatures, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import PatchFeatures
 from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
 

@@ -16,7 +16,7 @@ from smalti.errors import ConfigError
 from smalti.functional.transport import sinkhorn
 from smalti.methods.dinov2 import DINOv2, DINOv2Config, koleo
 from smalti.methods.ibot import IBOT, IBOTConfig, MaskedNetwork, Reading, other_views, token_weights
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 
 def whole_logits(network: MaskedNetwork, images: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -30,7 +30,7 @@ from smalti.functional.transport import sinkhorn
 from smalti.layers.position_field import PositionField
 from smalti.methods.ibot import token_weights
 from smalti.methods.intertwined import CONTENT, POSITION, Intertwined, IntertwinedConfig, IntertwinedNetwork
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.models.weights import read_tensors
 from smalti.runs import train as runs

@@ -21,7 +21,7 @@ from smalti.functional.random import sample_uniform
 from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
 from smalti.methods.loca import LOCA, LOCAConfig, cluster_loss, me_max, position_loss, token_weights
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
 

@@ -11,7 +11,7 @@ from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
 from smalti.methods.mae import MAE, MAEConfig, mean_patch_error, reconstruction_loss
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 
 def tiny(img_size: int = 32, **config: object) -> MAE:

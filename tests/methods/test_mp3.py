@@ -15,7 +15,7 @@ from smalti.functional.masking import random_mask
 from smalti.functional.positions import sincos_positions
 from smalti.functional.random import sample_uniform
 from smalti.methods.mp3 import MP3, MP3Config, position_loss
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
 

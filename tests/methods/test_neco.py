@@ -33,7 +33,7 @@ from smalti.methods.neco import (
     similarities,
 )
 from smalti.methods.teacher import cosine_momentum
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.runs.config import check_start, resolve
 from smalti.runs.train import train
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer, weight_decay

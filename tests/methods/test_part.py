@@ -16,7 +16,7 @@ from smalti.functional.offgrid import Patches
 from smalti.functional.pairs import r_squared, select_pairs
 from smalti.functional.positions import sincos_positions
 from smalti.methods.part import PART, PARTConfig, info_nce, pair_loss
-from smalti.models.encoder import build_encoder, encoder_from_config
+from smalti.models.build import build_encoder, encoder_from_config
 
 POSITION_FREE = [
     {},

@@ -18,7 +18,8 @@ from smalti.functional.pairs import offset_floor, select_pairs
 from smalti.layers.relative_encoder import RelativeEncoder
 from smalti.methods.mae import MAE, MAEConfig
 from smalti.methods.part import PART, PARTConfig, pair_loss
-from smalti.models.encoder import Encoder, build_encoder, eval_mode
+from smalti.models.build import build_encoder
+from smalti.models.encoder import Encoder, eval_mode
 from smalti.models.loading import latest_checkpoint, load
 from smalti.runs.train import resume, train
 from smalti.training.logs import read_csv

@@ -16,7 +16,7 @@ from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.methods.supervised import Supervised, SupervisedConfig, class_loss
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.runs import train as runs
 from smalti.runs.baseline import evaluate

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from smalti.errors import ConfigError, ShapeError
 from smalti.layers.position_field import PositionField
-from smalti.models.encoder import Encoder, build_encoder, clone_encoder, encoder_from_config
+from smalti.models.build import build_encoder, clone_encoder, encoder_from_config
+from smalti.models.encoder import Encoder
 
 KINDS = {
     "class token": {"name": "vit_tiny_patch16_224"},

@@ -18,7 +18,8 @@ from smalti.errors import ConfigError, WeightsError
 from smalti.exporters.timm import export_timm
 from smalti.functional.positions import Resampling, resample_positions
 from smalti.models import loading
-from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
+from smalti.models.build import build_encoder, encoder_from_config
+from smalti.models.encoder import Encoder
 from smalti.models.layouts import fold_layer_scale, likely_names, to_timm_names
 from smalti.models.loading import load
 from smalti.models.weights import load_vit, read_checkpoint, read_tensors, resample_patches

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import smalti
 from smalti.errors import WeightsError
 from smalti.exporters.timm import export_timm
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.models.layouts import to_timm_names
 from smalti.models.loading import load
 from smalti.models.weights import load_vit, read_tensors, unwrap

@@ -12,7 +12,8 @@ from smalti.functional.refinement import prr_refine
 from smalti.layers.last_block import Chosen
 from smalti.layers.pooling import PRRConfig, PRRPool
 from smalti.methods.teacher import Teacher
-from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
+from smalti.models.build import build_encoder, encoder_from_config
+from smalti.models.encoder import Encoder
 
 KINDS: dict[str, dict[str, object]] = {
     "class token": {},

@@ -13,7 +13,7 @@ from smalti.data.order_files import check_fits, read_orders
 from smalti.errors import ConfigError, DataError
 from smalti.functional.graphs import descending, pagerank
 from smalti.functional.patches import patchify
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.ranking.rankers import (
     AttentionRanker,
     GraphRanker,

@@ -11,7 +11,8 @@ import pytest
 
 from smalti.config import write_yaml
 from smalti.evaluation.result import Result, write_results
-from smalti.models.encoder import Encoder, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import Encoder
 
 DATA = "scenes"
 UNITS = {"miou": "share, higher is better", "error": "share, lower is better", "top1": "share, higher is better"}

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from htmlpage import check_page
-from smalti.comparison.run import Cell, Comparison, Cost, Plan, Row, compare, read_comparison
+from smalti.comparison.outcome import Cell, Comparison, Cost
+from smalti.comparison.plan import Plan
+from smalti.comparison.run import Row, compare, read_comparison
 from smalti.errors import ConfigError, RunError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.intervals import Interval

@@ -13,7 +13,7 @@ from smalti.config import write_yaml
 from smalti.data.images.folders import open_images
 from smalti.errors import ConfigError, RunError, ShapeError
 from smalti.evaluation.result import Result, write_results
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.report.figures import crop_images, patch_tokens
 from smalti.report.page import compare, verdict, write_report
 

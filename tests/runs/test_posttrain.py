@@ -21,7 +21,8 @@ from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.intervals import Interval
 from smalti.evaluation.paired import Row
 from smalti.evaluation.result import SHARE, Result, read_results
-from smalti.models.encoder import Encoder, PatchFeatures, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import Encoder, PatchFeatures
 from smalti.models.loading import latest_checkpoint
 from smalti.report.page import write_report
 from smalti.runs import train as runs

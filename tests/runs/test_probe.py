@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from smalti.errors import ConfigError, RunError
 from smalti.methods.part import PART, PARTConfig
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.report.page import write_report
 from smalti.report.positions import draw_positions
 from smalti.runs.probe import (

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from smalti.models.encoder import PatchFeatures, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import PatchFeatures
 from smalti.training.health import Health, feature_health
 
 

@@ -9,7 +9,7 @@ from smalti.cli.options import Debug, Imports, Out, Quiet, needed
 from smalti.errors import RunError
 
 if TYPE_CHECKING:
-    from smalti.comparison.run import Comparison
+    from smalti.comparison.outcome import Comparison
 
 NAME = "compare"
 
@@ -57,7 +57,7 @@ def command(
 
 def _print(comparison: "Comparison") -> None:
     from smalti.cli.tables import plain_table, print_table
-    from smalti.comparison.run import COST_COLUMNS, cost_cells
+    from smalti.comparison.tables import COST_COLUMNS, cost_cells
     from smalti.evaluation.paired import about_lines, gain_cells, table_cells
 
     first = next(iter(comparison.plan.arms))

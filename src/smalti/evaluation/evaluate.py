@@ -16,7 +16,8 @@ from smalti.evaluation.intervals import group_images
 from smalti.evaluation.protocol import Need, Protocol, _registry, find_protocol, protocol_names
 from smalti.evaluation.result import SHARE, Baseline, Details, Result
 from smalti.evaluation.shown import show
-from smalti.models.encoder import Encoder, encoder_from_config, eval_mode
+from smalti.models.build import encoder_from_config
+from smalti.models.encoder import Encoder, eval_mode
 
 _KINDS: Mapping[Need, Kind] = {"labels": "labels", "masks": "masks", "boxes": "boxes"}
 Labelled = LabelledData | LabelledSignals

@@ -27,14 +27,8 @@ from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import ColorConfig, random_resized_crop, recolor
 from smalti.errors import DataError
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.dense import augmented_tokens, ignored_value, mask_of_readable, read_masks, warn_unlabelled
 from smalti.evaluation.features import Features
-from smalti.evaluation.protocols.linear_segmentation import (
-    augmented_tokens,
-    ignored_value,
-    mask_of_readable,
-    read_masks,
-    warn_unlabelled,
-)
 from smalti.functional.neighbours import nearest, patch_counts
 from smalti.functional.random import sample_uniform
 from smalti.models.encoder import Encoder

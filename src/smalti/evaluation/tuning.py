@@ -30,7 +30,8 @@ from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.tally import Tally, tally_labels
 from smalti.functional.precision import has_bf16
-from smalti.models.encoder import Encoder, clone_encoder
+from smalti.models.build import clone_encoder
+from smalti.models.encoder import Encoder
 
 Example = tuple[Tensor, Any]
 """An image as the network takes it, and its class or mask, or a dictionary of tensors."""

@@ -21,7 +21,8 @@ from smalti.exporters.card import CARD, Input, input_metadata, model_card
 from smalti.exporters.timm import check_target
 from smalti.files import folder_beside, write_atomically
 from smalti.functional.orders import random_orders
-from smalti.models.encoder import ClassHead, Encoder, clone_encoder
+from smalti.models.build import clone_encoder
+from smalti.models.encoder import ClassHead, Encoder
 
 TOLERANCE = 1e-4
 """Largest difference of a number, as a share of the largest number of its kind (at least of 1)."""

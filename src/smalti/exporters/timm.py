@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from smalti.errors import ConfigError, WeightsError
 from smalti.exporters.card import CARD, model_card
 from smalti.files import first_held, folder_beside, write_atomically
-from smalti.models.encoder import Encoder, PatchFeatures, clone_encoder
+from smalti.models.build import clone_encoder
+from smalti.models.encoder import Encoder, PatchFeatures
 
 TOLERANCE = 1e-6
 """Largest difference of a token, in absolute numbers, at which two models count as the same."""

@@ -5,9 +5,6 @@ then registers), D embed_dim, L visible patches.
 """
 
 import contextlib
-import copy
-import difflib
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from timm.layers import DropPath
-from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from smalti.config import build, to_tree, unknown_key
+from smalti.config import to_tree
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
 from smalti.functional.positions import Resampling, resample_positions
@@ -31,23 +27,11 @@ from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig, PRRPool
 from smalti.layers.position_field import PositionField
 from smalti.models.weights import LoadConfig, LoadReport
-from smalti.reading import reason, shorten
 
 MODULES = ("vision_transformer", "deit")
 """timm's files of models that are plain ``VisionTransformer``s."""
 POOLS = ("auto", "cls", "avg", "map", "prr")
 """The vectors that can stand for an image, see :meth:`Encoder.set_pool`."""
-_SIZES: Mapping[str, tuple[float, float]] = {
-    "img_size": (1, 16384),
-    "patch_size": (1, 16384),
-    "in_chans": (1, 65536),
-    "embed_dim": (1, 65536),
-    "depth": (1, 1024),
-    "num_heads": (1, 1024),
-    "mlp_ratio": (0.01, 64),
-    "reg_tokens": (0, 4096),
-}
-"""Arguments of timm's ``VisionTransformer``, and what is far below and above any that was ever trained."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -684,137 +668,6 @@ def check_pool(pool: str, has_class_token: bool) -> None:
         raise ConfigError(f"pool={pool!r}: one of {', '.join(POOLS)} is needed")
     if pool == "cls" and not has_class_token:
         raise ConfigError("pool=cls needs a class token, which this encoder does not have; use pool=avg")
-
-
-def build_encoder(
-    name: str,
-    *,
-    img_size: int | Sequence[int] | None = None,
-    in_chans: int = 3,
-    seed: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    **model_args: Any,
-) -> Encoder:
-    """An encoder with random weights.
-
-    Args:
-        name: a timm vision transformer such as ``vit_small_patch16_224``; a tag after a dot is ignored.
-        img_size: native image size in pixels; None takes the architecture's own.
-        in_chans: input channels, 1..N.
-        seed: makes the weights a function of this number, and leaves torch's own random state as it was.
-        mean: normalisation per channel; None takes ImageNet's for three channels, 0.5 elsewhere.
-        std: likewise, 0.25 elsewhere.
-        model_args: further arguments of timm's ``VisionTransformer``, such as ``reg_tokens`` or ``drop_path_rate``.
-
-    Raises:
-        ConfigError: if timm has no such model, or it is not a ``VisionTransformer``.
-        ShapeError: if the patch size does not divide ``img_size``.
-    """
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        vits = timm.list_models(module="vision_transformer")
-        near = difflib.get_close_matches(architecture, vits, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else "for example vit_small_patch16_224"
-        raise ConfigError(f"timm has no model '{architecture}'; {hint}")
-    if not any(is_model_in_modules(architecture, [module]) for module in MODULES) or "distilled" in architecture:
-        raise ConfigError(
-            f"timm's '{architecture}' is not a VisionTransformer, which Smalti needs; for example vit_small_patch16_224"
-        )
-    known_args = set(inspect.signature(VisionTransformer.__init__).parameters)
-    for argument in model_args:
-        if argument not in known_args:
-            raise ConfigError(unknown_key(argument, known_args - {"self"}, "encoder"))
-    if model_args.get("global_pool") in ("map", "prr"):
-        raise ConfigError(f"encoder.global_pool={model_args['global_pool']}: write pool={model_args['global_pool']}")
-    arguments = {**model_args, "in_chans": in_chans}
-    _check_arguments({**arguments, **({} if img_size is None else {"img_size": img_size})})
-    if img_size is not None:
-        arguments["img_size"] = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
-    try:
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            vit = timm.create_model(
-                architecture,
-                **{**arguments, "num_classes": 0, "global_pool": "", "fc_norm": False, "dynamic_img_size": True},
-            )
-    except Exception as error:  # timm checks little: zero divides, widths that don't fit, memory that isn't there
-        raise ConfigError(
-            f"timm can't build '{architecture}' with {shorten(str(arguments))} as a vision transformer: {reason(error)}"
-        ) from error
-    known = in_chans == 3
-    encoder = Encoder(
-        vit,
-        architecture,
-        model_args,
-        mean or (IMAGENET_MEAN if known else (0.5,)),
-        std or (IMAGENET_STD if known else (0.25,)),
-    )
-    encoder.check_size(*encoder.img_size)
-    return encoder
-
-
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse sizes that no vision transformer has, before memory is taken for them.
-
-    Raises:
-        ConfigError: for the first of them.
-    """
-    for name, (least, most) in _SIZES.items():
-        given = arguments.get(name)
-        for value in given if isinstance(given, (list, tuple)) else (given,):
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (is_number and least <= value <= most):
-                raise ConfigError(f"encoder.{name}={shorten(repr(given))}: a number from {least} to {most} is needed")
-
-
-def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:
-    """The architecture that :meth:`Encoder.config` describes, with random weights from a seed.
-
-    Raises:
-        ConfigError: if a part of the description is missing or timm can't build it.
-    """
-    missing = {"architecture", "model_args", "mean", "std"} - set(config)
-    if missing:
-        raise ConfigError(f"the encoder's description lacks {', '.join(sorted(missing))}")
-    encoder = build_encoder(
-        config["architecture"], seed=seed, mean=config["mean"], std=config["std"], **dict(config["model_args"])
-    )
-    encoder.set_pos_resampling(
-        str(config.get("pos_mode", "bicubic")),
-        bool(config.get("pos_antialias", True)),
-        float(config.get("pos_offset", 0.0)),
-    )
-    with torch.random.fork_rng(devices=[]):  # a pooling with parameters is drawn from the seed, too
-        torch.default_generator.manual_seed(seed % 2**63)
-        encoder.set_pool(config.get("pool", "auto"), build(PRRConfig, config.get("prr", {}), group="prr"), fresh=True)
-    encoder.fixed_positions = bool(config.get("fixed_positions", False))
-    if config.get("position_free", False):
-        encoder.drop_positions()
-    if config.get("position_field"):
-        encoder.attach_field(_field_from_config(config["position_field"], encoder))
-    return encoder
-
-
-def _field_from_config(config: Any, encoder: Encoder) -> PositionField:
-    """The field that :meth:`PositionField.config` describes."""
-    try:
-        return PositionField(
-            encoder.embed_dim,
-            (int(config["grid"][0]), int(config["grid"][1])),
-            encoder.has_class_token,
-            str(config["mode"]),
-            bool(config["align_corners"]),
-            bool(config["separable"]),
-        )
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ConfigError(f"the encoder's description has a position field that can't be built ({error})") from error
-
-
-def clone_encoder(encoder: Encoder) -> Encoder:
-    """A second encoder with equal weights and no shared tensors (a teacher, say)."""
-    return copy.deepcopy(encoder)
 
 
 @contextlib.contextmanager

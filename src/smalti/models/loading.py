@@ -19,7 +19,8 @@ import timm
 
 from smalti.config import build
 from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
-from smalti.models.encoder import ClassHead, Encoder, Origin, build_encoder, encoder_from_config
+from smalti.models.build import build_encoder, encoder_from_config
+from smalti.models.encoder import ClassHead, Encoder, Origin
 from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
 from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
 from smalti.reading import read_mapping, reading

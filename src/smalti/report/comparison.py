@@ -8,15 +8,9 @@ from typing import Any
 import numpy as np
 
 from smalti.comparison.cell import RUN
-from smalti.comparison.run import (
-    COST_COLUMNS,
-    PAGE,
-    Cell,
-    Comparison,
-    cost_cells,
-    read_comparison,
-    short_name,
-)
+from smalti.comparison.outcome import Cell, Comparison
+from smalti.comparison.run import PAGE, read_comparison
+from smalti.comparison.tables import COST_COLUMNS, cost_cells, short_name
 from smalti.config import flatten, to_tree
 from smalti.errors import SmaltiError
 from smalti.evaluation.intervals import few_seeds

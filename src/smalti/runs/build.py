@@ -26,7 +26,8 @@ from smalti.data.workers import default_workers
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError, WeightsError
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import EncoderMethod, Method, TokenMethod, get_method
-from smalti.models.encoder import Encoder, build_encoder, encoder_from_config
+from smalti.models.build import build_encoder, encoder_from_config
+from smalti.models.encoder import Encoder
 from smalti.models.loading import (
     WEIGHTS_FILE,
     encoder_description,

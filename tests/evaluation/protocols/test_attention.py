@@ -30,7 +30,7 @@ from smalti.evaluation.protocols.attention import (
 )
 from smalti.evaluation.protocols.linear_segmentation import linear_segmentation
 from smalti.layers.attention import attention_weights
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.runs.baseline import evaluate
 
 E12 = torch.tensor([0.05, 0.30, 0.10, 0.25, 0.02, 0.18, 0.06, 0.03, 0.01])

@@ -31,7 +31,7 @@ from smalti.evaluation.protocols.detection import (
 )
 from smalti.evaluation.tuning import trainable_copy, warm_steps
 from smalti.layers.feature_pyramid import pyramid_sizes
-from smalti.models.encoder import build_encoder, clone_encoder
+from smalti.models.build import build_encoder, clone_encoder
 
 
 def small_recipe(**changed):

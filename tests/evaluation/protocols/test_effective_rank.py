@@ -7,7 +7,7 @@ import torch
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.effective_rank import effective_rank_of_features
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.runs.baseline import evaluate
 
 

@@ -15,7 +15,7 @@ from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.finetune import Augmented, Classifier, choose_recipe, finetune
 from smalti.evaluation.tuning import seeded, trainable_copy
-from smalti.models.encoder import clone_encoder
+from smalti.models.build import clone_encoder
 
 
 def test_it_learns_classes_that_can_be_told_apart_and_leaves_the_encoder_alone(tiny, greys, features_of):

@@ -22,7 +22,7 @@ from smalti.evaluation.evaluate import open_sets
 from smalti.evaluation.inception import Inception
 from smalti.evaluation.protocols import generation as module
 from smalti.evaluation.result import read_results
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 from smalti.report.evaluation import save_evaluation
 from smalti.runs.baseline import evaluate
 

@@ -16,7 +16,8 @@ from smalti.evaluation.features import Features
 from smalti.evaluation.protocols.keep_curve import OWN_HEAD, PAPER_RATES, RATES, TABLE, keep_curve
 from smalti.evaluation.result import Result, describe_result, read_results, write_results
 from smalti.functional.orders import area_under, knee, num_kept, random_orders
-from smalti.models.encoder import ClassHead, Encoder, PatchFeatures, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import ClassHead, Encoder, PatchFeatures
 from smalti.runs.baseline import evaluate
 
 STEP = 40

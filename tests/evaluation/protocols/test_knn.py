@@ -88,7 +88,7 @@ def test_pool_takes_the_encoders_own_unless_told(tiny, greys, features_of):
 
 
 def test_pool_cls_needs_a_class_token(greys, features_of):
-    from smalti.models.encoder import build_encoder
+    from smalti.models.build import build_encoder
 
     bare = build_encoder(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, seed=0, class_token=False, global_pool="avg"

@@ -25,7 +25,7 @@ from smalti.evaluation.protocols.linear_probe import (
     train_heads,
 )
 from smalti.functional.refinement import prr_refine
-from smalti.models.encoder import build_encoder
+from smalti.models.build import build_encoder
 
 RATES = torch.tensor([0.01, 0.1, 0.5])
 SEES = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [True] * 6])
@@ -107,7 +107,7 @@ def test_order_of_judged_images_and_batch_size_do_not_matter(tiny, greys, featur
 
 
 def test_an_encoder_without_class_token_is_read_by_its_mean_patch(greys, features_of):
-    from smalti.models.encoder import build_encoder
+    from smalti.models.build import build_encoder
 
     bare = build_encoder(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, seed=0, class_token=False, global_pool="avg"

@@ -15,16 +15,8 @@ from smalti.data.images.labelled import open_labelled
 from smalti.data.loader import epoch_order
 from smalti.errors import DataError, RunError, ShapeError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.protocols.linear_segmentation import (
-    GRID,
-    Head,
-    Recipe,
-    choose_recipe,
-    crop_and_flip,
-    ignored_value,
-    linear_segmentation,
-    upsampling,
-)
+from smalti.evaluation.dense import crop_and_flip, ignored_value, upsampling
+from smalti.evaluation.protocols.linear_segmentation import GRID, Head, Recipe, choose_recipe, linear_segmentation
 from smalti.evaluation.protocols.overclustering import overclustering
 from smalti.evaluation.protocols.segmenter import segmenter
 

@@ -27,7 +27,7 @@ from smalti.evaluation.protocols.segmenter import (
     window_starts,
 )
 from smalti.evaluation.tuning import trainable_copy
-from smalti.models.encoder import clone_encoder
+from smalti.models.build import clone_encoder
 
 
 def test_it_learns_and_leaves_the_encoder_alone(tiny, scenes, features_of):

@@ -35,7 +35,8 @@ from smalti.evaluation.protocols.sleep_staging import (
 )
 from smalti.evaluation.result import read_results
 from smalti.evaluation.tuning import trainable_copy
-from smalti.models.encoder import Encoder, build_encoder
+from smalti.models.build import build_encoder
+from smalti.models.encoder import Encoder
 from smalti.report.evaluation import save_evaluation
 from smalti.runs.baseline import evaluate
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smalti.config import ImageSize, settings
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.dense import ignored_value, upsampling
 from smalti.evaluation.features import Features
 from smalti.evaluation.memory import (
     DEFAULT_K,
@@ -33,7 +34,6 @@ from smalti.evaluation.memory import (
 )
 from smalti.evaluation.metrics import MATCHINGS, Absent, Matching, accuracy, class_iou, mean_iou
 from smalti.evaluation.protocol import Scores, register_protocol
-from smalti.evaluation.protocols.linear_segmentation import ignored_value, upsampling
 from smalti.evaluation.tally import PixelTally
 from smalti.functional.neighbours import mix_labels
 

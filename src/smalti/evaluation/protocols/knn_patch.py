@@ -12,6 +12,7 @@ from pydantic import Field
 
 from smalti.config import settings
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.dense import ignored_value
 from smalti.evaluation.features import Features
 from smalti.evaluation.memory import (
     LABEL_K,
@@ -27,7 +28,6 @@ from smalti.evaluation.memory import (
 from smalti.evaluation.metrics import accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.knn import TEMPERATURE, vote
-from smalti.evaluation.protocols.linear_segmentation import ignored_value
 from smalti.evaluation.tally import PixelTally
 
 

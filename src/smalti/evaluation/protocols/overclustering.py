@@ -24,10 +24,10 @@ from smalti.config import Count, ImageSize, settings
 from smalti.data.images.labelled import eval_mask
 from smalti.errors import DataError
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.dense import ignored_value, read_masks, unlabelled_of
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import MATCHINGS, Absent, ConfusionMatrix, Matching, class_iou
 from smalti.evaluation.protocol import Scores, register_protocol
-from smalti.evaluation.protocols.linear_segmentation import ignored_value, read_masks, unlabelled_of
 from smalti.evaluation.tally import PixelTally, Tally, join_repetitions
 from smalti.functional.spectra import sum_moments
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smalti.config import settings
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.dense import ignored_value
 from smalti.evaluation.features import Features
 from smalti.evaluation.memory import (
     LABEL_K,
@@ -25,7 +26,6 @@ from smalti.evaluation.memory import (
     unlabelled_places,
 )
 from smalti.evaluation.protocol import Scores, register_protocol
-from smalti.evaluation.protocols.linear_segmentation import ignored_value
 from smalti.evaluation.tally import Tally
 
 FEWER_K = (1, 5)

@@ -29,10 +29,10 @@ from smalti.data.images.labelled import read_mask
 from smalti.data.views import Box, Skipped
 from smalti.errors import DataError, SmaltiError
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.dense import ignored_value, upsampling, warn_unlabelled
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import Absent, accuracy, class_iou, mean_iou
 from smalti.evaluation.protocol import Scores, register_protocol
-from smalti.evaluation.protocols.linear_segmentation import ignored_value, upsampling, warn_unlabelled
 from smalti.evaluation.tally import PixelTally
 from smalti.evaluation.tuning import (
     Example,

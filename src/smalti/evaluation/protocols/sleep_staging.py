@@ -50,7 +50,8 @@ from smalti.evaluation.tuning import (
     warm_cosine,
     with_linear_head,
 )
-from smalti.models.encoder import Encoder, clone_encoder
+from smalti.models.build import clone_encoder
+from smalti.models.encoder import Encoder
 
 AGREEMENT = "agreement beyond chance, at most 1, higher is better"
 """Unit of kappa; it may be negative."""

@@ -1,0 +1,107 @@
+"""What a comparison found."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smalti.comparison.cell import (
+    DETAILS,
+    RESULTS_FILE,
+)
+from smalti.comparison.plan import BEFORE, Plan
+from smalti.evaluation.details import read_details
+from smalti.evaluation.paired import (
+    Row,
+)
+from smalti.evaluation.result import BaselineKind, Result, read_results
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm cost, mean over its seeds; training only, but for ``eval_s``."""
+
+    steps: float = 0.0
+    images_seen: float = 0.0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    gpu_s: float = 0.0
+    peak_mib: float = 0.0
+    """Of the training process or its GPU; of an arm that isn't trained: of its evaluation."""
+    eval_s: float = 0.0
+    parameters: int = 0
+    """Of the encoder."""
+    is_partial: bool = False
+    """Whether a cell was cut short and resumed: seconds before the last start are not in here."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm at a seed."""
+
+    arm: str
+    seed: int
+    folder: Path
+    evaluations: tuple[str, ...]
+    """Keys, in the order of the plan."""
+    baseline: Path | None = None
+    """Of a trained arm: folder of the cell of its network before training."""
+
+    @property
+    def results(self) -> list[Result]:
+        """Everything that was measured, with its details."""
+        return [result for number in range(len(self.evaluations)) for result in self.results_of(number)]
+
+    def results_of(self, number: int) -> list[Result]:
+        """What an evaluation of the plan measured, by its place.
+
+        Raises:
+            DataError: if it isn't there any more.
+        """
+        return _results(self.folder / self.evaluations[number])
+
+    def baseline_of(self, number: int) -> list[Result]:
+        """What the same evaluation measured of the network before training; nothing for arms that aren't trained.
+
+        Raises:
+            DataError: if it isn't there any more.
+        """
+        if self.baseline is None:
+            return []
+        kind: BaselineKind = "before" if self.baseline.name.startswith(BEFORE) else "untrained"
+        found = _results(self.baseline / self.evaluations[number])
+        return [dataclasses.replace(result, baseline=kind) for result in found]
+
+
+def _results(target: Path) -> list[Result]:
+    return read_details(target / DETAILS, read_results(target / RESULTS_FILE))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out."""
+
+    out: Path
+    plan: Plan
+    rows: tuple[Row, ...]
+    cells: tuple[Cell, ...]
+    """Those that are finished."""
+    failures: Mapping[str, str]
+    """Arm -> why it failed, one line."""
+    costs: Mapping[str, Cost]
+    info: Mapping[str, Any]
+    """Machine, versions, commit, times."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Arms with results, in the order of the plan."""
+        return tuple(arm for arm in self.plan.arms if any(cell.arm == arm for cell in self.cells))
+
+    def table(self, headlines: bool = True) -> list[tuple[str, list[Row]]]:
+        """Rows by ``DATA: PROTOCOL METRIC``, in the order of the plan."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.is_headline or not headlines:
+                groups.setdefault(f"{row.data}: {row.protocol} {row.metric}", []).append(row)
+        return list(groups.items())

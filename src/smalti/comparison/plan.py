@@ -1,0 +1,187 @@
+"""The plan of a comparison: what is compared, on what, under which budget; and a job for every cell."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import smalti
+from smalti.comparison.cell import (
+    RANDOM,
+    Job,
+    RandomEncoder,
+    digest,
+    training_key,
+    untrained_key,
+)
+from smalti.config import (
+    Seed,
+    build,
+    merge,
+    read_yaml,
+    resolve_paths,
+    settings,
+    to_tree,
+    unfold,
+    unknown_key,
+)
+from smalti.data.images.folders import ImageSet
+from smalti.errors import ConfigError
+from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.protocol import find_protocol
+from smalti.models.loading import weights_digest
+from smalti.models.weights import LoadConfig
+from smalti.runs.config import absolute, absolute_paths, check_start, resolve
+from smalti.runs.recipes import find_recipe
+from smalti.training.launch import num_processes, split_batch
+
+CELLS = "cells"
+"""Folder of the cells, in that of the comparison."""
+UNTRAINED, BEFORE = "untrained", "before"
+"""How the folder of a cell before training begins: from random weights, or from those of ``init``."""
+BUDGETS = ("steps", "images", "minutes")
+LOAD_KEYS = ("load", "weights", "pool", "eval")
+"""What an arm that is not trained may say."""
+
+
+@settings
+class Plan:
+    """What is compared with what; a YAML file."""
+
+    arms: dict[str, dict[str, Any]]
+    """Name -> ``{method: NAME, KEY: VALUE ...}`` or ``{recipe: FILE, ...}``, which are trained, or ``{load: ENCODER}``,
+    which is taken as it is, ``{load: random}`` being the plan's own encoder before training. Differences are taken
+    against the first. ``eval.KEY`` holds for this arm's evaluations, ``load.KEY`` says how its weights are fitted."""
+    evaluate: tuple[dict[str, Any], ...]
+    """``{data: PATH, protocols: [...]}`` each, and any setting of an evaluation, such as ``image_size``."""
+    data: str | None = None
+    """Images to train on; not needed if no arm is trained."""
+    budget: dict[str, float] = dataclasses.field(default_factory=dict)
+    """One for all arms: ``steps``, ``images`` seen, or ``minutes`` of wall time for training."""
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    """Of weights, data order and augmentation, and of the evaluations' heads."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of training that all arms share, such as ``encoder`` and ``batch_size``; an arm's own come on top."""
+    split_seed: Seed = 0
+    """Of the split of evaluation data that has none; the same for all seeds, so that all judge the same images."""
+
+
+def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
+    """A plan from a YAML file or a tree; relative paths that aren't there are looked for beside the file.
+
+    Raises:
+        ConfigError: for what can't be used, with one line.
+    """
+    if isinstance(source, Mapping):
+        tree, where, folder = dict(source), "plan", Path()
+    else:
+        path = Path(source).expanduser()
+        tree, where, folder = read_yaml(path), str(path), path.parent
+    plan = build(Plan, tree, where)
+    if not plan.arms:
+        raise ConfigError(f"{where}: no arms; name at least two things to compare")
+    if not plan.evaluate:
+        raise ConfigError(f"{where}: evaluate is empty; give what to judge by, such as [{{data: DIR}}]")
+    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
+        raise ConfigError(f"{where}: seeds={list(plan.seeds)}: different numbers are needed, at least one")
+    trained = [name for name, arm in plan.arms.items() if taken(arm) is None]
+    if trained and not plan.data:
+        raise ConfigError(f"{where}: arm '{trained[0]}' is to be trained, but no images are named; give data: DIR")
+    if trained and (len(plan.budget) != 1 or next(iter(plan.budget)) not in BUDGETS):
+        raise ConfigError(f"{where}: budget={dict(plan.budget)}: exactly one of {', '.join(BUDGETS)} is needed")
+    if trained and not next(iter(plan.budget.values())) > 0:
+        raise ConfigError(f"{where}: budget={dict(plan.budget)}: a number above 0 is needed")
+    entries = []
+    for number, entry in enumerate(plan.evaluate):
+        entry = unfold(entry)
+        if not entry.get("data"):
+            raise ConfigError(f"{where}: evaluate[{number}] names no data")
+        entry = resolve_paths(entry, EvalConfig, lambda text: absolute(text, folder))
+        config = build(EvalConfig, entry, f"{where}: evaluate[{number}]")
+        for name in config.protocols:
+            find_protocol(name)
+        entries.append(entry)
+    arms = {name: _with_absolute_paths(unfold(arm), folder) for name, arm in plan.arms.items()}
+    return dataclasses.replace(
+        plan,
+        arms=arms,
+        evaluate=tuple(entries),
+        data=absolute(plan.data, folder) if plan.data else None,
+        settings=_with_absolute_paths(unfold(plan.settings), folder),
+    )
+
+
+def taken(arm: Mapping[str, Any]) -> str | None:
+    """The encoder that an arm takes as it is; None: it trains one, and ``load.*`` fits the weights of its ``init``."""
+    spec = arm.get("load")
+    spec = spec.get("name") if isinstance(spec, Mapping) else spec
+    return None if spec is None else str(spec)
+
+
+def load_job(arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, what: Mapping[str, Any]) -> Job:
+    for key in arm:
+        if key not in LOAD_KEYS:
+            raise ConfigError(unknown_key(key, LOAD_KEYS, "an arm with load is taken as it is and"))
+    spec = str(taken(arm))
+    fit = dict(arm["load"]) if isinstance(arm["load"], Mapping) else {}
+    fit = {key: value for key, value in {**fit, "weights": arm.get("weights")}.items() if key != "name"}
+    if build(LoadConfig, fit, group="load") != LoadConfig() and spec == RANDOM:
+        raise ConfigError("load: random has no weights that load.* or weights could apply to; leave them out")
+    fit["network"] = fit.pop("weights")
+    options = {key: value for key, value in {**fit, "pool": arm.get("pool")}.items() if value is not None}
+    parts: list[Any] = [weights_digest(spec), options, smalti.__version__]
+    tree: dict[str, Any] = {}
+    if spec == RANDOM:
+        tree = merge(
+            {name: plan.settings[name] for name in ("encoder", "data") if name in plan.settings}, {"seed": seed}
+        )
+        parts.append(to_tree(build(RandomEncoder, tree)))
+    if spec.partition(":")[0] == RANDOM:
+        parts.append(seed)
+    folder = out / CELLS / f"load-{digest(*parts)}"
+    return Job(folder=str(folder), load=spec, load_options=options, train=tree, **what)
+
+
+def train_job(
+    arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, images: ImageSet, what: Mapping[str, Any]
+) -> Job:
+    own = dict(arm)
+    recipe = own.pop("recipe", None)
+    own = {**own, "method": {"name": own["method"]}} if isinstance(own.get("method"), str) else own
+    tree = merge(merge(read_yaml(find_recipe(recipe)) if recipe else {}, plan.settings), own)
+    for key in ("steps", "seed"):
+        if key in own or key in plan.settings:
+            raise ConfigError(f"{key}={own.get(key, plan.settings.get(key))}: the plan's budget and seeds set this")
+    (kind, amount) = next(iter(plan.budget.items()))
+    tree = merge(tree, {"seed": seed, "data": {"path": plan.data}})
+    if kind == "steps":
+        tree["steps"] = int(amount)
+    config = resolve(tree)
+    check_start(config)
+    split_batch(config.batch_size, config.micro_batch, num_processes(config.devices))
+    if config.eval.patience:
+        raise ConfigError(f"eval.patience={config.eval.patience}: the plan's budget says how long arms train")
+    if kind == "images":
+        tree["steps"] = math.ceil(amount / config.batch_size)
+    budget = {kind: amount}
+    folder = out / CELLS / f"{config.method.name}-{training_key(tree, budget, images)}"
+    return Job(folder=str(folder), train=tree, minutes=amount if kind == "minutes" else None, **what)
+
+
+def baseline_job(job: Job, out: Path) -> Job:
+    """The cell of the network that a job trains, before its first step; arms that start alike share it."""
+    kind = BEFORE if job.train.get("init") else UNTRAINED
+    folder = out / CELLS / f"{kind}-{untrained_key(job.train)}"
+    return dataclasses.replace(job, folder=str(folder), name=f"{job.name}, {kind}", untrained=True, minutes=None)
+
+
+def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings of an arm, or of all arms, with absolute paths."""
+    result = absolute_paths(tree, folder)
+    for key in ("load", "recipe"):  # of arms only
+        if isinstance(value := tree.get(key), str):
+            result[key] = absolute(value, folder)
+    if isinstance(load := tree.get("load"), Mapping) and isinstance(load.get("name"), str):
+        result["load"] = {**load, "name": absolute(load["name"], folder)}
+    return result
