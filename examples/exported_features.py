@@ -1,6 +1,6 @@
 """Features out of an exported encoder, with timm alone: Smalti need not be installed where the model is used.
 
-    smalti export runs/a --to timm --out exported
+    smalti export runs/a to=timm --out exported
     python examples/exported_features.py exported features.npz a.jpg b.jpg
 
 The file holds, for each image, one vector (``image``) and one vector per patch in raster order (``patches``).
