@@ -76,7 +76,7 @@ ONE_BY_ONE: dict[str, dict[str, object]] = {
     "cvit": {"max_rate": 0.0},
     "dinov2": {"targets": "centering", "koleo_weight": 0.0, "mask_sampling": "independent"},
     "intertwined": {"targets": "centering", "koleo_weight": 0.0, "mask_sampling": "independent"},
-    "neco": {"references": "queue", "queue_size": 64},
+    "neco": {"references": "queue"},
     "droppos": {"attentive": False},
     "loca": {"cluster": False, "token_mean": "image"},
 }
