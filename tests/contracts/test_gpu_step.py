@@ -24,7 +24,6 @@ OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [
     ("droppos", {"reconstruct": True, "attentive": False, "pos_token": "zeros"}),
     ("ibot", {"targets": "sinkhorn", "separate_heads": True}),
     ("loca", {"cluster": False}),
-    ("loca", {"per_image": True}),
     ("mar", {"dequantization": 0.004, "ema_momentum": 0.9}),
     ("mp3", {"loss_patches": "hidden"}),
     ("neco", {"references": "queue"}),
