@@ -158,8 +158,8 @@ TWO_PROCESSES = {  # mae, part and plain droppos: tests/training/test_loop.py
     "droppos": [*MAE, "method.ignore_confident=true"],
     "loca": [*LOCA, "drop_path=0"],
     "neco": [*NECO, "drop_path=0"],
-    "neco queue": [*NECO, "drop_path=0", "method.references=queue", "method.queue_size=200"],
-    "neco foreground": [*NECO, "drop_path=0", "method.loss_mask=fg", "method.exclude_self=true"],
+    "neco queue": [*NECO, "drop_path=0", "method.references=queue"],
+    "neco other images": [*NECO, "drop_path=0", "method.exclude_self=true"],
 }
 
 

@@ -26,8 +26,8 @@ needs_triton = pytest.mark.skipif(not has_triton, reason="triton is not installe
 
 def sims(rows, size):
     g = torch.Generator().manual_seed(size)
-    student, teacher, weights = (torch.randn(rows, size, generator=g) for _ in range(3))
-    return (0.3 + 0.15 * student).requires_grad_(), 0.3 + 0.15 * teacher, weights.relu()
+    student, teacher = (torch.randn(rows, size, generator=g) for _ in range(2))
+    return (0.3 + 0.15 * student).requires_grad_(), 0.3 + 0.15 * teacher
 
 
 def loss_and_gradient(student, teacher, backend, **options):
@@ -51,11 +51,10 @@ def run_interpreter():
     """All that the tests below look at, as JSON."""
     answers = {}
     for size in SIZES:
-        student, teacher, weights = sims(2 if size == 49 else 3, size)
-        answers[f"plain {size}"] = measure(student, teacher)
-        answers[f"weighted {size}"] = measure(student, teacher, weights=weights)
-    student, teacher, weights = sims(7, 5)
-    answers["chunks"] = measure(student, teacher, weights=weights, chunk=3)
+        student, teacher = sims(2 if size == 49 else 3, size)
+        answers[str(size)] = measure(student, teacher)
+    student, teacher = sims(7, 5)
+    answers["chunks"] = measure(student, teacher, chunk=3)
     answers["steepness"] = measure(student, teacher, steepness_student=20.0, steepness_teacher=700.0)
     answers["gaussian"] = measure(student, teacher, distribution="gaussian", steepness_student=7.0)
     one, two = (loss_and_gradient(student, teacher, "triton") for _ in range(2))
@@ -99,7 +98,7 @@ def run_compiler(size, capability):
         "SMALLEST": 1e-30,
     }
     answers = []
-    for absent in ({"weights": None}, {"of_gammas": None}):
+    for absent in ({}, {"of_gammas": None}):
         constants = {**fixed, **absent}
         names = sorting_kernel._order_kernel.arg_names
         signature = {name: "constexpr" if name in constants else "*fp32" for name in names}
@@ -123,10 +122,9 @@ def interpreted():
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["plain", "weighted"])
 @pytest.mark.parametrize("size", SIZES)
-def test_loss_and_gradient_equal_the_torch_forms(size, kind, interpreted):
-    found = interpreted[f"{kind} {size}"]
+def test_loss_and_gradient_equal_the_torch_forms(size, interpreted):
+    found = interpreted[str(size)]
     assert found["loss_off"] < 1e-6
     assert found["gradient_off"] < 1e-5
 
@@ -196,8 +194,8 @@ def test_what_a_program_keeps_fits_into_its_registers(size):
 @pytest.mark.skipif(not (has_triton and torch.cuda.is_available()), reason="needs a CUDA device and triton")
 @pytest.mark.parametrize("size", [*SIZES, 64, 128, 256])
 def test_a_gpu_gives_the_torch_forms_loss_and_gradient(size):
-    student, teacher, weights = (one.detach().cuda() for one in sims(300, size))
-    for options in ({}, {"weights": weights}, {"chunk": 128}):
+    student, teacher = (one.detach().cuda() for one in sims(300, size))
+    for options in ({}, {"chunk": 128}):
         found = measure(student.requires_grad_(), teacher, **options)
         assert found["loss_off"] < 1e-6
         assert found["gradient_off"] < 1e-5

@@ -17,10 +17,10 @@ from smalti.data.views import Views, collate
 from smalti.errors import ConfigError
 from smalti.functional.boxes import reference_cells
 from smalti.functional.masking import random_mask
-from smalti.functional.random import sample_uniform
+from smalti.functional.random import sample_uniform, step_key
 from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
-from smalti.methods.loca import LOCA, LOCAConfig, cluster_loss, me_max, position_loss, token_weights
+from smalti.methods.loca import LOCA, LOCAConfig, cluster_loss, me_max, position_loss
 from smalti.models.build import build_encoder
 from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
@@ -185,34 +185,26 @@ def test_kept_reference_tokens_are_consecutive_anywhere() -> None:
     assert sorted(set(kept[:, 0].tolist())) == list(range(13))
 
 
-def test_drops_are_shared_redrawn_at_each_step_and_may_be_each_image_s() -> None:
+def test_token_drops_are_redrawn_at_each_step() -> None:
     method = tiny()
-    views = batch(method)
-    first, again, later = (method._draw_large(method._keys(views, p), 16) for p in (0.0, 0.0, 0.001))
+    first, again, later = (method._draw_large(step_key(p), 16) for p in (0.0, 0.0, 0.001))
     assert len(first) == 1 and torch.equal(first, again) and not torch.equal(first, later)
-    own = tiny(per_image=True)
-    assert own._draw_large(own._keys(views, 0.0), 16).shape == (3, 6)
-    assert own(views, 0.0)["position"].isfinite()
 
 
 def test_equal_logits_cost_log_k_over_labelled_tokens_only() -> None:
     labels = torch.tensor([[0, -1, 3], [-1, -1, 2]])
-    weights = token_weights(labels, "batch")
-    assert weights.tolist() == [[1, 0, 1], [0, 0, 1]]
-    assert_close(position_loss(torch.zeros(2, 3, 4), labels, weights).item(), math.log(4), rtol=1e-6, atol=0)
+    assert_close(position_loss(torch.zeros(2, 3, 4), labels).item(), math.log(4), rtol=1e-6, atol=0)
     logits = torch.randn(2, 3, 4)
     terms = [-logits[b, q].log_softmax(-1)[labels[b, q]] for b, q in ((0, 0), (0, 2), (1, 2))]
-    assert_close(position_loss(logits, labels, weights), torch.stack(terms).mean())
-    per_image = position_loss(logits, labels, token_weights(labels, "image"))
-    assert_close(per_image, ((terms[0] + terms[1]) / 2 + terms[2]) / 2)
-    assert position_loss(logits, torch.full((2, 3), -1), torch.zeros(2, 3)) == 0
+    assert_close(position_loss(logits, labels), torch.stack(terms).mean())
+    assert position_loss(logits, torch.full((2, 3), -1)) == 0
 
 
 def test_clusters_by_plain_loops() -> None:
     student, target = torch.randn(2, 3, 5).log_softmax(-1), torch.rand(2, 4, 5)
     cells = torch.tensor([[3, -1, 0], [1, 1, -1]])
     terms = [-(target[b, cells[b, q]] * student[b, q]).sum() for b, q in ((0, 0), (0, 2), (1, 0), (1, 1))]
-    assert_close(cluster_loss(student, target, cells, token_weights(cells, "batch")), torch.stack(terms).mean())
+    assert_close(cluster_loss(student, target, cells), torch.stack(terms).mean())
 
 
 def test_me_max_is_least_where_all_prototypes_are_used() -> None:
@@ -224,9 +216,9 @@ def test_me_max_is_least_where_all_prototypes_are_used() -> None:
 def test_the_losses_have_the_right_gradients() -> None:
     logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[0, -1, 3], [-1, -1, 2]])
-    weights, target = token_weights(labels, "image").double(), torch.rand(2, 4, 4, dtype=torch.float64)
-    assert gradcheck(lambda x: position_loss(x, labels, weights), logits)
-    assert gradcheck(lambda x: cluster_loss(x.log_softmax(-1), target, labels, weights), logits)
+    target = torch.rand(2, 4, 4, dtype=torch.float64)
+    assert gradcheck(lambda x: position_loss(x, labels), logits)
+    assert gradcheck(lambda x: cluster_loss(x.log_softmax(-1), target, labels), logits)
     assert gradcheck(lambda x: me_max(x.log_softmax(-1)), logits)
 
 
@@ -344,7 +336,8 @@ def test_the_teacher_follows_the_student() -> None:
     assert_close(method.teacher.module.encoder.vit.norm.weight, before + 0.5)
 
 
-def test_a_short_run_finds_positions(tmp_path: Path) -> None:
+def test_a_short_run_finds_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smalti.methods.loca.LARGE_SCALE", (0.7, 1.0))
     photos, rng = tmp_path / "photos", np.random.default_rng(0)
     photos.mkdir()
     down = np.linspace(0, 1, 48)[:, None, None]
@@ -361,7 +354,7 @@ def test_a_short_run_finds_positions(tmp_path: Path) -> None:
             "class_token": False,
         },
         "data": {"image_size": 32},
-        "method": {**SMALL, "large_scale": [0.7, 1.0], "reference_keep_ratio": 0.5, "momentum": 0.9},
+        "method": {**SMALL, "reference_keep_ratio": 0.5, "momentum": 0.9},
         "steps": 120,
         "batch_size": 16,
         "drop_path": 0.0,
@@ -375,14 +368,10 @@ def test_a_short_run_finds_positions(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_line_each() -> None:
-    with pytest.raises(ConfigError, match=r"method.query_keep_ratio=0.0: a share in 0\.\.1"):
-        tiny(query_keep_ratio=0.0)
-    with pytest.raises(ConfigError, match="must be above 0"):
-        tiny(teacher_temp=0.0)
+    with pytest.raises(ConfigError, match=r"method.reference_keep_ratio=0.0: it must lie in \(0, 1\]"):
+        tiny(reference_keep_ratio=0.0)
     with pytest.raises(ConfigError, match=r"it must lie in 0\.\.1"):
         tiny(momentum=2.0)
-    with pytest.raises(ConfigError, match=r"sinkhorn_iterations must be at least 1"):
-        tiny(sinkhorn_iterations=0)
     with pytest.raises(ConfigError, match=r"method.reference_keep_ratio=0.01 keeps 0 of 16 patches"):
         few = tiny(reference_keep_ratio=0.01)
         few(batch(few), 0.0)

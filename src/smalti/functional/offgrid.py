@@ -1,11 +1,11 @@
-"""Patches off the grid: where they are drawn, and how they are cut out, those of a whole batch at once.
+"""Off-grid patches: sampling of boxes, and cropping them from a whole batch at once.
 
-One code serves images ``(B, C, H, W)`` and signals ``(B, C, T)``. Sizes are in the order of the tensor, ``(H, W)`` or
-``(T,)``; boxes have x first, as everywhere: ``(x0, y0, x1, y1)``, or ``(t0, t1)``; pixel edges are whole numbers.
-Letters: B images, C channels, N patches, A axes (2 or 1), E = 2*A numbers a box, S extent of an axis, P patch side.
+The functions serve images ``(B, C, H, W)`` and signals ``(B, C, T)``. Sizes are in the order of the tensor, ``(H, W)``
+or ``(T,)``; boxes have x first, as everywhere: ``(x0, y0, x1, y1)``, or ``(t0, t1)``; pixel edges are whole numbers.
+Letters: B images, C channels, N patches, A axes (2 or 1), E = 2*A numbers per box, S extent of an axis, P patch side.
 
-Source of the laws: Ayoughi et al., PART, arXiv:2506.03682, and its released code (there called v1, v2 and v3). Where
-that draws boxes beforehand into a bank, the same law is drawn here directly.
+Source of the distributions: Ayoughi et al., PART, arXiv:2506.03682, and its released code (modes v1, v2 and v3). That
+code samples from a bank of boxes drawn beforehand; here the same distribution is sampled directly.
 """
 
 import math
@@ -24,26 +24,30 @@ from smalti.functional.transfer import move
 KINDS = ("grid", "offgrid", "offgrid_scale", "nonoverlapping", "saliency", "hierarchical")
 """Ways to draw boxes, see :class:`PatchSampler`."""
 SIZE_DISTRIBUTIONS = ("official", "uniform", "log_uniform")
+NUM_WHOLES = 4
+"""Large boxes of ``hierarchical``; they are the first of the N patches."""
+UNIFORM_RATIO = 0.2
+"""``saliency``: fraction of patches that are sampled uniformly."""
 MOST_SEPARATE = 0.35
-"""Share of the image that patches which don't overlap may cover: dropped one by one at random, they jam at 0.56."""
-_IN_CACHE = 625_000  # numbers of the images that a CPU samples at a time: 2.5 MB stay in its cache
+"""Fraction of the image that non-overlapping patches may cover: placed one by one at random, they jam at 0.56."""
+_IN_CACHE = 625_000  # image values that a CPU samples at a time: 2.5 MB stay in its cache
 _DARTS = 128  # tries for each patch that must not overlap
-_POSITION, _SIZE, _ORDER, _CHOICE, _ANGLE = range(16, 21)  # streams of a sample's random numbers
+_POSITION, _SIZE, _ORDER, _CHOICE, _ANGLE = range(16, 21)  # random streams of a sample
 
 
 class Patches(NamedTuple):
-    """Patches of a batch and where they come from."""
+    """Patches of a batch, their boxes and angles."""
 
     pixels: Tensor
     """``(B, N, C, ph, pw)``, or ``(B, N, C, P)`` of signals."""
     boxes: Tensor
-    """``(B, N, E)`` float32; of a turned patch, before it was turned about its centre."""
+    """``(B, N, E)`` float32; for a rotated patch, the box before rotation about its centre."""
     angles: Tensor | None
-    """``(B, N)`` radians, from x to y (clockwise on the screen); None where nothing is turned."""
+    """``(B, N)`` radians, from x to y (clockwise on the screen); None without rotation."""
 
 
 def grid_boxes(size: tuple[int, ...], patch_size: tuple[int, ...]) -> Float[Tensor, "N E"]:
-    """The cells of the patch grid in raster order; a rest at the far end that holds no whole patch is left out."""
+    """The cells of the patch grid in raster order; incomplete cells at the far end are left out."""
     starts = torch.cartesian_prod(
         *(torch.arange(0, s - p + 1, p) for s, p in zip(size, patch_size, strict=True))
     ).reshape(-1, len(size))
@@ -59,18 +63,18 @@ def offgrid_boxes(
     subpixel: bool = False,
     margin: int = 0,
 ) -> Float[Tensor, "B N E"]:
-    """Patches of one size anywhere, independent of one another: starts uniform over 0, 1, ..., S - P.
+    """Independent patches of one size at any position: starts uniform over 0, 1, ..., S - P.
 
     Args:
-        keys: ``(B,)`` the samples' randomness.
-        num_patches: N, any number.
+        keys: ``(B,)`` seeds of the samples.
+        num_patches: N.
         size: of the image, ``(H, W)`` or ``(T,)``.
         patch_size: ``(ph, pw)`` or ``(P,)``.
         subpixel: starts are real numbers in [0, S - P).
-        margin: pixels kept free at every border.
+        margin: pixels left free at every border.
 
     Raises:
-        ConfigError: if a patch with its margins is larger than the image.
+        ConfigError: if a patch with its margin is larger than the image.
     """
     draws = _draws(keys, num_patches, len(size), _POSITION)
     room = []
@@ -83,27 +87,27 @@ def offgrid_boxes(
     return _boxes(starts.float(), move(torch.tensor(patch_size[::-1]).float(), keys.device))
 
 
-def side_distribution(extent: int, low: int, high: int, law: str = "official") -> Float[Tensor, " n"]:
+def side_distribution(extent: int, low: int, high: int, distribution: str = "official") -> Float[Tensor, " n"]:
     """Probabilities of the sides low, low + 1, ..., high of a box along an axis of ``extent`` pixels.
 
-    ``official``: proportional to ``extent - d``, as of the distance of two uniform pixels that is kept when it lies in
-    the range; ``uniform``; ``log_uniform``: of the whole part of ``exp(U(log low, log(high + 1)))``.
+    ``official``: proportional to ``extent - d``, the distribution of the distance of two uniform pixels given that it
+    lies in the range; ``uniform``; ``log_uniform``: the integer part of ``exp(U(log low, log(high + 1)))``.
 
     Raises:
-        ConfigError: if the range holds no side that fits, or the law is unknown.
+        ConfigError: if the range holds no side that fits, or the distribution is unknown.
     """
-    most = extent - 1 if law == "official" else extent
+    most = extent - 1 if distribution == "official" else extent
     if not 1 <= low <= high <= most:
         raise ConfigError(f"sides {low}..{high} of a box in {extent} pixels: 1 <= smallest <= largest <= {most} needed")
     sides = torch.arange(low, high + 1, dtype=torch.float64)
-    if law == "official":
+    if distribution == "official":
         weights = extent - sides
-    elif law == "uniform":
+    elif distribution == "uniform":
         weights = torch.ones_like(sides)
-    elif law == "log_uniform":
+    elif distribution == "log_uniform":
         weights = torch.log1p(1 / sides)
     else:
-        raise ConfigError(f"size_distribution={law!r}: one of {', '.join(SIZE_DISTRIBUTIONS)} is needed")
+        raise ConfigError(f"size_distribution={distribution!r}: one of {', '.join(SIZE_DISTRIBUTIONS)} is needed")
     return weights / weights.sum()
 
 
@@ -113,22 +117,22 @@ def scaled_boxes(
     size: tuple[int, ...],
     sides: tuple[int, int],
     *,
-    law: str = "official",
+    distribution: str = "official",
     aspect: bool = True,
     subpixel: bool = False,
 ) -> Float[Tensor, "B N E"]:
-    """Boxes of random sides anywhere.
+    """Boxes of random sides at any position.
 
-    Under the official law a start is uniform over 0, ..., S - 1 - d, so that the last row and column are never seen,
-    as in the released code; under the others over 0, ..., S - d.
+    With ``official``, starts are uniform over 0, ..., S - 1 - d, so that the last row and column are never seen, as in
+    the released code; otherwise over 0, ..., S - d.
 
     Args:
-        keys: ``(B,)`` the samples' randomness.
+        keys: ``(B,)`` seeds of the samples.
         num_patches: N.
         size: of the image, ``(H, W)`` or ``(T,)``.
         sides: smallest and largest side in pixels, whole numbers.
-        law: of the sides, see :func:`side_distribution`.
-        aspect: width and height are independent; otherwise boxes are square, by the law of the shorter axis.
+        distribution: of the sides, see :func:`side_distribution`.
+        aspect: width and height are independent; otherwise boxes are square, with the shorter axis's distribution.
         subpixel: starts are real numbers; sides stay whole.
 
     Raises:
@@ -139,12 +143,13 @@ def scaled_boxes(
     extents = size[::-1]
     lengths = []
     for axis in range(axes):
-        cumulative = move(side_distribution(extents[axis] if aspect else min(extents), *sides, law).cumsum(0), device)
+        extent = extents[axis] if aspect else min(extents)
+        cumulative = move(side_distribution(extent, *sides, distribution).cumsum(0), device)
         draw = draws[..., axis if aspect else 0].contiguous()
         lengths.append(torch.searchsorted(cumulative, draw, right=True).clamp(max=sides[1] - sides[0]) + sides[0])
     side = torch.stack(lengths, dim=-1).double()  # (B, N, A)
     draws = _draws(keys, num_patches, axes, _POSITION)
-    room = move(torch.tensor(extents, dtype=torch.float64), device) - side - (1 if law == "official" else 0)
+    room = move(torch.tensor(extents, dtype=torch.float64), device) - side - (1 if distribution == "official" else 0)
     starts = draws * room if subpixel else (draws * (room + 1)).floor()
     return _boxes(starts.float(), side.float())
 
@@ -157,17 +162,19 @@ def separate_boxes(
     *,
     subpixel: bool = False,
 ) -> Float[Tensor, "B N E"]:
-    """Patches that do not overlap: dropped one after the other, each at the first of 128 places that is free.
+    """Non-overlapping patches, placed one after the other, each at the first free one of 128 random positions.
 
-    Where none is, the place with the most room is taken, so a crowded image may hold a small overlap. Costs
-    ``128 * N**2`` comparisons an image.
+    If none is free, the position farthest from its neighbours is taken, so a crowded image may hold a small overlap.
+    Costs ``128 * N**2`` comparisons per image.
 
     Raises:
         ConfigError: if the patches would cover more than :data:`MOST_SEPARATE` of the image.
     """
     most = int(MOST_SEPARATE * math.prod(size) / math.prod(patch_size))
     if num_patches > most:
-        raise ConfigError(f"{num_patches} patches that don't overlap are too many for {size}; at most {most} fit well")
+        raise ConfigError(
+            f"sampling=nonoverlapping: {num_patches} patches are too many for {size} pixels; at most {most} fit"
+        )
     darts = offgrid_boxes(keys, num_patches * _DARTS, size, patch_size, subpixel=subpixel)
     starts = darts[..., : len(size)].reshape(len(keys), num_patches, _DARTS, len(size))
     side = move(torch.tensor(patch_size[::-1]).float(), keys.device)
@@ -186,30 +193,30 @@ def salient_boxes(
     num_patches: int,
     images: Float[Tensor, "B C *S"],
     patch_size: tuple[int, ...],
-    uniform_ratio: float = 0.2,
+    uniform_ratio: float = UNIFORM_RATIO,
 ) -> Float[Tensor, "B N E"]:
-    """Patches where something happens: the chance of a place grows with the gradient energy under the patch.
+    """Salient patches: the probability of a position is proportional to the gradient energy inside the patch.
 
     Args:
-        keys: ``(B,)`` the samples' randomness.
+        keys: ``(B,)`` seeds of the samples.
         num_patches: N.
         images: normalised.
         patch_size: ``(ph, pw)`` or ``(P,)``.
-        uniform_ratio: chance that a patch is drawn uniformly instead, in [0, 1].
+        uniform_ratio: probability that a patch is sampled uniformly instead, in [0, 1].
     """
     axes = images.ndim - 2
     last = images.movedim(1, -1).float().contiguous()  # (B, *S, C)
     under = last.new_zeros(last.shape[:-1], dtype=torch.float64)
     for dim in range(1, axes + 1):
         under.narrow(dim, 0, last.shape[dim] - 1).add_(last.diff(dim=dim).square_().mean(-1))
-    for dim, side in enumerate(patch_size, start=1):  # sums under every patch, from running sums
+    for dim, side in enumerate(patch_size, start=1):  # sum inside every patch, from cumulative sums
         sums = under.cumsum(dim)
         rest = sums.narrow(dim, side - 1, sums.shape[dim] - side + 1).clone()
         rest.narrow(dim, 1, rest.shape[dim] - 1).sub_(sums.narrow(dim, 0, rest.shape[dim] - 1))
         under = rest.clamp_(min=0)
     places = under.shape[1:]
     flat = under.flatten(1)
-    flat = flat + (flat.amax(1, keepdim=True) * 1e-9).clamp(min=1e-30)  # a blank image is drawn uniformly
+    flat = flat + (flat.amax(1, keepdim=True) * 1e-9).clamp(min=1e-30)  # a blank image is sampled uniformly
     cumulative = flat.cumsum(1)
     draw = sample_uniform(keys, num_patches, _CHOICE).double() * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, draw, right=True).clamp(max=flat.shape[1] - 1)
@@ -228,14 +235,14 @@ def nested_boxes(
     num_wholes: int,
     sides: tuple[int, int],
 ) -> Float[Tensor, "B N E"]:
-    """A few large boxes, and patches inside them: wholes first, then parts, which take turns among the wholes.
+    """A few large boxes (wholes) first, then patches inside them (parts), which are dealt out to the wholes in turn.
 
     Args:
-        keys: ``(B,)`` the samples' randomness.
+        keys: ``(B,)`` seeds of the samples.
         num_patches: N, wholes and parts together.
         size: of the image.
         patch_size: of a part.
-        num_wholes: how many of the N are wholes, 1..N-1.
+        num_wholes: number of wholes among the N, 1..N-1.
         sides: smallest and largest side of a whole, which is square.
 
     Raises:
@@ -245,7 +252,7 @@ def nested_boxes(
         raise ConfigError(f"{num_wholes} wholes of {num_patches} patches: at least one whole and one part are needed")
     if sides[0] < max(patch_size):
         raise ConfigError(f"wholes of {sides[0]} pixels are smaller than their parts of {max(patch_size)}")
-    wholes = scaled_boxes(keys, num_wholes, size, sides, law="uniform", aspect=False)
+    wholes = scaled_boxes(keys, num_wholes, size, sides, distribution="uniform", aspect=False)
     count, axes = num_patches - num_wholes, len(size)
     home = wholes[:, torch.arange(count, device=keys.device) % num_wholes]  # (B, n, E)
     side = move(torch.tensor(patch_size[::-1]).float(), keys.device)
@@ -260,11 +267,11 @@ def cut_windows(
     """Copies of the pixels under windows of one size at whole-pixel starts.
 
     Args:
-        images: of any memory layout; channels-last is copied fastest, and the result has it, too.
+        images: of any memory layout; channels-last is fastest, and the result is channels-last.
         starts: ``(B, N, A)`` whole numbers, x first, inside the image.
         window: ``(h, w)`` or ``(n,)`` pixels.
     """
-    last = images.movedim(1, -1).contiguous()  # (B, *S, C): a row of a window is one piece of memory
+    last = images.movedim(1, -1).contiguous()  # (B, *S, C): a row of a window is contiguous
     sizes, strides = last.shape[1:-1], last.stride()
     channels = last.shape[-1]
     places = [s - w + 1 for s, w in zip(sizes, window, strict=True)]
@@ -287,27 +294,27 @@ def resample_boxes(
     mode: str = "bilinear",
     square: bool = False,
 ) -> Float[Tensor, "B N C *P"]:
-    """What lies in boxes of any size and place, resized to the patch size, without a loop over boxes.
+    """Crop boxes of any size and position and resize them to the patch size, without a loop over boxes.
 
-    Bilinear, that is with a tent of one pixel's half-width where a box is not larger than the patch; where it shrinks,
-    with tents of 2, 4, ... pixels, the power of two nearest (in logarithm) to how much it shrinks, each axis on its
-    own. The wider tents come from blurring the image with (1/4, 1/2, 1/4) over growing distances before it is sampled:
-    bilinear sampling of that is exactly the wider tent. Half a pixel beyond a box is seen, the image's edge is
+    Bilinear with antialiasing: where a box is not larger than the patch, the filter is a triangle of half-width
+    1 pixel; where it shrinks, of 2, 4, ... pixels, the power of two nearest (in logarithm) to the shrink factor, per
+    axis. The wider filters come from blurring the image with (1/4, 1/2, 1/4) over growing distances: bilinear sampling
+    of the blurred image is exactly the wider triangle. Half a pixel beyond a box contributes; the image's edge is
     repeated.
 
     Args:
         images: ``(B, C, H, W)`` or ``(B, C, T)``.
         boxes: ``(B, N, E)`` inside the images.
         patch_size: ``(ph, pw)`` or ``(P,)``.
-        max_side: the largest side of a box in pixels; says how many blurred images are needed.
-        angles: ``(B, N)`` radians; each box is turned about its centre, from x to y. Only for images.
-        mode: ``bilinear``; ``nearest`` and ``bicubic`` sample the image as it is, without antialiasing.
-        square: every box shrinks as much along x as along y, so fewer blurred images are needed.
+        max_side: the largest side of a box in pixels; determines the number of blurred images.
+        angles: ``(B, N)`` radians; each box is rotated about its centre, from x to y. Images only.
+        mode: ``bilinear``, or ``nearest`` without antialiasing.
+        square: every box shrinks by the same factor along x and y, so fewer blurred images are needed.
 
     Returns:
         ``(B, N, C, ph, pw)``, or ``(B, N, C, P)``.
     """
-    if images.ndim == 3:  # a signal is an image of one row
+    if images.ndim == 3:  # treat a signal as an image of one row
         start, end = boxes.unbind(-1)
         flat = torch.stack([start, torch.zeros_like(start), end, torch.ones_like(end)], dim=-1)
         sampled = resample_boxes(images[:, :, None], flat, (1, patch_size[0]), max_side=max_side, mode=mode)
@@ -337,7 +344,7 @@ def resample_boxes(
     x, y = (x * (2 / width) - 1).expand(-1, -1, ph, pw), (y * (2 / (count * height)) - 1).expand(-1, -1, ph, pw)
     at_once = max(1, _IN_CACHE // (count * channels * height * width)) if images.device.type == "cpu" else batch
     at_once = min(at_once, batch)
-    # buffers are taken once: fresh memory costs as much as the sampling
+    # allocate buffers once: fresh memory costs as much as the sampling
     grid = torch.empty(at_once, num_patches, ph, pw, 2, device=images.device)
     stack = torch.empty(at_once, count, height, width, channels, device=images.device) if count > 1 else None
     result = images.new_empty(batch, num_patches, channels, ph, pw)
@@ -354,7 +361,7 @@ def resample_boxes(
 
 
 def turn_patches(patches: Float[Tensor, "B N C P P"], quarters: Int[Tensor, "B N"]) -> Float[Tensor, "B N C P P"]:
-    """Square patches turned by quarters of a circle, as :func:`resample_boxes` turns by angles; no pixel changes."""
+    """Rotate square patches by multiples of 90 degrees, in the direction of :func:`resample_boxes`; exact."""
     turned = [torch.rot90(patches, k, (-1, -2)) for k in range(4)]
     result = patches
     for k in (1, 2, 3):
@@ -364,7 +371,7 @@ def turn_patches(patches: Float[Tensor, "B N C P P"], quarters: Int[Tensor, "B N
 
 @dataclass(frozen=True)
 class PatchSampler:
-    """Draws the patches of a batch; what a method's settings say in one object.
+    """Samples and crops the patches of a batch.
 
     Raises:
         ConfigError: for settings that don't fit together.
@@ -373,32 +380,24 @@ class PatchSampler:
     patch_size: tuple[int, ...]
     """``(ph, pw)`` of images, ``(P,)`` of signals."""
     kind: str = "offgrid"
-    """``grid``: the cells of the grid, ``offgrid``: patches of one size anywhere, ``offgrid_scale``: of random sides,
-    ``nonoverlapping``: anywhere but on each other, ``saliency``: where gradients are, ``hierarchical``: wholes and
-    their parts."""
+    """``grid``: the cells of the grid in random order; ``offgrid``: patches of one size at any position;
+    ``offgrid_scale``: of random sides; ``nonoverlapping``: without overlap; ``saliency``: by gradient energy;
+    ``hierarchical``: :data:`NUM_WHOLES` large boxes and patches inside them."""
     num_patches: int | None = None
     """N; None: as many as the grid has, or a third of that for ``nonoverlapping``."""
-    shuffle: bool = True
-    """``grid``: cells in random order."""
     subpixel: bool = False
     """Starts are real numbers."""
     sides: tuple[int, int] | None = None
-    """Smallest and largest side: of ``offgrid_scale``, None takes half and twice the patch; of the wholes of
+    """Smallest and largest side: of ``offgrid_scale``, None takes half and twice the patch; of the large boxes of
     ``hierarchical``, None takes a quarter and half of the image."""
     size_distribution: str = "official"
-    """Law of the sides of ``offgrid_scale``, see :func:`side_distribution`."""
-    aspect: bool = True
-    """``offgrid_scale``: width and height are independent."""
-    num_wholes: int = 4
-    """Large boxes of ``hierarchical``."""
-    uniform_ratio: float = 0.2
-    """``saliency``: share of patches that are drawn uniformly."""
+    """Distribution of the sides of ``offgrid_scale``, see :func:`side_distribution`."""
     max_angle: float = 0.0
-    """Largest angle by which a patch is turned, in radians."""
+    """Largest rotation of a patch, in radians."""
     quarters: bool = False
-    """Turn by whole quarters of a circle instead."""
+    """Rotate by multiples of 90 degrees instead."""
     mode: str = "bilinear"
-    """How pixels are interpolated where they must be, see :func:`resample_boxes`."""
+    """Interpolation, see :func:`resample_boxes`."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -407,13 +406,13 @@ class PatchSampler:
             raise ConfigError(f"num_patches={self.num_patches}: at least 2 are needed")
         if self.subpixel and self.kind not in ("offgrid", "offgrid_scale", "nonoverlapping"):
             raise ConfigError(f"subpixel starts are for offgrid, offgrid_scale and nonoverlapping, not {self.kind}")
-        turned = self.max_angle > 0 or self.quarters
-        if turned and (self.kind != "offgrid" or len(set(self.patch_size)) > 1 or len(self.patch_size) != 2):
-            raise ConfigError(f"only square patches of sampling=offgrid are turned, not {self.kind} {self.patch_size}")
+        is_turned = self.max_angle > 0 or self.quarters
+        if is_turned and (self.kind != "offgrid" or len(set(self.patch_size)) > 1 or len(self.patch_size) != 2):
+            raise ConfigError(f"rotation needs square patches and sampling=offgrid, not {self.kind} {self.patch_size}")
         if not 0 <= self.max_angle <= math.pi or (self.quarters and self.max_angle):
-            raise ConfigError(f"max_angle={self.max_angle:g}: 0..pi is needed, and 0 where quarters are turned")
-        if self.mode not in ("bilinear", "nearest", "bicubic"):
-            raise ConfigError(f"resample={self.mode!r}: one of bilinear, nearest, bicubic is needed")
+            raise ConfigError(f"max_angle={self.max_angle:g}: 0..pi is needed, and 0 with quarters")
+        if self.mode not in ("bilinear", "nearest"):
+            raise ConfigError(f"resample={self.mode!r}: one of bilinear, nearest is needed")
 
     @property
     def has_sizes(self) -> bool:
@@ -434,13 +433,11 @@ class PatchSampler:
         return self._sides(size)[1] if self.has_sizes else max(self.patch_size)
 
     def boxes(self, keys: Int[Tensor, " B"], images: Float[Tensor, "B C *S"]) -> Float[Tensor, "B N E"]:
-        """Where the patches are; only ``saliency`` looks into the images."""
+        """Sample boxes; only ``saliency`` uses the pixels."""
         size, patch = tuple(images.shape[2:]), self.patch_size
         num_patches = self.count(size)
         if self.kind == "grid":
             boxes = move(grid_boxes(size, patch), images.device).expand(len(keys), -1, -1)
-            if not self.shuffle:
-                return boxes
             order = sample_uniform(keys, num_patches, _ORDER).argsort(dim=1, stable=True)
             return boxes.gather(1, order[..., None].expand_as(boxes))
         if self.kind == "offgrid":
@@ -451,18 +448,17 @@ class PatchSampler:
                 num_patches,
                 size,
                 self._sides(size),
-                law=self.size_distribution,
-                aspect=self.aspect,
+                distribution=self.size_distribution,
                 subpixel=self.subpixel,
             )
         if self.kind == "nonoverlapping":
             return separate_boxes(keys, num_patches, size, patch, subpixel=self.subpixel)
         if self.kind == "saliency":
-            return salient_boxes(keys, num_patches, images, patch, self.uniform_ratio)
-        return nested_boxes(keys, num_patches, size, patch, self.num_wholes, self._sides(size))
+            return salient_boxes(keys, num_patches, images, patch)
+        return nested_boxes(keys, num_patches, size, patch, NUM_WHOLES, self._sides(size))
 
     def angles(self, keys: Int[Tensor, " B"], num_patches: int) -> Float[Tensor, "B N"] | None:
-        """How the patches are turned, radians; None if they aren't."""
+        """Rotations of the patches in radians; None without rotation."""
         if not self.max_angle and not self.quarters:
             return None
         draws = sample_uniform(keys, num_patches, _ANGLE)
@@ -471,28 +467,28 @@ class PatchSampler:
     def cut(
         self, images: Float[Tensor, "B C *S"], boxes: Float[Tensor, "B N E"], angles: Float[Tensor, "B N"] | None = None
     ) -> Float[Tensor, "B N C *P"]:
-        """The pixels of boxes that :meth:`boxes` drew: copied where they can be, resampled where they must be."""
+        """Crop the boxes of :meth:`boxes`: copied where they lie on whole pixels, resampled where not."""
         size, patch, axes = tuple(images.shape[2:]), self.patch_size, images.ndim - 2
         if self.kind == "hierarchical":
             wholes = resample_boxes(
                 images,
-                boxes[:, : self.num_wholes],
+                boxes[:, :NUM_WHOLES],
                 patch,
                 max_side=self.largest_side(size),
                 mode=self.mode,
                 square=True,
             )
-            return torch.cat([wholes, cut_windows(images, boxes[:, self.num_wholes :, :axes], patch)], dim=1)
+            return torch.cat([wholes, cut_windows(images, boxes[:, NUM_WHOLES:, :axes], patch)], dim=1)
         if self.has_sizes or self.subpixel or (angles is not None and not self.quarters):
             return resample_boxes(images, boxes, patch, max_side=self.largest_side(size), angles=angles, mode=self.mode)
         pixels = cut_windows(images, boxes[..., :axes], patch)
         return pixels if angles is None else turn_patches(pixels, (angles / (math.pi / 2)).round().long())
 
     def __call__(self, keys: Int[Tensor, " B"], images: Float[Tensor, "B C *S"]) -> Patches:
-        """Draw and cut.
+        """Sample boxes and crop them.
 
         Args:
-            keys: ``(B,)`` the samples' randomness: equal keys draw equal boxes.
+            keys: ``(B,)`` seeds of the samples: equal keys give equal boxes.
             images: normalised, ``(B, C, H, W)`` or ``(B, C, T)``.
         """
         boxes = self.boxes(keys, images)
@@ -507,13 +503,13 @@ class PatchSampler:
         return max(1, min(self.patch_size) // 2), min(2 * max(self.patch_size), min(size) - 1)
 
     def _margin(self) -> int:
-        """How far a patch reaches beyond its box when it is turned; the same for all, so that angles say nothing."""
+        """How far a rotated patch reaches beyond its box; the same for all, so that positions don't reveal angles."""
         angle = min(self.max_angle, math.pi / 4)
         return math.ceil(self.patch_size[0] / 2 * (math.cos(angle) + math.sin(angle) - 1) - 1e-9)
 
 
 def _draws(keys: Tensor, num_patches: int, axes: int, stream: int) -> Tensor:
-    """``(B, N, A)`` uniform numbers; float64, so that times a number of pixels they stay below it."""
+    """``(B, N, A)`` uniform numbers; float64, so that a draw times S stays below S."""
     return sample_uniform(keys, num_patches * axes, stream).double().view(len(keys), num_patches, axes)
 
 
@@ -522,21 +518,20 @@ def _boxes(starts: Tensor, sides: Tensor) -> Tensor:
 
 
 def _num_levels(max_side: int, side: int, extent: int) -> int:
-    """How many tents are needed for boxes of up to ``max_side`` pixels that become ``side``: an axis of one pixel has
-    nothing to blur."""
+    """Filter widths needed to resize boxes of up to ``max_side`` pixels to ``side``; 1 for an axis of one pixel."""
     return 1 + max(0, round(math.log2(max_side / side))) if extent > 1 else 1
 
 
 def _blurred(
     images: Float[Tensor, "B C H W"], stack: Float[Tensor, "B L H W C"], num_x: int, square: bool
 ) -> Float[Tensor, "B C LH W"]:
-    """Images for tents of 1, 2, 4, ... pixels along x and y, one below the other: x runs faster.
+    """Images blurred for filters of 1, 2, 4, ... pixels along x and y, stacked along the height; x varies fastest.
 
     Args:
         images: ``(B, C, H, W)``.
-        stack: is filled.
-        num_x: tents along x.
-        square: there is one run of levels, as wide in x as in y.
+        stack: output buffer.
+        num_x: filter widths along x.
+        square: one sequence of levels, equally wide in x and y.
     """
     stack[:, 0] = images.movedim(1, -1)
     for place in range(1, stack.shape[1]):
@@ -553,7 +548,7 @@ def _blurred(
 
 
 def _widen(source: Tensor, target: Tensor, dim: int, distance: int) -> None:
-    """(1/4, 1/2, 1/4) over ``distance`` pixels: bilinear sampling of ``target`` has a tent twice as wide."""
+    """Blur with (1/4, 1/2, 1/4) over ``distance`` pixels: doubles the filter width of bilinear sampling."""
     extent = source.shape[dim]
     beyond = min(distance, extent)
     torch.mul(source, 0.5, out=target)

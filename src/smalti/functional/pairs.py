@@ -1,7 +1,7 @@
-"""Pairs of patches, and how one of a pair lies to the other.
+"""Pairs of patches and their relative offsets, sizes and angles.
 
 Letters: B images, N patches, K pairs, A axes, E = 2*A numbers a box, C channels of a target. In a pair (i, j), i is the
-patch of reference, j the other. Boxes and offsets have x first.
+reference patch, j the other. Boxes and offsets have x first.
 """
 
 import math
@@ -15,7 +15,7 @@ from smalti.errors import ConfigError
 from smalti.functional.random import sample_uniform
 from smalti.functional.transfer import move
 
-_PAIRS = 24  # stream of a sample's random numbers
+_PAIRS = 24  # random stream of a sample
 
 
 def select_pairs(
@@ -24,24 +24,21 @@ def select_pairs(
     num_pairs: int,
     *,
     replacement: bool = False,
-    exclude_diagonal: bool = False,
 ) -> Int[Tensor, "B K 2"]:
-    """Random ordered pairs of patches, a set of them for each key.
+    """Random ordered pairs of patches, one set per key; pairs (i, i) are included.
 
     Args:
-        keys: ``(B,)``; one key for pairs that a whole batch shares.
+        keys: ``(B,)`` seeds; one key for pairs that a whole batch shares.
         num_patches: N.
-        num_pairs: K; all N**2 pairs (N * (N - 1) without the diagonal) come in raster order.
+        num_pairs: K; all N**2 pairs come in raster order.
         replacement: pairs are independent and may repeat.
-        exclude_diagonal: no patch is paired with itself.
 
     Raises:
-        ConfigError: if there are not so many different pairs.
+        ConfigError: if there are fewer than K different pairs.
 
     Source: PART, arXiv:2506.03682: K of the N**2 pairs.
     """
-    width = num_patches - 1 if exclude_diagonal else num_patches
-    total = num_patches * width
+    total = num_patches**2
     if num_pairs < 1 or (num_pairs > total and not replacement):
         raise ConfigError(f"num_pairs={num_pairs}: {num_patches} patches have 1..{total} different pairs")
     if replacement:
@@ -50,76 +47,70 @@ def select_pairs(
         places = torch.arange(total, device=keys.device).expand(len(keys), -1)
     else:
         places = sample_uniform(keys, total, _PAIRS).argsort(dim=1, stable=True)[:, :num_pairs]
-    i, j = places // width, places % width
-    if exclude_diagonal:
-        j = j + (j >= i)
-    return torch.stack([i, j], dim=-1)
+    return torch.stack([places // num_patches, places % num_patches], dim=-1)
 
 
 def gather_pairs(
-    values: Float[Tensor, "B N *D"], pairs: Int[Tensor, "P K 2"]
+    values: Float[Tensor, "B N *D"], pairs: Int[Tensor, "1 K 2"]
 ) -> tuple[Float[Tensor, "B K *D"], Float[Tensor, "B K *D"]]:
-    """What belongs to i and to j of each pair; ``pairs`` holds one set for all images, or a set for each."""
-    if len(pairs) == 1:
-        return values.index_select(1, pairs[0, :, 0]), values.index_select(1, pairs[0, :, 1])
-    rows = torch.arange(len(values), device=values.device)[:, None]
-    return values[rows, pairs[..., 0]], values[rows, pairs[..., 1]]
+    """The values of i and of j for each pair; all images share the pairs."""
+    return values.index_select(1, pairs[0, :, 0]), values.index_select(1, pairs[0, :, 1])
 
 
 def offset_units(
     boxes: Float[Tensor, "B N E"],
-    pairs: Int[Tensor, "P K 2"],
-    normalize: Literal["patch", "image", "none"],
+    pairs: Int[Tensor, "1 K 2"],
+    normalize: Literal["patch", "image"],
     size: tuple[int, ...],
 ) -> Float[Tensor, "B K A"]:
-    """What offsets are divided by, in pixels: the sides of patch i, those of the image, or 1.
+    """The unit of offsets, in pixels: the sides of patch i, or of the image.
 
     Args:
         boxes: ``(B, N, E)``.
-        pairs: ``(B, K, 2)`` or ``(1, K, 2)``.
-        normalize: ``patch``, ``image`` or ``none``.
+        pairs: ``(1, K, 2)``.
+        normalize: ``patch`` or ``image``.
         size: of the image in the order of the tensor, ``(H, W)`` or ``(T,)``.
     """
     axes = boxes.shape[-1] // 2
     if normalize == "patch":
         return gather_pairs(boxes[..., axes:] - boxes[..., :axes], pairs)[0]
-    unit = move(torch.tensor(size[::-1] if normalize == "image" else [1] * axes, dtype=boxes.dtype), boxes.device)
+    unit = move(torch.tensor(size[::-1], dtype=boxes.dtype), boxes.device)
     return unit.expand(len(boxes), pairs.shape[1], axes)
 
 
 def relative_offsets(
-    boxes: Float[Tensor, "B N E"], pairs: Int[Tensor, "P K 2"], units: Float[Tensor, "B K A"], centered: bool = True
+    boxes: Float[Tensor, "B N E"], pairs: Int[Tensor, "1 K 2"], units: Float[Tensor, "B K A"]
 ) -> Float[Tensor, "B K A"]:
-    """Where patch j lies as seen from patch i: the difference of their centres (or first corners), in units.
+    """Offset of patch j from patch i: the difference of their centres, in ``units``.
 
     Computed in float32: whole-pixel offsets are exact, so they are exactly antisymmetric.
 
-    Source: PART, arXiv:2506.03682; its code drops the fractions in the scale mode (an integer table), here they stay.
+    Source: PART, arXiv:2506.03682. Its code truncates offsets to integers in the scale mode; here they keep fractions.
     """
     axes = boxes.shape[-1] // 2
-    places = (boxes[..., :axes] + boxes[..., axes:]) / 2 if centered else boxes[..., :axes]
+    places = (boxes[..., :axes] + boxes[..., axes:]) / 2
     own, other = gather_pairs(places.float(), pairs)
     return (other - own) / units
 
 
 def relative_sizes(
-    boxes: Float[Tensor, "B N E"], pairs: Int[Tensor, "P K 2"], log: bool = True
+    boxes: Float[Tensor, "B N E"], pairs: Int[Tensor, "1 K 2"], log: bool = True
 ) -> Float[Tensor, "B K A"]:
-    """Sides of patch j over those of patch i, or the logarithm of that, which is antisymmetric."""
+    """Sides of patch j divided by those of patch i, or the logarithm of that ratio, which is antisymmetric."""
     axes = boxes.shape[-1] // 2
     own, other = gather_pairs((boxes[..., axes:] - boxes[..., :axes]).float(), pairs)
     return (other / own).log() if log else other / own
 
 
 def turn_offsets(offsets: Float[Tensor, "B K 2"], angles: Float[Tensor, "B K"]) -> Float[Tensor, "B K 2"]:
-    """Vectors turned by angles in radians, from x to y."""
+    """Vectors rotated by angles in radians, from x to y."""
     cos, sin = angles.cos(), angles.sin()
     x, y = offsets.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
 
 
-def relative_angles(angles: Float[Tensor, "B N"], pairs: Int[Tensor, "P K 2"]) -> Float[Tensor, "B K 2"]:
-    """Cosine and sine of how much further patch j is turned than patch i."""
+def relative_angles(angles: Float[Tensor, "B N"], pairs: Int[Tensor, "1 K 2"]) -> Float[Tensor, "B K 2"]:
+    """Cosine and sine of the angle from patch i to patch j."""
     own, other = gather_pairs(angles, pairs)
     return torch.stack([(other - own).cos(), (other - own).sin()], dim=-1)
 
@@ -127,16 +118,16 @@ def relative_angles(angles: Float[Tensor, "B N"], pairs: Int[Tensor, "P K 2"]) -
 def offset_floor(
     extent: int, side: int, num_patches: int | None = None, *, on_grid: bool = False, diagonal: bool = True
 ) -> float:
-    """Mean squared offset along one axis, in patches: what a predictor that always says 0 pays.
+    """Mean squared offset along one axis, in patches: the MSE of the constant prediction 0.
 
     Args:
         extent: S, of the image in pixels.
         side: P, of a patch.
-        num_patches: N; None: many.
-        on_grid: the patches are the cells of the square grid, each once; N follows.
-        diagonal: pairs of a patch with itself count, too.
+        num_patches: N; None: infinitely many.
+        on_grid: the patches are the cells of the square grid, each once; N follows from it.
+        diagonal: include pairs of a patch with itself.
 
-    Source: the variances of a discrete uniform number and of a permutation.
+    Source: the variances of a discrete uniform variable and of a permutation.
     """
     if on_grid:
         num_patches = (extent // side) ** 2
@@ -149,8 +140,8 @@ def offset_floor(
 def r_squared(predicted: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"]) -> Float[Tensor, " C"]:
     """1 - (squared error) / (squared distance of the targets from their mean), for each channel.
 
-    The divisor is what the best constant pays on these very targets; over many batches its mean is
-    :func:`offset_floor`, without the chance of a batch in the quotient. A channel that does not vary has none (NaN).
+    The denominator is the MSE of the best constant on the given targets; its mean over many batches is
+    :func:`offset_floor`. NaN for a channel that does not vary.
     """
     predicted, target = predicted.flatten(0, -2).float(), target.flatten(0, -2).float()
     floor = (target - target.mean(0)).square().mean(0)

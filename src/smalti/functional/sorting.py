@@ -214,7 +214,6 @@ def _add_order_cost(
     layers: tuple[Layer, ...],
     student: list[_Gates],
     teacher: list[_Gates],
-    weights: Float[Tensor, "q R"] | None,
     size: int,
     chunk: int,
     want_grad: bool,
@@ -231,13 +230,11 @@ def _add_order_cost(
         kept: list[Tensor] | None = [] if want_grad else None
         pred = _sort_matrix(layers, student, rows, size, kept)
         alive = pred[dead:, dead:].clamp_(min=SMALLEST)
-        wanted = target[dead:, dead:]
-        if weights is not None:
-            wanted *= weights[rows].T  # (I, q): every rank of an input counts alike
-        total -= torch.mul(wanted, alive.log()).sum(dtype=torch.float64)
+        target = target[dead:, dead:]
+        total -= torch.mul(target, alive.log()).sum(dtype=torch.float64)
         if kept is not None:
             is_clamped = alive == SMALLEST
-            torch.div(wanted, alive, out=alive).masked_fill_(is_clamped, 0)
+            torch.div(target, alive, out=alive).masked_fill_(is_clamped, 0)
             if dead:
                 pred[:dead].zero_()
                 pred[:, :dead].zero_()
@@ -254,7 +251,6 @@ class _OrderLoss(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
-        weights: Tensor | None,
         layers: tuple[Layer, ...],
         distribution: str,
         steepness: tuple[float, float],
@@ -284,26 +280,24 @@ class _OrderLoss(torch.autograd.Function):
                 one[dead:] = numbers[here].T
                 wires.append(one)
                 gates.append(_sort_numbers(one, layers, beta, distribution, keep))
-            share = None if weights is None else weights[here]
             if backend == "triton":
                 pred, target = ([gate.gamma for gate in one] for one in gates)
-                of_gammas = sorting_kernel.add_order_cost(total, layers, pred, target, share, size, want_grad)
+                of_gammas = sorting_kernel.add_order_cost(total, layers, pred, target, size, want_grad)
             else:
-                of_gammas = _add_order_cost(total, layers, gates[0], gates[1], share, size, chunk, want_grad)
+                of_gammas = _add_order_cost(total, layers, gates[0], gates[1], size, chunk, want_grad)
             if gradient is not None:
                 wires[0].zero_()
                 _numbers_backward(layers, gates[0], of_gammas, wires[0])
                 gradient[here] = wires[0][dead:].T
-        scale = 1.0 if weights is not None else 1 / count
         if gradient is not None:
-            ctx.save_for_backward(gradient.mul_(-scale))
-        return (total * scale).to(student.dtype)
+            ctx.save_for_backward(gradient.mul_(-1 / count))
+        return (total * (1 / count)).to(student.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * incoming, None, None, None, None, None, None, None
+        return gradient * incoming, None, None, None, None, None, None
 
 
 def neco_loss(
@@ -314,7 +308,6 @@ def neco_loss(
     steepness_teacher: float = 100.0,
     *,
     distribution: str = "cauchy",
-    weights: Float[Tensor, "Q R"] | None = None,
     chunk: int | None = None,
     backend: str = "torch",
 ) -> Float[Tensor, ""]:
@@ -332,7 +325,6 @@ def neco_loss(
         steepness_student: beta of the student's comparators, above 0.
         steepness_teacher: beta of the teacher's.
         distribution: of the comparators: ``cauchy`` (NeCo's), ``logistic``, ``gaussian`` or ``reciprocal``.
-        weights: ``(Q, R)`` weights of the inputs, for a weighted **sum** in place of the mean; None: ``1 / (Q R)``.
         chunk: rows whose matrices are in memory; None fits them to a processor's cache, or to a GPU's memory (all of it
             stays below 1 GB). The result is the same. With ``triton``: rows whose gates are in memory.
         backend: ``torch``, tensor operations, or ``triton``, one kernel for the matrices, whose sums are in another
@@ -366,7 +358,6 @@ def neco_loss(
         return _OrderLoss.apply(
             student_sims.to(dtype),
             teacher_sims.detach().to(dtype),
-            None if weights is None else weights.to(dtype),
             layers,
             distribution,
             (steepness_student, steepness_teacher),

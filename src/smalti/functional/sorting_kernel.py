@@ -57,9 +57,8 @@ def _gammas(layer_start, WIRES: tl.constexpr, WIDTH: tl.constexpr):
 def _order_kernel(
     student,  # (q, L, H) gammas
     teacher,  # (q, L, H)
-    weights,  # (q, R) or None
     costs,  # (blocks, q)
-    of_gammas,  # (blocks, q, L, H), or None where no gradient is wanted
+    of_gammas,  # (blocks, q, L, H), or None without gradient
     SIZE: tl.constexpr,
     WIRES: tl.constexpr,
     WIDTHS: tl.constexpr,  # of the layers' comparators
@@ -77,16 +76,13 @@ def _order_kernel(
     is_real = (wires[None, :] >= DEAD) & (inputs[:, None] < SIZE)
     start = tl.where(wires[None, :] == inputs[:, None] + DEAD, 1.0, 0.0)  # all weight on an input's own wire
 
-    wanted = start
+    target = start
     for layer in tl.static_range(LAYERS):
         gamma = _gammas(teacher + of_row + layer * HALF, WIRES, WIDTHS[layer])
-        a, b = _split(wanted, INPUTS, WIRES, WIDTHS[layer])
+        a, b = _split(target, INPUTS, WIRES, WIDTHS[layer])
         moved = gamma * (a - b)
-        wanted = _join(a - moved, b + moved, INPUTS, WIRES)
-    wanted = tl.where(is_real, wanted, 0.0)
-    if weights is not None:
-        of_inputs = tl.load(weights + row * SIZE + inputs, mask=inputs < SIZE, other=0.0)
-        wanted = wanted * of_inputs[:, None]
+        target = _join(a - moved, b + moved, INPUTS, WIRES)
+    target = tl.where(is_real, target, 0.0)
 
     pred = start
     kept = ()
@@ -100,10 +96,10 @@ def _order_kernel(
             kept = kept + (difference,)  # noqa: RUF005 (Triton's compiler knows no star)
     is_clamped = pred <= SMALLEST  # False for nan, which goes on into loss and gradient
     alive = tl.where(is_clamped, SMALLEST, pred)
-    tl.store(costs + place, tl.sum(tl.sum(wanted * tl.log(alive), axis=1), axis=0))
+    tl.store(costs + place, tl.sum(tl.sum(target * tl.log(alive), axis=1), axis=0))
 
     if of_gammas is not None:
-        grad = tl.where(is_clamped, 0.0, wanted / alive)
+        grad = tl.where(is_clamped, 0.0, target / alive)
         for layer in tl.static_range(LAYERS - 1, -1, -1):
             gamma = _gammas(student + of_row + layer * HALF, WIRES, WIDTHS[layer])
             a, b = _split(grad, INPUTS, WIRES, WIDTHS[layer])
@@ -137,7 +133,6 @@ def add_order_cost(
     layers: tuple[Layer, ...],
     student: Sequence[Float[Tensor, "_ _ q"]],
     teacher: Sequence[Float[Tensor, "_ _ q"]],
-    weights: Float[Tensor, "q R"] | None,
     size: int,
     want_grad: bool,
 ) -> list[Tensor]:
@@ -148,9 +143,8 @@ def add_order_cost(
         layers: of a bitonic network.
         student: gammas of each layer, ``(groups, width, q)``, float32.
         teacher: likewise.
-        weights: of the inputs; None: all 1.
         size: R, up to 256.
-        want_grad: whether the gradient is wanted.
+        want_grad: compute the gradient.
 
     Returns:
         Derivatives **of the sum** (not of the cost, which is its negative) by the student's gammas; else nothing.
@@ -164,7 +158,6 @@ def add_order_cost(
     with torch.cuda.device_of(costs):  # type: ignore[no-untyped-call]  # where Triton launches; nothing on a CPU
         _order_kernel[(number, blocks)](
             *gammas,
-            None if weights is None else weights.contiguous(),
             costs,
             parts,
             SIZE=size,

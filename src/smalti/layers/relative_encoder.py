@@ -1,8 +1,8 @@
-"""Heads that say how one patch lies to another, from the tokens of an image and pairs of them.
+"""Heads that predict the relative position of pairs of patches from the tokens of an image.
 
-All take ``(B, N, D)`` tokens and ``(B, K, 2)`` pairs, or ``(1, K, 2)`` that all images share, and give ``(B, K, C)``.
-A layer on the two tokens of a pair side by side is computed as two products a token, picked and added for each pair:
-``W [x_i; x_j] = A x_i + B x_j``. The ``(B, K, 2D)`` of the pairs is never made.
+All take ``(B, N, D)`` tokens and ``(1, K, 2)`` pairs, shared by all images, and return ``(B, K, C)``. A linear layer on
+the concatenated tokens of a pair is computed as two products per token, gathered and added per pair:
+``W [x_i; x_j] = A x_i + B x_j``. The ``(B, K, 2D)`` concatenation is never built.
 Letters: B images, N patches, D width, K pairs, C outputs.
 """
 
@@ -19,23 +19,23 @@ from smalti.functional.positions import sincos_at
 
 
 class RelativeEncoder(nn.Module):
-    """PART's relative encoder: each pair asks all patches of its image, by one layer of attention.
+    """PART's relative encoder: cross-attention from pairs (queries) to all patches of their image (keys, values).
 
     Args:
         dim: D.
         num_outputs: C.
         num_heads: attention heads.
-        query: what asks: ``patch_cat``, the tokens of the pair, or ``positional``, fixed codes of their numbers in the
-            sequence (tokens then get such codes as keys and values, too).
-        residual: the query is added to what attention gives.
+        query: ``patch_cat``, the concatenated tokens of the pair, or ``positional``, fixed codes of their indices in
+            the sequence (keys and values get such codes, too).
+        residual: add the query to the output of attention.
         norm: layer norms before attention, of queries and of tokens.
-        mlp: a norm and a two-layer perceptron behind it, with a residual.
+        mlp: a norm and a two-layer MLP after attention, with a residual connection.
 
     Raises:
-        ConfigError: if the heads do not divide the width.
+        ConfigError: if the number of heads does not divide the width.
 
-    Source: Ayoughi et al., PART, arXiv:2506.03682; one head, no residual, norm or perceptron as in its released code,
-    and its initialisation: truncated normal 0.02, biases 0, the joint projection of attention Xavier uniform.
+    Source: Ayoughi et al., PART, arXiv:2506.03682. Its released code has one head and no residual, norm or MLP;
+    initialisation as there: truncated normal 0.02, biases 0, the joint projection of attention Xavier uniform.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RelativeEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ConfigError(f"{num_heads} heads of the relative encoder do not divide the encoder's width {dim}")
+            raise ConfigError(f"method.head_num_heads={num_heads} does not divide the encoder's width {dim}")
         self.residual = residual
         self.input_project = nn.Linear(2 * dim, dim) if query == "patch_cat" else None
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
@@ -64,30 +64,30 @@ class RelativeEncoder(nn.Module):
         self._is_plain = not (residual or norm or mlp)
         init_linear(self)
 
-    def forward(self, tokens: Float[Tensor, "B N D"], pairs: Int[Tensor, "P K 2"]) -> Float[Tensor, "B K C"]:
-        """How j lies to i."""
+    def forward(self, tokens: Float[Tensor, "B N D"], pairs: Int[Tensor, "1 K 2"]) -> Float[Tensor, "B K C"]:
+        """Predicted targets of the pairs."""
         attention = self.multihead_attn
         q_weight, k_weight, v_weight = attention.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = attention.in_proj_bias.chunk(3)
-        asked = tokens
+        keys = tokens
         if self.input_project is None:
             slots = torch.arange(tokens.shape[1], device=tokens.device).double()[:, None]
-            asked = tokens + sincos_at(slots, tokens.shape[-1]).to(tokens.dtype)
-            query = sincos_at(pairs.double(), tokens.shape[-1]).to(tokens.dtype)  # (P, K, D)
+            keys = tokens + sincos_at(slots, tokens.shape[-1]).to(tokens.dtype)
+            query = sincos_at(pairs.double(), tokens.shape[-1]).to(tokens.dtype)  # (1, K, D)
             q = F.linear(self.query_norm(query), q_weight, q_bias).expand(len(tokens), -1, -1)
-        elif self._is_plain:  # the projection of queries goes to the tokens, too: they are fewer than the pairs
+        elif self._is_plain:  # project queries per token: there are fewer tokens than pairs
             left, right = (F.linear(F.linear(tokens, w), q_weight) for w in _halves(self.input_project))
             query = tokens
             q = _add_pairs(left, right, pairs) + F.linear(self.input_project.bias, q_weight, q_bias)
         else:
             query = _of_pairs(self.input_project, tokens, pairs)
             q = F.linear(self.query_norm(query), q_weight, q_bias)
-        asked = self.token_norm(asked)
-        k, v = F.linear(asked, k_weight, k_bias), F.linear(asked, v_weight, v_bias)
+        keys = self.token_norm(keys)
+        k, v = F.linear(keys, k_weight, k_bias), F.linear(keys, v_weight, v_bias)
         q, k, v = (_split_heads(part, attention.num_heads) for part in (q, k, v))
         found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, K, D)
         out, last = attention.out_proj, self.output_project
-        if self._is_plain:  # two linear layers in a row are one, of C outputs
+        if self._is_plain:  # merge the two last linear layers into one with C outputs
             return F.linear(found, last.weight @ out.weight, F.linear(out.bias, last.weight, last.bias))
         found = F.linear(found, out.weight, out.bias)
         if self.residual:
@@ -98,9 +98,9 @@ class RelativeEncoder(nn.Module):
 
 
 class PairwiseLinear(nn.Module):
-    """One linear layer on the two tokens of a pair: the paper's "pairwise MLP", as its code has it.
+    """One linear layer on the two tokens of a pair: the paper's "pairwise MLP", as in its code.
 
-    It can only say ``a(x_i) + b(x_j) + c``.
+    Its output is always ``a(x_i) + b(x_j) + c``.
     """
 
     def __init__(self, dim: int, num_outputs: int) -> None:
@@ -108,41 +108,27 @@ class PairwiseLinear(nn.Module):
         self.linear = nn.Linear(2 * dim, num_outputs)
         init_linear(self)
 
-    def forward(self, tokens: Float[Tensor, "B N D"], pairs: Int[Tensor, "P K 2"]) -> Float[Tensor, "B K C"]:
-        """How j lies to i."""
+    def forward(self, tokens: Float[Tensor, "B N D"], pairs: Int[Tensor, "1 K 2"]) -> Float[Tensor, "B K C"]:
+        """Predicted targets of the pairs."""
         return _of_pairs(self.linear, tokens, pairs)
 
 
-class PairMLP(nn.Module):
-    """A perceptron of one hidden layer, as wide as the tokens, on the two tokens of a pair; ours."""
-
-    def __init__(self, dim: int, num_outputs: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(2 * dim, dim)
-        self.linear = nn.Linear(dim, num_outputs)
-        init_linear(self)
-
-    def forward(self, tokens: Float[Tensor, "B N D"], pairs: Int[Tensor, "P K 2"]) -> Float[Tensor, "B K C"]:
-        """How j lies to i."""
-        return self.linear(F.gelu(_of_pairs(self.hidden, tokens, pairs)))
-
-
 class DifferenceHead(nn.Module):
-    """A place for each patch, and the difference of two: antisymmetric and additive whatever the weights."""
+    """Difference of two predicted positions: antisymmetric and additive for any weights."""
 
     def __init__(self, dim: int, num_outputs: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, num_outputs, bias=False)
         init_linear(self)
 
-    def forward(self, tokens: Float[Tensor, "B N D"], pairs: Int[Tensor, "P K 2"]) -> Float[Tensor, "B K C"]:
-        """How j lies to i."""
+    def forward(self, tokens: Float[Tensor, "B N D"], pairs: Int[Tensor, "1 K 2"]) -> Float[Tensor, "B K C"]:
+        """Predicted targets of the pairs."""
         own, other = gather_pairs(self.linear(tokens), pairs)
         return other - own
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal 0.02 and zero biases for every linear layer inside, zero for the biases of attention."""
+    """Truncated normal 0.02 for the weights of all linear layers, zero for their biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -159,7 +145,7 @@ def _add_pairs(left: Tensor, right: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _of_pairs(linear: nn.Linear, tokens: Tensor, pairs: Tensor) -> Tensor:
-    """``linear`` of the two tokens of each pair side by side, factored."""
+    """``linear`` of the concatenated tokens of each pair, factored."""
     left, right = (F.linear(tokens, weight) for weight in _halves(linear))
     return _add_pairs(left, right, pairs) + linear.bias
 
