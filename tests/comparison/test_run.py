@@ -117,7 +117,7 @@ def test_a_longer_plan_does_only_what_is_new(plan, tmp_path, monkeypatch):
 def test_another_evaluation_leaves_the_training_alone(plan, tmp_path):
     run(plan, tmp_path / "out")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob(TRAINED)}
-    plan["evaluate"][0]["k"] = 3
+    plan["evaluate"][0]["knn"] = {"k": 3}
     run(plan, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob(TRAINED)} == stamps
 

@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic_core import ArgsKwargs
 
 from smalti.config import (
     OWN,
@@ -93,7 +92,7 @@ class EvalConfig(PixelConfig):
     @classmethod
     def _gather(cls, values: Any) -> Any:
         """Move groups that are named after a protocol into ``own``, as instances of the protocol's settings class."""
-        given = dict(values.kwargs or {}) if isinstance(values, ArgsKwargs) else dict(values)
+        given = dict(values if isinstance(values, Mapping) else values.kwargs or {})
         known = cls.open_groups() if given.keys() - field_names(cls) or given.get("own") else {}
         own = dict(given.pop("own", None) or {})
         own |= {name: given.pop(name) for name in [*given] if name in known}
@@ -102,7 +101,7 @@ class EvalConfig(PixelConfig):
             if name not in known:
                 raise ConfigError(unknown_key(name, known, kind="protocol"))
             typed[name] = _typed(known[name], name, value)
-        return ArgsKwargs((), {**given, "own": typed})
+        return {**given, "own": typed}
 
     @staticmethod
     def open_groups() -> Mapping[str, type]:

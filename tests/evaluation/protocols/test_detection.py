@@ -54,8 +54,9 @@ def quick(monkeypatch):
 
     def choose(features, config):
         size = config.image_size or 64
-        rate = config.learning_rate or 1e-3
-        return small_recipe(image_size=size, iters=config.iters, learning_rate=rate, num_warmup=config.iters // 10)
+        own = config.of("detection")
+        rate = own.learning_rate or 1e-3
+        return small_recipe(image_size=size, iters=own.steps, learning_rate=rate, num_warmup=own.steps // 10)
 
     monkeypatch.setattr(module, "choose_recipe", choose)
 

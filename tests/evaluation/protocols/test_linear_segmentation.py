@@ -149,7 +149,7 @@ def test_one_training_image_needs_a_learning_rate(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
     one = dataclasses.replace(features.data.train, samples=features.data.train.samples[:1])
     features.data = dataclasses.replace(features.data, train=one)
-    with pytest.raises(DataError, match=r"one training image, .* set eval\.learning_rate"):
+    with pytest.raises(DataError, match=r"one training image, .* set eval\.linear-segmentation\.learning_rate"):
         linear_segmentation(features, EvalConfig(own={"linear-segmentation": {"epochs": 1}}))
     assert linear_segmentation(
         features, EvalConfig(own={"linear-segmentation": {"epochs": 1, "learning_rate": 0.1}})
@@ -242,7 +242,13 @@ def test_masks_without_a_labelled_pixel_are_refused_or_counted(tiny, scenes, tmp
                 with pytest.warns(UserWarning, match="1 of 6 val images have no labelled pixel and are left out"):
                     scores = protocol(
                         features_of(tiny, tmp_path, "masks"),
-                        EvalConfig(own={"linear-segmentation": {"epochs": 1, "steps": 1, "repeats": 1}}),
+                        EvalConfig(
+                            own={
+                                "linear-segmentation": {"epochs": 1},
+                                "overclustering": {"repeats": 1},
+                                "segmenter": {"steps": 1},
+                            }
+                        ),
                     )
                 assert scores.settings["num_unlabelled"] == 1
     with pytest.raises(DataError, match="no labelled pixel in the masks of all 6 val images"):

@@ -144,9 +144,7 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     }
     recipe = replace(recipe, **{name: value for name, value in changed.items() if value is not None})
     if recipe.mixup and recipe.batch_size % 2:
-        raise ConfigError(
-            f"eval.finetune.batch_size={recipe.batch_size}: preset {config.preset} mixes pairs; make it even"
-        )
+        raise ConfigError(f"eval.finetune.batch_size={recipe.batch_size}: an even number is needed for mixup")
     return recipe
 
 
