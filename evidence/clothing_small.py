@@ -52,7 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="class folders with train and test")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="where the runs lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figure")
     options = parser.parse_args()
     table: list[dict[str, Any]] = []
     for method in ARMS:
@@ -86,8 +87,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     content |= {"date": time.strftime("%Y-%m-%d"), **describe_machine()}
+    options.results.mkdir(parents=True, exist_ok=True)
     options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "clothing-small.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.results / "clothing-small.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(table, options.figures / "clothing-small.png")
 
 

@@ -51,7 +51,7 @@ def area(covariance: Tensor, order: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's file goes")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.process_time()
@@ -128,8 +128,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
-    options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "collapse-worlds.json").write_text(json.dumps(content, indent=1) + "\n")
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "collapse-worlds.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

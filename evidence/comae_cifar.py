@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--test", required=True, help="folder of held-out images")
     parser.add_argument("--form", choices=list(FORMS), default="smoke", help="size of the runs")
     parser.add_argument("--out", type=Path, default=Path("runs/comae_cifar"), help="where runs and orders lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's file goes")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
     options = parser.parse_args()
     form, out = FORMS[options.form], options.out / options.form
     kind = resolve_devices("auto").kind
@@ -177,8 +177,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
-    options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / f"comae-cifar-{options.form}.json").write_text(json.dumps(content, indent=1) + "\n")
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / f"comae-cifar-{options.form}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

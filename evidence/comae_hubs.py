@@ -153,7 +153,8 @@ def cell(preset: str, seed: int, data: Path, out: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/comae_hubs"), help="where images, runs and cells lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figure")
     parser.add_argument("--only", metavar="PRESET:SEED", help="make one run and stop")
     parser.add_argument("--finished", action="store_true", help="make none, take the runs that are there")
     options = parser.parse_args()
@@ -202,8 +203,9 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
+    options.results.mkdir(parents=True, exist_ok=True)
     options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "comae-hubs.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.results / "comae-hubs.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(options.out, data, options.figures / "comae-hubs.png")
 
 

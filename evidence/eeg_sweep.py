@@ -131,7 +131,8 @@ def judge(kappas: dict[str, list[list[float]]], shares: list[float], r2: list[fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/eeg_sweep"), help="where nights, runs and cells lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figure")
     parser.add_argument("--only", metavar="ARM:SHARE:SEED", help="make one cell, with its pretraining, and stop")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -184,8 +185,9 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
+    options.results.mkdir(parents=True, exist_ok=True)
     options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "eeg-sweep.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.results / "eeg-sweep.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(kappas, shares, options.figures / "eeg-sweep.png")
 
 

@@ -260,7 +260,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/prr"), help="where finished arms lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figure")
     options = parser.parse_args()
     torch.set_num_threads(1)
     train_set, test_set = scenes("train", NUM_TRAIN), scenes("test", NUM_TEST)
@@ -287,8 +288,9 @@ def main() -> None:
     content = {"rows": rows, "criteria": found, "seeds": SEEDS, "data_seeds": DATA_SEEDS, "threads": 1}
     content["share_of_object_pixels"] = float((test_set.patches != BACKGROUND).double().mean())
     content |= {"date": time.strftime("%Y-%m-%d"), **describe_machine()}
+    options.results.mkdir(parents=True, exist_ok=True)
     options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "prr.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (options.results / "prr.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(rows, options.figures / "prr.png")
 
 
