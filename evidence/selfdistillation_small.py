@@ -92,7 +92,7 @@ def main() -> None:
     print("| arm | seed | entropy of prototype usage / its maximum | effective rank | did not collapse |")
     print("|---|---|---|---|---|")
     for row in rows:
-        usage = ", ".join(f"{name} {share:.2f}" for name, share in row["usage"].items())
+        usage = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["usage"].items())
         print(f"| {row['arm']} | {row['seed']} | {usage} | {row['effective_rank']:.1f} | {row['did_not']} |")
     write_atomically(options.out / COLLAPSE, json.dumps(rows, indent=1))
 
