@@ -1,14 +1,16 @@
-"""PART's patches and heads, and PART beside other methods that predict places, on CIFAR-10 under one budget.
+"""PART's patches and heads, and PART beside other methods that predict positions, on CIFAR-10 under one budget.
 
     python evidence/cifar_positions.py --cifar CIFAR10_JPEG --out runs/cifar
     python evidence/cifar_positions.py --cifar CIFAR10_JPEG --out runs/cifar-gpu --form gpu --seeds 0
 
-``--cifar`` holds train.tar.xz and test.tar.xz with SPLIT/CLASS/*.jpg; they are unpacked into ``--out``. Each arm is
-trained on images without labels, then evaluated by fine-tuning on some labelled ones and by a linear probe, all on the
-10,000 test images, beside its own network untrained. Every trained PART is probed on held-out images as ``smalti
-probe`` does. What was fixed before the first run: all that stands below, and no choice of checkpoints. The CPU form is
-far shorter than any published run: six blocks of width 96, patches of 8 (16 of them per image), 10,000 images, 1,000
-steps of 64. What ``--out`` holds of an interrupted run is kept. It takes about 80 minutes of one core.
+``--cifar`` holds train.tar.xz and test.tar.xz with SPLIT/CLASS/*.jpg; they are unpacked into ``--out``. Each arm
+trains on images without labels and is evaluated by fine-tuning on some labelled images and by a linear probe, on the
+10,000 test images. The baseline of each arm is its own untrained network. Every trained PART is probed on held-out
+images as ``smalti probe`` does.
+
+Fixed before the first run: everything in this file, and no choice of checkpoints. The CPU form is far shorter than any
+published run: six blocks of width 96, patches of 8 (16 per image), 10,000 images, 1,000 steps of 64. Finished cells in
+``--out`` are kept. About 80 minutes of one core.
 """
 
 import argparse
@@ -55,7 +57,7 @@ PROBES = "probes.json"
 
 
 def unpack(cifar: Path, out: Path, per_class: int) -> Path:
-    """``train`` and ``test`` of class folders under ``out``, the training split cut to its first images a class."""
+    """Class folders ``train`` and ``test`` under ``out``, with the first ``per_class`` training images of a class."""
     folder = out / f"cifar10-{per_class}"
     if folder.is_dir():
         return folder
@@ -72,7 +74,7 @@ def unpack(cifar: Path, out: Path, per_class: int) -> Path:
 
 
 def plan(images: Path, form: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
-    """Five forms of PART, the others, and no training; the paper's PART comes first, so differences are against it."""
+    """Five forms of PART, other methods and random init. Differences are to the first arm, the paper's PART."""
     part = {"method": "part", "method.crop_scale": [0.35, 1.0], "drop_path": 0.0, "optim.lr": form["lr"]}
     linear = {"method.head": "pairwise_linear"}
     other = {"drop_path": 0.0, "optim.lr": form["lr"]}
@@ -120,7 +122,7 @@ def plan(images: Path, form: dict[str, Any], seeds: list[int]) -> dict[str, Any]
 
 
 def probe(comparison: Comparison, images: Path, figure: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """What every trained PART knows of places, on 32 test images; the first one's picture."""
+    """Probe every trained PART on 32 test images, and draw the offsets of the first one."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for cell in comparison.cells:
         if not cell.arm.startswith("part"):
@@ -133,7 +135,7 @@ def probe(comparison: Comparison, images: Path, figure: Path) -> dict[str, dict[
 
 
 def probe_table(found: dict[str, dict[int, dict[str, float]]]) -> str:
-    """Mean over seeds, and each seed for the fit."""
+    """A table of means over seeds, and R2 of each seed."""
     lines = ["| arm | " + " | ".join(PROBED) + " | r2 of each seed |", "|---" * (len(PROBED) + 2) + "|"]
     for arm, seeds in found.items():
         means = [f"{statistics.mean(metrics[name] for metrics in seeds.values()):.3f}" for name in PROBED]
@@ -145,7 +147,7 @@ def probe_table(found: dict[str, dict[int, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=Path, required=True, help="holds train.tar.xz and test.tar.xz")
-    parser.add_argument("--out", type=Path, default=Path("runs/cifar"), help="where images, cells and tables lie")
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar"), help="folder of images, cells and tables")
     parser.add_argument("--form", choices=FORMS, default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()

@@ -2,10 +2,11 @@
 
     python evidence/clothing_small.py --data CLOTHING_SMALL --out runs/evidence
 
-For each method and seed: train on the training split without its labels, then evaluate with k-NN and linear probe on
-the test split, beside the same network untrained. What was fixed before the first run: the recipes below, three seeds,
-k = 20, no choice of checkpoints; "training helped" means that the gain over the untrained network is above zero at each
-seed. Finished runs are kept.
+For each method and seed: train on the training split without labels, then evaluate with k-NN and a linear probe on the
+test split. The baseline is the same network untrained.
+
+Fixed before the first run: the recipes below, three seeds, k = 20, no choice of checkpoints. "Training helped" means
+that the gain over the untrained network is above zero at each seed. Finished runs are kept.
 """
 
 import argparse
@@ -32,7 +33,7 @@ METRICS = ("top1", "balanced_top1")
 
 
 def results_of(method: str, seed: int, data: Path, out: Path) -> tuple[list[Result], float]:
-    """Results and training seconds of one run; made if they aren't there."""
+    """Results and training seconds of one run; computed if missing."""
     run = out / f"{method}_{seed}"
     file = run / "results" / "evaluate_evidence.json"
     if not file.exists():
@@ -48,8 +49,9 @@ def results_of(method: str, seed: int, data: Path, out: Path) -> tuple[list[Resu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="class folders with train and test")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="where the runs lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figure")
     options = parser.parse_args()
     table: list[dict[str, Any]] = []
     for method in ARMS:
@@ -83,8 +85,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     content |= {"date": time.strftime("%Y-%m-%d"), **describe_machine()}
+    options.results.mkdir(parents=True, exist_ok=True)
     options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "clothing-small.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.results / "clothing-small.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(table, options.figures / "clothing-small.png")
 
 

@@ -1,17 +1,17 @@
-"""What CoMAE's objective does where everything is known (experiment E0 of the collapse's protocol).
+"""What CoMAE's objective does where everything is known exactly (experiment E0).
 
     python evidence/collapse_worlds.py
 
-Three Gaussian worlds of 64 scalar tokens: a smooth stationary field, four hubs that drive sixty others, a field whose
-correlation is long in the centre and short at the border. The decoder is exact, the graph is learned freely (500 steps
-of Adam), entropies of prefixes are determinants. About four minutes of one core.
+Three Gaussian worlds of 64 scalar tokens: a smooth stationary field; four hubs that drive sixty other tokens; a field
+whose correlation is long in the centre and short at the border. The decoder is exact, the graph is a free parameter
+(500 steps of Adam), entropies of prefixes are determinants. About four minutes of one core.
 
 Fixed before the first run:
-  E0.3  hub world, budget 0.15: the four hubs are ranks 0-3, AUC_q at least two random deviations below random's mean
+  E0.3  hub world, budget 0.15: the four hubs are ranks 0-3, AUC_q is at least two standard deviations below random
   E0.4  L_r alone: mean w > 0.85, effective count > 0.95 (N - 1); free temperature: < 0.02, L_c < 0.05;
         sigma 0.1: correlation of two seeds < 0.4; sigma 0.3 with the budget of 0.15: > 0.6
-  E0.5  budget 0.25: coverage's AUC_q is no greater than PageRank's, from the same graph, in all three worlds
-E0.1 and E0.2 (PageRank's oracles, the chain rule) are tests. Hubs mix at random: E0.5 is shown for five such worlds.
+  E0.5  budget 0.25: AUC_q of coverage is no greater than that of PageRank, from the same graph, in all three worlds
+E0.1 and E0.2 (PageRank against oracles, the chain rule) are tests. The hub world is random: E0.5 is reported for five.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def area(covariance: Tensor, order: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's file goes")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.process_time()
@@ -128,8 +128,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
-    options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "collapse-worlds.json").write_text(json.dumps(content, indent=1) + "\n")
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "collapse-worlds.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""CoMAE's orders on CIFAR-10 (experiment E2 of the collapse's protocol): is there one, whose is it, what is it worth?
+"""CoMAE's orders on CIFAR-10 (experiment E2): do they depend on the image and on the seed, and are they useful?
 
     python evidence/comae_cifar.py --train DIR --test DIR --form smoke --out runs/comae_cifar
 
 ``--train`` and ``--test`` are folders of 32x32 images. Four runs of CoMAE: the paper's objective, the same without the
-contrastive term, with a budget (robust), and that with a second seed; sigma 0.3 in all. Orders of held-out images are
-compared with one another, and judged by a run of ``prefix``, which shares nothing with CoMAE, against random ones.
+contrastive term, with a budget (robust), and robust with a second seed; sigma 0.3 in all. The orders of held-out images
+are compared with one another. A run of ``prefix``, independent of CoMAE, scores them against random orders.
 Forms: ``smoke`` (16 tokens, 2 blocks, 300 steps: minutes on a CPU, numbers without verdicts), ``session`` (64 tokens, 4
 blocks, 5,000 steps; a GPU) and ``full`` (15,000 steps).
 
 Fixed before any run; printed as verdicts in the other forms only:
   H2.1  polarisation: the effective count of the paper's run falls by a fifth or more from the first step
-  H2.2  with the contrastive term rows are less alike and L_r is not worse
-  H2.3  position's share of the ranks' variance: below 0.7 image-specific, above 0.9 static, between them mixed
+  H2.2  with the contrastive term rows are less similar and L_r is not worse
+  H2.3  variance of ranks explained by position: below 0.7 image-specific, above 0.9 static, between them mixed
   H2.4  AUC_q(collapse) < AUC_q(random), interval over images (robust)
-  H2.5  PageRank and in-strength above 0.95 in Spearman's correlation: PageRank adds nothing
-  H2.6  two seeds above 0.6, else the order is no property of the data
+  H2.5  Spearman's correlation of PageRank and in-strength above 0.95: PageRank adds nothing
+  H2.6  Spearman's correlation of two seeds above 0.6, else the order is no property of the data
 """
 
 import argparse
@@ -44,11 +44,11 @@ RUNS: dict[str, tuple[int, dict[str, float]]] = {
     "robust": (0, {}),
     "robust_1": (1, {}),
 }
-NUM_JUDGED = 256
+NUM_HELD_OUT = 256
 
 
 def train(name: str, form: dict[str, Any], data: str, out: Path) -> Path:
-    """A run of CoMAE, or ``judge``; trained, or trained on, where it isn't there."""
+    """A run of CoMAE, or of ``prefix`` (``judge``); trained or resumed where it is not finished."""
     run = out / name
     if (run / "config.yaml").exists():
         resume(run, quiet=True)
@@ -81,7 +81,7 @@ def held_out(folder: str, out: Path) -> str:
     """A list of evenly spaced test images."""
     paths = open_images(folder).paths
     file = out / "held_out.txt"
-    file.write_text("".join(f"{paths[i * len(paths) // NUM_JUDGED].resolve()}\n" for i in range(NUM_JUDGED)))
+    file.write_text("".join(f"{paths[i * len(paths) // NUM_HELD_OUT].resolve()}\n" for i in range(NUM_HELD_OUT)))
     return str(file)
 
 
@@ -90,8 +90,8 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="folder of training images")
     parser.add_argument("--test", required=True, help="folder of held-out images")
     parser.add_argument("--form", choices=list(FORMS), default="smoke", help="size of the runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/comae_cifar"), help="where runs and orders lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's file goes")
+    parser.add_argument("--out", type=Path, default=Path("runs/comae_cifar"), help="folder of runs and orders")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
     options = parser.parse_args()
     form, out = FORMS[options.form], options.out / options.form
     kind = resolve_devices("auto").kind
@@ -139,7 +139,7 @@ def main() -> None:
     seeds = ranked["robust_1"].against["collapse"]["spearman"]
     paper, without, robust = (found[name] for name in ("paper", "paper_without_contrast", "robust"))
     fall = 1 - paper["effective_count"] / paper["effective_count_first"]
-    share = robust["position_variance_ratio"]
+    ratio = robust["position_variance_ratio"]
     rows = [
         (
             "H2.1",
@@ -149,14 +149,18 @@ def main() -> None:
         (
             "H2.2",
             paper["row_cosine"] < without["row_cosine"] and paper["reconstruction"] <= without["reconstruction"],
-            f"likeness of rows {paper['row_cosine']:.3f} with, {without['row_cosine']:.3f} without; "
+            f"similarity of rows {paper['row_cosine']:.3f} with, {without['row_cosine']:.3f} without; "
             f"L_r {paper['reconstruction']:.3f}, {without['reconstruction']:.3f}",
         ),
-        ("H2.3", None, f"position's share {share:.3f}; the paper's objective {paper['position_variance_ratio']:.3f}"),
+        (
+            "H2.3",
+            None,
+            f"variance explained by position {ratio:.3f}; the paper's objective {paper['position_variance_ratio']:.3f}",
+        ),
         (
             "H2.4",
             True if robust["high"] < 0 else (False if robust["low"] > 0 else None),
-            f"collapse less random {robust['auc_q_less_random']:+.4f} [{robust['low']:+.4f}, {robust['high']:+.4f}]",
+            f"collapse minus random {robust['auc_q_less_random']:+.4f} [{robust['low']:+.4f}, {robust['high']:+.4f}]",
         ),
         ("H2.5", robust["pagerank_in_strength"] > 0.95, f"Spearman {robust['pagerank_in_strength']:.3f}"),
         ("H2.6", seeds > 0.6, f"Spearman of two seeds {seeds:.3f}"),
@@ -165,7 +169,7 @@ def main() -> None:
     for name, met, text in rows:
         verdict = "no verdict (smoke run)" if options.form == "smoke" else words[met]
         if name == "H2.3" and options.form != "smoke":
-            verdict = "image-specific" if share < 0.7 else "static" if share > 0.9 else "mixed"
+            verdict = "image-specific" if ratio < 0.7 else "static" if ratio > 0.9 else "mixed"
         print(f"{verdict}  {name}: {text}")
     content = {
         "form": options.form,
@@ -177,8 +181,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
-    options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / f"comae-cifar-{options.form}.json").write_text(json.dumps(content, indent=1) + "\n")
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / f"comae-cifar-{options.form}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""CoMAE on a painted world in which it is known who depends on whom (experiment E1 of the collapse's protocol).
+"""CoMAE in a painted world with known dependencies (experiment E1).
 
     python evidence/comae_hubs.py --out runs/comae_hubs
 
-Images of 4x4 patches of 2x2 pixels, in two families. In each family three patches are hubs with values of their own and
-all others but one are a fixed rotation of one hub's plus noise; the corner patch says which family an image is of. The
-families' hubs are disjoint. CoMAE sees images only. Whoever ranks patches by what the image holds must find the hubs of
-its own family; whoever ranks by place can't: recall with the other family's hubs is as high then.
+Images of 4x4 patches of 2x2 pixels, in two families. In each family three patches are hubs with values of their own.
+All others but the corner are a fixed rotation of one hub's values plus noise. The corner patch shows the family. The
+hubs of the two families are disjoint. CoMAE sees only images. A ranking by content must find the hubs of the image's
+own family. A ranking by position cannot: its recall of the other family's hubs is as high.
 
-Fixed before the first run (sizes and noise, too): d = 4, hubs N(0, I), child = Q hub + 0.3 N(0, I) with a fixed
-orthogonal Q each, corner = +-1 in all values + 0.1 N(0, I), triples drawn by seed 0; networks of 4 blocks 32 wide,
-AdamW at 1e-3, 64 images x 16 targets a step, 3,000 steps, sigma 0.3, both networks at every step; three seeds; judged
-on 256 held-out images by in-strength of A (what is said of PageRank stands beside it):
+Fixed before the first run, with sizes and noise: d = 4, hubs N(0, I), child = Q hub + 0.3 N(0, I) with one fixed
+orthogonal Q per child, corner = +-1 in all values + 0.1 N(0, I), triples drawn by seed 0; networks of 4 blocks of width
+32, AdamW at 1e-3, 64 images x 16 targets per step, 3,000 steps, sigma 0.3, both networks at every step; three seeds.
+Evaluated on 256 held-out images by in-strength of A (PageRank is also reported):
   H1.1  robust (budget 0.2): mean recall of the three hubs among the first three is at least 0.8 (chance 0.19)
   H1.2  robust: recall with the own family's hubs is above that with the other family's by at least 0.3
   H1.3  paper (no budget): the same numbers, no threshold
-A run whose result is written is not made again; a stopped one goes on. About 25 minutes of one core a run, six runs.
+Finished runs are kept, interrupted runs resume. About 25 minutes of one core per run, six runs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from smalti.runs.machine import describe_machine
 from smalti.runs.train import resume
 from smalti.training.logs import read_csv
 
-SIDE, DIM, NUM_HUBS, NUM_JUDGED = 4, 4, 3, 256
+SIDE, DIM, NUM_HUBS, NUM_HELD_OUT = 4, 4, 3, 256
 NUM_IMAGES = 32_000
 REACH = 6.0
 """Values of a token from -REACH to REACH are pixels from 0 to 1."""
@@ -68,7 +68,7 @@ BUDGETS = {"robust": {"budget": 0.2, "budget_weight": 0.25}, "paper": {"budget_w
 
 
 class HubWorld:
-    """Who depends on whom in the two families; a function of no seed but 0."""
+    """Which patch depends on which in the two families, drawn with seed 0."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def paint(tokens: np.ndarray) -> np.ndarray:
 def write_world(folder: Path) -> None:
     """``train/`` and ``held_out/`` with the families of the latter."""
     world = HubWorld()
-    for name, count, seed in (("train", NUM_IMAGES, 1), ("held_out", NUM_JUDGED, 2)):
+    for name, count, seed in (("train", NUM_IMAGES, 1), ("held_out", NUM_HELD_OUT, 2)):
         tokens, families = world.draw(count, np.random.default_rng(seed))
         (folder / name).mkdir(parents=True, exist_ok=True)
         for place, image in enumerate(paint(tokens)):
@@ -113,7 +113,7 @@ def write_world(folder: Path) -> None:
         write_atomically(folder / f"{name}.json", json.dumps(families.tolist()))
 
 
-def judge(run: Path, data: Path) -> dict[str, float]:
+def recall_of_hubs(run: Path, data: Path) -> dict[str, float]:
     """Recall of the hubs on held-out images, by in-strength and by PageRank."""
     method = load_method(run)
     assert isinstance(method, CoMAE)
@@ -133,7 +133,7 @@ def judge(run: Path, data: Path) -> dict[str, float]:
 
 
 def cell(preset: str, seed: int, data: Path, out: Path) -> dict[str, float]:
-    """A run's numbers; trained, or trained on, where they aren't there."""
+    """The numbers of a run; trained or resumed where they are missing."""
     run, file = out / f"{preset}_{seed}", out / "cells" / f"{preset}_{seed}.json"
     if not file.exists():
         started = time.process_time()
@@ -145,17 +145,18 @@ def cell(preset: str, seed: int, data: Path, out: Path) -> dict[str, float]:
         last = read_csv(run / "log.csv")[-1]
         names = ("loss/reconstruction", "mean_weight", "mask_effective_count", "row_cosine", "temperature")
         names += ("score_spread", "position_variance_ratio")
-        found = {**judge(run, data), **{name: float(last[name]) for name in names}}
+        found = {**recall_of_hubs(run, data), **{name: float(last[name]) for name in names}}
         write_atomically(file, json.dumps({**found, "cpu_s": time.process_time() - started}))
     return json.loads(file.read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/comae_hubs"), help="where images, runs and cells lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
-    parser.add_argument("--only", metavar="PRESET:SEED", help="make one run and stop")
-    parser.add_argument("--finished", action="store_true", help="make none, take the runs that are there")
+    parser.add_argument("--out", type=Path, default=Path("runs/comae_hubs"), help="folder of images, runs and cells")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figure")
+    parser.add_argument("--only", metavar="PRESET:SEED", help="do one run and stop")
+    parser.add_argument("--finished", action="store_true", help="train nothing; use finished runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = options.out / "world"
@@ -188,7 +189,7 @@ def main() -> None:
     gap = robust["in_strength_own"] - robust["in_strength_other"]
     verdicts = [
         ("H1.1", bool(robust["in_strength_own"] >= RECALL), f"recall {robust['in_strength_own']:.3f}, {RECALL} needed"),
-        ("H1.2", bool(gap >= GAP), f"own less other {gap:+.3f}, {GAP} needed"),
+        ("H1.2", bool(gap >= GAP), f"own minus other {gap:+.3f}, {GAP} needed"),
     ]
     for name, met, text in verdicts:
         print(f"{'confirmed' if met else 'refuted'}  {name}: {text}")
@@ -202,13 +203,14 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
+    options.results.mkdir(parents=True, exist_ok=True)
     options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "comae-hubs.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.results / "comae-hubs.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(options.out, data, options.figures / "comae-hubs.png")
 
 
 def draw(out: Path, data: Path, path: Path) -> None:
-    """Mean graphs of each family by the first seed of both presets; hubs are ticked."""
+    """Mean graph of each family, for the first seed of both presets; ticks mark hubs."""
     images = load_images(sorted((data / "held_out").glob("*.png")), 2 * SIDE, 1, "centre")
     families, hubs = torch.tensor(json.loads((data / "held_out.json").read_text())), HubWorld().hubs
     figure, axes = plt.subplots(2, 2, figsize=(6.4, 6.4), layout="constrained")

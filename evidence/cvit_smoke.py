@@ -1,13 +1,14 @@
-"""CViT by several orders on handwritten digits: the form of E3 that ends in minutes on a CPU. A smoke run: no verdict.
+"""CViT with several orders on handwritten digits: the CPU form of E3. A smoke run: no verdict.
 
     python evidence/cvit_smoke.py --out runs/cvit-smoke
 
-Digits of 32 px with 16 patches; a small CoMAE finds the collapse orders of all images and their mirror images; then one
-plan of ``smalti compare`` trains an arm for each order, two blocks of width 64, the same steps, and tests each by its
-own order on rates 0, 0.05 ... 0.95: R random, F one random permutation, S the mean collapse order, X the collapse order
-of another image, C collapse, K coverage, H Halton. What it shows is that all parts work together. Its numbers are no
-evidence for or against any order: too few steps, patches and images.
-``--orders FILE`` takes a file of ``smalti rank`` in place of the small CoMAE's; ``--arms R F H`` trains some arms only.
+Digits of 32 px with 16 patches. A small CoMAE finds the collapse orders of all images and their mirror images. Then one
+``smalti compare`` trains an arm for each order (two blocks of width 64, the same steps) and evaluates it with its own
+order at rates 0, 0.05 ... 0.95: R random, F one random permutation, S the mean collapse order, X the collapse order of
+another image, C collapse, K coverage, H Halton. It shows that all parts work together. Its numbers are no evidence for
+or against any order: too few steps, patches and images.
+
+``--orders FILE`` uses a file of ``smalti rank`` instead of the small CoMAE's; ``--arms R F H`` trains some arms only.
 """
 
 import argparse
@@ -46,7 +47,7 @@ COMAE = {
 
 
 def write_digits(folder: Path) -> Path:
-    """Class folders with the splits train and test; nothing is done where they are."""
+    """Write class folders with the splits train and test, unless they exist."""
     if folder.is_dir():
         return folder
     digits = load_digits()
@@ -71,7 +72,7 @@ def rank(data: Path, out: Path, steps: int) -> Path:
 
 
 def plan(data: Path, orders: Path | None, arms: list[str], steps: int, seeds: list[int]) -> dict[str, Any]:
-    """One plan for all arms; differences are against random."""
+    """One plan for all arms; differences are to random."""
     return {
         "data": str(data),
         "evaluate": [{"data": str(data), "split": "test", "protocols": ["keep-curve"], "speed": False}],
@@ -101,7 +102,7 @@ def plan(data: Path, orders: Path | None, arms: list[str], steps: int, seeds: li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--orders", type=Path, help="a file of smalti rank about the digits in OUT/digits")
+    parser.add_argument("--orders", type=Path, help="a file of smalti rank for the digits in OUT/digits")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -121,7 +122,7 @@ def main() -> None:
         print(f"{arm + ' ' + ARMS[arm]:22}" + "".join(f"{scores[name].mean:13.3f}" for name in metrics))
         print(f"{'':22}  interval of mean_top1 {scores['mean_top1'].low:.3f} to {scores['mean_top1'].high:.3f}")
     for arm, error in comparison.failures.items():
-        print(f"{arm} broke: {error}")
+        print(f"{arm} failed: {error}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Dense features under one budget: MAE and DINO from scratch, no training, and an encoder that others trained.
+"""Dense features under one budget: MAE and DINO from scratch, random init, and imported weights.
 
     python evidence/dense_compare.py --clothing CLOTHING_SMALL --ccp CCP --weights WEIGHTS.safetensors --out runs/dense
 
-Trains on clothing photographs without their labels, judges on them by k-NN and on the masks of another clothing set by
-three dense protocols. What was fixed before the first run: all that stands below, and no choice of checkpoints.
-``--out`` may hold what an earlier, broken-off run finished; that is not done again. Ends within two hours on two cores.
+Trains on clothing photographs without labels. Evaluates with k-NN on their classes, and with four dense protocols on
+the masks of another clothing data set. Fixed before the first run: everything below, and no choice of checkpoints.
+Finished cells in ``--out`` are kept. Ends within two hours on two cores.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import smalti
 SEEDS = [0, 1, 2]
 IMAGES_SEEN = 16_000
 SIZE, DENSE_SIZE, KNN_SIZE = 96, 224, 112
-"""Pixels of training, of judging by masks (a grid of 14 x 14, or 16 x 16) and of judging by classes."""
+"""Pixels in training, in evaluation with masks (a grid of 14 x 14 or 16 x 16) and in evaluation with classes."""
 
 
 def plan(clothing: Path, ccp: Path, weights: Path) -> dict[str, Any]:
-    """Arms of one plan; the small encoder is six blocks of ViT-Ti/16."""
+    """All arms; the encoder is six blocks of ViT-Ti/16."""
     dense: dict[str, Any] = {
         "data": str(ccp),
         "protocols": ["in-context", "linear-segmentation", "overclustering", "knn-patch"],
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--clothing", type=Path, required=True, help="class folders with train and test")
     parser.add_argument("--ccp", type=Path, required=True, help="images and masks with train.txt and val.txt")
     parser.add_argument("--weights", type=Path, required=True, help="of timm's vit_small_patch14_dinov2")
-    parser.add_argument("--out", type=Path, default=Path("runs/dense"), help="where cells and tables lie")
+    parser.add_argument("--out", type=Path, default=Path("runs/dense"), help="folder of cells and tables")
     options = parser.parse_args()
     smalti.compare(plan(options.clothing.resolve(), options.ccp.resolve(), options.weights.resolve()), options.out)
     print((options.out / "comparison.md").read_text(encoding="utf-8"))

@@ -2,18 +2,18 @@
 
     python evidence/eeg_sweep.py --out runs/eeg_sweep
 
-Synthetic nights (100 training subjects, 24 others to be judged on), five seeds. For each seed PART trains on the
-training subjects without their stages; then a classifier of stages is fine-tuned on shares of the subjects, from PART's
-weights and from random ones, on the same subjects for the same number of steps. Each cell is written as JSON when it
-ends and is not made again; a run that was stopped goes on with the next. One thread, below 20 minutes of CPU time.
+Synthetic nights (100 subjects for training, 24 others for evaluation), five seeds. For each seed PART trains on the
+training subjects without stages. Then a sleep-stage classifier is fine-tuned on fractions of the subjects, from PART's
+weights and from random weights, on the same subjects for the same number of steps. Finished cells are kept,
+interrupted runs resume. One thread, below 20 minutes of CPU time.
 
-Fixed before the first whole run, all over the five seeds, intervals by Student's t on paired differences:
-  learned     PART's R2 of offsets at the end of training is above 0.05: the task was learned at all
-  possible    from scratch, kappa with all labels is above 0.5 and above that with the smallest share
-  area        kappa's area over the logarithm of the share: PART less scratch is above 0, and so is its interval
-  few labels  the same of the mean kappa over shares of 5 % and less
-A criterion that isn't met is printed as FAIL. Nights are drawn by a generator, not recorded: this says whether the
-protocol works and whether pretraining helps there, and nothing about people.
+Fixed before the first full run, over the five seeds, intervals by Student's t on paired differences:
+  learned     PART's R2 of offsets at the end of training is above 0.05
+  possible    from scratch, kappa with all labels is above 0.5 and above that with the smallest fraction
+  area        kappa's area over the logarithm of the fraction: PART minus scratch and its interval are above 0
+  few labels  the same for the mean kappa over fractions up to 5 %
+A criterion that is not met is printed as FAIL. The nights are synthetic: the result says whether the protocol works and
+whether pretraining helps there, and nothing about people.
 """
 
 import argparse
@@ -33,8 +33,7 @@ from smalti.config import write_atomically
 from smalti.data.signals.signal_config import SignalConfig
 from smalti.data.signals.sleep_samples import write_nights
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.evaluate import evaluate
-from smalti.evaluation.protocol import random_twin
+from smalti.evaluation.evaluate import evaluate, random_init
 from smalti.evaluation.protocols.sleep_staging import area_under_log
 from smalti.models.encoder import Encoder
 from smalti.runs.machine import describe_machine
@@ -42,7 +41,7 @@ from smalti.runs.train import resume
 from smalti.training.logs import read_csv
 
 SEEDS = (0, 1, 2, 3, 4)
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 FEW = 0.05
 ARMS = ("part", "scratch")
 NIGHTS = {"num_train": 100, "num_test": 24, "epochs": 12}
@@ -62,7 +61,7 @@ LEARNED, POSSIBLE, LEVEL = 0.05, 0.5, 0.95
 
 
 def pretrained(seed: int, data: Path, out: Path) -> tuple[Encoder, dict[str, float]]:
-    """PART's encoder of a seed and how its training went; trained, or trained on, where it isn't there."""
+    """PART's encoder for a seed and its training log's last row; trained or resumed where it is not finished."""
     run, file = out / f"part_{seed}", out / "cells" / f"pretraining_{seed}.json"
     if not file.exists():
         started = time.process_time()
@@ -76,9 +75,9 @@ def pretrained(seed: int, data: Path, out: Path) -> tuple[Encoder, dict[str, flo
     return smalti.load(run, quiet=True), json.loads(file.read_text())
 
 
-def cell(arm: str, share: float, seed: int, encoder: Encoder, data: Path, out: Path) -> dict[str, float]:
-    """Kappa of one fine-tuning; made if it isn't there."""
-    file = out / "cells" / f"{arm}_{share:g}_{seed}.json"
+def cell(arm: str, fraction: float, seed: int, encoder: Encoder, data: Path, out: Path) -> dict[str, float]:
+    """Kappa of one fine-tuning; computed if missing."""
+    file = out / "cells" / f"{arm}_{fraction:g}_{seed}.json"
     if not file.exists():
         started = time.process_time()
         config = EvalConfig(
@@ -86,7 +85,7 @@ def cell(arm: str, share: float, seed: int, encoder: Encoder, data: Path, out: P
             seed=seed,
             baseline=False,
             signal=SignalConfig(),
-            own={"sleep-staging": {**FINE_TUNING, "fractions": (share,)}},
+            own={"sleep-staging": {**FINE_TUNING, "fractions": (fraction,)}},
         )
         result = evaluate(encoder, f"{arm}, seed {seed}", str(data), config)[0]
         content = {**result.metrics, "subjects": result.settings["label_sweep"][0]["subjects"]}
@@ -95,7 +94,7 @@ def cell(arm: str, share: float, seed: int, encoder: Encoder, data: Path, out: P
 
 
 def student(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and its interval over seeds."""
+    """Mean and its interval over seeds."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, math.nan, math.nan
@@ -103,20 +102,22 @@ def student(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def judge(kappas: dict[str, list[list[float]]], shares: list[float], r2: list[float]) -> list[tuple[str, bool, str]]:
-    """Name of each criterion, whether it is met, and the numbers; ``kappas[arm][seed][share]``."""
+def verdicts(
+    kappas: dict[str, list[list[float]]], fractions: list[float], r2: list[float]
+) -> list[tuple[str, bool, str]]:
+    """Name of each criterion, whether it is met, and the numbers; ``kappas[arm][seed][fraction]``."""
     part, scratch = (kappas[arm] for arm in ARMS)
     whole, least = (statistics.mean(curve[place] for curve in scratch) for place in (-1, 0))
-    few = [place for place, share in enumerate(shares) if share <= FEW]
+    few = [place for place, fraction in enumerate(fractions) if fraction <= FEW]
     rows = [
         ("learned", statistics.mean(r2) > LEARNED, f"R2 {statistics.mean(r2):.4f}, above {LEARNED:g} is needed"),
         (
             "possible",
             whole > POSSIBLE and whole > least,
-            f"scratch: kappa {whole:.3f} with {shares[-1]:.0%}, {least:.3f} with {shares[0]:.0%} of the subjects",
+            f"scratch: kappa {whole:.3f} with {fractions[-1]:.0%}, {least:.3f} with {fractions[0]:.0%} of the subjects",
         ),
     ]
-    areas = [area_under_log(shares, a) - area_under_log(shares, b) for a, b in zip(part, scratch, strict=True)]
+    areas = [area_under_log(fractions, a) - area_under_log(fractions, b) for a, b in zip(part, scratch, strict=True)]
     at_few = [
         statistics.mean(a[i] for i in few) - statistics.mean(b[i] for i in few)
         for a, b in zip(part, scratch, strict=True)
@@ -124,15 +125,18 @@ def judge(kappas: dict[str, list[list[float]]], shares: list[float], r2: list[fl
     for name, gaps in (("area", areas), ("few labels", at_few)):
         mean, low, high = student(gaps)
         each = ", ".join(f"{gap:+.3f}" for gap in gaps)
-        rows.append((name, bool(low > 0), f"PART less scratch {mean:+.4f} [{low:+.4f}, {high:+.4f}], each seed {each}"))
+        rows.append(
+            (name, bool(low > 0), f"PART minus scratch {mean:+.4f} [{low:+.4f}, {high:+.4f}], each seed {each}")
+        )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/eeg_sweep"), help="where nights, runs and cells lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
-    parser.add_argument("--only", metavar="ARM:SHARE:SEED", help="make one cell, with its pretraining, and stop")
+    parser.add_argument("--out", type=Path, default=Path("runs/eeg_sweep"), help="folder of nights, runs and cells")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figure")
+    parser.add_argument("--only", metavar="ARM:FRACTION:SEED", help="do one cell, with its pretraining, and stop")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = options.out / "nights"
@@ -140,7 +144,7 @@ def main() -> None:
         write_nights(data, **NIGHTS, seed=0)
     chosen = options.only.split(":") if options.only else None
     seeds = [int(chosen[2])] if chosen else list(SEEDS)
-    shares = [float(chosen[1])] if chosen else list(SHARES)
+    fractions = [float(chosen[1])] if chosen else list(FRACTIONS)
     arms = [chosen[0]] if chosen else list(ARMS)
     kappas: dict[str, list[list[float]]] = {arm: [] for arm in arms}
     pretraining, cpu_s = [], 0.0
@@ -149,33 +153,34 @@ def main() -> None:
         pretraining.append(how)
         cpu_s += how["cpu_s"]
         print(f"seed {seed}: PART, R2 {how['r2']:.4f}, {how['cpu_s']:.0f} s of CPU", flush=True)
-        encoders = {"part": trained, "scratch": random_twin(trained, seed)}
+        encoders = {"part": trained, "scratch": random_init(trained, seed)}
         for arm in arms:
             curve = []
-            for share in shares:
-                found = cell(arm, share, seed, encoders[arm], data, options.out)
+            for fraction in fractions:
+                found = cell(arm, fraction, seed, encoders[arm], data, options.out)
                 cpu_s += found["cpu_s"]
                 curve.append(found["kappa"])
                 print(
-                    f"seed {seed}: {arm}, {share:.0%}: kappa {found['kappa']:.3f}, {found['cpu_s']:.0f} s", flush=True
+                    f"seed {seed}: {arm}, {fraction:.0%}: kappa {found['kappa']:.3f}, {found['cpu_s']:.0f} s",
+                    flush=True,
                 )
             kappas[arm].append(curve)
     if chosen:
         return
-    lines = ["| share of subjects | PART | from scratch | paired difference, 95 % over seeds |", "|---|---|---|---|"]
-    for place, share in enumerate(shares):
+    lines = ["| fraction of subjects | PART | from scratch | paired difference, 95 % over seeds |", "|---|---|---|---|"]
+    for place, fraction in enumerate(fractions):
         values = {arm: [curve[place] for curve in kappas[arm]] for arm in arms}
         cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in values.values()]
         mean, low, high = student([a - b for a, b in zip(*values.values(), strict=True)])
-        lines.append(f"| {share:.0%} | {cells[0]} | {cells[1]} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |")
+        lines.append(f"| {fraction:.0%} | {cells[0]} | {cells[1]} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |")
     print("\n".join(lines))
-    rows = judge(kappas, shares, [how["r2"] for how in pretraining])
+    rows = verdicts(kappas, fractions, [how["r2"] for how in pretraining])
     for name, is_met, numbers in rows:
         print(f"{'pass' if is_met else 'FAIL'}  {name}: {numbers}")
     print(f"CPU time of all cells: {cpu_s / 60:.1f} minutes")
     content = {
         "kappa": kappas,
-        "shares": shares,
+        "fractions": fractions,
         "seeds": seeds,
         "pretraining": pretraining,
         "criteria": [{"name": name, "met": is_met, "numbers": numbers} for name, is_met, numbers in rows],
@@ -184,27 +189,32 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         **describe_machine(),
     }
+    options.results.mkdir(parents=True, exist_ok=True)
     options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "eeg-sweep.json").write_text(json.dumps(content, indent=1) + "\n")
-    draw(kappas, shares, options.figures / "eeg-sweep.png")
+    (options.results / "eeg-sweep.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(kappas, fractions, options.figures / "eeg-sweep.png")
 
 
-def draw(kappas: dict[str, list[list[float]]], shares: list[float], path: Path) -> None:
-    """Every seed as a thin line, the mean as a thick one."""
+def draw(kappas: dict[str, list[list[float]]], fractions: list[float], path: Path) -> None:
+    """Each seed as a thin line, the mean as a thick one."""
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for arm, colour in zip(ARMS, ("#2a6f97", "#999999"), strict=True):
         for curve in kappas[arm]:
-            axes.plot(shares, curve, color=colour, linewidth=0.6, alpha=0.6)
+            axes.plot(fractions, curve, color=colour, linewidth=0.6, alpha=0.6)
         axes.plot(
-            shares, [statistics.mean(at) for at in zip(*kappas[arm], strict=True)], color=colour, label=arm, marker="o"
+            fractions,
+            [statistics.mean(at) for at in zip(*kappas[arm], strict=True)],
+            color=colour,
+            label=arm,
+            marker="o",
         )
     axes.set_xscale("log")
-    axes.set_xticks(shares, [f"{share:.0%}" for share in shares])
-    axes.set_xlabel("share of the training subjects with labels")
+    axes.set_xticks(fractions, [f"{fraction:.0%}" for fraction in fractions])
+    axes.set_xlabel("fraction of the training subjects with labels")
     axes.set_ylabel("Cohen's kappa, 24 other subjects")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    axes.set_title("synthetic sleep EEG; thin: one line a seed", fontsize=9)
+    axes.set_title("synthetic sleep EEG; thin lines: seeds", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

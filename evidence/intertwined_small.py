@@ -1,24 +1,25 @@
-"""Position field and masked position prediction on synthetic scenes: does each do what it should, against controls?
+"""Position field and masked position prediction on synthetic scenes: does each help, against controls?
 
     python evidence/intertwined_small.py --out runs/intertwined
     python evidence/intertwined_small.py --out runs/intertwined-gpu --device cuda
 
-Every arm is a ``smalti train`` run of method ``intertwined`` on the same 3,000 images without labels, with the same
+Every arm is a ``smalti train`` run of the method ``intertwined`` on the same 3,000 images without labels, with the same
 seeds and data order; only its two components differ:
 
     base        neither: DINOv2, half of the global crops content-masked
     content100  base with every global crop content-masked: the control for the patch loss that L_pos adds
-    field       positions read out of the field
+    field       positions read from the field
     position    L_pos, the other half of the crops position-masked
     both        field and L_pos
 
-Frozen teacher features of whole images are then read by probes on 1,000 images and judged on 500 others; those of the
-untrained base arm stand beside them. What was fixed before the first comparison: all that stands below; no checkpoint
-is chosen. On a CPU: base, content100 and both, one seed; correctness and gates are required, differences only reported.
-On a GPU: five arms, three seeds, and position masking alone (f_c = 0). Where the base arm misses a gate, comparisons
-are "not tested at this scale". Tried before, the base arm alone: the CPU form's width and depth on other textures than
-these; L_image and xy_r2 passed after 700 and 750 of 1,500 steps, seg_bacc did not. Nothing of the GPU form was tried.
-``--out`` may hold what an earlier run finished; that is not done again. Results are written after each arm.
+Probes of frozen teacher features of whole images are fitted on 1,000 images and evaluated on 500 others. The baseline
+is the untrained base arm. Fixed before the first comparison: everything below; no checkpoint is chosen.
+
+On a CPU: base, content100 and both, one seed; correctness and gates are required, differences only reported. On a GPU:
+five arms, three seeds, and position masking alone (f_c = 0). If the base arm misses a gate, comparisons are "not tested
+at this scale". Tried before, with the base arm alone: the CPU form's width and depth on other textures; L_image and
+xy_r2 passed after 700 and 750 of 1,500 steps, seg_bacc did not. Nothing of the GPU form was tried.
+Finished arms in ``--out`` are kept. Results are written after each arm.
 """
 
 import argparse
@@ -53,7 +54,7 @@ CLASSES = ("background", "disc", "square", "triangle", "star", "cross", "ring")
 NUM_PROTOTYPES = 128
 SPLITS = {"unlabelled": (0, 3000), "train": (1, 1000), "test": (2, 500)}
 """Stream of the seed, and images."""
-MASKED_SHARE = 0.3
+MASKED_RATIO = 0.3
 RIDGE = 10.0
 
 OFF = {"field": False, "position_loss": False}
@@ -101,7 +102,7 @@ class Scene(NamedTuple):
 def draw_scene(seed: int, stream: int, index: int) -> Scene:
     """One to four textured shapes that don't touch, on a smooth random background with thin lines.
 
-    The background's colours are drawn anew in each image, so they tell nothing of the place.
+    The background's colours are random in each image, so they carry no information about position.
     """
     rng = np.random.default_rng([seed, stream, index])
     coarse = rng.uniform(0.2, 0.8, (4, 4, 3)).astype(np.float32)
@@ -153,13 +154,13 @@ def outline(label: int, x: float, y: float, radius: float, rng: np.random.Genera
 
 
 class Probed(NamedTuple):
-    """Images with what patches are asked for, ``(n, N, ...)`` each."""
+    """Images with the targets of the probes, ``(n, N, ...)`` each."""
 
     images: Tensor
     labels: np.ndarray
     """Class of most of a patch's pixels."""
     instances: np.ndarray
-    """Likewise."""
+    """Object of most of a patch's pixels, 0 background."""
     boxes: np.ndarray
     """``(n, N, 4)`` pixels from a patch's centre to the left, top, right and bottom of its object's box."""
     places: np.ndarray
@@ -194,7 +195,7 @@ def probed_images(split: str, count: int | None = None) -> Probed:
 
 
 def most_of(values: np.ndarray, count: int) -> np.ndarray:
-    """``(N,)``: the value that most pixels of each patch have."""
+    """``(N,)``: the most frequent value of each patch."""
     patches = values.reshape(GRID[0], PATCH, GRID[1], PATCH).swapaxes(1, 2).reshape(GRID[0] * GRID[1], -1)
     return (patches[:, :, None] == np.arange(count)).sum(1).argmax(1)
 
@@ -203,14 +204,14 @@ def most_of(values: np.ndarray, count: int) -> np.ndarray:
 def features_of(method: Intertwined, images: Tensor, masked: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Patch tokens of whole images from the teacher, ``(n, N, D)`` float64, and which positions were hidden ``(n, N)``.
 
-    A hidden position is the learned token, or nothing (zeros, as it begins) in arms that never hid one.
+    A hidden position is the learned token, or zeros (its initial value) in arms that never hide one.
     """
     network, device = method.teacher.module, next(method.parameters()).device
     encoder = network.encoder
     token = (
         torch.zeros(1, encoder.embed_dim, device=device) if network.position_token is None else network.position_token
     )
-    counts = torch.full((len(images),), int(MASKED_SHARE * GRID[0] * GRID[1]))
+    counts = torch.full((len(images),), int(MASKED_RATIO * GRID[0] * GRID[1]))
     mask = (
         cross_mask(torch.arange(len(images)), counts, GRID)
         if masked
@@ -235,7 +236,7 @@ def ridge_r2(train: np.ndarray, target: np.ndarray, test: np.ndarray, truth: np.
 
 
 def instance_auc(features: np.ndarray, instances: np.ndarray) -> float:
-    """Of pairs of an image's foreground patches, by cosine: the same object or another; mean over images with both."""
+    """AUC of cosine similarity for pairs of foreground patches, same object or not; mean over images with both."""
     scores = []
     for tokens, of in zip(features, instances, strict=True):
         tokens, of = tokens[of > 0], of[of > 0]
@@ -248,7 +249,7 @@ def instance_auc(features: np.ndarray, instances: np.ndarray) -> float:
 
 
 def probe(method: Intertwined, train: Probed, test: Probed) -> dict[str, float]:
-    """All read-outs of one arm."""
+    """All probes of one arm."""
     (x, _), (z, _) = features_of(method, train.images), features_of(method, test.images)
     width = x.shape[-1]
     inside, inside_test = train.instances > 0, test.instances > 0
@@ -269,7 +270,7 @@ def probe(method: Intertwined, train: Probed, test: Probed) -> dict[str, float]:
 
 
 def settings_of(arm: str, seed: int, form: dict[str, Any], data: Path) -> dict[str, Any]:
-    """Keys of one run."""
+    """Settings of one run."""
     pixels = np.stack([cv2.imread(str(path))[..., ::-1] for path in sorted(data.glob("*.png"))[:200]]) / 255
     steps = form["steps"]
     return {
@@ -325,7 +326,7 @@ def settings_of(arm: str, seed: int, form: dict[str, Any], data: Path) -> dict[s
 
 
 def load_method(run: Path, device: str, trained: bool = True) -> Intertwined:
-    """The method of a finished run, in eval mode; or as it was before the first step."""
+    """The method of a finished run, in eval mode; or before the first step."""
     config = resolve(read_yaml(run / "config.yaml"))
     method = build_method(config)
     if trained:
@@ -342,8 +343,8 @@ def log_of(run: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def judge(run: Path, probes: dict[str, float]) -> dict[str, Any]:
-    """What is asked of every run: name -> passed."""
+def check_run(run: Path, probes: dict[str, float]) -> dict[str, Any]:
+    """Checks, losses and usage of a run."""
     rows = log_of(run)
     last = rows[-1]
     early = next(row for row in rows if row["step"] >= min(50, last["step"]))
@@ -414,13 +415,13 @@ def verdicts(results: dict[str, dict[str, Any]], form: dict[str, Any], gates: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/intertwined"), help="where runs and results lie")
-    parser.add_argument("--json", type=Path, help="where a copy of the results goes")
+    parser.add_argument("--out", type=Path, default=Path("runs/intertwined"), help="folder of runs and results")
+    parser.add_argument("--json", type=Path, help="file of a copy of the results")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="which form")
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that it runs; it says nothing")
-    parser.add_argument("--arms", help="only these, with commas: the gates are settled with --arms base")
+    parser.add_argument("--quick", action="store_true", help="one minute, to see that it runs; no evidence")
+    parser.add_argument("--arms", help="only these, with commas: the gates are set with --arms base")
     for name in ("steps", "batch-size", "width", "depth"):
-        parser.add_argument(f"--{name}", type=int, help="other than the form's, for settling the gates")
+        parser.add_argument(f"--{name}", type=int, help="instead of the form's, for setting the gates")
     options = parser.parse_args()
     torch.set_num_threads(1 if options.device == "cpu" else torch.get_num_threads())
     form = {**FORMS[options.device], "device": options.device, **(QUICK if options.quick else {})}
@@ -453,7 +454,7 @@ def main() -> None:
             run = train_arm(arm, seed, form, data, options.out)
             trained = time.process_time() - started
             probes = probe(load_method(run, options.device), train, test)
-            results[name] = {"probes": probes, **judge(run, probes), "training_cpu_s": trained}
+            results[name] = {"probes": probes, **check_run(run, probes), "training_cpu_s": trained}
             results[name]["cpu_s"] = time.process_time() - started
             if name == "base_0":
                 results[name]["untrained"] = probe(load_method(run, options.device, trained=False), train, test)
@@ -487,7 +488,7 @@ def main() -> None:
 
 
 def write_atomically_png(path: Path, image: np.ndarray) -> None:
-    """A picture, whole or not at all."""
+    """Write a PNG file atomically."""
     draft = path.with_suffix(".part")
     draft.write_bytes(cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]))[1].tobytes())
     draft.replace(path)

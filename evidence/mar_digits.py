@@ -2,18 +2,18 @@
 
     python evidence/mar_digits.py --out runs/mar_digits
 
-8x8 images in 2x2 patches, 16 tokens. One CoMAE gives each image's collapse order; for each seed one MAR is trained in
+8x8 images in 2x2 patches, 16 tokens. One CoMAE gives each image's collapse order. For each seed one MAR is trained in
 random orders and fine-tuned from there in arms of equal length: random (R+, the control that the paper lacks), collapse
 (C), collapse_reversed, fixed_random, collapse_static, halton. FD-cls is the Fréchet distance of 32 features of a
-digits classifier that is trained once; never to be called FID. Fixed before the first run: all that stands below.
+digits classifier that is trained once; it is not FID. Fixed before the first run: everything below.
 
 H4.1 FD(C) < FD(R+) at each arm's best guidance and at equal guidance; H4.2 FD(C) < FD(reversed); H4.3 FD(C) against
-fixed_random, collapse_static, halton; H4.4 with a mixture head, bits a dimension of test images, each arm in its own
+fixed_random, collapse_static, halton; H4.4 with a mixture head, bits per dimension of test images, each arm in its own
 order: a difference of 0.01 counts; H4.5 bank, class_mean and global_mean orders within one standard error. Differences
 are by seed, two-sided 95 % t-interval: pass, fail, or inconclusive where it holds 0 or there is one seed. A run this
-small proves that the machinery works; its numbers are no evidence about the paper's claims.
+small shows that the parts work together; its numbers are no evidence about the paper's claims.
 
-What is finished in ``--out`` isn't done again; verdicts are about the cells that are there.
+Finished cells in ``--out`` are kept; verdicts use the cells that exist.
 """
 
 import argparse
@@ -62,7 +62,7 @@ from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer,
 
 ARMS = ("random", "collapse", "halton", "collapse_reversed", "collapse_static", "fixed_random")
 MANY, FEW, NLL_SEEDS = 5, 3, 5
-"""Seeds of random and collapse; of the other arms; of the mixtures."""
+"""Number of seeds of random and collapse; of the other arms; of the mixtures."""
 NLL_ARMS = ("random", "collapse", "halton")
 CFGS = (1.0, 1.5, 2.0, 3.0)
 SOURCES = ("bank", "class_mean", "global_mean")
@@ -73,11 +73,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "decoder on needed tokens": {"decoder": "needed"},
     "without the clip": {"clip": None},
 }
-"""Other ways to draw from seed 0's MAR at guidance 1.5."""
+"""Other ways to sample from seed 0's MAR at guidance 1.5."""
 NUM_SAMPLES, REPEATS, ITERATIONS, DIFFUSION_STEPS = 720, 20, 8, 25
 STEPS, TUNE_STEPS, BATCH, COMAE_STEPS, COMAE_BATCH, CLASSIFIER_STEPS = 2000, 400, 64, 1500, 16, 600
 LEVEL = 1 / 16
-"""Of a pixel in 0..1: digits have 17."""
+"""Step of a pixel in 0..1: digits have 17 levels."""
 NETWORK: dict[str, Any] = {
     "num_classes": 10,
     "embed_dim": 64,
@@ -123,7 +123,7 @@ class Digits:
 
 
 def write_digits(root: Path) -> None:
-    """The digits as PNG files, SPLIT/CLASS/NUMBER.png; a fifth, the same of each class, is the test split."""
+    """The digits as PNG files, SPLIT/CLASS/NUMBER.png; a fifth, stratified by class, is the test split."""
     digits = load_digits()
     numbers = np.arange(len(digits.target))
     parts = train_test_split(numbers, test_size=360, stratify=digits.target, random_state=0)
@@ -208,7 +208,7 @@ class Classifier(nn.Module):
 
 
 def classifier(out: Path, data: Digits, test: Digits) -> tuple[Classifier, float]:
-    """The network whose features distances are taken in, trained once; and its accuracy on the test split."""
+    """The classifier, trained once, whose features are used for distances; and its accuracy on the test split."""
     torch.manual_seed(0)
     network = Classifier()
     path = out / "classifier.safetensors"
@@ -226,19 +226,19 @@ def classifier(out: Path, data: Digits, test: Digits) -> tuple[Classifier, float
             optimizer.step()
         save_file(network.state_dict(), path)
     network.eval()
-    _, shares = network.look(test.images.float() / 255)
-    return network, float((shares.argmax(1) == test.labels).float().mean())
+    _, probabilities = network.look(test.images.float() / 255)
+    return network, float((probabilities.argmax(1) == test.labels).float().mean())
 
 
 def tokens_for(data: Digits, kind: str = "pixels") -> Any:
-    """2x2 pixels a token, scaled on the training images."""
+    """2x2 pixels per token, scaled on the training images."""
     source = build_tokens(TokenConfig(kind=kind, patch_size=2), 8, 1)
     source.fit([data.images])
     return source
 
 
 def rank(out: Path, root: Path, data: Digits, test: Digits) -> dict[str, float]:
-    """Write the collapse orders of all images; how much they are one order for all."""
+    """Write the collapse orders of all images; the numbers say how far they are one order for all."""
     path, note = out / "orders.parquet", out / "orders.json"
     if not path.is_file():
         torch.manual_seed(0)
@@ -268,7 +268,7 @@ def rank(out: Path, root: Path, data: Digits, test: Digits) -> dict[str, float]:
 
 
 def build(kind: str, seed: int, data: Digits, arm: str | None = None, orders: Path | None = None) -> MAR:
-    """A MAR, or the CMAR of an arm, with random weights of a seed; ``kind`` is ``diffusion`` or ``mixture``."""
+    """A MAR, or the CMAR of an arm, randomly initialised from a seed; ``kind`` is ``diffusion`` or ``mixture``."""
     settings = {**NETWORK, **(MIXTURE if kind == "mixture" else {})}
     torch.manual_seed(seed)
     if arm is None:
@@ -279,7 +279,7 @@ def build(kind: str, seed: int, data: Digits, arm: str | None = None, orders: Pa
 
 
 def trained(out: Path, kind: str, seed: int, data: Digits, arm: str | None = None) -> MAR:
-    """A trained MAR, or an arm fine-tuned from it; out of the file where it is there."""
+    """A trained MAR, or an arm fine-tuned from it; read from its file if it exists."""
     method = build(kind, seed, data, arm, out / "orders.parquet")
     path = out / "weights" / f"{kind}_{seed}_{arm or 'mar'}.safetensors"
     if path.is_file():
@@ -299,7 +299,7 @@ def trained(out: Path, kind: str, seed: int, data: Digits, arm: str | None = Non
 
 
 def compare(features: Tensor, reference: Tensor, seed: int = 0) -> dict[str, float]:
-    """Distances of drawn images' features from real ones'."""
+    """Distances of the features of samples to those of real images."""
     places = resamples(len(features), REPEATS, seed)
     return {
         "fd": frechet_distance(features, reference),
@@ -321,7 +321,7 @@ def sample(
     network: Classifier,
     way: str = "",
 ) -> dict[str, Any]:
-    """Draw, look, compare; out of the file where it is there. ``way``: one of ``WAYS``; none: as the protocol says."""
+    """Sample and evaluate; read from its file if it exists. ``way``: one of ``WAYS``; empty: the default sampler."""
     name = f"{seed}_{arm or 'mar'}_{cfg:g}_{source}" + (f"_{way.replace(' ', '_')}" if way else "")
     path = out / "cells" / f"{name}.json"
     if path.is_file():
@@ -352,7 +352,7 @@ def sample(
     assert film is not None
     write_png(out / "pictures" / f"{name}.png", picture_grid(images[:80], 10))
     write_png(out / "pictures" / f"{name}_film.png", film_strip(film))
-    features, shares = network.look(images)
+    features, probabilities = network.look(images)
     result = {
         "seed": seed,
         "arm": arm or "mar",
@@ -360,8 +360,8 @@ def sample(
         "source": source,
         "way": way,
         "cpu_s": time.process_time() - started,
-        "as_asked": float((shares.argmax(1) == torch.tensor(labels)).float().mean()),
-        "classifier_score": classifier_score(shares.double()),
+        "as_asked": float((probabilities.argmax(1) == torch.tensor(labels)).float().mean()),
+        "classifier_score": classifier_score(probabilities.double()),
         "train": compare(features, network.look(data.images.float() / 255)[0]),
         "test": compare(features, network.look(test.images.float() / 255)[0]),
         "images_per_s": rate,
@@ -372,7 +372,7 @@ def sample(
 
 
 def likelihood(out: Path, seed: int, arm: str, data: Digits, test: Digits) -> dict[str, Any]:
-    """Bits a dimension of test images in an arm's own order: of 17 levels, an upper bound."""
+    """Bits per dimension of test images in an arm's own order: 17 levels, an upper bound."""
     path = out / "cells" / f"nll_{seed}_{arm}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -452,8 +452,8 @@ def conclude(cells: list[dict[str, Any]], nlls: list[dict[str, Any]]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description="MAR and CMAR on digits.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--json", type=Path, help="where the numbers go; default: OUT/mar-digits.json")
-    parser.add_argument("--seeds", type=int, default=MANY, help="do only the first so many seeds")
+    parser.add_argument("--json", type=Path, help="file of the numbers; default: OUT/mar-digits.json")
+    parser.add_argument("--seeds", type=int, default=MANY, help="only the first N seeds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -477,7 +477,7 @@ def main() -> None:
         cells.extend(sample(out, seed, arm, cfg, source, data, test, network) for cfg in cfgs)
 
     seeds = range(min(arguments.seeds, MANY))
-    for stage in ("main", "likelihood", "others", "sources", "ways"):  # what decides most comes first
+    for stage in ("main", "likelihood", "others", "sources", "ways"):  # the most important first
         for seed in seeds:
             if stage == "main":
                 draw(seed, None, (SOURCE_CFG,))

@@ -1,13 +1,14 @@
-"""Does post-training help? NeCo, NeCo without its sorting, DINO continued: from the same weights, on the same images.
+"""Does post-training help? NeCo, NeCo without sorting, DINO continued: from the same weights, on the same images.
 
     python evidence/neco_posttrain.py --ccp CCP --weights WEIGHTS.safetensors --out runs/neco
     python evidence/neco_posttrain.py --ccp CCP --clothing CLOTHING_SMALL --run runs/dino --out runs/neco-own
 
-The first form starts from weights that others trained and learns from CCP's training and unlabelled photographs at 224
-px; the second starts from a DINO run of our own, made by ``smalti train --recipe dino_tiny64.yaml``, and learns from
-the photographs which that run saw. Both are judged on CCP's validation masks. What was fixed before the first run: all
-that stands below, and no choice of checkpoints. It is the form for a CPU: 200 steps where the paper has tens of
-thousands. ``--out`` may hold what an earlier run finished; that is not done again.
+The first form starts from imported weights and trains on CCP's training and unlabelled photographs at 224 px. The
+second starts from a DINO run of ``smalti train --recipe dino_tiny64.yaml`` and trains on the photographs of that run.
+Both are evaluated on CCP's validation masks.
+
+Fixed before the first run: everything below, and no choice of checkpoints. It is a form for a CPU: 200 steps where the
+paper has tens of thousands. Finished cells in ``--out`` are kept.
 """
 
 import argparse
@@ -20,7 +21,7 @@ PROTOCOLS = ["in-context", "linear-segmentation", "overclustering"]
 
 
 def plan(images: Path, ccp: Path, start: str, form: dict[str, Any], seeds: int) -> dict[str, Any]:
-    """Arms of one plan."""
+    """All arms; differences are to the first one, no training."""
     neco = {"method": "neco", "method.num_local_views": 2, "init": start, **form["load"], **form["neco"]}
     return {
         "data": str(images),
@@ -44,11 +45,11 @@ def plan(images: Path, ccp: Path, start: str, form: dict[str, Any], seeds: int) 
     }
 
 
-LOANED = {  # ViT-S/14 at 224 px
+IMPORTED = {  # ViT-S/14 at 224 px
     "images": 400,
     "batch_size": 2,
     "dense_size": 224,
-    "load": {"load.pos_antialias": False},  # as DINOv2 reads its positions
+    "load": {"load.pos_antialias": False},  # as DINOv2 resamples its positional embeddings
     "settings": {
         "data.image_size": 224,
         "precision": "bf16",
@@ -59,7 +60,7 @@ LOANED = {  # ViT-S/14 at 224 px
     "neco": {"method.hidden_dim": 1024, "method.references": "queue"},
     "dino": {"method.num_local_views": 2, "method.num_prototypes": 4096},
 }
-OWN = {  # six blocks of ViT-Ti/16 at 64 px, as the DINO run they start from
+OWN = {  # six blocks of ViT-Ti/16 at 64 px, like the DINO run they start from
     "images": 6400,
     "batch_size": 32,
     "dense_size": 224,
@@ -95,15 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ccp", type=Path, required=True, help="images and masks with train.txt and val.txt")
     parser.add_argument("--weights", type=Path, help="of timm's vit_small_patch14_dinov2")
-    parser.add_argument("--run", type=Path, help="a DINO run of dino_tiny64.yaml; made on --clothing if it isn't there")
+    parser.add_argument("--run", type=Path, help="a DINO run of dino_tiny64.yaml; trained on --clothing if missing")
     parser.add_argument("--clothing", type=Path, help="class folders with train")
-    parser.add_argument("--out", type=Path, default=Path("runs/neco"), help="where cells and tables lie")
-    parser.add_argument("--seeds", type=int, default=2, help="how many, from 0 on")
+    parser.add_argument("--out", type=Path, default=Path("runs/neco"), help="folder of cells and tables")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds, from 0")
     options = parser.parse_args()
     ccp = options.ccp.resolve()
     if options.weights:
         start = f"timm:vit_small_patch14_dinov2@{options.weights.resolve()}"
-        what = plan(ccp_images(ccp, options.out), ccp, start, LOANED, options.seeds)
+        what = plan(ccp_images(ccp, options.out), ccp, start, IMPORTED, options.seeds)
     elif options.run and options.clothing:
         images = options.clothing.resolve() / "train"
         if not (options.run / "run.json").exists():

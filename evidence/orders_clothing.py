@@ -1,14 +1,14 @@
-"""Orders of patches on photographs of clothing: what they are like, what they tell, what they cost. By commands.
+"""Orders of patches on photographs of clothing: their properties, accuracy from few patches, cost. By commands.
 
     python evidence/orders_clothing.py --data CLOTHING --out runs/orders
 
-1. Two runs of comae_tiny64 (seeds 0 and 1), as the recipe says.
-2. ``smalti rank``: orders of all images by seed 0, against seed 1's.
+1. Two runs of the recipe comae_tiny64 (seeds 0 and 1).
+2. ``smalti rank``: orders of all images with seed 0, against seed 1.
 3. A classifier at 64 px, patches of 8 px, four blocks of width 96, 1,000 steps of 64, on whole images (``full``) and
    with patches dropped by two orders (collapse_static, collapse): ``smalti train cvit``.
 4. ``smalti evaluate --protocol keep-curve`` of each, with all orders of the file, on the test photographs.
 
-One seed an arm, so no verdict about orders. What is finished in ``--out`` isn't done again. Half an hour of a core.
+One seed per classifier, so no verdict about orders. Finished steps in ``--out`` are kept. Half an hour of one core.
 """
 
 import argparse
@@ -30,13 +30,13 @@ CLASSIFIER = ("data.image_size=64", "encoder.patch_size=8")
 
 
 def smalti(*arguments: str | Path) -> None:
-    """One command, as a user types it."""
+    """Run one command, as a user types it."""
     print("smalti", *arguments, flush=True)
     subprocess.run([sys.executable, "-m", "smalti", *map(str, arguments)], check=True)
 
 
 def train(recipe: str, data: Path, run: Path, *settings: str) -> None:
-    """A finished run is kept, a stopped one goes on."""
+    """Train, or resume an interrupted run; finished runs are kept."""
     if run.is_dir():
         if not json.loads((run / "run.json").read_text()).get("finished"):
             smalti("train", "--resume", run, "--quiet")

@@ -1,9 +1,9 @@
-"""Does PART learn left and right once views are no longer mirrored? Four short runs on CIFAR-10.
+"""Does PART learn horizontal offsets when views are not mirrored? Four short runs on CIFAR-10.
 
     python evidence/part_flips.py --cifar CIFAR10_JPEG --out runs/flips
 
-The CPU form of cifar_positions.py at half its length: flips on or off, the paper's head or the one with a residual and
-norms. Fixed before the first run: all that stands below. On one core it takes about five minutes.
+The CPU form of cifar_positions.py at half its length: flips on or off, the paper's head or the head with a residual and
+norms. Fixed before the first run: everything below. About five minutes of one core.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FLIPS = (0.5, 0.0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=Path, required=True, help="holds train.tar.xz and test.tar.xz")
-    parser.add_argument("--out", type=Path, default=Path("runs/flips"), help="where images and runs lie")
+    parser.add_argument("--out", type=Path, default=Path("runs/flips"), help="folder of images and runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     form = FORMS["cpu"]

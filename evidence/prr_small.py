@@ -1,17 +1,17 @@
-"""Does PRR pooling leave better patch tokens behind than a class token, at no loss of accuracy? On synthetic images.
+"""Does PRR pooling give better patch tokens than a class token, without loss of accuracy? On synthetic images.
 
     python evidence/prr_small.py --out runs/prr
 
-Three arms differ in ``pool`` alone (cls, avg, prr) and learn six classes of images by ``supervised``; then the encoder
-is frozen and a linear probe tells the class of each patch. Fixed before the first run: all that stands below, seeds 3,
-4 and 5 (a pilot had used 0, 1, 2), and what passes:
+Three arms differ only in ``pool`` (cls, avg, prr) and learn six classes of images with ``supervised``. Then the encoder
+is frozen and a linear probe classifies each patch. Fixed before the first run: everything below, seeds 3, 4 and 5 (a
+pilot had used 0, 1, 2), and the criteria:
 
 (a) gradients of ``w . pooled`` with respect to the final tokens: exactly 0 on patches with cls, exactly equal with avg,
     none 0, not all equal and those of the paper's formula with prr;
 (b) mIoU of patches before the final norm: prr at least 0.05 above cls in every seed;
 (c) top-1: the mean of prr at most 2 points below that of cls.
 
-What is finished in ``--out`` isn't done again.
+Finished arms in ``--out`` are kept.
 """
 
 import argparse
@@ -52,7 +52,7 @@ BACKGROUND = len(ORIENTATIONS) * len(PERIODS)
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """Images with one textured object each, and one figure that tells nothing."""
+    """Images with one textured object each, and one distractor figure."""
 
     images: Tensor
     """``(n, 3, 48, 48)`` float32 in 0..1."""
@@ -91,7 +91,7 @@ def scene(rng: np.random.Generator, label: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def scenes(split: str, count: int) -> Scenes:
-    """All images of a split, a function of its seed."""
+    """All images of a split, determined by its seed."""
     rng = np.random.default_rng(DATA_SEEDS[split])
     labels = rng.integers(0, BACKGROUND, count)
     made = [scene(rng, int(label)) for label in labels]
@@ -103,7 +103,7 @@ def scenes(split: str, count: int) -> Scenes:
 
 
 def batches(data: Scenes, seed: int) -> Iterator[Views]:
-    """Batches without end in an order that depends on the seed; nothing is cropped or flipped."""
+    """Endless batches in an order that depends on the seed, without crops or flips."""
     g = torch.Generator().manual_seed(seed)
     nothing = torch.zeros(BATCH, dtype=torch.int64)
     while True:
@@ -131,7 +131,7 @@ def build(pool: str, seed: int) -> Supervised:
 
 
 def train(method: Supervised, data: Scenes, seed: int) -> list[float]:
-    """400 steps; the loss of each."""
+    """Train for 400 steps; the loss of each."""
     optimizer = build_optimizer(method.param_groups(), OPTIM)
     losses = []
     method.train()
@@ -149,18 +149,18 @@ def train(method: Supervised, data: Scenes, seed: int) -> list[float]:
 
 @torch.no_grad()
 def in_parts(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """A function of images, 200 of them at a time."""
+    """Apply a function to 200 images at a time."""
     return torch.cat([run(part) for part in images.split(200)])
 
 
 def patch_miou(encoder: Encoder, norm: bool, train_set: Scenes, test_set: Scenes, seed: int) -> float:
-    """Mean IoU over 7 classes of patches, by a linear probe of frozen tokens, standardised per channel."""
+    """Mean IoU over 7 classes of patches of a linear probe on frozen tokens, standardised per channel."""
     tokens = [
         in_parts(lambda images: encoder.encode(encoder.normalize(images), norm=norm).patches, part.images).flatten(0, 1)
         for part in (train_set, test_set)
     ]
     mean, std = tokens[0].mean(0), tokens[0].std(0).clamp(min=1e-6)
-    fit, judged = ((part - mean) / std for part in tokens)
+    fit, held_out = ((part - mean) / std for part in tokens)
     targets = train_set.patches.flatten()
     g = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -177,12 +177,12 @@ def patch_miou(encoder: Encoder, norm: bool, train_set: Scenes, test_set: Scenes
         optimizer.step()
     confusion = ConfusionMatrix(BACKGROUND + 1)
     with torch.no_grad():
-        confusion.update(test_set.patches.flatten(), probe(judged).argmax(1))
+        confusion.update(test_set.patches.flatten(), probe(held_out).argmax(1))
     return float(class_iou(confusion.matrix).nanmean())
 
 
 def mechanism_holds(encoder: Encoder, image: Tensor) -> bool:
-    """Criterion (a) for an arm, on the tokens that it makes of an image, in float64."""
+    """Criterion (a) for an arm, on its tokens of one image, in float64."""
     encoder = encoder.double()
     with torch.no_grad():
         features = encoder.encode(encoder.normalize(image[None]).double())
@@ -242,7 +242,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Every seed as a dot, its untrained encoder grey."""
+    """Each seed as a dot; untrained encoders in grey."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     shown = (("miou", "patches, before the norm: mIoU"), ("miou_after_norm", "after the norm: mIoU"), ("top1", "top-1"))
     for axis, (name, title) in zip(axes, shown, strict=True):
@@ -254,14 +254,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(range(len(ARMS)), list(ARMS))
         axis.set_title(title, fontsize=9)
         axis.grid(axis="y", alpha=0.3)
-    figure.suptitle("blue: trained by image classes alone, grey: untrained; one dot a seed", fontsize=9)
+    figure.suptitle("blue: trained by image classes alone, grey: untrained; one dot per seed", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/prr"), help="where finished arms lie")
-    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="where the page's files go")
+    parser.add_argument("--out", type=Path, default=Path("runs/prr"), help="folder of finished arms")
+    parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figure")
     options = parser.parse_args()
     torch.set_num_threads(1)
     train_set, test_set = scenes("train", NUM_TRAIN), scenes("test", NUM_TEST)
@@ -288,8 +289,9 @@ def main() -> None:
     content = {"rows": rows, "criteria": found, "seeds": SEEDS, "data_seeds": DATA_SEEDS, "threads": 1}
     content["share_of_object_pixels"] = float((test_set.patches != BACKGROUND).double().mean())
     content |= {"date": time.strftime("%Y-%m-%d"), **describe_machine()}
+    options.results.mkdir(parents=True, exist_ok=True)
     options.figures.mkdir(parents=True, exist_ok=True)
-    (options.figures / "prr.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (options.results / "prr.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(rows, options.figures / "prr.png")
 
 

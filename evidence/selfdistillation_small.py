@@ -2,13 +2,16 @@
 
     python evidence/selfdistillation_small.py --clothing CLOTHING_SMALL --ccp CCP --out runs/selfdistillation
 
-Every arm trains on clothing photographs without their labels, for the same steps, on the same small encoder, with the
-method's settings of its recipe for small data (``*_tiny64.yaml``; MAE's is ``mae_tiny96.yaml``). All are judged by k-NN
-on the classes of these photographs and on the masks of another clothing set. Whether a method collapsed is read from
-its log: the entropy of how often each prototype is a target, as a share of the largest possible, and the effective rank
-of the exported features. What was fixed before the first run: all that stands here, and no choice of checkpoints; "did
-not collapse" means an entropy above half of the largest for every head and an effective rank above 10.
-``--out`` may hold what an earlier, broken-off run finished; that is not done again.
+Each arm trains on clothing photographs without labels, for the same number of steps, on the same small encoder, with
+the method settings of its recipe for small data (``*_tiny64.yaml``; MAE: ``mae_tiny96.yaml``). Evaluation: k-NN on the
+classes of these photographs, overclustering and patch k-NN on the masks of another clothing data set. The gain of an
+arm is the difference to its own network before training.
+
+Collapse is read from the log: the entropy of prototype usage divided by its maximum, and the effective rank of the
+exported features. Fixed before the first run: everything in this file, and no choice of checkpoints. "Did not collapse"
+means a usage entropy above half of the maximum for each head, and an effective rank above 10.
+
+Finished cells in ``--out`` are kept.
 """
 
 import argparse
@@ -44,7 +47,7 @@ def arm(recipe: str) -> dict[str, Any]:
 
 
 def plan(clothing: Path, ccp: Path, seeds: list[int]) -> dict[str, Any]:
-    """All arms; differences are against no training."""
+    """All arms; differences are to timm's random initialisation, gains to each arm's own untrained network."""
     return {
         "data": str(clothing / "train"),
         "evaluate": [
@@ -69,10 +72,10 @@ def collapse(comparison: Comparison) -> list[dict[str, Any]]:
             continue
         config = read_yaml(cell.folder / RUN / "config.yaml")
         most = math.log(config["method"]["num_prototypes"])
-        shares = {name.removesuffix("_usage_entropy"): float(last[name]) / most for name in names}
+        ratios = {name.removesuffix("_usage_entropy"): float(last[name]) / most for name in names}
         rank = float(last["effective_rank"])
-        kept = min(shares.values()) > LEAST_ENTROPY and rank > LEAST_RANK
-        rows.append({"arm": cell.arm, "seed": cell.seed, "usage": shares, "effective_rank": rank, "did_not": kept})
+        kept = min(ratios.values()) > LEAST_ENTROPY and rank > LEAST_RANK
+        rows.append({"arm": cell.arm, "seed": cell.seed, "usage": ratios, "effective_rank": rank, "did_not": kept})
     return rows
 
 
@@ -80,16 +83,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clothing", type=Path, required=True, help="class folders with train and test")
     parser.add_argument("--ccp", type=Path, required=True, help="images and masks with train.txt and val.txt")
-    parser.add_argument("--out", type=Path, default=Path("runs/selfdistillation"), help="where cells and tables lie")
+    parser.add_argument("--out", type=Path, default=Path("runs/selfdistillation"), help="folder of cells and tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     comparison = smalti.compare(plan(options.clothing.resolve(), options.ccp.resolve(), options.seeds), options.out)
     print((options.out / "comparison.md").read_text(encoding="utf-8"))
     rows = collapse(comparison)
-    print("| arm | seed | usage of prototypes, share of the largest entropy | effective rank | did not collapse |")
+    print("| arm | seed | entropy of prototype usage / its maximum | effective rank | did not collapse |")
     print("|---|---|---|---|---|")
     for row in rows:
-        usage = ", ".join(f"{name} {share:.2f}" for name, share in row["usage"].items())
+        usage = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["usage"].items())
         print(f"| {row['arm']} | {row['seed']} | {usage} | {row['effective_rank']:.1f} | {row['did_not']} |")
     write_atomically(options.out / COLLAPSE, json.dumps(rows, indent=1))
 

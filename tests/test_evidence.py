@@ -1,0 +1,51 @@
+"""The scripts of evidence/ fit the package as it is now, and the pages of docs/evidence/ fit the files of results."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "evidence").glob("*.py"))
+RESULTS = sorted((ROOT / "evidence" / "results").iterdir())
+PAGES = sorted((ROOT / "docs" / "evidence").glob("*.md"))
+PAGES_TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_each_script_imports_what_exists(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(path.parent))  # some share code with one another
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    spec = importlib.util.spec_from_file_location(f"evidence_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    assert callable(module.main)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_page_has_the_command_of_each_script(path: Path) -> None:
+    assert f"python evidence/{path.name}" in PAGES_TEXT
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_page_links_to_each_file_of_results(path: Path) -> None:
+    assert json.loads(path.read_text(encoding="utf-8"))
+    assert f"](../../evidence/results/{path.name})" in PAGES_TEXT
+
+
+def test_links_and_images_of_the_pages_exist() -> None:
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+        missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+        assert not missing, page.name
+
+
+def test_the_index_names_each_page() -> None:
+    index = (ROOT / "docs" / "evidence" / "README.md").read_text(encoding="utf-8")
+    missing = [page.name for page in PAGES if page.name != "README.md" and f"]({page.name})" not in index]
+    assert not missing
