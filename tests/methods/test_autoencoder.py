@@ -20,7 +20,7 @@ from smalti.functional.patches import patchify
 from smalti.layers.tokens import TokenConfig
 from smalti.methods import base
 from smalti.methods.autoencoder import Autoencoder, AutoencoderConfig, pca_psnr, reconstruction_loss
-from smalti.methods.base import TokenMethod
+from smalti.methods.base import MethodConfig, TokenMethod
 from smalti.runs.build import load_method
 from smalti.runs.train import resume, train
 
@@ -35,8 +35,10 @@ SMALL = {
 
 
 @settings
-class ReaderConfig:
-    """None."""
+class ReaderConfig(MethodConfig):
+    """None of its own."""
+
+    name: str = "reader"
 
 
 class Reader(TokenMethod):
@@ -105,7 +107,7 @@ def test_terms_are_means_over_pixel_values(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({"kind": "pca"}, "tokens.kind=pca: autoencoder makes its own tokens"),
+        ({"kind": "pca"}, "tokens.kind=pca: autoencoder trains its own tokens"),
         ({"patch_size": 3}, "tokens.patch_size=3: an autoencoder halves the sides"),
         ({"patch_size": 32}, "data.image_size=16: the autoencoder makes a token of 32x32 pixels"),
     ],
@@ -237,6 +239,6 @@ def test_a_run_that_principal_components_beat_says_so_near_its_end() -> None:
     assert method.diagnose(views, 0.5).warnings == {}
     found = method.diagnose(views, 0.95)
     assert found.numbers["psnr_pca"] > method.observations["psnr"]
-    assert "6 principal components a patch give" in found.warnings["worse than pca"]
+    assert "6 principal components per patch reach" in found.warnings["worse than pca"]
     method.observations["psnr"] = torch.tensor(99.0)
     assert method.diagnose(views, 0.95).warnings == {}
