@@ -176,7 +176,7 @@ def test_a_cmar_needs_a_mar_and_its_images_orders(mar: Path, orders: Path, class
         ("cmar fine-tunes a run of mar or cmar; name it with --init RUN", class_folders, None, []),
         ("give its file as method.orders=FILE", class_folders, mar, []),
         ("has orders of 12 of the 13 images", more, mar, [file]),
-        ("another shape", class_folders, mar, [file, "method.embed_dim=32"]),
+        ("with other sizes", class_folders, mar, [file, "method.embed_dim=32"]),
     ):
         with pytest.raises(SmaltiError) as raised:
             fit("cmar", data, out, "devices=cpu", *words, init=init)
