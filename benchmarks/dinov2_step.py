@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _bench import interleave, report
 from smalti.data.views import Views, collate
 from smalti.methods.dinov2 import DINOv2, DINOv2Config
-from smalti.methods.ibot import MaskedNetwork
+from smalti.methods.masked_tokens import MaskedNetwork
 from smalti.models.build import build_encoder
 
 BATCH = 2

@@ -109,7 +109,7 @@ def test_a_run_without_classes_draws_without_labels(photos: Path, tmp_path: Path
     assert [file.name for file in sorted((tmp_path / "out" / "images").iterdir())] == ["00000.png", "00001.png"]
     with pytest.raises(SmaltiError, match="trained without classes"):
         draw(run, tmp_path / "other", labels="cat")
-    with pytest.raises(SmaltiError, match="knows no classes"):
+    with pytest.raises(SmaltiError, match="guidance needs classes"):
         draw(run, tmp_path / "other", cfg=2.0)
 
 
@@ -137,7 +137,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     cases: list[tuple[str, dict[str, Any]]] = [
         ("there is no class 'bleu'; did you mean 'blue'?", {"labels": "bleu"}),
         ("labels=7: there are classes 0..1", {"labels": "7"}),
-        ("iterations=17: images of 16 tokens are drawn in 1..16 steps", {"iterations": 17}),
+        ("iterations=17: images of 16 tokens need 1..16 iterations", {"iterations": 17}),
         ("is a run of mae; images are drawn by runs of mar and cmar", {"run": other}),
         ("orders of 3x3 patches, this run draws 4x4 tokens", {"order": "collapse", "orders": wrong}),
         ("collapse stands in a file: name it with --orders", {"order": "collapse"}),
@@ -176,7 +176,7 @@ def test_a_cmar_needs_a_mar_and_its_images_orders(mar: Path, orders: Path, class
         ("cmar fine-tunes a run of mar or cmar; name it with --init RUN", class_folders, None, []),
         ("give its file as method.orders=FILE", class_folders, mar, []),
         ("has orders of 12 of the 13 images", more, mar, [file]),
-        ("another shape", class_folders, mar, [file, "method.embed_dim=32"]),
+        ("with other sizes", class_folders, mar, [file, "method.embed_dim=32"]),
     ):
         with pytest.raises(SmaltiError) as raised:
             fit("cmar", data, out, "devices=cpu", *words, init=init)

@@ -66,7 +66,7 @@ SMALL: dict[str, dict[str, object]] = {
 FIXED_TARGETS: dict[str, dict[str, object]] = {
     "dino": {"momentum": 1.0, "center_momentum": 1.0},
     "dinov2": {"momentum": 1.0},
-    "ibot": {"momentum": 1.0, "center_momentum": 1.0, "patch_center_momentum": 1.0},
+    "ibot": {"momentum": 1.0, "center_momentum": 1.0},
     "intertwined": {"momentum": 1.0},
     "loca": {"momentum": 1.0},
     "neco": {"momentum": 1.0},

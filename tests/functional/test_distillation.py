@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError
-from smalti.functional.distillation import distill
+from smalti.functional.distillation import distill, distill_reference
 from smalti.functional.transport import sinkhorn, sinkhorn_offsets
 
 
@@ -35,6 +35,18 @@ def by_plain_loops(
         for row in rows:
             loss = loss - weights[i] / len(rows) * ((teacher[row] / 0.5 - offsets).softmax(0) * log_pred).sum()
     return loss
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, None])
+def test_the_chunked_form_equals_the_reference_and_so_do_its_gradients(chunk: int | None) -> None:
+    student, prototypes, teacher, offsets, weights = data(m=6)
+    leaves = [student.requires_grad_(), prototypes.requires_grad_()]
+    sources = torch.randint(6, (5, 2), generator=torch.Generator().manual_seed(0))
+    rest = (student, prototypes, teacher, offsets, weights)
+    expected = distill_reference(*rest, student_temp=0.1, teacher_temp=0.5, sources=sources)
+    found = distill(*rest, student_temp=0.1, teacher_temp=0.5, sources=sources, chunk=chunk).loss
+    assert_close(found, expected)
+    assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves))
 
 
 @given(n=st.integers(0, 6), chunk=st.integers(1, 7), paired=st.booleans(), seed=st.integers(0, 99))

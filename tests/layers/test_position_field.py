@@ -41,12 +41,11 @@ def some_boxes(count: int = 7, seed: int = 0) -> torch.Tensor:
 @given(
     box=st.tuples(*(st.floats(0, 1, width=32) for _ in range(4))),
     grid=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    separable=st.booleans(),
 )
-def test_a_field_of_coordinates_tells_each_patch_its_centre(box, grid, separable):  # known answer
+def test_a_field_of_coordinates_tells_each_patch_its_centre(box, grid):  # known answer
     boxes = torch.tensor([box])
     across, down = patch_centres(boxes, grid)
-    read = coordinates(mode="bilinear", separable=separable)(boxes, grid).unflatten(1, grid)
+    read = coordinates(mode="bilinear")(boxes, grid).unflatten(1, grid)
     assert_close(read[..., 0], across[:, None].expand(-1, grid[0], -1), rtol=0, atol=1e-6)
     assert_close(read[..., 1], down[..., None].expand(-1, -1, grid[1]), rtol=0, atol=1e-6)
 
@@ -87,27 +86,14 @@ def test_one_call_for_all_views_equals_a_field_for_each(mode, align_corners):
     assert_close(field(boxes, grid), expanded.flatten(2).mT, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mode", "align_corners"), list(itertools.product(MODES, (True, False))))
-def test_two_products_equal_one_call_and_so_do_their_gradients(mode, align_corners):
-    both = [noise(mode=mode, align_corners=align_corners, separable=separable) for separable in (False, True)]
-    boxes, grid = torch.cat([some_boxes(), WHOLE]), (3, 4)
-    read = [field(boxes, grid) for field in both]
-    assert_close(read[1], read[0], rtol=0, atol=1e-5)
-    weights = torch.randn_like(read[0])
-    for values in read:
-        (values * weights).sum().backward()
-    assert_close(both[1].field.grad, both[0].field.grad, rtol=1e-4, atol=1e-5)
-
-
 def test_exchanged_edges_read_the_columns_in_reverse():
     field, boxes, grid = noise(), some_boxes(), (3, 4)
     reversed_ = field(boxes[:, [2, 1, 0, 3]], grid).unflatten(1, grid)
     assert_close(reversed_, field(boxes, grid).unflatten(1, grid).flip(2), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("separable", [False, True])
-def test_reading_has_the_right_gradient(separable):
-    field = noise((4, 5), separable=separable).double()
+def test_reading_has_the_right_gradient():
+    field = noise((4, 5)).double()
     boxes = some_boxes(2).double()
 
     def read(table: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,9 @@ SMALL = {
 
 @settings
 class ReaderConfig(MethodConfig):
-    """None."""
+    """None of its own."""
+
+    name: str = "reader"
 
     name: str = "reader"
 
@@ -107,7 +109,7 @@ def test_terms_are_means_over_pixel_values(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({"kind": "pca"}, "tokens.kind=pca: autoencoder makes its own tokens"),
+        ({"kind": "pca"}, "tokens.kind=pca: autoencoder trains its own tokens"),
         ({"patch_size": 3}, "tokens.patch_size=3: an autoencoder halves the sides"),
         ({"patch_size": 32}, "data.image_size=16: the autoencoder makes a token of 32x32 pixels"),
     ],
@@ -239,6 +241,6 @@ def test_a_run_that_principal_components_beat_says_so_near_its_end() -> None:
     assert method.diagnose(views, 0.5).warnings == {}
     found = method.diagnose(views, 0.95)
     assert found.numbers["psnr_pca"] > method.observations["psnr"]
-    assert "6 principal components a patch give" in found.warnings["worse than pca"]
+    assert "6 principal components per patch reach" in found.warnings["worse than pca"]
     method.observations["psnr"] = torch.tensor(99.0)
     assert method.diagnose(views, 0.95).warnings == {}

@@ -287,7 +287,7 @@ def test_it_says_what_its_graphs_lack() -> None:
     assert not early.warnings and late.numbers["position_variance_ratio"] == pytest.approx(1)
     assert (
         list(late.warnings) == ["static order"]
-        and "1.00 of the ranks' variance over 8 images" in late.warnings["static order"]
+        and "1.00 of the variance of ranks over 8 images" in late.warnings["static order"]
     )
     with torch.no_grad():
         method.selector.head.bias.zero_()
@@ -321,7 +321,7 @@ def test_it_learns_who_can_tell_a_target_apart(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"sigma": 0.0}, "method.sigma=0.0: a number above 0"),
-        ({"budget": 1.5}, "method.budget=1.5: a share in 0..1"),
+        ({"budget": 1.5}, "method.budget=1.5: it must lie in 0..1"),
         ({"num_targets": 0}, "method.num_targets=0: at least 1"),
         ({"encoder_num_heads": 3}, "a multiple of 4 times the heads"),
         ({"contrast_weight": -1.0}, "method.contrast_weight=-1.0"),

@@ -91,7 +91,7 @@ def test_the_teacher_follows_the_student() -> None:
 
 def test_momentum_goes_from_its_start_to_one() -> None:
     assert_close([cosine_momentum(0.996, p) for p in (0.0, 0.5, 1.0)], [0.996, 0.998, 1.0])
-    with pytest.raises(ConfigError, match="lies in 0"):
+    with pytest.raises(ConfigError, match="must lie in 0"):
         cosine_momentum(1.5, 0.0)
 
 
@@ -161,7 +161,7 @@ def test_the_recipe_is_the_official_run_of_300_epochs() -> None:
 
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
-        tiny(student_temp=0.0)
+        tiny(teacher_temp=0.0)
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.1"):
         tiny(momentum=2.0)
 

@@ -20,8 +20,8 @@ from smalti.methods.droppos import (
     DropPos,
     DropPosConfig,
     legacy_labels,
-    likeness_to_class,
     position_loss,
+    similarity_to_class,
     smoothed_labels,
 )
 from smalti.models.build import build_encoder
@@ -211,8 +211,8 @@ def test_stand_ins_for_positions() -> None:
 
 def test_weights_of_patches_by_hand() -> None:
     features = PatchFeatures(torch.tensor([[[2.0, 0.0], [0.0, 3.0]]]), torch.tensor([[[5.0, 0.0]]]), (1, 2))
-    weights = likeness_to_class(features, 0.5)[0]
-    assert_close(weights, torch.tensor([math.exp(2), 1.0]) / (math.exp(2) + 1))
+    weights = similarity_to_class(features)[0]
+    assert_close(weights, torch.tensor([math.exp(10), 1.0]) / (math.exp(10) + 1))
 
 
 def test_confident_tokens_are_left_out() -> None:
@@ -276,9 +276,9 @@ def test_a_short_run_finds_positions(graded_photos: Path, tmp_path: Path) -> Non
 
 
 def test_mistakes_are_one_line_each() -> None:
-    with pytest.raises(ConfigError, match=r"method.mask_ratio=1.0: a share in 0..1 \(1 excluded\)"):
+    with pytest.raises(ConfigError, match=r"method.mask_ratio=1.0: it must lie in \[0, 1\)"):
         tiny(mask_ratio=1.0)
-    with pytest.raises(ConfigError, match=r"method.pos_mask_ratio=0.0: a share in 0..1 \(0 excluded\)"):
+    with pytest.raises(ConfigError, match=r"method.pos_mask_ratio=0.0: it must lie in \(0, 1\]"):
         tiny(pos_mask_ratio=0.0)
     with pytest.raises(ConfigError, match=r"method.sigma must not be negative"):
         tiny(sigma=-1.0)
@@ -286,7 +286,7 @@ def test_mistakes_are_one_line_each() -> None:
         tiny(class_token=False)
     with pytest.raises(ConfigError, match=r"8x8 cells .* fewer than the 10x10 patches"):
         tiny(img_size=80, legacy_smoothing=True)
-    with pytest.raises(ConfigError, match="needs hidden patches"):
+    with pytest.raises(ConfigError, match="needs masked patches"):
         tiny(mask_ratio=0.0, reconstruct=True)
     with pytest.raises(ConfigError, match="decoder_dim=16 must be a multiple of decoder_num_heads=3"):
         tiny(decoder_num_heads=3)

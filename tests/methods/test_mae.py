@@ -135,9 +135,9 @@ def test_the_default_decoder_of_a_vit_base_is_the_papers() -> None:
 
 
 def test_mistakes_are_one_line_each() -> None:
-    with pytest.raises(ConfigError, match=r"method.mask_ratio=1.0: a share strictly between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"method.mask_ratio=1.0: it must lie strictly between 0 and 1"):
         tiny(mask_ratio=1.0)
-    with pytest.raises(ConfigError, match="one of sincos, learned"):
+    with pytest.raises(ValueError, match="'sincos' or 'learned'"):
         tiny(positions="rope")
     with pytest.raises(ConfigError, match="leaves 0 of 16"):
         tiny(mask_ratio=0.99)(views(torch.zeros(1, 3, 32, 32)), 0.0)

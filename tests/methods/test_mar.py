@@ -40,7 +40,7 @@ def test_what_sampling_draws_sums_to_all_few_first_and_one_at_least() -> None:
             counts = drawn_per_step(tokens, steps)
             assert sum(counts) == tokens and len(counts) == steps and min(counts) >= 1
     for steps in (0, 17):
-        with pytest.raises(ConfigError, match=rf"iterations={steps}: images of 16 tokens are drawn in 1\.\.16 steps"):
+        with pytest.raises(ConfigError, match=rf"iterations={steps}: images of 16 tokens need 1\.\.16 iterations"):
             drawn_per_step(16, steps)
 
 
@@ -108,12 +108,12 @@ def test_the_loss_is_of_hidden_tokens_only() -> None:
 
 def test_labels_are_dropped_as_often_as_asked_in_training_only() -> None:
     mar, batch = make(label_drop=0.3), views(2000)
-    assert torch.equal(mar.told_classes(batch), batch.labels)
-    told = mar.train().told_classes(batch)
+    assert torch.equal(mar.class_conditions(batch), batch.labels)
+    told = mar.train().class_conditions(batch)
     dropped = told == 3
     assert 0.25 < dropped.float().mean() < 0.35 and torch.equal(told[~dropped], batch.labels[~dropped])
-    assert (mar.told_classes(views(5, labels=False)) == 3).all()
-    assert (make(num_classes=None).told_classes(views(5)) == 0).all()
+    assert (mar.class_conditions(views(5, labels=False)) == 3).all()
+    assert (make(num_classes=None).class_conditions(views(5)) == 0).all()
 
 
 def test_losses_do_not_depend_on_the_rest_of_the_batch() -> None:
@@ -237,7 +237,7 @@ def test_mistakes_are_one_clear_line() -> None:
     orders, keys = random_orders(torch.arange(1), 16), torch.arange(1)
     with pytest.raises(ConfigError, match=r"iterations=17: images of 16 tokens"):
         make().draw(orders, keys, sampler=SamplerConfig(iterations=17))
-    with pytest.raises(ConfigError, match="this run knows no classes"):
+    with pytest.raises(ConfigError, match="guidance needs classes"):
         make(num_classes=0).draw(orders, keys, sampler=SamplerConfig(cfg=2.0))
     with pytest.raises(ConfigError, match=r"needs method.head=diffusion"):
         make(head="mixture").draw(orders, keys, sampler=SamplerConfig(cfg=2.0))
@@ -250,12 +250,12 @@ def test_mistakes_are_one_clear_line() -> None:
         make().draw(orders, keys, sampler=SamplerConfig(cfg=-1.0))
     with pytest.raises(ConfigError, match=r"needs method.head=mixture"):
         make().log_likelihood(torch.randn(1, 16, 4), orders)
-    with pytest.raises(ShapeError, match="orders of 9 tokens; this run's images have 16"):
+    with pytest.raises(ShapeError, match="orders have 9 tokens, but this run's images have 16"):
         make().draw(random_orders(keys, 9), keys)
     for settings, words in (
         ({"embed_dim": 15}, "must be a multiple of num_heads=2"),
         ({"buffer_size": 0}, "method.buffer_size=0: at least 1"),
-        ({"mask_ratio_min": 1.0}, "method.mask_ratio_min=1.0: a share"),
+        ({"mask_ratio_min": 1.0}, "method.mask_ratio_min=1.0: it must lie in"),
         ({"clip": 0.0}, "method.clip=0.0"),
         ({"ema_momentum": 2.0}, "method.ema_momentum=2.0"),
     ):

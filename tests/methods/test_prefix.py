@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from smalti.errors import ConfigError
 from smalti.layers.tokens import PatchTokens
-from smalti.methods.prefix import Prefix, PrefixConfig, Told, gaussian_nll, random_seen
+from smalti.methods.prefix import Prediction, Prefix, PrefixConfig, gaussian_nll, random_seen
 
 SMALL = PrefixConfig(dim=24, depth=2, num_heads=3)
 
@@ -21,13 +21,13 @@ def judge(num: int = 4, dim: int = 3) -> Prefix:
 
 def test_the_loss_is_the_normal_laws():
     torch.manual_seed(0)
-    told, tokens = Told(torch.randn(3, 5, 2), torch.randn(3, 5, 2)), torch.randn(3, 5, 2)
+    told, tokens = Prediction(torch.randn(3, 5, 2), torch.randn(3, 5, 2)), torch.randn(3, 5, 2)
     seen = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
     law = torch.distributions.Normal(told.mean, (told.log_variance / 2).exp())
     each = -law.log_prob(tokens).mean(-1)
     expected = torch.stack([one[~here].mean() for one, here in zip(each, seen, strict=True)]).mean()
     assert_close(gaussian_nll(told, tokens, seen), expected)
-    sure = Told(tokens, torch.zeros_like(tokens))
+    sure = Prediction(tokens, torch.zeros_like(tokens))
     assert_close(gaussian_nll(sure, tokens, seen).item(), math.log(2 * math.pi) / 2)
 
 
@@ -44,10 +44,10 @@ def test_hidden_tokens_are_not_looked_at_and_seen_ones_are():
     seen = random_seen(torch.arange(5, 7), 16)
     assert 0 < seen.sum() < 32
     other = torch.where(seen[..., None], tokens, torch.randn(2, 16, 3))
-    for mine, theirs in zip(method.tell(tokens, seen), method.tell(other, seen), strict=True):
+    for mine, theirs in zip(method.predict(tokens, seen), method.predict(other, seen), strict=True):
         assert torch.equal(mine, theirs)
     changed = tokens + torch.where(seen[..., None], 1.0, 0.0)
-    assert not torch.allclose(method.tell(tokens, seen).mean, method.tell(changed, seen).mean, atol=1e-6)
+    assert not torch.allclose(method.predict(tokens, seen).mean, method.predict(changed, seen).mean, atol=1e-6)
 
 
 def test_it_learns_which_token_tells_the_others():
@@ -61,13 +61,13 @@ def test_it_learns_which_token_tells_the_others():
         tokens[:, 1:3] = tokens[:, :1]  # 1 and 2 repeat 0; nothing tells 3
         seen = random_seen(keys, 4)
         optimizer.zero_grad()
-        gaussian_nll(method.tell(tokens, seen), tokens, seen).backward()
+        gaussian_nll(method.predict(tokens, seen), tokens, seen).backward()
         optimizer.step()
         schedule.step()
     tokens = torch.randn(256, 4, 2)
     tokens[:, 1:3] = tokens[:, :1]
     with torch.no_grad():
-        told = method.eval().tell(tokens, torch.tensor([True, False, False, False]).expand(256, 4))
+        told = method.eval().predict(tokens, torch.tensor([True, False, False, False]).expand(256, 4))
     error = (told.mean - tokens).square().mean((0, 2))
     assert error[1:3].max() < 0.1 and abs(error[3] - 1) < 0.25
     assert told.log_variance[:, 1:3].mean() < -2.5 and abs(told.log_variance[:, 3].mean()) < 0.5  # -inf and 0 at best

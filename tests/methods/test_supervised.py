@@ -143,7 +143,7 @@ def test_a_resumed_run_goes_on_to_the_bit(class_folders: Path, tmp_path: Path) -
     ("more", "line"),
     [
         ({"num_classes": 1}, "has 2 classes, method.num_classes=1; leave it out"),
-        ({"label_smoothing": 1.0}, "label_smoothing=1.0: a share in 0..1"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0: it must lie in"),
         ({"mixup": -1.0}, "method.mixup=-1.0: a number of at least 0"),
     ],
 )

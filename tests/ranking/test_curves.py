@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smalti.errors import ShapeError
-from smalti.methods.prefix import Told
+from smalti.methods.prefix import Prediction
 from smalti.ranking.curves import (
     NOISE_FLOOR,
     area,
@@ -24,7 +24,7 @@ class Exact:
     def __init__(self, covariance: torch.Tensor) -> None:
         self.covariance = covariance.double()
 
-    def tell(self, tokens, seen):
+    def predict(self, tokens, seen):
         mean, variance = torch.zeros_like(tokens), torch.ones_like(tokens)
         for row in range(len(tokens)):
             s = seen[row]
@@ -35,7 +35,7 @@ class Exact:
             weights = to @ torch.linalg.inv(among)
             mean[row, ~s, 0] = (weights @ tokens[row, s, 0].double()).float()
             variance[row, ~s, 0] = (self.covariance.diagonal()[~s] - (weights * to).sum(1)).float()
-        return Told(mean, variance.log())
+        return Prediction(mean, variance.log())
 
 
 def hub_world(num: int = 16) -> torch.Tensor:

@@ -30,6 +30,7 @@ from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.tally import Tally, tally_labels
 from smalti.functional.precision import has_bf16
+from smalti.functional.schedules import half_cosine
 from smalti.models.build import clone_encoder
 from smalti.models.encoder import Encoder
 
@@ -164,8 +165,7 @@ def warm_cosine(step: int, num_steps: int, *, peak: float, least: float, num_war
     """
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
-    share = (step - num_warmup) / max(num_steps - num_warmup, 1)
-    return least + (peak - least) * (1 + math.cos(math.pi * share)) / 2
+    return half_cosine(peak, least, (step - num_warmup) / max(num_steps - num_warmup, 1))
 
 
 def warm_poly(

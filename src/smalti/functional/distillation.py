@@ -1,7 +1,6 @@
-"""Cross-entropy between a teacher's and a student's assignments to very many prototypes, without holding them.
+"""Cross-entropy between teacher and student assignments to many prototypes, in chunks that save memory.
 
-Letters: n student rows, m teacher rows, E width of the bottleneck, K prototypes, G teacher rows that a student row is
-compared with.
+Letters: n student rows, m teacher rows, E width of the bottleneck, K prototypes, G teacher rows per student row.
 """
 
 from typing import Any, NamedTuple
@@ -13,18 +12,18 @@ from torch import Tensor
 
 from smalti.functional.precision import at_least_float32
 
-_CHUNK_ELEMENTS = 1 << 24  # of a chunk of logits, 64 MiB in float32
+_CHUNK_ELEMENTS = 1 << 24  # logits in a chunk, 64 MiB in float32
 
 
 class Distillation(NamedTuple):
-    """What :func:`distill` returns."""
+    """Result of :func:`distill`."""
 
     loss: Tensor
     """Scalar."""
     usage: Tensor
-    """``(K,)`` mean of the targets, without gradient; zeros where there are no rows."""
+    """``(K,)`` mean of the targets, without gradient; zeros if there are no rows."""
     target_entropy: Tensor
-    """Mean entropy of the targets, without gradient; 0 where there are no rows."""
+    """Mean entropy of the targets, without gradient; 0 if there are no rows."""
 
 
 def distill(
@@ -41,19 +40,20 @@ def distill(
 ) -> Distillation:
     """``sum_i weights_i H(target_i, softmax(student_i . prototypes / student_temp))``.
 
-    A target is the mean over its sources of ``softmax(teacher_logits / teacher_temp - offsets)``. The student's logits
-    are made, turned into their share of the gradient and forgotten a chunk at a time: three matrix products, as without
-    chunks, and no ``(n, K)`` tensor. Memory beside the arguments: ``chunk * K``, and one ``(K, E)`` for the gradient.
+    A target is the mean over its sources of ``softmax(teacher_logits / teacher_temp - offsets)``. The forward pass also
+    computes the gradients, one chunk of rows at a time, so no ``(n, K)`` tensor is kept: three matrix products, as
+    without chunks. Memory besides the arguments: ``chunk * K``, and one ``(K, E)`` for the gradient.
+    :func:`distill_reference` is the same loss without chunks.
 
     Args:
         student: bottleneck vectors.
         prototypes: their matrix, gains included.
         teacher_logits: without gradient, any float type.
-        offsets: centre / teacher_temp (DINO), or :func:`smalti.functional.transport.sinkhorn_offsets`.
+        offsets: center / teacher_temp (DINO), or :func:`smalti.functional.transport.sinkhorn_offsets`.
         weights: of the rows, without gradient.
         student_temp: above 0.
         teacher_temp: above 0.
-        sources: which teacher rows a student row is compared with, on average; None: row i with row i.
+        sources: teacher rows whose mean is a student row's target; None: row i for row i.
         chunk: student rows at a time; None: as many as make 2**24 logits.
 
     Source: the loss is that of Caron et al., DINO, arXiv:2104.14294v2, Eq. (1) and (2).
@@ -66,8 +66,26 @@ def distill(
     )
 
 
+def distill_reference(
+    student: Float[Tensor, "n E"],
+    prototypes: Float[Tensor, "K E"],
+    teacher_logits: Float[Tensor, "m K"],
+    offsets: Float[Tensor, " K"],
+    weights: Float[Tensor, " n"],
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    sources: Int[Tensor, "n G"],
+) -> Float[Tensor, ""]:
+    """The loss of :func:`distill` under autograd, with all ``(n, G, K)`` targets in memory: what it computes."""
+    logits = at_least_float32(teacher_logits)[sources]  # (n, G, K)
+    target = (logits / teacher_temp - offsets).softmax(-1).mean(1)
+    log_pred = (at_least_float32(F.linear(student, prototypes)) / student_temp).log_softmax(-1)
+    return -(weights[:, None] * target * log_pred).sum()
+
+
 class _Distill(torch.autograd.Function):
-    """Loss and gradients in one go; gradients wait for the loss's own, a scalar."""
+    """Computes loss and gradients in the forward pass; backward multiplies by the scalar gradient of the loss."""
 
     @staticmethod
     def forward(

@@ -1,12 +1,12 @@
-"""Autoencoder: a small convolutional network with a Gaussian code a patch, whose codes are tokens for others.
+"""Autoencoder: a small convolutional network with a Gaussian latent per patch; its latents are tokens of other methods.
 
 Paper: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv:1312.6114v11, in the form that Rombach et al.,
-"High-Resolution Image Synthesis with Latent Diffusion Models", 2022, arXiv:2112.10752v2, App. G gave it: pixels count
-by their absolute error, and the code is held to a standard normal so weakly that it is hardly noisy.
-Letters: B images, d values a code, h w the grid of patches.
-Differs from the paper: no adversarial and no perceptual loss (that one needs a network trained with labels), so fine
-texture comes back smoother; no attention; both terms are means over pixel values, which keeps their ratio and makes
-them comparable between image sizes.
+"High-Resolution Image Synthesis with Latent Diffusion Models", 2022, arXiv:2112.10752v2, App. G: absolute pixel error,
+and so little KL regularisation that the latents are almost free of noise.
+Letters: B images, d values per latent, h w the grid of patches.
+Differs from the paper: no adversarial and no perceptual loss (which needs a network trained with labels), so fine
+texture is smoothed; no attention; both terms are means over pixel values, which keeps their ratio and makes them
+comparable between image sizes.
 """
 
 import dataclasses
@@ -29,53 +29,53 @@ from smalti.methods.base import Findings, MethodConfig, TokenMethod, register
 _WARN_FROM = 0.9
 """Fraction of training after which a comparison with principal components may warn."""
 _FEWEST_PATCHES = 4
-"""Patches for each value of a patch, below which principal components of a batch fit it too well to compare with."""
+"""Fewest patches per value of a patch for the comparison; below, principal components overfit the batch."""
 
 
 @settings
 class AutoencoderConfig(MethodConfig):
-    """Settings of the autoencoder; what a code is (``tokens.patch_size``, ``tokens.dim``) stands in ``tokens.*``."""
+    """Settings of the autoencoder; ``tokens.patch_size`` and ``tokens.dim`` set the size of its latents."""
 
     name: str = "autoencoder"
     width: Width = 32
-    """Channels at full size; 2 and 4 times as many at the levels below."""
+    """Channels at full resolution; 2 and 4 times as many at lower levels."""
     num_blocks: DepthFromZero = 1
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     kl_weight: float = 1e-6
-    """Of the divergence from a standard normal, in nats an image over pixel values an image; 1e-6 in the paper."""
+    """Weight of the KL divergence from a standard normal, in nats per pixel value; 1e-6 in the paper."""
     l2_weight: float = 0.0
-    """Of the squared error beside the absolute one."""
+    """Weight of the squared error, in addition to the absolute error."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Area of the random crop, as a share of the image."""
+    """Area of the random crop, as a fraction of the image."""
 
 
 def reconstruction_loss(
     prediction: Float[Tensor, "B C H W"], images: Float[Tensor, "B C H W"], l2_weight: float
 ) -> Float[Tensor, ""]:
-    """Mean absolute error, and the weighted mean squared one, of images in -1..1."""
+    """Mean absolute error plus weighted mean squared error, of images in -1..1."""
     difference = at_least_float32(prediction) - at_least_float32(images)
     return difference.abs().mean() + l2_weight * difference.square().mean()
 
 
 @torch.no_grad()
 def pca_psnr(images: Float[Tensor, "B C H W"], patch_size: tuple[int, int], dim: int) -> Float[Tensor, ""]:
-    """Signal to noise, in decibel, of images rebuilt from the first principal components of their own patches.
+    """PSNR in decibels of images reconstructed from the first principal components of their own patches.
 
     Args:
         images: in 0..1.
         patch_size: ``(height, width)`` of a patch.
-        dim: components a patch.
+        dim: components per patch.
     """
     with torch.autocast(images.device.type, enabled=False):
         patches = patchify(images, patch_size).flatten(0, 1).double()
         centred = patches - patches.mean(0)
-        left = torch.linalg.eigvalsh(centred.mT @ centred / len(patches)).flip(0)[dim:]  # variances that are lost
+        left = torch.linalg.eigvalsh(centred.mT @ centred / len(patches)).flip(0)[dim:]  # lost variances
         return -10 * (left.sum() / patches.shape[1]).clamp(min=1e-12).log10()
 
 
 @register("autoencoder")
 class Autoencoder(TokenMethod):
-    """Code each patch in few numbers, and draw the image from a sample of the codes."""
+    """Encode each patch as a few numbers, and decode the image from a sample of them."""
 
     Config = AutoencoderConfig
     title = "convolutional autoencoder with KL regularisation; its latents are the tokens of other methods"
@@ -104,14 +104,16 @@ class Autoencoder(TokenMethod):
 
     @classmethod
     def make_tokens(cls, config: TokenConfig, own: AutoencoderConfig, image_size: int, in_chans: int) -> TokenSource:
-        """An autoencoder that is not trained yet.
+        """An untrained autoencoder.
 
         Raises:
-            ConfigError: for another kind of tokens, or ones that are there already.
+            ConfigError: for another kind of tokens, or trained ones.
         """
         if config.kind != "autoencoder" or config.path is not None:
             name = f"path={config.path}" if config.path is not None else f"kind={config.kind}"
-            raise ConfigError(f"tokens.{name}: autoencoder makes its own tokens, of tokens.patch_size and tokens.dim")
+            raise ConfigError(
+                f"tokens.{name}: autoencoder trains its own tokens; set only tokens.patch_size and tokens.dim"
+            )
         shape = {"width": own.width, "num_blocks": own.num_blocks}
         return build_tokens(dataclasses.replace(config, network=shape), image_size, in_chans)
 
@@ -120,7 +122,7 @@ class Autoencoder(TokenMethod):
         return MultiCrop([ViewSpec(count=1, size=image_size, scale=self.config.crop_scale, flip_prob=0.5)])
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
-        """``{"reconstruction": ..., "kl": ...}``, the second with its weight."""
+        """Loss terms ``reconstruction`` and ``kl``, weighted."""
         images = self.tokens.as_float(views.global_crops) * 2 - 1
         mean, log_variance = self.tokens.network.moments(images)
         prediction = self.tokens.network.decode(draw_codes(mean, log_variance, views.keys))
@@ -137,8 +139,8 @@ class Autoencoder(TokenMethod):
         }
 
     def diagnose(self, views: Views, progress: float) -> Findings:
-        """``psnr_pca``: what as many principal components of the batch's own patches reach; a warning near the end if
-        the autoencoder, which :meth:`forward` has just measured on this batch, does not reach it."""
+        """``psnr_pca``: PSNR of as many principal components of the batch's own patches. Warns near the end of training
+        if the autoencoder's PSNR on this batch is lower."""
         images, (rows, columns) = self.tokens.as_float(views.global_crops), self.tokens.grid
         size = (images.shape[-2] // rows, images.shape[-1] // columns)
         best = float(pca_psnr(images, size, self.tokens.token_dim))
@@ -147,7 +149,7 @@ class Autoencoder(TokenMethod):
         if progress < _WARN_FROM or num_patches < _FEWEST_PATCHES * num_values or own >= best:
             return Findings({"psnr_pca": best})
         text = (
-            f"{self.tokens.token_dim} principal components a patch give {best:.1f} dB on a batch on which this run "
-            f"gives {own:.1f} dB: tokens.kind=pca is the better choice, or a longer run"
+            f"{self.tokens.token_dim} principal components per patch reach {best:.1f} dB on a batch, this run reaches "
+            f"{own:.1f} dB: use tokens.kind=pca, or train longer"
         )
         return Findings({"psnr_pca": best}, {"worse than pca": text})

@@ -1,7 +1,7 @@
-"""The contract of a method, and the registry.
+"""The base class of methods, and their registry.
 
-A method is a paper as an ``nn.Module``: it says how an image becomes a training sample, what the loss terms are, and
-what happens after a step. It is told how far training is (``progress`` in [0, 1]) and asks nobody: it knows no trainer.
+A method is a paper as an ``nn.Module``: it defines the views of an image, the loss terms, and the updates after a step.
+It gets the progress of training (in [0, 1]) as an argument and does not depend on the training loop.
 """
 
 import importlib
@@ -27,12 +27,12 @@ M = TypeVar("M", bound="type[Method]")
 
 @dataclass(frozen=True)
 class Findings:
-    """What a method found when it looked at itself."""
+    """Result of :meth:`Method.diagnose`."""
 
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """For the log; the same names each time."""
+    """Numbers for the log; the same names each time."""
     warnings: Mapping[str, str] = field(default_factory=dict)
-    """Name of a fault to what was seen; told once each."""
+    """Name of a problem to its description; each is shown once."""
 
 
 @settings
@@ -40,41 +40,42 @@ class MethodConfig:
     """Base of the settings of a method: ``method.*`` on the command line."""
 
     name: str
-    """The method, as ``smalti train NAME`` spells it."""
+    """Name of the method, as in ``smalti train NAME``."""
 
 
 LEAST_GAIN = 0.01
-"""A loss that is less than this fraction below the reference's has learned nothing that could be told from it."""
+"""Smallest improvement over the reference, as a fraction of its loss, that counts as learning."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a predictor that ignores the image gets, beside what the method gets."""
+    """The score of a predictor that ignores the image, and the method's."""
 
     metric: str
-    """What is compared, in words, such as ``the position loss``."""
+    """Name of the score, such as ``the position loss``."""
     value: float
+    """The method's score."""
     constant: float
-    """Of the predictor that ignores the image."""
+    """Score of the predictor that ignores the image."""
     predictor: str
-    """Which one that is, such as ``the uniform guess among 64 cells``."""
+    """That predictor, such as ``the uniform guess among 64 cells``."""
     higher_is_better: bool = False
-    """Of fractions in 0..1: the errors (1 less the value) are compared then."""
+    """For fractions in 0..1: compare the errors, 1 minus the score."""
 
     @property
     def gain(self) -> float:
-        """By which fraction of the constant predictor's error the method is better; negative where it is worse."""
+        """Improvement as a fraction of the constant predictor's error; negative if the method is worse."""
         value, constant = (1 - self.value, 1 - self.constant) if self.higher_is_better else (self.value, self.constant)
         return (constant - value) / constant if constant > 0 else 0.0
 
     @property
     def has_learned(self) -> bool:
-        """Whether the method is better by at least :data:`LEAST_GAIN`."""
+        """Whether the gain is at least :data:`LEAST_GAIN`."""
         return self.gain >= LEAST_GAIN
 
     @property
     def sentence(self) -> str:
-        """For people; the first words say where nothing was learned."""
+        """The comparison in words; starts with "nothing learned" where that is so."""
         better = f"{abs(100 * self.gain):.1f} % {'better' if self.gain >= 0 else 'worse'}"
         if self.has_learned:
             return (
@@ -88,14 +89,14 @@ class Reference:
 
 
 def uniform_guess(row: Mapping[str, float], term: str, count: int, of: str, weight: float = 1.0) -> Reference | None:
-    """The reference of a cross-entropy: ``ln K``, which the uniform guess pays whatever the targets.
+    """The reference of a cross-entropy: ``ln K``, the loss of the uniform guess for any targets.
 
     Args:
-        row: of the log, see :meth:`Method.reference`.
-        term: of the loss.
+        row: means over the end of the log, see :meth:`Method.reference`.
+        term: name of the loss term.
         count: K.
-        of: what is guessed, such as ``cells``.
-        weight: by which the term was multiplied.
+        of: name of the classes, such as ``cells``.
+        weight: factor of the term in the loss.
     """
     if not weight or f"loss/{term}" not in row or count < 2:
         return None
@@ -103,19 +104,18 @@ def uniform_guess(row: Mapping[str, float], term: str, count: int, of: str, weig
     return Reference(f"the {term} loss", value, math.log(count), f"the uniform guess among {count} {of}")
 
 
-def same_for_all(row: Mapping[str, float], term: str, entropy: str, weight: float = 1.0) -> Reference | None:
-    """The reference of self-distillation: the best distribution that is the same for all images, which pays the entropy
-    of the mean target. It is ``ln K`` where prototypes are used alike, and near 0 where all targets are one.
+def same_for_all(row: Mapping[str, float], term: str, entropy: str) -> Reference | None:
+    """The reference of self-distillation: the loss of the best distribution that is the same for all images, which is
+    the entropy of the mean target. It is ``ln K`` if all prototypes are used equally, and near 0 after a collapse.
 
     Args:
-        row: of the log, see :meth:`Method.reference`.
-        term: of the loss.
-        entropy: the observation that holds the entropy of the mean target.
-        weight: by which the term was multiplied.
+        row: means over the end of the log, see :meth:`Method.reference`.
+        term: name of the loss term.
+        entropy: name of the observation with the entropy of the mean target.
     """
-    if not weight or not {f"loss/{term}", entropy} <= row.keys():
+    if not {f"loss/{term}", entropy} <= row.keys():
         return None
-    value = row[f"loss/{term}"] / weight
+    value = row[f"loss/{term}"]
     return Reference(f"the {term} loss", value, row[entropy], "the best distribution that is the same for all images")
 
 
@@ -127,7 +127,7 @@ class Method(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    """As ``smalti train NAME`` spells it; set by :func:`register`."""
+    """Name in ``smalti train NAME``; set by :func:`register`."""
     Config: ClassVar[type[MethodConfig]]
     """Settings class; its fields are ``method.*`` on the command line."""
     title: ClassVar[str]
@@ -135,17 +135,17 @@ class Method(nn.Module, ABC):
     paper: ClassVar[str]
     """Authors, year, arXiv number and version."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Run settings that the paper fixes (``optim`` and such), as a tree; recipes and the user's keys go over them."""
+    """Run settings of the paper (``optim`` and others), as a tree; recipes and the user's settings override them."""
     posttrain_defaults: ClassVar[Mapping[str, Any]] = {}
-    """What goes over ``defaults`` where training starts from weights (``init``): low rates, time for fresh heads."""
+    """Overrides of ``defaults`` when training starts from weights (``init``): lower rates, warm-up of new heads."""
     pools_images: ClassVar[bool] = False
-    """Whether the loss reads one vector an image from the encoder, so that a pooling with parameters learns."""
+    """Whether the loss uses one vector per image from the encoder, so that a pooling with parameters is trained."""
     needs_labels: ClassVar[bool] = False
-    """Whether ``views.labels`` must be there; the run then fills in ``num_classes`` of the settings."""
+    """Whether ``views.labels`` are required; the run then sets ``num_classes``."""
     takes_labels: ClassVar[bool] = False
-    """Whether ``views.labels`` are used where the data has them; the run then fills in ``num_classes``."""
+    """Whether ``views.labels`` are used if the data has them; the run then sets ``num_classes``."""
     takes_signals: ClassVar[bool] = False
-    """Whether it learns from windows of signals, too: ``(B, C, 1, T)``."""
+    """Whether the method also trains on windows of signals, ``(B, C, 1, T)``."""
     signal_defaults: ClassVar[Mapping[str, Any]] = {}
     """What goes over ``defaults`` where the data are signals; may hold settings of the method under ``method``."""
     has_encoder: ClassVar[bool]
@@ -153,11 +153,11 @@ class Method(nn.Module, ABC):
     export_network: ClassVar[str] = ""
     """Which of :meth:`networks` is exported by default; empty without an encoder."""
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
-    """Last parts of names of parameters that are not decayed, beside biases and one-dimensional ones."""
+    """Last parts of the names of parameters without weight decay, in addition to biases and one-dimensional ones."""
     is_posttraining: ClassVar[bool] = False
-    """Whether it continues from trained weights: a run without ``init`` needs the setting ``from_scratch``."""
+    """Whether the method needs trained weights: a run without ``init`` needs the setting ``from_scratch``."""
     reads_field: ClassVar[bool] = False
-    """Whether crops read their positions out of a field. For all others a field that weights bring becomes a table."""
+    """Whether crops read positions from a field. For other methods, a field in the initial weights becomes a table."""
 
     starts_from: ClassVar[tuple[str, ...]] = ()
     """Without an encoder: methods whose runs ``init`` may name, beside its own."""
@@ -167,93 +167,92 @@ class Method(nn.Module, ABC):
     """What a user types next, where it is not evaluation; ``{run}`` stands for the run."""
 
     fit_images: ClassVar[int] = 0
-    """How many images :meth:`fit` wants to see; 0: there is nothing to fit."""
+    """Number of images for :meth:`fit`; 0: nothing to fit."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.observations: dict[str, Tensor] = {}
-        """Scalars of the last forward worth watching (entropies, say), detached and on the device; logged."""
+        """Scalars of the last forward pass for the log, such as entropies; detached, on the device."""
 
     @abstractmethod
     def make_views(self, image_size: int) -> ViewMaker:
-        """How an image becomes a training sample, with main crops of ``image_size`` pixels."""
+        """The transform from an image to a training sample, with main crops of ``image_size`` pixels."""
 
     def fit(self, batches: Iterable[Views]) -> None:
-        """Called once, before the first step of a run that starts from nothing: measure what the loss needs to know of
-        the images. Every process is given the same batches; what is found is kept in buffers."""
+        """Called once, before the first step of a new run: estimate statistics of the images that the loss needs. Every
+        process gets the same batches; results are stored in buffers."""
         return
 
     def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
-        """Called before the first step of a process, and before anything is written: what will be read, in the order of
-        ``views.index``, to look up what is known of each image. Nothing of it is kept in checkpoints.
+        """Called before the first step of a process, and before anything is written: the data set, in the order of
+        ``views.index``, for methods that look up data per image. Not stored in checkpoints.
 
         Raises:
-            DataError, ShapeError: if what the method knows is about other images.
+            DataError, ShapeError: if the method's data belong to other images.
         """
         return
 
     def couplings(self) -> dict[str, bool]:
-        """What can couple the samples of a micro-batch in the loss or its statistics, and whether it does here."""
+        """Parts of the loss that can couple the samples of a micro-batch, and whether each is active."""
         return {}
 
     @property
     def couples_samples(self) -> str:
-        """What couples the samples of a micro-batch, as text; empty where each sample counts alone, so that a step's
-        result depends on ``micro_batch`` by rounding only (stochastic depth and dropout aside: they draw other
-        random numbers)."""
+        """Active couplings as text. Empty if samples are independent: a step then depends on ``micro_batch`` only by
+        rounding (and by the random numbers of stochastic depth and dropout)."""
         return ", ".join(name for name, couples in self.couplings().items() if couples)
 
     def check_batch(self, micro_batch: int) -> None:
-        """Called before anything is written: refuse a number of images per forward pass that the loss can't take.
+        """Called before anything is written: refuse a number of images per forward pass that the loss cannot use.
 
         Raises:
-            ConfigError: naming the number that is needed.
+            ConfigError: with the required number.
         """
         return
 
     @abstractmethod
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
-        """Named loss terms of a batch, scalars that the loop adds up; each a mean over samples, so that the mean over
-        processes is the loss of the joined batch. Random draws come from ``views.keys``."""
+        """Named loss terms of a batch: scalars that the loop sums. Each is a mean over samples, so that the mean over
+        processes is the loss of the joint batch. Random numbers derive from ``views.keys``."""
 
     def after_backward(self, progress: float) -> None:
-        """Called once gradients of a step are complete, before clipping: to drop or change some."""
+        """Called when the gradients of a step are complete, before clipping, to drop or change some."""
         return
 
     def diagnose(self, views: Views, progress: float) -> Findings:
-        """Called when the log is written, with the batch of that step: what is too dear to look at in every step. It
-        must leave everything as it is, and draw no random number."""
+        """Called when the log is written, with the batch of that step: measurements too expensive for every step. Must
+        not change any state or use global random numbers."""
         return Findings()
 
     def reference(self, row: Mapping[str, float]) -> Reference | None:
-        """What a predictor that ignores the image would get, to be told at the end of training.
+        """Score of a predictor that ignores the image, for the summary at the end of training.
 
         Args:
-            row: means over the end of the log: ``loss/TERM`` and the observations, by name.
+            row: means over the end of the log: ``loss/TERM`` and observations, by name.
 
         Returns:
-            None where no such predictor is known, or the row lacks what is needed.
+            None if no such predictor is known, or the row lacks the values.
         """
         return None
 
     def after_step(self, progress: float) -> None:
-        """Called after the optimiser: teacher, centre, queue."""
+        """Called after the optimiser's step, to update teacher, center or queue."""
         return
 
     @abstractmethod
     def networks(self) -> dict[str, Encoder]:
-        """The encoders inside, by name: ``encoder``, or ``student`` and ``teacher``."""
+        """The method's encoders by name: ``encoder``, or ``student`` and ``teacher``."""
 
     def class_head(self, network: str) -> ClassHead | None:
-        """What tells classes by one of :meth:`networks`; None where nothing does."""
+        """The classification head of one of :meth:`networks`; None if there is none."""
         return None
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups for the optimiser, with ``lr_scale`` and ``weight_decay_scale`` that the schedules multiply.
+        """Parameter groups for the optimiser; schedules are multiplied by ``lr_scale`` and ``weight_decay_scale``.
 
-        Here: biases, one-dimensional parameters and those of :attr:`no_weight_decay` are not decayed, everything else
-        is (so are positions, class and mask tokens, as in the official MAE and DINO code).
+        By default, biases, one-dimensional parameters and those of :attr:`no_weight_decay` have no weight decay;
+        everything else has (positions, class and mask tokens, too, as in the official MAE and DINO code).
         """
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
@@ -284,10 +283,10 @@ class EncoderMethod(Method):
 
 
 class TokenMethod(Method):
-    """Base of methods that learn about the tokens of images and hand on no encoder: what ranks patches, or draws them.
+    """Base of methods that train on tokens of images and export no encoder: patch ranking and generation.
 
     Args:
-        tokens: what a token is; fitted to the images before the first step.
+        tokens: maps images to tokens; fitted to the images before the first step.
         config: an instance of the class's ``Config``.
     """
 
@@ -300,13 +299,13 @@ class TokenMethod(Method):
 
     @classmethod
     def make_tokens(cls, config: TokenConfig, own: Any, image_size: int, in_chans: int) -> TokenSource:
-        """The token source that the method is built with, without weights that others trained.
+        """The token source that the method is built with, before pretrained weights are loaded.
 
         Args:
             config: ``tokens.*``.
-            own: the method's settings.
+            own: settings of the method.
             image_size: side of the images in pixels.
-            in_chans: their channels.
+            in_chans: channels of the images.
         """
         return build_tokens(config, image_size, in_chans)
 
@@ -315,34 +314,34 @@ class TokenMethod(Method):
         self.tokens.fit(views.global_crops for views in batches)
 
     def start_from(self, other: "Method") -> None:
-        """Take over all weights of another of the same shape; what this one has beside them stays as it is drawn.
+        """Load all weights of another method of the same shape; additional weights keep their initial values.
 
         Raises:
-            ConfigError: if some of the other's don't fit.
+            ConfigError: if some of the other's weights don't fit.
         """
         own, brought = self.state_dict(), other.state_dict()
         misfits = [key for key, value in brought.items() if key not in own or own[key].shape != value.shape]
         if misfits:
             raise ConfigError(
-                f"init is a run of {other.name} of another shape: '{misfits[0]}' does not fit; leave its settings out"
+                f"init is a run of {other.name} with other sizes: '{misfits[0]}' does not fit; leave its settings out"
             )
         self.load_state_dict({**own, **brought})
 
     def networks(self) -> dict[str, Encoder]:
-        """None at all."""
+        """No encoders."""
         return {}
 
 
 def refuse_changed(config: Any, names: Sequence[str], why: str) -> None:
-    """For settings that would do nothing here: refuse what differs from its default.
+    """Refuse settings without effect that differ from their defaults.
 
     Args:
         config: a method's settings.
         names: of fields of it.
-        why: what they are for, to be read after the name.
+        why: text after the name that explains it.
 
     Raises:
-        ConfigError: for the first of them.
+        ConfigError: for the first one.
     """
     defaults = type(config)()
     for name in names:
@@ -354,7 +353,7 @@ _REGISTRY: dict[str, type[Method]] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a method known under a name.
+    """Class decorator: register a method under a name.
 
     Raises:
         ConfigError: if another class has that name, or ``Config`` is no :class:`MethodConfig`.
@@ -374,7 +373,7 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def method_names() -> tuple[str, ...]:
-    """All registered methods, sorted; those of other packages, too."""
+    """Names of all registered methods, sorted, including those of other packages."""
     importlib.import_module("smalti.methods")
     import_outside("method")
     return tuple(sorted(_REGISTRY))
@@ -384,7 +383,7 @@ def get_method(name: str) -> type[Method]:
     """The class of a method.
 
     Raises:
-        ConfigError: if there is none of that name; the nearest is suggested.
+        ConfigError: for an unknown name, with the nearest one.
     """
     names = method_names()
     if name not in _REGISTRY:

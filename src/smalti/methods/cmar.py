@@ -1,14 +1,14 @@
-"""CMAR: MAR fine-tuned to draw the tokens of an image in an order that was found for it.
+"""CMAR: MAR fine-tuned to generate the tokens of an image in an order chosen for it.
 
 Paper: Guo et al., "The collapse of patches", 2025, arXiv:2511.22281; no code was released.
 Letters: as in MAR.
-Orders list the most important token first, as everywhere here: the first L of it are visible, the rest are learned. In
-MAR's own convention, in which a row begins with what is hidden, that is the *reversed* list; not to turn it round
-trains the paper's "ascending" arm (``order=collapse_reversed`` here), which is worse in its Table 4.
-Differs from the paper: the share of hidden tokens is drawn as the sampler meets it (``ratio=paper`` for MAR's own).
-MAR's law hides 70 % at least: with one order for an image, most tokens would never be seen, though sampling shows them.
-Without a control that is fine-tuned as long in random orders (``order=random``) a gain says nothing about orders; the
-paper has none.
+Orders list the most important token first, as everywhere here: the first L are visible, the rest are predicted. In
+MAR's own convention, in which an order starts with the masked tokens, that is the *reversed* list; without reversing
+it, one trains the paper's "ascending" arm (``order=collapse_reversed`` here), which is worse in its Table 4.
+Differs from the paper: the fraction of masked tokens has the distribution met in sampling (``ratio=paper`` for MAR's).
+MAR's distribution masks at least 70 %: with one order per image, most tokens would never be visible in training,
+although they are in sampling. A gain says nothing about orders without a control that is fine-tuned as long in random
+orders (``order=random``); the paper has none.
 """
 
 import math
@@ -30,37 +30,38 @@ from smalti.layers.tokens import TokenSource
 from smalti.methods.base import register
 from smalti.methods.mar import MAR, MARConfig, step_uniform
 
-_REPLACED = 5  # branch of a sample's keys
+_REPLACED = 5  # branch of a sample's random seed
 
 
 @settings
 class CMARConfig(MARConfig):
-    """Settings of CMAR: MAR's, which ``init`` brings, and what follows."""
+    """Settings of CMAR: MAR's, which are taken from ``init``, and its own."""
 
     name: str = "cmar"
     order: str = "collapse"
     """The order of an image's tokens: collapse, collapse_reversed, collapse_static, collapse_shuffled, coverage,
-    in_strength or attention out of a file; random, fixed_random, halton, raster, spiral, centre_out or border_in."""
+    in_strength or attention from a file; random, fixed_random, halton, raster, spiral, centre_out or border_in."""
     orders: PathText | None = None
-    """The file of ``smalti rank`` with the orders of the training images."""
+    """File from ``smalti rank`` with the orders of the training images."""
     random_order_prob: float = 0.1
-    """Share of images that are learned in a random order all the same."""
+    """Fraction of images that are trained in a random order instead."""
     ratio: Literal["sampler", "paper"] = "sampler"
-    """Law of the share of hidden tokens: what sampling meets, or MAR's (``mask_ratio_min``, ``mask_ratio_std``)."""
+    """Distribution of the fraction of masked tokens: that of sampling, or MAR's (the paper's;
+    ``mask_ratio_min``, ``mask_ratio_std``)."""
 
 
-def sampler_ratio(share: float) -> float:
-    """The share of hidden tokens at a random moment of sampling with a cosine schedule, in (0, 1].
+def sampler_ratio(progress: float) -> float:
+    """Fraction of masked tokens in sampling with a cosine schedule, in (0, 1].
 
     Args:
-        share: how far sampling is, 0..1 (1 excluded).
+        progress: of sampling, in [0, 1).
     """
-    return math.cos(math.pi / 2 * share)
+    return math.cos(math.pi / 2 * progress)
 
 
 @register("cmar")
 class CMAR(MAR):
-    """Fine-tune a MAR on one order for each image."""
+    """Fine-tune MAR on one order per image."""
 
     Config = CMARConfig
     title = "MAR fine-tuned to generate tokens in an order chosen for each image"
@@ -74,21 +75,21 @@ class CMAR(MAR):
     def __init__(self, tokens: TokenSource, config: CMARConfig) -> None:
         super().__init__(tokens, config)
         if not 0 <= config.random_order_prob <= 1:
-            raise ConfigError(f"method.random_order_prob={config.random_order_prob}: a share in 0..1 is needed")
+            raise ConfigError(f"method.random_order_prob={config.random_order_prob}: it must lie in 0..1")
         self.source = TrainingOrders(config.order, config.orders)
         if self.source.name == "variance":
-            raise ConfigError("method.order=variance looks at pixels, cmar learns from tokens; choose another order")
+            raise ConfigError("method.order=variance needs pixels, but cmar trains on tokens; choose another order")
 
     def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
         """Read the orders of the images.
 
         Raises:
-            DataError, ShapeError: if the file is about others, or lacks a flip state.
+            DataError, ShapeError: if the file belongs to other images, or lacks orders of flipped images.
         """
         self.source.bind(images, self.tokens.grid, self.config.flip_prob > 0)
 
     def orders(self, views: Views) -> Int[Tensor, "B N"]:
-        """The order of each image; in training a random one now and then."""
+        """The order of each image; in training, a random one for some."""
         found = self.source.of(views, self.tokens.grid)
         if not self.training or self.source.name == "random":
             return found
@@ -96,5 +97,5 @@ class CMAR(MAR):
         return torch.where(is_replaced, random_orders(views.keys, self.tokens.num_tokens), found)
 
     def mask_ratio(self, progress: float) -> float:
-        """As ``ratio`` says; one for the whole batch."""
+        """Sampled according to ``ratio``; one for the whole batch."""
         return sampler_ratio(step_uniform(progress)) if self.config.ratio == "sampler" else super().mask_ratio(progress)

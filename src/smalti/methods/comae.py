@@ -1,12 +1,12 @@
-"""CoMAE: which other patches does a patch need to be known?
+"""CoMAE: learns which other patches each patch depends on.
 
-Paper: Guo et al., "The Collapse of Patches", 2025, arXiv:2511.22281v2; no code was ever released. Equation numbers are
-those of the paper; where it is silent or contradicts itself the choice is ours and said so.
-Letters: B images, N tokens, d values a token, n a target, T targets of an image in a step, w_n in [0, 1]^N its
+Paper: Guo et al., "The Collapse of Patches", 2025, arXiv:2511.22281v2; no code was released. Equation numbers are
+those of the paper; where it is silent or contradicts itself, the choice is ours and marked.
+Letters: B images, N tokens, d values per token, n a target, T targets per image and step, w_n in [0, 1]^N its
 selection, A the dependency graph whose row n is w_n.
-Differs from the paper: w = (1 + tanh z) / 2, as its tanh alone is not in [0, 1]; a floor under the temperature of the
-contrast, which otherwise runs away; T targets a step, as all N at its size would take a year; a budget on how much is
-selected (``budget_weight``, 0 as in the paper), since nothing else there keeps a target from selecting everything.
+Differs from the paper: w = (1 + tanh z) / 2, as its tanh alone is not in [0, 1]; a lower bound of the contrast's
+temperature, which otherwise diverges; T targets per step, as all N at its size would take a year; a budget on how much
+is selected (``budget_weight``; 0 is the paper's), since nothing else prevents a target from selecting everything.
 """
 
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -30,60 +30,61 @@ from smalti.methods.base import Findings, MethodConfig, TokenMethod, register
 from smalti.models.encoder import eval_mode
 
 DEGENERATE, STATIC = 0.02, 0.9
-"""Spread of the scores below which a graph says nothing, and share of the ranks' variance that position alone explains
-above which an order is one for all images."""
-_WARN_FROM = 0.25  # of training; before it every graph is nearly even
-_TARGETS, _NOISE = 0, 1  # streams of a sample's random numbers
+"""Spread of scores below which a graph is degenerate, and fraction of the ranks' variance explained by position above
+which the orders are the same for all images."""
+_WARN_FROM = 0.25  # progress of training; before it every graph is nearly uniform
+_TARGETS, _NOISE = 0, 1  # random streams of a sample
 
 
 @settings
 class CoMAEConfig(MethodConfig):
-    """Settings of CoMAE: the paper's main text where it says something, and the budget on top."""
+    """Settings of CoMAE: the values of the paper's main text where given, and the budget."""
 
     name: str = "comae"
     encoder_dim: Width = 64
-    """Width of the network that selects; 256 in the paper's supplement, which makes graphs 11 times dearer."""
+    """Width of the selecting network; 256 in the paper's supplement, where graphs cost 11 times as much."""
     encoder_depth: Depth = 12
-    """Its blocks."""
+    """Blocks of the selecting network."""
     encoder_num_heads: NumHeads = 4
-    """Its heads; the width must be a multiple of four times them."""
+    """Attention heads of the selecting network; its width must be a multiple of four times the heads."""
     decoder_dim: Width = 256
-    """Width of the network that reconstructs; 64 in the supplement."""
+    """Width of the reconstructing network; 64 in the supplement."""
     decoder_depth: DepthFromZero = 12
-    """Its blocks."""
+    """Blocks of the reconstructing network."""
     decoder_num_heads: NumHeads = 8
-    """Its heads."""
+    """Attention heads of the reconstructing network."""
     readout: Literal["removed", "cross"] = "removed"
-    """``removed``: a pass for each target, with that token taken out (the paper's); ``cross``: all targets at once, as
-    queries that look at tokens which never look at one another, each but at its own (ours, N times cheaper)."""
+    """``removed``: one forward pass per target, with that token removed (the paper's); ``cross``: all targets in one
+    pass, as queries that attend to all tokens but their own, while tokens don't attend to each other (ours, N times
+    cheaper)."""
     activation: Literal["half", "relu", "abs"] = "half"
     """From z to w: ``(1 + tanh z) / 2``, ``tanh(max(z, 0))`` or ``|tanh z|``."""
     sigma: float = 0.3
-    """Of the noise in Eq. (3); the paper gives no value."""
+    """sigma of the noise in Eq. (3); the paper gives no value."""
     num_targets: Few = 16
-    """T, at most N."""
+    """T: targets per image and step, at most N."""
     contrast_weight: float = 0.01
-    """Of L_c in the loss; 0 leaves it out."""
+    """Weight of L_c in the loss; 0: none."""
     contrast_over: Literal["image", "batch"] = "image"
-    """Whose selections are told apart: those of the same image, or of the whole batch."""
+    """Selections that L_c separates: those of the same image, or of the whole batch."""
     temperature: float = 0.1
-    """Of L_c at the start; it is learned."""
+    """Temperature of L_c at the start; it is learned."""
     temperature_floor: float = 0.05
-    """Below which the temperature has no effect."""
+    """Lower bound of the temperature."""
     budget: float = 0.15
-    """kappa: mean selection above which it costs."""
+    """kappa: mean selection above which the budget loss applies."""
     budget_weight: float = 0.25
-    """lambda_b / d: cost of selecting all, for each value of a token; 0: the paper's, free."""
+    """lambda_b / d: weight of the budget loss, per value of a token; 0: none (the paper's)."""
     alternate: bool = True
-    """Even steps update the selecting network, odd ones the other; False: both at every step."""
+    """Even steps update the selecting network, odd ones the reconstructing one; False: both at every step."""
     flip_prob: float = 0.5
-    """Share of images that are mirrored left to right."""
+    """Probability of a horizontal flip, in 0..1."""
     num_diagnosed: Few = 16
-    """Images of a batch whose whole graphs are looked at when the log is written; N passes each; 0: none."""
+    """Images of a batch whose graphs are computed when the log is written, N forward passes each; 0: none."""
 
 
 def select_weights(logits: Float[Tensor, "*B"], activation: str) -> Float[Tensor, "*B"]:
-    """w in [0, 1] from the selecting network's numbers, in float32."""
+    """w in [0, 1] from the selecting network's outputs, in float32."""
     squashed = at_least_float32(logits)
     if activation == "half":
         return torch.sigmoid(2 * squashed)  # (1 + tanh z) / 2
@@ -98,7 +99,7 @@ def signal_ratio(weights: Float[Tensor, "*B"], sigma: float) -> Float[Tensor, "*
 def corrupt(
     tokens: Float[Tensor, "*B d"], weights: Float[Tensor, "*B"], noise: Float[Tensor, "*B d"], sigma: float
 ) -> Float[Tensor, "*B d"]:
-    """Eq. (3) and (4): each token mixed with noise by how little it is selected.
+    """Eq. (3) and (4): mix each token with noise, the more the less it is selected.
 
     Args:
         tokens: of unit mean variance.
@@ -111,12 +112,12 @@ def corrupt(
 
 
 def contrast(weights: Float[Tensor, "G T N"], log_temperature: Float[Tensor, ""], floor: float) -> Float[Tensor, ""]:
-    """L_c: minus the log of each selection's share of likeness with itself among those of its group.
+    """L_c: cross-entropy of identifying each selection among those of its group by cosine similarity.
 
     Args:
-        weights: selections; those of a group are told apart.
+        weights: selections, in groups.
         log_temperature: of the softmax over cosines.
-        floor: what the temperature is at least.
+        floor: lower bound of the temperature.
     """
     rows = F.normalize(at_least_float32(weights), dim=-1)
     with torch.autocast(rows.device.type, enabled=False):  # cosines are divided by a small temperature
@@ -170,9 +171,9 @@ class Selector(nn.Module):
 
 
 class CrossSelector(nn.Module):
-    """The variant of f in one pass: a query for each target looks at tokens that look at nobody, but never at its own.
+    """Variant of f in one pass: a query per target attends to all tokens but its own; tokens attend to nothing.
 
-    As tokens are never mixed, nothing of a target comes back to its query in two hops.
+    As tokens are never mixed, no information about a target reaches its query indirectly.
     """
 
     def __init__(self, source: TokenSource, config: CoMAEConfig) -> None:
@@ -199,7 +200,7 @@ class CrossSelector(nn.Module):
 
 
 class Reconstructor(nn.Module):
-    """g of Eq. (5): the target's token from the others, most of them drowned in noise."""
+    """g of Eq. (5): reconstructs the target's token from the other, mostly noisy ones."""
 
     def __init__(self, source: TokenSource, config: CoMAEConfig) -> None:
         super().__init__()
@@ -218,8 +219,8 @@ class Reconstructor(nn.Module):
         """The targets' tokens.
 
         Args:
-            corrupted: ``(B, T, N-1, d)`` what is left of all tokens but the target, in raster order.
-            targets: their raster numbers.
+            corrupted: ``(B, T, N-1, d)`` corrupted tokens without the target, in raster order.
+            targets: raster indices of the targets.
         """
         others = _others(corrupted.shape[2] + 1, corrupted.device)[targets].flatten(0, 1)
         first = (self.tgt_token + self.targets[targets]).flatten(0, 1)[:, None]
@@ -235,13 +236,13 @@ class ResidualPerceptron(nn.Module):
         self.inner = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """The input and what was made of it."""
+        """The input plus its transform."""
         return x + self.inner(x)
 
 
 @register("comae")
 class CoMAE(TokenMethod):
-    """Select softly, drown the rest in noise, reconstruct: selections become a graph of who depends on whom."""
+    """Select tokens softly, add noise to the rest, reconstruct: the selections form a dependency graph."""
 
     Config = CoMAEConfig
     title = "learns which other patches each patch depends on; smalti rank orders patches by it"
@@ -270,11 +271,11 @@ class CoMAE(TokenMethod):
         """The same on the CPU: reading the buffer in a step would wait for the device."""
 
     def make_views(self, image_size: int) -> CentreCrop:
-        """The central square and its mirror image: orders of patches must hold for the same picture later."""
+        """The central square, flipped at random: orders of patches must apply to the same image later."""
         return CentreCrop(image_size, self.config.flip_prob)
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
-        """``{"reconstruction": L_r, "contrast": 0.01 L_c, "budget": ...}``; a term of weight 0 is left out."""
+        """Loss terms ``reconstruction`` (L_r), ``contrast`` (L_c) and ``budget``, without those of weight 0."""
         config = self.config
         tokens = self.tokens.encode(views.global_crops, views.keys)
         selection = self.select(tokens, views.keys)
@@ -296,7 +297,7 @@ class CoMAE(TokenMethod):
         return {"contrast_over=batch": bool(self.config.contrast_weight) and self.config.contrast_over == "batch"}
 
     def select(self, tokens: Float[Tensor, "B N d"], keys: Int[Tensor, " B"]) -> Selection:
-        """Selections for T targets of each image, drawn without replacement."""
+        """Selections for T targets per image, sampled without replacement."""
         num = tokens.shape[1]
         drawn = sample_uniform(keys, num, _TARGETS).argsort(dim=1, stable=True)
         targets = drawn[:, : min(self.config.num_targets, num)]
@@ -305,24 +306,24 @@ class CoMAE(TokenMethod):
     def reconstruction(
         self, tokens: Float[Tensor, "B N d"], selection: Selection, keys: Int[Tensor, " B"]
     ) -> Float[Tensor, ""]:
-        """L_r of Eq. (6): L1 between the targets' tokens and what is made of the others; the sum over values of a
-        token, the mean over targets and images."""
+        """L_r of Eq. (6): L1 between the targets' tokens and their reconstructions; sum over values, mean over targets
+        and images."""
         targets, (num_targets, num) = selection.targets, selection.weights.shape[1:]
         others = _others(num, tokens.device)[targets]
         around = _take(tokens, others.flatten(0, 1), num_targets).view(*others.shape, -1)  # (B, T, N-1, d)
         noise = sample_normal(keys, around[0].numel(), _NOISE).view_as(around)
         corrupted = corrupt(around, selection.weights.gather(-1, others), noise, self.config.sigma)
-        wanted = tokens.gather(1, targets[..., None].expand(-1, -1, tokens.shape[-1]))
+        truth = tokens.gather(1, targets[..., None].expand(-1, -1, tokens.shape[-1]))
         made = at_least_float32(self.reconstructor(corrupted, targets))
-        return (made - wanted).abs().sum(-1).mean()
+        return (made - truth).abs().sum(-1).mean()
 
     @torch.no_grad()
     def dependency(self, images: Num[Tensor, "B C S S"], chunk: int | None = None) -> Float[Tensor, "B N N"]:
-        """A: the selections of all targets, one pass of the selecting network each (one for all with ``cross``).
+        """A: the selections of all targets, one forward pass each (one in all with ``cross``).
 
         Args:
-            images: uint8, or float in 0..1, as they are cropped in training.
-            chunk: targets worked on together; never changes the result. None: as many as 256 MiB of activations take.
+            images: uint8, or float in 0..1, cropped as in training.
+            chunk: targets per forward pass; does not change the result. None: as many as fit into 256 MiB.
         """
         tokens = self.tokens.encode(images)
         batch, num = tokens.shape[:2]
@@ -334,7 +335,7 @@ class CoMAE(TokenMethod):
         return torch.cat(rows, dim=1)
 
     def diagnose(self, views: Views, progress: float) -> Findings:
-        """What the graphs of a few images of the batch look like: ``score_spread`` (N times the spread of PageRank),
+        """Statistics of the graphs of a few images: ``score_spread`` (N times the range of PageRank), and
         ``static_correlation`` and ``position_variance_ratio`` of their orders (chance of the latter: 1 / images)."""
         images = views.global_crops[: self.config.num_diagnosed]
         if len(images) < 2 or self.tokens.num_tokens < 2:
@@ -345,17 +346,17 @@ class CoMAE(TokenMethod):
         warnings = {}
         if progress >= _WARN_FROM and spread < DEGENERATE:
             warnings["degenerate graph"] = (
-                f"scores differ by {spread:.3f} of their mean only; no order of patches follows"
+                f"scores differ by only {spread:.3f} of their mean, so they define no order of patches"
             )
         elif progress >= _WARN_FROM and numbers["position_variance_ratio"] > STATIC:
-            share = numbers["position_variance_ratio"]
+            ratio = numbers["position_variance_ratio"]
             warnings["static order"] = (
-                f"position alone explains {share:.2f} of the ranks' variance over {len(images)} images"
+                f"position alone explains {ratio:.2f} of the variance of ranks over {len(images)} images"
             )
         return Findings(numbers, warnings)
 
     def after_backward(self, progress: float) -> None:
-        """Alternation (Sec. 3): even steps leave the reconstructor as it is, odd ones the selector and temperature."""
+        """Alternation (Sec. 3): even steps don't update the reconstructor, odd ones not the selector."""
         if not self.config.alternate:
             return
         selects = self._steps_made % 2 == 0
@@ -364,18 +365,18 @@ class CoMAE(TokenMethod):
             parameter.grad = None
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; steps are counted from those that the weights have seen."""
+        """As for any module; the step count continues from the loaded one."""
         result = super().load_state_dict(*args, **kwargs)
         self._steps_made = int(self.steps_made)
         return result
 
     def after_step(self, progress: float) -> None:
-        """Count."""
+        """Count the steps."""
         self.steps_made += 1
         self._steps_made += 1
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """As everywhere, but embeddings of places and of targets are not decayed either."""
+        """As in :class:`~smalti.methods.base.Method`, without weight decay on embeddings of positions and targets."""
         plain_names = ("targets", "places")
         decayed, plain = list[nn.Parameter](), list[nn.Parameter]()
         for name, parameter in self.named_parameters():
@@ -408,19 +409,19 @@ class CoMAE(TokenMethod):
 
 
 def _others(num: int, device: torch.device) -> Int[Tensor, "N M"]:
-    """``(N, N-1)``: row n has all raster numbers but n, ascending."""
+    """``(N, N-1)``: row n has all raster indices but n, ascending."""
     below = torch.arange(num - 1, device=device)
     return below + (below >= torch.arange(num, device=device)[:, None]).long()
 
 
 def _take(tokens: Float[Tensor, "B N D"], places: Int[Tensor, "S L"], repeats: int) -> Float[Tensor, "S L D"]:
-    """Tokens at some places, ``repeats`` rows of places for each image."""
+    """Tokens at some indices, ``repeats`` rows of indices per image."""
     image = torch.arange(len(tokens), device=tokens.device).repeat_interleave(repeats)
     return tokens[image[:, None], places]
 
 
 def _init(module: nn.Module) -> None:
-    """Linears Xavier-uniform with zero biases; tokens and tables N(0, 0.02^2)."""
+    """Xavier uniform for linear layers, zero biases; tokens and tables normal 0.02."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -433,9 +434,7 @@ def _init(module: nn.Module) -> None:
 
 def _check(config: CoMAEConfig, tokens: TokenSource) -> None:
     if tokens.num_tokens < 2:
-        raise ConfigError(
-            f"comae needs at least 2 tokens an image, there is {tokens.num_tokens}; lower tokens.patch_size"
-        )
+        raise ConfigError(f"comae needs at least 2 tokens per image, got {tokens.num_tokens}; lower tokens.patch_size")
     for name in ("sigma", "temperature", "temperature_floor"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"method.{name}={getattr(config, name)}: a number above 0 is needed")
@@ -444,6 +443,6 @@ def _check(config: CoMAEConfig, tokens: TokenSource) -> None:
             raise ConfigError(f"method.{name}={getattr(config, name)}: a number of at least 0 is needed")
     for name in ("budget", "flip_prob"):
         if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"method.{name}={getattr(config, name)}: a share in 0..1 is needed")
+            raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in 0..1")
     if config.num_targets < 1:
         raise ConfigError(f"method.num_targets={config.num_targets}: at least 1 is needed")

@@ -1,11 +1,11 @@
-"""DINOv2: iBOT with heads apart, Sinkhorn's assignments, images kept apart, and masks dealt out over the batch.
+"""DINOv2: iBOT with untied heads, Sinkhorn-Knopp centering, KoLeo, and mask ratios stratified over the batch.
 
 Paper: Oquab et al., "DINOv2: Learning robust visual features without supervision", 2023, arXiv:2304.07193v2, Sec. 4;
 numbers that the paper leaves open are those of the released code's configuration for ImageNet. Registers: Darcet et
 al., arXiv:2309.16588v2 (``encoder.reg_tokens=4``).
 Letters: B images, M = 2 B global crops (view-major), N patches of a global crop, K prototypes, D width of a token.
 Differs from the code: see the table in ``docs/methods/dinov2.md``; the defaults of ``num_prototypes`` and
-``targets`` are for tens of thousands of images on one device (the recipes have the published ones).
+``targets`` suit tens of thousands of images on one device (the recipes have the published ones).
 """
 
 from collections import defaultdict
@@ -22,7 +22,9 @@ from smalti.functional.masking import block_mask, stratified_counts
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.methods.base import register
-from smalti.methods.ibot import BLOCK_STREAM, IBOT, NUM_GLOBAL, PATCH, RATIO_STREAM, IBOTConfig, crop_keys
+from smalti.methods.ibot import BLOCK_STREAM, IBOT, RATIO_STREAM, IBOTConfig
+from smalti.methods.masked_tokens import PATCH, crop_keys
+from smalti.methods.self_distillation import NUM_GLOBAL
 from smalti.models.encoder import Encoder
 
 SMALLEST_BLOCK = 4
@@ -36,33 +38,33 @@ class DINOv2Config(IBOTConfig):
     num_prototypes: Count = 4096
     """K; the paper's is 65536 for ImageNet-1k, 131072 for more."""
     separate_heads: bool = True
-    """A head of their own for patches (the paper's large models); otherwise image and patches share one."""
+    """Use a separate head for patches (the paper's large models); otherwise image and patches share one."""
     targets: Literal["centering", "sinkhorn"] = "sinkhorn"
-    """How targets stay spread: DINO's centre, or Sinkhorn's rounds over the batch of all processes."""
-    patch_center: Literal["all", "masked"] = "masked"
-    """Whose mean the centre of patches follows: that of all patches of the global views, or of the masked ones."""
+    """Collapse prevention: DINO's centering, or Sinkhorn-Knopp over the batch of all processes."""
     momentum: float = 0.992
-    """Teacher momentum at the start; a half cosine takes it to 1."""
+    """Teacher momentum at the start; it rises to 1 along a half cosine."""
     koleo_weight: float = 0.1
-    """Of the KoLeo term, which is summed over both global views."""
+    """Weight of the KoLeo term, which is summed over both global views."""
     mask_sampling: Literal["stratified", "independent"] = "stratified"
-    """``stratified``: exactly ``mask_sample_prob`` of a batch's global crops are masked, each with a ratio of its own
-    stratum; ``independent``: each crop draws for itself, as in iBOT, so that a sample's masks don't depend on its
-    batch."""
+    """``stratified``: exactly ``mask_sample_prob`` of a batch's global crops are masked, with stratified mask ratios
+    (the code's). ``independent``: each crop is sampled alone, as in iBOT, so that a step does not depend on
+    ``micro_batch``."""
     num_local_views: Few = 8
-    """Local views an image."""
+    """Local views per image."""
     global_scale: tuple[float, float] = (0.32, 1.0)
-    """Area of a global view, as a share of the image."""
+    """Area of a global view, as a fraction of the image."""
     local_scale: tuple[float, float] = (0.05, 0.32)
-    """Area of a local view."""
+    """Area of a local view, as a fraction of the image."""
     dinov2_compat_blur: bool = False
-    """The released blur, whose probabilities are ``1 - blur_prob``: never the first view, 0.9 of the second."""
+    """Official code's blur, whose probabilities are ``1 - blur_prob``: never the first view, 0.9 for the second; kept
+    for parity."""
     dinov2_compat_blocks: bool = False
-    """The released cap of one block, ``(h // 2) * w`` patches: less than half of a grid with an odd number of rows."""
+    """Official code's largest block, ``(h // 2) * w`` patches: less than half of a grid with an odd number of rows;
+    kept for parity."""
     layer_decay: float = 1.0
-    """Factor of the learning rate from each block to the one below; 0.9 as published."""
+    """Factor on the learning rate from each block to the one below; the published value is 0.9."""
     patch_embed_lr_scale: float = 1.0
-    """Further factor of the patch embedding's learning rate; 0.2 as published."""
+    """Further factor on the patch embedding's learning rate; the published value is 0.2."""
 
 
 def koleo(tokens: Float[Tensor, "B D"], eps: float = 1e-8) -> Float[Tensor, ""]:
@@ -89,12 +91,13 @@ def koleo(tokens: Float[Tensor, "B D"], eps: float = 1e-8) -> Float[Tensor, ""]:
 
 @register("dinov2")
 class DINOv2(IBOT):
-    """iBOT's two losses and KoLeo."""
+    """iBOT's two losses, and KoLeo, which spreads the images of a batch."""
 
     Config = DINOv2Config
     title = "iBOT with untied heads, Sinkhorn-Knopp centering and KoLeo"
     paper = "Oquab et al. 2023, arXiv:2304.07193v2"
     draws_class_token = False  # 1e-6 in the released code, as in timm
+    centers_all_patches = False
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 4e-3,
@@ -113,10 +116,10 @@ class DINOv2(IBOT):
         super().__init__(encoder, config)
         for name in ("layer_decay", "patch_embed_lr_scale"):
             if not 0 < getattr(config, name) <= 1:
-                raise ConfigError(f"method.{name}={getattr(config, name)}: a factor in 0..1 (0 excluded) is needed")
+                raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in (0, 1]")
 
     def check_batch(self, micro_batch: int) -> None:
-        """KoLeo needs another image to be far from."""
+        """KoLeo needs at least two images."""
         if self.config.koleo_weight and micro_batch < 2:
             raise ConfigError(f"micro_batch={micro_batch}: KoLeo needs at least 2 images, or method.koleo_weight=0")
 
@@ -126,7 +129,7 @@ class DINOv2(IBOT):
         return super().couplings() | {"KoLeo": self.config.koleo_weight > 0, "stratified mask ratios": stratified}
 
     def blur_probs(self) -> tuple[float, float, float]:
-        """As they are set, or as the released code has them."""
+        """As set, or as in the released code."""
         first, second, local = self.config.blur_prob
         return (1 - first, 1 - second, 1 - local) if self.config.dinov2_compat_blur else (first, second, local)
 
@@ -134,7 +137,7 @@ class DINOv2(IBOT):
         """Masks of the global crops, on the CPU: ``mask_sample_prob`` of them, with ratios stratified over the batch.
 
         Args:
-            keys: the images', on the CPU.
+            keys: ``(B,)`` seeds of the images, on the CPU.
             grid: of a global crop.
         """
         if self.config.mask_sampling == "independent":
@@ -146,8 +149,8 @@ class DINOv2(IBOT):
     def counts_dealt(
         self, keys: Int[Tensor, " B"], num_masked: int, grid: tuple[int, int], from_end: bool = False
     ) -> Int[Tensor, " M"]:
-        """How many patches to hide in each global crop, in ``num_masked`` of them; a variant that hides something else
-        in others takes those ``from_end`` of the crops' random order."""
+        """Number of patches to mask in each global crop, in ``num_masked`` of them: the first of a random order of
+        crops, or the last (``from_end``), for a variant that masks something else in the others."""
         noise = sample_uniform(crop_keys(keys), 2, RATIO_STREAM)
         return stratified_counts(noise, num_masked, self.config.mask_ratio, grid[0] * grid[1], from_end)
 
@@ -157,15 +160,15 @@ class DINOv2(IBOT):
         return block_mask(crop_keys(keys), counts, grid, smallest=SMALLEST_BLOCK, largest=largest, stream=BLOCK_STREAM)
 
     def regularizers(self, image_tokens: Float[Tensor, "M D"]) -> dict[str, Tensor]:
-        """KoLeo in each global view, over the images of this process."""
+        """KoLeo of each global view, over the images of this process."""
         if not self.config.koleo_weight:
             return {}
         terms = [koleo(view) for view in image_tokens.chunk(NUM_GLOBAL)]
         return {"koleo": self.config.koleo_weight * torch.stack(terms).sum()}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """As in :class:`~smalti.methods.base.Method`, with lower rates below (``layer_decay``): what comes before the
-        first block counts as a layer, final norm and heads have the full rate."""
+        """As in :class:`~smalti.methods.base.Method`, with layer-wise learning-rate decay (``layer_decay``): everything
+        before the first block counts as one layer; final norm and heads have the full rate."""
         encoder, config = self.student.encoder, self.config
         heads = set(self.student.heads.parameters())
         below = [parameter for parameter in self.student.parameters() if parameter not in heads]

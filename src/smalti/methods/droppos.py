@@ -1,12 +1,13 @@
-"""DropPos: positions taken from visible patches, and found again.
+"""DropPos: predict the dropped positions of visible patches.
 
 Paper: Wang et al., "DropPos: Pre-Training Vision Transformers by Reconstructing Dropped Positions", NeurIPS 2023,
-arXiv:2309.03576. Its text was not at hand: what is said of the code is the released one.
-Letters: B images, N patches, L visible ones, M of these without a position, D embed_dim, K = h*w cells of the head.
-Differs from the code: the table of smoothed labels is of the grid that the labels are of, and its rows sum to 1
-(``legacy_smoothing`` is the code's); the spread of labels shrinks at every step, not every epoch; the weights of
-attentive reconstruction come from an encoder in eval mode, and are summed over all processes; positions are asked for
-only where they are missing: equal numbers for less work. Tokens aren't shuffled: no network here sees their order.
+arXiv:2309.03576. We had the released code, not the text; "the code" below is
+that.
+Letters: B images, N patches, L visible ones, M of these without position, D embed_dim, K = h*w cells of the head.
+Differs from the code: the table of smoothed labels has the labels' own grid, and its rows sum to 1
+(``legacy_smoothing`` is the code's); the width of smoothing shrinks every step, not every epoch; the weights of
+attentive reconstruction come from an encoder in eval mode, and are summed over all processes; the head runs only on
+tokens without position: equal numbers for less work. Tokens are not shuffled, as no network here sees their order.
 """
 
 from collections.abc import Mapping
@@ -33,50 +34,51 @@ from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register
 from smalti.methods.mae import init_encoder, init_linear_layers, reconstruction_loss
 from smalti.models.encoder import Encoder, PatchFeatures, eval_mode
 
-_POSITIONS = 1  # stream of a sample's random numbers; 0 hides patches, as in MAE
+_POSITIONS = 1  # random stream of a sample; 0 masks patches, as in MAE
+ATTENTIVE_TEMP = 0.1
 _NO_SPREAD = 0.01  # in cells: the next cell's weight, exp(-1e4), is 0 in float32 well before
 
 
 @settings
 class DropPosConfig(MethodConfig):
-    """Settings of DropPos; the published values for ViT-B, but for the decoder's width, which follows the encoder's."""
+    """Settings of DropPos; the published values for ViT-B, except that the decoder's width depends on the encoder's."""
 
     name: str = "droppos"
     mask_ratio: float = 0.75
-    """Share of hidden patches, in [0, 1); ``int(N * (1 - mask_ratio))`` stay visible."""
+    """Fraction of masked patches, in [0, 1); ``int(N * (1 - mask_ratio))`` stay visible."""
     pos_mask_ratio: float = 0.75
-    """Share of visible patches without a position, in (0, 1]; ``int(L * (1 - pos_mask_ratio))`` keep theirs."""
+    """Fraction of visible patches without position, in (0, 1]; ``int(L * (1 - pos_mask_ratio))`` keep theirs."""
     pos_token: Literal["learned", "zeros", "shuffled"] = "learned"
-    """What stands in for a position: a learned vector, nothing, or the position of another such patch."""
+    """Replacement of a dropped position: a learned vector, zeros, or the position of another such patch. The code
+    offers all three."""
     sigma: float = 1.0
-    """Spread of the smoothed labels in cells at the start; 0: the true cell alone."""
+    """Width of label smoothing in cells at the start; 0: one-hot labels."""
     sigma_decay: bool = True
-    """The spread shrinks linearly to 0."""
+    """Shrink the width of smoothing linearly to 0."""
     legacy_smoothing: bool = False
-    """Smooth as the released code does: distances on a grid with as many cells a side as a patch has pixels, rows that
-    don't sum to 1. For parity only."""
+    """Official code's smoothing: distances on a grid with as many cells per side as a patch has pixels, rows that don't
+    sum to 1; kept for parity."""
     attentive: bool = True
-    """Weigh patches by their likeness to the class token, in a pass over the whole image with all positions."""
-    attentive_temp: float = 0.1
-    """Temperature of these weights."""
+    """Weight patches by their similarity to the class token, from a forward pass of the whole image with positions."""
     ignore_confident: bool = False
-    """Leave out patches whose true cell is already likelier than the smoothed label has it."""
+    """Leave out patches whose true cell has a higher probability than in the smoothed label. Official code's option,
+    off there; kept for parity."""
     reconstruct: bool = False
-    """MAE's reconstruction of the hidden patches, too."""
+    """Add MAE's reconstruction of the masked patches. Official code's option, off there; kept for parity."""
     pos_weight: float = 0.05
-    """Weight of the position loss beside ``reconstruct``, and only there (0.1 for ViT-L)."""
+    """Weight of the position loss with ``reconstruct`` (0.1 for ViT-L)."""
     norm_pix_loss: bool = True
     """``reconstruct``: standardise the pixels of each target patch."""
     decoder_dim: Width | None = None
-    """Width of the decoder; None: 512 for encoders of 768 and more (the published one), else two thirds of theirs."""
+    """Width of the decoder; None: 512 (published) for encoders of width 768 or more, else two thirds of theirs."""
     decoder_depth: DepthFromZero = 2
-    """Blocks of the decoder that finds positions, and of that of ``reconstruct``."""
+    """Blocks of the position decoder, and of the decoder of ``reconstruct``."""
     decoder_num_heads: NumHeads | None = None
-    """Attention heads of the decoders; None: one for every 32 of their width (16 at 512, the published one)."""
+    """Attention heads of the decoders; None: width / 32 (16 at 512, the published number)."""
     positions: Literal["sincos", "learned"] = "sincos"
-    """``sincos`` (fixed, as published) or ``learned``; weights that are continued keep the positions they have."""
+    """``sincos`` (fixed, as published) or ``learned``; pretrained encoders keep their positions."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the random crop, as a share of the image."""
+    """Area of the random crop, as a fraction of the image."""
 
 
 def smoothed_labels(grid: tuple[int, int], sigma: float, device: torch.device | None = None) -> Float[Tensor, "K K"]:
@@ -84,7 +86,7 @@ def smoothed_labels(grid: tuple[int, int], sigma: float, device: torch.device | 
 
     Args:
         grid: ``(h, w)``, K = h * w.
-        sigma: spread in cells; 0 gives the unit matrix.
+        sigma: width in cells; 0 gives the identity matrix.
         device: where to.
 
     Returns:
@@ -97,14 +99,14 @@ def smoothed_labels(grid: tuple[int, int], sigma: float, device: torch.device | 
 def legacy_labels(
     grid: tuple[int, int], side: int, sigma: float, device: torch.device | None = None
 ) -> Float[Tensor, "K K"]:
-    """The released code's table: the first K cells of a grid of ``side`` x ``side``, divided column by column.
+    """The released code's table: the first K cells of a grid of ``side`` x ``side``, normalised by columns.
 
-    At 224 pixels the labels' grid is 14 x 14, the table's 16 x 16 (``side``: the pixels of a patch), so a cell's
-    neighbours above and below are taken to be two cells further. Rows at the borders don't sum to 1.
+    At 224 pixels the labels' grid is 14 x 14, the table's 16 x 16 (``side``: the pixels of a patch), so the cells above
+    and below are shifted by two. Rows at the borders don't sum to 1.
 
     Args:
         grid: ``(h, w)`` of the labels, K = h * w.
-        side: at least the root of K.
+        side: at least the square root of K.
         sigma: as in :func:`smoothed_labels`.
         device: where to.
     """
@@ -114,7 +116,7 @@ def legacy_labels(
 
 
 def _closeness(grid: tuple[int, int], sigma: float, device: torch.device | None) -> Float[Tensor, "K K"]:
-    """``exp(-dist^2 / sigma^2)``: the product of that of rows and that of columns."""
+    """``exp(-dist^2 / sigma^2)``, as the Kronecker product of rows and columns."""
     axes = []
     for length in grid:
         places = torch.arange(length, device=device, dtype=torch.float32)
@@ -126,25 +128,25 @@ def _closeness(grid: tuple[int, int], sigma: float, device: torch.device | None)
 def position_loss(
     logits: Float[Tensor, "B M K"], target: Float[Tensor, "B M K"], weights: Float[Tensor, "B M"]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the cells, the weighted mean over all tokens of the joined batch.
+    """Cross-entropy over cells: weighted mean over all tokens of the joint batch.
 
     Args:
         logits: any float type; compared in float32.
         target: distributions over cells.
-        weights: at least 0, of any sum.
+        weights: at least 0, with any sum.
     """
     cost = -(target * F.log_softmax(at_least_float32(logits), dim=-1)).sum(-1)
     return weighted_mean(cost, weights)
 
 
-def likeness_to_class(features: PatchFeatures, temp: float) -> Float[Tensor, "B N"]:
-    """Softmax over an image's patches of their cosine to its class token, over ``temp``."""
+def similarity_to_class(features: PatchFeatures) -> Float[Tensor, "B N"]:
+    """Softmax over an image's patches of their cosine similarity to its class token."""
     similarity = F.cosine_similarity(at_least_float32(features.patches), at_least_float32(features.prefix[:, :1]), -1)
-    return F.softmax(similarity / temp, dim=-1)
+    return F.softmax(similarity / ATTENTIVE_TEMP, dim=-1)
 
 
 class PositionDecoder(nn.Module):
-    """A few blocks that are told no positions, and a linear layer that names the cell of a token.
+    """A few blocks without positions, and a linear classifier over cells.
 
     Args:
         in_dim: width of the encoder's tokens.
@@ -167,7 +169,7 @@ class PositionDecoder(nn.Module):
         self.head = nn.Linear(dim, num_cells)
 
     def forward(self, sequence: Float[Tensor, "B T D"], places: Int[Tensor, "B M"]) -> Float[Tensor, "B M K"]:
-        """Logits of the tokens at some places of the sequence; all tokens take part in the blocks."""
+        """Logits of the tokens at some indices of the sequence; all tokens take part in the blocks."""
         tokens = self.blocks(self.embed(sequence))
         tokens = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
         return self.head(self.norm(tokens))
@@ -175,7 +177,7 @@ class PositionDecoder(nn.Module):
 
 @register("droppos")
 class DropPos(EncoderMethod):
-    """Hide most patches, take the positions of most others, and say where these were."""
+    """Mask most patches, drop the positions of most visible ones, and predict these positions."""
 
     Config = DropPosConfig
     title = "predicts the positions of visible patches whose positional embeddings were dropped"
@@ -197,7 +199,7 @@ class DropPos(EncoderMethod):
         _check(config, encoder)
         self.encoder = encoder
         self.head_grid = encoder.check_size(*encoder.img_size)
-        """Grid of the cells that are told apart: the encoder's native one."""
+        """Grid of the position classes: the encoder's native one."""
         width, num_cells = encoder.embed_dim, self.head_grid[0] * self.head_grid[1]
         dim = config.decoder_dim or decoder_width(width)
         num_heads = config.decoder_num_heads or max(dim // 32, 1)
@@ -224,7 +226,7 @@ class DropPos(EncoderMethod):
         return MultiCrop([ViewSpec(count=1, size=image_size, scale=self.config.crop_scale, flip_prob=0.5)])
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
-        """``{"position": ...}``, and ``reconstruction`` where it is asked for."""
+        """Loss terms ``position`` and, with ``reconstruct``, ``reconstruction``."""
         config, encoder = self.config, self.encoder
         images = encoder.normalize(views.global_crops)
         grid = encoder.check_size(images.shape[-2], images.shape[-1])
@@ -261,12 +263,12 @@ class DropPos(EncoderMethod):
         return losses
 
     def couplings(self) -> dict[str, bool]:
-        """The loss divides by the sum of the weights over the batch."""
+        """The loss is normalised by the sum of the weights over the batch."""
         config = self.config
         return {"attentive weights": config.attentive, "confident patches left out": config.ignore_confident}
 
     def label_table(self, progress: float, device: torch.device | None = None) -> Float[Tensor, "K K"]:
-        """Labels of the cells at this point of training."""
+        """Smoothed labels of all cells at a progress of training."""
         config = self.config
         sigma = config.sigma * (1 - progress) if config.sigma_decay else config.sigma
         if config.legacy_smoothing:
@@ -274,7 +276,7 @@ class DropPos(EncoderMethod):
         return smoothed_labels(self.head_grid, sigma, device)
 
     def reference(self, row: Mapping[str, float]) -> Reference | None:
-        """The uniform guess of the cell; of the accuracy, since the loss leaves confident patches out."""
+        """The uniform guess over cells; for the accuracy, since the loss may leave out confident patches."""
         num_cells, accuracy = self.decoder.head.out_features, row.get("position_accuracy")
         if accuracy is None:
             return None
@@ -282,11 +284,11 @@ class DropPos(EncoderMethod):
         return Reference("the accuracy of positions", accuracy, 1 / num_cells, guess, higher_is_better=True)
 
     def networks(self) -> dict[str, Encoder]:
-        """The encoder is all that is handed on."""
+        """The encoder; the decoders are dropped."""
         return {"encoder": self.encoder}
 
     def _draw_dropped(self, views: Views, num_visible: int) -> Int[Tensor, "B M"]:
-        """Which of the visible tokens lose their position, as places among them."""
+        """Visible tokens that lose their position, as indices into them."""
         num_known = int(num_visible * (1 - self.config.pos_mask_ratio))
         order = sample_uniform(views.keys, num_visible, _POSITIONS).argsort(dim=1, stable=True)
         return order[:, num_known:]
@@ -298,10 +300,10 @@ class DropPos(EncoderMethod):
         dropped: Int[Tensor, "B M"],
         is_dropped: Bool[Tensor, "B L"],
     ) -> tuple[Tensor, Tensor | None]:
-        """Positions of the visible patches, ``(B, L, D)``, with stand-ins for the dropped ones; and the prefix's."""
+        """Positions of the visible patches, ``(B, L, D)``, with replacements for the dropped ones; and the prefix's."""
         positions = self.encoder.positions(grid)
         assert positions is not None, "refused when the method was built"
-        if self.config.pos_token == "shuffled":  # each the next one's: never its own, where there are two
+        if self.config.pos_token == "shuffled":  # each gets the next one's: never its own, if there are two
             wrong = ids_keep.gather(1, dropped).roll(1, dims=1)
             ids_keep = ids_keep.scatter(1, dropped, wrong)
         patch_pos = positions[0].expand(len(ids_keep), -1, -1)
@@ -316,24 +318,24 @@ class DropPos(EncoderMethod):
     def _attentive_weights(
         self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B L"]
     ) -> Float[Tensor, "B L"]:
-        """How much each visible patch counts: likeness to the class token of the whole image; an image's sum to 1."""
+        """Weights of the visible patches: similarity to the class token of the whole image; they sum to 1 per image."""
         with eval_mode(self.encoder):
-            weights = likeness_to_class(self.encoder.encode(images), self.config.attentive_temp).gather(1, ids_keep)
+            weights = similarity_to_class(self.encoder.encode(images)).gather(1, ids_keep)
         return weights / weights.sum(1, keepdim=True)
 
 
 def _check(config: DropPosConfig, encoder: Encoder) -> None:
-    """Settings that can't be used, before anything is built."""
+    """Refuse settings that cannot be used."""
     if not 0 <= config.mask_ratio < 1:
-        raise ConfigError(f"method.mask_ratio={config.mask_ratio}: a share in 0..1 (1 excluded) is needed")
+        raise ConfigError(f"method.mask_ratio={config.mask_ratio}: it must lie in [0, 1)")
     if config.reconstruct and not config.mask_ratio:
-        raise ConfigError("method.reconstruct needs hidden patches; raise method.mask_ratio above 0")
+        raise ConfigError("method.reconstruct needs masked patches; raise method.mask_ratio above 0")
     if not 0 < config.pos_mask_ratio <= 1:
-        raise ConfigError(f"method.pos_mask_ratio={config.pos_mask_ratio}: a share in 0..1 (0 excluded) is needed")
-    if config.sigma < 0 or config.attentive_temp <= 0 or config.pos_weight <= 0:
-        raise ConfigError("method.sigma must not be negative, attentive_temp and pos_weight must be above 0")
+        raise ConfigError(f"method.pos_mask_ratio={config.pos_mask_ratio}: it must lie in (0, 1]")
+    if config.sigma < 0 or config.pos_weight <= 0:
+        raise ConfigError("method.sigma must not be negative, and method.pos_weight must be above 0")
     if encoder.vit.pos_embed is None:
-        raise ConfigError(f"{encoder.name} has no position embedding that could be dropped")
+        raise ConfigError(f"{encoder.name} has no position embedding to drop")
     if config.attentive and not encoder.has_class_token:
         raise ConfigError(
             f"method.attentive needs a class token, which {encoder.name} lacks; use method.attentive=false"

@@ -1,13 +1,13 @@
-"""Intertwined content and positional features: DINOv2 whose crops know where in the image they lie.
+"""Intertwined content and positional features: DINOv2 whose crops read image-level positional embeddings.
 
 Paper: Liu, Suganuma & Okatani, "Self-Supervised Learning of Intertwined Content and Positional Features for Object
-Detection", ICML 2025, PMLR 267:39552-39567. The text at hand was the review version; there is no public code.
+Detection", ICML 2025, PMLR 267:39552-39567. We had the review version; there is no public code.
 Letters: B images, V views, M = 2 B global crops (view-major), N = h*w patches of a crop, D width of a token, P the
-field of positions, A the rectangle around an image's global crops, s its share of the field.
-Differs from the paper, or is left open there (the whole table: ``docs/methods/intertwined.md``): tokens that are masked
-are judged, not all; local crops must fit into the field, too; a mirrored crop keeps the positions of the unmirrored one
-(``flip``); the cross-shaped mask's rule. The defaults of ``num_prototypes``, ``targets`` and ``koleo_weight`` are for
-tens of thousands of images on one device (the recipes have the published ones).
+position field, A the bounding box of an image's global crops, s its fraction of the field's area.
+Differs from the paper, or is left open there (full table: ``docs/methods/intertwined.md``): the loss covers masked
+tokens, not all; local crops must fit into the field, too; a flipped crop keeps the positions of the unflipped one
+(``flip``); the sampling of cross-shaped masks. The defaults of ``num_prototypes``, ``targets`` and ``koleo_weight``
+suit tens of thousands of images on one device (the recipes have the published ones).
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,9 @@ from smalti.functional.random import sample_beta, sample_uniform
 from smalti.layers.position_field import PositionField
 from smalti.methods.base import register
 from smalti.methods.dinov2 import DINOv2, DINOv2Config
-from smalti.methods.ibot import NUM_GLOBAL, RATIO_STREAM, MaskedNetwork, crop_keys
+from smalti.methods.ibot import RATIO_STREAM
+from smalti.methods.masked_tokens import MaskedNetwork, crop_keys
+from smalti.methods.self_distillation import NUM_GLOBAL
 from smalti.models.encoder import Encoder
 
 CONTENT, POSITION = "content", "position"
@@ -42,75 +44,64 @@ class IntertwinedConfig(DINOv2Config):
 
     name: str = "intertwined"
     field: bool = True
-    """Crops read their positions out of a field over the image; otherwise every crop has the same table."""
+    """Crops read their positions from a field over the image; otherwise every crop has the same position table."""
     position_loss: bool = True
-    """Mask positions in the crops whose content isn't masked, and match the teacher there; otherwise these crops are
-    not masked."""
+    """Mask positions in the crops whose content isn't masked, and predict the teacher's tokens there; otherwise these
+    crops are not masked."""
     field_grid: tuple[int, int] = (50, 50)
-    """Nodes of the field down and across."""
-    field_mode: Literal["bicubic", "bilinear"] = "bicubic"
-    """Interpolation between nodes."""
-    field_align_corners: bool = True
-    """The outermost nodes lie on the borders of the image; otherwise half a node inside."""
-    field_reading: Literal["sampled", "separable"] = "sampled"
-    """``separable``: equal numbers, and gradients that are the same bits each time on a GPU, for more memory."""
-    field_frozen: bool = False
-    """The field stays as it starts."""
+    """Rows and columns of the field."""
     scale_distribution: Literal["beta", "uniform", "const"] = "beta"
-    """How s is drawn: Beta(2, 5) or uniformly over ``scale_range``; ``const``: crops are read where they lie."""
+    """Distribution of s: Beta(2, 5) or uniform over ``scale_range``; ``const``: crops are read at their true position
+    and scale. The paper compares all three."""
     scale_range: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest s."""
     anchor: Literal["crops", "image"] = "crops"
-    """What gets the area s: A, or the whole image."""
+    """Box that gets the area s: A (the paper's text), or the whole image (its figure's caption)."""
     flip: Literal["box", "image", "field"] = "box"
-    """``box``: a crop's pixels are mirrored, its positions not; ``image``: all crops of an image are mirrored, or none;
-    ``field``: a crop's positions are mirrored with it."""
+    """Horizontal flips, on which the paper is silent. ``box``: pixels are flipped, positions not; ``image``: all crops
+    of an image are flipped, or none; ``field``: positions are flipped with the crop."""
     position_mask: Literal["cross", "box"] = "cross"
-    """Shape of position masks; content masks are boxes."""
+    """Shape of position masks. The paper compares them and uses crosses; content masks are boxes."""
     position_mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Smallest and largest share of positions that are masked."""
+    """Smallest and largest fraction of positions that are masked."""
     loss_tokens: Literal["masked", "all"] = "masked"
-    """Which tokens of a masked crop are judged; the paper's formulas can be read as ``all``."""
+    """Tokens of a masked crop that enter the loss; ``all`` follows the paper's formulas literally."""
     norm_last_layer: bool = True
-    """Keep the gain of each prototype at 1."""
+    """Fix the gain of each prototype at 1."""
     teacher_temp: float = 0.04
-    """Temperature of the teacher's softmax on images, constant."""
+    """Temperature of the teacher's softmax on image tokens; constant."""
     warmup_teacher_temp: float = 0.04
-    """At the start."""
+    """Teacher temperature on image tokens at the start."""
     patch_teacher_temp: float = 0.04
-    """Likewise on patches, of content and of position."""
+    """Temperature of the teacher's softmax on patches, for content and positions; constant."""
     warmup_patch_teacher_temp: float = 0.04
-    """At the start."""
+    """Teacher temperature on patches at the start."""
     koleo_weight: float = 0.1
-    """Of the KoLeo term, which is summed over both global views; the paper's is 1."""
-
-
-def _field_form(config: IntertwinedConfig) -> tuple[tuple[int, int], str, bool]:
-    return config.field_grid, config.field_mode, config.field_align_corners
+    """Weight of the KoLeo term, which is summed over both global views; the paper's is 1."""
 
 
 class IntertwinedNetwork(MaskedNetwork):
-    """A :class:`MaskedNetwork` that keeps what a patch shows and where it lies apart until both are masked.
+    """A :class:`MaskedNetwork` that masks content and positions separately before adding them.
 
     Args:
         encoder: with positions.
         config: of the method.
-        token_heads: as for :class:`MaskedNetwork`.
+        heads: as for :class:`MaskedNetwork`.
     """
 
-    def __init__(self, encoder: Encoder, config: IntertwinedConfig, token_heads: tuple[str, ...]) -> None:
-        super().__init__(encoder, config, token_heads)
+    def __init__(self, encoder: Encoder, config: IntertwinedConfig, heads: tuple[str, ...]) -> None:
+        super().__init__(encoder, config, heads)
         self.position_token = nn.Parameter(torch.zeros(1, encoder.embed_dim)) if config.position_loss else None
 
     def embed(
         self, images: Num[Tensor, "V C H W"], masks: Mapping[str, Tensor], boxes: Float[Tensor, "V 4"] | None
     ) -> Float[Tensor, "V T D"]:
-        """The sequence that goes into the blocks: content plus position, each with its own mask token where hidden.
+        """Input sequence of the blocks: content plus position, each with its own mask token where masked.
 
         Args:
-            images: as views have them.
+            images: of views, not normalised.
             masks: ``(V, N)`` by name, ``content`` and ``position``, or nothing.
-            boxes: of the crops, in shares of the field; None: all read the whole of it, or the table.
+            boxes: of the crops, in fractions of the field; None: all read the whole field, or the table.
         """
         encoder = self.encoder
         tokens, grid = encoder.embed_patches(encoder.normalize(images))
@@ -120,14 +111,14 @@ class IntertwinedNetwork(MaskedNetwork):
         if CONTENT in masks:
             tokens = torch.where(masks[CONTENT][..., None], self.mask_token.to(tokens.dtype), tokens)
         if POSITION in masks:
-            assert self.position_token is not None, "positions are masked for their loss alone"
+            assert self.position_token is not None, "positions are masked only with position_loss"
             places = torch.where(masks[POSITION][..., None], self.position_token.to(places.dtype), places)
         return encoder.assemble(tokens, (places, prefix))
 
 
 @register("intertwined")
 class Intertwined(DINOv2):
-    """DINOv2 with a field of positions that crops read, and positions that are hidden and predicted."""
+    """DINOv2 with a position field that crops read from, and with masked positions to predict."""
 
     Config = IntertwinedConfig
     title = "DINOv2 with image-level positional embeddings; masks a patch's content or its position"
@@ -153,25 +144,25 @@ class Intertwined(DINOv2):
         super().__init__(encoder, config)
 
     def make_network(self, encoder: Encoder) -> IntertwinedNetwork:
-        """The student; the teacher is its copy, field and all."""
-        return IntertwinedNetwork(encoder, self.config, self.token_heads)
+        """The student; the teacher is a copy of it, field included."""
+        return IntertwinedNetwork(encoder, self.config, self.head_names)
 
     def make_views(self, image_size: int) -> MultiCrop:
-        """DINOv2's; with ``flip=image`` an image is mirrored before it is cropped, not each crop."""
+        """DINOv2's; with ``flip=image`` the image is flipped before it is cropped, not each crop."""
         views = super().make_views(image_size)
         if self.config.flip != "image":
             return views
         return MultiCrop([replace(spec, flip_prob=0.0) for spec in views.specs], flip_image_prob=0.5)
 
     def view_boxes(self, views: Views) -> list[Tensor | None]:
-        """Where the crops of each size lie in the field; one scale and one shift for all views of an image."""
+        """Boxes of the crops in the field, by crop size; one scale and one shift for all views of an image."""
         if not self.config.field:
             return [None] * len(views.crops)
         boxes = self.field_boxes(views)
         return list(torch.split(boxes, [len(crops) for crops in views.crops]))
 
     def field_boxes(self, views: Views) -> Float[Tensor, "VB 4"]:
-        """Boxes of all views in shares of the field, in their order; x0 and x1 exchanged where columns are mirrored."""
+        """Boxes of all views in fractions of the field; x0 and x1 are exchanged where positions are flipped."""
         config = self.config
         boxes = normalize_boxes(views.boxes, views.source_size)
         if config.scale_distribution != "const":
@@ -191,7 +182,7 @@ class Intertwined(DINOv2):
         never both in one.
 
         Args:
-            keys: the images', on the CPU.
+            keys: ``(B,)`` seeds of the images, on the CPU.
             grid: of a global crop.
         """
         content, position = self.mask_counts(keys, grid)
@@ -206,7 +197,7 @@ class Intertwined(DINOv2):
     def mask_counts(
         self, keys: Int[Tensor, " B"], grid: tuple[int, int]
     ) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
-        """How many patches of each global crop lose their content, and how many their position."""
+        """Numbers of patches of each global crop with masked content, and with masked position."""
         config, num_patches = self.config, grid[0] * grid[1]
         noise = sample_uniform(crop_keys(keys), 2, RATIO_STREAM)
         if config.mask_sampling == "independent":
@@ -224,14 +215,14 @@ class Intertwined(DINOv2):
         return content, position
 
     def compared(self, masks: dict[str, Bool[Tensor, "M N"]]) -> dict[str, Bool[Tensor, "M N"]]:
-        """Which tokens the content head and the position head judge."""
+        """Tokens in the content loss and in the position loss."""
         if self.config.loss_tokens == "masked":
             return masks
         return {name: mask.any(1, keepdim=True).expand_as(mask) for name, mask in masks.items()}
 
     @torch.no_grad()
     def _draw_weights(self) -> None:
-        """DINOv2's start; then the field takes the place of the table, as it is or as sines and cosines of its size."""
+        """DINOv2's initialisation; then the field replaces the position table."""
         super()._draw_weights()
         encoder, config = self.student.encoder, self.config
         if not config.field:
@@ -241,27 +232,16 @@ class Intertwined(DINOv2):
             encoder.attach_field(self._field_from_table(encoder))
         field = encoder.position_field
         assert field is not None, "attached above"
-        field.separable = config.field_reading == "separable"  # equal numbers
-        brought = (tuple(field.grid), field.mode, field.align_corners)
-        wanted = _field_form(config)
-        if brought != wanted and wanted != _field_form(IntertwinedConfig()):  # what isn't said gives way
+        if tuple(field.grid) != config.field_grid != IntertwinedConfig().field_grid:  # the default gives way
             raise ConfigError(
-                f"method.field_grid, field_mode, field_align_corners say {wanted}, the weights to start from bring a "
-                f"field of {brought}; leave these settings out, or start from other weights"
+                f"method.field_grid={list(config.field_grid)}, but the initial weights have a field of "
+                f"{list(field.grid)}; leave the setting out, or start from other weights"
             )
-        field.field.requires_grad_(not config.field_frozen)
 
     def _field_from_table(self, encoder: Encoder) -> PositionField:
-        """A field that starts as the encoder's own table does, or from that table if it was trained."""
+        """A field initialised like the encoder's table, or interpolated from the table of a pretrained encoder."""
         config, grid = self.config, encoder.check_size(*encoder.img_size)
-        field = PositionField(
-            encoder.embed_dim,
-            config.field_grid,
-            encoder.has_class_token,
-            config.field_mode,
-            config.field_align_corners,
-            separable=config.field_reading == "separable",
-        )
+        field = PositionField(encoder.embed_dim, config.field_grid, encoder.has_class_token)
         positions = encoder.positions(grid)
         assert positions is not None, "refused when the method was built"
         patches, prefix = positions
@@ -276,12 +256,12 @@ class Intertwined(DINOv2):
 
 
 def _check(config: IntertwinedConfig, encoder: Encoder) -> None:
-    """Settings that can't be used, before anything is built."""
+    """Refuse settings that cannot be used."""
     if encoder.vit.pos_embed is None and encoder.position_field is None:
-        raise ConfigError(f"{encoder.name} has no position embedding, which this method is about")
+        raise ConfigError(f"{encoder.name} has no position embedding, which this method needs")
     low, high = config.position_mask_ratio
     if not 0 <= low <= high <= 1:
-        raise ConfigError(f"method.position_mask_ratio=({low:g}, {high:g}): it needs 0 <= smallest <= largest <= 1")
+        raise ConfigError(f"method.position_mask_ratio=({low:g}, {high:g}): 0 <= smallest <= largest <= 1 is needed")
     low, high = config.scale_range
     if not 0 < low <= high <= 1:
-        raise ConfigError(f"method.scale_range=({low:g}, {high:g}): it needs 0 < smallest <= largest <= 1")
+        raise ConfigError(f"method.scale_range=({low:g}, {high:g}): 0 < smallest <= largest <= 1 is needed")

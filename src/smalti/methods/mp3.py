@@ -1,10 +1,10 @@
 """MP3: masked patch position prediction.
 
-Paper: Zhai et al., "Position Prediction as an Effective Pretraining Strategy", ICML 2022, arXiv:2207.07611. Its text
-was not at hand: what is said of the code is that of PART, which grew from this method.
+Paper: Zhai et al., "Position Prediction as an Effective Pretraining Strategy", ICML 2022, arXiv:2207.07611. We
+had not its text; "the code" is that of PART, which builds on this method.
 Letters: B images, N patches, M those whose position is predicted, D embed_dim, K cells of the head.
-Differs from the code: the class token stands first, which a network without positions can't tell; views are cropped,
-flipped and jittered in colour, without RandAugment, whose fills leave frames that show where the border is.
+Differs from the code: the class token is first, which makes no difference without positions; augmentation is crop, flip
+and colour jitter, without RandAugment, whose fill colour marks the border.
 """
 
 from collections.abc import Mapping
@@ -33,23 +33,24 @@ class MP3Config(MethodConfig):
 
     name: str = "mp3"
     key_mask_ratio: float = 0.5
-    """eta: share of patches that no patch may look at, in [0, 1), in training; ``int(N * (1 - eta))`` are looked at."""
+    """eta: fraction of patches, in [0, 1), that no patch can attend to in training; ``int(N * (1 - eta))``
+    remain keys."""
     loss_patches: Literal["all", "hidden"] = "all"
-    """Patches whose positions are predicted: all, or those hidden from the keys and values."""
+    """Patches in the loss: all (the code's), or those masked from keys and values (a variant in the code)."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the random crop, as a share of the image."""
+    """Area of the random crop, as a fraction of the image."""
     color_jitter: float = 0.4
-    """Strength of jitter of brightness, contrast and saturation; 0: none."""
+    """Strength of brightness, contrast and saturation jitter; 0: none."""
 
 
 def position_loss(logits: Float[Tensor, "B M K"], labels: Int[Tensor, "B M"]) -> Float[Tensor, ""]:
-    """Cross-entropy of the true cells, the mean over images and patches, in float32."""
+    """Cross-entropy over cells: mean over images and patches, in float32."""
     return F.cross_entropy(at_least_float32(logits).flatten(0, 1), labels.flatten())
 
 
 @register("mp3")
 class MP3(EncoderMethod):
-    """Encode the patches of the grid without a word on where they are; each says which cell is its own."""
+    """Encode the patches of the grid without positions, and classify the cell of each."""
 
     Config = MP3Config
     title = "predicts the grid position of each patch, without positional embeddings"
@@ -71,14 +72,14 @@ class MP3(EncoderMethod):
     def __init__(self, encoder: Encoder, config: MP3Config) -> None:
         super().__init__(encoder, config)
         if not 0 <= config.key_mask_ratio < 1:
-            raise ConfigError(f"method.key_mask_ratio={config.key_mask_ratio}: a share in 0..1 (1 excluded) is needed")
+            raise ConfigError(f"method.key_mask_ratio={config.key_mask_ratio}: it must lie in [0, 1)")
         if config.loss_patches == "hidden" and not config.key_mask_ratio:
-            raise ConfigError("method.loss_patches=hidden: nothing is hidden at method.key_mask_ratio=0; raise it")
+            raise ConfigError("method.loss_patches=hidden needs method.key_mask_ratio above 0")
         if config.color_jitter < 0:
             raise ConfigError(f"method.color_jitter={config.color_jitter}: a strength of at least 0 is needed")
         self.encoder = encoder
         self.head_grid = encoder.check_size(*encoder.img_size)
-        """Grid of the cells that are told apart: the encoder's native one."""
+        """Grid of the position classes: the encoder's native one."""
         self.head = nn.Linear(encoder.embed_dim, self.head_grid[0] * self.head_grid[1])
         init_linear(self.head)
         encoder.draw_class_token()
@@ -119,17 +120,17 @@ class MP3(EncoderMethod):
         return {"position": position_loss(logits, labels)}
 
     def draw_mask(self, views: Views, num_patches: int) -> Bool[Tensor, "B N"] | None:
-        """Patches that nobody looks at; None: there are none (in eval mode, or with a share of 0)."""
+        """Patches that are masked as keys; None: no masking (in eval mode, or with a ratio of 0)."""
         if not self.training or not self.config.key_mask_ratio:
             return None
         return random_mask(sample_uniform(views.keys, num_patches), self._num_keys(num_patches))[1]
 
     def encode(self, images: Num[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
-        """Tokens of all patches, in raster order, which the network can't tell.
+        """Tokens of all patches, in raster order, which the network does not see.
 
         Args:
             images: normalised.
-            mask: True where a patch may not be looked at, in any block; the prefix tokens always may.
+            mask: True where a patch is masked as key, in all blocks; prefix tokens never are.
         """
         tokens, _ = self.encoder.embed_patches(images)
         num_prefix = self.encoder.num_prefix_tokens
@@ -137,11 +138,11 @@ class MP3(EncoderMethod):
         return self.encoder.forward_tokens(self.encoder.assemble(tokens, None), is_key)[:, num_prefix:]
 
     def reference(self, row: Mapping[str, float]) -> Reference | None:
-        """The uniform guess of the cell."""
+        """The uniform guess over cells."""
         return uniform_guess(row, "position", self.head.out_features, "cells")
 
     def networks(self) -> dict[str, Encoder]:
-        """The encoder is all that is handed on: without positions, until it is fine-tuned."""
+        """The encoder, without positions until it is fine-tuned."""
         return {"encoder": self.encoder}
 
     def _num_keys(self, num_patches: int) -> int:

@@ -1,9 +1,9 @@
-"""Prefix: how well the tokens that are seen first tell all the others; the judge of orders of patches.
+"""Prefix: predicts unseen patch tokens from any set of seen ones; used to score patch orders.
 
-Paper: none. Guo et al., arXiv:2511.22281v2, define an order's worth by how uncertain what isn't seen yet remains
-(Eq. 8) and measure it for no order at all. This learns that uncertainty for any set of seen tokens. It shares no weight
-and no training with what finds orders, so it owes none of them anything.
-Letters: B images, N tokens, d values a token, k of them seen, D width of the network.
+Paper: none. Guo et al., arXiv:2511.22281v2, define the quality of an order by the remaining uncertainty of unseen
+patches (Eq. 8), but do not measure it for any order. This model learns that uncertainty for any set of seen tokens. It
+shares no weights and no training with the methods that produce orders, so it favours none of them.
+Letters: B images, N tokens, d values per token, k of them seen, D width of the network.
 """
 
 import math
@@ -24,13 +24,13 @@ from smalti.layers.tokens import TokenSource
 from smalti.methods.base import MethodConfig, TokenMethod, register
 
 _BOUND = 10.0
-"""Log-variances lie within this: variances from 5e-5 to 2e4 of a token's own."""
-_COUNT, _WHICH = 0, 1  # streams of a sample's random numbers
+"""Bound of log-variances: variances from 5e-5 to 2e4 of a token's own."""
+_COUNT, _WHICH = 0, 1  # random streams of a sample
 
 
 @settings
 class PrefixConfig(MethodConfig):
-    """Settings of the judge."""
+    """Settings of the predictor."""
 
     name: str = "prefix"
     dim: Width = 192
@@ -40,32 +40,34 @@ class PrefixConfig(MethodConfig):
     num_heads: NumHeads = 3
     """Attention heads."""
     flip_prob: float = 0.5
-    """Share of images that are mirrored left to right."""
+    """Probability of a horizontal flip, in 0..1."""
 
 
-class Told(NamedTuple):
-    """What is said of each token, seen or not: a normal law for each of its values."""
+class Prediction(NamedTuple):
+    """A normal distribution for each value of each token, seen or not."""
 
     mean: Float[Tensor, "B N d"]
     log_variance: Float[Tensor, "B N d"]
 
 
-def gaussian_nll(told: Told, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Float[Tensor, ""]:
-    """Minus the log-likelihood of the tokens that aren't seen, in nats a value: mean over an image's, then over images.
+def gaussian_nll(
+    prediction: Prediction, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]
+) -> Float[Tensor, ""]:
+    """Negative log-likelihood of the unseen tokens, in nats per value: mean over an image's tokens, then over images.
 
     Args:
-        told: in any float type; computed in float32.
-        tokens: the truth.
-        seen: at least one of each image is not.
+        prediction: any float type; computed in float32.
+        tokens: the true tokens.
+        seen: at least one token per image is unseen.
     """
-    mean, log_variance = (at_least_float32(values) for values in told)
+    mean, log_variance = (at_least_float32(values) for values in prediction)
     each = 0.5 * (log_variance + (tokens - mean).square() * (-log_variance).exp() + math.log(2 * math.pi)).mean(-1)
     hidden = (~seen).to(each.dtype)
     return ((each * hidden).sum(1) / hidden.sum(1)).mean()
 
 
 def random_seen(keys: Int[Tensor, " B"], num_tokens: int) -> Bool[Tensor, "B N"]:
-    """True for the k tokens of each image that are seen; k uniform in 0..N-1, then which of them."""
+    """True for k random tokens of each image; k is uniform in 0..N-1."""
     count = (sample_uniform(keys, 1, _COUNT) * num_tokens).long()
     places = sample_uniform(keys, num_tokens, _WHICH).argsort(dim=1, stable=True).argsort(dim=1)
     return places < count
@@ -73,10 +75,10 @@ def random_seen(keys: Int[Tensor, " B"], num_tokens: int) -> Bool[Tensor, "B N"]
 
 @register("prefix")
 class Prefix(TokenMethod):
-    """Show some tokens of an image, any number of any of them; say of the others what they will be, and how surely.
+    """Predict mean and variance of the unseen tokens of an image from any subset of its tokens.
 
-    One trunk of timm's blocks over all places, mask tokens in those that aren't seen, so that images of a batch may
-    show different numbers.
+    One stack of timm's blocks over all positions, with mask tokens at unseen ones, so that images of a batch may have
+    different numbers of seen tokens.
     """
 
     Config = PrefixConfig
@@ -112,27 +114,27 @@ class Prefix(TokenMethod):
         nn.init.normal_(self.head.weight, std=0.002)  # at first: the mean token, with its own variance
 
     def make_views(self, image_size: int) -> ViewMaker:
-        """The central square and its mirror image, as for what finds orders."""
+        """The central square, flipped at random, as for methods that produce orders."""
         return CentreCrop(image_size, self.config.flip_prob)
 
-    def tell(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Told:
-        """What is said of all tokens when some are seen.
+    def predict(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Prediction:
+        """Predicted distributions of all tokens, given the seen ones.
 
         Args:
-            tokens: of unit mean variance; those that aren't seen are not looked at.
-            seen: any number of each image, also none.
+            tokens: of unit mean variance; unseen ones are not used.
+            seen: any number per image, including none.
         """
         shown = torch.where(seen[..., None], self.embed(tokens), self.mask_token)
         said = self.head(self.norm(self.blocks(shown + self.positions)))
         mean, raw = said.chunk(2, dim=-1)
-        return Told(mean, _BOUND * torch.tanh(raw / _BOUND))
+        return Prediction(mean, _BOUND * torch.tanh(raw / _BOUND))
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
-        """``{"nll": ...}``, nats a value of a token that isn't seen."""
+        """Loss term ``nll``, in nats per value of an unseen token."""
         tokens = self.tokens.encode(views.global_crops)
         seen = random_seen(views.keys, tokens.shape[1])
-        told = self.tell(tokens, seen)
+        prediction = self.predict(tokens, seen)
         with torch.no_grad():
-            errors = (at_least_float32(told.mean) - tokens).square().mean(-1)
+            errors = (at_least_float32(prediction.mean) - tokens).square().mean(-1)
             self.observations = {"squared_error": (errors * ~seen).sum() / (~seen).sum()}
-        return {"nll": gaussian_nll(told, tokens, seen)}
+        return {"nll": gaussian_nll(prediction, tokens, seen)}

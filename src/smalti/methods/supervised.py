@@ -1,10 +1,10 @@
-"""Supervised: image classes, told by one vector an image.
+"""Supervised image classification from one vector per image.
 
 Paper: Touvron et al., "Training data-efficient image transformers", DeiT, 2020, arXiv:2012.12877v2, Table 9 for the
 recipe, without distillation; in the form in which Hajimiri et al., arXiv:2603.04892, train LocAtViT.
 Letters: B images, D embed_dim, K classes.
-Differs from both: no RandAugment, random erasing or repeated augmentation: crops, flips and colour jitter are this
-library's views; the learning rate falls along half a cosine, as DeiT's (LocAtViT's is linear).
+Differs from both: no RandAugment, random erasing or repeated augmentation, only crops, flips and colour jitter; the
+learning rate follows half a cosine, as DeiT's (LocAtViT's is linear).
 """
 
 from collections.abc import Mapping
@@ -30,39 +30,39 @@ from smalti.models.encoder import ClassHead, Encoder
 
 @settings
 class SupervisedConfig(MethodConfig):
-    """Settings of supervised pretraining; which vector the classes are told by is the run's ``pool``."""
+    """Settings of supervised pretraining; the run's ``pool`` selects the vector that is classified."""
 
     name: str = "supervised"
     num_classes: int | None = None
     """K; None: as many as the data has."""
     label_smoothing: float = 0.1
-    """Share of the target that is spread evenly over all classes, in [0, 1)."""
+    """Label smoothing: fraction of the target that is spread evenly over all classes, in [0, 1)."""
     mixup: float = 0.0
-    """Parameter of the Beta law by which pairs of images are mixed, 0.8 in the papers; 0: none."""
+    """Parameter of mixup's Beta distribution, 0.8 in the papers; 0: none."""
     cutmix: float = 0.0
-    """The same for pasting a part of the other image, 1.0 in the papers; with both, each has half of the batches."""
+    """Parameter of CutMix's Beta distribution, 1.0 in the papers; with mixup, each gets half of the batches."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the random crop, as a share of the image."""
+    """Area of the random crop, as a fraction of the image."""
     flip_prob: float = 0.5
-    """Share of views that are mirrored left to right."""
+    """Probability of a horizontal flip, in 0..1."""
     color_jitter: float = 0.4
-    """Strength of jitter of brightness, contrast and saturation; 0: none."""
+    """Strength of brightness, contrast and saturation jitter; 0: none."""
 
 
 def class_loss(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], smoothing: float) -> Float[Tensor, ""]:
-    """Cross-entropy with smoothed labels, the mean over images, in float32.
+    """Cross-entropy with label smoothing: mean over images, in float32.
 
     Args:
         logits: ``(B, K)``.
         labels: ``(B,)`` in 0..K-1.
-        smoothing: share of the target that all K classes, the true one too, have in equal parts.
+        smoothing: fraction of the target spread evenly over all K classes, including the true one.
     """
     return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=smoothing)
 
 
 @register("supervised")
 class Supervised(EncoderMethod):
-    """Tell each image's class by a linear layer on the vector that stands for it."""
+    """A linear classifier on the pooled vector of an image."""
 
     Config = SupervisedConfig
     title = "supervised image classification; requires labels"
@@ -86,9 +86,7 @@ class Supervised(EncoderMethod):
         if config.num_classes is None or config.num_classes < 2:
             raise ConfigError(f"method.num_classes={config.num_classes}: supervised needs at least 2 classes")
         if not 0 <= config.label_smoothing < 1:
-            raise ConfigError(
-                f"method.label_smoothing={config.label_smoothing}: a share in 0..1 (1 excluded) is needed"
-            )
+            raise ConfigError(f"method.label_smoothing={config.label_smoothing}: it must lie in [0, 1)")
         for name in ("mixup", "cutmix", "color_jitter"):
             if getattr(config, name) < 0:
                 raise ConfigError(f"method.{name}={getattr(config, name)}: a number of at least 0 is needed")
@@ -119,7 +117,7 @@ class Supervised(EncoderMethod):
         return MultiCrop([view])
 
     def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
-        """Remember what the classes are called."""
+        """Store the names of the classes."""
         self.classes = (images.classes or ()) if isinstance(images, ImageSet) else ()
 
     def class_head(self, network: str) -> ClassHead:
@@ -127,24 +125,24 @@ class Supervised(EncoderMethod):
         return ClassHead(self.head.weight, self.head.bias, self.classes)
 
     def check_batch(self, micro_batch: int) -> None:
-        """Mixing takes pairs."""
+        """Mixup and CutMix need an even number of images."""
         if self.mix is not None and micro_batch % 2:
             raise ConfigError(f"micro_batch={micro_batch}: mixup and cutmix mix pairs of images; make it even")
 
     def couplings(self) -> dict[str, bool]:
-        """Mixing takes pairs of the batch."""
+        """Mixup and CutMix mix pairs of the batch."""
         return {"mixup and cutmix": self.mix is not None}
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
-        """``{"class": ...}``."""
+        """Loss term ``class``."""
         labels = views.labels
-        assert labels is not None, "the run has seen to it that there are labels"
+        assert labels is not None, "the run checks that there are labels"
         images = self.encoder.normalize(views.global_crops)
         if self.mix is not None and self.training:
             mixed, targets = self.mixed(images, labels, views.cpu_keys)
             logits = self.head(self.encoder.image_features(mixed))
             loss = SoftTargetCrossEntropy()(at_least_float32(logits), targets)
-            labels = targets.argmax(-1)  # the class that has more of the image
+            labels = targets.argmax(-1)  # the class with the larger part of the image
         else:
             logits = self.head(self.encoder.image_features(images))
             loss = class_loss(logits, labels, self.config.label_smoothing)
@@ -154,9 +152,9 @@ class Supervised(EncoderMethod):
     def mixed(
         self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"], keys: Int[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
-        """Images mixed with those of the batch in reverse order, and what share of which class each then is.
+        """Images mixed with those of the batch in reverse order, and their soft targets.
 
-        timm draws from NumPy's own generator, so that is seeded by the samples' keys, and goes on as if unused.
+        timm uses NumPy's global generator: it is seeded by the samples' keys, and restored afterwards.
 
         Raises:
             ConfigError: for an odd number of images.
@@ -172,9 +170,9 @@ class Supervised(EncoderMethod):
         return mixed, targets
 
     def reference(self, row: Mapping[str, float]) -> Reference | None:
-        """The uniform guess of the class."""
+        """The uniform guess over classes."""
         return uniform_guess(row, "class", self.config.num_classes or 0, "classes")
 
     def networks(self) -> dict[str, Encoder]:
-        """The encoder; its patch tokens are handed on as they are, whatever the pooling."""
+        """The encoder; its patch tokens are exported, whatever the pooling."""
         return {"encoder": self.encoder}

@@ -1,22 +1,22 @@
-"""A teacher that follows its student as an exponential moving average."""
+"""Exponential moving averages of a network: teachers of self-distillation, and averaged weights."""
 
 import copy
-import math
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from smalti.errors import ConfigError
+from smalti.functional.schedules import half_cosine
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class Teacher(nn.Module, Generic[M]):
-    """A copy of a student that is never trained: no gradients, always in eval mode, moved by :meth:`update`.
+    """A copy of a student without gradients, always in eval mode, updated by :meth:`update`.
 
     Args:
-        student: copied, weights and all; its parameters keep their own gradients.
+        student: copied with its weights; its own parameters keep their gradients.
     """
 
     module: M
@@ -26,18 +26,18 @@ class Teacher(nn.Module, Generic[M]):
         self.module = copy.deepcopy(student).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Teacher[M]":
-        """Stays in eval mode whatever ``mode`` says: no stochastic depth in targets."""
+        """Stays in eval mode for any ``mode``: no stochastic depth in targets."""
         super().train(False)
         return self
 
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
-        """The student's forward with the teacher's weights, without gradients."""
+        """The student's forward pass with the teacher's weights, without gradients."""
         return self.module(*inputs)
 
     @torch.no_grad()
     def update(self, student: M, momentum: float) -> None:
-        """``teacher <- momentum * teacher + (1 - momentum) * student``, all tensors in one call; buffers are copied."""
+        """``teacher <- momentum * teacher + (1 - momentum) * student``, fused over all tensors; buffers are copied."""
         theirs = [parameter.detach() for parameter in student.parameters()]
         torch._foreach_lerp_(list(self.module.parameters()), theirs, 1 - momentum)
         for own, other in zip(self.module.buffers(), student.buffers(), strict=True):
@@ -45,17 +45,17 @@ class Teacher(nn.Module, Generic[M]):
 
 
 class Average(Teacher[M]):
-    """A student's weights averaged over its steps, the last ones most: a network to judge and to hand on.
+    """Exponential moving average of a student's weights, for evaluation and export.
 
-    Step n (from 0) has momentum ``n / (n + 10)``, at most ``ceiling``: the average reaches back over about a tenth of
-    the steps so far, and in a run of any length the weights that were drawn at random are forgotten.
+    Step n (from 0) has momentum ``n / (n + 10)``, at most ``ceiling``: the average covers about the last tenth of the
+    steps so far, and the random initial weights are forgotten in a run of any length.
 
     Args:
         student: as in :class:`Teacher`.
         ceiling: highest momentum, in [0, 1).
 
     Raises:
-        ConfigError: for another ceiling.
+        ConfigError: for a ceiling outside [0, 1).
     """
 
     num_steps: torch.Tensor
@@ -63,13 +63,13 @@ class Average(Teacher[M]):
     def __init__(self, student: M, ceiling: float) -> None:
         super().__init__(student)
         if not 0 <= ceiling < 1:
-            raise ConfigError(f"method.ema={ceiling}: a momentum in 0..1 (1 excluded) is needed")
+            raise ConfigError(f"method.ema={ceiling}: it must lie in [0, 1)")
         self.ceiling = ceiling
         self.register_buffer("num_steps", torch.zeros(()))
 
     @torch.no_grad()
     def follow(self, student: M) -> None:
-        """Take in the student's weights after a step."""
+        """Update the average with the student's weights after a step."""
         weight = 1 - (self.num_steps / (self.num_steps + 10)).clamp(max=self.ceiling)  # stays on the device
         own = [parameter.detach() for parameter in self.module.parameters()]
         gap = torch._foreach_sub([parameter.detach() for parameter in student.parameters()], own)
@@ -81,7 +81,7 @@ class Average(Teacher[M]):
 
 
 def cosine_momentum(start: float, progress: float, end: float = 1.0) -> float:
-    """Teacher momentum, ``start`` at progress 0, ``end`` at 1, along a half cosine.
+    """Teacher momentum: ``start`` at progress 0, ``end`` at 1, along half a cosine.
 
     Raises:
         ConfigError: if ``start`` is not in [0, 1].
@@ -89,5 +89,5 @@ def cosine_momentum(start: float, progress: float, end: float = 1.0) -> float:
     Source: Grill et al., BYOL, arXiv:2006.07733v3, Sec. 3.1 (tau); Caron et al., DINO, arXiv:2104.14294v2, Sec. 3.1.
     """
     if not 0 <= start <= 1:
-        raise ConfigError(f"momentum={start}: a teacher's momentum lies in 0..1")
-    return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
+        raise ConfigError(f"method.momentum={start}: it must lie in 0..1")
+    return half_cosine(start, end, progress)

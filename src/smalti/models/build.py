@@ -151,7 +151,6 @@ def _field_from_config(config: Any, encoder: Encoder) -> PositionField:
             encoder.has_class_token,
             str(config["mode"]),
             bool(config["align_corners"]),
-            bool(config["separable"]),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ConfigError(f"the encoder's description has a position field that can't be built ({error})") from error

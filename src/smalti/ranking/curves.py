@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smalti.errors import ShapeError
 from smalti.functional.graphs import ranks_of
-from smalti.methods.prefix import Told
+from smalti.methods.prefix import Prediction
 
 QUARTER = 0.25
 NUM_POINTS = 17
@@ -39,7 +39,7 @@ UNITS = {
 class PrefixPredictor(Protocol):
     """What says how sure tokens are: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
 
-    def tell(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Told:
+    def predict(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Prediction:
         """A normal law for each value of each token."""
         ...
 
@@ -164,7 +164,7 @@ def evaluate_orders(
                 part = slice(start, start + batch_size)
                 for place, count in enumerate(counts[:-1]):  # nothing is left after all N
                     seen = ranks[part] < int(count)
-                    told = judge.tell(tokens[part], seen)
+                    told = judge.predict(tokens[part], seen)
                     error = (told.mean - tokens[part]).double().square().sum(-1)
                     nats = 0.5 * torch.log1p(told.log_variance.double().exp() / NOISE_FLOOR).sum(-1)
                     squared[row, part, place] = error.masked_fill(seen, 0).sum(1).cpu().numpy()

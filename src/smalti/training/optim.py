@@ -1,6 +1,5 @@
 """Optimiser and schedules: AdamW, linear warm-up, half cosine, weight decay that may grow."""
 
-import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from smalti.config import settings
 from smalti.errors import ConfigError
+from smalti.functional.schedules import half_cosine
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -66,14 +66,14 @@ def learning_rate(config: OptimConfig, *, peak: float, progress: float) -> float
         return peak * progress / config.warmup_ratio
     if config.after_warmup == "constant":
         return peak
-    share = (progress - config.warmup_ratio) / max(1 - config.warmup_ratio, 1e-12)
-    return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    decayed = (progress - config.warmup_ratio) / max(1 - config.warmup_ratio, 1e-12)
+    return half_cosine(peak, config.min_lr, decayed)
 
 
 def weight_decay(config: OptimConfig, progress: float) -> float:
     """Weight decay at ``progress``: constant, or half a cosine from ``weight_decay`` to ``weight_decay_end``."""
     end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
-    return end + (config.weight_decay - end) * (1 + math.cos(math.pi * progress)) / 2
+    return half_cosine(config.weight_decay, end, progress)
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
