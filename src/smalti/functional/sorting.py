@@ -220,7 +220,7 @@ def _add_order_cost(
     chunk: int,
     needs_grad: bool,
 ) -> list[Tensor]:
-    """Subtract the sum of ``Q log P`` from a total, in place; with ``needs_grad`` its derivatives by the student's gammas.
+    """Subtract the sum of ``Q log P`` from a total, in place; returns its derivatives by the student's gammas.
 
     The matrices of ``chunk`` rows are in memory at a time.
     """
