@@ -1,4 +1,4 @@
-"""Which patches are hidden."""
+"""Masks of patches: random, crosses, blocks, and numbers of masked patches."""
 
 import itertools
 import math
@@ -10,23 +10,23 @@ from torch import Tensor
 from smalti.errors import ConfigError
 from smalti.functional.random import sample_uniform
 
-_ROUNDS = 16  # tries of the box sampler that are drawn at once
+_ROUNDS = 16  # tries of the block sampler per call of the generator
 _ASPECT = 0.3
 
 
 def random_mask(
     noise: Float[Tensor, "B N"], num_keep: int
 ) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B N"], Int[Tensor, "B N"]]:
-    """Hide a random subset of patches, the same number in every image: those with the largest noise.
+    """Mask a random subset of patches, the same number in every image: those with the largest noise.
 
     Args:
         noise: ``(B, N)`` independent uniform numbers, from :func:`smalti.functional.random.sample_uniform`.
-        num_keep: how many patches stay visible, 1..N; papers round differently, so each method computes its own.
+        num_keep: number of visible patches, 1..N; papers round differently, so each method computes its own.
 
     Returns:
-        ``(B, L)`` ids_keep, raster numbers of the visible patches, with ``L = num_keep``;
-        ``(B, N)`` mask, True where a patch is hidden;
-        ``(B, N)`` ids_restore, which puts visible and hidden tokens, in this order, back into raster order.
+        ``(B, L)`` ids_keep, raster indices of the visible patches, with ``L = num_keep``;
+        ``(B, N)`` mask, True where a patch is masked;
+        ``(B, N)`` ids_restore, which puts visible and masked tokens, in this order, back into raster order.
 
     Raises:
         ConfigError: if ``num_keep`` is not in 1..N.
@@ -47,7 +47,7 @@ def random_mask(
 def restore_order(
     visible: Float[Tensor, "B L D"], hidden: Float[Tensor, "B M D"], ids_restore: Int[Tensor, "B N"]
 ) -> Float[Tensor, "B N D"]:
-    """Visible and hidden tokens back in raster order, with the ``ids_restore`` of :func:`random_mask`."""
+    """Visible and masked tokens back in raster order, with the ``ids_restore`` of :func:`random_mask`."""
     tokens = torch.cat([visible, hidden], dim=1)
     return tokens.gather(1, ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
 
@@ -55,26 +55,26 @@ def restore_order(
 def cross_mask(
     keys: Int[Tensor, " M"], counts: Int[Tensor, " M"], grid: tuple[int, int], *, stream: int = 0
 ) -> Bool[Tensor, "M N"]:
-    """Hide patches by crosses, a whole row and a whole column each, about random patches; the last is cut to fit.
+    """Mask patches by crosses, a whole row and a whole column each, centred on random patches; the last is cut to fit.
 
-    Centres are drawn among the patches that are not hidden yet, so no two crosses share a row or a column. Of the last
-    cross those members are hidden that are nearest to its centre, rows and columns away added, ties at random.
+    Centres are sampled among unmasked patches, so no two crosses share a row or a column. Of the last cross, the
+    patches nearest to its centre in L1 distance are masked, with ties broken at random.
 
     Args:
-        keys: one a mask; where masks don't need the device, keys on the CPU spare a wait for it at each cross.
-        counts: how many patches to hide, 0..N; exactly as many are.
+        keys: one per mask; keys on the CPU avoid a synchronisation per cross.
+        counts: number of patches to mask, 0..N; met exactly.
         grid: ``(h, w)``, N = h * w.
         stream: as for :func:`smalti.functional.random.sample_uniform`.
 
     Returns:
-        ``(M, N)`` True where a patch is hidden, on the device of ``keys``.
+        ``(M, N)`` True where a patch is masked, on the device of ``keys``.
 
-    Source: named and drawn in Liu et al., "Intertwined content and positional features", ICML 2025; the rule is ours.
+    Source: shown in Liu et al., "Intertwined content and positional features", ICML 2025; the exact rule is ours.
     """
     height, width = grid
     places = torch.arange(height * width, device=keys.device)
     rows, columns = places // width, places % width
-    # the order of centres, and of ties; one draw serves all crosses, since what is left is still in random order
+    # order of centres and of ties; one sample serves all crosses, since the remaining patches stay in random order
     centres, ties = sample_uniform(keys, 2 * height * width, stream).chunk(2, dim=1)
     mask = torch.zeros(len(keys), height * width, dtype=torch.bool, device=keys.device)
     while (mask.sum(1) < counts).any():
@@ -96,25 +96,24 @@ def block_mask(
     tries: int = 10,
     stream: int = 0,
 ) -> Bool[Tensor, "M N"]:
-    """Hide patches by rectangles: each as large as drawn and not larger than what is still to hide, until enough are
-    hidden or ``tries`` in a row bring nothing.
+    """Mask patches by random rectangles, until enough are masked or ``tries`` in a row fail.
 
-    A rectangle's area is uniform between ``smallest`` and what is left, the logarithm of its height / width uniform
-    between those of 0.3 and 1 / 0.3. It is smaller than the grid in both directions, and taken if it hides at least one
-    new patch and not too many. So a mask may fall short of its count, and never exceeds it.
+    A rectangle's area is uniform between ``smallest`` and the number still to mask; the logarithm of height / width is
+    uniform between those of 0.3 and 1 / 0.3. It must be smaller than the grid in both directions, and mask at least one
+    new patch and not too many. So a mask may have fewer patches than its count, and never more.
 
     Args:
-        keys: one a mask; where masks don't need the device, keys on the CPU spare a wait for it at each try.
-        counts: how many patches to hide, 0..N.
+        keys: one per mask; keys on the CPU avoid a synchronisation per try.
+        counts: number of patches to mask, 0..N.
         grid: ``(h, w)``, N = h * w.
-        smallest: area in patches: ``(min(h, w) // 3) ** 2`` in iBOT, 4 in DINOv2. Where less than it is left, areas lie
-            between both, too.
-        largest: most patches of one rectangle; None: no bound but what is left.
-        tries: draws in a row after which a mask stays as it is.
-        stream: as for :func:`smalti.functional.random.sample_uniform`; the numbers from here to 1000 more are used.
+        smallest: area in patches: ``(min(h, w) // 3) ** 2`` in iBOT, 4 in DINOv2. If fewer remain, areas lie between
+            both numbers, too.
+        largest: largest area of a rectangle; None: the number still to mask.
+        tries: failures in a row after which a mask is complete.
+        stream: as for :func:`smalti.functional.random.sample_uniform`; this and the next 1000 streams are used.
 
     Returns:
-        ``(M, N)`` True where a patch is hidden, on the device of ``keys``.
+        ``(M, N)`` True where a patch is masked, on the device of ``keys``.
 
     Source: Bao et al., BEiT, arXiv:2106.08254v2, Alg. 1; Zhou et al., iBOT, arXiv:2111.07832v3; Oquab et al., DINOv2,
         arXiv:2304.07193v2, with the numbers of their released code.
@@ -154,17 +153,17 @@ def stratified_counts(
     num_patches: int,
     from_end: bool = False,
 ) -> Int[Tensor, " M"]:
-    """How many patches to hide in each of M views: in ``num_masked`` of them, one from each of as many equal strata.
+    """Numbers of patches to mask in M views: ``num_masked`` of them are masked, with stratified ratios.
 
-    The i-th of the masked views draws its ratio between edges i and i + 1 of ``linspace(*ratios, num_masked + 1)`` and
-    hides ``int(N * ratio)`` patches, so that a batch has about the same number of hidden patches as any other.
+    The i-th masked view samples its ratio between edges i and i + 1 of ``linspace(*ratios, num_masked + 1)`` and masks
+    ``int(N * ratio)`` patches, so that all batches have about the same number of masked patches.
 
     Args:
-        noise: uniform in 0..1; the first number puts the views into a random order, the second draws in the stratum.
+        noise: uniform in 0..1; the first number orders the views, the second is the position in the stratum.
         num_masked: 0..M.
-        ratios: smallest and largest share of patches.
+        ratios: smallest and largest fraction of patches.
         num_patches: N.
-        from_end: mask the last views of the order, not the first: two calls that mask M views or fewer together never
+        from_end: mask the last views of the order, not the first: two calls that mask at most M views together never
             mask the same one.
 
     Source: Oquab et al., DINOv2, arXiv:2304.07193v2, released code.

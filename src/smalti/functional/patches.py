@@ -15,8 +15,8 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: tuple[int, int]) -> F
         patch_size: ``(ph, pw)`` in pixels.
 
     Returns:
-        ``(B, N, P)`` with ``P = C * ph * pw`` values a patch, ordered (channel, row, column) as a convolution's
-        kernel is.
+        ``(B, N, P)`` with ``P = C * ph * pw`` values per patch, ordered (channel, row, column) as a convolution's
+        kernel.
 
     Raises:
         ShapeError: if the patch size does not divide the images.
@@ -57,7 +57,7 @@ def unpatchify(
 
 
 def patch_variance(images: Float[Tensor, "B C H W"], patch_size: tuple[int, int]) -> Float[Tensor, "B N"]:
-    """How much the values of each patch vary about their mean, all channels together.
+    """Variance of the values of each patch, over all channels.
 
     Args:
         images: ``(B, C, H, W)``.
@@ -70,7 +70,7 @@ def patch_variance(images: Float[Tensor, "B C H W"], patch_size: tuple[int, int]
 
 
 def standardize_patches(patches: Float[Tensor, "B N P"], eps: float = 1e-6) -> Float[Tensor, "B N P"]:
-    """Each patch minus its mean, over the root of its unbiased variance plus ``eps``.
+    """Standardise each patch: subtract its mean, divide by the square root of its unbiased variance plus ``eps``.
 
     Source: He et al., MAE, arXiv:2111.06377v3, Sec. 4.2 "Reconstruction target"; variance and eps as in its code.
     """

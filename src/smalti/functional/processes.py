@@ -1,8 +1,8 @@
-"""What the processes of a run have in common: numbers over the joined batch of all of them.
+"""Statistics over the joint batch of all processes of a run.
 
-Without a process group, or with a group of one, everything here is what it is on one process. All processes must make
-the same calls in the same order. No gradient crosses from one process to another: each has its own share, scaled so
-that the mean of the gradients over processes, which data-parallel training takes, is that of the joined batch.
+Without a process group, or with a group of one, the functions return the value of the one process. All processes must
+make the same calls in the same order. No gradients cross between processes: each has its own part, scaled so that the
+mean of gradients over processes, which data-parallel training takes, is that of the joint batch.
 """
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def num_processes() -> int:
-    """Processes that train together."""
+    """Number of processes that train together."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def of_all_processes(x: Shaped[Tensor, "*S"], dim: int) -> Shaped[Tensor, "*T"]:
-    """The tensors of all processes, of one shape, joined in their order; without gradient."""
+    """Concatenate the tensors of all processes, which have equal shapes; without gradient."""
     if num_processes() == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(num_processes())]
@@ -26,32 +26,32 @@ def of_all_processes(x: Shaped[Tensor, "*S"], dim: int) -> Shaped[Tensor, "*T"]:
 
 
 def sum_over_processes(x: Num[Tensor, "*S"]) -> Num[Tensor, "*S"]:
-    """The sum of the processes' tensors, without gradient."""
+    """Sum over processes, without gradient."""
     return _reduced(x, torch.distributed.ReduceOp.SUM) if num_processes() > 1 else x.detach()
 
 
 def max_over_processes(x: Num[Tensor, "*S"]) -> Num[Tensor, "*S"]:
-    """The largest of the processes' values, each on its own, without gradient."""
+    """Element-wise maximum over processes, without gradient."""
     return _reduced(x, torch.distributed.ReduceOp.MAX) if num_processes() > 1 else x.detach()
 
 
 def mean_over_processes(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """The mean of the processes' tensors; the gradient is that of the own part, as if it were all."""
+    """Mean over processes; the gradient is that of the process's own part, as if it were all."""
     if num_processes() == 1:
         return x
     return x + (sum_over_processes(x) / num_processes() - x.detach())
 
 
 def weighted_mean(values: Float[Tensor, "*S"], weights: Num[Tensor, "*S"]) -> Float[Tensor, ""]:
-    """``sum(weights * values) / sum(weights)``, the lower sum over the joined batch, so that the mean of what the
-    processes return is the joined batch's; 0 where no weight is.
+    """``sum(weights * values) / sum(weights)``, with the sum of weights over the joint batch, so that the mean of the
+    processes' results is that of the joint batch; 0 if all weights are 0.
 
     Args:
         values: of any shape.
-        weights: at least 0; bool or int serve, too.
+        weights: at least 0; float or int.
     """
     total = sum_over_processes(weights.sum().to(values.dtype))
-    total = torch.where(total > 0, total, 1.0)  # no weight anywhere: 0 / 1
+    total = torch.where(total > 0, total, 1.0)  # all weights are 0: 0 / 1
     return (values * weights.detach()).sum() * num_processes() / total
 
 

@@ -1,8 +1,8 @@
 """Random numbers that belong to a sample.
 
-A number drawn from torch's own generator depends on everything drawn before it, so on batch size, workers and the
-number of processes. These depend on nothing but the sample's key and a stream name: a counter-based generator
-(splitmix64's finaliser on a Weyl sequence), computed on the device of the keys.
+Numbers from torch's generator depend on everything sampled before, so on batch size, workers and the number of
+processes. These depend only on the sample's key (its seed) and a stream: a counter-based generator (splitmix64's
+finaliser on a Weyl sequence), computed on the device of the keys.
 """
 
 import struct
@@ -15,12 +15,12 @@ _GOLDEN, _MIX_A, _MIX_B = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0
 
 
 def sample_uniform(keys: Int[Tensor, " B"], count: int, stream: int = 0) -> Float[Tensor, "B M"]:
-    """Uniform numbers in [0, 1), ``count`` of them for each sample.
+    """Uniform numbers in [0, 1), ``count`` per sample.
 
     Args:
-        keys: ``(B,)`` int64, one a sample; equal keys give equal numbers.
-        count: M, numbers a sample.
-        stream: separates draws for different purposes within one step.
+        keys: ``(B,)`` int64, one per sample; equal keys give equal numbers.
+        count: M, numbers per sample.
+        stream: separates numbers for different purposes within one step.
 
     Returns:
         ``(B, count)`` float32 on the device of ``keys``, multiples of 2**-24.
@@ -29,28 +29,28 @@ def sample_uniform(keys: Int[Tensor, " B"], count: int, stream: int = 0) -> Floa
     """
     counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
     start = _mix(keys + _mix(torch.full_like(keys, stream + 1) * _GOLDEN))
-    bits = _mix(start[:, None] + counter * _GOLDEN)  # int64 arithmetic wraps, as the generator wants
+    bits = _mix(start[:, None] + counter * _GOLDEN)  # int64 arithmetic wraps, as the generator requires
     return _shift(bits, 40).float() * 2.0**-24
 
 
 def sample_normal(keys: Int[Tensor, " B"], count: int, stream: int = 0) -> Float[Tensor, "B M"]:
-    """Standard normal numbers, ``count`` of them for each sample: :func:`sample_uniform` through the inverse law.
+    """Standard normal numbers, ``count`` per sample: :func:`sample_uniform` through the inverse CDF.
 
     Returns:
         ``(B, count)`` float32 on the device of ``keys``, within -5.5..5.5.
     """
     centred = (
         sample_uniform(keys, count, stream).double() + 2.0**-25
-    )  # never 0 nor 1; float32 would round the largest up
+    )  # never 0 or 1; float32 would round the largest up
     return torch.special.ndtri(centred).float()
 
 
 def sample_beta(keys: Int[Tensor, " B"], a: int, b: int, stream: int = 0) -> Float[Tensor, " B"]:
-    """A number of the Beta(a, b) law for each sample, in [0, 1): the a-th smallest of ``a + b - 1`` uniform ones.
+    """A Beta(a, b) number per sample, in [0, 1): the a-th smallest of ``a + b - 1`` uniform ones.
 
     Args:
         keys: as in :func:`sample_uniform`.
-        a: whole, at least 1.
+        a: integer, at least 1.
         b: likewise.
         stream: as in :func:`sample_uniform`.
 
@@ -60,17 +60,17 @@ def sample_beta(keys: Int[Tensor, " B"], a: int, b: int, stream: int = 0) -> Flo
 
 
 def step_key(progress: float, device: torch.device | None = None) -> Int[Tensor, " 1"]:
-    """A key that is a step's own, the same in every process and every part of a batch: the bits of its progress."""
+    """The key of a step, equal in all processes and parts of a batch: the bits of its progress."""
     return torch.full((1,), struct.unpack("<q", struct.pack("<d", progress))[0], dtype=torch.int64, device=device)
 
 
 def fork_keys(keys: Int[Tensor, " B"], branch: int) -> Int[Tensor, " B"]:
-    """Keys of their own for a second view of the same samples; branch 0 is the keys themselves."""
+    """Different keys for another view of the same samples; branch 0 returns the keys."""
     return keys if branch == 0 else _mix(keys + _mix(torch.full_like(keys, branch)))
 
 
 def place_keys(keys: Int[Tensor, " B"], count: int) -> Int[Tensor, "B N"]:
-    """A key for each of ``count`` places of a sample, so that what is drawn there is the place's own, whenever."""
+    """A key for each of ``count`` positions of a sample, independent of when they are sampled."""
     places = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
     return _mix(_mix(keys)[:, None] + _mix(places * _GOLDEN))
 

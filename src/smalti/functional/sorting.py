@@ -1,12 +1,12 @@
-"""Differentiable sorting networks, and NeCo's loss on the order of neighbours in a form that keeps almost nothing.
+"""Differentiable sorting networks, and a memory-efficient form of NeCo's loss on the order of neighbours.
 
 Papers: Petersen et al., "Differentiable Sorting Networks for Scalable Sorting and Ranking Supervision",
 arXiv:2105.04019v1 (relaxed comparators), and "Monotonic Differentiable Sorting Networks", arXiv:2203.09630v1 (Cauchy);
 Pariza et al., NeCo, arXiv:2408.11054v3, Sec. 3 (the loss on permutation matrices).
-Letters: Q rows to sort, R numbers a row, K the power of two at or above R, W wires, a comparator's wires a and b.
+Letters: Q rows to sort, R numbers per row, K the power of two at or above R, W wires, a comparator's wires a and b.
 
-A relaxed comparator moves a share ``gamma`` of the difference: ``a -= gamma (a - b)``, ``b += gamma (a - b)``, where
-gamma is the probability that the two are in the wrong order, ``F(beta (a - b))`` for a distribution function F.
+A relaxed comparator moves the fraction ``gamma`` of the difference: ``a -= gamma (a - b)``, ``b += gamma (a - b)``,
+where gamma is the probability that the two are in the wrong order, ``F(beta (a - b))`` for a distribution function F.
 The matrix of weights is moved by the same gammas, which depend on the numbers alone. So the numbers are sorted first;
 then, for a few rows at a time, matrix, loss and gradient are formed together and only the gradient for the numbers is
 kept. Matrices grow with the network: before two runs of n wires are merged, a wire of one has no weight on the inputs
@@ -37,27 +37,29 @@ _ROWS_AT_ONCE = 256  # whose gates are in memory, on a CPU
 _GPU_BYTES = 768 * 2**20  # of everything that a chunk needs on a GPU: few, large kernels
 
 
-def _share(difference: Tensor, steepness: float, distribution: str, want_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """``F(steepness * difference)`` and, if wanted, its derivative by the difference."""
+def _swap_probability(
+    difference: Tensor, steepness: float, distribution: str, needs_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``F(steepness * difference)`` and, with ``needs_slope``, its derivative by the difference."""
     scaled = difference * steepness
     slope: Tensor | None = None
     if distribution == "cauchy":
-        share = scaled.atan().div_(math.pi).add_(0.5)
-        if want_slope:
+        probability = scaled.atan().div_(math.pi).add_(0.5)
+        if needs_slope:
             slope = scaled.square_().add_(1).reciprocal_().mul_(steepness / math.pi)
     elif distribution == "logistic":
-        share = scaled.sigmoid()
-        if want_slope:
-            slope = share * (1 - share) * steepness
+        probability = scaled.sigmoid()
+        if needs_slope:
+            slope = probability * (1 - probability) * steepness
     elif distribution == "gaussian":
-        share = torch.special.ndtr(scaled)
-        if want_slope:
+        probability = torch.special.ndtr(scaled)
+        if needs_slope:
             slope = scaled.square_().mul_(-0.5).exp_().mul_(steepness / math.sqrt(2 * math.pi))
     else:
-        share = scaled / (scaled.abs() + 2) / 2 + 0.5
-        if want_slope:
+        probability = scaled / (scaled.abs() + 2) / 2 + 0.5
+        if needs_slope:
             slope = scaled.abs_().add_(2).square_().reciprocal_().mul_(steepness)
-    return share, slope
+    return probability, slope
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class _Gates:
 
     gamma: Tensor
     delta: Tensor | None
-    """``a - b`` before the layer; with its slope only where gradients are wanted."""
+    """``a - b`` before the layer; with its slope only where gradients are needed."""
     slope: Tensor | None
     """Derivative of gamma by delta."""
 
@@ -76,7 +78,7 @@ def _sort_numbers(
     layers: tuple[Layer, ...],
     steepness: float,
     distribution: str,
-    want_grad: bool,
+    needs_grad: bool,
 ) -> list[_Gates]:
     """Sort in place; the gates of each layer."""
     gates = []
@@ -84,16 +86,16 @@ def _sort_numbers(
         a, b = layer.split(wires)
         delta = a - b
         if layer.sign is None:
-            gamma, slope = _share(delta, steepness, distribution, want_grad)
+            gamma, slope = _swap_probability(delta, steepness, distribution, needs_grad)
         else:
             sign = layer.sign[..., None]
-            gamma, slope = _share(delta * sign, steepness, distribution, want_grad)
+            gamma, slope = _swap_probability(delta * sign, steepness, distribution, needs_grad)
             gamma *= sign.abs()  # no comparator moves nothing
             if slope is not None:
                 slope *= sign
         a.addcmul_(gamma, delta, value=-1)
         b.addcmul_(gamma, delta)
-        gates.append(_Gates(gamma, delta if want_grad else None, slope))
+        gates.append(_Gates(gamma, delta if needs_grad else None, slope))
     return gates
 
 
@@ -192,7 +194,7 @@ def _numbers_backward(layers: tuple[Layer, ...], gates: list[_Gates], of_gammas:
 def _rows_at_once(layers: tuple[Layer, ...], padded: int, rows: Tensor) -> tuple[int, int]:
     """Rows whose matrices, and rows whose gates, are in memory together.
 
-    On a CPU matrices stay in its cache; elsewhere both share a budget of memory, so that kernels are few and large.
+    On a CPU matrices stay in its cache; elsewhere a memory budget covers both, so that kernels are few and large.
     """
     if rows.device.type == "cpu":
         chunk = max(_FEWEST_ROWS, _MATRIX_ELEMENTS // (padded * padded))
@@ -216,18 +218,18 @@ def _add_order_cost(
     teacher: list[_Gates],
     size: int,
     chunk: int,
-    want_grad: bool,
+    needs_grad: bool,
 ) -> list[Tensor]:
-    """Take the sum of ``Q log P`` off a total, in place; its derivatives by the student's gammas, if wanted.
+    """Subtract the sum of ``Q log P`` from a total, in place; returns its derivatives by the student's gammas.
 
     The matrices of ``chunk`` rows are in memory at a time.
     """
     dead, number = (2 * layers[0].groups - size if layers[0].merge else 0), student[0].gamma.shape[-1]
-    of_gammas = [torch.empty_like(gate.gamma) for gate in student] if want_grad else []
+    of_gammas = [torch.empty_like(gate.gamma) for gate in student] if needs_grad else []
     for first in range(0, number, chunk):
         rows = slice(first, min(first + chunk, number))
         target = _sort_matrix(layers, teacher, rows, size, None)
-        kept: list[Tensor] | None = [] if want_grad else None
+        kept: list[Tensor] | None = [] if needs_grad else None
         pred = _sort_matrix(layers, student, rows, size, kept)
         alive = pred[dead:, dead:].clamp_(min=SMALLEST)
         target = target[dead:, dead:]
@@ -258,7 +260,7 @@ class _OrderLoss(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         number, size = student.shape
-        want_grad = ctx.needs_input_grad[0]
+        needs_grad = ctx.needs_input_grad[0]
         padded = 2 * layers[0].groups if layers[0].merge else size
         dead = padded - size
         count = number * size
@@ -271,20 +273,20 @@ class _OrderLoss(torch.autograd.Function):
         else:
             chunk, rows_at_once = _rows_at_once(layers, padded, student)
         total = student.new_zeros((), dtype=torch.float64)
-        gradient = torch.empty_like(student) if want_grad else None
+        gradient = torch.empty_like(student) if needs_grad else None
         for start in range(0, number, rows_at_once):
             here = slice(start, min(start + rows_at_once, number))
             wires, gates = [], []
-            for numbers, beta, keep in ((student, steepness[0], want_grad), (teacher, steepness[1], False)):
+            for numbers, beta, keep in ((student, steepness[0], needs_grad), (teacher, steepness[1], False)):
                 one = numbers.new_zeros(padded, here.stop - here.start)
                 one[dead:] = numbers[here].T
                 wires.append(one)
                 gates.append(_sort_numbers(one, layers, beta, distribution, keep))
             if backend == "triton":
                 pred, target = ([gate.gamma for gate in one] for one in gates)
-                of_gammas = sorting_kernel.add_order_cost(total, layers, pred, target, size, want_grad)
+                of_gammas = sorting_kernel.add_order_cost(total, layers, pred, target, size, needs_grad)
             else:
-                of_gammas = _add_order_cost(total, layers, gates[0], gates[1], size, chunk, want_grad)
+                of_gammas = _add_order_cost(total, layers, gates[0], gates[1], size, chunk, needs_grad)
             if gradient is not None:
                 wires[0].zero_()
                 _numbers_backward(layers, gates[0], of_gammas, wires[0])
@@ -443,12 +445,12 @@ def soft_sort(
         sign = None if layer.sign is None else layer.sign[..., None]
         a, b = layer.split(values)
         delta = a - b
-        gamma, _ = _share(delta if sign is None else delta * sign, steepness, distribution, False)
+        gamma, _ = _swap_probability(delta if sign is None else delta * sign, steepness, distribution, False)
         gamma = gamma if sign is None else gamma * sign.abs()
 
-        def move(wires: Tensor, share: Tensor, layer: Layer = layer, stop: int = stop) -> Tensor:
+        def move(wires: Tensor, probability: Tensor, layer: Layer = layer, stop: int = stop) -> Tensor:
             a, b = layer.split(wires)
-            step = share * (a - b)
+            step = probability * (a - b)
             moved = torch.stack([a - step, b + step], dim=1).flatten(0, 2)
             return torch.cat([wires[: layer.start], moved, wires[stop:]])
 

@@ -134,7 +134,7 @@ def add_order_cost(
     student: Sequence[Float[Tensor, "_ _ q"]],
     teacher: Sequence[Float[Tensor, "_ _ q"]],
     size: int,
-    want_grad: bool,
+    needs_grad: bool,
 ) -> list[Tensor]:
     """Take the sum of ``Q log P`` of some rows off a total.
 
@@ -144,7 +144,7 @@ def add_order_cost(
         student: gammas of each layer, ``(groups, width, q)``, float32.
         teacher: likewise.
         size: R, up to 256.
-        want_grad: compute the gradient.
+        needs_grad: compute the gradient.
 
     Returns:
         Derivatives **of the sum** (not of the cost, which is its negative) by the student's gammas; else nothing.
@@ -154,7 +154,7 @@ def add_order_cost(
     blocks = triton.cdiv(size, inputs)
     gammas = [_rows_first(one) for one in (student, teacher)]
     costs = gammas[0].new_empty(blocks, number)
-    parts = gammas[0].new_empty(blocks, *gammas[0].shape) if want_grad else None
+    parts = gammas[0].new_empty(blocks, *gammas[0].shape) if needs_grad else None
     with torch.cuda.device_of(costs):  # type: ignore[no-untyped-call]  # where Triton launches; nothing on a CPU
         _order_kernel[(number, blocks)](
             *gammas,

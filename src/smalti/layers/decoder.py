@@ -1,4 +1,4 @@
-"""The light decoder of masked autoencoders, out of timm's transformer blocks."""
+"""The light decoder of masked autoencoders, built from timm's transformer blocks."""
 
 from functools import partial
 
@@ -14,18 +14,18 @@ from smalti.functional.transfer import move
 
 
 class MaskedDecoder(nn.Module):
-    """Visible tokens in, predictions for the hidden patches out.
+    """Maps visible tokens to predictions for the masked patches.
 
-    Mask tokens fill the hidden places, fixed sine-cosine positions are added, a few blocks run over all places, and
-    the norm and the linear head read only the hidden ones.
+    Mask tokens are inserted, fixed sine-cosine positions are added, a few blocks run on all tokens, and the norm and
+    the linear head run on the masked ones only.
 
     Args:
         in_dim: width of the encoder's tokens.
         dim: width of the decoder, a multiple of 4 and of ``num_heads``.
         depth: number of blocks.
         num_heads: attention heads.
-        out_dim: values predicted for a patch.
-        num_prefix_tokens: prefix tokens in front of the visible ones; they take part and are dropped at the end.
+        out_dim: values predicted per patch.
+        num_prefix_tokens: prefix tokens in front of the visible ones; part of attention, dropped at the end.
 
     Source: He et al., MAE, arXiv:2111.06377v3, Sec. 3 "MAE decoder" and App. A.1.
     """
@@ -52,11 +52,11 @@ class MaskedDecoder(nn.Module):
         ids_restore: Int[Tensor, "B N"],
         grid: tuple[int, int],
     ) -> Float[Tensor, "B M P"]:
-        """Predictions for the hidden patches.
+        """Predictions for the masked patches.
 
         Args:
             sequence: ``(B, R+L, D)`` encoder output, prefix tokens first.
-            hidden: ``(B, M)`` raster numbers of the hidden patches.
+            hidden: ``(B, M)`` raster indices of the masked patches.
             ids_restore: ``(B, N)`` from :func:`smalti.functional.masking.random_mask`.
             grid: ``(h, w)`` of the whole image.
         """
@@ -69,7 +69,7 @@ class MaskedDecoder(nn.Module):
         return self.head(self.norm(tokens))
 
     def _grid_positions(self, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """Fixed positions ``(N, dim)``, kept by grid; the prefix tokens' are zero."""
+        """Fixed positions ``(N, dim)``, cached by grid; those of prefix tokens are zero."""
         table = self._positions.get(grid)
         if table is None or table.device != like.device:
             table = move(sincos_positions(like.shape[-1], grid), like.device)
@@ -78,10 +78,10 @@ class MaskedDecoder(nn.Module):
 
 
 def hidden_ids(mask: Bool[Tensor, "B N"], num_hidden: int) -> Int[Tensor, "B M"]:
-    """Raster numbers of the hidden patches, ascending, the same number M in every image; no host synchronisation."""
+    """Raster indices of the masked patches, ascending, the same number M in every image; no synchronisation."""
     return mask.int().argsort(dim=1, descending=True, stable=True)[:, :num_hidden]
 
 
 def decoder_width(embed_dim: int) -> int:
-    """512 for encoders of 768 and more (MAE's), else two thirds of theirs, down to a multiple of 32."""
+    """512 (MAE's) for encoders of width 768 or more, else two thirds of theirs, rounded down to a multiple of 32."""
     return 512 if embed_dim >= 768 else max(embed_dim * 2 // 3 // 32, 1) * 32

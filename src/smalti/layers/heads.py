@@ -1,4 +1,4 @@
-"""Heads on top of an encoder: projection to a sphere, and prototypes on it."""
+"""Heads of self-distillation: projection to unit vectors, and prototypes."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Module):
-    """Three-layer perceptron with GELU, then L2 normalisation.
+    """Three-layer MLP with GELU, then L2 normalisation.
 
     Args:
         in_dim: width of the tokens.
@@ -37,12 +37,12 @@ class ProjectionHead(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Bias-free linear layer with weight normalisation: cosine to each prototype, times its gain.
+    """Bias-free linear layer with weight normalisation: cosine similarity to each prototype, times its gain.
 
     Args:
         in_dim: width of the (unit) input.
         num_prototypes: K.
-        train_gain: learn the gain of each prototype; otherwise it stays 1.
+        train_gain: train the gain of each prototype; otherwise it is fixed at 1.
 
     Source: Caron et al., DINO, arXiv:2104.14294v2, App. C; ``norm_last_layer`` of its code is ``not train_gain``.
     """
@@ -62,7 +62,7 @@ class Prototypes(nn.Module):
 
 
 class PrototypeHead(nn.Module):
-    """A projection head and prototypes, for those who want unit vectors and logits apart.
+    """A projection head followed by prototypes.
 
     Args:
         in_dim: width of the tokens.
