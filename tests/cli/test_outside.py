@@ -19,6 +19,7 @@ from smalti.methods.mae import MAE, MAEConfig
 
 @settings
 class OwnConfig(MAEConfig):
+    name: str = "NAME"
     twist: float = 0.25
     """How far to twist."""
 
@@ -36,6 +37,15 @@ def own_score(features, config):
     """A score of my own."""
     return Scores({"half": 0.5}, {}, {})
 '''
+UNNAMED = """
+from smalti.methods.base import register
+from smalti.methods.mae import MAE
+
+@register("unnamed")
+class Unnamed(MAE):
+    title = "settings of another method"
+    paper = "none"
+"""
 TINY = (
     "encoder=vit_tiny_patch16_224 encoder.patch_size=8 encoder.embed_dim=24 encoder.depth=1 encoder.num_heads=3 "
     "data.image_size=32 batch_size=4 steps=1 method.decoder_dim=16 method.decoder_depth=1 method.decoder_num_heads=2"
@@ -151,3 +161,9 @@ def test_a_mistake_in_import_is_one_line(module: str, source: str | None, line: 
 
 def test_a_missing_module_is_said_by_the_list_of_methods() -> None:
     assert "--import nowhere: there is no such module" in smalti("methods", "--import", "nowhere", code=2).stderr
+
+
+def test_a_method_whose_settings_name_another_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "unnamed.py").write_text(UNNAMED)
+    done = smalti("settings", "unnamed", "--import", "unnamed.py", code=2)
+    assert "method unnamed: the field name of MAEConfig says 'mae'; add name: str = \"unnamed\"" in done.stderr

@@ -362,6 +362,11 @@ def register(name: str) -> Callable[[M], M]:
     def add(cls: M) -> M:
         if not issubclass(cls.Config, MethodConfig):
             raise ConfigError(f"method {name}: {cls.Config.__name__} must be a subclass of MethodConfig")
+        if (named := cls.Config.__pydantic_fields__["name"].default) != name:  # type: ignore[attr-defined]
+            given = f"says {named!r}" if isinstance(named, str) else "has no default"
+            raise ConfigError(
+                f'method {name}: the field name of {cls.Config.__name__} {given}; add name: str = "{name}"'
+            )
         other = _REGISTRY.get(name, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(clash("method", name, other.__module__, cls.__module__))
