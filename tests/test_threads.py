@@ -102,13 +102,14 @@ def test_threads_and_spinning_are_set_unless_the_user_has_set_them(monkeypatch: 
     assert plain == {
         "OMP_NUM_THREADS": "3",
         "SMALTI_THREADS": "3",
+        "OPENCV_FOR_THREADS_NUM": "1",
         "GOMP_SPINCOUNT": str(threads.SPIN_COUNT),
         "KMP_BLOCKTIME": str(threads.BLOCK_TIME_MS),
     }
     for chosen in ({"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "0"}):
         mine = {"OMP_NUM_THREADS": "2", **chosen}
         threads.set_environment(mine)
-        assert mine == {"OMP_NUM_THREADS": "2", **chosen}
+        assert mine == {"OMP_NUM_THREADS": "2", "OPENCV_FOR_THREADS_NUM": "1", **chosen}
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def set_environment(environment: MutableMapping[str, str] | None = None) -> None
         environment = os.environ
     if "OMP_NUM_THREADS" not in environment:
         environment["OMP_NUM_THREADS"] = environment[OURS] = str(usable_cores())
+    environment.setdefault("OPENCV_FOR_THREADS_NUM", "1")  # data workers are processes
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
         environment.setdefault("KMP_BLOCKTIME", str(BLOCK_TIME_MS))

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from smalti.data.images.headers import TIFF_STARTS, jpeg_segments, stored_size
+from smalti.data.images.opencv import imdecode
 from smalti.data.images.pixels import NO_PIXELS as NO_PIXELS
 from smalti.data.images.pixels import PixelConfig as PixelConfig
 from smalti.data.images.tiff import Tiff
@@ -29,11 +30,6 @@ ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """Pillow's ways to say that a file is broken."""
-
-cv2.setNumThreads(0)  # processes are our parallelism; threads inside them would fight over the cores
-cv2.utils.logging.setLogLevel(
-    cv2.utils.logging.LOG_LEVEL_SILENT
-)  # a damaged file is our error with the file's name, not a line of OpenCV's on stderr
 
 _DECODE = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # alpha dropped, palette resolved, EXIF orientation applied
 _RGB_FLAG = getattr(cv2, "IMREAD_COLOR_RGB", 0)  # since OpenCV 4.11
@@ -269,10 +265,7 @@ def _check_bmp(data: bytes) -> None:
 
 def _decode_bytes(data: bytes, flags: int) -> np.ndarray:
     """OpenCV's decoding, channels in RGB order: ``(H, W)`` or ``(H, W, n)``."""
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # a header that says impossible things
-        image = None
+    image = imdecode(data, flags)
     if image is None:
         raise DataError("can't be decoded; it is damaged, or not an image")
     if image.ndim == 2 or (flags == _DECODE_RGB and _RGB_FLAG):

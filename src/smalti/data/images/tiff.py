@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from smalti.data.images.opencv import imdecode
 from smalti.errors import DataError
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 16: 8}  # BYTE, ASCII, SHORT, LONG, LONG8: the kinds that the tags below use
@@ -193,7 +194,7 @@ class Tiff:
         }
         if _TILE_WIDTH in page.tags:
             tags[_TILE_WIDTH] = (page.first(_TILE_WIDTH, 0) * samples,)
-        wide = cv2.imdecode(np.frombuffer(self._with_directory(tags), np.uint8), cv2.IMREAD_UNCHANGED)
+        wide = imdecode(bytes(self._with_directory(tags)), cv2.IMREAD_UNCHANGED)
         if wide is None or wide.shape != (page.size[0], page.size[1] * samples):
             raise DataError(
                 f"a TIFF of {page.samples} channels of {page.bits} bits that OpenCV can't decode; "
