@@ -48,7 +48,7 @@ NUM_HELD_OUT = 256
 
 
 def train(name: str, form: dict[str, Any], data: str, out: Path) -> Path:
-    """A run of CoMAE, or of ``prefix`` (``judge``); trained or resumed where it is not finished."""
+    """A run of CoMAE, or of ``prefix`` (``predictor``); trained or resumed where it is not finished."""
     run = out / name
     if (run / "config.yaml").exists():
         resume(run, quiet=True)
@@ -62,7 +62,7 @@ def train(name: str, form: dict[str, Any], data: str, out: Path) -> Path:
         "log": {"every": max(1, form["steps"] // 30)},
         "checkpoint": {"every": max(1, form["steps"] // 5)},
     }
-    if name == "judge":
+    if name == "predictor":
         smalti.train("prefix", data, run, overrides=shared, quiet=True)
         return run
     seed, method = RUNS[name]
@@ -99,7 +99,7 @@ def main() -> None:
         torch.set_num_threads(1)
     started = time.process_time()
     out.mkdir(parents=True, exist_ok=True)
-    judge = train("judge", form, options.train, out)
+    predictor = train("predictor", form, options.train, out)
     runs = {name: train(name, form, options.train, out) for name in RUNS}
     images = held_out(options.test, out)
     ranked: dict[str, Ranking] = {}
@@ -111,7 +111,7 @@ def main() -> None:
             RankConfig(),
             both_flips=False,
             against=str(out / "robust.parquet") if name == "robust_1" else None,
-            judge=str(judge),
+            predictor=str(predictor),
             device=torch.device(kind),
         )
     logs = {name: read_csv(run / "log.csv") for name, run in runs.items()}
@@ -119,7 +119,7 @@ def main() -> None:
     for name, ranking in ranked.items():
         first, last = logs[name][0], logs[name][-1]
         own = ranking.described["collapse"]
-        collapse = ranking.judged["collapse"]["auc_q"]
+        collapse = ranking.curve_scores["collapse"]["auc_q"]
         found[name] = {
             "effective_count_first": float(first["mask_effective_count"]),
             "effective_count": float(last["mask_effective_count"]),
@@ -133,7 +133,7 @@ def main() -> None:
             "auc_q_less_random": collapse.difference,
             "low": collapse.difference_low,
             "high": collapse.difference_high,
-            **{f"auc_q_{order}": numbers["auc_q"].value for order, numbers in ranking.judged.items()},
+            **{f"auc_q_{order}": numbers["auc_q"].value for order, numbers in ranking.curve_scores.items()},
         }
         print(name, json.dumps({key: round(value, 4) for key, value in found[name].items()}), flush=True)
     seeds = ranked["robust_1"].against["collapse"]["spearman"]

@@ -122,7 +122,7 @@ def rank(
         orders=orders,
         both_flips=flips,
         against=None if against is None else str(against),
-        judge=None if predictor is None else str(predictor),
+        predictor=None if predictor is None else str(predictor),
         device=_best_device(),
     )
 

@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     call("train", "comae", "--out", folder / "c0", *common, *TOKENS, *COMAE)
     call("train", "comae", "--out", folder / "c1", *common, *TOKENS, *COMAE, "seed=1")
     call("train", "comae", "--out", folder / "c6", *common, *TOKENS, *COMAE, "tokens.patch_size=16")
-    call("train", "prefix", "--out", folder / "judge", *common, *TOKENS, *JUDGE)
+    call("train", "prefix", "--out", folder / "prefix", *common, *TOKENS, *JUDGE)
     call("train", "mae", "--out", folder / "mae", *common, *MAE)
     # one in eleven can't be read: more than training puts up with
     (images / "train" / "a" / "broken.png").write_bytes((images / "train" / "a" / "0.png").read_bytes()[:100])
@@ -70,7 +70,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
 @pytest.fixture(scope="module")
 def ranked(runs: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "orders"
-    words = ("--data", images, "--out", out, "--against", runs / "c1", "--judge", runs / "judge", "batch_size=3")
+    words = (
+        "--data",
+        images,
+        "--out",
+        out,
+        "--against",
+        runs / "c1",
+        "--predictor",
+        runs / "prefix",
+        "batch_size=3",
+    )
     call("rank", runs / "c0", *words, "--json", out.parent / "x.json")
     return out
 
@@ -108,7 +118,7 @@ def test_random_patches_on_the_page_are_each_image_s_own(
 ) -> None:
     rows: list[tuple[str, dict[str, np.ndarray]]] = []
     monkeypatch.setattr("smalti.report.ranking.draw_sheet", lambda path, found: rows.extend(found))
-    call("rank", runs / "c0", "--data", images, "--out", tmp_path / "o", "--quiet", "shown=4")
+    call("rank", runs / "c0", "--data", images, "--out", tmp_path / "o", "--quiet", "num_shown=4")
     blank = [(pictures["random, 8 of 16"] == (206, 204, 200)).all(-1) for _, pictures in rows]
     assert len(blank) == 4 and all(0.45 < mask.mean() < 0.55 for mask in blank)
     assert not all((mask == blank[0]).all() for mask in blank)
@@ -131,7 +141,7 @@ def test_the_orders_are_those_of_the_runs_graphs(ranked: Path, runs: Path, image
 def test_an_encoder_ranks_by_attention_and_a_file_is_compared(
     runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("rank", runs / "mae", "--data", images, "--no-flips", "--quiet", "shown=1")
+    words = ("rank", runs / "mae", "--data", images, "--no-flips", "--quiet", "num_shown=1")
     call(*words, "--out", tmp_path / "a.parquet")
     cache = read_orders(tmp_path / "a.parquet")
     assert tuple(cache.stored) == ("attention", "variance") and not cache.flips.any()
@@ -147,7 +157,7 @@ def test_a_list_file_and_the_images_of_another_folder(
 ) -> None:
     chosen = sorted(path for path in images.rglob("[0-4].png"))
     (tmp_path / "some.txt").write_text("".join(f"{path}\n" for path in chosen))
-    call("rank", runs / "c0", "--data", tmp_path / "some.txt", "--out", tmp_path / "o", "--quiet", "shown=0")
+    call("rank", runs / "c0", "--data", tmp_path / "some.txt", "--out", tmp_path / "o", "--quiet", "num_shown=0")
     cache = read_orders(tmp_path / "o" / "orders.parquet")
     check_fits(cache, open_images(str(tmp_path / "some.txt")), (4, 4), flips_needed=True)
     assert not (tmp_path / "o" / "orders.png").exists()
@@ -169,7 +179,7 @@ def test_names_that_are_no_text_and_numbers_that_stay_whole(
         pixels = cv2.imencode(".png", rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))[1]
         (folder / os.fsdecode(name)).write_bytes(pixels.tobytes())
     (folder / os.fsdecode(b"broken\xff.png")).write_bytes(b"nothing")
-    call("rank", runs / "c0", "--data", folder, "--out", tmp_path / "o", "--judge", runs / "judge", "--quiet")
+    call("rank", runs / "c0", "--data", folder, "--out", tmp_path / "o", "--predictor", runs / "prefix", "--quiet")
     printed = capsys.readouterr().out
     assert "broken\\xff.png" in printed or "broken\\udcff.png" in printed
     row = next(line for line in printed.splitlines() if line.split()[:1] == ["collapse_shuffled"])
@@ -187,9 +197,18 @@ def wrong(runs: Path, images: Path, folder: Path) -> dict[str, tuple[list[object
         "no order": ([*good, "--orders", "colapse"], "there is no order 'colapse'"),
         "another method": ([runs / "mae", *good[1:], "--orders", "collapse"], "order 'collapse' needs a run of comae"),
         "not for comae": ([*good, "--orders", "attention"], "order 'attention' needs an encoder with a class token"),
-        "judge as run": ([runs / "judge", *good[1:]], "is a run of prefix; patches are ranked by a run of comae"),
-        "run as judge": ([*good, "--judge", runs / "c1"], "is a run of comae; orders are judged by a run of prefix"),
-        "no judge": ([*good, "--judge", folder / "none"], "is not a run directory; train one with smalti train prefix"),
+        "prefix as run": (
+            [runs / "prefix", *good[1:]],
+            "is a run of prefix; patches are ranked by a run of comae",
+        ),
+        "run as predictor": (
+            [*good, "--predictor", runs / "c1"],
+            "is a run of comae; orders are scored by a run of prefix",
+        ),
+        "no predictor": (
+            [*good, "--predictor", folder / "none"],
+            "is not a run directory; train one with smalti train prefix",
+        ),
         "no run": ([folder / "none", *good[1:]], "none"),
         "no images": ([runs / "c0", "--data", folder / "none", "--out", folder / "out"], "none"),
         "no other": ([*good, "--against", folder / "none.parquet"], "is not a file; orders are written by smalti rank"),
@@ -197,7 +216,7 @@ def wrong(runs: Path, images: Path, folder: Path) -> dict[str, tuple[list[object
         "other of other patches": ([*good, "--against", runs / "c6"], "orders 2x2 patches, these are 4x4"),
         "nothing in common": ([*good, "--orders", "halton", "--against", runs / "c1"], "none of the orders that are"),
         "workers": ([*good, "num_workers=-1"], "num_workers=-1"),
-        "shown": ([*good, "shown=-1"], "shown=-1"),
+        "shown": ([*good, "num_shown=-1"], "num_shown=-1"),
         "unknown key": ([*good, "batchsize=3"], "did you mean 'batch_size'?"),
         "no batch": ([*good, "batch_size=0"], "batch_size=0: at least 1 is needed"),
         "no targets": ([*good, "chunk=0"], "chunk=0: at least 1 is needed"),
@@ -205,8 +224,8 @@ def wrong(runs: Path, images: Path, folder: Path) -> dict[str, tuple[list[object
         "size of comae": ([*good, "image_size=64"], "image_size: "),
         "damping of mae": ([runs / "mae", *good[1:], "damping=0.5"], "damping=0.5: is for runs of comae"),
         "other size": ([runs / "mae", *good[1:], "image_size=30"], "30"),
-        "judge of other patches": (
-            [runs / "mae", *good[1:], "image_size=48", "--judge", runs / "judge"],
+        "predictor of other patches": (
+            [runs / "mae", *good[1:], "image_size=48", "--predictor", runs / "prefix"],
             "looks at 4x4 patches of 32 px, the orders are of 6x6 of 48 px; train it with data.image_size=48 tokens.p",
         ),
         "other file": ([*good[:-1], folder / "out.csv"], "name a folder, or a file that ends in .parquet"),

@@ -1,4 +1,4 @@
-"""Curves of orders: a judge that knows the truth gives the numbers of the closed form."""
+"""Curves of orders: a predictor that knows the truth gives the numbers of the closed form."""
 
 import math
 
@@ -102,7 +102,7 @@ def test_the_hub_first_is_better_than_chance_with_a_clear_interval(curves):
     said = conclude_curves(found)
     assert said[0].startswith("collapse's first quarter tells more than random") and len(said) == 1
     doubted = conclude_curves(found, at_start=1.38)
-    assert doubted[0].startswith("under-trained judge: seeing nothing it leaves 1.38") and doubted[1:] == said
+    assert doubted[0].startswith("under-trained predictor: seeing nothing it leaves 1.38") and doubted[1:] == said
     assert curves["random"].spread_of_draws() > 0 and math.isnan(curves["collapse"].spread_of_draws())
 
 
@@ -113,8 +113,8 @@ def test_an_order_equals_itself(curves):
 
 
 def test_orders_that_do_not_fit():
-    judge, tokens = Exact(hub_world()), torch.randn(3, 16, 1)
+    predictor, tokens = Exact(hub_world()), torch.randn(3, 16, 1)
     with pytest.raises(ShapeError, match="1 image: at least 2 are needed"):
-        evaluate_orders(judge, tokens[:1], {"random": [torch.arange(16)[None]]})
+        evaluate_orders(predictor, tokens[:1], {"random": [torch.arange(16)[None]]})
     with pytest.raises(ShapeError, match=r"orders 'random' of \(3, 9\) for tokens of \(3, 16\)"):
-        evaluate_orders(judge, tokens, {"random": [torch.arange(9).expand(3, -1)]})
+        evaluate_orders(predictor, tokens, {"random": [torch.arange(9).expand(3, -1)]})

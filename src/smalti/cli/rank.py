@@ -45,9 +45,9 @@ def command(
         str | None,
         typer.Option("--against", metavar="OTHER", help="File of orders, or run of another seed, to compare with."),
     ] = None,
-    judge: Annotated[
+    predictor: Annotated[
         str | None,
-        typer.Option("--judge", metavar="RUN", help="A run of `prefix`, which scores the orders."),
+        typer.Option("--predictor", metavar="RUN", help="A run of `prefix`, which scores the orders."),
     ] = None,
     flips: Annotated[
         bool, typer.Option("--flips/--no-flips", help="Also rank mirrored images, for training with flips.")
@@ -61,8 +61,8 @@ def command(
     `--out` is a folder or `FILE.parquet`. Written are the orders, their statistics (.json) and a page (.html) with
     pictures (.png).
 
-    Settings: `batch_size` `image_size` `weights` `load.*` `num_workers` `chunk` `damping` `judged` `shown` `scale`
-    `max_pixels`. `smalti settings rank` explains them.
+    Settings: `batch_size` `image_size` `weights` `load.*` `num_workers` `chunk` `damping` `num_scored` `num_shown`
+    `scale` `max_pixels`. `smalti settings rank` explains them.
     """
     data, out = needed(data, "--data", "DIR"), needed(out, "--out", "orders")
     from smalti.ranking.rank import ORDERS_FILE, RankConfig, rank, ranking_content, write_ranking
@@ -89,13 +89,13 @@ def command(
         orders=names,
         both_flips=flips,
         against=against,
-        judge=judge,
+        predictor=predictor,
         device=best_device(),
         progress=None if quiet else Progress(),
     )
     line = shlex.join(["smalti", *sys.argv[1:]])
     write_ranking(file.with_suffix(".json"), ranking, line)
-    page = write_page(file.with_suffix(".html"), ranking, config.shown, line)
+    page = write_page(file.with_suffix(".html"), ranking, config.num_shown, line)
     if json:
         write_json(json, ranking_content(ranking, line))
     _print(ranking)
@@ -142,12 +142,14 @@ def _print(ranking: "Ranking") -> None:
     )
     title = f"orders of {len(ranking.images):,} images by {ranking.source}"
     _print_table(title, described, ranking.described)
-    if ranking.judged:
-        judged = {order: {name: one.value for name, one in of.items()} for order, of in ranking.judged.items()}
+    if ranking.curve_scores:
+        curve_scores = {
+            order: {name: one.value for name, one in of.items()} for order, of in ranking.curve_scores.items()
+        }
         _print_table(
-            f"how well the first patches predict the others, by {ranking.judge}",
+            f"how well the first patches predict the others, by {ranking.predictor}",
             ("auc_q", "auc_full", "left_22"),
-            judged,
+            curve_scores,
         )
 
 

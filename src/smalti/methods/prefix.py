@@ -84,7 +84,7 @@ class Prefix(TokenMethod):
     Config = PrefixConfig
     title = "predicts unseen patch tokens from the first k; used to score patch orders"
     paper = "none; estimates a quantity defined by Guo et al. 2025, arXiv:2511.22281v2"
-    next_command = "smalti rank COMAE_RUN --data IMAGES --out ORDERS --judge {run}"
+    next_command = "smalti rank COMAE_RUN --data IMAGES --out ORDERS --predictor {run}"
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {"lr": 5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_ratio": 0.05, "clip_norm": 1.0}
     }

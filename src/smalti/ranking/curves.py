@@ -1,7 +1,7 @@
-"""What the first k patches of an order tell of all others, as a judge says that looked at no order.
+"""What the first k patches of an order tell of all others, as a predictor says that looked at no order.
 
 Source: Guo et al., arXiv:2511.22281v2, Eq. (8), the uncertainty that is left, which the paper measures for no order.
-Its Eq. (1) is by the chain rule the same for every order and can't judge one.
+Its Eq. (1) is by the chain rule the same for every order and can't predictor one.
 Letters: n images, N tokens, d values a token, K values of k, R resamplings, D draws.
 """
 
@@ -26,7 +26,7 @@ NOISE_FLOOR = 1e-2
 RESAMPLINGS = 1000
 LEVEL = 0.95
 UNSURE = 1.1
-"""Share of the variance that a judge may leave when it sees nothing; the mean image leaves 1."""
+"""Share of the variance that a predictor may leave when it sees nothing; the mean image leaves 1."""
 UNITS = {
     "auc_q": "share of the variance left over the first quarter of the patches, mean; lower is better",
     "auc_full": "the same over all patches; lower is better",
@@ -127,7 +127,7 @@ def area(shares: Float[np.ndarray, " K"], curves: Float[np.ndarray, "R K"], upto
 
 @torch.no_grad()
 def evaluate_orders(
-    judge: PrefixPredictor,
+    predictor: PrefixPredictor,
     tokens: Float[Tensor, "n N d"],
     orders: Mapping[str, Sequence[Int[Tensor, "n M"]]],
     *,
@@ -137,7 +137,7 @@ def evaluate_orders(
     """Curves of orders of the same images.
 
     Args:
-        judge: in eval mode, on the device of ``tokens``.
+        predictor: in eval mode, on the device of ``tokens``.
         tokens: of its token source.
         orders: by name, one or more draws of each.
         batch_size: images at a time.
@@ -164,7 +164,7 @@ def evaluate_orders(
                 part = slice(start, start + batch_size)
                 for place, count in enumerate(counts[:-1]):  # nothing is left after all N
                     seen = ranks[part] < int(count)
-                    told = judge.predict(tokens[part], seen)
+                    told = predictor.predict(tokens[part], seen)
                     error = (told.mean - tokens[part]).double().square().sum(-1)
                     nats = 0.5 * torch.log1p(told.log_variance.double().exp() / NOISE_FLOOR).sum(-1)
                     squared[row, part, place] = error.masked_fill(seen, 0).sum(1).cpu().numpy()
@@ -216,25 +216,25 @@ def compare_curves(
 
 
 def conclude_curves(
-    judged: Mapping[str, Mapping[str, CurveScore]], control: str = "random", at_start: float = 1.0
+    curve_scores: Mapping[str, Mapping[str, CurveScore]], control: str = "random", at_start: float = 1.0
 ) -> list[str]:
     """What the first quarter says of each order against the control, a sentence each.
 
     Args:
-        judged: from :func:`compare_curves`.
+        curve_scores: from :func:`compare_curves`.
         control: a name in it.
-        at_start: share of the variance left when nothing is seen; a judge worse than the mean image is named first.
+        at_start: share of the variance left when nothing is seen; a predictor worse than the mean image is named first.
     """
     said = []
     if at_start > UNSURE:
         said.append(
-            f"under-trained judge: seeing nothing it leaves {at_start:.2f} of the variance, where the mean image "
+            f"under-trained predictor: seeing nothing it leaves {at_start:.2f} of the variance, where the mean image "
             "leaves 1; train it longer before its curves are believed."
         )
     for name in ("collapse", "coverage", "in_strength", "attention", "variance", "collapse_static", "halton"):
-        if name not in judged:
+        if name not in curve_scores:
             continue
-        one = judged[name]["auc_q"]
+        one = curve_scores[name]["auc_q"]
         if one.difference_high < 0:
             verdict = f"tells more than {control}"
         elif one.difference_low > 0:
@@ -243,7 +243,7 @@ def conclude_curves(
             verdict = f"tells no more and no less than {control}"
         said.append(
             f"{name}'s first quarter {verdict}: {one.value:.3f} of the variance is left against "
-            f"{judged[control]['auc_q'].value:.3f} ({one.difference:+.3f}, {one.difference_low:+.3f} to "
+            f"{curve_scores[control]['auc_q'].value:.3f} ({one.difference:+.3f}, {one.difference_low:+.3f} to "
             f"{one.difference_high:+.3f})."
         )
     return said

@@ -75,9 +75,9 @@ class RankConfig(PixelConfig):
     """How weights of others are fitted."""
     num_workers: Workers | None = None
     """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU."""
-    judged: PositiveInt = 512
+    num_scored: PositiveInt = 512
     """Images of the curves, at most: of the test split where there is one, else of val, else of all."""
-    shown: NonNegativeInt = 4
+    num_shown: NonNegativeInt = 4
     """Images on the page."""
 
 
@@ -102,11 +102,11 @@ class Ranking:
     """Order -> agreement with the other training's."""
     against_source: str
     curves: Mapping[str, PrefixCurve] = field(repr=False)
-    """Order -> curve; empty without a judge."""
-    judged: Mapping[str, Mapping[str, CurveScore]]
+    """Order -> curve; empty without a predictor."""
+    curve_scores: Mapping[str, Mapping[str, CurveScore]]
     """Order -> number of :data:`smalti.ranking.curves.UNITS`."""
-    judge: str
-    judged_on: str
+    predictor: str
+    scored_on: str
     """Which images the curves are of, in words."""
     sentences: tuple[str, ...]
     """What the numbers say."""
@@ -124,7 +124,7 @@ def rank(
     orders: Sequence[str] = (),
     both_flips: bool = True,
     against: str | None = None,
-    judge: str | None = None,
+    predictor: str | None = None,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Ranking:
@@ -140,7 +140,7 @@ def rank(
         orders: names; empty: all that ``spec`` gives.
         both_flips: also of the mirrored images.
         against: a file of orders of the same images, or another run, to compare with.
-        judge: a run of prefix: also curves.
+        predictor: a run of prefix: also curves.
         device: where to compute; None: the CPU.
         progress: told what is done, how many and of how many.
 
@@ -154,7 +154,7 @@ def rank(
     other = _open_other(against, config, [name for name in named if name in asked], ranker, device)
     if isinstance(other, OrderCache) and not set(images.names) & set(other.images):
         check_fits(other, images, ranker.grid, flips_needed=False)
-    referee = None if judge is None else open_predictor(judge, ranker, device)
+    referee = None if predictor is None else open_predictor(predictor, ranker, device)
     check_writable(out)
     states = 2 if both_flips else 1
     check_memory(ranker, config.batch_size, len(images) * states, len(asked), free_bytes(device), device.type)
@@ -195,7 +195,7 @@ def rank(
         for second in own[number + 1 :]
     }
     compared = _compare(cache, own, other, readable, rank_with)
-    curves, judged, judged_on = _evaluate_all(cache, named, readable, ranker, referee, config, device, progress)
+    curves, curve_scores, scored_on = _evaluate_all(cache, named, readable, ranker, referee, config, device, progress)
     said = conclude(described, agreements, compared, len(readable))
     return Ranking(
         source=ranker.source,
@@ -209,10 +209,10 @@ def rank(
         against=compared,
         against_source=against or "",
         curves=curves,
-        judged=judged,
-        judge=judge or "",
-        judged_on=judged_on,
-        sentences=(*said, *_said_of_curves(curves, judged)),
+        curve_scores=curve_scores,
+        predictor=predictor or "",
+        scored_on=scored_on,
+        sentences=(*said, *_said_of_curves(curves, curve_scores)),
         settings={
             "image_size": ranker.image_size,
             "grid": list(ranker.grid),
@@ -260,7 +260,7 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
 
 
 def open_predictor(run: str, ranker: Ranker, device: torch.device) -> Prefix:
-    """The judge of a run, if it looks at the same patches.
+    """The predictor of a run, if it looks at the same patches.
 
     Raises:
         ConfigError: if it is a run of another method.
@@ -270,16 +270,16 @@ def open_predictor(run: str, ranker: Ranker, device: torch.device) -> Prefix:
     folder = Path(run).expanduser()
     name = _method_of(folder)
     if name is None:
-        raise RunError(f"--judge {run}: is not a run directory; train one with smalti train prefix")
+        raise RunError(f"--predictor {run}: is not a run directory; train one with smalti train prefix")
     if name != "prefix":
-        raise ConfigError(f"--judge {run}: is a run of {name}; orders are judged by a run of prefix")
+        raise ConfigError(f"--predictor {run}: is a run of {name}; orders are scored by a run of prefix")
     method = load_method(folder)
     assert isinstance(method, Prefix)
     theirs, ours = (method.tokens.image_size, method.tokens.grid), (ranker.image_size, ranker.grid)
     if theirs != ours:
         side = ranker.image_size // ranker.grid[0]
         raise ShapeError(
-            f"--judge {run}: looks at {theirs[1][0]}x{theirs[1][1]} patches of {theirs[0]} px, the orders are of "
+            f"--predictor {run}: looks at {theirs[1][0]}x{theirs[1][1]} patches of {theirs[0]} px, the orders are of "
             f"{ours[1][0]}x{ours[1][1]} of {ours[0]} px; train it with data.image_size={ours[0]} "
             f"tokens.patch_size={side}"
         )
@@ -311,15 +311,15 @@ def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
         if ranking.against_source
         else None,
         "curves": {
-            "judge": ranking.judge,
-            "images": ranking.judged_on,
+            "predictor": ranking.predictor,
+            "images": ranking.scored_on,
             "orders": {
                 name: {
                     "k": curve.counts.tolist(),
                     "left": curve.error.tolist(),
                     "entropy": curve.entropy.mean((0, 1)).tolist(),
                     "auc_q_sd_of_draws": _number(curve.spread_of_draws()),
-                    **{n: _finite(dataclasses.asdict(one)) for n, one in ranking.judged[name].items()},
+                    **{n: _finite(dataclasses.asdict(one)) for n, one in ranking.curve_scores[name].items()},
                 }
                 for name, curve in ranking.curves.items()
             },
@@ -420,22 +420,22 @@ def _evaluate_all(
     names: Sequence[str],
     images: ImageSet,
     ranker: Ranker,
-    judge: Prefix | None,
+    predictor: Prefix | None,
     config: RankConfig,
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[dict[str, PrefixCurve], dict[str, dict[str, CurveScore]], str]:
-    if judge is None:
+    if predictor is None:
         return {}, {}, ""
     split = next((split for split in ("test", "val") if split in images.splits), None)
     of = images.subset(split) if split else images
     chosen = dataclasses.replace(
-        of, samples=tuple(of.samples[place] for place in spread_evenly(len(of), config.judged))
+        of, samples=tuple(of.samples[place] for place in spread_evenly(len(of), config.num_scored))
     )
     tokens = torch.cat(
         [
-            judge.tokens.encode(pixels.to(device))
-            for pixels, places, _ in eval_batches(chosen, ranker.image_size, judge.tokens.in_chans, "centre", 64)
+            predictor.tokens.encode(pixels.to(device))
+            for pixels, places, _ in eval_batches(chosen, ranker.image_size, predictor.tokens.in_chans, "centre", 64)
             if places
         ]
     )
@@ -452,13 +452,15 @@ def _evaluate_all(
             draws[name] = [look_up(cache, f"{name}:{seed}", listed, False) for seed in range(FIXED_DRAWS)]
         else:
             draws[name] = [look_up(cache, name, listed, False)]
-    curves = evaluate_orders(judge, tokens, draws, progress=progress)
+    curves = evaluate_orders(predictor, tokens, draws, progress=progress)
     where = f"{len(chosen):,} images" + (f" of the {split} split" if split else "")
     return curves, compare_curves(curves), where
 
 
-def _said_of_curves(curves: Mapping[str, PrefixCurve], judged: Mapping[str, Mapping[str, CurveScore]]) -> list[str]:
-    return conclude_curves(judged, at_start=float(curves["random"].error[0])) if judged else []
+def _said_of_curves(
+    curves: Mapping[str, PrefixCurve], curve_scores: Mapping[str, Mapping[str, CurveScore]]
+) -> list[str]:
+    return conclude_curves(curve_scores, at_start=float(curves["random"].error[0])) if curve_scores else []
 
 
 def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:

@@ -150,10 +150,10 @@ def _curves(ranking: Ranking) -> Html | None:
     if not ranking.curves:
         return None
     lead = (
-        f"Of {ranking.judged_on}, by the judge {ranking.judge}, which shares nothing with what found the orders: the "
-        "share of the tokens' variance that is left when the first k patches are seen. Lower is better. Intervals and "
+        f"Of {ranking.scored_on}, by {ranking.predictor}, trained independently of the orders: the fraction of "
+        "the tokens' variance that is left when the first k patches are seen. Lower is better. Intervals and "
         "differences to random are 95 % over images, the same images for all orders; they leave out chance in training "
-        "the judge and what found the orders."
+        "the predictor and what found the orders."
     )
     chosen = {name: curve for name, curve in ranking.curves.items() if name in _IN_CHART}
     charts = [
@@ -170,7 +170,7 @@ def _curves(ranking: Ranking) -> Html | None:
         ),
         chart_figure(
             "Entropy left",
-            "nats a patch above the noise floor, as the judge says",
+            "nats a patch above the noise floor, as the predictor says",
             line_chart(
                 "entropy left over the patches seen",
                 {name: (curve.counts.tolist(), curve.entropy.mean((0, 1)).tolist()) for name, curve in chosen.items()},
@@ -182,7 +182,7 @@ def _curves(ranking: Ranking) -> Html | None:
     ]
     columns = ["order", *CURVE_UNITS, "auc_q less random", "sd of draws"]
     rows = []
-    for name, numbers in sorted(ranking.judged.items(), key=lambda item: item[1]["auc_q"].value):
+    for name, numbers in sorted(ranking.curve_scores.items(), key=lambda item: item[1]["auc_q"].value):
         quarter = numbers["auc_q"]
         line = {"order": name}
         line |= {n: f"{decimals(one.value)} ({decimals(one.low)}–{decimals(one.high)})" for n, one in numbers.items()}
