@@ -50,30 +50,30 @@ RUN, TRAINED, FAILED, RESULTS_FILE, DETAILS = "run", "trained.json", "failed.txt
 FREE = ("eval", "checkpoint", "log")
 """Groups of settings that don't change the weights."""
 COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "data", "baseline", "groups")
-"""Settings of an evaluation that don't change its numbers, or stand elsewhere."""
+"""Evaluation settings that don't change the scores or are set elsewhere."""
 
 
 @settings
 class Job:
-    """What the process of a cell is told."""
+    """Arguments of the process that runs one cell."""
 
     folder: str
-    """Of the cell."""
+    """Folder of the cell."""
     name: str
-    """Arm and seed, for progress."""
+    """Arm and seed, shown in progress messages."""
     seed: int
     load: str | None = None
     """Weights to evaluate as they are; None trains."""
     load_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """``network`` and ``pool`` of what is loaded."""
+    """``network`` and ``pool`` of the loaded weights."""
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of the training run as a tree."""
+    """Settings of the training run as a nested dict."""
     untrained: bool = False
     """Evaluate the network that ``train`` describes before its first step."""
     minutes: float | None = None
-    """Wall time of training from which its steps are measured; None: ``train`` names the steps."""
+    """Wall-clock budget of training in minutes, converted to steps; None: ``train`` sets the steps."""
     evaluations: tuple[dict[str, Any], ...] = ()
-    """``key``, ``data`` and ``settings`` of each."""
+    """``key``, ``data`` and ``settings`` of each evaluation."""
     quiet: bool = False
 
 
@@ -243,11 +243,11 @@ class RandomEncoder:
     """The encoder of ``load: random``, from the settings of a plan."""
 
     encoder: str | dict[str, Any] | None = None
-    """Architecture, as in the settings of a run."""
+    """Architecture, as in the settings of a training run."""
     data: DataConfig = DataConfig()
     """Size, channels and normalisation of the images."""
     seed: Seed = 0
-    """Of timm's random weights."""
+    """Seed of timm's random initialisation."""
 
     def make(self) -> Encoder:
         """The encoder, on the CPU."""
@@ -257,7 +257,7 @@ class RandomEncoder:
 
 
 def num_parameters(encoder: Encoder) -> int:
-    """Of the encoder that is handed on."""
+    """Number of parameters of the exported encoder."""
     return sum(parameter.numel() for parameter in encoder.parameters())
 
 

@@ -76,8 +76,8 @@ def _verdict(gap: Interval | None, unit: str) -> str:
 
 
 def shared_headline(results: Sequence[Result]) -> str | None:
-    """The first metric of one protocol that all results have, so that arms never stand beside each other with different
-    ones: an encoder with too few patches for 500 clusters has another headline by itself than one with enough."""
+    """The first metric of one protocol that all results have, so that arms are never compared on different
+    ones: an encoder with too few patches for 500 clusters has another headline metric than one with enough."""
     return next((name for name in results[0].metrics if all(name in result.metrics for result in results)), None)
 
 
@@ -134,10 +134,10 @@ def metric_rows(
 
 
 def with_intervals(results: Sequence[Result]) -> list[Result]:
-    """Results with the intervals of their scores and, where a baseline stands beside them, of the paired difference.
+    """Add intervals of the scores to results and, if there is a baseline, of the paired difference.
 
     Args:
-        results: with details; baselines are marked as such. ``settings["groups"]`` of each says what is resampled.
+        results: results with details; baselines are marked as such. ``settings["groups"]`` sets what is resampled.
     """
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
     return [
@@ -240,7 +240,7 @@ def gain_cells(row: Row) -> tuple[str, str]:
 
 
 def _within_range(score: Interval, unit: str) -> Interval:
-    """An interval of a share doesn't leave 0..1."""
+    """Clip the interval of a fraction to 0..1."""
     if unit != SHARE:
         return score
     low, high = (min(max(end, 0.0), 1.0) if math.isfinite(end) else end for end in (score.low, score.high))
