@@ -63,12 +63,12 @@ class Result:
     per_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metric name -> class name -> value; NaN where a class does not occur."""
     details: "Details | None" = field(default=None, compare=False, repr=False)
-    """What stands behind the numbers, image by image; not part of the JSON."""
+    """Per-image details of the scores; not part of the JSON."""
     baseline: BaselineKind | None = None
-    """Of the scores of a baseline, which kind it is; None: scores of the encoder that was asked about."""
+    """Kind of baseline; None: scores of the evaluated encoder itself."""
     intervals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Metric name -> ``low`` and ``high`` of its interval; where a baseline stands beside it also ``difference``,
-    ``difference_low`` and ``difference_high``, paired. Metrics that are no sum over images have none. Filled by
+    """Metric name -> ``low`` and ``high`` of its interval; if there is a baseline also ``difference``,
+    ``difference_low`` and ``difference_high``, paired. Metrics that are not a sum over images have none. Filled by
     :func:`smalti.evaluate`; ``settings["intervals"]`` says what was resampled."""
 
     @property
@@ -78,7 +78,7 @@ class Result:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the baseline of the encoder that was asked about."""
+        """Whether this is the result of a baseline."""
         return self.baseline is not None
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Boxes:
     """Objects in one image, as pages draw them."""
 
     boxes: np.ndarray
-    """``(n, 4)`` x0 y0 x1 y1 as shares of the image's width and height."""
+    """``(n, 4)`` x0 y0 x1 y1, relative to the image's width and height."""
     labels: np.ndarray
     """``(n,)`` class of each."""
     scores: np.ndarray
@@ -102,7 +102,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Details:
-    """What stands behind the numbers of a result."""
+    """Per-image details of a result."""
 
     images: tuple[str, ...]
     """Test images, relative to their data set; the n of the tallies."""
@@ -121,7 +121,7 @@ class Details:
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Caption -> ``(H, W, 3)`` uint8, as pages show it."""
     shown: Shown | None = None
-    """Pictures, masks and patch tokens of the images of ``predictions``; where :func:`evaluate` was asked for them."""
+    """Pictures, masks and patch tokens of the images of ``predictions``; only if requested from :func:`evaluate`."""
     groups: tuple[str, ...] = ()
     """What each test image belongs to, where a table of the data says so."""
 

@@ -1,7 +1,7 @@
-"""What the first k patches of an order tell of all others, as a judge says that looked at no order.
+"""How well the first k patches of an order predict all others, according to a predictor trained without any order.
 
 Source: Guo et al., arXiv:2511.22281v2, Eq. (8), the uncertainty that is left, which the paper measures for no order.
-Its Eq. (1) is by the chain rule the same for every order and can't judge one.
+Its Eq. (1) is by the chain rule the same for every order and can't compare orders.
 Letters: n images, N tokens, d values a token, K values of k, R resamplings, D draws.
 """
 
@@ -26,7 +26,7 @@ NOISE_FLOOR = 1e-2
 RESAMPLINGS = 1000
 LEVEL = 0.95
 UNSURE = 1.1
-"""Share of the variance that a judge may leave when it sees nothing; the mean image leaves 1."""
+"""Largest acceptable unexplained variance when the predictor sees nothing; the mean image leaves 1."""
 UNITS = {
     "auc_q": "share of the variance left over the first quarter of the patches, mean; lower is better",
     "auc_full": "the same over all patches; lower is better",
@@ -40,7 +40,7 @@ class PrefixPredictor(Protocol):
     """What says how sure tokens are: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
 
     def predict(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Prediction:
-        """A normal law for each value of each token."""
+        """A normal distribution for each value of each token."""
         ...
 
 
@@ -66,7 +66,7 @@ class PrefixCurve:
 
     @property
     def error(self) -> Float[np.ndarray, " K"]:
-        """E(k): share of the variance that is left; about 1 at k = 0, 0 at k = N."""
+        """E(k): fraction of the variance that is unexplained; about 1 at k = 0, 0 at k = N."""
         return self.squared.mean(0).sum(0) / self.total.sum()
 
     def numbers(self, weights: Float[np.ndarray, "R n"] | None = None) -> dict[str, np.ndarray]:
@@ -137,11 +137,11 @@ def evaluate_orders(
     """Curves of orders of the same images.
 
     Args:
-        judge: in eval mode, on the device of ``tokens``.
-        tokens: of its token source.
+        judge: predictor in eval mode, on the device of ``tokens``.
+        tokens: tokens from its token source.
         orders: by name, one or more draws of each.
-        batch_size: images at a time.
-        progress: told of curves done and of how many.
+        batch_size: images per batch.
+        progress: called as ``progress(what, done, total)``, counting curves.
 
     Raises:
         ShapeError: for fewer than two images, or orders of other patches.
@@ -218,12 +218,12 @@ def compare_curves(
 def conclude_curves(
     judged: Mapping[str, Mapping[str, CurveScore]], control: str = "random", at_start: float = 1.0
 ) -> list[str]:
-    """What the first quarter says of each order against the control, a sentence each.
+    """Compare the first quarter of each order with the control, in one sentence each.
 
     Args:
         judged: from :func:`compare_curves`.
         control: a name in it.
-        at_start: share of the variance left when nothing is seen; a judge worse than the mean image is named first.
+        at_start: unexplained variance with no patch seen; a predictor worse than the mean image is reported first.
     """
     said = []
     if at_start > UNSURE:

@@ -1,4 +1,4 @@
-"""Patches of a folder of images ranked: orders as a file, what they are like, what they are worth beside controls."""
+"""Rank the patches of a folder of images: write the orders, describe them, and compare them with controls."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ from smalti.runs.folder import CONFIG_FILE
 from smalti.runs.machine import describe_machine
 
 CONTROLS = ("random", "fixed_random", "collapse_static", "collapse_shuffled", "halton", "centre_out")
-"""Orders that every curve stands beside."""
+"""Control orders that every curve is compared with."""
 RANDOM_DRAWS, FIXED_DRAWS = 3, 5
 """Draws of ``random`` and permutations of ``fixed_random`` behind a curve."""
 ORDERS_FILE = "orders.parquet"
@@ -59,31 +59,31 @@ Progress = Callable[[str, int, int], None]
 
 @settings
 class RankConfig(PixelConfig):
-    """How patches are ranked."""
+    """Settings of patch ranking."""
 
     batch_size: int = 16
-    """Images at a time."""
+    """Images per batch."""
     chunk: int | None = None
-    """Targets at a time, of a run of comae; never changes the orders. None: what 256 MiB hold."""
+    """Targets per chunk, for runs of comae; never changes the orders. None: as many as fit in 256 MiB."""
     damping: float = 0.85
-    """Of PageRank, in 0..1 (1 excluded)."""
+    """Damping factor of PageRank, in 0..1 (1 excluded)."""
     image_size: ImageSize | None = None
-    """Side of the ranked squares in pixels, of an encoder; None: its own. A run of comae has one size."""
+    """Side of the ranked images in pixels, for encoders; None: the encoder's own. A run of comae has a fixed size."""
     weights: str | None = None
-    """Network of a run: student or teacher."""
+    """Network of a run to use: student or teacher."""
     load: LoadConfig = LoadConfig()
-    """How weights of others are fitted."""
+    """How to load weights from other sources."""
     num_workers: Workers | None = None
-    """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU."""
+    """Data-loading worker processes; None: 0 on a CPU, up to 8 with a GPU."""
     judged: PositiveInt = 512
-    """Images of the curves, at most: of the test split where there is one, else of val, else of all."""
+    """Maximum number of images for the curves, from the test split if present, else from val, else from all."""
     shown: NonNegativeInt = 4
-    """Images on the page."""
+    """Example images in the report."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What :func:`rank` found."""
+    """Result of :func:`rank`."""
 
     source: str
     data: str
@@ -102,7 +102,7 @@ class Ranking:
     """Order -> agreement with the other training's."""
     against_source: str
     curves: Mapping[str, PrefixCurve] = field(repr=False)
-    """Order -> curve; empty without a judge."""
+    """Order -> curve; empty without ``judge``."""
     judged: Mapping[str, Mapping[str, CurveScore]]
     """Order -> number of :data:`smalti.ranking.curves.UNITS`."""
     judge: str
@@ -128,9 +128,9 @@ def rank(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Ranking:
-    """Rank the patches of all images, write the file of orders, and tell what they are like.
+    """Rank the patches of all images, write the file of orders, and compute statistics of the orders.
 
-    All that can be found wrong before the work is found before it.
+    Invalid inputs are reported before the work starts where possible.
 
     Args:
         spec: a run of comae, or an encoder by any of its names.
@@ -140,9 +140,9 @@ def rank(
         orders: names; empty: all that ``spec`` gives.
         both_flips: also of the mirrored images.
         against: a file of orders of the same images, or another run, to compare with.
-        judge: a run of prefix: also curves.
+        judge: a run of prefix, used to compute curves.
         device: where to compute; None: the CPU.
-        progress: told what is done, how many and of how many.
+        progress: called as ``progress(what, done, total)``.
 
     Raises:
         ConfigError, DataError, ShapeError, RunError, WeightsError: for what doesn't exist or fit.
@@ -260,11 +260,11 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
 
 
 def open_predictor(run: str, ranker: Ranker, device: torch.device) -> Prefix:
-    """The judge of a run, if it looks at the same patches.
+    """Load the predictor of a run, if it uses the same patches.
 
     Raises:
         ConfigError: if it is a run of another method.
-        ShapeError: if it looks at other patches.
+        ShapeError: if it uses other patches.
         RunError: if there is no such run.
     """
     folder = Path(run).expanduser()
@@ -292,7 +292,7 @@ def write_ranking(path: Path, ranking: Ranking, command: str = "") -> None:
 
 
 def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
-    """What stands in the JSON: plain values, null where there is no number."""
+    """Values for the JSON: plain types, null for missing numbers."""
     return {
         "encoder": ranking.source,
         "data": ranking.data,
@@ -390,7 +390,7 @@ def _compare(
 
 
 def _possible(cache: OrderCache, images: ImageSet, names: Sequence[str], given: bool) -> tuple[str, ...]:
-    """Without ``collapse_shuffled`` where a split has one image only, unless it was asked for."""
+    """Drop ``collapse_shuffled`` if a split has only one image, unless it was requested."""
     if "collapse_shuffled" not in names or given:
         return tuple(names)
     try:

@@ -5,7 +5,7 @@ times choices of features, all heads on the same batches. Features are standardi
 arXiv:2111.06377v3, App. A.1 (a batch norm without affine part), here with mean and deviation of all training images.
 Differs from both: features of the last block only, as class token and as class token with mean patch; they are
 computed once, of whole images, without augmentation; and the best of the grid is chosen on a fifth of the *training*
-images, then fitted again on all of them, so the judged images choose nothing.
+images, then fitted again on all of them, so the test images select nothing.
 Letters: n images, D features, K classes, H heads.
 """
 
@@ -91,7 +91,7 @@ def train_heads(
 ) -> Heads:
     """Fit H softmax classifiers at once: SGD with momentum 0.9, cosine learning rate, no weight decay.
 
-    One matrix product a step serves all heads: their weights stand side by side as columns.
+    One matrix product a step serves all heads: their weights are the columns of one matrix.
 
     Args:
         inputs: ``(n, D)`` standardised features.
@@ -101,7 +101,7 @@ def train_heads(
         sees: ``(H, D)`` True where a head reads a feature.
         epochs: passes over the images; the order of each depends on (seed, epoch) only.
         batch_size: images a step.
-        seed: of the order and of the initial weights, N(0, 0.01), which all heads share.
+        seed: seed of the order and of the initial weights, N(0, 0.01), the same for all heads.
         progress: called as ``progress("linear-probe", step, steps)``.
     """
     num_images, width = inputs.shape

@@ -77,7 +77,7 @@ class Recipe:
     """Steps in which the learning rate grows."""
     drop_path: float
     cat_max_ratio: float
-    """Share of a crop that one class may have, before another crop is tried."""
+    """Maximum fraction of a crop that one class may cover; otherwise another crop is tried."""
     distort: bool
     """Photometric distortion."""
     absent: Absent
@@ -233,13 +233,12 @@ def nearest_to(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def draw_crop(mask: np.ndarray, size: int, cat_max_ratio: float, ignore: int, rng: np.random.Generator) -> Box:
-    """A random part of the image, as far as there is so much of it, in which no class has more than its share.
+    """A random crop (smaller if the image is) in which no class covers more than ``cat_max_ratio``.
 
     Args:
         mask: ``(H, W)``.
         size: side in pixels.
-        cat_max_ratio: the share of the labelled pixels; 1 takes the first part, which is also what is left after ten
-            tries.
+        cat_max_ratio: maximum fraction of the labelled pixels; 1 takes the first crop, as do ten failed tries.
         ignore: value that is no class.
         rng: source of randomness.
     """
@@ -478,7 +477,7 @@ def _evaluate_encoder(
 
 
 def _check_labelled(images: ImageSet, called: str, num_classes: int) -> None:
-    """Find out before the training that there is something to learn and to judge; stops at the first labelled mask."""
+    """Check before training that both splits have labels; stops at the first labelled mask."""
     ignore = ignored_value(num_classes)
     for sample in images.samples:
         try:
