@@ -98,7 +98,7 @@ def images_digest(images: ImageSet) -> str:
 
 
 def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet) -> str:
-    """What determines a cell's weights: its settings, the budget, the images, where it starts, and Smalti's version."""
+    """Cache key of a cell's weights: settings, budget, images, initial weights and Smalti's version."""
     config = resolve(tree)
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
     if plain["prr"] is None:
@@ -111,7 +111,7 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
 
 
 def untrained_key(tree: Mapping[str, Any]) -> str:
-    """What determines a network before its first step: architecture, the method's settings, seed, starting weights."""
+    """Cache key of an initial network: architecture, the method's settings, seed and initial weights."""
     config = resolve(tree)
     data = {name: getattr(config.data, name) for name in ("image_size", "channels", "mean", "std", "signal")}
     parts = {name: getattr(config, name) for name in ("method", "encoder", "load", "seed", "pool", "prr")}
@@ -120,7 +120,7 @@ def untrained_key(tree: Mapping[str, Any]) -> str:
 
 
 def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> str:
-    """What determines the numbers of an evaluation, beside the weights."""
+    """Cache key of an evaluation, apart from the weights."""
     plain = determining(build(EvalConfig, settings, "evaluate"), COSTLESS)
     if (curve := plain.get("keep-curve")) is not None:
         plain["keep-curve"] = {**curve, "orders": [_with_digest(order) for order in curve["orders"]]}
@@ -267,7 +267,7 @@ def cpu_seconds() -> float:
 
 
 def peak_mib() -> float:
-    """Most memory that this process has held; where the system doesn't say, what it holds now."""
+    """Peak memory of this process; current memory if the system doesn't report the peak."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024

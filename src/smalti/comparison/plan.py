@@ -39,7 +39,7 @@ from smalti.training.launch import num_processes, split_batch
 CELLS = "cells"
 """Folder of the cells, inside the folder of the comparison."""
 UNTRAINED, BEFORE = "untrained", "before"
-"""How the folder of a cell before training begins: from random weights, or from those of ``init``."""
+"""Name prefixes of the folders of cells before training: with random weights, or with those of ``init``."""
 BUDGETS = ("steps", "images", "minutes")
 LOAD_KEYS = ("load", "weights", "pool", "eval")
 """Keys allowed in an arm that is not trained."""

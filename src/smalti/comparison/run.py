@@ -80,7 +80,7 @@ class _Arm:
 def compare(
     plan: str | Path | Mapping[str, Any] | Plan, out: str | Path, *, quiet: bool = False, isolate: bool = True
 ) -> Comparison:
-    """Train and evaluate all cells of a plan, and say what the numbers allow to say; what ``smalti compare`` does.
+    """Train and evaluate all cells of a plan and write the comparison; implements ``smalti compare``.
 
     Args:
         plan: a YAML file, a tree, or what :func:`read_plan` made of one.
@@ -274,8 +274,8 @@ def _run(job: Job, isolate: bool) -> str:
 
 
 def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
-    """Every metric of every arm, with intervals: differences against the plan's first arm, gains over the arm's own
-    network before training."""
+    """Every metric of every arm, with intervals: differences from the plan's first arm, gains over the arm's network
+    before training."""
     found: dict[tuple[int, str, str], dict[str, dict[int, Result]]] = {}
     before: dict[tuple[int, str], dict[str, dict[int, Result]]] = {}
     of_protocol: dict[tuple[int, str], list[Result]] = {}
@@ -325,7 +325,7 @@ def _cost(cells: Sequence[Cell]) -> Cost:
 
 
 def _write(comparison: Comparison) -> None:
-    """Parquet for machines, Markdown for people, JSON for the page."""
+    """Write the tables as Parquet and Markdown, and the JSON for the report."""
     columns: dict[str, list[Any]] = {}
     for row in comparison.rows:
         against, gain = (gap or Interval(math.nan, math.nan, math.nan, "") for gap in (row.difference, row.gain))

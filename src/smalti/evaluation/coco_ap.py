@@ -25,7 +25,7 @@ _IOU50 = 0  # place among the overlaps
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, of any number and in any order."""
+    """Predictions for one image, any number in any order."""
 
     boxes: np.ndarray
     """``(n, 4)`` x0 y0 x1 y1 in pixels of the image."""

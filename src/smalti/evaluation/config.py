@@ -129,7 +129,7 @@ def _typed(cls: type, name: str, value: Any) -> Any:
 
 
 def determining(config: EvalConfig, costless: Collection[str]) -> dict[str, Any]:
-    """Plain values of the settings that determine scores, by which results are found again.
+    """Plain values of the settings that determine scores, used to look up cached results.
 
     Args:
         config: the settings.

@@ -208,8 +208,8 @@ def _evaluate_encoder(
     figures: bool,
     beside: Encoder | None,
 ) -> list[Result]:
-    """One result per protocol; features are computed only once. Own heads are used only where ``beside``, the
-    encoder that this one is compared with, has one, too."""
+    """One result per protocol; features are computed only once. Heads stored with the encoder are used
+    only if ``beside``, the encoder to compare with, has one, too."""
     results = []
     with eval_mode(encoder):
         features = {

@@ -221,7 +221,7 @@ class Features:
 
     @property
     def evaluated(self) -> str:
-        """What the evaluated images are called, such as ``val images``."""
+        """Name of the evaluated images in messages, such as ``val images``."""
         return self.data.evaluated
 
     @property
@@ -230,7 +230,7 @@ class Features:
         return spread(len(self.data.test), NUM_SHOWN)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """What several protocols need, computed for the first of them."""
+        """Cache of values that several protocols need, computed on first use."""
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -264,11 +264,11 @@ class Features:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder is."""
+        """Device of the encoder."""
         return next(self.encoder.parameters()).device
 
     def image_size(self, wanted: int | None) -> int:
-        """The side of the images in pixels: what is wanted, else the encoder's own.
+        """Image size in pixels: the requested one, else the encoder's own.
 
         Raises:
             ConfigError: if the encoder's own size isn't square and none is given.
@@ -282,7 +282,7 @@ class Features:
         return size
 
     def dense_size(self, wanted: int | None) -> int:
-        """The side of the images of a dense protocol: what is wanted, else the encoder's own or 448, the smaller.
+        """Image size of a dense protocol: the requested one, else the smaller of the encoder's own and 448.
 
         Raises:
             ConfigError: if the encoder's own size isn't square and none is given.

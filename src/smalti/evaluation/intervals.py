@@ -38,12 +38,12 @@ class Interval:
     """NaN if nothing can be resampled: one seed, and a score that is not a sum over images."""
     high: float
     over: str
-    """What was resampled: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
+    """Resampled units: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
     ``nothing``."""
 
     @property
     def holds_zero(self) -> bool:
-        """Whether a true value of zero can't be excluded; also where there is no interval."""
+        """Whether the interval includes zero; also true if there is no interval."""
         return not (self.low > 0 or self.high < 0)
 
 
@@ -56,7 +56,7 @@ class Resampled:
     drawn: np.ndarray | None
     """``(S, R)``; resampling r draws the same images for all seeds, and for all arms. None: no sum over images."""
     unit: str = "images"
-    """What was drawn: ``images`` or ``groups``."""
+    """Resampled units: ``images`` or ``groups``."""
 
 
 def group_images(names: Sequence[str], pattern: str) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ def resample(
 
 
 def _weights(number: int, seed: int, resamplings: int) -> Iterator[UInt[np.ndarray, "r n"]]:
-    """``(R, n)`` counts of a bootstrap of ``n`` things, some rows at a time."""
+    """``(R, n)`` counts of a bootstrap of ``n`` items, in chunks of rows."""
     if number * resamplings <= _KEPT:
         kept = _kept_weights(number, seed, resamplings)
         rows = max(1, _AT_ONCE // max(number, 1))
@@ -176,8 +176,7 @@ def difference(arm: Resampled, reference: Resampled, level: float = LEVEL, seed:
 
 
 def widening(number: int, level: float = LEVEL) -> float:
-    """How much wider than drawn the part of a few seeds or groups is taken; 0 for one, which says nothing of its
-    spread."""
+    """Factor that widens the spread of few seeds or groups; 0 for a single one, whose spread is unknown."""
     if number < 2:
         return 0.0
     quantile = (1 + level) / 2
@@ -186,7 +185,7 @@ def widening(number: int, level: float = LEVEL) -> float:
 
 
 def few_seeds(number: int) -> str:
-    """What so few seeds can show, a sentence; empty from three on."""
+    """A sentence on the limits of so few seeds; empty from three on."""
     if number == 1:
         return (
             "One seed: the intervals are over what was evaluated; they say nothing of the chance in training, so "

@@ -38,13 +38,13 @@ PAPER_SIZE = 512
 PAPER_MEMORY, SMALL_MEMORY = 10_240_000, 50_000
 DEFAULT_K = 30
 FEW_KEYS, FEW_K = 5_000, 10
-"""The small preset takes fewer neighbours of a memory with fewer keys."""
+"""The small preset uses fewer neighbours if the memory has fewer keys."""
 LABEL_K = 20
-"""Neighbours that vote on a patch's class, or are looked at in retrieval; as in k-NN of images."""
+"""Neighbours that vote on a patch's class, or are ranked in retrieval; as in k-NN of images."""
 CROP_AREA, CROP_ASPECT = (0.5, 2.0), (3 / 4, 4 / 3)
 JITTER, JITTER_PROB = 0.1, 0.5
 IMAGENET_STD, HBIRD_STD = (0.229, 0.224, 0.225), (0.229, 0.224, 0.255)
-"""What is meant, and what the public code divides by."""
+"""The usual ImageNet deviation, and the one in the public code."""
 _AT_ONCE = 16  # images whose patches are searched for at a time
 _KEPT_BYTES = 2**26  # neighbours up to this size are kept for the next protocol
 
@@ -119,7 +119,7 @@ def choose_recipe(features: Features, config: EvalConfig, own: MemoryConfig) -> 
 
 
 def choose_k(config: EvalConfig, own: MemoryConfig, default: int, num_keys: int) -> tuple[int, dict[str, Any]]:
-    """Number of neighbours, and what the settings of a result say about it."""
+    """Number of neighbours, and its entries in the settings of a result."""
     if own.k is None and config.preset == "small" and num_keys < FEW_KEYS:
         default = min(default, FEW_K)
     wanted = own.k or default
@@ -212,7 +212,7 @@ def patch_classes(features: Features, recipe: Recipe, places: Sequence[int]) -> 
 
 
 def memory_settings(features: Features, recipe: Recipe, memory: PatchMemory, config: EvalConfig) -> dict[str, Any]:
-    """What a result says about how the memory was made."""
+    """Settings of a result that describe how the memory was built."""
     half = memory.keys.dtype != torch.float32
     return {
         "preset": config.preset,

@@ -40,23 +40,23 @@ class Row:
     seeds: Mapping[int, float]
     """Seed -> score."""
     difference: Interval | None
-    """Against the first arm, over the seeds that both have; None for the first arm, or where that failed."""
+    """Difference from the first arm, over common seeds; None for the first arm, or if that failed."""
     is_headline: bool
     gain: Interval | None = None
-    """Of a trained arm: against its own network before training, paired over the same seeds and images."""
+    """For a trained arm, the gain over its network before training, paired over the same seeds and images."""
     gain_over: str = ""
     """Name of that baseline."""
     about: str = ""
-    """What must be known to read the score: images, split, size, preset, what was left out."""
+    """Context of the score: images, split, size, preset, skipped images."""
 
     @property
     def verdict(self) -> str:
-        """What the difference allows to say."""
+        """Verdict on the difference, in words."""
         return _verdict(self.difference, self.unit)
 
     @property
     def gain_verdict(self) -> str:
-        """What the gain allows to say."""
+        """Verdict on the gain, in words."""
         return _verdict(self.gain, self.unit)
 
 
@@ -225,7 +225,7 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def about_lines(rows: Sequence[Row]) -> list[str]:
-    """What must be known to read a table: one line where it is the same for all arms, else a line for each group."""
+    """Context of a table: one line if it is the same for all arms, else one line per group."""
     by_text: dict[str, list[str]] = {}
     for row in rows:
         by_text.setdefault(row.about, []).append(row.arm)

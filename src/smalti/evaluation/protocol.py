@@ -22,7 +22,7 @@ from smalti.evaluation.tally import Tally
 from smalti.registry import clash, import_outside
 
 Need = Literal["labels", "masks", "boxes", "images", "stages"]
-"""What the data must have; ``images`` are enough for what needs no labels, ``stages`` are those of signals."""
+"""Kind of data a protocol needs; ``images``: no labels, ``stages``: sleep stages of signals."""
 Run = Callable[[Features, EvalConfig], "Scores"]
 """Maps features and settings to scores; ``config.of(NAME)`` returns the protocol's own settings."""
 F = TypeVar("F", bound=Run)
@@ -64,9 +64,9 @@ class Protocol:
 
     name: str
     need: Need
-    """What the data must have."""
+    """Kind of data it needs."""
     settings: type
-    """Settings class of its own settings, ``eval.NAME.*``."""
+    """Settings class of ``eval.NAME.*``."""
     run: Run
     summary: str
     """One line for help texts."""

@@ -32,7 +32,7 @@ or brought by ``init`` (``before``), or timm's random initialisation of an impor
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the scores of an encoder are compared with."""
+    """Kind of baseline that the scores of an encoder are compared with."""
 
     kind: BaselineKind
     make: Callable[[], Encoder]
@@ -46,7 +46,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Result:
-    """What one protocol found about one encoder on one data set; the same object for CLI, report and comparison."""
+    """Result of one protocol for one encoder on one data set; used by CLI, report and comparison."""
 
     protocol: str
     """Name of the protocol, as the command line spells it."""
@@ -82,7 +82,7 @@ class Result:
         return self.baseline is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes None, as JSON has none."""
+        """Plain values; NaN becomes None, as JSON has no NaN."""
         plain = dataclasses.asdict(dataclasses.replace(self, details=None))
         del plain["details"]
         return _plain(plain)
@@ -114,7 +114,7 @@ class Details:
     predictions: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Place of a test image -> ``(M, M)`` class of each pixel, of the few images that are shown."""
     found: Mapping[int, tuple[Boxes, Boxes]] = field(default_factory=dict)
-    """Place of a test image -> true objects and those that were found, of the few images that are shown."""
+    """Place of a test image -> true and predicted objects, for the few example images."""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Name -> numbers for figures: of each step, where the name begins with ``loss``; else of each layer, first to
     last."""
@@ -123,7 +123,7 @@ class Details:
     shown: Shown | None = None
     """Pictures, masks and patch tokens of the images of ``predictions``; only if requested from :func:`evaluate`."""
     groups: tuple[str, ...] = ()
-    """What each test image belongs to, where a table of the data says so."""
+    """Group of each test image, if a table of the data has groups."""
 
 
 def describe_result(result: Result) -> str:

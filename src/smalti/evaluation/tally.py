@@ -25,7 +25,7 @@ class Tally:
     part: np.ndarray
     """``(n, G)`` or ``(n, S, G)`` numerators."""
     whole: np.ndarray
-    """Denominators of the same shape; 0 where an image says nothing about a group."""
+    """Denominators of the same shape; 0 if an image doesn't contribute to a group."""
     absent: Absent = "skip"
     """What a group without any whole counts: nothing (``skip``), or ``zero``."""
 
@@ -72,7 +72,7 @@ class Tally:
 
 
 def tally_mean(values: Sequence[float] | np.ndarray | Tensor) -> Tally:
-    """The plain mean of one number an image; NaN says nothing."""
+    """Plain mean of one number per image; NaN is skipped."""
     numbers = np.asarray(values, dtype=np.float64)[:, None]
     known = np.isfinite(numbers)
     return Tally(np.where(known, numbers, 0.0), known.astype(np.float64))

@@ -22,7 +22,7 @@ from smalti.methods.prefix import Prediction
 QUARTER = 0.25
 NUM_POINTS = 17
 NOISE_FLOOR = 1e-2
-"""Of a token's unit variance: what is known to within this counts as known, entropy 0."""
+"""Noise floor relative to a token's unit variance: a token known to within it has entropy 0."""
 RESAMPLINGS = 1000
 LEVEL = 0.95
 UNSURE = 1.1
@@ -37,7 +37,7 @@ UNITS = {
 
 @runtime_checkable
 class PrefixPredictor(Protocol):
-    """What says how sure tokens are: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
+    """Predicts the distribution of unseen tokens: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
 
     def predict(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Prediction:
         """A normal distribution for each value of each token."""
@@ -46,12 +46,12 @@ class PrefixPredictor(Protocol):
 
 @dataclass(frozen=True)
 class PrefixCurve:
-    """Of one order."""
+    """Curve of one order."""
 
     counts: Int[np.ndarray, " K"]
     """k."""
     squared: Float[np.ndarray, "D n K"]
-    """Squared error of what isn't seen, of each image, for each draw of the order (one, where nothing is drawn)."""
+    """Squared error of unseen tokens per image, for each draw of the order (one, if it isn't random)."""
     total: Float[np.ndarray, " n"]
     """Squared deviation of all tokens of an image from the mean token of their place."""
     entropy: Float[np.ndarray, "D n K"]
@@ -98,7 +98,7 @@ class PrefixCurve:
 
 @dataclass(frozen=True)
 class CurveScore:
-    """Of one order: a number with its interval over images, and its difference to a control's."""
+    """Score of one order with its interval over images, and its difference from a control."""
 
     value: float
     low: float

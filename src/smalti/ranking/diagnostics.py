@@ -38,7 +38,7 @@ UNITS = {
     "score_spread": "N times the spread of the scores, mean; below 0.02 the graph is degenerate",
     "num_degenerate": "images whose patches all have the same score",
 }
-"""What :func:`describe_orders` gives."""
+"""Statistics of :func:`describe_orders` -> their meaning."""
 
 
 def num_top(num_patches: int) -> int:

@@ -50,7 +50,7 @@ from smalti.runs.machine import describe_machine
 CONTROLS = ("random", "fixed_random", "collapse_static", "collapse_shuffled", "halton", "centre_out")
 """Control orders that every curve is compared with."""
 RANDOM_DRAWS, FIXED_DRAWS = 3, 5
-"""Draws of ``random`` and permutations of ``fixed_random`` behind a curve."""
+"""Draws of ``random`` and permutations of ``fixed_random`` per curve."""
 ORDERS_FILE = "orders.parquet"
 _COMPARED = 512  # images for numbers whose cost grows with the square of the patches
 
@@ -89,17 +89,17 @@ class Ranking:
     data: str
     cache: OrderCache = field(repr=False)
     images: ImageSet = field(repr=False)
-    """Those that could be read."""
+    """Images that could be read."""
     skipped: tuple[Skipped, ...]
-    """Those that could not."""
+    """Images that could not be read."""
     names: tuple[str, ...]
-    """Orders that are looked at."""
+    """Reported orders."""
     described: Mapping[str, Mapping[str, float]]
     """Order -> numbers of :data:`smalti.ranking.diagnostics.UNITS`."""
     agreements: Mapping[tuple[str, str], Mapping[str, float]]
-    """Pairs of orders that are images' own."""
+    """Rank agreement of pairs of image-specific orders."""
     against: Mapping[str, Mapping[str, float]]
-    """Order -> agreement with the other training's."""
+    """Order -> agreement with the same order of another run."""
     against_source: str
     curves: Mapping[str, PrefixCurve] = field(repr=False)
     """Order -> curve; empty without ``judge``."""
@@ -107,12 +107,12 @@ class Ranking:
     """Order -> number of :data:`smalti.ranking.curves.UNITS`."""
     judge: str
     judged_on: str
-    """Which images the curves are of, in words."""
+    """Description of the images used for the curves."""
     sentences: tuple[str, ...]
-    """What the numbers say."""
+    """Summary of the statistics, in sentences."""
     settings: Mapping[str, Any]
     seconds: float
-    """Of finding orders alone."""
+    """Time to compute the orders only."""
 
 
 def rank(
@@ -227,7 +227,7 @@ def rank(
 
 
 def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: torch.device) -> Ranker:
-    """What orders patches, by its name.
+    """Load a ranker by name.
 
     Raises:
         ConfigError: for a run that gives no orders, or settings that it has no use for.

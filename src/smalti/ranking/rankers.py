@@ -44,13 +44,13 @@ class Ranked:
 
     order: Int[Tensor, "B N"]
     score: Float[Tensor, "B N"] | None = None
-    """What it follows from, descending, where it does follow from one."""
+    """Scores that determine the order (descending), if any."""
     seconds: float = 0.0
     """Time to compute it for the batch; common work counts for each order."""
 
 
 class Ranker(ABC):
-    """What orders patches.
+    """Base class of rankers, which order patches.
 
     Args:
         image_size: S.
@@ -62,7 +62,7 @@ class Ranker(ABC):
     gives: tuple[str, ...] = ("variance",)
     """Orders that :meth:`rank` can compute."""
     default: tuple[str, ...] = ("variance",)
-    """Those without the user's word."""
+    """Orders computed by default."""
 
     def __init__(self, image_size: int, in_chans: int, grid: tuple[int, int], source: str) -> None:
         self.image_size, self.in_chans, self.grid, self.source = image_size, in_chans, grid, source
@@ -104,7 +104,7 @@ class PixelRanker(Ranker):
 
 @runtime_checkable
 class HasDependency(Protocol):
-    """What makes dependency graphs: :class:`smalti.methods.comae.CoMAE`."""
+    """Methods with dependency graphs: :class:`smalti.methods.comae.CoMAE`."""
 
     tokens: Any
     """The :class:`smalti.layers.tokens.TokenSource`."""
@@ -212,7 +212,7 @@ class AttentionRanker(Ranker):
         return {"attention": watch.stop(ranked)}
 
     def bytes_needed(self, batch_size: int) -> int:
-        """What one block holds at a time, and the images."""
+        """Memory of one block and the images."""
         tokens = self.num_patches + self.encoder.num_prefix_tokens
         return batch_size * tokens * self.encoder.embed_dim * _ACTIVATIONS * 4 + super().bytes_needed(batch_size)
 

@@ -19,7 +19,7 @@ _LEARNING_RATE, _START = 0.05, 0.05
 
 
 class LearnedGraph(NamedTuple):
-    """What minimises the objective."""
+    """Minimiser of the objective."""
 
     weights: Tensor
     """``(N, N)`` float64, the graph A."""

@@ -297,7 +297,7 @@ def _has_masks(images: ImageSet) -> bool:
 
 
 def _few(features: Features, size: int, num_images: int) -> AttentionObserver:
-    """What is seen of a few images alone, where the others have nothing to say."""
+    """Observe a subset of the images, if the others aren't needed."""
     images = features.data.test
     chosen = spread(len(images), num_images)
     few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
@@ -318,7 +318,7 @@ def _iou(pred: np.ndarray, truth: np.ndarray, counted: np.ndarray) -> float:
 
 
 def _by_place(values: dict[int, float], number: int) -> np.ndarray:
-    """``(n,)``; NaN for images that say nothing."""
+    """``(n,)``; NaN for images without a value."""
     row = np.full(number, np.nan)
     row[list(values)] = list(values.values())
     return row

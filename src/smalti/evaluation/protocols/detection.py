@@ -83,7 +83,7 @@ LEAST_SCORE = 0.05
 LEAST_SIDE = 1.0
 """Pixels of the input; objects of which less is left are not learned from."""
 SHOWN_SCORE = 0.3
-"""Detections below it are not drawn."""
+"""Detections with a lower score are not drawn."""
 _BY_PROPOSALS = ("0", "1", "2", "3", "pool")
 _FULL_STEPS, _FULL_BATCH, _FULL_SIZE = 22_128, 64, 1024
 _SMALL_WIDTH = 384  # of a ViT-S
@@ -99,11 +99,11 @@ class Recipe:
     batch_size: int
     learning_rate: float
     num_warmup: int
-    """Steps in which the learning rate grows."""
+    """Number of warm-up steps."""
     scale: tuple[float, float]
-    """Of the image whose longer side fills the input, before it is cropped."""
+    """Range of the random scale before cropping, relative to an image whose longer side fills the input."""
     channels: int
-    """Of the pyramid's maps."""
+    """Channels of the feature pyramid."""
     rpn_convs: int
     box_convs: int
     box_fc: tuple[int, ...]
@@ -112,9 +112,9 @@ class Recipe:
     num_proposals: int
     """Proposals per image in training, before sampling; evaluation uses half as many."""
     num_rois: int
-    """Proposals of an image that the heads learn from."""
+    """Proposals per image used to train the heads."""
     final_norm: bool
-    """Whether the encoder's last norm stays."""
+    """Whether to keep the encoder's final norm."""
     layer_decay: float = 0.7
     weight_decay: float = 0.1
     drop_path: float = 0.1
@@ -133,7 +133,7 @@ class DetectionConfig:
     masks: bool | None = None
     """Also learn and evaluate instance masks; None: where the annotations have more than boxes."""
     frozen_blocks: CountFromZero = 0
-    """Freeze this many first blocks of the encoder and everything before them."""
+    """Freeze this many first blocks of the encoder and everything before them; 0: train everything."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Training precision; ``auto``: bf16 on GPUs that support it."""
 
@@ -406,7 +406,7 @@ def optimizer_of(model: Detector, recipe: Recipe, encoder: Encoder) -> torch.opt
 
 
 def freeze_blocks(encoder: Encoder, count: int) -> None:
-    """Keep the first blocks as they are, and patch embedding, prefix tokens and positions with them; 0: nothing."""
+    """Freeze the first blocks, patch embedding, prefix tokens and positions; 0 freezes nothing."""
     if count:
         encoder.requires_grad_(False)
         for part in (*encoder.vit.blocks[count:], encoder.vit.norm):

@@ -65,7 +65,7 @@ class Recipe:
     """Factor of the learning rate from one block down to the next."""
     drop_path: float
     warmup_ratio: float
-    """Of all steps."""
+    """Warm-up, as a fraction of all steps."""
     crop_area: tuple[float, float]
     rand_augment: str = ""
     """In timm's words; empty: none."""

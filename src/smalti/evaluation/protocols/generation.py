@@ -72,7 +72,7 @@ _NUM_ROWS = 8
 
 
 class Distances(NamedTuple):
-    """Of one set from another."""
+    """Distances of one set from another."""
 
     values: dict[str, float]
     errors: dict[str, float]
@@ -383,12 +383,12 @@ class _Encoded(NamedTuple):
 
     images: ImageSet
     places: list[int]
-    """Of those that could be read; the n of the vectors."""
+    """Indices of the readable images; the n of the vectors."""
     vectors: Tensor
 
 
 def _sheets(fake: _Encoded, real: _Encoded, train: _Encoded | None, channels: int) -> dict[str, np.ndarray]:
-    """Pictures for the page: generated images beside real ones, and with the nearest real ones, of training if any."""
+    """Figures for the report: generated and real images, and generated images with their nearest (training) images."""
 
     def picture(of: _Encoded, number: int) -> np.ndarray:
         path = of.images.paths[of.places[number]]

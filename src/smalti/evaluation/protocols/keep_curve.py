@@ -42,7 +42,7 @@ from smalti.functional.patches import patch_variance
 from smalti.models.encoder import ClassHead, Encoder
 
 CONTROLS = ("random", "fixed_random")
-"""Orders that are always drawn; ``collapse_static``, too, where a file has ``collapse``."""
+"""Orders that are always included; also ``collapse_static`` if a file has ``collapse``."""
 PLAIN = ("halton", "variance")
 """Orders that are added for an encoder that learned with none, where none is named."""
 RATES = tuple(round(0.05 * step, 2) for step in range(20))
@@ -58,9 +58,9 @@ class Orders:
     """Orders of the patches of evaluated images, by name."""
 
     names: tuple[str, ...]
-    """The one that counts first is the first."""
+    """The first is the headline."""
     own: str
-    """With which the encoder learned; empty: with none."""
+    """Order the encoder was trained with; empty: none."""
     asked: bool
     """Whether the user named the first."""
     caches: tuple[OrderCache, ...]

@@ -20,7 +20,7 @@ from smalti.evaluation.tally import tally_labels, tally_mean
 
 TEMPERATURE = 0.07
 EXTRA_K = (10, 20, 100)
-"""Numbers of neighbours that are reported beside the chosen one."""
+"""Numbers of neighbours reported in addition to the chosen one."""
 _CHUNK = 2**24  # similarities held at a time
 
 

@@ -41,7 +41,7 @@ HELD_OUT = 0.2
 DINO_RATE, DINO_BATCH_SIZE, DINO_CROP_AREA = 0.001, 1024, (0.08, 1.0)
 """The learning rate is for 256 images; the batch is eight GPUs' 128."""
 WIDE = 768
-"""From this width on one block's class token is taken, not four's: that of a ViT-B."""
+"""From this width on (ViT-B) the class token of one block is used instead of four."""
 
 
 class Heads(NamedTuple):
@@ -63,9 +63,9 @@ class Probe(NamedTuple):
     mean: Float[Tensor, " D"]
     std: Float[Tensor, " D"]
     reads: Bool[Tensor, " D"]
-    """Which features it reads; ``heads`` has these alone."""
+    """Which features it uses; ``heads`` has only these."""
     combination: int
-    """Of those that were offered."""
+    """Index of its combination of features."""
     rate: int
     """Place of its learning rate in :data:`LEARNING_RATES`."""
     epochs: int
@@ -164,7 +164,7 @@ class LastBlocks:
 
     @property
     def has_mean_patch(self) -> bool:
-        """Whether the mean patch of the last block is taken, too."""
+        """Whether the mean patch of the last block is used, too."""
         return self.encoder.embed_dim >= WIDE and self.encoder.has_class_token and self.pool != "avg"
 
     @property

@@ -59,7 +59,7 @@ class Recipe:
     augment: bool
     absent: Absent
     learning_rates: tuple[float, ...]
-    """Of several, the best on held-out training images is taken."""
+    """If several, the best on held-out training images is used."""
 
     def decay(self, epoch: int) -> float:
         """Factor of the learning rate: a tenth in the last fifth of the epochs."""

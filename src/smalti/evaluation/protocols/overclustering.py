@@ -32,7 +32,7 @@ from smalti.evaluation.tally import PixelTally, Tally, join_repetitions
 from smalti.functional.spectra import sum_moments
 
 MORE_CLUSTERS = (300, 500)
-"""Numbers of clusters beside the number of classes."""
+"""Numbers of clusters in addition to the number of classes."""
 PATCHES_PER_CLUSTER = 39
 """Minimum number of patches per cluster if ``clusters`` is empty: with fewer, each patch could be its own cluster and a
 high score would mean nothing. It is the number below which faiss warns about its training set."""

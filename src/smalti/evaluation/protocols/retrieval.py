@@ -29,7 +29,7 @@ from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import Tally
 
 FEWER_K = (1, 5)
-"""Precision at these is reported beside that at the chosen k."""
+"""Precision is reported at these k in addition to the chosen one."""
 
 
 def precision_at(relevant: Bool[Tensor, "Q K"], k: int) -> Float[Tensor, " Q"]:

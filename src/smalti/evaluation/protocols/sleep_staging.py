@@ -146,7 +146,7 @@ class LabelledWindows:
 
     signals: SignalSet
     places: tuple[int, ...]
-    """Of the scored windows."""
+    """Indices of the scored windows."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -386,7 +386,7 @@ def _shares(fractions: tuple[float, ...], num_subjects: int) -> list[float]:
 
 
 def _tallies(counts: Int[np.ndarray, "R K K"]) -> dict[str, Tally]:
-    """What each recording contributes to the accuracies, of the first seed."""
+    """Contribution of each recording to the accuracies, for the first seed."""
     right, whole = (values.astype(np.float64) for values in (counts.diagonal(axis1=1, axis2=2), counts.sum(2)))
     return {
         "top1": Tally(right.sum(1, keepdims=True), whole.sum(1, keepdims=True)),
