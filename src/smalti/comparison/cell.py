@@ -50,30 +50,30 @@ RUN, TRAINED, FAILED, RESULTS_FILE, DETAILS = "run", "trained.json", "failed.txt
 FREE = ("eval", "checkpoint", "log")
 """Groups of settings that don't change the weights."""
 COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "data", "baseline", "groups")
-"""Settings of an evaluation that don't change its numbers, or stand elsewhere."""
+"""Evaluation settings that don't change the scores or are set elsewhere."""
 
 
 @settings
 class Job:
-    """What the process of a cell is told."""
+    """Arguments of the process that runs one cell."""
 
     folder: str
-    """Of the cell."""
+    """Folder of the cell."""
     name: str
-    """Arm and seed, for progress."""
+    """Arm and seed, shown in progress messages."""
     seed: int
     load: str | None = None
     """Weights to evaluate as they are; None trains."""
     load_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """``network`` and ``pool`` of what is loaded."""
+    """``network`` and ``pool`` of the loaded weights."""
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of the training run as a tree."""
+    """Settings of the training run as a nested dict."""
     untrained: bool = False
     """Evaluate the network that ``train`` describes before its first step."""
     minutes: float | None = None
-    """Wall time of training from which its steps are measured; None: ``train`` names the steps."""
+    """Wall-clock budget of training in minutes, converted to steps; None: ``train`` sets the steps."""
     evaluations: tuple[dict[str, Any], ...] = ()
-    """``key``, ``data`` and ``settings`` of each."""
+    """``key``, ``data`` and ``settings`` of each evaluation."""
     quiet: bool = False
 
 
@@ -98,7 +98,7 @@ def images_digest(images: ImageSet) -> str:
 
 
 def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet) -> str:
-    """What determines a cell's weights: its settings, the budget, the images, where it starts, and Smalti's version."""
+    """Cache key of a cell's weights: settings, budget, images, initial weights and Smalti's version."""
     config = resolve(tree)
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
     if plain["prr"] is None:
@@ -111,7 +111,7 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
 
 
 def untrained_key(tree: Mapping[str, Any]) -> str:
-    """What determines a network before its first step: architecture, the method's settings, seed, starting weights."""
+    """Cache key of an initial network: architecture, the method's settings, seed and initial weights."""
     config = resolve(tree)
     data = {name: getattr(config.data, name) for name in ("image_size", "channels", "mean", "std", "signal")}
     parts = {name: getattr(config, name) for name in ("method", "encoder", "load", "seed", "pool", "prr")}
@@ -120,7 +120,7 @@ def untrained_key(tree: Mapping[str, Any]) -> str:
 
 
 def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> str:
-    """What determines the numbers of an evaluation, beside the weights."""
+    """Cache key of an evaluation, apart from the weights."""
     plain = determining(build(EvalConfig, settings, "evaluate"), COSTLESS)
     if (curve := plain.get("keep-curve")) is not None:
         plain["keep-curve"] = {**curve, "orders": [_with_digest(order) for order in curve["orders"]]}
@@ -243,11 +243,11 @@ class RandomEncoder:
     """The encoder of ``load: random``, from the settings of a plan."""
 
     encoder: str | dict[str, Any] | None = None
-    """Architecture, as in the settings of a run."""
+    """Architecture, as in the settings of a training run."""
     data: DataConfig = DataConfig()
     """Size, channels and normalisation of the images."""
     seed: Seed = 0
-    """Of timm's random weights."""
+    """Seed of timm's random initialisation."""
 
     def make(self) -> Encoder:
         """The encoder, on the CPU."""
@@ -257,7 +257,7 @@ class RandomEncoder:
 
 
 def num_parameters(encoder: Encoder) -> int:
-    """Of the encoder that is handed on."""
+    """Number of parameters of the exported encoder."""
     return sum(parameter.numel() for parameter in encoder.parameters())
 
 
@@ -267,7 +267,7 @@ def cpu_seconds() -> float:
 
 
 def peak_mib() -> float:
-    """Most memory that this process has held; where the system doesn't say, what it holds now."""
+    """Peak memory of this process; current memory if the system doesn't report the peak."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024

@@ -20,7 +20,7 @@ from smalti.evaluation.result import BaselineKind, Result, read_results
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm cost, mean over its seeds; training only, but for ``eval_s``."""
+    """Cost of an arm, mean over its seeds; training only, except ``eval_s``."""
 
     steps: float = 0.0
     images_seen: float = 0.0
@@ -28,12 +28,12 @@ class Cost:
     cpu_s: float = 0.0
     gpu_s: float = 0.0
     peak_mib: float = 0.0
-    """Of the training process or its GPU; of an arm that isn't trained: of its evaluation."""
+    """Peak memory of the training process or its GPU; of the evaluation if the arm isn't trained."""
     eval_s: float = 0.0
     parameters: int = 0
-    """Of the encoder."""
+    """Number of parameters of the encoder."""
     is_partial: bool = False
-    """Whether a cell was cut short and resumed: seconds before the last start are not in here."""
+    """Whether a cell was interrupted and resumed: times before the last start are not included."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Cell:
     evaluations: tuple[str, ...]
     """Keys, in the order of the plan."""
     baseline: Path | None = None
-    """Of a trained arm: folder of the cell of its network before training."""
+    """For a trained arm, the cell folder of its network before training."""
 
     @property
     def results(self) -> list[Result]:
-        """Everything that was measured, with its details."""
+        """All results, with details."""
         return [result for number in range(len(self.evaluations)) for result in self.results_of(number)]
 
     def results_of(self, number: int) -> list[Result]:
-        """What an evaluation of the plan measured, by its place.
+        """Results of one evaluation of the plan, by index.
 
         Raises:
             DataError: if it isn't there any more.
@@ -62,7 +62,7 @@ class Cell:
         return _results(self.folder / self.evaluations[number])
 
     def baseline_of(self, number: int) -> list[Result]:
-        """What the same evaluation measured of the network before training; nothing for arms that aren't trained.
+        """Results of the same evaluation for the network before training; empty for arms that aren't trained.
 
         Raises:
             DataError: if it isn't there any more.
@@ -80,13 +80,13 @@ def _results(target: Path) -> list[Result]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out."""
+    """Outcome of a comparison."""
 
     out: Path
     plan: Plan
     rows: tuple[Row, ...]
     cells: tuple[Cell, ...]
-    """Those that are finished."""
+    """Finished cells."""
     failures: Mapping[str, str]
     """Arm -> why it failed, one line."""
     costs: Mapping[str, Cost]

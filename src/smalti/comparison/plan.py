@@ -1,4 +1,4 @@
-"""The plan of a comparison: what is compared, on what, under which budget; and a job for every cell."""
+"""The plan of a comparison (arms, evaluation data, budget), and a job for every cell."""
 
 import dataclasses
 import math
@@ -37,38 +37,39 @@ from smalti.runs.recipes import find_recipe
 from smalti.training.launch import num_processes, split_batch
 
 CELLS = "cells"
-"""Folder of the cells, in that of the comparison."""
+"""Folder of the cells, inside the folder of the comparison."""
 UNTRAINED, BEFORE = "untrained", "before"
-"""How the folder of a cell before training begins: from random weights, or from those of ``init``."""
+"""Name prefixes of the folders of cells before training: with random weights, or with those of ``init``."""
 BUDGETS = ("steps", "images", "minutes")
 LOAD_KEYS = ("load", "weights", "pool", "eval")
-"""What an arm that is not trained may say."""
+"""Keys allowed in an arm that is not trained."""
 
 
 @settings
 class Plan:
-    """What is compared with what; a YAML file."""
+    """A comparison: arms, evaluations, seeds and training budget; read from a YAML file."""
 
     arms: dict[str, dict[str, Any]]
     """Name -> ``{method: NAME, KEY: VALUE ...}`` or ``{recipe: FILE, ...}``, which are trained, or ``{load: ENCODER}``,
-    which is taken as it is, ``{load: random}`` being the plan's own encoder before training. Differences are taken
-    against the first. ``eval.KEY`` holds for this arm's evaluations, ``load.KEY`` says how its weights are fitted."""
+    which is evaluated without training; ``{load: random}`` is the plan's own encoder at random initialisation.
+    Differences are relative to the first arm. ``eval.KEY`` applies to the evaluations of this arm, ``load.KEY`` to
+    loading its weights."""
     evaluate: tuple[dict[str, Any], ...]
-    """``{data: PATH, protocols: [...]}`` each, and any setting of an evaluation, such as ``image_size``."""
+    """One ``{data: PATH, protocols: [...]}`` per data set, plus any evaluation setting, such as ``image_size``."""
     data: str | None = None
-    """Images to train on; not needed if no arm is trained."""
+    """Training images; not needed if no arm is trained."""
     budget: dict[str, float] = dataclasses.field(default_factory=dict)
-    """One for all arms: ``steps``, ``images`` seen, or ``minutes`` of wall time for training."""
+    """Training budget of every arm: ``steps``, ``images`` seen, or ``minutes`` of wall-clock time."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Of weights, data order and augmentation, and of the evaluations' heads."""
+    """Seeds of weights, data order, augmentation and evaluation heads; one run per arm and seed."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of training that all arms share, such as ``encoder`` and ``batch_size``; an arm's own come on top."""
+    """Training settings of all arms, such as ``encoder`` and ``batch_size``; settings of an arm override them."""
     split_seed: Seed = 0
-    """Of the split of evaluation data that has none; the same for all seeds, so that all judge the same images."""
+    """Seed of the split if the evaluation data has none; all seeds are evaluated on the same images."""
 
 
 def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
-    """A plan from a YAML file or a tree; relative paths that aren't there are looked for beside the file.
+    """Read a plan from a YAML file or a dict; missing relative paths are resolved against the file's folder.
 
     Raises:
         ConfigError: for what can't be used, with one line.
@@ -113,7 +114,7 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
 
 
 def taken(arm: Mapping[str, Any]) -> str | None:
-    """The encoder that an arm takes as it is; None: it trains one, and ``load.*`` fits the weights of its ``init``."""
+    """The encoder that an arm evaluates as is; None: the arm is trained, and ``load.*`` applies to its ``init``."""
     spec = arm.get("load")
     spec = spec.get("name") if isinstance(spec, Mapping) else spec
     return None if spec is None else str(spec)
@@ -170,7 +171,7 @@ def train_job(
 
 
 def baseline_job(job: Job, out: Path) -> Job:
-    """The cell of the network that a job trains, before its first step; arms that start alike share it."""
+    """The cell of a job's network before training; arms with the same initial network use the same cell."""
     kind = BEFORE if job.train.get("init") else UNTRAINED
     folder = out / CELLS / f"{kind}-{untrained_key(job.train)}"
     return dataclasses.replace(job, folder=str(folder), name=f"{job.name}, {kind}", untrained=True, minutes=None)

@@ -1,9 +1,9 @@
-"""The honest comparison: arms and seeds under one budget, on the user's own images, one table with intervals.
+"""Compare methods and encoders on the user's own images: several seeds, equal budgets, one table with intervals.
 
-An arm is a method to train or an encoder to take as it is. Every cell (arm and seed) runs in a process of its own
-(:mod:`smalti.comparison.cell`) and is cached by what determines it, so that an interrupted comparison resumes where
-it was, and a plan that grows does only what is new. Every trained cell stands beside its own network before training:
-what training was worth is the gain over it. An arm that fails doesn't stop the others.
+An arm is a method to train or an existing encoder. Every cell (arm and seed) runs in its own process
+(:mod:`smalti.comparison.cell`) and is cached by its settings and data. Interrupted comparisons therefore resume, and an
+extended plan runs only the new cells. Every trained cell is also evaluated before training; the table reports the gain
+over that baseline. An arm that fails doesn't stop the others.
 """
 
 import dataclasses
@@ -64,23 +64,23 @@ from smalti.training.processes import STOPPED, run_process
 
 PLAN_FILE, TABLE, MARKDOWN, SUMMARY = "plan.yaml", "comparison.parquet", "comparison.md", "compare.json"
 PAGE = "report.html"
-"""What :mod:`smalti.report.comparison` makes of it all."""
+"""The HTML page, written by :mod:`smalti.report.comparison`."""
 
 
 @dataclass(frozen=True)
 class _Arm:
-    """An arm made ready: a job a seed, or what is wrong with it."""
+    """A prepared arm: one job per seed, or an error."""
 
     jobs: tuple[Job, ...]
     baselines: tuple[Job, ...] = ()
-    """Of a trained arm, the same networks before training."""
+    """Jobs that evaluate the networks of a trained arm before training."""
     error: str = ""
 
 
 def compare(
     plan: str | Path | Mapping[str, Any] | Plan, out: str | Path, *, quiet: bool = False, isolate: bool = True
 ) -> Comparison:
-    """Train and evaluate all cells of a plan, and say what the numbers allow to say; what ``smalti compare`` does.
+    """Train and evaluate all cells of a plan and write the comparison; implements ``smalti compare``.
 
     Args:
         plan: a YAML file, a tree, or what :func:`read_plan` made of one.
@@ -135,7 +135,7 @@ def compare(
 
 
 def read_comparison(out: str | Path) -> Comparison:
-    """What :func:`compare` left in a folder, from its summary: cells may have been removed since.
+    """Load the outcome of :func:`compare` from the summary in its folder; the cells may have been removed since.
 
     Raises:
         RunError: if there is no finished comparison in it.
@@ -175,7 +175,7 @@ def _prepare(
     evaluated: Sequence[ImageSet],
     quiet: bool,
 ) -> _Arm:
-    """The jobs of an arm, with all mistakes that can be found before it runs."""
+    """The jobs of an arm; raises all errors that can be detected before it runs."""
     arm = dict(plan.arms[name])
     own_eval = arm.pop("eval", {})
     try:
@@ -211,7 +211,7 @@ def _prepare(
 
 
 def _run_all(plan: Plan, arms: Mapping[str, _Arm], failures: dict[str, str], quiet: bool, isolate: bool) -> list[Cell]:
-    """All cells, seed by seed, so that what is there early can be compared; ``failures`` grows."""
+    """Run all cells seed by seed, so that early results are comparable; adds to ``failures``."""
     order = [(name, number) for number in range(len(plan.seeds)) for name in plan.arms if arms[name].jobs]
     started, done_now = time.monotonic(), 0
     waiting = sum(not _is_done(arms[name].jobs[number]) for name, number in order)
@@ -246,7 +246,7 @@ def _is_done(job: Job) -> bool:
 
 
 def _run(job: Job, isolate: bool) -> str:
-    """Run a cell; what went wrong, or nothing."""
+    """Run a cell; returns the error message, or None."""
     folder = Path(job.folder)
     if not isolate:
         try:
@@ -274,8 +274,8 @@ def _run(job: Job, isolate: bool) -> str:
 
 
 def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
-    """Every metric of every arm, with intervals: differences against the plan's first arm, gains over the arm's own
-    network before training."""
+    """Every metric of every arm, with intervals: differences from the plan's first arm, gains over the arm's network
+    before training."""
     found: dict[tuple[int, str, str], dict[str, dict[int, Result]]] = {}
     before: dict[tuple[int, str], dict[str, dict[int, Result]]] = {}
     of_protocol: dict[tuple[int, str], list[Result]] = {}
@@ -325,7 +325,7 @@ def _cost(cells: Sequence[Cell]) -> Cost:
 
 
 def _write(comparison: Comparison) -> None:
-    """Parquet for machines, Markdown for people, JSON for the page."""
+    """Write the tables as Parquet and Markdown, and the JSON for the report."""
     columns: dict[str, list[Any]] = {}
     for row in comparison.rows:
         against, gain = (gap or Interval(math.nan, math.nan, math.nan, "") for gap in (row.difference, row.gain))

@@ -63,7 +63,7 @@ def cost_cells(cost: Cost) -> tuple[str, ...]:
 
 
 def short_name(data: str, plan: Plan) -> str:
-    """The last parts of a path that tell the plan's evaluation sets apart."""
+    """The shortest path suffixes that distinguish the plan's evaluation sets."""
     parts = [Path(str(entry["data"])).parts for entry in plan.evaluate]
     mine = Path(data).parts
     for depth in range(1, len(mine) + 1):

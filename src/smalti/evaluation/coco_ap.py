@@ -25,7 +25,7 @@ _IOU50 = 0  # place among the overlaps
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, of any number and in any order."""
+    """Predictions for one image, any number in any order."""
 
     boxes: np.ndarray
     """``(n, 4)`` x0 y0 x1 y1 in pixels of the image."""
@@ -107,7 +107,7 @@ def average_precision(
 
 
 def _known_mean(precision: np.ndarray) -> np.ndarray:
-    """``(T, R, K)`` -> ``(K,)``; -1 stands for a class without objects, in all of its places."""
+    """``(T, R, K)`` -> ``(K,)``; -1 marks a class without objects."""
     mean = precision.mean((0, 1))
     return np.where(mean < 0, np.nan, mean)
 
@@ -162,7 +162,7 @@ def has_outline(item: CocoObject) -> bool:
 
 
 def is_only_box(item: CocoObject) -> bool:
-    """Whether the outline is the box's own rectangle, which tells nothing more."""
+    """Whether the outline is just the rectangle of the box."""
     outline = item.outline
     if not isinstance(outline, list) or len(outline) != 1 or len(outline[0]) not in (8, 10):
         return False

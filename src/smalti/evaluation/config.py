@@ -1,4 +1,4 @@
-"""Settings of evaluations: those that all protocols share, and each protocol's own."""
+"""Evaluation settings: common ones, and a group for each protocol."""
 
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
@@ -30,18 +30,18 @@ Pool = Literal["auto", "cls", "avg", "map", "prr"]
 
 @settings
 class EvalConfig(PixelConfig):
-    """Settings of an evaluation. A protocol's own settings are a group under its name: ``eval.knn.k``."""
+    """Settings of an evaluation. Protocol-specific settings are grouped by name: ``eval.knn.k``."""
 
     data: PathText | None = None
     """Labelled images: class folders, or images with masks; NAME=PATH forces a reader."""
     protocols: tuple[str, ...] = ()
-    """Names of the protocols; empty: all that fit the data."""
+    """Names of the protocols; empty: all that the data supports."""
     split: str | None = None
     """Split to evaluate on, such as val or test; None: the data's own, else a random 20 % (seeded)."""
     every: CountFromZero = 0
-    """While training: evaluate every so many steps; 0: only before and after training."""
+    """While training: steps between evaluations; 0: only before and after training."""
     patience: CountFromZero = 0
-    """While training: stop after so many evaluations in a row without a new best; 0 never stops early."""
+    """While training: stop after this many consecutive evaluations without a new best; 0: no early stopping."""
     image_size: ImageSize | None = None
     """Side of the images in pixels, a multiple of the patch size; None: the preset's, else the encoder's own."""
     preset: Preset = "small"
@@ -51,47 +51,47 @@ class EvalConfig(PixelConfig):
     """Image vector: ``cls`` token, ``avg`` (mean patch token), ``prr``, ``map``, or ``auto``: the encoder's own
     (linear-probe: class token, and prr or map where the encoder uses them; finetune: mean patch token)."""
     norm: bool = True
-    """Protocols with patch tokens: take them after the encoder's final norm; false: as its last block leaves them."""
+    """Dense protocols: apply the encoder's final norm to patch tokens; false: use the last block's output."""
     batch_size: BatchSize = 64
-    """Images that are encoded at a time. Changes memory and time, not the numbers."""
+    """Images per forward pass. Affects memory and time, not the scores."""
     num_workers: Workers = 0
-    """Processes that read images; 0 reads in this process. Does not change the numbers."""
+    """Data-loading worker processes; 0: load in the main process. Does not affect the scores."""
     cache_mib: CountFromZero = 2048
-    """Patch tokens up to this size are kept in memory; beyond it they are computed again for each epoch."""
+    """Memory for cached patch tokens in MiB; larger sets are recomputed each epoch."""
     cache_dtype: Literal["float16", "float32"] = "float16"
-    """Precision to which patch tokens are rounded, whether they are kept or computed again."""
+    """Precision of patch tokens, whether cached or recomputed."""
     seed: Seed = 0
-    """Of the split (where the data has none), the heads' initial weights, their order of images, and the baseline."""
+    """Seed of the split (if the data has none), of head initialisation, of data order and of the random baseline."""
     split_seed: Seed | None = None
-    """Of the split alone, where the data has none, and of the draw of ``train_size``; None: ``seed``."""
+    """Seed of the split (if the data has none) and of the ``train_size`` subset only; None: ``seed``."""
     train_size: Annotated[float, Field(gt=0)] | None = None
-    """Use fewer training images, drawn by the seed: a fraction below 1, or their number; None: all."""
+    """Random subset of the training images: a fraction below 1, or a number of images; None: all."""
     baseline: bool = True
-    """Also evaluate the baseline: for a run the same network untrained (or before, where it started from weights), for
-    an imported encoder its random initialisation."""
+    """Also evaluate a baseline: the same network before training (of a run), or at random initialisation (of an
+    imported encoder)."""
     groups: str | None = None
-    """A regular expression on each evaluated image's relative path; its first group, or the whole match, names what
-    the image belongs to (a video, patient or site). Intervals then resample whole groups; no score depends on it.
-    None: the column ``group`` of a table of images, if there is one."""
+    """Regular expression on the relative path of an evaluated image; its first group, or the whole match, is the
+    group of the image (video, patient or site). Intervals then resample whole groups; scores don't change.
+    None: the column ``group`` of a table of images, if present."""
     class_depth: Annotated[int, Field(ge=1)] | Literal["deepest"] | None = None
-    """Nested class folders: how many of them name the class (1: the outermost, 2: ``a/b``), or ``deepest``: the folder
-    of the image; None: there is one above each image."""
+    """Nested class folders: how many levels form the class name (1: the outermost, 2: ``a/b``), or ``deepest``: the
+    folder that contains the image; None: one level of folders."""
     mask_values: dict[int, int | str] | None = None
-    """Masks of your own: value in the files -> class, by number or name, such as ``{0: 0, 255: 1}``; other values are
-    refused. None: the value is the line in classes.txt, from 0."""
+    """Mask files: pixel value -> class number or name, such as ``{0: 0, 255: 1}``; other values are an error. None:
+    pixel values are line numbers in classes.txt, counted from 0."""
     ignore: tuple[int | str, ...] = ()
-    """Masks of your own: values, or names of classes, whose pixels are ignored; 255 is always ignored, unless
-    ``mask_values`` gives it a class."""
+    """Mask files: pixel values or class names to ignore; 255 is always ignored, unless ``mask_values`` maps it to a
+    class."""
     signal: SignalConfig | None = None
-    """Recordings: how they are read; None: the defaults. ``smalti evaluate RUN`` fills in what the run was trained
-    with; from Python, say it here."""
+    """Recordings: how to read them; None: the defaults. ``smalti evaluate RUN`` uses the settings of the training run;
+    in Python, pass them here."""
     own: dict[str, Any] = Field(default_factory=dict)
-    """Settings of single protocols by name: ``eval.knn.k`` on the command line, ``knn={"k": 20}`` in Python."""
+    """Protocol-specific settings by name: ``eval.knn.k`` on the command line, ``knn={"k": 20}`` in Python."""
 
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, values: Any) -> Any:
-        """Move groups that are named after a protocol into ``own``, as instances of the protocol's settings class."""
+        """Move groups named after a protocol into ``own``, as instances of the protocol's settings class."""
         given = dict(values if isinstance(values, Mapping) else values.kwargs or {})
         known = cls.open_groups() if given.keys() - field_names(cls) or given.get("own") else {}
         own = dict(given.pop("own", None) or {})
@@ -105,7 +105,7 @@ class EvalConfig(PixelConfig):
 
     @staticmethod
     def open_groups() -> Mapping[str, type]:
-        """Groups beside the fields: protocol -> its settings class."""
+        """Settings groups besides the fields: protocol -> settings class."""
         from smalti.evaluation.protocol import find_protocol, protocol_names
 
         return {name: find_protocol(name).settings for name in protocol_names()}
@@ -129,7 +129,7 @@ def _typed(cls: type, name: str, value: Any) -> Any:
 
 
 def determining(config: EvalConfig, costless: Collection[str]) -> dict[str, Any]:
-    """Plain values of the settings that determine scores, by which results are found again.
+    """Plain values of the settings that determine scores, used to look up cached results.
 
     Args:
         config: the settings.

@@ -1,4 +1,4 @@
-"""What dense protocols share: masks as targets, upsampling, tokens of augmented images."""
+"""Common parts of dense protocols: masks as targets, upsampling, tokens of augmented images."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +63,7 @@ def unlabelled_of(images: ImageSet, masks: Integer[Tensor, "n M M"], ignore: int
 
 
 def warn_unlabelled(images: ImageSet, places: Sequence[int], called: str) -> None:
-    """One line about images without a labelled pixel, from one place, so that Python can tell repetitions."""
+    """Warn about images without a labelled pixel; a single call site lets Python filter repeated warnings."""
     if places:
         first = images.samples[places[0]].path.name
         warnings.warn(
@@ -88,15 +88,15 @@ def mask_of_readable(sample: ImageSample, num_classes: int) -> np.ndarray | None
 def augmented_tokens(
     features: Features, order: Sequence[int], batch_size: int, seed: int, epoch: int, alter: Alter
 ) -> Iterator[tuple[Float[Tensor, "B N D"], Integer[Tensor, "B M M"], list[int]]]:
-    """Tokens and masks of altered training images, and their places; an image's luck depends on (seed, epoch, image).
+    """Tokens, masks and indices of augmented training images; randomness depends on (seed, epoch, image) only.
 
     Args:
-        features: of the training images, which are encoded in any case.
-        order: places of the images in the split.
-        batch_size: images a batch; images that can't be read are left out.
-        seed: of the alterations.
-        epoch: likewise.
-        alter: makes image and mask ready: ``alter(image, mask, rng=...)``.
+        features: features of the training images.
+        order: indices of the images in the split.
+        batch_size: images per batch; unreadable images are skipped.
+        seed: seed of the augmentation.
+        epoch: epoch of the augmentation.
+        alter: augments an image and its mask: ``alter(image, mask, rng=...)``.
     """
     images, num_classes = features.data.train, len(features.data.classes)
     channels = features.encoder.in_chans

@@ -1,9 +1,9 @@
-"""Details of results on disk: Parquet for what each image contributed, PNG for predictions, CSV for confusion.
+"""Details of results on disk: per-image scores as Parquet, predictions as PNG, confusion matrices as CSV.
 
-Layout of a folder: ``details.json`` and, a folder a result, ``NUMBER_PROTOCOL/per_image.parquet``, ``confusion.csv``,
-``predictions/PLACE.png`` (palette images whose values are classes) and ``pictures/NUMBER.png``; true and found boxes
-stand in the index. What pages show of a few images lies in ``shown_NUMBER/``, once for all results that share it:
-``PLACE.jpg``, ``PLACE_mask.png`` (65535 where a pixel counts for nothing) and ``tokens.safetensors``.
+Layout of a folder: ``details.json`` and, one folder per result, ``NUMBER_PROTOCOL/per_image.parquet``,
+``confusion.csv``, ``predictions/PLACE.png`` (palette images whose values are classes) and ``pictures/NUMBER.png``; true
+and predicted boxes are in ``details.json``. Example images for the report are in ``shown_NUMBER/``, stored once for all
+results that use them: ``PLACE.jpg``, ``PLACE_mask.png`` (65535 marks ignored pixels) and ``tokens.safetensors``.
 """
 
 import csv
@@ -82,7 +82,7 @@ def read_details(folder: Path, results: Sequence[Result]) -> list[Result]:
     """
     with reading(folder, "a folder of details"):
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        once = cache(lambda text: _read_shown(folder, json.loads(text)))  # several results share one
+        once = cache(lambda text: _read_shown(folder, json.loads(text)))  # several results can use the same one
         found = {}
         for entry in index:
             shown = once(json.dumps(entry["shown"])) if entry.get("shown") else None

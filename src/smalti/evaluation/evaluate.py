@@ -1,4 +1,4 @@
-"""Evaluate an encoder with several protocols, beside its baseline."""
+"""Evaluate an encoder and its baseline with several protocols."""
 
 import dataclasses
 import warnings
@@ -24,7 +24,7 @@ Labelled = LabelledData | LabelledSignals
 
 
 def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
-    """Names of the protocols that the layout of the data allows and that end in minutes, in alphabetical order.
+    """Names of the default protocols that the layout of the data supports, in alphabetical order.
 
     Data with neither labels nor masks get those that need none.
     """
@@ -45,7 +45,7 @@ def evaluate(
     progress: Progress | None = None,
     figures: bool = False,
 ) -> list[Result]:
-    """Evaluate an encoder with the protocols of ``config``, and its baseline beside it.
+    """Evaluate an encoder and its baseline with the protocols of ``config``.
 
     The encoder comes back as it was: each submodule in its own train or eval mode, weights untouched, and no global
     random state is drawn from.
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
-    """The labelled images that the protocols of ``config`` need; also finds mistakes before there is an encoder.
+    """Load the labelled images that the protocols of ``config`` need, and validate the settings.
 
     Raises:
         ConfigError: for an unknown protocol.
@@ -157,7 +157,7 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
 
 
 def _has(images: ImageSet) -> set[Need]:
-    """What there is beyond images."""
+    """Kinds of labels in the data."""
     has: set[Need] = set()
     if any(sample.label is not None for sample in images.samples):
         has.add("labels")
@@ -167,12 +167,12 @@ def _has(images: ImageSet) -> set[Need]:
 
 
 def _source(protocol: Protocol, has: Collection[Need]) -> Need:
-    """Which data a protocol takes, of what there is."""
+    """Which of the available kinds of labels a protocol uses."""
     return next((need for need in protocol.prefers if need in has), protocol.need)
 
 
 def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
-    """Images for protocols that need no labels: a split (val or test where there is one), or all of them."""
+    """Images for protocols that need no labels: a split (val or test if present), or all of them."""
     images = open_images(data)
     held_out = [name for name in ("val", "test") if name in images.splits]
     name = split or (held_out[0] if held_out else None)
@@ -192,7 +192,7 @@ def random_init(encoder: Encoder, seed: int) -> Encoder:
     shape = {key: value for key, value in encoder.config().items() if key not in ("fixed_positions", "position_field")}
     made = encoder_from_config(shape, seed)
     head = encoder.class_head
-    if head is not None:  # no classes: only the order of patches in which both are asked
+    if head is not None:  # no classes: only the patch order, the same for both
         made.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
     return made.to(next(encoder.parameters()).device)
 
@@ -208,8 +208,8 @@ def _evaluate_encoder(
     figures: bool,
     beside: Encoder | None,
 ) -> list[Result]:
-    """One result a protocol; features are computed once for all of them. Own heads are used only where ``beside``, the
-    encoder that this one is compared with, has one, too."""
+    """One result per protocol; features are computed only once. Heads stored with the encoder are used
+    only if ``beside``, the encoder to compare with, has one, too."""
     results = []
     with eval_mode(encoder):
         features = {
@@ -291,7 +291,7 @@ def _evaluate_encoder(
 
 
 def _warn_unused(protocols: Sequence[Protocol], config: EvalConfig) -> None:
-    """One line about settings that were changed and that none of the protocols uses."""
+    """Warn about changed settings that none of the protocols uses."""
     default, needs = EvalConfig(), {need for protocol in protocols for need in protocol.needs}
     used = {
         "preset": any(protocol.has_presets for protocol in protocols),

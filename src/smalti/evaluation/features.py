@@ -49,7 +49,7 @@ class Observer(abc.ABC):
 
     @abc.abstractmethod
     def watch(self, encoder: Encoder, size: int, images: ImageSet) -> contextlib.AbstractContextManager[object]:
-        """Begin anew; entered before the first of these images, resized to ``size``, and left behind the last."""
+        """Context manager around one pass over these images, resized to ``size``; resets the state."""
 
     @abc.abstractmethod
     def saw(self, places: Sequence[int]) -> None:
@@ -70,11 +70,11 @@ class ImageFeatures:
     auto: str
     """The encoder's own pooling."""
     attended: tuple[str, Float[Tensor, "n D"]] | None = None
-    """``prr`` or ``map``, and the vectors, where they were asked for."""
+    """Name (``prr`` or ``map``) and vectors of the requested pooling, if any."""
 
     def pool(self, pool: str) -> Float[Tensor, "n D"]:
-        """``cls``, ``avg`` (mean patch), the one that was asked for of ``prr`` and ``map``, or ``auto``: what the
-        encoder hands on for an image.
+        """Image vectors: ``cls``, ``avg`` (mean patch), the requested one of ``prr`` and ``map``, or ``auto``: the
+        encoder's own output.
 
         Raises:
             ConfigError: for ``cls`` without a class token.
@@ -156,20 +156,19 @@ class PatchTokens:
 
 
 class Features:
-    """Features of one encoder on one labelled data set, computed when they are first asked for and then kept.
+    """Features of one encoder on one labelled data set, computed on first use and cached.
 
     Args:
-        encoder: in eval mode, on the device where it shall run.
+        encoder: encoder in eval mode, on the device to use.
         data: training and test images.
-        batch_size: images that are encoded at a time.
-        num_workers: processes that read images.
+        batch_size: images per forward pass.
+        num_workers: data-loading worker processes.
         cache_dtype: precision of patch tokens, ``float16`` or ``float32``.
-        cache_mib: patch tokens beyond this size in all are computed again for each pass.
+        cache_mib: memory for cached patch tokens; larger sets are recomputed for each pass.
         norm: whether patch tokens of dense protocols go through the encoder's final norm; see ``EvalConfig``.
         progress: called as ``progress(what, done, total)``.
-        observers: what else watches the test images pass, by name.
-        own_heads: whether a head that came with the weights may be used; not where what the encoder is compared with
-            has none.
+        observers: by name, objects that observe the encoder while it encodes the test images.
+        own_heads: whether a head that came with the weights may be used; false if the baseline has none.
     """
 
     def __init__(
@@ -222,7 +221,7 @@ class Features:
 
     @property
     def evaluated(self) -> str:
-        """What the evaluated images are called, such as ``val images``."""
+        """Name of the evaluated images in messages, such as ``val images``."""
         return self.data.evaluated
 
     @property
@@ -231,7 +230,7 @@ class Features:
         return spread(len(self.data.test), NUM_SHOWN)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """What several protocols need, computed for the first of them."""
+        """Cache of values that several protocols need, computed on first use."""
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -265,11 +264,11 @@ class Features:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder is."""
+        """Device of the encoder."""
         return next(self.encoder.parameters()).device
 
     def image_size(self, wanted: int | None) -> int:
-        """The side of the images in pixels: what is wanted, else the encoder's own.
+        """Image size in pixels: the requested one, else the encoder's own.
 
         Raises:
             ConfigError: if the encoder's own size isn't square and none is given.
@@ -283,7 +282,7 @@ class Features:
         return size
 
     def dense_size(self, wanted: int | None) -> int:
-        """The side of the images of a dense protocol: what is wanted, else the encoder's own or 448, the smaller.
+        """Image size of a dense protocol: the requested one, else the smaller of the encoder's own and 448.
 
         Raises:
             ConfigError: if the encoder's own size isn't square and none is given.
@@ -295,12 +294,12 @@ class Features:
         return min(own, max(step, DENSE_SIZE // step * step))
 
     def image_level(self, split: Split, size: int, pool: str = "auto") -> ImageFeatures:
-        """One vector an image, of images whose short side was resized and whose middle was cropped.
+        """One vector per image; images are resized by their short side and center-cropped.
 
         Args:
             split: ``train`` or ``test``.
             size: side of the images in pixels.
-            pool: which vector will be asked for, beside ``cls`` and ``avg``, which are always there.
+            pool: which vector to compute in addition to ``cls`` and ``avg``.
 
         Raises:
             ConfigError: if the encoder doesn't have it.

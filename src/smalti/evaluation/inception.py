@@ -48,7 +48,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 2048"], Float[Tensor, "B 1008"]]:
-        """Of images at any size; the network resizes them itself."""
+        """Features of images of any size; the network resizes them itself."""
         pooled, logits = self.network(images)
         return pooled.flatten(1), logits.softmax(1)
 

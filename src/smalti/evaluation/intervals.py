@@ -4,9 +4,9 @@ seeds.
 Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13 (percentile intervals); Field & Welsh,
 "Bootstrapping clustered data", J. R. Statist. Soc. B 69(3), 2007 (resampling both of two crossed factors).
 Differs from them: what is drawn of the seeds is spread wider, by ``sqrt(S / (S - 1))`` since the plain bootstrap of S
-values is too narrow by that much, and by Student's quantile over the normal one, since few seeds tell little about
-their own spread: with 3 seeds, 2.7 times. Groups of images (videos, patients, sites) are few, too, and widened alike;
-single images are many and need neither.
+values is too narrow by that much, and by Student's quantile over the normal one, since few seeds give a poor
+estimate of their spread: with 3 seeds, 2.7 times. Groups of images (videos, patients, sites) are few, too, and widened
+in the same way; single images are many and need neither.
 Letters: S seeds, R resamplings, n images, G groups.
 """
 
@@ -35,28 +35,28 @@ class Interval:
 
     mean: float
     low: float
-    """NaN where nothing can be drawn anew: one seed, and a score that is no sum over images."""
+    """NaN if nothing can be resampled: one seed, and a score that is not a sum over images."""
     high: float
     over: str
-    """What was resampled: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
+    """Resampled units: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
     ``nothing``."""
 
     @property
     def holds_zero(self) -> bool:
-        """Whether a true value of zero can't be excluded; also where there is no interval."""
+        """Whether the interval includes zero; also true if there is no interval."""
         return not (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """Scores of one arm: as measured, and with images drawn anew."""
+    """Scores of one arm: as measured, and with resampled images."""
 
     measured: np.ndarray
     """``(S,)``."""
     drawn: np.ndarray | None
     """``(S, R)``; resampling r draws the same images for all seeds, and for all arms. None: no sum over images."""
     unit: str = "images"
-    """What was drawn: ``images`` or ``groups``."""
+    """Resampled units: ``images`` or ``groups``."""
 
 
 def group_images(names: Sequence[str], pattern: str) -> tuple[str, ...]:
@@ -102,14 +102,14 @@ def resample(
     groups: Sequence[str] | None = None,
     level: float = LEVEL,
 ) -> Resampled:
-    """Scores of one arm with images drawn anew, the same images for equal ``seed`` and number of images.
+    """Scores of one arm with resampled images; equal ``seed`` and number of images give the same resamples.
 
     Args:
-        tallies: one a seed, all about the same images in the same order.
-        seed: of the draws.
+        tallies: one per seed, all of the same images in the same order.
+        seed: seed of the resampling.
         resamplings: R.
-        groups: of each image, from :func:`group_images`: whole groups are drawn. None: single images.
-        level: of the interval that will be asked for: the spread of G groups is widened for it.
+        groups: group of each image, from :func:`group_images`: resamples whole groups. None: single images.
+        level: confidence level of the interval; widens the spread of G groups.
 
     Raises:
         ShapeError: if the tallies are of different numbers of images.
@@ -134,7 +134,7 @@ def resample(
 
 
 def _weights(number: int, seed: int, resamplings: int) -> Iterator[UInt[np.ndarray, "r n"]]:
-    """``(R, n)`` counts of a bootstrap of ``n`` things, some rows at a time."""
+    """``(R, n)`` counts of a bootstrap of ``n`` items, in chunks of rows."""
     if number * resamplings <= _KEPT:
         kept = _kept_weights(number, seed, resamplings)
         rows = max(1, _AT_ONCE // max(number, 1))
@@ -145,7 +145,7 @@ def _weights(number: int, seed: int, resamplings: int) -> Iterator[UInt[np.ndarr
 
 @lru_cache(maxsize=1)
 def _kept_weights(number: int, seed: int, resamplings: int) -> UInt[np.ndarray, "R n"]:
-    """All of them: metrics of the same images share the draw, which takes longer than their scores."""
+    """All metrics at once: they use the same resamples, which take longer to draw than to score."""
     return np.concatenate(list(_draw(number, seed, resamplings)))
 
 
@@ -176,8 +176,7 @@ def difference(arm: Resampled, reference: Resampled, level: float = LEVEL, seed:
 
 
 def widening(number: int, level: float = LEVEL) -> float:
-    """How much wider than drawn the part of a few seeds or groups is taken; 0 for one, which says nothing of its
-    spread."""
+    """Factor that widens the spread of few seeds or groups; 0 for a single one, whose spread is unknown."""
     if number < 2:
         return 0.0
     quantile = (1 + level) / 2
@@ -186,7 +185,7 @@ def widening(number: int, level: float = LEVEL) -> float:
 
 
 def few_seeds(number: int) -> str:
-    """What so few seeds can show, a sentence; empty from three on."""
+    """A sentence on the limits of so few seeds; empty from three on."""
     if number == 1:
         return (
             "One seed: the intervals are over what was evaluated; they say nothing of the chance in training, so "

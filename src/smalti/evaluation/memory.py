@@ -1,8 +1,8 @@
-"""The memory of labelled patches that protocols of nearest neighbours ask: unit tokens of the training images.
+"""Memory bank of labelled patches for nearest-neighbour protocols: unit-length tokens of the training images.
 
 Source: Balazevic et al., "Towards in-context scene understanding", arXiv:2306.01667, in the form of the public code
-open-hummingbird-eval: class shares of patches, augmented training images, and a bounded memory into which patches with
-the image's rare classes come first.
+open-hummingbird-eval: class fractions of patches, augmented training images, and a memory of limited size that prefers
+patches with the image's rare classes.
 Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, M patches in memory, C classes, K neighbours.
 """
 
@@ -38,25 +38,25 @@ PAPER_SIZE = 512
 PAPER_MEMORY, SMALL_MEMORY = 10_240_000, 50_000
 DEFAULT_K = 30
 FEW_KEYS, FEW_K = 5_000, 10
-"""The small preset takes fewer neighbours of a memory with fewer keys."""
+"""The small preset uses fewer neighbours if the memory has fewer keys."""
 LABEL_K = 20
-"""Neighbours that vote on a patch's class, or are looked at in retrieval; as in k-NN of images."""
+"""Neighbours that vote on a patch's class, or are ranked in retrieval; as in k-NN of images."""
 CROP_AREA, CROP_ASPECT = (0.5, 2.0), (3 / 4, 4 / 3)
 JITTER, JITTER_PROB = 0.1, 0.5
 IMAGENET_STD, HBIRD_STD = (0.229, 0.224, 0.225), (0.229, 0.224, 0.255)
-"""What is meant, and what the public code divides by."""
+"""The usual ImageNet deviation, and the one in the public code."""
 _AT_ONCE = 16  # images whose patches are searched for at a time
 _KEPT_BYTES = 2**26  # neighbours up to this size are kept for the next protocol
 
 
 @settings
 class MemoryConfig:
-    """Settings of the memory of training patches, and of the search in it."""
+    """Settings of the memory of training patches and of the nearest-neighbour search."""
 
     k: Count | None = None
     """Nearest neighbours; None: the preset's."""
     memory_size: CountFromZero | None = None
-    """Training patches that are kept, at most; 0 keeps all; None: the preset's."""
+    """Maximum number of training patches; 0: all; None: the preset's."""
     void: Literal["ignore", "class0"] | None = None
     """Pixels without a label in the memory: ignored, or class 0; None: the preset's."""
     augment: bool | None = None
@@ -119,7 +119,7 @@ def choose_recipe(features: Features, config: EvalConfig, own: MemoryConfig) -> 
 
 
 def choose_k(config: EvalConfig, own: MemoryConfig, default: int, num_keys: int) -> tuple[int, dict[str, Any]]:
-    """Number of neighbours, and what the settings of a result say about it."""
+    """Number of neighbours, and its entries in the settings of a result."""
     if own.k is None and config.preset == "small" and num_keys < FEW_KEYS:
         default = min(default, FEW_K)
     wanted = own.k or default
@@ -133,7 +133,7 @@ def choose_k(config: EvalConfig, own: MemoryConfig, default: int, num_keys: int)
 
 
 def patch_memory(features: Features, recipe: Recipe, seed: int) -> PatchMemory:
-    """The memory, made for the first protocol that asks.
+    """The memory, built on first use.
 
     Raises:
         DataError: if no training image can be read, a mask is wrong, or no patch has a label.
@@ -212,7 +212,7 @@ def patch_classes(features: Features, recipe: Recipe, places: Sequence[int]) -> 
 
 
 def memory_settings(features: Features, recipe: Recipe, memory: PatchMemory, config: EvalConfig) -> dict[str, Any]:
-    """What a result says about how the memory was made."""
+    """Settings of a result that describe how the memory was built."""
     half = memory.keys.dtype != torch.float32
     return {
         "preset": config.preset,
@@ -235,7 +235,7 @@ def memory_settings(features: Features, recipe: Recipe, memory: PatchMemory, con
 
 
 def comparable(config: EvalConfig, ours: str) -> str:
-    """Whether numbers may stand beside published ones; ``ours`` names what differs in ``preset=full``."""
+    """Whether scores are comparable with published ones; ``ours`` names what differs in ``preset=full``."""
     if config.preset == "small":
         return "small preset: not comparable with published numbers"
     known = "open-hummingbird-eval's settings, as far as none was changed"

@@ -72,7 +72,7 @@ def iou_matrix(matrix: Int[Tensor, "G P"]) -> Float[Tensor, "G P"]:
 
 
 def precision_matrix(matrix: Int[Tensor, "G P"]) -> Float[Tensor, "G P"]:
-    """Share of each prediction that belongs to each class, float64; 0 for a prediction that never occurs."""
+    """Fraction of each prediction that belongs to each class, float64; 0 for a prediction that never occurs."""
     return _ratio(matrix, matrix.sum(0, keepdim=True).expand_as(matrix))
 
 
@@ -137,12 +137,12 @@ def mean_iou(matrix: Int[Tensor, "G G"], absent: Absent = "skip") -> float:
 
 
 def class_recall(matrix: Int[Tensor, "G G"]) -> Float[Tensor, " G"]:
-    """Share of each class that is found, float64; NaN for a class without ground truth."""
+    """Recall of each class, float64; NaN for a class without ground truth."""
     return matrix.diagonal().double() / matrix.sum(1)
 
 
 def accuracy(matrix: Int[Tensor, "G G"]) -> float:
-    """Share of all counted pixels or images whose prediction is right; NaN if nothing was counted."""
+    """Fraction of all counted pixels or images that are predicted correctly; NaN if nothing was counted."""
     return float(matrix.diagonal().sum().double() / matrix.sum())
 
 

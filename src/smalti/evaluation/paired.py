@@ -40,23 +40,23 @@ class Row:
     seeds: Mapping[int, float]
     """Seed -> score."""
     difference: Interval | None
-    """Against the first arm, over the seeds that both have; None for the first arm, or where that failed."""
+    """Difference from the first arm, over common seeds; None for the first arm, or if that failed."""
     is_headline: bool
     gain: Interval | None = None
-    """Of a trained arm: against its own network before training, paired over the same seeds and images."""
+    """For a trained arm, the gain over its network before training, paired over the same seeds and images."""
     gain_over: str = ""
     """Name of that baseline."""
     about: str = ""
-    """What must be known to read the score: images, split, size, preset, what was left out."""
+    """Context of the score: images, split, size, preset, skipped images."""
 
     @property
     def verdict(self) -> str:
-        """What the difference allows to say."""
+        """Verdict on the difference, in words."""
         return _verdict(self.difference, self.unit)
 
     @property
     def gain_verdict(self) -> str:
-        """What the gain allows to say."""
+        """Verdict on the gain, in words."""
         return _verdict(self.gain, self.unit)
 
 
@@ -76,8 +76,8 @@ def _verdict(gap: Interval | None, unit: str) -> str:
 
 
 def shared_headline(results: Sequence[Result]) -> str | None:
-    """The first metric of one protocol that all results have, so that arms never stand beside each other with different
-    ones: an encoder with too few patches for 500 clusters has another headline by itself than one with enough."""
+    """The first metric of one protocol that all results have, so that arms are never compared on different
+    ones: an encoder with too few patches for 500 clusters has another headline metric than one with enough."""
     return next((name for name in results[0].metrics if all(name in result.metrics for result in results)), None)
 
 
@@ -134,10 +134,10 @@ def metric_rows(
 
 
 def with_intervals(results: Sequence[Result]) -> list[Result]:
-    """Results with the intervals of their scores and, where a baseline stands beside them, of the paired difference.
+    """Add intervals of the scores to results and, if there is a baseline, of the paired difference.
 
     Args:
-        results: with details; baselines are marked as such. ``settings["groups"]`` of each says what is resampled.
+        results: results with details; baselines are marked as such. ``settings["groups"]`` sets what is resampled.
     """
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
     return [
@@ -225,7 +225,7 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def about_lines(rows: Sequence[Row]) -> list[str]:
-    """What must be known to read a table: one line where it is the same for all arms, else a line for each group."""
+    """Context of a table: one line if it is the same for all arms, else one line per group."""
     by_text: dict[str, list[str]] = {}
     for row in rows:
         by_text.setdefault(row.about, []).append(row.arm)
@@ -240,7 +240,7 @@ def gain_cells(row: Row) -> tuple[str, str]:
 
 
 def _within_range(score: Interval, unit: str) -> Interval:
-    """An interval of a share doesn't leave 0..1."""
+    """Clip the interval of a fraction to 0..1."""
     if unit != SHARE:
         return score
     low, high = (min(max(end, 0.0), 1.0) if math.isfinite(end) else end for end in (score.low, score.high))

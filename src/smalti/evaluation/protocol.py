@@ -1,7 +1,7 @@
 """The contract of an evaluation protocol, and the registry.
 
-A protocol is a function in a file of its own, with its settings class, registered by name with what it needs of the
-data. :func:`smalti.evaluation.evaluate.evaluate` opens the data and computes the features that protocols share once.
+A protocol is a function in a file of its own, with its settings class, registered by name with the kind
+of data it needs. :func:`smalti.evaluation.evaluate.evaluate` opens the data and computes features once for all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,24 +22,24 @@ from smalti.evaluation.tally import Tally
 from smalti.registry import clash, import_outside
 
 Need = Literal["labels", "masks", "boxes", "images", "stages"]
-"""What the data must have; ``images`` are enough for what needs no labels, ``stages`` are those of signals."""
+"""Kind of data a protocol needs; ``images``: no labels, ``stages``: sleep stages of signals."""
 Run = Callable[[Features, EvalConfig], "Scores"]
-"""Features and settings in, scores out; ``config.of(NAME)`` gives the protocol's own settings."""
+"""Maps features and settings to scores; ``config.of(NAME)`` returns the protocol's own settings."""
 F = TypeVar("F", bound=Run)
 
 
 @settings_class
 class NoSettings:
-    """Of protocols without settings of their own."""
+    """Settings of protocols that have none."""
 
 
 class Scores(NamedTuple):
-    """What a protocol hands back; :func:`evaluate` makes a :class:`Result` of it."""
+    """What a protocol returns; :func:`evaluate` turns it into a :class:`Result`."""
 
     metrics: dict[str, float]
-    """Name -> value, the headline first."""
+    """Metric name -> value, the headline metric first."""
     settings: dict[str, Any]
-    """What determined the numbers, beyond what all protocols share."""
+    """Settings that determined the scores, besides the common ones."""
     per_class: dict[str, dict[str, float]]
     """Metric name -> class name -> value."""
     units: Mapping[str, str] = {}
@@ -64,22 +64,22 @@ class Protocol:
 
     name: str
     need: Need
-    """What the data must have."""
+    """Kind of data it needs."""
     settings: type
-    """Settings class of its own settings, ``eval.NAME.*``."""
+    """Settings class of ``eval.NAME.*``."""
     run: Run
     summary: str
     """One line for help texts."""
     by_default: bool = True
-    """Whether it runs where no protocol is named and the data fits."""
+    """Whether it runs by default if the data supports it."""
     observer: Callable[[Any], Observer] | None = None
-    """Makes what watches the encoder while test images pass through it, from the protocol's own settings."""
+    """Creates the observer of the encoder during the pass over test images, from the protocol's settings."""
     prefers: tuple[Need, ...] = ()
-    """What it takes where the data has it, though ``need`` is enough: it then says more, or shares a pass."""
+    """Kinds of data it uses in addition to ``need`` if present, for more metrics or to reuse a pass."""
     has_baseline: bool = True
-    """Whether the baseline is evaluated, too; not where the encoder is the measure rather than what is measured."""
+    """Whether the baseline is evaluated, too; false if the encoder is the measure, not the thing measured."""
     check: Callable[[EvalConfig], None] | None = None
-    """Finds mistakes in the settings before there is an encoder."""
+    """Validates the settings before the encoder is loaded."""
     has_presets: bool = True
     """Whether it depends on ``eval.preset``."""
     takes_norm: bool = False
@@ -89,7 +89,7 @@ class Protocol:
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """What it may take of the data."""
+        """Kinds of data it can use."""
         return (self.need, *self.prefers)
 
 
@@ -110,7 +110,7 @@ def register_protocol(
     takes_norm: bool = False,
     takes_pool: bool = False,
 ) -> Callable[[F], F]:
-    """Decorator that makes a function a protocol; the first line of its docstring is the summary.
+    """Decorator that registers a function as a protocol; the first line of its docstring is the summary.
 
     Args:
         name: as the command line spells it.
@@ -155,7 +155,7 @@ def register_protocol(
 
 
 def _registry() -> Mapping[str, Protocol]:
-    """All protocols by name; those of other packages, too."""
+    """All protocols by name, including those of plugins."""
     import_outside("protocol")
     return _REGISTRY
 

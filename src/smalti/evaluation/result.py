@@ -32,7 +32,7 @@ or brought by ``init`` (``before``), or timm's random initialisation of an impor
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the scores of an encoder are compared with."""
+    """Kind of baseline that the scores of an encoder are compared with."""
 
     kind: BaselineKind
     make: Callable[[], Encoder]
@@ -46,7 +46,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Result:
-    """What one protocol found about one encoder on one data set; the same object for CLI, report and comparison."""
+    """Result of one protocol for one encoder on one data set; used by CLI, report and comparison."""
 
     protocol: str
     """Name of the protocol, as the command line spells it."""
@@ -63,12 +63,12 @@ class Result:
     per_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metric name -> class name -> value; NaN where a class does not occur."""
     details: "Details | None" = field(default=None, compare=False, repr=False)
-    """What stands behind the numbers, image by image; not part of the JSON."""
+    """Per-image details of the scores; not part of the JSON."""
     baseline: BaselineKind | None = None
-    """Of the scores of a baseline, which kind it is; None: scores of the encoder that was asked about."""
+    """Kind of baseline; None: scores of the evaluated encoder itself."""
     intervals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Metric name -> ``low`` and ``high`` of its interval; where a baseline stands beside it also ``difference``,
-    ``difference_low`` and ``difference_high``, paired. Metrics that are no sum over images have none. Filled by
+    """Metric name -> ``low`` and ``high`` of its interval; if there is a baseline also ``difference``,
+    ``difference_low`` and ``difference_high``, paired. Metrics that are not a sum over images have none. Filled by
     :func:`smalti.evaluate`; ``settings["intervals"]`` says what was resampled."""
 
     @property
@@ -78,11 +78,11 @@ class Result:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the baseline of the encoder that was asked about."""
+        """Whether this is the result of a baseline."""
         return self.baseline is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes None, as JSON has none."""
+        """Plain values; NaN becomes None, as JSON has no NaN."""
         plain = dataclasses.asdict(dataclasses.replace(self, details=None))
         del plain["details"]
         return _plain(plain)
@@ -93,7 +93,7 @@ class Boxes:
     """Objects in one image, as pages draw them."""
 
     boxes: np.ndarray
-    """``(n, 4)`` x0 y0 x1 y1 as shares of the image's width and height."""
+    """``(n, 4)`` x0 y0 x1 y1, relative to the image's width and height."""
     labels: np.ndarray
     """``(n,)`` class of each."""
     scores: np.ndarray
@@ -102,7 +102,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Details:
-    """What stands behind the numbers of a result."""
+    """Per-image details of a result."""
 
     images: tuple[str, ...]
     """Test images, relative to their data set; the n of the tallies."""
@@ -114,16 +114,16 @@ class Details:
     predictions: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Place of a test image -> ``(M, M)`` class of each pixel, of the few images that are shown."""
     found: Mapping[int, tuple[Boxes, Boxes]] = field(default_factory=dict)
-    """Place of a test image -> true objects and those that were found, of the few images that are shown."""
+    """Place of a test image -> true and predicted objects, for the few example images."""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Name -> numbers for figures: of each step, where the name begins with ``loss``; else of each layer, first to
     last."""
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Caption -> ``(H, W, 3)`` uint8, as pages show it."""
     shown: Shown | None = None
-    """Pictures, masks and patch tokens of the images of ``predictions``; where :func:`evaluate` was asked for them."""
+    """Pictures, masks and patch tokens of the images of ``predictions``; only if requested from :func:`evaluate`."""
     groups: tuple[str, ...] = ()
-    """What each test image belongs to, where a table of the data says so."""
+    """Group of each test image, if a table of the data has groups."""
 
 
 def describe_result(result: Result) -> str:

@@ -36,15 +36,15 @@ class Shown:
     pictures: Mapping[int, np.ndarray]
     """Place -> ``(224, 224, 3)`` uint8 RGB."""
     truths: Mapping[int, np.ndarray]
-    """Place -> ``(224, 224)`` int32 class of each pixel, -1 where it counts for nothing; empty without masks."""
+    """Place -> ``(224, 224)`` int32 class of each pixel, -1 where ignored; empty without masks."""
     coordinates: Float16[Tensor, "B N K"]
     """Patch tokens in their first principal components over these images; see ``reduce_patches``."""
     share: float
-    """Of the tokens' variance, that these components hold."""
+    """Fraction of the tokens' variance explained by these components."""
     grid: tuple[int, int]
     """``(h, w)``."""
     image_size: int
-    """Side in pixels of the images that the encoder was given."""
+    """Image size in pixels at the encoder's input."""
 
 
 def show(features: Features, wanted: int | None) -> Shown | None:

@@ -25,7 +25,7 @@ class Tally:
     part: np.ndarray
     """``(n, G)`` or ``(n, S, G)`` numerators."""
     whole: np.ndarray
-    """Denominators of the same shape; 0 where an image says nothing about a group."""
+    """Denominators of the same shape; 0 if an image doesn't contribute to a group."""
     absent: Absent = "skip"
     """What a group without any whole counts: nothing (``skip``), or ``zero``."""
 
@@ -72,7 +72,7 @@ class Tally:
 
 
 def tally_mean(values: Sequence[float] | np.ndarray | Tensor) -> Tally:
-    """The plain mean of one number an image; NaN says nothing."""
+    """Plain mean of one number per image; NaN is skipped."""
     numbers = np.asarray(values, dtype=np.float64)[:, None]
     known = np.isfinite(numbers)
     return Tally(np.where(known, numbers, 0.0), known.astype(np.float64))
@@ -84,8 +84,8 @@ def tally_labels(
     """``top1`` and ``balanced_top1``, the mean of each class's recall.
 
     Args:
-        target: classes of the images that could be read.
-        pred: likewise.
+        target: classes of the readable images.
+        pred: predicted classes of the readable images.
         num_classes: G.
         places: of those images, 0..num_images-1.
         num_images: n; the others say nothing.
@@ -146,12 +146,12 @@ class PixelTally:
         return Tally(intersection, target + pred - intersection, absent)
 
     def recall(self) -> Tally:
-        """Mean over the classes that occur of the share of their pixels that is right."""
+        """Mean pixel accuracy over the classes that occur."""
         intersection, target, _ = self._sums()
         return Tally(intersection, target)
 
     def pixel_accuracy(self) -> Tally:
-        """Share of the labelled pixels that is right."""
+        """Fraction of labelled pixels that are predicted correctly."""
         intersection, target, _ = self._sums()
         return Tally(intersection.sum(1, keepdims=True), target.sum(1, keepdims=True))
 

@@ -1,8 +1,8 @@
-"""Training on augmented images: what finetune, segmenter and the linear probe in DINO's form share.
+"""Training on augmented images, for finetune, segmenter and the DINO form of linear-probe.
 
 An encoder that is trained is always a copy. Which images a step sees, and every random number of their
 augmentation, are functions of (seed, epoch, image), as in training; dropped paths and mixed images are drawn from
-generators that are given back as they were.
+generators whose state is restored afterwards.
 Letters: B images a step, n training images, T steps.
 """
 
@@ -43,12 +43,12 @@ _CURVE_POINTS = 100
 
 
 def trainable_copy(encoder: Encoder, drop_path: float) -> Encoder:
-    """A copy with everything in it trainable, positions too; stochastic depth as asked for, and no dropout.
+    """A copy with all parameters trainable, including positions; with stochastic depth and without dropout.
 
     Weights that were trained without positions get fresh ones, drawn from torch's generator.
 
     Args:
-        encoder: stays as it is.
+        encoder: not changed.
         drop_path: rate of the last block, in [0, 1).
     """
     copy = clone_encoder(encoder)
@@ -123,7 +123,7 @@ def normalized(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) 
     Args:
         pixels: ``(H, W, C)`` uint8, or float32 in 0..1.
         mean: per channel, of images in 0..1.
-        std: likewise.
+        std: per channel, of images in 0..1.
     """
     scaled = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
     image = (scaled - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
@@ -144,7 +144,7 @@ def random_view(
         sample: the image.
         channels: C.
         size: side in pixels.
-        area: smallest and largest share of the image's area.
+        area: smallest and largest fraction of the image's area.
         key: of the randomness.
         mode: interpolation, antialiased.
     """
@@ -191,8 +191,8 @@ def warm_steps(
         num_steps: T.
         peak: the highest.
         num_warmup: steps of the warm-up.
-        milestones: as shares of all steps.
-        factor: of each milestone.
+        milestones: as fractions of all steps.
+        factor: multiplier at each milestone.
 
     Source: Li et al., ViTDet, arXiv:2203.16527, App. A.2.
     """
@@ -274,7 +274,7 @@ def train(
     Args:
         model: on the device of the encoder.
         optimizer: of its parameters; ``lr_scale`` of a group multiplies its learning rate.
-        features: the training images, and who hears of progress.
+        features: the training images and the progress callback.
         make: ``make(place, key)``: the image at a place of the training set, augmented as the key says.
         loss_of: ``loss_of(images, targets)`` of a batch; targets are stacked, or a list where they are dictionaries.
         rate: learning rate of a step, 0..num_steps-1.
@@ -330,7 +330,7 @@ def _to(device: torch.device, targets: Any) -> Any:
 def evaluate_labels(
     model: Callable[[Tensor], Tensor], features: Features, size: int
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Tally], ConfusionMatrix]:
-    """How well a classifier tells the test images: short side resized, central square.
+    """Evaluate a classifier on the test images: short side resized, center crop.
 
     Args:
         model: ``(B, C, S, S)`` normalised images -> ``(B, K)`` class scores.

@@ -1,1 +1,1 @@
-"""Orders of the patches of images: found, kept, judged, and held against orders that look at no image."""
+"""Patch orders of images: compute, store, score, and compare them with image-independent orders."""

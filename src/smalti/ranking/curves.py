@@ -1,7 +1,7 @@
-"""What the first k patches of an order tell of all others, as a predictor says that looked at no order.
+"""How well the first k patches of an order predict all others, according to a predictor trained without any order.
 
 Source: Guo et al., arXiv:2511.22281v2, Eq. (8), the uncertainty that is left, which the paper measures for no order.
-Its Eq. (1) is by the chain rule the same for every order and can't predictor one.
+Its Eq. (1) is by the chain rule the same for every order and can't compare orders.
 Letters: n images, N tokens, d values a token, K values of k, R resamplings, D draws.
 """
 
@@ -22,11 +22,11 @@ from smalti.methods.prefix import Prediction
 QUARTER = 0.25
 NUM_POINTS = 17
 NOISE_FLOOR = 1e-2
-"""Of a token's unit variance: what is known to within this counts as known, entropy 0."""
+"""Noise floor relative to a token's unit variance: a token known to within it has entropy 0."""
 RESAMPLINGS = 1000
 LEVEL = 0.95
 UNSURE = 1.1
-"""Share of the variance that a predictor may leave when it sees nothing; the mean image leaves 1."""
+"""Largest acceptable unexplained variance when the predictor sees nothing; the mean image leaves 1."""
 UNITS = {
     "auc_q": "share of the variance left over the first quarter of the patches, mean; lower is better",
     "auc_full": "the same over all patches; lower is better",
@@ -37,21 +37,21 @@ UNITS = {
 
 @runtime_checkable
 class PrefixPredictor(Protocol):
-    """What says how sure tokens are: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
+    """Predicts the distribution of unseen tokens: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
 
     def predict(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Prediction:
-        """A normal law for each value of each token."""
+        """A normal distribution for each value of each token."""
         ...
 
 
 @dataclass(frozen=True)
 class PrefixCurve:
-    """Of one order."""
+    """Curve of one order."""
 
     counts: Int[np.ndarray, " K"]
     """k."""
     squared: Float[np.ndarray, "D n K"]
-    """Squared error of what isn't seen, of each image, for each draw of the order (one, where nothing is drawn)."""
+    """Squared error of unseen tokens per image, for each draw of the order (one, if it isn't random)."""
     total: Float[np.ndarray, " n"]
     """Squared deviation of all tokens of an image from the mean token of their place."""
     entropy: Float[np.ndarray, "D n K"]
@@ -66,7 +66,7 @@ class PrefixCurve:
 
     @property
     def error(self) -> Float[np.ndarray, " K"]:
-        """E(k): share of the variance that is left; about 1 at k = 0, 0 at k = N."""
+        """E(k): fraction of the variance that is unexplained; about 1 at k = 0, 0 at k = N."""
         return self.squared.mean(0).sum(0) / self.total.sum()
 
     def numbers(self, weights: Float[np.ndarray, "R n"] | None = None) -> dict[str, np.ndarray]:
@@ -98,7 +98,7 @@ class PrefixCurve:
 
 @dataclass(frozen=True)
 class CurveScore:
-    """Of one order: a number with its interval over images, and its difference to a control's."""
+    """Score of one order with its interval over images, and its difference from a control."""
 
     value: float
     low: float
@@ -137,11 +137,11 @@ def evaluate_orders(
     """Curves of orders of the same images.
 
     Args:
-        predictor: in eval mode, on the device of ``tokens``.
-        tokens: of its token source.
+        predictor: predictor in eval mode, on the device of ``tokens``.
+        tokens: tokens from its token source.
         orders: by name, one or more draws of each.
-        batch_size: images at a time.
-        progress: told of curves done and of how many.
+        batch_size: images per batch.
+        progress: called as ``progress(what, done, total)``, counting curves.
 
     Raises:
         ShapeError: for fewer than two images, or orders of other patches.
@@ -218,12 +218,12 @@ def compare_curves(
 def conclude_curves(
     curve_scores: Mapping[str, Mapping[str, CurveScore]], control: str = "random", at_start: float = 1.0
 ) -> list[str]:
-    """What the first quarter says of each order against the control, a sentence each.
+    """Compare the first quarter of each order with the control, in one sentence each.
 
     Args:
         curve_scores: from :func:`compare_curves`.
         control: a name in it.
-        at_start: share of the variance left when nothing is seen; a predictor worse than the mean image is named first.
+        at_start: unexplained variance with no patch seen; a predictor worse than the mean image is reported first.
     """
     said = []
     if at_start > UNSURE:

@@ -1,4 +1,4 @@
-"""What orders of patches are like: one for all images or each image's own, spread or clustered, alike or not.
+"""Statistics of patch orders: static or image-specific, spread or clustered, similar to each other or not.
 
 Source: Guo et al., arXiv:2511.22281v2, whose published orders, decoded from their Fig. 5, are nearly one for all
 images: ``position_variance_ratio`` 0.95, ``static_correlation`` 0.975, ``top_overlap`` 0.87 where 0.22 is chance.
@@ -17,10 +17,10 @@ from smalti.functional.graphs import ranks_of
 from smalti.functional.orders import image_dependence, neighbour_correlation, rank_correlation, top_overlap
 
 TOP = 0.22
-"""The share of the patches that the paper's classifier keeps."""
+"""The fraction of patches that the paper's classifier keeps."""
 DEGENERATE, IMAGE_SPECIFIC, STATIC = 0.02, 0.7, 0.9
-"""Spread of scores below which a graph says nothing; shares of the ranks' variance below and above which an order is
-called an image's own and one for all."""
+"""Spread of scores below which a graph is degenerate; fractions of the ranks' variance below and above which an order
+is called image-specific and static."""
 SAME, REPRODUCED = 0.95, 0.6
 """Rank correlations above which two rules give one order, and above which two trainings do."""
 _RANDOM_SETS = 500
@@ -38,7 +38,7 @@ UNITS = {
     "score_spread": "N times the spread of the scores, mean; below 0.02 the graph is degenerate",
     "num_degenerate": "images whose patches all have the same score",
 }
-"""What :func:`describe_orders` gives."""
+"""Statistics of :func:`describe_orders` -> their meaning."""
 
 
 def num_top(num_patches: int) -> int:
@@ -82,7 +82,7 @@ def describe_orders(
     if mirrored is not None:
         found["flip_agreement"] = float(rank_correlation(orders, mirror(mirrored, grid)).mean())
     if scores is not None:
-        # as shares of their sum, whatever they are
+        # as fractions of their sum
         shares = scores.double() / scores.double().sum(-1, keepdim=True).clamp(min=1e-12)
         found["score_spread"] = float((num * (shares.amax(-1) - shares.amin(-1))).mean())
     if degenerate is not None:
@@ -91,7 +91,7 @@ def describe_orders(
 
 
 def overlap_with_others(orders: Int[Tensor, "M N"], k: int) -> Float[Tensor, " M"]:
-    """Share of each image's first k patches that are among the first k of the mean ranks of all others."""
+    """Fraction of each image's first k patches that are among the first k by mean rank over all other images."""
     ranks = ranks_of(orders).long()
     others = (ranks.sum(0) - ranks).argsort(dim=1, stable=True)
     return top_overlap(orders, others, k)
@@ -122,7 +122,7 @@ def mirror(orders: Int[Tensor, "*B N"], grid: tuple[int, int]) -> Int[Tensor, "*
 
 
 def kendall(first: Int[Tensor, "M N"], second: Int[Tensor, "M N"]) -> Float[Tensor, " M"]:
-    """Kendall's tau of two orders of the same patches: pairs in the same order less those in the other, as a share."""
+    """Kendall's tau of two orders of the same patches: concordant minus discordant pairs, over all pairs."""
     num = first.shape[-1]
     ranks = [ranks_of(order).to(torch.int16) for order in (first, second)]
     found = []

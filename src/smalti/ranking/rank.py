@@ -1,4 +1,4 @@
-"""Patches of a folder of images ranked: orders as a file, what they are like, what they are worth beside controls."""
+"""Rank the patches of a folder of images: write the orders, describe them, and compare them with controls."""
 
 import dataclasses
 import json
@@ -48,9 +48,9 @@ from smalti.runs.folder import CONFIG_FILE
 from smalti.runs.machine import describe_machine
 
 CONTROLS = ("random", "fixed_random", "collapse_static", "collapse_shuffled", "halton", "centre_out")
-"""Orders that every curve stands beside."""
+"""Control orders that every curve is compared with."""
 RANDOM_DRAWS, FIXED_DRAWS = 3, 5
-"""Draws of ``random`` and permutations of ``fixed_random`` behind a curve."""
+"""Draws of ``random`` and permutations of ``fixed_random`` per curve."""
 ORDERS_FILE = "orders.parquet"
 _COMPARED = 512  # images for numbers whose cost grows with the square of the patches
 
@@ -59,60 +59,60 @@ Progress = Callable[[str, int, int], None]
 
 @settings
 class RankConfig(PixelConfig):
-    """How patches are ranked."""
+    """Settings of patch ranking."""
 
     batch_size: int = 16
-    """Images at a time."""
+    """Images per batch."""
     chunk: int | None = None
-    """Targets at a time, of a run of comae; never changes the orders. None: what 256 MiB hold."""
+    """Targets per chunk, for runs of comae; never changes the orders. None: as many as fit in 256 MiB."""
     damping: float = 0.85
-    """Of PageRank, in 0..1 (1 excluded)."""
+    """Damping factor of PageRank, in 0..1 (1 excluded)."""
     image_size: ImageSize | None = None
-    """Side of the ranked squares in pixels, of an encoder; None: its own. A run of comae has one size."""
+    """Side of the ranked images in pixels, for encoders; None: the encoder's own. A run of comae has a fixed size."""
     weights: str | None = None
-    """Network of a run: student or teacher."""
+    """Network of a run to use: student or teacher."""
     load: LoadConfig = LoadConfig()
-    """How weights of others are fitted."""
+    """How to load weights from other sources."""
     num_workers: Workers | None = None
-    """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU."""
+    """Data-loading worker processes; None: 0 on a CPU, up to 8 with a GPU."""
     num_scored: PositiveInt = 512
-    """Images of the curves, at most: of the test split where there is one, else of val, else of all."""
+    """Maximum number of images for the curves, from the test split if present, else from val, else from all."""
     num_shown: NonNegativeInt = 4
-    """Images on the page."""
+    """Example images in the report."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What :func:`rank` found."""
+    """Result of :func:`rank`."""
 
     source: str
     data: str
     cache: OrderCache = field(repr=False)
     images: ImageSet = field(repr=False)
-    """Those that could be read."""
+    """Images that could be read."""
     skipped: tuple[Skipped, ...]
-    """Those that could not."""
+    """Images that could not be read."""
     names: tuple[str, ...]
-    """Orders that are looked at."""
+    """Reported orders."""
     described: Mapping[str, Mapping[str, float]]
     """Order -> numbers of :data:`smalti.ranking.diagnostics.UNITS`."""
     agreements: Mapping[tuple[str, str], Mapping[str, float]]
-    """Pairs of orders that are images' own."""
+    """Rank agreement of pairs of image-specific orders."""
     against: Mapping[str, Mapping[str, float]]
-    """Order -> agreement with the other training's."""
+    """Order -> agreement with the same order of another run."""
     against_source: str
     curves: Mapping[str, PrefixCurve] = field(repr=False)
-    """Order -> curve; empty without a predictor."""
+    """Order -> curve; empty without ``judge``."""
     curve_scores: Mapping[str, Mapping[str, CurveScore]]
     """Order -> number of :data:`smalti.ranking.curves.UNITS`."""
     predictor: str
     scored_on: str
-    """Which images the curves are of, in words."""
+    """Description of the images used for the curves."""
     sentences: tuple[str, ...]
-    """What the numbers say."""
+    """Summary of the statistics, in sentences."""
     settings: Mapping[str, Any]
     seconds: float
-    """Of finding orders alone."""
+    """Time to compute the orders only."""
 
 
 def rank(
@@ -128,9 +128,9 @@ def rank(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Ranking:
-    """Rank the patches of all images, write the file of orders, and tell what they are like.
+    """Rank the patches of all images, write the file of orders, and compute statistics of the orders.
 
-    All that can be found wrong before the work is found before it.
+    Invalid inputs are reported before the work starts where possible.
 
     Args:
         spec: a run of comae, or an encoder by any of its names.
@@ -140,9 +140,9 @@ def rank(
         orders: names; empty: all that ``spec`` gives.
         both_flips: also of the mirrored images.
         against: a file of orders of the same images, or another run, to compare with.
-        predictor: a run of prefix: also curves.
+        predictor: a run of prefix, used to compute curves.
         device: where to compute; None: the CPU.
-        progress: told what is done, how many and of how many.
+        progress: called as ``progress(what, done, total)``.
 
     Raises:
         ConfigError, DataError, ShapeError, RunError, WeightsError: for what doesn't exist or fit.
@@ -227,7 +227,7 @@ def rank(
 
 
 def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: torch.device) -> Ranker:
-    """What orders patches, by its name.
+    """Load a ranker by name.
 
     Raises:
         ConfigError: for a run that gives no orders, or settings that it has no use for.
@@ -260,11 +260,11 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
 
 
 def open_predictor(run: str, ranker: Ranker, device: torch.device) -> Prefix:
-    """The predictor of a run, if it looks at the same patches.
+    """Load the predictor of a run, if it uses the same patches.
 
     Raises:
         ConfigError: if it is a run of another method.
-        ShapeError: if it looks at other patches.
+        ShapeError: if it uses other patches.
         RunError: if there is no such run.
     """
     folder = Path(run).expanduser()
@@ -292,7 +292,7 @@ def write_ranking(path: Path, ranking: Ranking, command: str = "") -> None:
 
 
 def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
-    """What stands in the JSON: plain values, null where there is no number."""
+    """Values for the JSON: plain types, null for missing numbers."""
     return {
         "encoder": ranking.source,
         "data": ranking.data,
@@ -390,7 +390,7 @@ def _compare(
 
 
 def _possible(cache: OrderCache, images: ImageSet, names: Sequence[str], given: bool) -> tuple[str, ...]:
-    """Without ``collapse_shuffled`` where a split has one image only, unless it was asked for."""
+    """Drop ``collapse_shuffled`` if a split has only one image, unless it was requested."""
     if "collapse_shuffled" not in names or given:
         return tuple(names)
     try:

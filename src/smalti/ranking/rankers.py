@@ -34,7 +34,7 @@ FREE = (*GEOMETRIC, "random", "fixed_random")
 COPIES = 4
 """Graphs of a batch that are in memory at a time: as made, checked, and what PageRank and the cover make of them."""
 _ACTIVATIONS = 16
-"""Numbers a token and unit of width while a transformer looks at it, at most: the perceptron's inner ones and more."""
+"""Upper bound on activations per token and channel in a transformer forward pass, including the MLP's hidden layer."""
 _MIB = 2**20
 
 
@@ -44,13 +44,13 @@ class Ranked:
 
     order: Int[Tensor, "B N"]
     score: Float[Tensor, "B N"] | None = None
-    """What it follows from, descending, where it does follow from one."""
+    """Scores that determine the order (descending), if any."""
     seconds: float = 0.0
-    """That finding it took for the batch; what orders share counts for each of them."""
+    """Time to compute it for the batch; common work counts for each order."""
 
 
 class Ranker(ABC):
-    """What orders patches.
+    """Base class of rankers, which order patches.
 
     Args:
         image_size: S.
@@ -60,9 +60,9 @@ class Ranker(ABC):
     """
 
     gives: tuple[str, ...] = ("variance",)
-    """Orders that :meth:`rank` can be asked for."""
+    """Orders that :meth:`rank` can compute."""
     default: tuple[str, ...] = ("variance",)
-    """Those without the user's word."""
+    """Orders computed by default."""
 
     def __init__(self, image_size: int, in_chans: int, grid: tuple[int, int], source: str) -> None:
         self.image_size, self.in_chans, self.grid, self.source = image_size, in_chans, grid, source
@@ -96,7 +96,7 @@ class Ranker(ABC):
 
 
 class PixelRanker(Ranker):
-    """Orders that only look at pixels."""
+    """Orders computed from pixels only."""
 
     def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
         return {}
@@ -104,7 +104,7 @@ class PixelRanker(Ranker):
 
 @runtime_checkable
 class HasDependency(Protocol):
-    """What makes dependency graphs: :class:`smalti.methods.comae.CoMAE`."""
+    """Methods with dependency graphs: :class:`smalti.methods.comae.CoMAE`."""
 
     tokens: Any
     """The :class:`smalti.layers.tokens.TokenSource`."""
@@ -212,7 +212,7 @@ class AttentionRanker(Ranker):
         return {"attention": watch.stop(ranked)}
 
     def bytes_needed(self, batch_size: int) -> int:
-        """What one block holds at a time, and the images."""
+        """Memory of one block and the images."""
         tokens = self.num_patches + self.encoder.num_prefix_tokens
         return batch_size * tokens * self.encoder.embed_dim * _ACTIVATIONS * 4 + super().bytes_needed(batch_size)
 
@@ -233,7 +233,7 @@ class RankedImages:
     degenerate: Mapping[str, Bool[Tensor, " R"]] = field(repr=False)
     """True where all patches have the same score."""
     seconds: Mapping[str, float] = field(repr=False)
-    """That finding an order took for an image; what orders share counts for each of them."""
+    """Time to compute an order, per image; common work counts for each order."""
     skipped: tuple[Skipped, ...]
     """Images that could not be read."""
 
@@ -274,10 +274,10 @@ def rank_images(
         images: what to read.
         names: of ``ranker.gives``.
         both_flips: also of the mirrored images, whose orders need not be the mirrored ones.
-        batch_size: images at a time, each in each flip state.
-        num_workers: processes that read images; 0 reads in this one.
+        batch_size: images per batch, each in each flip state.
+        num_workers: data-loading worker processes; 0: load in the main process.
         device: None: the CPU.
-        progress: told of images done and of how many.
+        progress: called as ``progress(what, done, total)``, counting images.
 
     Raises:
         DataError: if no image can be read.
@@ -324,14 +324,14 @@ def rank_images(
 
 
 def choose_names(ranker: Ranker, wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What to find in the images, and which orders to tell of.
+    """Which orders to compute, and which to report.
 
     Args:
         ranker: what orders patches.
-        wanted: as the user names them; empty: all that the ranker has, and what follows from them.
+        wanted: names from the user; empty: all that the ranker has, and those derived from them.
 
     Returns:
-        Names to ask the ranker for; names of all orders that are looked at, without repetition.
+        Names to compute with the ranker; names of all orders to report, without repetition.
 
     Raises:
         ConfigError: for an unknown order, or one that this ranker can't give.

@@ -19,7 +19,7 @@ _LEARNING_RATE, _START = 0.05, 0.05
 
 
 class LearnedGraph(NamedTuple):
-    """What minimises the objective."""
+    """Minimiser of the objective."""
 
     weights: Tensor
     """``(N, N)`` float64, the graph A."""
@@ -44,7 +44,7 @@ def learn_graph(
 
     Args:
         covariance: of scalar tokens.
-        sigma: of the noise's share.
+        sigma: scale of the noise.
         budget: kappa, at weight 4; None: none, as in the paper.
         contrast_weight: of L_c.
         temperature_floor: 0 lets tau run.
@@ -75,7 +75,7 @@ def learn_graph(
 def _unexplained(covariance: Tensor, alpha: Tensor) -> Tensor:
     """Variance of each token n that is left when each other one j is seen as ``alpha_nj e_j + (1 - alpha_nj) noise``.
 
-    A share of 0 leaves noise alone, which says nothing: so a target is left out of its own.
+    ``alpha = 0`` leaves only noise, without information: this excludes a target from its own prediction.
     """
     mixed = alpha[:, :, None] * covariance * alpha[:, None, :] + torch.diag_embed((1 - alpha) ** 2)
     told = torch.linalg.solve_triangular(torch.linalg.cholesky(mixed), (alpha * covariance)[..., None], upper=False)

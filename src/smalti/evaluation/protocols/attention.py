@@ -4,8 +4,8 @@ Source: normalised mutual information and distance: Park et al., "What do self-s
 arXiv:2305.00729v1, in the form of their code, with one epsilon of 1e-8 for both (theirs: 1e-32 for the
 distance). Foreground: Caron et al., DINO, arXiv:2104.14294v2, Sec. 4.2.2, in the form of the code of Pariza et al.,
 NeCo, arXiv:2408.11054.
-Differs from the latter: void pixels count for nothing and every class but the first is an object, unless ``parity``;
-the mean is over the images that were seen, where their code divides by all though its loader drops the last batch;
+Differs from the latter: void pixels are ignored and every class but the first is an object, unless ``parity``;
+the mean is over the processed images, where their code divides by all though its loader drops the last batch;
 register tokens are left out of the attention, which their code mistakes for patches.
 Letters: n images, B of them in a batch, H heads, T tokens (prefix and patches), N = h*w patches, S side of the images.
 """
@@ -55,7 +55,7 @@ def mutual_information(attention: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B"
         attention: ``(..., N, N)`` positive, rows sum to 1; queries are taken as equally likely.
 
     Returns:
-        ``I(q; k) / sqrt(H(q) H(k))``, 0..1; 0 for a single patch, which has nothing to tell apart.
+        ``I(q; k) / sqrt(H(q) H(k))``, 0..1; 0 for a single patch, which has nothing to distinguish.
 
     Source: Park et al., arXiv:2305.00729v1.
     """
@@ -84,10 +84,10 @@ def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> Float
 
 
 class AttentionObserver(Observer):
-    """Keeps a few numbers of each layer's attention: the attention itself would be T * T numbers a head and layer.
+    """Collects summary statistics of each layer's attention; storing it all takes T * T values per head and layer.
 
     Args:
-        num_images: whose attention between patches is judged, at most, spread evenly over those that come.
+        num_images: maximum number of images to measure attention between patches on, spread evenly.
     """
 
     def __init__(self, num_images: int) -> None:
@@ -104,7 +104,7 @@ class AttentionObserver(Observer):
         self.nmi: dict[int, Float[Tensor, "layers H"]] = {}
         """Place of a test image -> normalised mutual information."""
         self.distance: dict[int, Float[Tensor, "layers H"]] = {}
-        """Likewise, in pixels."""
+        """Place of a test image -> attention distance in pixels."""
         self.of_class_token: dict[int, Float[Tensor, "H N"]] = {}
         """Place of a test image -> attention of the class token to the patches in the last layer; only with masks."""
         self._first = 0  # number of the next image, of those that can be read
@@ -201,9 +201,9 @@ class AttentionConfig:
     """Settings of ``attention``."""
 
     num_images: Count = 64
-    """Images that are looked at, spread evenly."""
+    """Number of images to measure, spread evenly over the set."""
     parity: bool = False
-    """Void pixels and objects as in the published code."""
+    """Treat void pixels and objects as the published code does."""
 
 
 @register_protocol(
@@ -297,7 +297,7 @@ def _has_masks(images: ImageSet) -> bool:
 
 
 def _few(features: Features, size: int, num_images: int) -> AttentionObserver:
-    """What is seen of a few images alone, where the others have nothing to say."""
+    """Observe a subset of the images, if the others aren't needed."""
     images = features.data.test
     chosen = spread(len(images), num_images)
     few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
@@ -318,7 +318,7 @@ def _iou(pred: np.ndarray, truth: np.ndarray, counted: np.ndarray) -> float:
 
 
 def _by_place(values: dict[int, float], number: int) -> np.ndarray:
-    """``(n,)``; NaN for images that say nothing."""
+    """``(n,)``; NaN for images without a value."""
     row = np.full(number, np.nan)
     row[list(values)] = list(values.values())
     return row

@@ -5,7 +5,7 @@ lengths and learning rates of Liu et al., "Self-Supervised Learning of Intertwin
 Object Detection", ICML 2025. Region proposals, RoI align, heads and losses are torchvision's.
 Differs from them: torchvision's box loss is smooth L1 with beta 1/9 and its RoI align has no half-pixel shift; class
 token, registers and layer scale stay; biases have no weight decay; epochs run into one another; a border that is filled
-up is zero after normalisation. Strides and anchors follow the patch size: what is said for 16 pixels is scaled.
+up is zero after normalisation. Strides and anchors follow the patch size: values given for 16 pixels are scaled.
 Letters: B images, n objects, K classes, S side of the input in pixels, h x w the patch grid, D embed_dim.
 """
 
@@ -73,7 +73,7 @@ from smalti.models.encoder import Encoder
 FLIP_PROB = 0.5
 BETAS = (0.9, 0.999)
 MILESTONES = (19_667 / 22_128, 21_306 / 22_128)
-"""Shares of the steps after which the learning rate is a tenth."""
+"""Fractions of the steps after which the learning rate is divided by 10."""
 ANCHOR_STRIDES = 8
 """Side of a map's anchors in its strides: 32 pixels at stride 4."""
 ASPECTS = (0.5, 1.0, 2.0)
@@ -83,7 +83,7 @@ LEAST_SCORE = 0.05
 LEAST_SIDE = 1.0
 """Pixels of the input; objects of which less is left are not learned from."""
 SHOWN_SCORE = 0.3
-"""Detections below it are not drawn."""
+"""Detections with a lower score are not drawn."""
 _BY_PROPOSALS = ("0", "1", "2", "3", "pool")
 _FULL_STEPS, _FULL_BATCH, _FULL_SIZE = 22_128, 64, 1024
 _SMALL_WIDTH = 384  # of a ViT-S
@@ -99,22 +99,22 @@ class Recipe:
     batch_size: int
     learning_rate: float
     num_warmup: int
-    """Steps in which the learning rate grows."""
+    """Number of warm-up steps."""
     scale: tuple[float, float]
-    """Of the image whose longer side fills the input, before it is cropped."""
+    """Range of the random scale before cropping, relative to an image whose longer side fills the input."""
     channels: int
-    """Of the pyramid's maps."""
+    """Channels of the feature pyramid."""
     rpn_convs: int
     box_convs: int
     box_fc: tuple[int, ...]
     """Widths of the box head's linear layers."""
     mask_convs: int
     num_proposals: int
-    """Of an image in training, before some are drawn; half as many are judged."""
+    """Proposals per image in training, before sampling; evaluation uses half as many."""
     num_rois: int
-    """Proposals of an image that the heads learn from."""
+    """Proposals per image used to train the heads."""
     final_norm: bool
-    """Whether the encoder's last norm stays."""
+    """Whether to keep the encoder's final norm."""
     layer_decay: float = 0.7
     weight_decay: float = 0.1
     drop_path: float = 0.1
@@ -133,9 +133,9 @@ class DetectionConfig:
     masks: bool | None = None
     """Also learn and evaluate instance masks; None: where the annotations have more than boxes."""
     frozen_blocks: CountFromZero = 0
-    """The encoder's first blocks that are not trained, and what comes before them."""
+    """Freeze this many first blocks of the encoder and everything before them; 0: train everything."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of training; ``auto`` is bf16 on GPUs that have it."""
+    """Training precision; ``auto``: bf16 on GPUs that support it."""
 
 
 def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
@@ -406,7 +406,7 @@ def optimizer_of(model: Detector, recipe: Recipe, encoder: Encoder) -> torch.opt
 
 
 def freeze_blocks(encoder: Encoder, count: int) -> None:
-    """Keep the first blocks as they are, and patch embedding, prefix tokens and positions with them; 0: nothing."""
+    """Freeze the first blocks, patch embedding, prefix tokens and positions; 0 freezes nothing."""
     if count:
         encoder.requires_grad_(False)
         for part in (*encoder.vit.blocks[count:], encoder.vit.norm):
@@ -570,7 +570,7 @@ def _in_pixels(result: dict[str, Tensor], size: tuple[int, int], image: CocoImag
 
 
 def _to_be_shown(image: CocoImage, found: Detections) -> tuple[Boxes, Boxes]:
-    """True and found objects as shares of the image's sides."""
+    """True and predicted boxes, relative to the image's width and height."""
     sides = np.array([image.width, image.height] * 2, np.float64)
     true_boxes = np.array([item.box for item in image.objects], np.float64).reshape(-1, 4)
     true = Boxes(
@@ -583,18 +583,18 @@ def _to_be_shown(image: CocoImage, found: Detections) -> tuple[Boxes, Boxes]:
 
 
 def _check_objects(features: Features, masks: bool | None) -> bool:
-    """Find out before the training whether there is something to learn and to judge, and whether outlines can be.
+    """Check before training that both splits have objects, and whether instance masks can be used.
 
     Args:
         features: the images.
-        masks: what was asked for.
+        masks: the setting ``masks``.
 
     Returns:
-        Whether outlines are learned and judged.
+        Whether instance masks are trained and evaluated.
 
     Raises:
-        DataError: if a split has no objects, a file has another size than its annotations say, or outlines were asked
-            for that aren't there.
+        DataError: if a split has no objects, a file has another size than its annotations say, or masks were
+            requested but are missing.
     """
     lacking: tuple[ImageSample, CocoObject] | None = None
     only_boxes = True

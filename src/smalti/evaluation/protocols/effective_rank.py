@@ -3,8 +3,8 @@
 Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007; Garrido et al., RankMe, arXiv:2210.02885v3.
 A low rank shows a collapse; a high one is no proof of good features (noise has the highest), so it compares runs of one
 method, which is what RankMe was made for.
-Differs from RankMe: encoder features alone, where the paper also takes the projector's; patch tokens, which it doesn't
-look at; far fewer images than its 25,600, unless ``num_images`` says so.
+Differs from RankMe: encoder features alone, where the paper also takes the projector's; patch tokens, which it
+doesn't use; far fewer images than its 25,600, unless ``num_images`` says so.
 Letters: n images, N = h*w patches, D embed_dim.
 """
 
@@ -29,7 +29,7 @@ class EffectiveRankConfig:
     """Settings of ``effective-rank``."""
 
     num_images: Count = 64
-    """Images that are looked at, spread evenly."""
+    """Number of images to measure, spread evenly over the set."""
 
 
 @register_protocol("effective-rank", need="images", settings=EffectiveRankConfig, takes_pool=True, has_presets=False)

@@ -41,7 +41,8 @@ def match(tokens: Float[Tensor, "M D"], others: Float[Tensor, "M D"]) -> tuple[f
         others: ``(M, D)`` of the other view, each in the place of its partner; with ``M >= 2``.
 
     Returns:
-        Share of tokens whose cosine with their partner is greater than with each other token, 0..1: a draw is none;
+        Fraction of tokens whose cosine with their partner is greater than with every other token, 0..1 (ties don't
+        count);
         mean cosine with the partner less mean cosine with all others.
     """
     sims = F.normalize(tokens, dim=1) @ F.normalize(others, dim=1).T
@@ -116,7 +117,7 @@ class EquivarianceConfig:
     """Settings of ``equivariance``."""
 
     num_images: Count = 64
-    """Images that are looked at, spread evenly."""
+    """Number of images to measure, spread evenly over the set."""
 
 
 @register_protocol("equivariance", need="images", settings=EquivarianceConfig, has_presets=False)

@@ -2,9 +2,9 @@
 end on class labels.
 
 Source: He et al., MAE, arXiv:2111.06377v3, App. A.1 and Table 9, in the settings of their code for each size.
-Differs from it: a step warms up to its share of the learning rate, where theirs begins at 0; epochs run into one
-another, so no image is dropped; the last epoch is reported, since choosing one would need the judged images. The
-small preset has crops and flips only, and fewer steps.
+Differs from it: warm-up starts at a fraction of the learning rate, where theirs starts at 0; epochs run into one
+another, so no image is dropped; the last epoch is reported, since choosing one would need the test images. The small
+preset has crops and flips only, and fewer steps.
 Letters: n images, B of them in a batch, D embed_dim, K classes.
 """
 
@@ -65,7 +65,7 @@ class Recipe:
     """Factor of the learning rate from one block down to the next."""
     drop_path: float
     warmup_ratio: float
-    """Of all steps."""
+    """Warm-up, as a fraction of all steps."""
     crop_area: tuple[float, float]
     rand_augment: str = ""
     """In timm's words; empty: none."""

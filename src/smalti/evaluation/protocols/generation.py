@@ -3,9 +3,9 @@
 Fréchet distance (Heusel et al., arXiv:1706.08500v6), kernel distance (Binkowski et al., arXiv:1801.01401v5), precision
 and recall by neighbours (Kynkäänniemi et al., arXiv:1904.06991v3), and a classifier score of the form of Salimans et
 al., arXiv:1606.03498v1, by a linear classifier on the same features of real images with labels.
-Differs from the papers: their features are those of an Inception network, whose names (FID, KID, inception score) the
-numbers here bear only where its weights are given. Beside each number stands what real images get in the place of the
-generated ones, and a standard error from redrawing both sets.
+Differs from the papers: they use features of an Inception network. The names FID, KID and inception score are used here
+only with its weights. Each metric is reported with its value for real images in place of the generated ones, and a
+standard error from resampling both sets.
 Letters: n images, D dimensions, R resamples, C classes.
 """
 
@@ -72,7 +72,7 @@ _NUM_ROWS = 8
 
 
 class Distances(NamedTuple):
-    """Of one set from another."""
+    """Distances of one set from another."""
 
     values: dict[str, float]
     errors: dict[str, float]
@@ -83,13 +83,13 @@ class GenerationConfig:
     """Settings of ``generation``."""
 
     generated: PathText | None = None
-    """The generated images, as ``--data`` takes them, or the ``--out`` of ``smalti generate``; required."""
+    """Generated images, in any form that ``--data`` accepts, or the ``--out`` of ``smalti generate``; required."""
     inception: PathText | None = None
-    """Weights of FID's Inception network, for FID, KID and inception score beside the other metrics."""
+    """Weights of FID's Inception network; adds FID, KID and inception score to the metrics."""
     k: Count | None = None
-    """Neighbours of precision and recall; None: the default, or fewer where there are few images."""
+    """Neighbours for precision and recall; None: the default, or fewer if there are few images."""
     repeats: Annotated[int, Field(ge=20, lt=2**31)] = REPEATS
-    """Bootstrap resamples behind standard errors."""
+    """Bootstrap resamples for the standard errors."""
 
 
 def check_generated(config: EvalConfig) -> None:
@@ -237,8 +237,9 @@ def generation(features: Features, config: EvalConfig) -> Scores:
 
 
 def generated_side(drawn: ImageSet) -> int:
-    """Side in pixels of the generated images' central squares, of the smallest where they differ: at which Inception
-    looks at them and at real ones, whatever the other encoder's size. It resizes them to its own itself.
+    """Side in pixels of the central squares of the generated images (the smallest, if they differ).
+
+    Inception gets generated and real images at this size, whatever the other encoder's size, and resizes them itself.
 
     Raises:
         DataError: if none can be read.
@@ -372,7 +373,7 @@ def _share(hits: Bool[Tensor, " n"]) -> float:
 
 
 def _share_error(hits: Bool[Tensor, " n"]) -> float:
-    """Of a share, which needs no redrawing."""
+    """Standard error of a fraction, which needs no resampling."""
     share = _share(hits)
     return float((share * (1 - share) / len(hits)) ** 0.5)
 
@@ -382,12 +383,12 @@ class _Encoded(NamedTuple):
 
     images: ImageSet
     places: list[int]
-    """Of those that could be read; the n of the vectors."""
+    """Indices of the readable images; the n of the vectors."""
     vectors: Tensor
 
 
 def _sheets(fake: _Encoded, real: _Encoded, train: _Encoded | None, channels: int) -> dict[str, np.ndarray]:
-    """Pictures for the page: generated images beside real ones, and with the nearest real ones, of training if any."""
+    """Figures for the report: generated and real images, and generated images with their nearest (training) images."""
 
     def picture(of: _Encoded, number: int) -> np.ndarray:
         path = of.images.paths[of.places[number]]

@@ -43,7 +43,7 @@ class InContextConfig(MemoryConfig):
     """Settings of ``in-context``."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.02
-    """Of the softmax over neighbours."""
+    """Temperature of the softmax over neighbours."""
     matching: Matching | None = None
     """Predicted classes as they are (``direct``), or matched to the true ones (``hungarian``); None: the preset's."""
     mask_size: ImageSize | None = None
@@ -53,10 +53,10 @@ class InContextConfig(MemoryConfig):
 
 
 def upsampled_argmax(shares: Float[Tensor, "h w C"], size: int) -> Int[Tensor, "S S"]:
-    """Class with the greatest share at each pixel, after bilinear upsampling; of equals the lowest.
+    """Class with the greatest fraction at each pixel, after bilinear upsampling; ties go to the lowest.
 
     Args:
-        shares: ``(h, w, C)`` of the patches of one image.
+        shares: ``(h, w, C)`` class fractions of the patches of one image.
         size: S.
     """
     rows, columns = (upsampling(side, size).to(shares.device) for side in shares.shape[:2])

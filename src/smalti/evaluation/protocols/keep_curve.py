@@ -1,11 +1,11 @@
-"""Keep curve: how well classes are told by the first patches of an order, against the share of patches that is dropped.
+"""Keep curve: classification accuracy with the first patches of an order, against the fraction of dropped patches.
 
 Source: Guo et al., "The Collapse of Patches", 2025, arXiv:2511.22281, Table 5 and Fig. 8: area under the curve (top-1
-over the rates 0, 0.01 ... 0.98, not normalised) and knee. Differs from it: orders that look at no image (one random
-permutation for all images; the mean order) are always drawn beside the others, as the paper lacks them; accuracy comes
-with intervals; the time of an image is measured, with what ranking its patches costs where that is known.
-The head is the run's own where its method trained one; else, and beside a baseline that has none (of another run, with
-other classes, or of an imported encoder), a linear layer that is fitted on whole training images as linear-probe does.
+over the rates 0, 0.01 ... 0.98, not normalised) and knee. Differs from it: image-independent orders (one random
+permutation for all images; the mean order) are always included, as the paper lacks them; accuracy has intervals; the
+time per image is measured, including the time to rank its patches if known.
+The head is the run's own if its method trained one. Otherwise, or if the baseline has none (another run with other
+classes, an imported encoder), it is a linear layer, fitted on whole training images as in linear-probe.
 Encoder and baseline always have the same kind of head. Dropped patches are never embedded.
 Letters: n images, N patches, k kept ones, K classes, S rates.
 """
@@ -42,7 +42,7 @@ from smalti.functional.patches import patch_variance
 from smalti.models.encoder import ClassHead, Encoder
 
 CONTROLS = ("random", "fixed_random")
-"""Orders that are always drawn; ``collapse_static``, too, where a file has ``collapse``."""
+"""Orders that are always included; also ``collapse_static`` if a file has ``collapse``."""
 PLAIN = ("halton", "variance")
 """Orders that are added for an encoder that learned with none, where none is named."""
 RATES = tuple(round(0.05 * step, 2) for step in range(20))
@@ -58,9 +58,9 @@ class Orders:
     """Orders of the patches of evaluated images, by name."""
 
     names: tuple[str, ...]
-    """The one that counts first is the first."""
+    """The first is the headline."""
     own: str
-    """With which the encoder learned; empty: with none."""
+    """Order the encoder was trained with; empty: none."""
     asked: bool
     """Whether the user named the first."""
     caches: tuple[OrderCache, ...]
@@ -103,8 +103,8 @@ class KeepCurveConfig:
     """Settings of ``keep-curve``."""
 
     orders: tuple[PathText, ...] = ()
-    """Orders of patches by name, and files of ``smalti rank`` (.parquet), each for all orders in it. The first is the
-    headline; the encoder's own order, random and static ones are always among them."""
+    """Patch orders by name, and files of ``smalti rank`` (.parquet), which add all their orders. The first is the
+    headline; the encoder's own order and the random and static controls are always included."""
     rates: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
     """Fractions of patches that are dropped, ascending; empty: 0, 0.05 ... 0.95 (paper: 0, 0.01 ... 0.98)."""
     speed: bool = True
@@ -116,9 +116,9 @@ class KeepCurveConfig:
 
 
 def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
-    """The orders that are asked for, in that order, the one that the encoder learned with, and the controls.
+    """The requested orders, followed by the one the encoder was trained with and the controls.
 
-    A file stands for all orders in it. The first that was asked for counts first; where none was, the encoder's own.
+    A file adds all orders in it. The first requested order is the headline; by default the encoder's own.
 
     Raises:
         ConfigError: for an unknown name.
@@ -290,7 +290,7 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
 def _predictions(
     features: Features, orders: Orders, head: ClassHead, rates: Sequence[float], size: int
 ) -> tuple[dict[str, Int[Tensor, "n S"]], list[int]]:
-    """The class that is told at each rate, by each order; and the places of the images that could be read."""
+    """The predicted class at each rate for each order, and the places of the readable images."""
     encoder, test = features.encoder, features.data.test
     found: dict[str, list[Tensor]] = {name: [] for name in orders.names}
     places, done = list[int](), 0
@@ -342,18 +342,19 @@ def _curve(right: Tensor, rates: Sequence[float]) -> dict[str, list[float]]:
 
 
 def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size: int) -> dict[str, Any]:
-    """The time of an image at each rate, and of ranking its patches, on this machine: the fastest of several rounds of
-    all in turn, which a busy machine disturbs least.
+    """Time per image at each rate, and to rank its patches, on this machine.
+
+    The minimum over several interleaved rounds, which is least affected by other load.
 
     Args:
-        orders: those that are drawn.
-        head: for classes.
-        rates: shares of dropped patches.
-        size: of the images in pixels.
+        orders: orders in the curve.
+        head: classification head.
+        rates: fractions of dropped patches.
+        size: image size in pixels.
 
     Returns:
-        ``speed``: at each rate the seconds of an image, without ranking; ``ranking_s``: for each order the seconds of
-        ranking an image, None where a network did it that isn't at hand and its file doesn't say.
+        ``speed``: seconds per image at each rate, without ranking; ``ranking_s``: seconds to rank an image for each
+        order, None if a network ranked it that isn't available and its file has no time.
     """
     encoder = orders.encoder
     device = head.weight.device

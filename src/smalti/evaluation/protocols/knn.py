@@ -20,7 +20,7 @@ from smalti.evaluation.tally import tally_labels, tally_mean
 
 TEMPERATURE = 0.07
 EXTRA_K = (10, 20, 100)
-"""Numbers of neighbours that are reported beside the chosen one."""
+"""Numbers of neighbours reported in addition to the chosen one."""
 _CHUNK = 2**24  # similarities held at a time
 
 
@@ -29,7 +29,7 @@ class KNNConfig:
     """Settings of ``knn``."""
 
     k: Count = 20
-    """Neighbours that vote."""
+    """Number of nearest neighbours that vote."""
 
 
 def nearest(
@@ -38,9 +38,9 @@ def nearest(
     """The k keys that are most similar to each query, by cosine, exactly.
 
     Args:
-        queries: ``(Q, D)``, of any length; zero vectors are similar to nothing (0).
-        keys: ``(M, D)`` likewise, with ``M >= k``.
-        k: K, neighbours a query.
+        queries: ``(Q, D)``, of any length; zero vectors have similarity 0.
+        keys: ``(M, D)``, of any length, with ``M >= k``.
+        k: K, neighbours per query.
 
     Returns:
         ``(Q, K)`` cosine similarities in falling order, and the places of those keys.
@@ -53,7 +53,7 @@ def nearest(
 def vote(
     sims: Float[Tensor, "Q K"], labels: Int[Tensor, "Q K"], num_classes: int, temperature: float = TEMPERATURE
 ) -> Float[Tensor, "Q C"]:
-    """Share of the votes that each class gets from the neighbours, each voting with exp(s / temperature).
+    """Fraction of the votes for each class; each neighbour votes with exp(s / temperature).
 
     Args:
         sims: ``(Q, K)`` cosine similarities.

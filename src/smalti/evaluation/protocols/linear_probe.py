@@ -5,7 +5,7 @@ times choices of features, all heads on the same batches. Features are standardi
 arXiv:2111.06377v3, App. A.1 (a batch norm without affine part), here with mean and deviation of all training images.
 Differs from both: features of the last block only, as class token and as class token with mean patch; they are
 computed once, of whole images, without augmentation; and the best of the grid is chosen on a fifth of the *training*
-images, then fitted again on all of them, so the judged images choose nothing.
+images, then fitted again on all of them, so the test images select nothing.
 Letters: n images, D features, K classes, H heads.
 """
 
@@ -41,7 +41,7 @@ HELD_OUT = 0.2
 DINO_RATE, DINO_BATCH_SIZE, DINO_CROP_AREA = 0.001, 1024, (0.08, 1.0)
 """The learning rate is for 256 images; the batch is eight GPUs' 128."""
 WIDE = 768
-"""From this width on one block's class token is taken, not four's: that of a ViT-B."""
+"""From this width on (ViT-B) the class token of one block is used instead of four."""
 
 
 class Heads(NamedTuple):
@@ -63,9 +63,9 @@ class Probe(NamedTuple):
     mean: Float[Tensor, " D"]
     std: Float[Tensor, " D"]
     reads: Bool[Tensor, " D"]
-    """Which features it reads; ``heads`` has these alone."""
+    """Which features it uses; ``heads`` has only these."""
     combination: int
-    """Of those that were offered."""
+    """Index of its combination of features."""
     rate: int
     """Place of its learning rate in :data:`LEARNING_RATES`."""
     epochs: int
@@ -91,7 +91,7 @@ def train_heads(
 ) -> Heads:
     """Fit H softmax classifiers at once: SGD with momentum 0.9, cosine learning rate, no weight decay.
 
-    One matrix product a step serves all heads: their weights stand side by side as columns.
+    One matrix product a step serves all heads: their weights are the columns of one matrix.
 
     Args:
         inputs: ``(n, D)`` standardised features.
@@ -101,7 +101,7 @@ def train_heads(
         sees: ``(H, D)`` True where a head reads a feature.
         epochs: passes over the images; the order of each depends on (seed, epoch) only.
         batch_size: images a step.
-        seed: of the order and of the initial weights, N(0, 0.01), which all heads share.
+        seed: seed of the order and of the initial weights, N(0, 0.01), the same for all heads.
         progress: called as ``progress("linear-probe", step, steps)``.
     """
     num_images, width = inputs.shape
@@ -164,7 +164,7 @@ class LastBlocks:
 
     @property
     def has_mean_patch(self) -> bool:
-        """Whether the mean patch of the last block is taken, too."""
+        """Whether the mean patch of the last block is used, too."""
         return self.encoder.embed_dim >= WIDE and self.encoder.has_class_token and self.pool != "avg"
 
     @property

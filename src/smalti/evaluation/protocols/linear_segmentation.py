@@ -4,8 +4,8 @@ Source: Ziegler & Asano, Leopart, arXiv:2204.13101, and Pariza et al., NeCo, arX
 their code: tokens after the final norm, SGD, masks of 100x100 pixels.
 Differs from them: the head comes before the bilinear upsampling instead of behind it, which is the same (both are
 linear, over different axes) and upsamples K logits instead of D features; training images are shuffled; all test
-images count; the last epoch is reported, since choosing one would need the judged images. The small preset also chooses
-its learning rate, on held-out training images: with their 0.01, few steps don't reach what tokens of unit length know.
+images count; the last epoch is reported, since choosing one would need the test images. The small preset also chooses
+its learning rate, on held-out training images: with their 0.01, a head on tokens of unit length underfits in few steps.
 Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, K classes, M side of the masks.
 """
 
@@ -59,7 +59,7 @@ class Recipe:
     augment: bool
     absent: Absent
     learning_rates: tuple[float, ...]
-    """Of several, the best on held-out training images is taken."""
+    """If several, the best on held-out training images is used."""
 
     def decay(self, epoch: int) -> float:
         """Factor of the learning rate: a tenth in the last fifth of the epochs."""
@@ -184,7 +184,7 @@ def train_heads(
         learning_rates: one a head, at the first step.
         chosen: places of the images to train with.
         masks: of all training images, in the size of the heads' logits.
-        seed: of the initial weights, which all heads share, and of the order of images and their augmentation.
+        seed: seed of the initial weights, the same for all heads, and of the order of images and their augmentation.
         what: named in the progress.
     """
     encoder, num_classes, size = features.encoder, len(features.data.classes), masks.shape[-1]
@@ -222,8 +222,8 @@ def choose_learning_rate(
 ) -> tuple[float, dict[str, float]]:
     """The learning rate with the greatest mIoU on a fifth of the training images, and what each reached there.
 
-    Among equals that with the smallest cross-entropy. Masks have a pixel a patch here, which is far cheaper and asks
-    the same of the learning rate.
+    Ties go to the smallest cross-entropy. Masks have one pixel per patch here, which is far cheaper and prefers the
+    same learning rate.
 
     Raises:
         DataError: if there is only one training image.

@@ -1,8 +1,8 @@
 """Overclustering: do patches that lie together in feature space belong to one class? Nothing is learned from labels.
 
 Source: Ziegler & Asano, Leopart, arXiv:2204.13101, Sec. 4.1, and Pariza et al., NeCo, arXiv:2408.11054, in the settings
-of their code: standardised tokens of the judged images, PCA, k-means, clusters named by the masks afterwards.
-Differs from them: all judged images count, where their loader drops the last incomplete batch; k-means is
+of their code: standardised tokens of the test images, PCA, k-means, clusters named by the masks afterwards.
+Differs from them: all test images count, where their loader drops the last incomplete batch; k-means is
 scikit-learn's, which moves an empty cluster to the points that are farthest from their centres, where theirs splits the
 largest cluster.
 Letters: n images, N = h*w patches, D embed_dim, d dimensions after PCA, K clusters, C classes, M side of the masks.
@@ -32,10 +32,10 @@ from smalti.evaluation.tally import PixelTally, Tally, join_repetitions
 from smalti.functional.spectra import sum_moments
 
 MORE_CLUSTERS = (300, 500)
-"""Numbers of clusters beside the number of classes."""
+"""Numbers of clusters in addition to the number of classes."""
 PATCHES_PER_CLUSTER = 39
-"""So many patches a cluster are asked for where ``clusters`` names none: with few, each patch would be its own cluster
-and a great score mean nothing. The number is that from which faiss calls its training set large enough."""
+"""Minimum number of patches per cluster if ``clusters`` is empty: with fewer, each patch could be its own cluster and a
+high score would mean nothing. It is the number below which faiss warns about its training set."""
 POINTS_PER_CLUSTER = 256
 """Points that k-means is fitted on, at most: the library's default in the published code."""
 NUM_DIMS = 50
@@ -114,7 +114,7 @@ class OverclusteringConfig:
     """Settings of ``overclustering``."""
 
     clusters: tuple[Count, ...] = ()
-    """Numbers of clusters; empty: the number of classes, 300 and 500, where there are enough patches."""
+    """Numbers of clusters; empty: the number of classes, 300 and 500, if there are enough patches."""
     repeats: Count | None = None
     """Clusterings with different seeds, whose scores are averaged; None: the preset's."""
     mask_size: ImageSize | None = None

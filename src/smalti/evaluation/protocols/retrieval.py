@@ -1,6 +1,6 @@
 """Patch retrieval: how many of a patch's nearest training patches are of its class, and how early they come.
 
-No vote and no temperature: neighbours by cosine similarity, in falling order. Queries are patches of judged images, the
+No vote and no temperature: neighbours by cosine similarity, in falling order. Queries are patches of test images, the
 memory has patches of training images, so a patch never finds itself or its own image.
 Letters: B images in a batch, N = h*w patches, K neighbours.
 """
@@ -29,11 +29,11 @@ from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import Tally
 
 FEWER_K = (1, 5)
-"""Precision at these is reported beside that at the chosen k."""
+"""Precision is reported at these k in addition to the chosen one."""
 
 
 def precision_at(relevant: Bool[Tensor, "Q K"], k: int) -> Float[Tensor, " Q"]:
-    """Share of the first k that are relevant."""
+    """Precision at k: fraction of the first k that are relevant."""
     return relevant[:, :k].double().mean(1)
 
 

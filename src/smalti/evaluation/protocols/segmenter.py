@@ -50,12 +50,12 @@ from smalti.models.encoder import Encoder
 FLIP_PROB, DISTORT_PROB = 0.5, 0.5
 CROP_TRIES = 10
 LONGEST_TEST = 64
-"""Of test images, times their short side: each is enlarged until that fills the crop."""
+"""Maximum aspect ratio of test images; each is resized so that its short side fills the crop."""
 LONGEST = 4
 """Long side over crop side, at most, before the random scale: 2048 to 512."""
 MOMENTUM = 0.9
 SHOWN_PX = 256
-"""Predictions that are kept for figures are shrunk to this, by nearest pixel."""
+"""Predictions stored for figures are downsampled to this size (nearest)."""
 _AT_ONCE = 2**26  # numbers of upsampled logits that are in memory
 
 
@@ -66,7 +66,7 @@ class Recipe:
     crop: int
     """S in pixels; also the short side of test images, and the side of their windows."""
     stride: int
-    """From one window to the next, in pixels."""
+    """Stride of the sliding windows in pixels."""
     iters: int
     batch_size: int
     optimizer: Literal["adamw", "sgd"]
@@ -74,15 +74,15 @@ class Recipe:
     least_lr: float
     weight_decay: float
     num_warmup: int
-    """Steps in which the learning rate grows."""
+    """Number of warm-up steps."""
     drop_path: float
     cat_max_ratio: float
-    """Share of a crop that one class may have, before another crop is tried."""
+    """Maximum fraction of a crop that one class may cover; otherwise another crop is tried."""
     distort: bool
     """Photometric distortion."""
     absent: Absent
     scale: tuple[float, float] = (0.5, 2.0)
-    """Of the image, before it is cropped."""
+    """Range of the random scale before cropping."""
 
 
 @settings
@@ -233,13 +233,12 @@ def nearest_to(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def draw_crop(mask: np.ndarray, size: int, cat_max_ratio: float, ignore: int, rng: np.random.Generator) -> Box:
-    """A random part of the image, as far as there is so much of it, in which no class has more than its share.
+    """A random crop (smaller if the image is) in which no class covers more than ``cat_max_ratio``.
 
     Args:
         mask: ``(H, W)``.
         size: side in pixels.
-        cat_max_ratio: the share of the labelled pixels; 1 takes the first part, which is also what is left after ten
-            tries.
+        cat_max_ratio: maximum fraction of the labelled pixels; 1 takes the first crop, as do ten failed tries.
         ignore: value that is no class.
         rng: source of randomness.
     """
@@ -478,7 +477,7 @@ def _evaluate_encoder(
 
 
 def _check_labelled(images: ImageSet, called: str, num_classes: int) -> None:
-    """Find out before the training that there is something to learn and to judge; stops at the first labelled mask."""
+    """Check before training that both splits have labels; stops at the first labelled mask."""
     ignore = ignored_value(num_classes)
     for sample in images.samples:
         try:

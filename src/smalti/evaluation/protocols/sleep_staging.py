@@ -1,8 +1,8 @@
-"""Sleep staging: a copy of the encoder, fine-tuned to say the stage of each window, from many labels and from few.
+"""Sleep staging: a copy of the encoder, fine-tuned to classify the stage of each window, with many labels and with few.
 
-Positions are drawn anew and learned, the class token goes through a linear layer, everything is trained. Shares of the
-labels are shares of the training subjects, the same for every encoder; a smaller share is part of a larger one of the
-same seed. The baseline of an encoder that is untrained is training from scratch.
+Position embeddings are reinitialised, a linear layer classifies the class token, and everything is trained. Fractions
+of labels are fractions of the training subjects, the same for every encoder; a smaller fraction is a subset of a larger
+one with the same seed. An untrained encoder gives the baseline: training from scratch.
 Differs from a run over the whole cohort: with few labels there are more passes over them, so that no fit is cut short.
 Letters: n windows, B of them in a batch, D embed_dim, K stages, R recordings, S seeds.
 
@@ -121,7 +121,7 @@ def choose_recipe(config: EvalConfig) -> Recipe:
 
 
 class Classifier(nn.Module):
-    """The encoder and a linear layer on what stands for a window: its class token where there is one.
+    """The encoder and a linear layer on the window's vector: the class token if there is one.
 
     The layer is the copy's own ``head``, so that it is a timm classifier and timm knows its layers.
     """
@@ -146,7 +146,7 @@ class LabelledWindows:
 
     signals: SignalSet
     places: tuple[int, ...]
-    """Of the scored windows."""
+    """Indices of the scored windows."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -189,7 +189,7 @@ def confusions(signals: SignalSet, predicted: Int[np.ndarray, " n"], num_classes
 
 
 def kappa_interval(counts: Int[np.ndarray, "S R K K"], seed: int = 0) -> tuple[float, float]:
-    """Interval of the mean kappa of S fits: recordings drawn anew with replacement, the same for all fits.
+    """Interval of the mean kappa of S fits: recordings resampled with replacement, the same for all fits.
 
     NaN for one recording, which says nothing of others.
 
@@ -207,7 +207,7 @@ def kappa_interval(counts: Int[np.ndarray, "S R K K"], seed: int = 0) -> tuple[f
 
 
 def area_under_log(shares: list[float], values: list[float]) -> float:
-    """Mean height of a curve over the logarithm of the share of labels: its area by trapezoids over its width."""
+    """Mean height of a curve over the logarithm of the label fraction: trapezoidal area divided by width."""
     x = np.log(np.array(shares))
     return float(np.trapezoid(values, x) / (x[-1] - x[0]))
 
@@ -253,7 +253,7 @@ def sleep_staging(features: Features, config: EvalConfig) -> Scores:
                 "high": high,
             }
         )
-    matrices = [torch.from_numpy(one.sum(0)) for one in counts]  # of the largest share
+    matrices = [torch.from_numpy(one.sum(0)) for one in counts]  # of the largest fraction
     metrics = {
         "kappa": sweep[-1]["mean"],
         "macro_f1": float(np.mean([macro_f1(matrix) for matrix in matrices])),
@@ -303,9 +303,9 @@ def fine_tune(
     """A classifier of windows, in eval mode, and its loss over training.
 
     Args:
-        features: the encoder, which stays as it is, and who hears of progress.
-        learned: the windows.
-        recipe: how long, how fast.
+        features: the encoder, which is not changed, and the progress callback.
+        learned: training windows.
+        recipe: number of steps, learning rate and batch size.
         num_classes: K.
         seed: of positions, head and order.
         what: named in the progress.
@@ -371,7 +371,7 @@ def _check_fit(encoder: Encoder, signals: SignalSet) -> None:
 
 
 def _shares(fractions: tuple[float, ...], num_subjects: int) -> list[float]:
-    """Shares in rising order; of those that are the same number of subjects the largest, with a warning."""
+    """Fractions in ascending order; merges those with the same number of subjects into the largest, with a warning."""
     of_count: dict[int, float] = {}
     for share in sorted(set(fractions)):
         of_count[max(1, round(share * num_subjects))] = share
@@ -386,7 +386,7 @@ def _shares(fractions: tuple[float, ...], num_subjects: int) -> list[float]:
 
 
 def _tallies(counts: Int[np.ndarray, "R K K"]) -> dict[str, Tally]:
-    """What each recording contributes to the accuracies, of the first seed."""
+    """Contribution of each recording to the accuracies, for the first seed."""
     right, whole = (values.astype(np.float64) for values in (counts.diagonal(axis1=1, axis2=2), counts.sum(2)))
     return {
         "top1": Tally(right.sum(1, keepdims=True), whole.sum(1, keepdims=True)),
