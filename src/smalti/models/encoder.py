@@ -1,4 +1,4 @@
-"""One adapter over timm's vision transformers: the only encoder that the rest of Smalti knows.
+"""Encoder: an adapter for timm's vision transformers, used by all of Smalti.
 
 Letters: B images, C channels, H W pixels, h w the patch grid, N = h*w patches, R prefix tokens (class token first,
 then registers), D embed_dim, L visible patches.
@@ -29,19 +29,19 @@ from smalti.layers.position_field import PositionField
 from smalti.models.weights import LoadConfig, LoadReport
 
 MODULES = ("vision_transformer", "deit")
-"""timm's files of models that are plain ``VisionTransformer``s."""
+"""timm modules whose models are plain ``VisionTransformer``s."""
 POOLS = ("auto", "cls", "avg", "map", "prr")
-"""The vectors that can stand for an image, see :meth:`Encoder.set_pool`."""
+"""Poolings of tokens to an image vector, see :meth:`Encoder.set_pool`."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PatchFeatures(NamedTuple):
-    """What an encoder says about a batch of images."""
+    """Output of an encoder for a batch of images."""
 
     patches: Tensor
     """``(B, N, D)`` patch tokens in raster order, after the final norm, prefix tokens removed."""
     prefix: Tensor
-    """``(B, R, D)`` class token (first, where there is one) and registers; R may be 0."""
+    """``(B, R, D)`` class token (first, if there is one) and registers; R may be 0."""
     grid: tuple[int, int]
     """``(h, w)`` patches down and across, ``N = h * w``."""
 
@@ -54,39 +54,39 @@ class Origin(NamedTuple):
     network: str
     """Name of the network in it."""
     load: LoadConfig
-    """How its weights were fitted."""
+    """How its weights were loaded."""
 
 
 class ClassHead(NamedTuple):
-    """What tells classes by an encoder's vector an image, where its weights come with it."""
+    """Linear classification head stored with the encoder."""
 
     weight: Tensor
     """``(K, D)``."""
     bias: Tensor
     """``(K,)``."""
     classes: tuple[str, ...] = ()
-    """K names; empty: they weren't kept."""
+    """K names; empty: not stored."""
     order: str = ""
-    """The order of patches by whose first ones it learned; empty: it saw whole images."""
+    """Patch order if it was trained on the first patches only; empty: trained on whole images."""
     orders: str = ""
-    """The file in which such orders stand, where there is one."""
+    """File with these orders, if there is one."""
 
 
 class Encoder(nn.Module):
-    """A timm ``VisionTransformer`` seen as patches in, patch tokens out.
+    """A timm ``VisionTransformer`` with patches as input and patch tokens as output.
 
-    Handles class token or none, registers, LayerScale, pre-norm, 1..N input channels and any image size that the
-    patch size divides: positions are resampled to the grid at hand.
+    Supports models with or without class token, registers, LayerScale and pre-norm, 1..N input channels, and any image
+    size divisible by the patch size: position embeddings are resampled to the grid.
 
     Args:
         vit: built by :func:`build_encoder`, that is with ``dynamic_img_size=True`` and no classification head.
         name: timm's name of the architecture.
-        model_args: what ``timm.create_model`` needs beside the name to build the same model again.
-        mean: per channel, of images in 0..1; a single number serves all channels.
-        std: likewise.
+        model_args: arguments with which ``timm.create_model`` builds the same model.
+        mean: per channel, of images in 0..1; a single number applies to all channels.
+        std: standard deviation, in the same form.
         pretrained: whether the weights come from training; methods then leave positions and weights as they are.
-        pos_antialias: antialias the resampling of positions. True is timm's way; False is that of the
-            official DINO, iBOT and DINOv2 code, and changes DINOv2 features a lot away from the native grid.
+        pos_antialias: antialias the resampling of positions. True as in timm; False as in the official DINO, iBOT and
+            DINOv2 code. DINOv2 features change strongly with it away from the native grid.
         pos_mode: interpolation of positions, ``bicubic`` or ``bilinear``.
         pos_offset: see :class:`smalti.functional.positions.Resampling`; 0.1 in the official DINO, iBOT, DINOv2 code.
     """
@@ -116,13 +116,13 @@ class Encoder(nn.Module):
         self.prr = PRRConfig()
         """Of ``pool=prr``."""
         self.fixed_positions = False
-        """Whether positions are a fixed table, which a method that goes on from these weights may keep fixed."""
+        """Whether positions are a fixed table; a method that starts from these weights may keep it fixed."""
         self.position_free = False
-        """Whether the weights were trained without positions: the table is zero; who trains them on draws one."""
+        """Whether the weights were trained without positions: the table is zero; further training initialises one."""
         self.position_field: PositionField | None = None
-        """Where positions are read, at any grid, in place of a table; see :meth:`attach_field`."""
+        """Continuous positions, evaluated at any grid, instead of a table; see :meth:`attach_field`."""
         self.class_head: ClassHead | None = None
-        """What was trained with it to tell classes; not a part of the network."""
+        """Classification head trained with the encoder; not a part of the network."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.origin: Origin | None = None
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
     def set_pos_resampling(
         self, mode: str | None = None, antialias: bool | None = None, offset: float | None = None
     ) -> None:
-        """Choose how positions are brought to another grid than the native one; None leaves a part as it is.
+        """Set how positions are resampled to grids other than the native one; None: leave this part unchanged.
 
         Raises:
             ConfigError: for a mode or an offset that can't be used.
@@ -271,9 +271,9 @@ class Encoder(nn.Module):
         Args:
             images: ``(B, C, H, W)`` on the encoder's device; uint8 is normalised here, float must be already
                 (:meth:`normalize`). H and W are multiples of the patch size.
-            norm: whether tokens go through the final norm, as methods and :meth:`pooled` want them.
-            ids_keep: ``(B, L)`` raster numbers of the patches to look at, at their own positions; the others aren't
-                even embedded, and ``patches`` has the kept ones in this order. None: all.
+            norm: whether to apply the final norm, as methods and :meth:`pooled` expect.
+            ids_keep: ``(B, L)`` raster indices of the patches to encode, at their own positions; the others aren't
+                embedded, and ``patches`` has the kept ones in this order. None: all.
 
         Raises:
             ShapeError: if the patch size does not divide the images, or the channels don't fit.
@@ -285,10 +285,10 @@ class Encoder(nn.Module):
         return PatchFeatures(sequence[:, self.num_prefix_tokens :], sequence[:, : self.num_prefix_tokens], grid)
 
     def encode_with_attention(self, images: Num[Tensor, "B C H W"]) -> tuple[PatchFeatures, Float[Tensor, "B heads N"]]:
-        """As :meth:`encode`, and how the class token's attention in the last block falls on the patches.
+        """As :meth:`encode`, with the class token's attention to the patches in the last block.
 
-        Recomputed from queries and keys, since fused attention keeps no weights; a head's row sums to 1 less what goes
-        to the prefix tokens.
+        Recomputed from queries and keys, since fused attention returns no weights; a head's row sums to 1 minus the
+        attention to prefix tokens.
 
         Raises:
             ConfigError: without a class token, or for blocks that aren't timm's plain ones.
@@ -311,22 +311,22 @@ class Encoder(nn.Module):
         return PatchFeatures(sequence[:, num_prefix:], sequence[:, :num_prefix], grid), attention
 
     def set_pool(self, pool: str, prr: PRRConfig | None = None, fresh: bool = False) -> None:
-        """Choose the vector that stands for an image, made of tokens behind the final norm.
+        """Set how tokens after the final norm are pooled to the image vector.
 
-        ``cls`` the class token, ``avg`` the mean patch, ``auto`` the class token where there is one; ``prr`` as
-        ``auto`` after parameter-free attention among all tokens (:class:`~smalti.layers.pooling.PRRPool`; without a
-        class token the mean is over all tokens); ``map`` timm's attention pooling of the patches by a learned query.
-        What has parameters (``map``, ``prr`` with norms) is a part of the network: a teacher, the optimiser and
-        checkpoints have it, too.
+        ``cls``: class token; ``avg``: mean of the patch tokens; ``auto``: class token if there is one, else the mean;
+        ``prr``: as ``auto``, after parameter-free attention over all tokens (:class:`~smalti.layers.pooling.PRRPool`;
+        without a class token the mean is over all tokens); ``map``: timm's attention pooling of the patches by a
+        learned query. A pooling with parameters (``map``, ``prr`` with norms) is part of the network, also in the
+        teacher, the optimiser and checkpoints.
 
         Args:
             pool: one of :data:`POOLS`.
-            prr: settings of ``prr``; None takes the ones it has.
-            fresh: allow drawing parameters that are to be trained, from torch's generator.
+            prr: settings of ``prr``; None: the current ones.
+            fresh: allow new parameters, randomly initialised from torch's generator, that are trained later.
 
         Raises:
-            ConfigError: for another name, ``cls`` without a class token, settings that don't fit, or parameters that
-                nobody has trained.
+            ConfigError: for another name, ``cls`` without a class token, settings that don't fit, or untrained
+                parameters.
         """
         prr = prr or (self.prr if pool == self.pool else PRRConfig())
         if pool != "prr" and prr != PRRConfig():
@@ -337,7 +337,7 @@ class Encoder(nn.Module):
         self.pool, self.prr = pool, prr
 
     def _make_pool(self, pool: str, prr: PRRConfig, fresh: bool = False) -> nn.Module | None:
-        """The module of a pooling; None where it needs none."""
+        """The module of a pooling; None if it needs none."""
         check_pool(pool, self.has_class_token)
         if pool not in ("map", "prr"):
             return None
@@ -373,11 +373,11 @@ class Encoder(nn.Module):
     def image_features(
         self, images: Num[Tensor, "B C H W"], ids_keep: Int[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B D"]:
-        """One vector an image, from :meth:`encode`, as :meth:`set_pool` says; of the kept patches alone, where
-        ``ids_keep`` names some."""
+        """One vector per image, pooled from :meth:`encode` as set by :meth:`set_pool`; of the patches ``ids_keep`` only,
+        if given."""
         return self.pooled(self.encode(images) if ids_keep is None else self.encode(images, ids_keep=ids_keep))
 
-    # The lower door, for methods.
+    # Lower-level interface, for methods.
 
     def embed_patches(
         self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B L"] | None = None
@@ -386,8 +386,8 @@ class Encoder(nn.Module):
 
         Args:
             images: ``(B, C, H, W)`` normalised.
-            ids_keep: ``(B, L)`` raster numbers of the patches to embed; None embeds all, L = N. Hidden patches cost
-                nothing.
+            ids_keep: ``(B, L)`` raster indices of the patches to embed; None: all, L = N. The other patches aren't
+                computed.
 
         Returns:
             ``(B, L, D)`` tokens, and the grid ``(h, w)`` of the whole image.
@@ -400,7 +400,7 @@ class Encoder(nn.Module):
         return self._embed_values(pixels.gather(1, ids_keep[..., None].expand(-1, -1, pixels.shape[-1]))), grid
 
     def embed_crops(self, crops: Float[Tensor, "B N C P Q"]) -> Float[Tensor, "B N D"]:
-        """Linear embedding of patches from anywhere, any number of them; ``(B, N, C, ph, pw)`` normalised pixels."""
+        """Linear embedding of any number of patches from arbitrary positions; ``(B, N, C, ph, pw)`` normalised pixels."""
         return self._embed_values(crops.flatten(2))
 
     def _embed_values(self, values: Float[Tensor, "B L P"]) -> Float[Tensor, "B L D"]:
@@ -410,7 +410,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def drop_positions(self) -> None:
-        """Set positions to zero and remember that these weights know none."""
+        """Set positions to zero and mark these weights as trained without positions."""
         self.tabulate_field()
         if self.vit.pos_embed is not None:
             self.vit.pos_embed.zero_()

@@ -34,12 +34,12 @@ REPLACED = ".replaced_"
 
 @settings
 class CheckpointConfig:
-    """When checkpoints are written, and which stay; nothing here changes the trained weights."""
+    """When checkpoints are written and how many are kept; nothing here changes the trained weights."""
 
     every: Count = 500
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; one is always written at the last step."""
     keep: Count = 2
-    """Newest checkpoints that stay; the best one, where there is an evaluation in training, stays too."""
+    """Number of newest checkpoints to keep; the best one, if the run is evaluated during training, is kept too."""
 
 
 @dataclass

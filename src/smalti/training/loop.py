@@ -31,12 +31,12 @@ HEALTH_IMAGES = 32
 
 @settings
 class LogConfig:
-    """What is written down; nothing here changes the trained weights."""
+    """Logging; nothing here changes the trained weights."""
 
     every: Count = 50
-    """Steps between rows of ``log.csv``; the finite check is read at the same moments."""
+    """Steps between rows of ``log.csv``; non-finite values are checked for at the same steps."""
     trackers: tuple[str, ...] = ()
-    """Further trackers by Accelerate's names: ``tensorboard``, ``wandb``, ``mlflow``."""
+    """Additional trackers, by Accelerate's names: ``tensorboard``, ``wandb``, ``mlflow``."""
 
 
 @dataclass(frozen=True)
