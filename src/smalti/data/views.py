@@ -194,7 +194,7 @@ def random_resized_crop(
     Area, log aspect ratio and position are uniform. After ten tries that don't fit: the largest central crop of an
     allowed aspect ratio.
 
-    Source: the distribution of torchvision's ``RandomResizedCrop.get_params`` (Szegedy et al., arXiv:1409.4842, Sec. 6).
+    Source: distribution of torchvision's ``RandomResizedCrop.get_params`` (Szegedy et al., arXiv:1409.4842, Sec. 6).
     """
     area = height * width
     log_low, log_high = math.log(aspect[0]), math.log(aspect[1])

@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         self.set_normalization(mean, std)
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Mean and standard deviation of images in 0..1: one value a channel, or one for all.
+        """Mean and standard deviation of images in 0..1: one value per channel, or one for all.
 
         Raises:
             ConfigError: for another number of values, one that isn't finite, or a deviation that isn't above 0.
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
     @property
     def pos_resampling(self) -> Resampling:
-        """How positions are brought to another grid."""
+        """How positions are resampled to another grid."""
         return Resampling(self.pos_mode, self.pos_antialias, self.pos_offset)
 
     @property
@@ -250,7 +250,7 @@ class Encoder(nn.Module):
         return height // ph, width // pw
 
     def normalize(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Images as the network wants them: ``(x - mean) / std``.
+        """Normalise images: ``(x - mean) / std``.
 
         Args:
             images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1.
@@ -266,7 +266,7 @@ class Encoder(nn.Module):
     def encode(
         self, images: Num[Tensor, "B C H W"], norm: bool = True, ids_keep: Int[Tensor, "B L"] | None = None
     ) -> PatchFeatures:
-        """Patch tokens of images, never refined by the pooling.
+        """Patch tokens of images, without the refinement of ``prr`` pooling.
 
         Args:
             images: ``(B, C, H, W)`` on the encoder's device; uint8 is normalised here, float must be already
@@ -348,16 +348,16 @@ class Encoder(nn.Module):
             )
         if pool == "prr":
             made: nn.Module = PRRPool(self.embed_dim, self.num_heads, self.num_prefix_tokens, self.has_class_token, prr)
-        else:  # timm knows how it builds its own
+        else:  # timm builds its own pooling
             made = timm.create_model(self.name, **{**self.timm_args("map"), "depth": 1}).attn_pool
         return made.to(self._mean.device)
 
     def pooled(self, features: PatchFeatures, pool: str = "auto") -> Float[Tensor, "B D"]:
-        """One vector an image from what :meth:`encode` gave.
+        """Pool the output of :meth:`encode` to one vector per image.
 
         Args:
             features: tokens of this encoder.
-            pool: as :meth:`set_pool` takes it; ``auto`` is what was set there.
+            pool: as in :meth:`set_pool`; ``auto``: the pooling set there.
 
         Raises:
             ConfigError: as :meth:`set_pool`.
@@ -373,8 +373,8 @@ class Encoder(nn.Module):
     def image_features(
         self, images: Num[Tensor, "B C H W"], ids_keep: Int[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B D"]:
-        """One vector per image, pooled from :meth:`encode` as set by :meth:`set_pool`; of the patches ``ids_keep`` only,
-        if given."""
+        """One vector per image, pooled from :meth:`encode` as set by :meth:`set_pool`; of the patches
+        ``ids_keep`` only, if given."""
         return self.pooled(self.encode(images) if ids_keep is None else self.encode(images, ids_keep=ids_keep))
 
     # Lower-level interface, for methods.
@@ -400,7 +400,7 @@ class Encoder(nn.Module):
         return self._embed_values(pixels.gather(1, ids_keep[..., None].expand(-1, -1, pixels.shape[-1]))), grid
 
     def embed_crops(self, crops: Float[Tensor, "B N C P Q"]) -> Float[Tensor, "B N D"]:
-        """Linear embedding of any number of patches from arbitrary positions; ``(B, N, C, ph, pw)`` normalised pixels."""
+        """Linear embedding of any number of patches, from any position; ``(B, N, C, ph, pw)`` normalised pixels."""
         return self._embed_values(crops.flatten(2))
 
     def _embed_values(self, values: Float[Tensor, "B L P"]) -> Float[Tensor, "B L D"]:
@@ -418,9 +418,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def draw_positions(self) -> None:
-        """Give position-free weights fresh ones to learn: truncated normal, 0.02; nothing happens to others.
+        """Initialise positions of position-free weights (truncated normal, 0.02); otherwise do nothing.
 
-        Source: PART, arXiv:2506.03682: fine-tuning begins with random, learned positions on the grid.
+        Source: PART, arXiv:2506.03682: fine-tuning starts from random, learned positions on the grid.
         """
         if self.position_free and self.vit.pos_embed is not None:
             nn.init.trunc_normal_(self.vit.pos_embed, std=0.02)
@@ -438,7 +438,7 @@ class Encoder(nn.Module):
             nn.init.trunc_normal_(self.vit.cls_token, std=0.02)
 
     def attach_field(self, field: PositionField) -> None:
-        """Read positions out of a field from now on; the model's own table goes.
+        """Read positions from a field from now on, and remove the model's own table.
 
         Raises:
             ConfigError: if the model has no table, so that a plain timm model of its kind could not be given one.
@@ -479,13 +479,13 @@ class Encoder(nn.Module):
 
         Args:
             grid: ``(h, w)``.
-            boxes: ``(B, 4)`` x0 y0 x1 y1 of crops in shares of a field; None: of a whole image.
+            boxes: ``(B, 4)`` x0 y0 x1 y1 of crops as fractions of a field; None: the whole image.
 
         Returns:
             None for a model without positions.
 
         Raises:
-            ConfigError: for boxes where there is no field.
+            ConfigError: for boxes without a field.
         """
         if self.position_field is not None:
             field = self.position_field
@@ -509,13 +509,13 @@ class Encoder(nn.Module):
         positions: tuple[Tensor, Tensor | None] | None,
         ids_keep: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Put the prefix tokens in front and add positions.
+        """Prepend the prefix tokens and add positions.
 
         Args:
             tokens: ``(B, L, D)`` from :meth:`embed_patches`.
-            positions: from :meth:`positions`, or any pair of that form (given by a position field, say); patch
-                positions may have a batch axis of B; None adds none.
-            ids_keep: ``(B, L)`` places of the tokens in the grid, where they are a subset.
+            positions: from :meth:`positions`, or any pair of that form (e.g. from a position field); patch
+                positions may have a batch axis of B; None: no positions.
+            ids_keep: ``(B, L)`` raster indices of the tokens in the grid, if they are a subset.
         """
         patch_pos, prefix_pos = positions if positions is not None else (None, None)
         if patch_pos is not None:
@@ -537,8 +537,8 @@ class Encoder(nn.Module):
 
         Args:
             sequence: from :meth:`assemble`.
-            is_key: ``(B, T)`` True where a token may be looked at, in every block; None: everywhere. All tokens look.
-            norm: False leaves the final norm out.
+            is_key: ``(B, T)`` attention mask of all blocks, True for tokens used as keys; None: all. All are queries.
+            norm: whether to apply the final norm.
         """
         sequence = self.vit.norm_pre(sequence)
         for block in self.vit.blocks:
@@ -546,10 +546,10 @@ class Encoder(nn.Module):
         return self.vit.norm(sequence) if norm else sequence
 
     def forward_chosen(self, sequence: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:
-        """What :meth:`forward_tokens` says at some tokens; the last block and the final norm see no others.
+        """Output of :meth:`forward_tokens` at some tokens; last block and final norm are computed only for these.
 
-        With another pooling than the class token (:meth:`set_pool`), the vector of the whole sequence stands in that
-        token's place, and the last block sees all tokens, since they are pooled.
+        With another pooling than the class token (:meth:`set_pool`), the pooled vector replaces that token, and the last
+        block is computed for all tokens.
 
         Args:
             sequence: from :meth:`assemble`, with a class token if it is pooled.
@@ -648,8 +648,8 @@ class Encoder(nn.Module):
 
 
 def pool_features(features: PatchFeatures, pool: str, has_class_token: bool) -> Float[Tensor, "B D"]:
-    """One vector an image without parameters or attention: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` where
-    there is one).
+    """One vector per image, without parameters or attention: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` if there
+    is a class token, else ``avg``).
 
     Raises:
         ConfigError: for another ``pool``, or ``cls`` without a class token.
@@ -683,7 +683,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def _per_channel(values: Sequence[float], channels: int, what: str) -> tuple[float, ...]:
-    """One value a channel; a single value serves all."""
+    """One value per channel; a single value applies to all."""
     if len(values) not in (1, channels):
         raise ConfigError(f"{what} has {len(values)} values, the images have {channels} channels; give 1 or {channels}")
     return tuple(float(value) for value in (values if len(values) == channels else list(values) * channels))

@@ -22,7 +22,7 @@ class SignalConfig:
     """Names of the channels, in this order; empty: all channels named after electrodes of the 10-20 system that every
     recording has."""
     rate_hz: PositiveFloat | None = None
-    """Sampling rate of files without one (arrays, text); None: column ``rate_hz`` of recordings.csv, or computed from the
+    """Sampling rate of files without one (arrays, text); None: ``rate_hz`` of recordings.csv, or computed from the
     duration of the stages."""
     resample_hz: PositiveFloat = 100.0
     """Sampling rate after resampling, as the encoder gets it."""
