@@ -27,7 +27,7 @@ from smalti.files import set_aside
 
 _MAX_TRIES = 32
 MAX_UNREADABLE = 0.1
-"""Share of unreadable images above which training stops."""
+"""Fraction of unreadable images above which training stops."""
 _HEADER = ("path", "reason")
 _GOLDEN, _MIX_A, _MIX_B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -99,7 +99,7 @@ class TrainLoader:
             channels: of the images.
             rank: number of this process; its step s starts at position ``(s * world_size + rank) * batch_size``.
             world_size: number of processes.
-            num_workers: worker processes; None chooses as on a CPU, 0 reads in this process.
+            num_workers: worker processes; None: the default on CPU; 0: load in this process.
             start_step: the first step to give.
             pin_memory: page-locked batches, where there is a CUDA device.
         """

@@ -40,7 +40,7 @@ CACHED = ("collapse", *OF_COLLAPSE, "in_strength", "coverage", "attention")
 """Orders that only a file can give: a trained network found them."""
 ORDERS = (*CACHED, "random", "fixed_random", *GEOMETRIC, "variance")
 """Names of orders, the same everywhere; ``fixed_random:3`` is ``fixed_random`` from another seed. ``random`` is drawn
-anew for each image and step, ``variance`` looks at the pixels."""
+again for each image and step, ``variance`` depends on the pixels."""
 _VERSION = 1
 _SHUFFLE_SEED = 0
 _RESERVED = ("image", "split", "flip")
@@ -104,7 +104,7 @@ class OrderCache:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Orders that can be asked for: those in the file and those that follow from them."""
+        """Available orders: those in the file and those derived from them."""
         return (*self.stored, *(OF_COLLAPSE if "collapse" in self.stored else ()))
 
     @property
@@ -276,7 +276,7 @@ class TrainingOrders:
             self._table = cache.table(self.name, images.names, flips=flips)
 
     def of(self, views: Views, grid: tuple[int, int]) -> Int[Tensor, "B N"]:
-        """The orders of a batch; ``random`` is drawn anew by the keys of its samples.
+        """The orders of a batch; ``random`` is drawn from the keys of its samples.
 
         Raises:
             ShapeError: if those that were read are of another grid.
@@ -310,7 +310,7 @@ def write_orders(
     seconds: Mapping[str, float] | None = None,
     unreadable: Sequence[str] = (),
 ) -> None:
-    """Write a file that :func:`read_orders` takes; all of it or none.
+    """Write a file that :func:`read_orders` takes; atomically.
 
     Args:
         path: ends in ``.parquet``.

@@ -1,4 +1,4 @@
-"""The embedded default: scenes made of what installed packages carry, with every label known exactly.
+"""Built-in sample data: scenes composed of images from installed packages, with exact labels.
 
 Photographs from scikit-image are the backgrounds. Objects of six silhouettes lie on them, each class cut from its own
 material (brick, grass, gravel, coins, text, tissue), and scikit-learn's handwritten digits are drawn on them in ink.
@@ -66,7 +66,7 @@ _SCENES, _OBJECTS = 0, 1  # streams of the seed
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and everything there is to know about it."""
+    """One image with all its labels."""
 
     image: np.ndarray
     """``(H, W, 3)`` uint8."""
@@ -122,7 +122,7 @@ class _Canvas:
         return _gain(crop, rng.uniform(0.8, 1.2, size=3))
 
     def place(self, label: int, radius: float) -> None:
-        """Put an object where it covers no other; where there is no room, leave it out."""
+        """Place an object where it covers no other; skip it if there is no room."""
         rng, radius_px = self.rng, max(3.0, radius * self.size)
         if label == _DIGIT:
             pixels, shape = _digit(rng, radius_px, behind=float(self.image.mean()))

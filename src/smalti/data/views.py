@@ -1,8 +1,7 @@
-"""Views of an image: random crops, flipped, recoloured, blurred, which know where in the image they come from.
+"""Views of an image: random crops with flips, color jitter and blur, and their boxes in the image.
 
-Colour jitter and greyscale are composed to one affine map of RGB, applied once. That differs from a chain of 8-bit
-operations in two ways: values are clipped once, at the end, and hue turns about the grey axis of RGB instead of
-moving through HSV.
+Colour jitter and greyscale are composed into one affine map of RGB. That differs from a chain of 8-bit operations in
+two ways: values are clipped once, at the end, and hue rotates about the grey axis of RGB instead of changing in HSV.
 """
 
 import itertools
@@ -35,46 +34,46 @@ class ColorConfig:
     """Colour jitter in random order, then greyscale."""
 
     brightness: float = 0.4
-    """Brightness is multiplied by 1 - this .. 1 + this."""
+    """b: brightness is multiplied by a factor in 1 - b .. 1 + b."""
     add_brightness: bool = False
-    """Brightness is changed by adding -this .. this of white instead, as TensorFlow does."""
+    """Change brightness by adding -b .. b times white instead, as TensorFlow does."""
     contrast: float = 0.4
-    """Distance from the crop's mean grey is multiplied by 1 - this .. 1 + this."""
+    """c: the distance from the crop's mean grey is multiplied by a factor in 1 - c .. 1 + c."""
     saturation: float = 0.2
-    """Distance from each pixel's grey is multiplied by 1 - this .. 1 + this; three channels only."""
+    """s: the distance from each pixel's grey is multiplied by a factor in 1 - s .. 1 + s; three channels only."""
     hue: float = 0.1
-    """Hue is turned by -this .. this of a full circle; three channels only."""
+    """h: hue is rotated by -h .. h of a full circle; three channels only."""
     jitter_prob: float = 0.8
-    """Share of views that are jittered."""
+    """Probability of color jitter."""
     gray_prob: float = 0.2
-    """Share of views that become grey; three channels only."""
+    """Probability of greyscale; three channels only."""
 
 
 @settings
 class ViewSpec:
-    """Views of one size, made alike."""
+    """Views with the same size and augmentation."""
 
     count: int = 1
     """Views of this kind per image."""
     size: int = 224
-    """Side of the square view in pixels."""
+    """Side length of the square view in pixels."""
     scale: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest share of the image's area that a view shows."""
+    """Smallest and largest crop area, as a fraction of the image's area."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of the crop."""
     uniform: Literal["area", "height"] = "area"
-    """What is uniform: the crop's area (:func:`random_resized_crop`, torchvision's distribution), or its height at an
-    aspect ratio (:func:`random_height_crop`, TensorFlow's), which draws more large crops."""
+    """What is sampled uniformly: the crop's area (:func:`random_resized_crop`, as in torchvision), or its height for a
+    given aspect ratio (:func:`random_height_crop`, as in TensorFlow), which yields more large crops."""
     flip_prob: float = 0.5
-    """Share of views that are mirrored left to right."""
+    """Probability of a horizontal flip."""
     color: ColorConfig | None = None
-    """Colour jitter and greyscale; None leaves colours as they are."""
+    """Colour jitter and greyscale; None: colours unchanged."""
     blur_prob: float | tuple[float, ...] = 0.0
-    """Share of views that are blurred: one number, or one for each of the views."""
+    """Probability of blur: one number, or one per view."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest standard deviation of the blur, in pixels of the view."""
     solarize_prob: float | tuple[float, ...] = 0.0
-    """Share of views whose bright half is inverted: one number, or one for each of the views."""
+    """Probability of solarisation: one number, or one per view."""
 
 
 class Skipped(NamedTuple):
@@ -99,9 +98,9 @@ class SampleViews:
     index: int = 0
     """Place in the image set."""
     key: int = 0
-    """The sample's own randomness."""
+    """Random key of the sample."""
     label: int | None = None
-    """Its class, where the layout has one."""
+    """Its class, if the layout has one."""
 
 
 @dataclass
@@ -123,7 +122,7 @@ class Views:
     skipped: tuple[Skipped, ...] = ()
     """Unreadable images that were replaced while this batch was made."""
     labels: Tensor | None = None
-    """``(B,)`` int64, class of each image; None where the layout has none."""
+    """``(B,)`` int64, class of each image; None if the layout has none."""
     host_keys: Tensor | None = None
     """``keys`` where they were before :meth:`to`: on the CPU, for draws that need no device."""
 
@@ -192,10 +191,10 @@ def random_resized_crop(
 ) -> Box:
     """A crop of random area and aspect ratio: ``(top, left, height, width)`` in pixels.
 
-    Area is uniform, log aspect is uniform, the place is uniform; after ten tries that don't fit, the largest central
-    crop of an allowed aspect ratio.
+    Area, log aspect ratio and position are uniform. After ten tries that don't fit: the largest central crop of an
+    allowed aspect ratio.
 
-    Source: the law of torchvision's ``RandomResizedCrop.get_params`` (Szegedy et al., arXiv:1409.4842, Sec. 6).
+    Source: distribution of torchvision's ``RandomResizedCrop.get_params`` (Szegedy et al., arXiv:1409.4842, Sec. 6).
     """
     area = height * width
     log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
@@ -244,7 +243,7 @@ _CROPS = {"area": random_resized_crop, "height": random_height_crop}
 
 
 class MultiCrop:
-    """Makes the views of an image that a method asks for.
+    """Create the views of an image that a method requests.
 
     Crops are resized by antialiased bicubic interpolation; images smaller than a view are enlarged. Then, in this
     order: flip, colour, blur, solarise.
@@ -254,11 +253,11 @@ class MultiCrop:
         """
         Args:
             specs: kinds of views, global ones first; those of count 0 are left out.
-            flip_image_prob: share of images that are mirrored before they are cropped, so that all views of an image
-                are or none is; boxes are then those in the mirrored image, and ``flips`` says nothing of it.
+            flip_image_prob: probability of flipping the whole image before cropping, the same for all its views;
+                boxes then refer to the flipped image, and ``flips`` doesn't include this flip.
 
         Raises:
-            ConfigError: if there is no view at all, or a spec holds numbers that don't fit together.
+            ConfigError: if there is no view, or the numbers of a spec contradict each other.
         """
         self.specs = tuple(spec for spec in specs if spec.count)
         if not self.specs:
@@ -330,12 +329,12 @@ class MultiCrop:
 
 
 class CentreCrop:
-    """The central square of an image, whole, and now and then its mirror image: nothing moves, so that what is known
-    of an image (an order of its patches) holds for its view.
+    """The central square of an image, randomly flipped. Without random crops, an order of the image's patches also
+    applies to its view.
 
     Args:
         size: side of the view in pixels.
-        flip_prob: share of views that are mirrored left to right.
+        flip_prob: probability of a horizontal flip.
     """
 
     num_views = 1
@@ -382,7 +381,7 @@ def resize(image: np.ndarray, size: int, mode: Literal["bicubic", "bilinear"] = 
 def color_map(
     config: ColorConfig, mean: np.ndarray, rng: np.random.Generator, white: float = 255.0
 ) -> np.ndarray | None:
-    """A random recolouring as an affine map: ``(C, C + 1)``, the last column the offset; None if nothing was drawn.
+    """Random colour jitter as an affine map: ``(C, C + 1)``, the last column the offset; None if nothing was drawn.
 
     Args:
         config: strengths and probabilities.

@@ -31,12 +31,12 @@ _FILES, _FILES_A_WORKER = 32, 4
 
 
 def default_workers(device_type: str) -> int:
-    """Worker processes that a run starts by default: none on a CPU, where they would fight the training for cores."""
+    """Default number of worker processes: none on CPU, where they would compete with training for cores."""
     return 0 if device_type == "cpu" else min(8, usable_cores())
 
 
 def shared_memory_mib() -> float | None:
-    """Free shared memory in MiB; None where the system has no such folder."""
+    """Free shared memory in MiB; None if the system has no such folder."""
     return shutil.disk_usage(SHARED_MEMORY).free / 2**20 if SHARED_MEMORY.is_dir() else None
 
 
@@ -52,7 +52,7 @@ def needed_mib(sample: SampleViews, batch_size: int, num_workers: int) -> float:
 
 
 def check_workers(sample: SampleViews, batch_size: int, num_workers: int, processes: int = 1) -> None:
-    """Find out before the start whether this machine has what the workers of a run need.
+    """Check before the start whether this machine has the resources for the workers of a run.
 
     Args:
         sample: of one image.

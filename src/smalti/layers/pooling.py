@@ -1,4 +1,4 @@
-"""One vector an image out of its tokens, by attention without parameters.
+"""Pool the tokens of an image to one vector, by attention without parameters.
 
 Letters: B images, T tokens (R of the prefix first, then patches), D embed_dim.
 """
@@ -14,24 +14,24 @@ from smalti.functional.refinement import check_heads, prr_refine, prr_token
 
 @settings
 class PRRConfig:
-    """Settings of PRR pooling; as they are, it is the paper's and timm's ``global_pool='prr'``."""
+    """Settings of PRR pooling; the defaults are those of the paper and of timm's ``global_pool='prr'``."""
 
     num_heads: int | None = None
-    """H; None: the backbone's own."""
+    """Number of heads H; None: that of the backbone."""
     pre_norm: bool = False
-    """A layer norm of its own in front, beside the backbone's final norm."""
+    """Add a layer norm before the attention, after the backbone's final norm."""
     post_norm: bool = False
-    """A layer norm of its own behind, in front of the pooling."""
+    """Add a layer norm after the attention, before the pooling."""
     include_prefix: bool = True
-    """Without a class token: whether the mean is over all tokens, registers too (timm's way), or over patches only."""
+    """Encoders without a class token: average over all tokens, including registers (as timm does), or patches only."""
 
 
 class PRRPool(AttentionPoolPrr):  # type: ignore[misc]  # timm has no types
-    """timm's PRR pooling: tokens refined by :func:`~smalti.functional.refinement.prr_refine`, of which one vector is
-    read: the class token, or the mean where there is none.
+    """timm's PRR pooling: tokens refined by :func:`~smalti.functional.refinement.prr_refine`, then pooled to one
+    vector: the class token, or the mean if there is none.
 
-    Differs from timm's class: only what is read is computed, so a class token costs ``2 T D`` and not ``2 T^2 D``;
-    timm's switch for fused attention needn't be set before this is built; ``include_prefix``.
+    Differs from timm's class: only the tokens that are needed are computed, so a class token costs ``2 T D`` instead of
+    ``2 T^2 D``; timm's switch for fused attention may be set later; ``include_prefix``.
 
     Args:
         width: D.
@@ -41,7 +41,7 @@ class PRRPool(AttentionPoolPrr):  # type: ignore[misc]  # timm has no types
         config: the settings.
 
     Raises:
-        ConfigError: if the heads don't divide D, or ``include_prefix=False`` with a class token, which is read alone.
+        ConfigError: if D isn't divisible by the heads, or ``include_prefix=False`` with a class token.
 
     Source: Hajimiri et al., arXiv:2603.04892.
     """
@@ -64,7 +64,7 @@ class PRRPool(AttentionPoolPrr):  # type: ignore[misc]  # timm has no types
         """Refined tokens that are left out of the mean."""
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B D"]:
-        """The pooled vector of tokens that went through the final norm."""
+        """Pool tokens, which have passed the final norm, to one vector."""
         x = self.pre_norm(x)
         if self.pool == "token":
             return self.post_norm(prr_token(x, self.num_heads))

@@ -1,7 +1,7 @@
-"""Images as tokens, one a patch, of unit mean variance; and back.
+"""Convert images to tokens, one per patch, with unit mean variance, and back.
 
-What predicts or generates tokens (CoMAE, MAR) measures its noise against them, so they share one scale: a source learns
-it from images before training (:meth:`TokenSource.fit`) and keeps it with the weights. Letters: B images, N tokens,
+Methods that predict or generate tokens (CoMAE, MAR) add noise relative to their scale. A source therefore estimates the
+scale from images before training (:meth:`TokenSource.fit`) and stores it with the weights. Letters: B images, N tokens,
 d values a token, P pixel values a patch.
 """
 
@@ -21,35 +21,35 @@ from smalti.layers.autoencoder import ConvAutoencoder
 from smalti.layers.kl_vae import KLVAE
 
 CODED = ("autoencoder", "vae")
-"""Kinds whose tokens are the codes of a network."""
+"""Kinds whose tokens are the latents of a network."""
 KINDS = ("pixels", "pca", *CODED)
 DEFAULT_DIM = 16
 _STREAM = 0x70C
 """Of the draws from a posterior."""
 _ENOUGH_CODES = 2**17
-"""For a mean and a scale; a large network takes its time for each image."""
+"""Enough for a mean and a scale; encoding with a large network is slow."""
 
 
 @settings
 class TokenConfig:
-    """What a token is."""
+    """How images are turned into tokens."""
 
     kind: str = "pca"
-    """``pixels``: a patch as it is; ``pca``: its first principal components; ``autoencoder``: the codes of one that
-    ``smalti train autoencoder`` made; ``vae``: those of a KL autoencoder in diffusers' form."""
+    """``pixels``: raw patches; ``pca``: the first principal components of patches; ``autoencoder``: latents of an
+    autoencoder trained with ``smalti train autoencoder``; ``vae``: latents of a KL autoencoder in diffusers' format."""
     patch_size: int = 16
-    """Side of a patch in pixels."""
+    """Patch size in pixels."""
     dim: int | None = None
-    """d, values a token; None: all of a patch for ``pixels``, 16 (or all, if those are fewer) for ``pca``."""
+    """Token dimension d. None: all values of a patch for ``pixels``; at most 16 for ``pca``."""
     path: PathText | None = None
-    """Of ``autoencoder`` the run, of ``vae`` the folder with ``config.json`` and
+    """``autoencoder``: the run directory; ``vae``: the folder with ``config.json`` and
     ``diffusion_pytorch_model.safetensors``, or that file."""
     network: dict[str, Any] | None = None
-    """Shape of the network that ``path`` names; filled in, so that a checkpoint is whole without it."""
+    """Architecture of the network at ``path``; filled in, so that a checkpoint is complete without ``path``."""
 
 
 class TokenSource(nn.Module, ABC):
-    """Images to tokens and back; nothing in it is trained, but by the method that makes an autoencoder.
+    """Images to tokens and back. Not trained, except by the method that trains an autoencoder.
 
     Args:
         image_size: side of the square images in pixels.
@@ -69,7 +69,7 @@ class TokenSource(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, images: Iterable[Num[Tensor, "_ C S S"]]) -> None:
-        """Measure what the tokens of such images are like, before training.
+        """Estimate the statistics of tokens from images, before training.
 
         Args:
             images: batches, uint8 or float in 0..1.
@@ -84,7 +84,7 @@ class TokenSource(nn.Module, ABC):
 
         Args:
             images: uint8, or float in 0..1.
-            keys: where an image has a distribution of tokens, draw from it by these; None: its mean.
+            keys: seeds for drawing from the distribution of tokens of an image, if there is one; None: its mean.
 
         Raises:
             ShapeError: for images of another size or with other channels.
@@ -92,7 +92,7 @@ class TokenSource(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, tokens: Float[Tensor, "B N d"]) -> Float[Tensor, "B C S S"]:
-        """Images in 0..1 of tokens, as near as they go."""
+        """Images in 0..1, reconstructed from tokens."""
 
     def as_float(self, images: Num[Tensor, "B C S S"]) -> Float[Tensor, "B C S S"]:
         """Images in 0..1.
@@ -109,13 +109,13 @@ class TokenSource(nn.Module, ABC):
 
 
 class PatchTokens(TokenSource):
-    """Patches, centred, turned to ``token_dim`` orthonormal directions and divided by one number.
+    """Patches, centred, projected to ``token_dim`` orthonormal directions and divided by one scalar.
 
     Args:
         image_size: side of the images in pixels; a multiple of ``patch_size``.
         in_chans: their channels.
         patch_size: side of a patch in pixels.
-        token_dim: directions kept; None: all, and the patch isn't turned at all.
+        token_dim: directions kept; None: all values, without projection.
 
     Raises:
         ConfigError: if patches don't fit into the image, or have fewer values than ``token_dim``.
@@ -156,7 +156,7 @@ class PatchTokens(TokenSource):
         covariance = products / count - mean[:, None] * mean
         if self.turns:
             directions = torch.linalg.eigh(covariance).eigenvectors.flip(-1)[:, : self.token_dim]
-            # A sign is a matter of the solver: the largest entry is made positive
+            # Signs depend on the solver: make the largest entry positive
             largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
             self.basis.copy_(directions * largest.sign())
         basis = self.basis.double()
@@ -168,7 +168,7 @@ class PatchTokens(TokenSource):
 
     @torch.no_grad()
     def encode(self, images: Num[Tensor, "B C S S"], keys: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B N d"]:
-        """See :meth:`TokenSource.encode`; a patch has one token, ``keys`` draw nothing."""
+        """See :meth:`TokenSource.encode`; tokens are deterministic, ``keys`` have no effect."""
         with torch.autocast(images.device.type, enabled=False):
             patches = patchify(self.as_float(images), self.patch_size) - self.mean
             return (patches @ self.basis if self.turns else patches) / self.scale
@@ -181,16 +181,16 @@ class PatchTokens(TokenSource):
 
 
 class CodeTokens(TokenSource):
-    """Codes of an autoencoder, one a patch, centred and divided by one number.
+    """Latents of an autoencoder, one per patch, centred and divided by one scalar.
 
-    The scale is measured, as is that of any other source: the published factors of known autoencoders belong to their
-    codes and their data alone. Centring is ours; it is the same for every patch and lost on the way back.
+    The scale is estimated, as for any other source: the published factors of known autoencoders are valid only for
+    their latents and data. Centring is our addition; it is the same for every patch and undone when decoding.
 
     Args:
         network: with ``moments`` and ``decode``, as :class:`~smalti.layers.autoencoder.ConvAutoencoder` has them.
         image_size: side of the images in pixels; a multiple of ``patch_size``.
         in_chans: their channels.
-        patch_size: side of what becomes one code.
+        patch_size: side of the pixels that one latent encodes.
         token_dim: d.
 
     Raises:
@@ -215,7 +215,7 @@ class CodeTokens(TokenSource):
 
     @torch.no_grad()
     def fit(self, images: Iterable[Num[Tensor, "_ C S S"]]) -> None:
-        """The mean code, and the root of the mean variance of drawn codes: that of the means, and the posteriors'."""
+        """Mean, and root of the mean variance of drawn latents: that of the means plus that of the posteriors."""
         count = 0
         total = torch.zeros_like(self.mean, dtype=torch.float64)
         squares, inner = torch.zeros_like(total), torch.zeros_like(total)
@@ -262,13 +262,13 @@ def draw_codes(
     keys: Int[Tensor, " B"],
     stream: int = _STREAM,
 ) -> Float[Tensor, "B d h w"]:
-    """A draw from each posterior, by the samples' keys."""
+    """Draw from each posterior, seeded by the samples' keys."""
     noise = sample_normal(keys, mean[0].numel(), stream).view_as(mean)
     return mean + (log_variance / 2).exp() * noise
 
 
 def build_tokens(config: TokenConfig, image_size: int, in_chans: int) -> TokenSource:
-    """The token source that settings name, neither fitted nor, where it has a network, filled with its weights.
+    """The token source for these settings, not fitted yet; weights of its network, if it has one, aren't loaded yet.
 
     Args:
         config: ``tokens.*``.
@@ -296,10 +296,10 @@ def build_tokens(config: TokenConfig, image_size: int, in_chans: int) -> TokenSo
 
 
 def _build_codes(config: TokenConfig, image_size: int, in_chans: int) -> CodeTokens:
-    """Tokens of an autoencoder whose shape stands in the settings.
+    """Tokens of an autoencoder whose architecture is in the settings.
 
     Raises:
-        ConfigError: if it doesn't, or is for other channels, patches or widths.
+        ConfigError: if it is missing, or is for other channels, patches or widths.
     """
     if config.network is None:
         what = "a run of smalti train autoencoder" if config.kind == "autoencoder" else "a folder of diffusers' form"

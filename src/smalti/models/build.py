@@ -41,15 +41,15 @@ def build_encoder(
     std: Sequence[float] | None = None,
     **model_args: Any,
 ) -> Encoder:
-    """An encoder with random weights.
+    """Build an encoder with random weights.
 
     Args:
         name: a timm vision transformer such as ``vit_small_patch16_224``; a tag after a dot is ignored.
-        img_size: native image size in pixels; None takes the architecture's own.
+        img_size: native image size in pixels; None: the architecture's own.
         in_chans: input channels, 1..N.
-        seed: makes the weights a function of this number, and leaves torch's own random state as it was.
-        mean: normalisation per channel; None takes ImageNet's for three channels, 0.5 elsewhere.
-        std: likewise, 0.25 elsewhere.
+        seed: of the weights; torch's global random state is unchanged.
+        mean: mean per channel for normalisation; None: ImageNet's for three channels, else 0.5.
+        std: standard deviation per channel; None: ImageNet's for three channels, else 0.25.
         model_args: further arguments of timm's ``VisionTransformer``, such as ``reg_tokens`` or ``drop_path_rate``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One adapter over timm's vision transformers: the only encoder that the rest of Smalti knows.
+"""Encoder: an adapter for timm's vision transformers, used by all of Smalti.
 
 Letters: B images, C channels, H W pixels, h w the patch grid, N = h*w patches, R prefix tokens (class token first,
 then registers), D embed_dim, L visible patches.
@@ -29,19 +29,19 @@ from smalti.layers.position_field import PositionField
 from smalti.models.weights import LoadConfig, LoadReport
 
 MODULES = ("vision_transformer", "deit")
-"""timm's files of models that are plain ``VisionTransformer``s."""
+"""timm modules whose models are plain ``VisionTransformer``s."""
 POOLS = ("auto", "cls", "avg", "map", "prr")
-"""The vectors that can stand for an image, see :meth:`Encoder.set_pool`."""
+"""Poolings of tokens to an image vector, see :meth:`Encoder.set_pool`."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PatchFeatures(NamedTuple):
-    """What an encoder says about a batch of images."""
+    """Output of an encoder for a batch of images."""
 
     patches: Tensor
     """``(B, N, D)`` patch tokens in raster order, after the final norm, prefix tokens removed."""
     prefix: Tensor
-    """``(B, R, D)`` class token (first, where there is one) and registers; R may be 0."""
+    """``(B, R, D)`` class token (first, if there is one) and registers; R may be 0."""
     grid: tuple[int, int]
     """``(h, w)`` patches down and across, ``N = h * w``."""
 
@@ -54,39 +54,39 @@ class Origin(NamedTuple):
     network: str
     """Name of the network in it."""
     load: LoadConfig
-    """How its weights were fitted."""
+    """How its weights were loaded."""
 
 
 class ClassHead(NamedTuple):
-    """What tells classes by an encoder's vector an image, where its weights come with it."""
+    """Linear classification head stored with the encoder."""
 
     weight: Tensor
     """``(K, D)``."""
     bias: Tensor
     """``(K,)``."""
     classes: tuple[str, ...] = ()
-    """K names; empty: they weren't kept."""
+    """K names; empty: not stored."""
     order: str = ""
-    """The order of patches by whose first ones it learned; empty: it saw whole images."""
+    """Patch order if it was trained on the first patches only; empty: trained on whole images."""
     orders: str = ""
-    """The file in which such orders stand, where there is one."""
+    """File with these orders, if there is one."""
 
 
 class Encoder(nn.Module):
-    """A timm ``VisionTransformer`` seen as patches in, patch tokens out.
+    """A timm ``VisionTransformer`` with patches as input and patch tokens as output.
 
-    Handles class token or none, registers, LayerScale, pre-norm, 1..N input channels and any image size that the
-    patch size divides: positions are resampled to the grid at hand.
+    Supports models with or without class token, registers, LayerScale and pre-norm, 1..N input channels, and any image
+    size divisible by the patch size: position embeddings are resampled to the grid.
 
     Args:
         vit: built by :func:`build_encoder`, that is with ``dynamic_img_size=True`` and no classification head.
         name: timm's name of the architecture.
-        model_args: what ``timm.create_model`` needs beside the name to build the same model again.
-        mean: per channel, of images in 0..1; a single number serves all channels.
-        std: likewise.
+        model_args: arguments with which ``timm.create_model`` builds the same model.
+        mean: per channel, of images in 0..1; a single number applies to all channels.
+        std: standard deviation, in the same form.
         pretrained: whether the weights come from training; methods then leave positions and weights as they are.
-        pos_antialias: antialias the resampling of positions. True is timm's way; False is that of the
-            official DINO, iBOT and DINOv2 code, and changes DINOv2 features a lot away from the native grid.
+        pos_antialias: antialias the resampling of positions. True as in timm; False as in the official DINO, iBOT and
+            DINOv2 code. DINOv2 features change strongly with it away from the native grid.
         pos_mode: interpolation of positions, ``bicubic`` or ``bilinear``.
         pos_offset: see :class:`smalti.functional.positions.Resampling`; 0.1 in the official DINO, iBOT, DINOv2 code.
     """
@@ -116,13 +116,13 @@ class Encoder(nn.Module):
         self.prr = PRRConfig()
         """Of ``pool=prr``."""
         self.fixed_positions = False
-        """Whether positions are a fixed table, which a method that goes on from these weights may keep fixed."""
+        """Whether positions are a fixed table; a method that starts from these weights may keep it fixed."""
         self.position_free = False
-        """Whether the weights were trained without positions: the table is zero; who trains them on draws one."""
+        """Whether the weights were trained without positions: the table is zero; further training initialises one."""
         self.position_field: PositionField | None = None
-        """Where positions are read, at any grid, in place of a table; see :meth:`attach_field`."""
+        """Continuous positions, evaluated at any grid, instead of a table; see :meth:`attach_field`."""
         self.class_head: ClassHead | None = None
-        """What was trained with it to tell classes; not a part of the network."""
+        """Classification head trained with the encoder; not a part of the network."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.origin: Origin | None = None
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         self.set_normalization(mean, std)
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Mean and standard deviation of images in 0..1: one value a channel, or one for all.
+        """Mean and standard deviation of images in 0..1: one value per channel, or one for all.
 
         Raises:
             ConfigError: for another number of values, one that isn't finite, or a deviation that isn't above 0.
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
     def set_pos_resampling(
         self, mode: str | None = None, antialias: bool | None = None, offset: float | None = None
     ) -> None:
-        """Choose how positions are brought to another grid than the native one; None leaves a part as it is.
+        """Set how positions are resampled to grids other than the native one; None: leave this part unchanged.
 
         Raises:
             ConfigError: for a mode or an offset that can't be used.
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
     @property
     def pos_resampling(self) -> Resampling:
-        """How positions are brought to another grid."""
+        """How positions are resampled to another grid."""
         return Resampling(self.pos_mode, self.pos_antialias, self.pos_offset)
 
     @property
@@ -250,7 +250,7 @@ class Encoder(nn.Module):
         return height // ph, width // pw
 
     def normalize(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Images as the network wants them: ``(x - mean) / std``.
+        """Normalise images: ``(x - mean) / std``.
 
         Args:
             images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1.
@@ -266,14 +266,14 @@ class Encoder(nn.Module):
     def encode(
         self, images: Num[Tensor, "B C H W"], norm: bool = True, ids_keep: Int[Tensor, "B L"] | None = None
     ) -> PatchFeatures:
-        """Patch tokens of images, never refined by the pooling.
+        """Patch tokens of images, without the refinement of ``prr`` pooling.
 
         Args:
             images: ``(B, C, H, W)`` on the encoder's device; uint8 is normalised here, float must be already
                 (:meth:`normalize`). H and W are multiples of the patch size.
-            norm: whether tokens go through the final norm, as methods and :meth:`pooled` want them.
-            ids_keep: ``(B, L)`` raster numbers of the patches to look at, at their own positions; the others aren't
-                even embedded, and ``patches`` has the kept ones in this order. None: all.
+            norm: whether to apply the final norm, as methods and :meth:`pooled` expect.
+            ids_keep: ``(B, L)`` raster indices of the patches to encode, at their own positions; the others aren't
+                embedded, and ``patches`` has the kept ones in this order. None: all.
 
         Raises:
             ShapeError: if the patch size does not divide the images, or the channels don't fit.
@@ -285,10 +285,10 @@ class Encoder(nn.Module):
         return PatchFeatures(sequence[:, self.num_prefix_tokens :], sequence[:, : self.num_prefix_tokens], grid)
 
     def encode_with_attention(self, images: Num[Tensor, "B C H W"]) -> tuple[PatchFeatures, Float[Tensor, "B heads N"]]:
-        """As :meth:`encode`, and how the class token's attention in the last block falls on the patches.
+        """As :meth:`encode`, with the class token's attention to the patches in the last block.
 
-        Recomputed from queries and keys, since fused attention keeps no weights; a head's row sums to 1 less what goes
-        to the prefix tokens.
+        Recomputed from queries and keys, since fused attention returns no weights; a head's row sums to 1 minus the
+        attention to prefix tokens.
 
         Raises:
             ConfigError: without a class token, or for blocks that aren't timm's plain ones.
@@ -311,22 +311,22 @@ class Encoder(nn.Module):
         return PatchFeatures(sequence[:, num_prefix:], sequence[:, :num_prefix], grid), attention
 
     def set_pool(self, pool: str, prr: PRRConfig | None = None, fresh: bool = False) -> None:
-        """Choose the vector that stands for an image, made of tokens behind the final norm.
+        """Set how tokens after the final norm are pooled to the image vector.
 
-        ``cls`` the class token, ``avg`` the mean patch, ``auto`` the class token where there is one; ``prr`` as
-        ``auto`` after parameter-free attention among all tokens (:class:`~smalti.layers.pooling.PRRPool`; without a
-        class token the mean is over all tokens); ``map`` timm's attention pooling of the patches by a learned query.
-        What has parameters (``map``, ``prr`` with norms) is a part of the network: a teacher, the optimiser and
-        checkpoints have it, too.
+        ``cls``: class token; ``avg``: mean of the patch tokens; ``auto``: class token if there is one, else the mean;
+        ``prr``: as ``auto``, after parameter-free attention over all tokens (:class:`~smalti.layers.pooling.PRRPool`;
+        without a class token the mean is over all tokens); ``map``: timm's attention pooling of the patches by a
+        learned query. A pooling with parameters (``map``, ``prr`` with norms) is part of the network, also in the
+        teacher, the optimiser and checkpoints.
 
         Args:
             pool: one of :data:`POOLS`.
-            prr: settings of ``prr``; None takes the ones it has.
-            fresh: allow drawing parameters that are to be trained, from torch's generator.
+            prr: settings of ``prr``; None: the current ones.
+            fresh: allow new parameters, randomly initialised from torch's generator, that are trained later.
 
         Raises:
-            ConfigError: for another name, ``cls`` without a class token, settings that don't fit, or parameters that
-                nobody has trained.
+            ConfigError: for another name, ``cls`` without a class token, settings that don't fit, or untrained
+                parameters.
         """
         prr = prr or (self.prr if pool == self.pool else PRRConfig())
         if pool != "prr" and prr != PRRConfig():
@@ -337,7 +337,7 @@ class Encoder(nn.Module):
         self.pool, self.prr = pool, prr
 
     def _make_pool(self, pool: str, prr: PRRConfig, fresh: bool = False) -> nn.Module | None:
-        """The module of a pooling; None where it needs none."""
+        """The module of a pooling; None if it needs none."""
         check_pool(pool, self.has_class_token)
         if pool not in ("map", "prr"):
             return None
@@ -348,16 +348,16 @@ class Encoder(nn.Module):
             )
         if pool == "prr":
             made: nn.Module = PRRPool(self.embed_dim, self.num_heads, self.num_prefix_tokens, self.has_class_token, prr)
-        else:  # timm knows how it builds its own
+        else:  # timm builds its own pooling
             made = timm.create_model(self.name, **{**self.timm_args("map"), "depth": 1}).attn_pool
         return made.to(self._mean.device)
 
     def pooled(self, features: PatchFeatures, pool: str = "auto") -> Float[Tensor, "B D"]:
-        """One vector an image from what :meth:`encode` gave.
+        """Pool the output of :meth:`encode` to one vector per image.
 
         Args:
             features: tokens of this encoder.
-            pool: as :meth:`set_pool` takes it; ``auto`` is what was set there.
+            pool: as in :meth:`set_pool`; ``auto``: the pooling set there.
 
         Raises:
             ConfigError: as :meth:`set_pool`.
@@ -373,11 +373,11 @@ class Encoder(nn.Module):
     def image_features(
         self, images: Num[Tensor, "B C H W"], ids_keep: Int[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B D"]:
-        """One vector an image, from :meth:`encode`, as :meth:`set_pool` says; of the kept patches alone, where
-        ``ids_keep`` names some."""
+        """One vector per image, pooled from :meth:`encode` as set by :meth:`set_pool`; of the patches
+        ``ids_keep`` only, if given."""
         return self.pooled(self.encode(images) if ids_keep is None else self.encode(images, ids_keep=ids_keep))
 
-    # The lower door, for methods.
+    # Lower-level interface, for methods.
 
     def embed_patches(
         self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B L"] | None = None
@@ -386,8 +386,8 @@ class Encoder(nn.Module):
 
         Args:
             images: ``(B, C, H, W)`` normalised.
-            ids_keep: ``(B, L)`` raster numbers of the patches to embed; None embeds all, L = N. Hidden patches cost
-                nothing.
+            ids_keep: ``(B, L)`` raster indices of the patches to embed; None: all, L = N. The other patches aren't
+                computed.
 
         Returns:
             ``(B, L, D)`` tokens, and the grid ``(h, w)`` of the whole image.
@@ -400,7 +400,7 @@ class Encoder(nn.Module):
         return self._embed_values(pixels.gather(1, ids_keep[..., None].expand(-1, -1, pixels.shape[-1]))), grid
 
     def embed_crops(self, crops: Float[Tensor, "B N C P Q"]) -> Float[Tensor, "B N D"]:
-        """Linear embedding of patches from anywhere, any number of them; ``(B, N, C, ph, pw)`` normalised pixels."""
+        """Linear embedding of any number of patches, from any position; ``(B, N, C, ph, pw)`` normalised pixels."""
         return self._embed_values(crops.flatten(2))
 
     def _embed_values(self, values: Float[Tensor, "B L P"]) -> Float[Tensor, "B L D"]:
@@ -410,7 +410,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def drop_positions(self) -> None:
-        """Set positions to zero and remember that these weights know none."""
+        """Set positions to zero and mark these weights as trained without positions."""
         self.tabulate_field()
         if self.vit.pos_embed is not None:
             self.vit.pos_embed.zero_()
@@ -418,9 +418,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def draw_positions(self) -> None:
-        """Give position-free weights fresh ones to learn: truncated normal, 0.02; nothing happens to others.
+        """Initialise positions of position-free weights (truncated normal, 0.02); otherwise do nothing.
 
-        Source: PART, arXiv:2506.03682: fine-tuning begins with random, learned positions on the grid.
+        Source: PART, arXiv:2506.03682: fine-tuning starts from random, learned positions on the grid.
         """
         if self.position_free and self.vit.pos_embed is not None:
             nn.init.trunc_normal_(self.vit.pos_embed, std=0.02)
@@ -438,7 +438,7 @@ class Encoder(nn.Module):
             nn.init.trunc_normal_(self.vit.cls_token, std=0.02)
 
     def attach_field(self, field: PositionField) -> None:
-        """Read positions out of a field from now on; the model's own table goes.
+        """Read positions from a field from now on, and remove the model's own table.
 
         Raises:
             ConfigError: if the model has no table, so that a plain timm model of its kind could not be given one.
@@ -479,13 +479,13 @@ class Encoder(nn.Module):
 
         Args:
             grid: ``(h, w)``.
-            boxes: ``(B, 4)`` x0 y0 x1 y1 of crops in shares of a field; None: of a whole image.
+            boxes: ``(B, 4)`` x0 y0 x1 y1 of crops as fractions of a field; None: the whole image.
 
         Returns:
             None for a model without positions.
 
         Raises:
-            ConfigError: for boxes where there is no field.
+            ConfigError: for boxes without a field.
         """
         if self.position_field is not None:
             field = self.position_field
@@ -509,13 +509,13 @@ class Encoder(nn.Module):
         positions: tuple[Tensor, Tensor | None] | None,
         ids_keep: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Put the prefix tokens in front and add positions.
+        """Prepend the prefix tokens and add positions.
 
         Args:
             tokens: ``(B, L, D)`` from :meth:`embed_patches`.
-            positions: from :meth:`positions`, or any pair of that form (given by a position field, say); patch
-                positions may have a batch axis of B; None adds none.
-            ids_keep: ``(B, L)`` places of the tokens in the grid, where they are a subset.
+            positions: from :meth:`positions`, or any pair of that form (e.g. from a position field); patch
+                positions may have a batch axis of B; None: no positions.
+            ids_keep: ``(B, L)`` raster indices of the tokens in the grid, if they are a subset.
         """
         patch_pos, prefix_pos = positions if positions is not None else (None, None)
         if patch_pos is not None:
@@ -537,8 +537,8 @@ class Encoder(nn.Module):
 
         Args:
             sequence: from :meth:`assemble`.
-            is_key: ``(B, T)`` True where a token may be looked at, in every block; None: everywhere. All tokens look.
-            norm: False leaves the final norm out.
+            is_key: ``(B, T)`` attention mask of all blocks, True for tokens used as keys; None: all. All are queries.
+            norm: whether to apply the final norm.
         """
         sequence = self.vit.norm_pre(sequence)
         for block in self.vit.blocks:
@@ -546,10 +546,10 @@ class Encoder(nn.Module):
         return self.vit.norm(sequence) if norm else sequence
 
     def forward_chosen(self, sequence: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:
-        """What :meth:`forward_tokens` says at some tokens; the last block and the final norm see no others.
+        """Output of :meth:`forward_tokens` at some tokens; last block and final norm are computed only for these.
 
-        With another pooling than the class token (:meth:`set_pool`), the vector of the whole sequence stands in that
-        token's place, and the last block sees all tokens, since they are pooled.
+        With another pooling than the class token (:meth:`set_pool`), the pooled vector replaces that token, and the last
+        block is computed for all tokens.
 
         Args:
             sequence: from :meth:`assemble`, with a class token if it is pooled.
@@ -648,8 +648,8 @@ class Encoder(nn.Module):
 
 
 def pool_features(features: PatchFeatures, pool: str, has_class_token: bool) -> Float[Tensor, "B D"]:
-    """One vector an image without parameters or attention: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` where
-    there is one).
+    """One vector per image, without parameters or attention: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` if there
+    is a class token, else ``avg``).
 
     Raises:
         ConfigError: for another ``pool``, or ``cls`` without a class token.
@@ -683,7 +683,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def _per_channel(values: Sequence[float], channels: int, what: str) -> tuple[float, ...]:
-    """One value a channel; a single value serves all."""
+    """One value per channel; a single value applies to all."""
     if len(values) not in (1, channels):
         raise ConfigError(f"{what} has {len(values)} values, the images have {channels} channels; give 1 or {channels}")
     return tuple(float(value) for value in (values if len(values) == channels else list(values) * channels))

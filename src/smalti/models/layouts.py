@@ -1,8 +1,8 @@
-"""Key layouts of other projects' checkpoints, as names and shapes of timm's ``VisionTransformer``.
+"""Convert the checkpoints of other projects to names and shapes of timm's ``VisionTransformer``.
 
-What a layout needs beside renaming: no class token and no final norm (SelfPatch), no class token and another GELU
-(LOCA), no positions and its class token last (PART), a class token that was never used (FLSL). All of it is read off
-the tensors; the rest follows from the architecture that the user names.
+Besides renaming: no class token and no final norm (SelfPatch), no class token and another GELU (LOCA), no positions and
+the class token last (PART), an unused class token (FLSL). All of this is detected from the tensors; the rest follows
+from the architecture that the user names.
 
 Sources: the checkpoints and module definitions that DINO, iBOT, DINOv2, MAE, DropPos, Mugs, CrIBo, CrOC, SelfPatch,
 FLSL, Leopart, TimeT, NeCo, PART and LOCA have published.
@@ -39,13 +39,13 @@ class ForeignViT:
     """A vision transformer from a file, with timm's names."""
 
     tensors: Tensors
-    """Float tensors are float32. Queries and ``attn.kv`` may still stand apart: fusing them takes the head count."""
+    """Float tensors are float32. Queries and ``attn.kv`` may be separate: fusing them requires the number of heads."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """What timm needs beside the name of the architecture to build this network."""
+    """timm's arguments for this network, besides the name of the architecture."""
     dropped: tuple[str, ...] = ()
-    """The file's names of heads, decoders, mask tokens, optimiser state and networks that weren't asked for."""
+    """The file's names of heads, decoders, mask tokens, optimiser state and networks that weren't selected."""
     notes: tuple[str, ...] = ()
-    """What was changed beside names, in words."""
+    """Changes other than names, in words."""
     grid: tuple[int, int] | None = None
     """``(h, w)`` of the position table, where the file says so."""
     num_heads: int | None = None
@@ -55,16 +55,16 @@ class ForeignViT:
 def to_timm_names(tensors: Mapping[str, Tensor], network: str | None = None, beside: Iterable[str] = ()) -> ForeignViT:
     """The one vision transformer among the tensors, with timm's names.
 
-    Whatever stands before ``patch_embed.proj.weight`` is the prefix (``backbone.``, ``module.``, ``model.`` ...);
-    names elsewhere are dropped, heads and decoders likewise.
+    The part before ``patch_embed.proj.weight`` is the prefix (``backbone.``, ``module.``, ``model.`` ...). Names
+    without the prefix are dropped, as are heads and decoders.
 
     Args:
         tensors: by their names in the file; ``/`` separates like a dot.
-        network: ``student`` or ``teacher``, or a prefix, where there are several.
-        beside: what else stood in the file (``flsl_loss``, say), which can tell a layout.
+        network: ``student`` or ``teacher``, or a prefix, if there are several.
+        beside: other keys of the file (e.g. ``flsl_loss``), which can identify a layout.
 
     Raises:
-        WeightsError: if there is no vision transformer, several without a choice, or not the one asked for.
+        WeightsError: if there is no vision transformer, several and none selected, or not the selected one.
     """
     names = {key: WRAPPERS.sub("", key.replace("/", ".")) for key in tensors}
     anchors = [name for name in names.values() if not OPTIMIZER.match(name)]
@@ -91,7 +91,7 @@ def _before(name: str, anchor: str) -> str | None:
 
 
 def _choose(prefixes: list[str], network: str | None) -> str:
-    """The prefix of the network that is wanted."""
+    """The prefix of the selected network."""
     roles = {prefix: "teacher" if TEACHER.search(prefix) else "student" for prefix in prefixes}
     held = ", ".join(f"'{prefix}'" for prefix in prefixes)
     if network is not None:
@@ -131,13 +131,13 @@ def _timm_name(name: str) -> str:
 def _from_torch(
     tensors: Tensors, everything: Mapping[str, Tensor], dropped: tuple[str, ...], beside: set[str]
 ) -> ForeignViT:
-    """What DINO's many descendants, MAE's and PART's need beside names.
+    """Convert checkpoints in the layouts of DINO, MAE and PART, after renaming.
 
     Args:
-        tensors: what is kept, with timm's names.
-        everything: all under the prefix, heads, too, with the file's names.
-        dropped: names left aside so far.
-        beside: what else the file has.
+        tensors: the tensors to keep, with timm's names.
+        everything: all tensors with the prefix, including heads, with the file's names.
+        dropped: names dropped so far.
+        beside: other keys of the file.
     """
     tensors = _fuse_split_attention(tensors)
     model_args: dict[str, Any] = {}
@@ -288,7 +288,7 @@ def num_blocks(tensors: Mapping[str, Tensor]) -> int:
 
 
 def likely_names(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """What timm may call an architecture of these proportions, likeliest first; which of them exist timm knows."""
+    """Possible timm names for an architecture of this size, most likely first; not all exist in timm."""
     kernel = tensors.get(ANCHOR)
     if kernel is None or kernel.ndim != 4:
         return ()

@@ -1,6 +1,6 @@
-"""The five ways to name an encoder: ``RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME``.
+"""Load encoders by name: ``RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME``.
 
-``RUN`` is the newest checkpoint of a run, ``RUN/best`` the one that its evaluations in training liked best.
+``RUN`` is the newest checkpoint of a run, ``RUN/best`` the best one according to evaluation during training.
 """
 
 import contextlib
@@ -50,25 +50,25 @@ def load(
     pos_offset: float | None = None,
     quiet: bool = False,
 ) -> Encoder:
-    """An encoder, in eval mode on the CPU, by any of its five names.
+    """Load an encoder by name, in eval mode on the CPU.
 
     Args:
-        spec: ``RUN`` (a run directory, one of its checkpoints, or ``RUN/best``: what its evaluations in training liked
-            best), ``FILE.safetensors`` (an export, its config.json beside it), ``timm:NAME`` (pretrained weights from
+        spec: ``RUN`` (a run directory, one of its checkpoints, or ``RUN/best``: the best one according to
+            evaluation during training), ``FILE.safetensors`` (an export, with config.json in the same folder), ``timm:NAME`` (pretrained weights from
             the hub), ``timm:NAME@FILE`` (local weights, also of other projects) or ``random:NAME`` (seeded random
             weights).
-        seed: of ``random:``.
-        network: which network of a run or a file: ``student`` or ``teacher``; None takes the one that its method
-            hands on.
-        img_size: native image size in pixels; None takes the architecture's own.
+        seed: for ``random:``.
+        network: which network of a run or a file: ``student`` or ``teacher``; None: the one that its method
+            exports.
+        img_size: native image size in pixels; None: the architecture's own.
         in_chans: input channels for ``random:`` and ``timm:``.
         partial: allow weights that fill only a part of the model.
-        registers: ``drop`` leaves register tokens out of the model; these and the following as in :class:`LoadConfig`.
-        fold_layer_scale: multiply LayerScale into the layers before it.
-        patch_size: resample the patch embedding to patches of this side, in pixels.
-        patch_resample: how, ``pinv`` or ``bicubic``.
+        registers: ``drop`` removes register tokens; this and the following as in :class:`LoadConfig`.
+        fold_layer_scale: multiply LayerScale into the preceding layers.
+        patch_size: resample the patch embedding to this patch size in pixels.
+        patch_resample: method for this, ``pinv`` or ``bicubic``.
         pos_mode: how positions are resampled away from the native grid: ``bicubic`` or ``bilinear``.
-        pos_antialias: antialias it (timm does, the DINO family's code doesn't).
+        pos_antialias: antialias this resampling (timm does, the code of the DINO family doesn't).
         pos_offset: see :class:`smalti.functional.positions.Resampling`.
         quiet: don't print how many tensors matched to stderr.
 
@@ -131,7 +131,7 @@ def _open_weights(text: str, config: LoadConfig, seed: int, in_chans: int | None
         arguments = {"in_chans": in_chans or 3}
         description = {"architecture": name.split(".")[0], "model_args": arguments, "mean": None, "std": None}
         encoder = _fill(description, foreign, source, config, seed, partial)
-        if not at or "." in name:  # a tag (vit_..._224.augreg_in21k) says how the weights want images normalised
+        if not at or "." in name:  # a tag (vit_..._224.augreg_in21k) selects the normalisation of these weights
             _normalize_as_published(encoder, name)
     else:
         path = Path(text).expanduser()
@@ -142,7 +142,7 @@ def _open_weights(text: str, config: LoadConfig, seed: int, in_chans: int | None
             try:
                 description, tensors, folder, name = _in_run(path, config.weights)
             except WeightsError as error:
-                older = _checkpoints(path)[-2:-1]  # as training falls back, but here the user decides
+                older = _checkpoints(path)[-2:-1]  # training falls back to it, but here the user decides
                 raise WeightsError(f"{error}{f'; the checkpoint before it is {older[0]}' if older else ''}") from error
             encoder = _from_run(description, tensors, f"{folder} ({name})", config, folder / STATE_FILE)
             encoder.class_head = _class_head(folder, name)
@@ -154,8 +154,8 @@ def as_loaded(encoder: Encoder, config: LoadConfig = LoadConfig()) -> Encoder:
     """A copy of an encoder in memory as :func:`open_encoder` would read it from a checkpoint, in eval mode on the CPU.
 
     Args:
-        encoder: any; it stays as it is.
-        config: how the weights are fitted: native size, patches, registers, positions.
+        encoder: any; not modified.
+        config: how the weights are loaded: native size, patches, registers, positions.
 
     Raises:
         ConfigError, WeightsError: as :func:`open_encoder`.
@@ -178,9 +178,9 @@ def _from_run(
 
 
 def _arguments(config: LoadConfig) -> dict[str, Any]:
-    """What the settings change in the architecture."""
+    """Arguments of the architecture that the settings change."""
     arguments: dict[str, Any] = {"reg_tokens": 0} if config.registers == "drop" else {}
-    arguments |= {"init_values": 0.0} if config.fold_layer_scale else {}  # timm takes None for not given
+    arguments |= {"init_values": 0.0} if config.fold_layer_scale else {}  # timm treats None as not given
     return arguments | ({"patch_size": config.patch_size} if config.patch_size else {})
 
 
@@ -193,16 +193,16 @@ def _fill(
     partial: bool = False,
     where: Path | None = None,
 ) -> Encoder:
-    """An encoder as a description, a file and the settings want it, with the file's weights.
+    """Build an encoder from a description, a file and the settings, and load the file's weights.
 
     Args:
-        description: as :meth:`Encoder.config` gives it, or a part of it.
+        description: as returned by :meth:`Encoder.config`, or a part of it.
         foreign: the file's network.
-        source: what to call the file.
+        source: name of the file in messages.
         config: the settings.
-        seed: of what the file doesn't fill.
+        seed: of weights that the file doesn't have.
         partial: allow weights that fill only a part.
-        where: the file with the description, to be named if it is of no use.
+        where: the file with the description, for error messages.
     """
     arguments = {**(description.get("model_args") or {}), **foreign.model_args, **_arguments(config)}
     arguments |= {"img_size": config.img_size} if config.img_size else {}
@@ -262,14 +262,14 @@ def _from_file(file: Path, config: LoadConfig) -> tuple[ForeignViT, str]:
 
 
 def _normalize_as_published(encoder: Encoder, name: str) -> None:
-    """Mean and deviation that timm keeps beside the pretrained weights of this name and tag."""
+    """Set mean and standard deviation to timm's for the pretrained weights of this name and tag."""
     settings = timm.get_pretrained_cfg(name)
     if settings is not None and len(settings.mean) == encoder.in_chans:
         encoder.set_normalization(settings.mean, settings.std)
 
 
 def _from_hub(name: str, config: LoadConfig) -> tuple[ForeignViT, str]:
-    """Pretrained weights by timm's own door; only a user who names ``timm:NAME`` comes here."""
+    """Pretrained weights, downloaded by timm; only for ``timm:NAME``."""
     if config.weights is not None:
         raise ConfigError(f"weights={config.weights}: timm:{name} has one network; leave it out")
     try:
@@ -286,7 +286,7 @@ def _from_hub(name: str, config: LoadConfig) -> tuple[ForeignViT, str]:
 
 @contextlib.contextmanager
 def _hub_cache_only_when_unreachable() -> Iterator[None]:
-    """Without a name server answer for the hub, look in its cache only: its client would retry for a minute."""
+    """Use only the hub's cache if its host name can't be resolved: its client would retry for a minute."""
     host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
@@ -300,7 +300,7 @@ def _hub_cache_only_when_unreachable() -> Iterator[None]:
 
 
 def _exported(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT]:
-    """An exported encoder: ``FILE.safetensors`` with ``config.json`` beside it."""
+    """An exported encoder: ``FILE.safetensors`` with ``config.json`` in the same folder."""
     config_path = path.with_name("config.json")
     if path.suffix != ".safetensors" or not config_path.is_file():
         raise WeightsError(_bare(path))
@@ -313,12 +313,12 @@ def _exported(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignV
 
 
 def _of(file: Path, error: WeightsError) -> WeightsError:
-    """The error with the file's name in front, unless it stands there."""
+    """The error with the file's name prepended, unless it is there already."""
     return error if str(error).startswith(str(file)) else WeightsError(f"{file}: {error}")
 
 
 def _bare(path: Path) -> str:
-    """What to say of weights that come without a description: the name that timm probably has for them."""
+    """Error message for weights without a description, with their probable name in timm."""
     try:
         tensors = to_timm_names(read_checkpoint(path).tensors).tensors
         network = ""
@@ -382,7 +382,7 @@ def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], Tensors, P
 
 
 def _class_head(folder: Path, name: str) -> ClassHead | None:
-    """What tells classes by the vectors of a network in a checkpoint, where its method trained that."""
+    """Classification head of a network in a checkpoint, if its method trained one."""
     known = (_read_json(folder / STATE_FILE, "").get("class_heads") or {}).get(name)
     if known is None:
         return None
@@ -402,7 +402,7 @@ def _class_head(folder: Path, name: str) -> ClassHead | None:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a path names: itself, the newest of a run, or ``RUN/best``; None where there is none."""
+    """The checkpoint at a path: itself, the newest of a run, or ``RUN/best``; None if there is none."""
     if (path / STATE_FILE).is_file():
         return path
     if not names_best(path):
@@ -414,7 +414,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def weights_digest(spec: str) -> str:
-    """Changes with the weights that a name of an encoder leads to, as far as files on this machine tell."""
+    """Fingerprint of the weights that an encoder's name refers to, as far as known from local files."""
     kind, _, rest = spec.partition(":")
     if kind == "random":
         return spec
@@ -440,7 +440,7 @@ def names_best(path: Path) -> bool:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The finished checkpoint of a run with the highest step; None where there is none."""
+    """The finished checkpoint of a run with the highest step; None if there is none."""
     found = _checkpoints(run)
     return found[-1] if found else None
 

@@ -1,6 +1,6 @@
-"""Autoencoders that others trained, as sources of tokens: what they are, and their weights.
+"""Trained autoencoders as sources of tokens: architecture and weights.
 
-A run keeps both in its own settings and checkpoints, so that what they were read from is needed once, at its start.
+A run stores both in its settings and checkpoints, so the original files are needed only at its start.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def describe_tokens(path: str, kind: str) -> dict[str, Any]:
 
 
 def fill_tokens(source: TokenSource, config: TokenConfig) -> None:
-    """The weights of the autoencoder that ``tokens.path`` names; a source without a network stays as it is.
+    """Load the weights of the autoencoder at ``tokens.path``; a source without a network is unchanged.
 
     Raises:
         WeightsError: if they can't be read, or don't fit.

@@ -1,4 +1,4 @@
-"""Reading weights safely, whoever wrote them, and fitting them into a timm vision transformer.
+"""Read weights safely, also those of other projects, and load them into a timm vision transformer.
 
 Nothing here runs code from a file: safetensors is data by construction, and torch files are opened with
 ``weights_only=True``.
@@ -36,37 +36,37 @@ NETWORKS = {
 }
 """Keys under which training checkpoints keep the two networks of a method."""
 AGAIN = "it may be cut short or damaged, copy or download it again"
-"""Advice for a file of weights that isn't whole."""
+"""Advice for an incomplete file of weights."""
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")
 
 
 @settings
 class LoadConfig:
-    """How the weights of a file are fitted into an encoder."""
+    """How the weights of a file are loaded into an encoder."""
 
     weights: str | None = None
-    """``student`` or ``teacher``, where a file or run holds both; None takes the one that its project hands on."""
+    """``student`` or ``teacher``, if a file or run holds both; None: the one that its method exports."""
     img_size: ImageSize | None = None
-    """Native image size in pixels, to whose grid positions are resampled; None takes the architecture's own."""
+    """Native image size in pixels; position embeddings are resampled to its grid. None: the architecture's own."""
     registers: Literal["keep", "drop"] = "keep"
-    """``drop`` loads a file with register tokens into a model without them (NeCo's "XR" models)."""
+    """``drop``: load a file with register tokens into a model without them (NeCo's "XR" models)."""
     fold_layer_scale: bool = False
-    """Multiply LayerScale into the layers before it: the same outputs from a model without LayerScale."""
+    """Multiply LayerScale into the preceding layers: a model without LayerScale with the same outputs."""
     patch_size: ImageSize | None = None
-    """Patch side in pixels, other than the file's: its patch embedding is resampled; None takes the architecture's."""
+    """Patch size in pixels; the patch embedding is resampled if the file has another one. None: the architecture's."""
     patch_resample: Literal["pinv", "bicubic"] = "pinv"
-    """``pinv`` keeps the response to a patch that is enlarged (FlexiViT, timm); ``bicubic`` resizes the kernel."""
+    """``pinv``: pseudoinverse resize of the patch embedding (FlexiViT, timm); ``bicubic``: resize the kernel."""
     pos_mode: Literal["bicubic", "bilinear"] | None = None
-    """Interpolation of positions at other grids; None takes the encoder's own, which is bicubic."""
+    """Interpolation of position embeddings to other grids; None: the encoder's own, which is bicubic."""
     pos_antialias: bool | None = None
-    """Antialias it; None takes the encoder's own, which is true (timm), where the DINO family's code has false."""
+    """Antialias this interpolation; None: the encoder's own, true as in timm (the code of the DINO family: false)."""
     pos_offset: float | None = None
-    """Patches added to the grid in its scale factor; None takes the encoder's own, 0 (DINO, iBOT, DINOv2: 0.1)."""
+    """Offset added to the grid size in the scale factor; None: the encoder's own, 0 (DINO, iBOT, DINOv2: 0.1)."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened to the tensors of a file when a model took them."""
+    """Which tensors of a file were loaded into a model, and how."""
 
     source: str
     matched: int
@@ -76,13 +76,13 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     """Tensors of the model that the file does not have."""
     unused: tuple[str, ...] = ()
-    """Tensors of the file that the model does not take, beside those dropped."""
+    """Tensors of the file that the model does not use, apart from those dropped."""
     resampled: tuple[str, ...] = ()
     """Tensors that were resampled to the model's grid."""
     dropped: tuple[str, ...] = ()
-    """Tensors of the file left aside on purpose: heads, decoders, mask tokens, networks not asked for."""
+    """Tensors of the file skipped on purpose: heads, decoders, mask tokens, networks not selected."""
     notes: tuple[str, ...] = ()
-    """What was changed beside names, in words."""
+    """Changes other than names, in words."""
     used: tuple[str, ...] = ()
     """Tensors of the model that got their values from the file, by name."""
 
@@ -234,7 +234,7 @@ def unwrap(content: Any, network: str | None = None) -> Container:
 
     Args:
         content: what a torch file holds; nested mappings of tensors are joined with dots.
-        network: ``student`` or ``teacher``; None takes the teacher, which DINO and its descendants hand on.
+        network: ``student`` or ``teacher``; None: the teacher, which DINO and its descendants export.
 
     Raises:
         WeightsError: if there are no tensors by name.
@@ -281,7 +281,7 @@ def load_vit(
         foreign: from :func:`smalti.models.layouts.to_timm_names`, or tensors with timm's names.
         source: what to call the file.
         partial: take what matches; otherwise every tensor of the model must be filled.
-        config: whether registers may be dropped and patches resampled; None allows neither.
+        config: whether registers may be dropped and patches resampled; None: neither.
         resampling: how positions are brought to the model's grid.
 
     Raises:

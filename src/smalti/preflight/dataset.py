@@ -47,14 +47,14 @@ class DataReport:
     files: ScanReport | None = None
     """Of the images; None of recordings."""
     classes: dict[str, dict[str, int]] | None = None
-    """``{class: {split: images}}``; None where images have no class of their own."""
+    """``{class: {split: images}}``; None if images have no classes."""
     masks: MaskValues | None = None
     mask_like: MaskLike | None = None
     """Of layouts without masks."""
     copies: tuple[Copies, ...] = ()
     """Of training images among themselves, of each evaluated split among them, and of the set compared with."""
     against: str | None = None
-    """What became of the comparison with a second set, where there was none."""
+    """Reason if the comparison with a second set was skipped."""
     refused: tuple[str, ...] = ()
     """What training would refuse."""
     trained_on: int = 0

@@ -29,7 +29,7 @@ from smalti.training.launch import split_batch
 _EXTRAS = {"samples": "scikit-image", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _MIN_MEASURED_S, _MAX_MEASURED_STEPS = 1.0, 5
 _CPU_FIRST_BATCH = 4
-_CPU_STEP_S = 10.0  # how long a measured step may take; beyond it a smaller batch stands for the run's
+_CPU_STEP_S = 10.0  # how long a measured step may take; beyond it a smaller batch is measured instead of the run's
 _MIB = 2**20
 
 MakeStep = Callable[[int], Callable[[], None]]
@@ -84,7 +84,7 @@ class StepEstimate:
     def largest_micro_batch(self) -> int | None:
         """Images at a time that still fit into the free memory less :data:`MARGIN`; 0 if not one image does.
 
-        None where memory does not grow with the batch, as far as was measured.
+        None if measured memory does not grow with the batch.
         """
         if self._sizes == [1, 1]:
             return 1
@@ -166,7 +166,7 @@ class DoctorReport:
     data: DataReport | None
     step: StepEstimate | None
     shared_mib: float | None = None
-    """Free shared memory, through which data workers hand over batches; None where the system has none."""
+    """Free shared memory, through which data workers pass batches; None if the system has none."""
 
     @property
     def problems(self) -> list[str]:
@@ -240,7 +240,7 @@ def doctor(
     step: StepEstimate | None = None,
     progress: Progress | None = None,
 ) -> DoctorReport:
-    """Look at this machine and, if named, at data.
+    """Check this machine and, if given, data.
 
     Args:
         data: images or recordings as for :func:`~smalti.preflight.dataset.look_at_data`; all images are read once.
@@ -297,7 +297,7 @@ def measure_step(
         device: where ``make_step`` computes.
         checkpoint_mib: size of one checkpoint, weights and optimiser.
         keep: checkpoints that stay.
-        batch_sizes: the two to measure at, growing; None chooses them.
+        batch_sizes: the two to measure at, ascending; None: chosen automatically.
         shared_mib: shared memory that data workers of the run need.
 
     Raises:

@@ -36,7 +36,7 @@ from smalti.report.html import Html, as_float, chart_figure, decimals, join, mis
 BASELINES = tuple(BASELINE_LABELS.values())
 """Names of arms that are drawn in grey: a baseline, not a competitor."""
 KEEP_CURVE = "keep-curve"
-"""Protocol whose scores are drawn against the share of patches that is dropped."""
+"""Protocol whose scores are plotted against the fraction of dropped patches."""
 _CONTROLS = ("random", "fixed_random", "collapse_static")
 STAGING = "sleep-staging"
 """Protocol whose predictions are hypnograms."""
@@ -207,7 +207,7 @@ def _predictions(judged: Sequence[Evaluated]) -> Html | None:
 
 
 def _label_sweeps(judged: Sequence[Evaluated]) -> Html | None:
-    """Kappa against the share of the subjects that was learned from, with intervals over the evaluated recordings."""
+    """Kappa against the fraction of training subjects, with intervals over the evaluated recordings."""
     parts = []
     for one in judged:
         lines: dict[str, list[SweepPoint]] = {}
@@ -227,7 +227,7 @@ def _label_sweeps(judged: Sequence[Evaluated]) -> Html | None:
 
 
 def _keep_curves(judged: Sequence[Evaluated]) -> Html | None:
-    """Accuracy against the share of dropped patches, orders that look at no image among them, and against speed."""
+    """Accuracy against the fraction of dropped patches (also for image-independent orders), and against speed."""
     parts = []
     for one in judged:
         known = {

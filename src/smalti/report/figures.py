@@ -122,7 +122,7 @@ def quantise(coordinates: Float[Tensor, "B N K"]) -> Int[Tensor, "B N K"]:
 
 
 def telling_patch(codes: Int[Tensor, "B N K"], grid: tuple[int, int]) -> tuple[int, int]:
-    """The patch ``(image, number)`` whose similarities to all others differ most: something stands out there.
+    """The patch ``(image, number)`` with the highest variance of similarities to all others.
 
     Looked for in the middle of the images, where their subject mostly is.
     """
@@ -140,7 +140,7 @@ def explorer_data(
     """What the page's script needs to compare any patch with all others; plain values.
 
     Args:
-        codes: encoder -> what :func:`quantise` gave and the share of the variance; the first encoder is shown first.
+        codes: encoder -> output of :func:`quantise` and explained variance ratio; the first encoder is shown first.
         grid: ``(h, w)`` of every image.
         names: of the images.
     """
@@ -248,7 +248,7 @@ def sweep_chart(
     muted: Collection[str] = (),
     axis: Literal["shares", "rates", "speed"] = "shares",
 ) -> str:
-    """Scores against shares of something, with their intervals as bands, as inline SVG.
+    """Scores against fractions of something, with their intervals as bands, as inline SVG.
 
     Args:
         title: for readers who can't see it.
@@ -321,9 +321,9 @@ def hypnogram_chart(
 
 
 def confusion_chart(title: str, matrix: Int[np.ndarray, "G P"], names: Sequence[str]) -> str:
-    """Shares of each true class, as inline SVG: blue by how much of the row is there.
+    """Confusion matrix as inline SVG: fractions of each true class, as the opacity of blue.
 
-    Up to a dozen classes have their per cents written in; of more, the blue grows with the square root of the share, so
+    Up to a dozen classes show percentages; with more, the opacity is the square root of the fraction, so
     that small confusions are seen.
 
     Args:
@@ -452,7 +452,7 @@ def boxes_picture(
 
     Args:
         picture: RGB.
-        boxes: x0 y0 x1 y1 as shares of the picture's sides.
+        boxes: x0 y0 x1 y1 as fractions of the picture's sides.
         labels: of each; class 0 has the palette's second colour, as the first is for backgrounds.
     """
     height, width = (2 * side for side in picture.shape[:2])
@@ -590,7 +590,7 @@ def _with_gaps(steps: Sequence[float], values: Sequence[float]) -> tuple[list[fl
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean that forgets over about a thirtieth of the curve; starts anew after a gap."""
+    """Exponential moving average over about 1/30 of the curve; restarts after a gap."""
     keep = 1 - min(1.0, 30 / len(values))
     result: list[float] = []
     mean = weight = 0.0

@@ -1,4 +1,4 @@
-"""The markup that all pages share: elements, tables, and the frame of a page that asks no network."""
+"""Common markup of all pages: elements, tables, and the frame of a self-contained page."""
 
 import math
 import re

@@ -132,8 +132,8 @@ def write_report(
         run: a run directory.
         out: the file; None takes ``report.html`` in the run directory.
         num_images: how many images show their patch tokens; 0 leaves these parts out.
-        encoder: whose tokens are shown; None loads the run's newest checkpoint.
-        baseline: what stands beside it; None takes the encoder's own: of a run the same network untrained.
+        encoder: whose tokens are shown; None: the run's newest checkpoint.
+        baseline: encoder to compare with; None: its own baseline, for a run the untrained network.
         images: where the images are taken from, evenly; None opens ``data.path`` of the run.
         image_size: pixels that the encoder is given, for finer maps than its native size gives.
 
@@ -188,7 +188,7 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
 
 def verdict(comparisons: Sequence[Comparison], method: type[Method] | None = None) -> tuple[str, str]:
     """Whether training helped: ``better``, ``same``, ``worse`` or ``unknown``, and one sentence; ``method`` names one
-    that hands on no encoder."""
+    that exports no encoder."""
     measured = [pair for pair in comparisons if math.isfinite(pair.gain(pair.trained.headline[0]))]
     if not measured:
         if not comparisons and method is not None:
@@ -236,7 +236,7 @@ def _signed(gain: float, pair: Comparison) -> str:
 
 
 def _without_encoder(files: RunFiles) -> type[Method] | None:
-    """The method, if it sees tokens and hands on no encoder."""
+    """The method, if it trains on tokens and exports no encoder."""
     name = files.setting("method")
     method = get_method(str(name)) if name in method_names() else None
     return method if method is not None and not method.has_encoder else None
@@ -577,7 +577,7 @@ def _explorer(shown: ShownImages, uris: Sequence[str], data: Mapping[str, Any], 
 
 
 def _positions(files: RunFiles) -> Html | None:
-    """What ``smalti probe --what positions`` left in the run directory; None where it did not run."""
+    """Results of ``smalti probe --what positions`` in the run directory; None if it did not run."""
     path, picture = (files.path / "probes" / f"positions.{ending}" for ending in ("json", "png"))
     try:
         probe = read_mapping(path)
@@ -594,7 +594,7 @@ def _positions(files: RunFiles) -> Html | None:
 
 
 def _drawn(files: RunFiles) -> Html | None:
-    """What ``smalti generate`` drew last; None where it did not run."""
+    """Latest images of ``smalti generate``; None if it did not run."""
     folder = files.path / "samples"
     try:
         grid, film = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("grid.png", "film.png"))

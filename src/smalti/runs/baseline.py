@@ -26,15 +26,15 @@ def evaluate(
     progress: Progress | None = None,
     figures: bool = False,
 ) -> list[Result]:
-    """Evaluate an encoder beside its baseline (:func:`baseline_of`); what ``smalti evaluate`` does.
+    """Evaluate an encoder and its baseline (:func:`baseline_of`), as ``smalti evaluate`` does.
 
     Args:
-        encoder: on the device where it shall run.
+        encoder: on the device to run on.
         name: of the encoder in the results.
         data: labelled images, as in ``EvalConfig.data``, which is not read here.
         config: settings of all protocols; ``baseline=False`` leaves the baseline out.
         progress: called as ``progress(what, done, total)`` from time to time.
-        figures: also keep what pages show of a few images, in ``details.shown``.
+        figures: also store figures of a few images for report pages, in ``details.shown``.
 
     Returns:
         One result per protocol, each followed by that of the baseline, if there is one; with ``intervals`` over the
@@ -49,7 +49,7 @@ def evaluate(
 
 
 def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | None:
-    """What an encoder's scores are compared with.
+    """The baseline to which an encoder's scores are compared.
 
     Args:
         encoder: as :func:`smalti.load` gives it.
@@ -58,7 +58,7 @@ def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | N
 
     Returns:
         Of a run: the same network at step 0, ``untrained`` or (with ``init``) ``before``. Of an imported encoder:
-        ``random-init``. None for what is untrained itself, and for a run that started from weights which are gone.
+        ``random-init``. None for untrained encoders, and for a run whose initial weights are gone.
     """
     if encoder.origin is None:
         return None if name.startswith("random:") else random_baseline(encoder, seed)
@@ -96,7 +96,7 @@ def untrained_network(config: RunConfig, network: str, classes: tuple[str, ...] 
     Args:
         config: the run's settings.
         network: name of one of the method's networks.
-        classes: names for the head for classes, where the method trains one.
+        classes: class names of the classification head, if the method trains one.
     """
     method = build_method(config)
     encoder = method.networks()[network]

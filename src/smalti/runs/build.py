@@ -52,16 +52,16 @@ DEFAULT_ENCODER = "vit_small_patch16_224"
 SIGNAL_ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 50, "embed_dim": 256, "depth": 8, "num_heads": 8}
 """Where the data are signals: timm's plain vision transformer with these arguments, patches in samples."""
 SCALE_SAMPLE = 256
-"""Images in which ``data.scale=percentiles`` looks."""
+"""Number of images from which ``data.scale=percentiles`` is estimated."""
 
 
 def count_classes(config: RunConfig, images: ImageSet | SignalSet | None) -> RunConfig:
-    """The settings with ``method.num_classes`` as the images have them, where the method learns from labels; where it
-    can do without them, of images that have them.
+    """Fill in ``method.num_classes`` from the images, if the method trains on labels; if labels are optional, only for
+    images that have them.
 
     Args:
         config: the run's settings.
-        images: what will be read; None: nothing.
+        images: the training images; None: no data.
 
     Raises:
         DataError: if the images have no classes, or more than the settings say.
@@ -114,7 +114,7 @@ def build_method(config: RunConfig, description: Mapping[str, Any] | None = None
             return built
         assert issubclass(method, EncoderMethod), method
         encoder = starting_encoder(config, description, quiet)
-        encoder.draw_positions()  # a method that wants none drops them again
+        encoder.draw_positions()  # methods without positions drop them again
         encoder.set_drop_path(config.drop_path)
         return method(encoder, config.method)
 
@@ -189,7 +189,7 @@ def new_encoder(encoder: str | Mapping[str, Any] | None, data: DataConfig, seed:
     """An encoder with timm's random weights, on the CPU, for images or windows of signals as ``data`` says.
 
     Args:
-        encoder: what the setting ``encoder`` takes.
+        encoder: value of the setting ``encoder``.
         data: size, channels and normalisation of the images.
         seed: of the weights.
     """
@@ -242,7 +242,7 @@ def open_data(config: RunConfig) -> ImageSet | SignalSet:
 
 
 def open_training(config: RunConfig) -> ImageSet | SignalSet:
-    """What a run learns from: the images, or windows of signals, of the train split where there are splits.
+    """Training data of a run: images or windows of signals, of the train split if there are splits.
 
     Raises:
         ConfigError, DataError: as the readers do.
@@ -251,7 +251,7 @@ def open_training(config: RunConfig) -> ImageSet | SignalSet:
 
 
 def training_part(data: ImageSet | SignalSet, config: RunConfig) -> ImageSet | SignalSet:
-    """The train split of :func:`open_data`, or all of it where there are no splits.
+    """The train split of :func:`open_data`, or all of it without splits.
 
     Raises:
         ConfigError, DataError: if there are splits and none is for training, or the channels are not as configured.
@@ -268,7 +268,7 @@ def training_part(data: ImageSet | SignalSet, config: RunConfig) -> ImageSet | S
 
 
 def measure_scale(config: RunConfig, images: ImageSet | SignalSet) -> tuple[RunConfig, ImageSet | SignalSet]:
-    """Settings and images with the ranges of values that ``data.scale=percentiles`` asks for, found in a sample.
+    """Settings and images with the input ranges of ``data.scale=percentiles``, estimated from a sample.
 
     Raises:
         DataError: if no image of the sample can be read, or a channel has one value nearly everywhere.

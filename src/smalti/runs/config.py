@@ -1,4 +1,4 @@
-"""What a run is: all settings of a training run, and how they follow from a user's keys."""
+"""All settings of a training run, and how they are resolved from the user's keys."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -50,98 +50,99 @@ from smalti.training.loop import LogConfig
 from smalti.training.optim import OptimConfig
 
 MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_workers")
-"""Settings that a resumed run may be given anew; all others would change what it computes."""
+"""Settings that may change when a run resumes; all others would change its results."""
 
 
 @settings
 class DataConfig(PixelConfig):
-    """What is read, and how."""
+    """Training data, and how they are read."""
 
     scale: Range | tuple[Range, ...] | Literal["percentiles"] | None = None  # type: ignore[assignment]
-    """Values that become 0 and 1: one pair or one a channel, such as [0, 4095] for 12 bits in 16-bit files; what lies
-    outside is clipped. ``percentiles`` finds a pair a channel in 256 images, and the run keeps it. None: 0..255 of 8
-    bits, 0..65535 of unsigned 16, 0..1 of floats."""
+    """Input range mapped to 0..1: one pair, or one per channel, such as [0, 4095] for 12-bit data in 16-bit files;
+    values outside are clipped. ``percentiles`` estimates a pair per channel from 256 images and stores it with the run.
+    None: 0..255 for 8-bit files, 0..65535 for unsigned 16-bit, 0..1 for floats."""
 
     path: PathText | None = None
-    """A folder of images, a list file, class folders or images with masks; ``NAME=PATH`` forces a reader."""
+    """Folder of images, list file, class folders or images with masks; ``NAME=PATH`` selects a reader."""
     class_depth: Annotated[int, Field(ge=1)] | Literal["deepest"] | None = None
-    """``supervised``: how many nested class folders name the class (1: the outermost), or ``deepest``: the folder of
-    the image; None: there is one above each image."""
+    """For ``supervised``, with nested class folders: how many levels form the class name (1: the outermost only), or
+    ``deepest``: the folder that holds the image. None: class folders are not nested."""
     image_size: ImageSize = 224
-    """Side of the main crop in pixels, a multiple of the patch size."""
+    """Side length of the main crop in pixels; a multiple of the patch size."""
     channels: Count = 3
-    """Channels of an image, 1..N; of signals as many as are read."""
+    """Number of channels of the images; for signals it follows from the recordings."""
     signal: SignalConfig | None = None
-    """How signals are read; set where the data are some."""
+    """How signals are read; filled in if the data are signals."""
     mean: tuple[float, ...] | None = None
-    """Normalisation per channel, of images in 0..1; None: the encoder's own."""
+    """Mean per channel for normalisation, of images in 0..1; None: the encoder's own."""
     std: tuple[float, ...] | None = None
-    """Likewise."""
+    """Standard deviation per channel for normalisation, of images in 0..1; None: the encoder's own."""
     num_workers: Workers | None = None
-    """Processes that read images; None: 0 on a CPU, up to 8 beside a GPU. Never changes the trained weights."""
+    """Worker processes that load data; None: 0 on CPU, up to 8 with a GPU. Does not change the trained weights."""
 
 
 @settings
 class RunConfig:
-    """All settings of a training run; what stands in a recipe and in ``config.yaml``."""
+    """All settings of a training run, as in a recipe and in ``config.yaml``."""
 
     method: MethodConfig
-    """``name``, and the method's own settings."""
+    """Name of the method (``name``) and its settings."""
     data: DataConfig = DataConfig()
-    """What is read."""
+    """Training data."""
     encoder: str | dict[str, Any] | None = None
-    """Architecture by timm's name, and ``encoder.patch_size``, ``encoder.depth`` and any other argument of timm's
-    ``VisionTransformer``; None: vit_small_patch16_224, or what ``init`` brings."""
+    """timm name of the architecture; ``encoder.patch_size``, ``encoder.depth`` and any other argument of timm's
+    ``VisionTransformer`` override it. None: the architecture of ``init``, else vit_small_patch16_224."""
     tokens: TokenConfig | None = None
-    """Of methods without an encoder, what a token is; None: the defaults."""
+    """Tokens of methods without an encoder; None: the defaults."""
     init: PathText | None = None
-    """Weights to start from: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None starts from random ones."""
+    """Initial weights: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None: random initialisation."""
     load: LoadConfig = LoadConfig()
-    """How the weights of ``init`` are fitted."""
+    """How the weights of ``init`` are loaded."""
     steps: Count = 10_000
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     batch_size: BatchSize = 64
-    """Images per optimiser step, over all devices and accumulated gradients."""
+    """Images per optimiser step, summed over devices and accumulation steps."""
     micro_batch: int | None = None
-    """Images that one device takes at a time; None: ``batch_size / devices``. Gradients are accumulated until a step's
-    images are seen. Changes memory and time; results change by rounding only, except for losses that couple samples."""
+    """Images per forward pass on one device; gradients are accumulated over the rest of the batch. None:
+    ``batch_size / devices``. Changes memory and time. Results change only by rounding, except for losses that couple
+    the samples of a batch."""
     seed: Seed = 0
-    """Of weights, data order, augmentation and everything else random."""
+    """Seed of the initial weights, data order, augmentation and all other randomness."""
     devices: int | str = "auto"
-    """``auto`` (one GPU, else the CPU), ``cpu``, or a number of devices, one process each."""
+    """``auto`` (one GPU, else CPU), ``cpu``, or the number of devices, with one process each."""
     precision: str = "auto"
-    """``fp32`` or ``bf16``; ``auto`` is bf16 on GPUs that have it."""
+    """``fp32``, ``bf16`` or ``auto``: bf16 on GPUs that support it, else fp32."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
     weights: str | None = None
-    """Which network evaluation in training looks at: student or teacher; None: the one the method hands on."""
+    """Network that is evaluated during training: student or teacher; None: the one that the method exports."""
     pool: Literal["auto", "cls", "avg", "map", "prr"] = "auto"
-    """The vector that stands for an image, in methods that learn from one, too: ``cls`` class token, ``avg`` mean
-    patch, ``auto`` the class token where there is one, ``prr`` the same behind parameter-free attention among all
-    tokens, ``map`` timm's attention pooling of the patches, which is trained."""
+    """Pooling of tokens to the image vector; also used in the loss of methods that train on image vectors. ``cls``:
+    class token; ``avg``: mean of the patch tokens; ``auto``: class token if there is one, else the mean; ``prr``: as
+    ``auto``, after parameter-free attention over all tokens; ``map``: timm's trainable attention pooling."""
     prr: PRRConfig | None = None
-    """Of ``pool=prr``: ``num_heads pre_norm post_norm include_prefix``; None: as the paper has it."""
+    """Settings of ``pool=prr``: ``num_heads pre_norm post_norm include_prefix``; None: those of the paper."""
     drop_path: float = 0.0
-    """Stochastic depth of the trained network, highest rate."""
+    """Maximum stochastic depth rate of the trained network; the rate grows linearly with depth."""
     optim: OptimConfig = OptimConfig()
-    """Optimiser and schedules."""
+    """Optimiser and learning rate schedule."""
     eval: EvalConfig = EvalConfig()
-    """Evaluation in training (``eval.data``, ``eval.every``); never changes the trained weights."""
+    """Evaluation during training (``eval.data``, ``eval.every``); does not change the trained weights."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are written; never changes the trained weights."""
+    """When checkpoints are written; does not change the trained weights."""
     log: LogConfig = LogConfig()
-    """What is written down; never changes the trained weights."""
+    """Logging; does not change the trained weights."""
 
 
 def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
-    """The settings of a run, from a tree of the user's keys over the method's defaults.
+    """Resolve the settings of a run: the user's keys merged over the method's defaults.
 
     Args:
-        tree: as a recipe and the command line give it; ``method`` is a name or a mapping with ``name``.
-        where: what to name in errors.
+        tree: the user's keys, from recipe and command line; ``method`` is a name or a mapping with ``name``.
+        where: source of the settings, for error messages.
 
     Raises:
-        ConfigError: for an unknown key or method (the nearest is named), or a value that can't be used.
+        ConfigError: for an unknown key or method (the closest match is suggested), or an invalid value.
     """
     chosen = tree.get("method")
     chosen = {"name": chosen} if isinstance(chosen, str) else chosen or {}
@@ -188,10 +189,10 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
 
 
 def _check_no_encoder(config: RunConfig, where: str) -> None:
-    """Settings of an encoder make no sense where there is none.
+    """Refuse encoder settings for a method without an encoder.
 
     Raises:
-        ConfigError: for the first of them.
+        ConfigError: for the first such setting.
     """
     name = config.method.name
     without = dict.fromkeys(("encoder", "weights", "prr")) | {"pool": "auto", "drop_path": 0.0, "load": LoadConfig()}
@@ -209,8 +210,8 @@ def _check_no_encoder(config: RunConfig, where: str) -> None:
 
 
 def with_start(tree: Tree) -> Tree:
-    """The tree with what ``init`` fixes, where a method without an encoder starts from a run: size and channels of its
-    images, tokens, and settings of the method that both have.
+    """Add what ``init`` fixes if a method without an encoder starts from a run: image size, channels, tokens, and the
+    method settings that both methods have.
 
     Raises:
         ConfigError: if the method doesn't start from such runs, or a setting contradicts it.
@@ -248,7 +249,7 @@ def with_start(tree: Tree) -> Tree:
 
 
 def check_start(config: RunConfig) -> None:
-    """Refuse a post-training method without weights to start from, unless ``method.from_scratch`` asks for it.
+    """Refuse a post-training method without initial weights, unless ``method.from_scratch`` is set.
 
     Args:
         config: the run's settings.
@@ -271,11 +272,11 @@ def check_start(config: RunConfig) -> None:
 
 
 def posttrain_note(tree: Mapping[str, Any], config: RunConfig) -> str:
-    """One line about the settings that a run has because it starts from weights; empty where there are none.
+    """One line about the defaults that changed because the run starts from weights; empty if none did.
 
     Args:
         tree: the user's keys, as :func:`resolve` takes them.
-        config: what it made of them.
+        config: the resolved settings.
     """
     given, used = flatten(tree), flatten(to_tree(config))
     special = flatten(get_method(config.method.name).posttrain_defaults) if config.init else {}
@@ -288,7 +289,7 @@ def _signal_methods() -> str:
 
 
 def as_trained(config: RunConfig) -> RunConfig:
-    """Settings with which evaluation in training decodes images as training does, unless they say otherwise."""
+    """Let evaluation during training decode images as training does, unless ``eval.*`` sets it otherwise."""
     if config.data.scale == "percentiles":
         return config
     known = {name: getattr(config.data, name) for name in field_names(PixelConfig)}
@@ -297,8 +298,8 @@ def as_trained(config: RunConfig) -> RunConfig:
 
 
 def with_signals(tree: Tree) -> Tree:
-    """The tree with what follows from the data, where these are signals: channels by name and number; the evaluation
-    reads as training does, but for the window, which is a stage's.
+    """Add what follows from the data if they are signals: names and number of channels. Evaluation reads recordings as
+    training does, except for the window, which is one stage long.
 
     Raises:
         ConfigError, DataError: if the recordings can't be read, or ``data.signal`` is given for images.
@@ -319,7 +320,7 @@ def with_signals(tree: Tree) -> Tree:
 
 
 def absolute_paths(tree: Mapping[str, Any], beside: Path | None = None) -> Tree:
-    """Settings of a run, or a part of them, with absolute paths: they hold from any working directory.
+    """Settings of a run, or a part of them, with absolute paths, valid from any working directory.
 
     Args:
         tree: as :func:`resolve` takes it.
@@ -332,7 +333,7 @@ def absolute_paths(tree: Mapping[str, Any], beside: Path | None = None) -> Tree:
 
 
 def absolute(text: str, beside: Path | None = None) -> str:
-    """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH`` with the path made absolute, if there is something.
+    """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH`` with the path made absolute, if it exists.
 
     Args:
         text: as a user gives it.

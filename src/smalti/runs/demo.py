@@ -42,7 +42,7 @@ HEADS = {"linear-segmentation": {"epochs": 5}}
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo made."""
+    """Outputs of the demo."""
 
     samples: Path
     run: Path
@@ -64,7 +64,7 @@ class Demo:
 
 
 def run_demo(out: Path, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Demo:
-    """Write samples, train MAE on them, evaluate it beside the same network untrained.
+    """Write sample images, train MAE on them, and evaluate it against the untrained network.
 
     Args:
         out: a folder that is new or empty.
@@ -72,7 +72,7 @@ def run_demo(out: Path, overrides: Mapping[str, Any] | None = None, *, quiet: bo
         quiet: show no progress.
 
     Raises:
-        ConfigError: if ``out`` is a file or holds something.
+        ConfigError: if ``out`` is a file or not empty.
         MissingExtraError: without scikit-image.
     """
     if not is_free(out):

@@ -28,7 +28,7 @@ from smalti.training.launch import (
 
 
 def encoder_at(run: Path, config: RunConfig, step: int) -> Encoder:
-    """The network that evaluation looks at, as it was after a step; step 0 also where its checkpoint is gone."""
+    """The network that is evaluated, as of a step; step 0 works even if its checkpoint was deleted."""
     network = config.weights or get_method(config.method.name).export_network
     checkpoint = run / CHECKPOINTS / f"step_{step:08d}"
     if (checkpoint / STATE_FILE).is_file() or step > 0:
@@ -40,16 +40,16 @@ def encoder_at(run: Path, config: RunConfig, step: int) -> Encoder:
 
 
 def evaluated_with(config: RunConfig) -> str:
-    """What the scores of evaluations in training depend on beside the weights, as text; empty without evaluation."""
+    """Settings that affect the scores of evaluation during training, as text; empty without evaluation."""
     if not config.eval.data:
         return ""
     return json.dumps({**determining(config.eval, COSTLESS), "weights": config.weights}, sort_keys=True)
 
 
 class EvaluationHook:
-    """Evaluation in training: before it, every ``eval.every`` steps and after the last; of the network handed on.
+    """Evaluate the exported network before training, every ``eval.every`` steps and after the last step.
 
-    Where training starts from weights, it also keeps what the verdict of :mod:`smalti.runs.posttrain` needs.
+    If training starts from weights, also store results for the verdict of :mod:`smalti.runs.posttrain`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class EvaluationHook:
     ) -> None:
         self.config = config
         self.run = run
-        self.progress = progress  # of an evaluation; it may end one by an exception
+        self.progress = progress  # of an evaluation; may stop it by raising an exception
         handed_on = get_method(config.method.name).export_network
         self.before_and_after = (
             BeforeAfter(run, config.eval, config.weights or handed_on, handed_on, progress)

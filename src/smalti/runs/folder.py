@@ -1,4 +1,4 @@
-"""What a run directory holds beside checkpoints and logs: ``run.json``, results, and a lock while a run writes."""
+"""Files of a run directory apart from checkpoints and logs: ``run.json``, results, and a lock while a run writes."""
 
 import dataclasses
 import hashlib
@@ -54,7 +54,7 @@ def write_run_file(run: Path, images: ImageSet | SignalSet, init: str | None, pr
 
 
 def read_run_file(run: Path) -> dict[str, Any]:
-    """What ``run.json`` of a run directory holds; nothing where there is none, or it is damaged."""
+    """Content of a run directory's ``run.json``; empty if it is missing or damaged."""
     try:
         return _parse(run / RUN_FILE)
     except DataError:
@@ -75,7 +75,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def mend_folder(run: Path) -> None:
-    """Make a run directory ready to be resumed: what a kill left is removed, a damaged ``run.json`` set aside."""
+    """Prepare a run directory for resuming: remove leftovers of a kill, rename a damaged ``run.json``."""
     remove_leftovers(run)
     remove_leftovers(run / RESULTS, abandoned=True)  # evaluations write there, too
     tidy(run)
@@ -119,7 +119,7 @@ def note_end(run: Path, started: float, method: Method) -> None:
 
 
 def end_of_log(run: Path) -> dict[str, float]:
-    """Means over the last tenth of the rows of ``log.csv``, one row at least, of the columns that are known there."""
+    """Means over the last tenth of the rows of ``log.csv``, one row at least, of the columns that have values there."""
     rows = read_csv(run / LOG_FILE) if (run / LOG_FILE).is_file() else []
     last = rows[-max(1, len(rows) // 10) :]
     columns = {name: [as_number(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}

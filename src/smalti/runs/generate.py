@@ -1,4 +1,4 @@
-"""Images out of a run of MAR or CMAR: which classes, in which orders, and the drawing itself, within memory."""
+"""Generate images with a run of MAR or CMAR: classes, token orders, and sampling within memory."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from smalti.runs.folder import read_run_file
 Source = Literal["bank", "class_mean", "global_mean"]
 _BANK = 6  # branch of an image's keys
 _FREE_SHARE = 0.25
-"""Share of the memory at hand that a batch may fill."""
+"""Fraction of the free memory that a batch may use."""
 _MOST_AT_ONCE = 256
 
 
@@ -37,25 +37,25 @@ class GenerateConfig(SamplerConfig):
     num: Count = 64
     """Number of images."""
     labels: tuple[int | str, ...] | int | str | None = None
-    """Classes to draw in turn, by name or number, such as ``cat,dog``; ``none`` draws without a class. None: all."""
+    """Classes to generate in turn, by name or number, such as ``cat,dog``; ``none``: unconditional. None: all."""
     order: str | None = None
-    """Order in which tokens are drawn: collapse, random, halton ...; None: the one that the run was trained with."""
+    """Order in which tokens are generated: collapse, random, halton ...; None: the order used in training."""
     order_source: Source = "bank"
-    """Which of the orders in a file an image gets: ``bank``, that of a training image of its class; ``class_mean``;
+    """Which order of a file is used for an image: ``bank``, that of a training image of its class; ``class_mean``;
     ``global_mean``."""
     seed: Seed = 0
     """The same seed draws the same images."""
     batch_size: BatchSize | None = None
-    """Images at a time; None: as many as fit into memory."""
+    """Images per batch; None: as many as fit into memory."""
 
     @property
     def sampler(self) -> SamplerConfig:
-        """The settings of the sampler alone."""
+        """Only the settings of the sampler."""
         return SamplerConfig(**{name: getattr(self, name) for name in field_names(SamplerConfig)})
 
     @property
     def words(self) -> str | None:
-        """``labels`` as :func:`choose_classes` takes them."""
+        """``labels`` as passed to :func:`choose_classes`."""
         if self.labels is None:
             return None
         return ",".join(map(str, self.labels)) if isinstance(self.labels, tuple) else str(self.labels)
@@ -68,7 +68,7 @@ class Generator:
     method: MAR
     """In eval mode, on the CPU."""
     classes: tuple[str, ...]
-    """Names; numbers where the run kept none, empty where it learned without classes."""
+    """Class names; numbers if the run stored none, empty if it was trained without classes."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ def load_generator(run: Path) -> Generator:
 
 
 def choose_classes(words: str | None, classes: Sequence[str], num: int) -> list[int]:
-    """The class of each image, as many in turn as are named.
+    """The class of each image: the named classes in turn.
 
     Args:
-        words: names or numbers with commas between; ``none`` draws without a class; None: every class in turn, or none
-            where there are none.
+        words: names or numbers, comma-separated; ``none``: unconditional; None: every class in turn, or unconditional
+            if there are none.
         classes: names, K of them.
         num: images.
 
@@ -113,7 +113,7 @@ def choose_classes(words: str | None, classes: Sequence[str], num: int) -> list[
         Numbers 0..K-1, and K for none.
 
     Raises:
-        ConfigError: for an unknown one; the nearest is named.
+        ConfigError: for an unknown class; the closest match is suggested.
     """
     if words is None:
         chosen = list(range(len(classes))) or [0]
@@ -147,16 +147,16 @@ def choose_orders(
     grid: tuple[int, int],
     classes: Sequence[str],
 ) -> Int[Tensor, "B N"]:
-    """The order in which each image is drawn.
+    """The token order for each image.
 
-    Where orders were found for images, an image that isn't there yet takes one from those of the training images of its
-    class (all of them where it has none): any one of these (``bank``), or the order of their mean ranks
-    (``class_mean``); ``global_mean`` is that of all training images. An image's class is the folder that it lies in.
+    A file has orders of training images. A generated image uses those of its class (of all images without a class):
+    one at random (``bank``), or the order of their mean ranks (``class_mean``). ``global_mean``: order of the mean
+    ranks of all training images. The class of a training image is its folder.
 
     Args:
         name: of an order, see :data:`smalti.data.order_files.ORDERS`.
         source: how an image's order is taken from a file.
-        cache: the file, where the order needs one.
+        cache: the file, if the order needs one.
         labels: numbers of classes, K for none.
         keys: randomness of each image.
         grid: tokens down and across.
@@ -215,7 +215,7 @@ def own_order(method: MAR) -> tuple[str, str | None]:
 
 
 def open_cache(name: str, path: str | Path | None) -> OrderCache | None:
-    """The file of an order; None for orders that need none."""
+    """The file of an order; None if it needs none."""
     return read_orders(path) if path is not None and name in CACHED else None
 
 
@@ -243,23 +243,23 @@ def draw_images(
     film_images: int = 0,
     film_frames: int = 8,
 ) -> tuple[Film | None, float]:
-    """Draw images, a batch at a time; where memory runs out on a GPU, by halves of it.
+    """Generate images in batches; if the GPU runs out of memory, the batch size is halved.
 
     Args:
         method: on its device.
         orders: of each image.
         labels: of each image, K for none.
         seed: the same seed, class and order give the same image, whatever the batch.
-        sampler: how.
-        batch_size: images at a time; None: as many as fit.
-        keep: is given the number of a batch's first image and the images, in 0..1, on the CPU.
+        sampler: settings of the sampler.
+        batch_size: images per batch; None: as many as fit.
+        keep: called with the number of a batch's first image and the images, in 0..1, on the CPU.
         is_kept: whether an image, by its number, was drawn before; a batch is drawn again if one of its images wasn't.
-        progress: is told the work done and in all, in tokens.
-        film_images: F, how many of the first images are watched.
-        film_frames: S, in how many frames; fewer where there are fewer steps.
+        progress: called with completed and total work, in tokens.
+        film_images: F, number of first images whose generation is recorded.
+        film_frames: S, number of frames; fewer if there are fewer steps.
 
     Returns:
-        The film, if any was asked for and its images were drawn now; and images a second.
+        The film, if requested and its images were generated in this call; and images per second.
     """
     device = next(method.parameters()).device
     num, counts = len(labels), method.plan(sampler)

@@ -18,10 +18,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if it isn't there.
+    """Hold the lock of a folder, which is created if needed.
 
-    The lock is on the open file, not on its name: what a killed process leaves behind locks nothing. Where the file
-    system has no locks (some network file systems), a line says so, and nothing is locked.
+    The lock is on the open file, not on its name: the file of a killed process locks nothing. On file systems without
+    locks (some network file systems), a warning is printed and nothing is locked.
 
     Raises:
         RunError: if another process holds it.

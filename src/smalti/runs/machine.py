@@ -14,7 +14,7 @@ PACKAGES = ("smalti", "torch", "torchvision", "timm", "accelerate", "opencv-pyth
 
 
 def describe_machine() -> dict[str, Any]:
-    """Plain values that stand beside every number: ``versions``, ``machine``, ``commit`` (of a checkout of Smalti)."""
+    """Metadata stored with every result: ``versions``, ``machine``, ``commit`` (of a checkout of Smalti)."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
@@ -48,7 +48,7 @@ def processor_name() -> str:
 
 
 def source_commit() -> str | None:
-    """Commit of the checkout that Smalti runs from, with ``+`` if files differ from it; None outside of one."""
+    """Commit of the checkout that Smalti runs from, with ``+`` if files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "--short", "HEAD")

@@ -1,9 +1,8 @@
-"""Post-training that proves itself: one evaluation before and after, paired over the images, and one plain sentence.
+"""Evaluate post-training: paired scores before and after on the same images, and a one-sentence verdict.
 
-Whatever is chosen on images (the best step, an early stop) looks better on them than it is. So the choice is made on
-``eval.split`` (by default ``val``), and the verdict is about images that chose nothing: the ``test`` split. Without
-one, the verdict is about the last step, which isn't chosen, on the images that there are; the best step's score is
-shown without a claim.
+Scores on the images used for selection (best step, early stopping) are biased upwards. Selection therefore uses
+``eval.split`` (by default ``val``), and the verdict uses the ``test`` split. Without a ``test`` split, the verdict is
+about the last step, which isn't selected; the best step's score is shown without a claim.
 """
 
 import dataclasses
@@ -37,28 +36,28 @@ COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "base
 
 @dataclass(frozen=True)
 class Verdict:
-    """What post-training was worth."""
+    """Effect of post-training."""
 
     rows: tuple[Row, ...]
     """Each metric before, at the last and at the best step; differences are against before."""
     steps: Mapping[str, int]
-    """``before``, ``last`` and, where it is another one than these, ``best``."""
+    """Step of ``before``, ``last`` and, if it differs from these, ``best``."""
     judged: str
-    """Which of these the sentence is about."""
+    """The one that the sentence is about."""
     best_step: int | None
-    """What evaluation in training chose; 0: the weights that training began from; None: nothing was chosen."""
+    """Step selected by evaluation during training; 0: the initial weights; None: no selection."""
     images: str
-    """What the verdict was measured on."""
+    """Images on which the verdict was evaluated."""
     notes: tuple[str, ...]
-    """What must be known to read the numbers, a sentence each."""
+    """Notes for reading the numbers, a sentence each."""
     network: str = ""
-    """Which network was judged."""
+    """Network that was evaluated."""
     handed_on: str = ""
-    """Which one is handed on by default."""
+    """Network that is exported by default."""
 
     @property
     def headline(self) -> Row:
-        """The first protocol's headline of what the sentence is about."""
+        """The first protocol's headline metric at the step that the sentence is about."""
         return next(row for row in self.rows if row.arm == self.judged and row.is_headline)
 
     @property
@@ -92,14 +91,14 @@ class Verdict:
 
 
 class BeforeAfter:
-    """Measures before and after on one set of images, and remembers.
+    """Evaluate before and after training on one set of images, and store the results.
 
     Args:
         run: the run directory.
         config: settings of evaluation in training; ``data`` is given.
-        network: which network is judged, by name.
-        handed_on: which one is handed on by default.
-        progress: told how far an evaluation is; it may end one by an exception.
+        network: name of the network that is evaluated.
+        handed_on: name of the network that is exported by default.
+        progress: called with the progress of an evaluation; may stop it by raising an exception.
     """
 
     def __init__(
@@ -122,12 +121,12 @@ class BeforeAfter:
         )
 
     def heard(self, step: int, results: Sequence[Result]) -> None:
-        """Keep what evaluation in training found, if it is about the images of the verdict."""
+        """Store results of evaluation during training, if they are about the images of the verdict."""
         if not self.is_apart:
             self._keep(step, results)
 
     def knows(self, step: int) -> bool:
-        """Whether a step was judged with these settings."""
+        """Whether a step was evaluated with these settings."""
         try:
             return bool(read_json(self._folder(step) / _SETTINGS) == self._settings())
         except DataError:
@@ -142,9 +141,8 @@ class BeforeAfter:
 
         Args:
             last: the step at which training ended.
-            best: the step that evaluation in training chose; 0: the weights that training began from; None: there was
-                nothing to choose from.
-            encoder_of: gives a step's encoder, for what isn't judged yet; it is asked for 0, ``last`` and ``best``.
+            best: the step selected by evaluation during training; 0: the initial weights; None: no selection.
+            encoder_of: returns a step's encoder; called for those of 0, ``last`` and ``best`` not evaluated yet.
         """
         steps = {BEFORE: 0, LAST: last}
         if best not in (None, 0, last):
@@ -158,7 +156,7 @@ class BeforeAfter:
             for metric in first.metrics:
                 by_arm = {arm: {self.config.seed: found[number]} for arm, found in results.items()}
                 rows += metric_rows(by_arm, metric, self.data, groups=self.config.groups)
-        if not self.is_apart:  # chosen on these very images: no claim
+        if not self.is_apart:  # selected on the same images: no claim
             rows = [dataclasses.replace(row, difference=None) if row.arm == BEST else row for row in rows]
         judged = BEST if self.is_apart and BEST in steps else LAST
         images = describe_result(results[BEFORE][0]) or str(results[BEFORE][0].settings["split"])
@@ -235,7 +233,7 @@ def verdict_path(run: Path) -> Path:
 
 
 def read_verdict(run: Path) -> Verdict | None:
-    """The verdict of a run; None where there is none.
+    """The verdict of a run; None if it has none.
 
     Raises:
         DataError: if the file is damaged.

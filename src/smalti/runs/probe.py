@@ -1,4 +1,4 @@
-"""What a trained PART knows of positions, as numbers: consistency, fit, collapse, leaks, reconstruction.
+"""Position metrics of a trained PART: consistency, fit, collapse, leaks, reconstruction.
 
 Letters: B images, N patches, C channels of a prediction, D embed_dim. Tables of pairs are ``(B, N, N, C)``, patch i of
 reference first.
@@ -67,7 +67,7 @@ class PositionProbe:
     """Numbers, and what pictures are drawn from."""
 
     metrics: dict[str, float]
-    """As :data:`UNITS` lists them; NaN where there is none."""
+    """As listed in :data:`UNITS`; NaN if undefined."""
     pixels: Tensor
     """``(4, N, 3, ph, pw)`` patches of a few images, 0..1."""
     boxes: Tensor
@@ -90,15 +90,15 @@ def probe_positions(
     learn_by_heart: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PositionProbe:
-    """Probe a run of PART on held-out images, where its data set has some, cropped as in training.
+    """Probe a run of PART on held-out images if its data set has some, cropped as in training.
 
     Args:
         run: the run directory.
-        data: images; None takes those that the run names.
+        data: images; None: those of the run.
         num_images: B.
         seed: of images, views, patches and noise.
-        learn_by_heart: also train the method from its start on eight of the images; see :func:`overfit`.
-        progress: told of steps made and of how many, there.
+        learn_by_heart: also overfit the untrained method on eight of the images; see :func:`overfit`.
+        progress: called with completed and total steps of overfitting.
 
     Raises:
         ConfigError: if the run is of another method, or ``num_images`` is below 4.
@@ -133,16 +133,16 @@ def probe_positions(
 def overfit(
     part: PART, images: Tensor, steps: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> float:
-    """Train on all pairs of the same patches: the mean square error over the best constant's, at the end.
+    """Overfit all pairs of the same patches; final mean squared error relative to that of the best constant.
 
-    Without augmentation or stochastic depth, in float32, AdamW at a constant 5e-4. What stays near 1 is wired wrongly;
-    patches that are exactly alike hold it up, too, as without positions they can't be told apart.
+    Without augmentation or stochastic depth, in float32, AdamW at a constant 5e-4. A ratio near 1 means
+    an error in the model, or identical patches, which can't be distinguished without positions.
 
     Args:
-        part: fresh, or not; it is changed.
+        part: untrained or trained; modified in place.
         images: ``(B, C, S, S)`` uint8, or float in 0..1.
         steps: optimiser steps; None: 1000.
-        progress: told of steps made and of how many.
+        progress: called with completed and total steps.
     """
     steps = OVERFIT_STEPS if steps is None else steps
     normalized = part.encoder.normalize(images)
@@ -214,7 +214,7 @@ def fit_by_distance(
 ) -> tuple[Float[Tensor, " 10"], Float[Tensor, " 10"]]:
     """Mean true distance and R^2 (mean of both axes) of the pairs of each tenth, nearest first.
 
-    Within a tenth the best constant pays less than over all pairs, so tenths may fit worse than the whole does.
+    The best constant has a smaller error within a tenth than over all pairs, so R^2 may be lower in all tenths.
     """
     offsets, truth = offsets.flatten(0, 1), truth.flatten(0, 1)
     length = truth.square().sum(-1).sqrt()
@@ -256,7 +256,7 @@ def effective_rank(tokens: Float[Tensor, "M D"]) -> float:
 
 
 def boxes_overlap(boxes: Float[Tensor, "B N 4"]) -> Tensor:
-    """``(B, N, N)`` True where two boxes share pixels."""
+    """``(B, N, N)`` True where two boxes overlap."""
     start, end = boxes[..., :2], boxes[..., 2:]
     inner = torch.minimum(end[:, :, None], end[:, None]) - torch.maximum(start[:, :, None], start[:, None])
     return (inner > 0).all(-1)
@@ -271,7 +271,7 @@ def leaks(
     blank: Tensor,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """What says where a patch is without looking at its content; see :data:`UNITS`."""
+    """Information about a patch's position that doesn't come from its content; see :data:`UNITS`."""
     order = torch.randperm(tokens.shape[1], generator=generator)
     again, _ = part.encode(patches._replace(pixels=patches.pixels[:, order]), keys)
     colour = torch.rand(len(images), images.shape[1], 1, 1, generator=generator)
@@ -326,7 +326,7 @@ def _tables(part: PART, patches: Patches, tokens: Tensor, size: tuple[int, ...])
 
 
 def _score(part: PART, patches: Patches, keys: Tensor, images: Tensor) -> tuple[float, float]:
-    """R^2 of offsets and of sizes (NaN: there are none), the better axis of each."""
+    """R^2 of offsets and of sizes (NaN: undefined), the better axis of each."""
     tokens, _ = part.encode(patches, keys)
     prediction, target, _, _ = _tables(part, patches, tokens, tuple(images.shape[2:]))
     scores = r_squared(prediction, target)

@@ -24,7 +24,7 @@ def find_recipe(name: str | Path) -> Path:
     """A recipe by its path, or by the name of one that comes with Smalti (with or without ending).
 
     Raises:
-        ConfigError: if there is neither; the nearest name is suggested.
+        ConfigError: if there is neither; the closest name is suggested.
     """
     path = Path(name).expanduser()
     shipped = {recipe.name: recipe for recipe in recipe_files()}

@@ -98,12 +98,12 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Train an encoder on a folder of images; what ``smalti train`` does.
+    """Train an encoder on a folder of images, as ``smalti train`` does.
 
     Args:
-        method: by name, such as ``mae``; None takes the recipe's.
-        data: what ``data.path`` takes.
-        out: the run directory; it must not hold anything yet.
+        method: name of the method, such as ``mae``; None: the recipe's.
+        data: value of ``data.path``.
+        out: the run directory, new or empty.
         init: weights to start from, see :class:`RunConfig`.
         recipe: a YAML file of settings, or the name of one that comes with Smalti.
         overrides: further settings as a tree, such as ``{"steps": 100, "method": {"mask_ratio": 0.6}}``.
@@ -113,8 +113,8 @@ def train(
         The run directory.
 
     Raises:
-        ConfigError, DataError, WeightsError, RunError: each with one line that says what to do.
-        Interrupted: after a signal; what was done is kept, and :func:`resume` continues.
+        ConfigError, DataError, WeightsError, RunError: with a one-line message that says what to do.
+        Interrupted: after a signal; a checkpoint was written, from which :func:`resume` continues.
     """
     tree = read_yaml(find_recipe(recipe)) if recipe else {}
     given: dict[str, Any] = {"method": {"name": method}} if method else {}
@@ -154,18 +154,18 @@ def train(
 
 
 def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Path:
-    """Resume an interrupted run from its newest checkpoint that can be read; what ``smalti train --resume RUN`` does.
+    """Resume an interrupted run from its newest readable checkpoint, as ``smalti train --resume RUN`` does.
 
     Args:
         run: the run directory.
-        overrides: settings given anew, of those in ``MAY_CHANGE``.
+        overrides: changed settings, of those in ``MAY_CHANGE``.
         quiet: show no progress.
 
     Raises:
-        ConfigError: if there is no such run, or a setting can't change any more.
+        ConfigError: if there is no such run, or a setting can't be changed.
         RunError: if another process writes into it.
         WeightsError: if it has checkpoints, none of which can be read.
-        Interrupted: after a signal; what was done is kept.
+        Interrupted: after a signal; a checkpoint was written.
     """
     run = Path(run).expanduser()
     path = run / CONFIG_FILE
@@ -258,10 +258,10 @@ def _check_before_writing(config: RunConfig, images: ImageSet | SignalSet, quiet
 
 
 def _check_freeze(method: Method, config: OptimConfig) -> None:
-    """Something must be left to learn while the encoder stays as it is.
+    """Check that parameters are left to train while the encoder is frozen.
 
     Raises:
-        ConfigError: if there is nothing beside it.
+        ConfigError: if there are none outside the encoder.
     """
     inside = {parameter for encoder in method.networks().values() for parameter in encoder.parameters()}
     beside = any(parameter.requires_grad and parameter not in inside for parameter in method.parameters())
@@ -273,10 +273,10 @@ def _check_freeze(method: Method, config: OptimConfig) -> None:
 
 
 def _check_pool(method: Method, config: RunConfig) -> None:
-    """A pooling with parameters must be read by the method's loss, or it would be handed on as it was drawn.
+    """Check that the method's loss uses a pooling with parameters, which would otherwise be exported untrained.
 
     Raises:
-        ConfigError: if it isn't.
+        ConfigError: if it doesn't.
     """
     if not method.networks():
         return
@@ -289,7 +289,7 @@ def _check_pool(method: Method, config: RunConfig) -> None:
 
 
 def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
-    """Run the processes that ``devices`` asks for, or this one where a launcher has started it already.
+    """Start the processes set by ``devices``, or use this one if a launcher has started it already.
 
     Raises:
         Interrupted: after a signal, with the line that says how to resume.
@@ -426,7 +426,7 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
         if screen is not None:
             screen.close()
         for tracker in accelerator.trackers:
-            tracker.finish()  # not end_training: it would take the processes apart, who meet once more below
+            tracker.finish()  # not end_training: it would destroy the process group, which is used once more below
     if main:
         note_end(run, started, method)
         if hook is not None and hook.before_and_after is not None:

@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, resumed to the bit.
+"""Checkpoints: written atomically, resumed bit for bit.
 
 A checkpoint is a folder ``checkpoints/step_00001000`` with ``weights.safetensors`` (the method), ``optimizer.pt``
 (tensors and numbers, read with ``weights_only=True``), ``state.json``, and ``crc32.json`` with checksums of the first
-two. The data order, the augmentation and all random numbers are functions of the seed and the step, so the step is all
-the loader and RNG state there is.
+two. Data order, augmentation and all random numbers are functions of seed and step, so no other state of data loader
+or random number generators is stored.
 """
 
 import contextlib
@@ -29,47 +29,47 @@ from smalti.reading import read_mapping, reading
 
 OPTIMIZER_FILE, CHECKSUM_FILE = "optimizer.pt", "crc32.json"
 REPLACED = ".replaced_"
-"""Start of the name that a checkpoint has while a new one of the same step takes its place."""
+"""Prefix of a checkpoint's name while a new one of the same step replaces it."""
 
 
 @settings
 class CheckpointConfig:
-    """When checkpoints are written, and which stay; nothing here changes the trained weights."""
+    """When checkpoints are written and how many are kept; nothing here changes the trained weights."""
 
     every: Count = 500
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; one is always written at the last step."""
     keep: Count = 2
-    """Newest checkpoints that stay; the best one, where there is an evaluation in training, stays too."""
+    """Number of newest checkpoints to keep; the best one, if the run is evaluated during training, is kept too."""
 
 
 @dataclass
 class TrainingState:
-    """Everything about a run that weights and optimiser don't hold."""
+    """State of a run apart from weights and optimiser."""
 
     step: int = 0
-    """Steps made."""
+    """Completed steps."""
     lr_scale: float = 1.0
-    """Halved at each return to the last good state."""
+    """Halved at each roll back."""
     setbacks: int = 0
-    """How often the run went back."""
+    """How often the run was rolled back."""
     best_score: float | None = None
     """Highest score of an evaluation in training."""
     best_step: int | None = None
-    """Its step; 0 is before training."""
+    """Its step; 0: before training."""
     evaluated_step: int = -1
-    """Step of the newest evaluation that is counted here."""
+    """Step of the newest evaluation counted here."""
     num_evaluations: int = 0
-    """Evaluations among which the best one was chosen."""
+    """Number of evaluations from which the best one was selected."""
     without_best: int = 0
-    """Evaluations since the best one; where they are ``eval.patience``, training stops."""
+    """Evaluations since the best one; training stops when they reach ``eval.patience``."""
     evaluated_with: str = ""
-    """What these scores depend on beside the weights: data and settings of the evaluation."""
+    """Data and evaluation settings that affect these scores, apart from the weights."""
     num_processes: int = 1
     """Processes that train together."""
     micro_batch: int = 0
-    """Images of one forward pass of one process; 0: not known."""
+    """Images per forward pass of one process; 0: unknown."""
     warned: list[str] = field(default_factory=list)
-    """Faults that the method found in itself and that have been told."""
+    """Warnings of the method that have been logged."""
 
 
 class Checkpoints:
@@ -77,9 +77,9 @@ class Checkpoints:
 
     Args:
         run: the run directory.
-        method: whose weights are saved; not the wrapped one.
-        optimizer: whose state goes with them.
-        config: how often checkpoints are written, and how many stay.
+        method: the method to save, not wrapped.
+        optimizer: its optimiser, saved too.
+        config: how often checkpoints are written, and how many are kept.
         main_process: whether this process writes.
     """
 
@@ -99,7 +99,7 @@ class Checkpoints:
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoints lie."""
+        """Folder of the checkpoints."""
         return self.run / CHECKPOINTS
 
     def path(self, step: int) -> Path:
@@ -107,10 +107,10 @@ class Checkpoints:
         return self.folder / f"step_{step:08d}"
 
     def save(self, state: TrainingState) -> None:
-        """Write the checkpoint of ``state.step`` beside its place, rename it, and drop the ones that needn't stay.
+        """Write the checkpoint of ``state.step`` to a temporary folder, rename it, and remove old ones.
 
         Raises:
-            RunError: if the disk is full or can't be written; what was there before is untouched.
+            RunError: if the disk is full or can't be written; earlier checkpoints are unchanged.
         """
         if not self.main_process:
             return
@@ -144,7 +144,7 @@ class Checkpoints:
         self._prune(state)
 
     def update_state(self, state: TrainingState) -> None:
-        """Rewrite the state beside the weights of ``state.step``, which stay as they are."""
+        """Rewrite the state file of the checkpoint of ``state.step``; its weights are unchanged."""
         if self.main_process:
             write_atomically(self.path(state.step) / STATE_FILE, json.dumps(self._describe(state), indent=2))
 
@@ -152,7 +152,7 @@ class Checkpoints:
         """Load weights, optimiser and state from a checkpoint folder.
 
         Raises:
-            WeightsError: if a part is missing, damaged or of another method.
+            WeightsError: if a part is missing, damaged or from another method.
         """
         with reading(path, "a checkpoint of this run", WeightsError):
             return self._restore(path)
@@ -172,7 +172,7 @@ class Checkpoints:
         return state
 
     def _describe(self, state: TrainingState) -> dict[str, Any]:
-        """What ``state.json`` holds: the state, and what a reader needs to find the encoders among the weights."""
+        """Content of ``state.json``: the state, and which weights belong to which encoder."""
         networks = self.method.networks()
         names = {module: name for name, module in self.method.named_modules()}
         keys: dict[Tensor, str] = {parameter: key for key, parameter in self.method.named_parameters()}
@@ -191,10 +191,10 @@ class Checkpoints:
         }
 
     def last_good(self) -> Path | None:
-        """The newest checkpoint that can be read and whose step is a multiple of ``checkpoint.every``: where a run goes
-        back to; None where there is none.
+        """The newest readable checkpoint whose step is a multiple of ``checkpoint.every``; a run is rolled back to it.
+        None if there is none.
 
-        Those that an evaluation or a signal leaves behind don't count, so that neither can change the weights.
+        Checkpoints written for an evaluation or a signal are not used, so that neither can change the weights.
         """
         for _, path in reversed(self._regular()):
             with contextlib.suppress(WeightsError):
@@ -206,7 +206,7 @@ class Checkpoints:
         return sorted((step, path) for step, path in _finished(self.run) if step % self.config.every == 0)
 
     def _prune(self, state: TrainingState) -> None:
-        """Of the regular checkpoints the newest stay, of the others only the best and the one just written."""
+        """Keep the newest regular checkpoints, and of the others only the best and the one just written."""
         stay = {path for _, path in self._regular()[-max(self.config.keep, 1) :]}
         stay |= {self.path(step) for step in (state.step, state.best_step) if step is not None}
         for path in self.folder.glob("step_*"):
@@ -215,7 +215,7 @@ class Checkpoints:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Read a checkpoint whole, and compare its checksums; where these are missing, open its parts.
+    """Read a checkpoint completely and compare its checksums; without checksums, open its parts.
 
     Raises:
         WeightsError: if a part is missing or damaged.
@@ -234,15 +234,15 @@ def check_checkpoint(path: Path) -> None:
 
 
 def usable_checkpoint(run: Path, set_aside: bool) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that can be read, and a line about each newer one, which can't.
+    """The newest readable checkpoint of a run, and a line about each newer one that is damaged.
 
     Args:
         run: the run directory.
-        set_aside: whether to give the newer ones names (``damaged_step_...``) under which nothing finds them; of
-            several processes one does.
+        set_aside: rename the damaged ones to ``damaged_step_...``, so that they are ignored from now on; only one of
+            several processes does.
 
     Returns:
-        None where the run has no checkpoint yet.
+        None if the run has no checkpoint yet.
 
     Raises:
         WeightsError: if it has some, and none of them can be read.
@@ -269,13 +269,13 @@ def usable_checkpoint(run: Path, set_aside: bool) -> tuple[Path | None, list[str
 
 
 def _finished(run: Path) -> list[tuple[int, Path]]:
-    """Checkpoints under their own names and their steps, damaged ones included."""
+    """Checkpoints with their steps, including damaged ones; temporary names are skipped."""
     found = ((path.name.removeprefix("step_"), path) for path in (run / CHECKPOINTS).glob("step_*"))
     return [(int(step), path) for step, path in found if step.isdigit()]
 
 
 def tidy(run: Path) -> None:
-    """Remove what a kill left among the checkpoints; one that it left without its name gets it back."""
+    """Clean up after a killed process: remove temporary files, restore the name of a checkpoint being replaced."""
     folder = run / CHECKPOINTS
     for aside in folder.glob(f"{REPLACED}*"):
         final = folder / aside.name.removeprefix(REPLACED)
@@ -295,7 +295,7 @@ def _checksum(path: Path) -> int:
 
 
 def read_state(run: Path) -> TrainingState:
-    """Where a run stands: the state of its newest checkpoint.
+    """The state of a run's newest checkpoint.
 
     Raises:
         WeightsError: if it has none, or it can't be read.
@@ -326,6 +326,6 @@ def _is_disk_trouble(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    if "unexpected pos" in str(error):  # torch's own words for a write that was cut short
+    if "unexpected pos" in str(error):  # torch's message for an incomplete write
         return "the disk is full, or a limit on the size of files"
     return "the disk is full" if full else str(error).splitlines()[0]

@@ -41,13 +41,13 @@ class Health:
     def observe(
         self, step: int, losses: Mapping[str, Tensor], grad_norm: Tensor, observations: Mapping[str, Tensor]
     ) -> None:
-        """Take note of a step; nothing is copied to the host.
+        """Record a step, without copying to the host.
 
         Args:
-            step: number of the step just made, 1 for the first.
+            step: number of the step just completed, 1 for the first.
             losses: named loss terms, scalars on one device.
             grad_norm: scalar on the same device.
-            observations: further scalars; they are averaged, but may be non-finite.
+            observations: further scalars, averaged; they may be non-finite.
         """
         names = [*(f"loss/{name}" for name in losses), GRAD_NORM, *observations]
         values = torch.stack(
@@ -64,14 +64,14 @@ class Health:
 
     @torch.no_grad()
     def read(self, step: int, weights: Iterable[Tensor]) -> Reading:
-        """Means and the first bad step since the last reading, over all processes; this waits for the device.
+        """Means and the first non-finite step since the last call, over all processes; synchronises with the device.
 
-        Weights are bad where they, or the sum of their squares, are not finite: a loss can stay finite for some steps
-        while they overflow.
+        Weights count as non-finite if they or the sum of their squares are: a loss can stay finite for some steps
+        after weights overflow.
 
         Args:
-            step: steps made.
-            weights: everything that a checkpoint keeps, looked at now; integers are passed over.
+            step: completed steps.
+            weights: all tensors of a checkpoint, checked now; integer tensors are skipped.
         """
         if self._sum is None or self._first_bad is None:
             return Reading({}, {})
@@ -94,12 +94,12 @@ class Health:
 
 @torch.no_grad()
 def feature_health(encoder: Encoder, images: Float[Tensor, "B C H W"], max_tokens: int = 4096) -> dict[str, float]:
-    """How spread out an encoder's patch tokens are: near-zero values mean collapse.
+    """Spread of an encoder's patch tokens: values near zero mean collapse.
 
     Args:
-        encoder: in any mode; it is left in the mode it was in.
+        encoder: in any mode, which is restored.
         images: normalised.
-        max_tokens: tokens looked at, evenly spaced.
+        max_tokens: number of tokens used, evenly spaced.
 
     Returns:
         ``feature_std``: standard deviation over tokens, mean over dimensions; ``effective_rank``: exponential of the

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: it finishes its step, writes a checkpoint and says how to resume.
+"""Signals that stop a run: it finishes its step, writes a checkpoint and prints how to resume.
 
 SIGTERM, SIGUSR1 and SIGHUP come from schedulers (SLURM's preemption and ``--signal=USR1@120``, spot machines, a closed
 terminal), SIGINT from Ctrl-C. Of several training processes each may get the signal, or only one; all stop after the
@@ -36,7 +36,7 @@ class StopRequested(Exception):
 
 
 class Interrupt:
-    """Whether a signal has asked this run to end."""
+    """Whether a signal to stop this run was received."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -52,7 +52,7 @@ class Interrupt:
         self.number = self.number or number
 
     def check(self, *_: object) -> None:
-        """Called by long work between its parts; takes what progress callbacks are given.
+        """Called by long-running work between its parts, with the arguments of progress callbacks.
 
         Raises:
             StopRequested: if a signal has come.
@@ -61,10 +61,10 @@ class Interrupt:
             raise StopRequested(self.number)
 
     def agreed(self) -> int:
-        """The signal after which all processes stop now, 0 if there is none; called once a step by all of them.
+        """The signal because of which all processes stop now, else 0; all processes call this once per step.
 
-        One process answers for itself. Of several, each sends its signal at a step and reads the others' at the next,
-        so that none waits: the exchange runs beside the step. It stays off the GPU.
+        With several processes, each sends its signal at one step and reads those of the others at the next. No process
+        waits, since the exchange runs during the step, on the CPU.
         """
         if self._group is None:
             return self.number
@@ -88,14 +88,14 @@ class Interrupt:
 @contextlib.contextmanager
 def handled_signals(ask: Callable[[int], None], at_once: Callable[[int], None] | None) -> Iterator[None]:
     """Within the block, the first signal of :data:`SIGNALS` calls ``ask``, and one that comes :data:`REPEAT_S` later
-    calls ``at_once``. Both are given its number.
+    calls ``at_once``. Both receive its number.
 
-    Signals that somebody else handles or ignores (a host program, nohup) are left to them. Outside of the main thread
-    nothing is handled: Python allows it there only. Blocked signals are let in.
+    Signals already handled or ignored (by a host program, nohup) stay so. Outside the main thread no signal is
+    handled, since Python doesn't allow it there. Blocked signals are unblocked.
 
     Args:
-        ask: takes note; it runs between two instructions of the main thread.
-        at_once: ends the process; None ignores further signals, as where a launcher decides.
+        ask: records the signal; runs between two instructions of the main thread.
+        at_once: ends the process; None: further signals are ignored, for example because a launcher handles them.
     """
     first: list[float] = []
 
@@ -124,7 +124,7 @@ def handled_signals(ask: Callable[[int], None], at_once: Callable[[int], None] |
 
 
 def end_at_once(number: int) -> None:
-    """End this process without another word; what was being written keeps its temporary name."""
+    """End this process silently; files being written keep their temporary names."""
     os._exit(exit_code(number))
 
 

@@ -53,7 +53,7 @@ def resolve_devices(devices: int | str) -> Devices:
 
 
 def resolve_precision(precision: str, kind: str) -> str:
-    """``auto`` is bf16 on GPUs that have it (and do not emulate it), else fp32.
+    """``auto`` is bf16 on GPUs with native support (not emulated), else fp32.
 
     Raises:
         ConfigError: for another name; float16 is not offered, its loss scaling would make resume inexact.
@@ -66,15 +66,15 @@ def resolve_precision(precision: str, kind: str) -> str:
 
 
 def split_batch(batch_size: int, micro_batch: int | None, processes: int) -> tuple[int, int]:
-    """How a step's images are divided over processes and accumulated gradients.
+    """How a step's images are divided over processes and accumulation steps.
 
     Args:
         batch_size: images per optimiser step.
-        micro_batch: images of one forward pass of one process; None: all that a process has of a step.
-        processes: that train together, one per device.
+        micro_batch: images per forward pass of one process; None: all images of a process in a step.
+        processes: number of training processes, one per device.
 
     Returns:
-        Images of one forward pass of one process, and forward passes per process and step.
+        Images per forward pass of one process, and forward passes per process and step.
 
     Raises:
         ConfigError: if the images can't be divided evenly; the line names numbers that work.
@@ -101,7 +101,7 @@ def split_batch(batch_size: int, micro_batch: int | None, processes: int) -> tup
 
 
 def num_processes(devices: int | str) -> int:
-    """Processes of a run: the launcher's, or those that ``devices`` asks for."""
+    """Number of processes of a run: the launcher's, or as set by ``devices``."""
     return int(os.environ["WORLD_SIZE"]) if under_launcher() else resolve_devices(devices).processes
 
 
@@ -148,14 +148,14 @@ def share_threads(processes: int) -> None:
 
 
 def limit_threads(method: Method, batch_size: int) -> None:
-    """One thread for steps with too little work to share: their barriers would cost what a second thread gains.
+    """Use one thread for small steps, where synchronisation costs as much as a second thread gains.
 
-    Only in a command that has chosen its threads itself: neither a user's OMP_NUM_THREADS nor a host program's threads
-    are changed.
+    Only if the command has set its number of threads itself: OMP_NUM_THREADS and the threads of a host program are
+    respected.
 
     Args:
         method: the method of the run; one without an encoder keeps its threads.
-        batch_size: images that this process takes at a time.
+        batch_size: images per forward pass of this process.
     """
     encoders = method.networks().values()
     if (

@@ -1,4 +1,4 @@
-"""Who listens to the loop: the CSV files of a run directory, the screen, Accelerate's trackers."""
+"""Listeners of the loop: CSV files of a run directory, progress bar, Accelerate's trackers."""
 
 import csv
 import io
@@ -18,14 +18,14 @@ LOG_FILE, EVENTS_FILE = "log.csv", "events.csv"
 
 
 class CSVLog:
-    """``log.csv`` and ``events.csv``: always written, a row at a time, so that a killed run keeps what it had."""
+    """``log.csv`` and ``events.csv``: always written, row by row, so that a killed run keeps its log."""
 
     def __init__(self, run: Path) -> None:
         self.log, self.events = run / LOG_FILE, run / EVENTS_FILE
         self._columns: list[str] = []
 
     def started(self, step: int, steps: int) -> None:
-        """Rows after ``step`` are dropped: they are made again. A damaged log is set aside, and a new one begun."""
+        """Drop rows after ``step``, which will be written again. A damaged log is renamed and a new one started."""
         self._columns = []
         if not self.log.exists():
             return
@@ -53,7 +53,7 @@ class CSVLog:
         _append(self.log, [_cell(row.get(name)) for name in self._columns])
 
     def event(self, step: int, event: str, detail: str) -> None:
-        """Append to ``events.csv``; when the run went back, rows after ``step`` are dropped."""
+        """Append to ``events.csv``; if the run was rolled back, drop rows after ``step``."""
         if not self.events.exists():
             _append(self.events, ["step", "event", "detail"])
         _append(self.events, [str(step), event, detail])
@@ -123,12 +123,12 @@ class Screen:
         self.progress.console.print(f"{self.name} step {step}: {event}: {detail}", highlight=False, markup=False)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         self.progress.stop()
 
 
 class Trackers:
-    """Rows handed to the trackers that Accelerate was set up with."""
+    """Pass rows to the trackers that Accelerate was set up with."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -144,7 +144,7 @@ class Trackers:
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
     def event(self, step: int, event: str, detail: str) -> None:
-        """Trackers take numbers only."""
+        """Nothing to do: trackers accept numbers only."""
 
 
 def _cell(value: float | None) -> str:

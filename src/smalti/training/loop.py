@@ -1,4 +1,4 @@
-"""The training loop of all runs. It knows no method, and methods don't know it."""
+"""The training loop of all runs, independent of any method."""
 
 import math
 import signal
@@ -31,17 +31,17 @@ HEALTH_IMAGES = 32
 
 @settings
 class LogConfig:
-    """What is written down; nothing here changes the trained weights."""
+    """Logging; nothing here changes the trained weights."""
 
     every: Count = 50
-    """Steps between rows of ``log.csv``; the finite check is read at the same moments."""
+    """Steps between rows of ``log.csv``; non-finite values are checked for at the same steps."""
     trackers: tuple[str, ...] = ()
-    """Further trackers by Accelerate's names: ``tensorboard``, ``wandb``, ``mlflow``."""
+    """Additional trackers, by Accelerate's names: ``tensorboard``, ``wandb``, ``mlflow``."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop needs to know of a run's settings."""
+    """Settings of a run that the loop uses."""
 
     steps: int
     batch_size: int
@@ -55,24 +55,24 @@ class LoopConfig:
     patience: int = 0
     """Evaluations without a new best after which training stops; 0 never stops early."""
     evaluated_with: str = ""
-    """What scores of hooks depend on beside the weights; where it changes, the best score so far counts no more."""
+    """Settings that affect the scores of hooks; if they change, the best score so far is discarded."""
 
 
 @runtime_checkable
 class Listener(Protocol):
-    """Whoever wants to hear how training goes: the log file, the progress bar, a tracker."""
+    """Receives the progress of training: log file, progress bar or tracker."""
 
     def started(self, step: int, steps: int) -> None:
-        """Training starts, or starts again, with ``step`` steps made."""
+        """Training starts or resumes after ``step`` steps."""
 
     def step(self, step: int) -> None:
-        """``step`` steps are made."""
+        """``step`` steps are completed."""
 
     def row(self, row: dict[str, float]) -> None:
         """A row of the log."""
 
     def event(self, step: int, event: str, detail: str) -> None:
-        """Something worth a line: resumed, went back, skipped images."""
+        """An event to log: resumed, rolled back, skipped images."""
 
 
 @runtime_checkable
@@ -80,12 +80,12 @@ class Hook(Protocol):
     """Something to do after some of the steps: evaluation in training."""
 
     def due(self, step: int) -> bool:
-        """Whether to call it when ``step`` steps are made, the same in all processes: the finite check is read before,
-        by all of them together."""
+        """Whether to call it after ``step`` steps, the same in all processes, which first check together for non-finite
+        values."""
 
     def __call__(self, step: int, method: Method) -> float | None:
-        """Do it; a number returned is a score, higher is better, and the best step's checkpoint stays. In the main
-        process only; the others take its number."""
+        """Run the hook, in the main process only. A returned number is a score (higher is better), passed to all
+        processes; the best step's checkpoint is kept."""
 
 
 def train(
@@ -102,27 +102,27 @@ def train(
     unreadable: UnreadableLog | None = None,
     interrupt: Interrupt | None = None,
 ) -> TrainingState:
-    """Train until ``config.steps``, until ``config.patience`` scores of hooks brought no new best, or until a signal.
+    """Train for ``config.steps``, until ``config.patience`` scores in a row are no new best, or until a signal.
 
     Args:
         method: on the accelerator's device, not wrapped.
         optimizer: over the method's parameter groups.
         accelerator: device, precision, processes.
-        make_batches: endless batches of this process from a given batch number on.
-        config: the settings that matter here.
+        make_batches: infinite iterator over batches of this process, from a given batch number on.
+        config: settings of the loop.
         run: the run directory.
-        state: where a resumed run stands, its weights already restored; None starts afresh.
-        hooks: called after the steps at which they are due, step 0 included.
-        listeners: told about rows and events.
-        unreadable: told about images that could not be read.
-        interrupt: knows whether a signal has asked for an end; None never does.
+        state: state of a resumed run, whose weights are already restored; None: start a new run.
+        hooks: called after the steps at which they are due, including step 0.
+        listeners: receive rows and events.
+        unreadable: collects images that could not be read.
+        interrupt: whether a signal to stop was received; None: never.
 
     Returns:
         The state after the last step.
 
     Raises:
-        Interrupted: after a signal; the step that was under way is finished and its checkpoint written.
-        RunError: at the third non-finite stretch, or when a checkpoint can't be written.
+        Interrupted: after a signal; the current step was finished and its checkpoint written.
+        RunError: at the third roll back because of non-finite values, or if a checkpoint can't be written.
         DataError: when too many images are unreadable.
     """
     optim, device = config.optim, accelerator.device
@@ -149,7 +149,7 @@ def train(
         return views.to(device)
 
     stop = 0
-    if state.evaluated_step < state.step:  # before training, or an evaluation that a kill took
+    if state.evaluated_step < state.step:  # before training, or an evaluation lost to a kill
         stop = _evaluate_encoder(
             [hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator
         )
@@ -236,11 +236,11 @@ def _evaluate_encoder(
     checkpoints: Checkpoints,
     accelerator: Accelerator,
 ) -> int:
-    """Call the hooks and keep count of the best; what is counted is written beside the step's weights, so that a
-    resumed run stops where an undisturbed one does.
+    """Call the hooks and track the best score, which is stored with the step's checkpoint, so that a resumed run stops
+    at the same step as an uninterrupted one.
 
     Returns:
-        The signal that ended a hook early, 0 where none did; a resumed run calls the hooks again.
+        The signal that stopped a hook early, else 0; a resumed run calls the hooks again.
     """
     if not hooks:
         return 0

@@ -1,4 +1,4 @@
-"""Optimiser and schedules: AdamW, linear warm-up, half cosine, weight decay that may grow."""
+"""Optimiser and schedules: AdamW, linear warm-up, cosine decay, and a weight decay schedule."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -17,35 +17,35 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 @settings
 class OptimConfig:
-    """AdamW and its schedules; a method's own defaults stand in its file, these are for what it leaves open."""
+    """AdamW and its schedules. A method's file overrides these defaults."""
 
     base_lr: NonNegativeFloat = 5e-4
-    """Peak learning rate for 256 images a step (1024 with ``lr_scaling=sqrt``); the rate used grows with the images."""
+    """Peak learning rate for a batch size of 256 (1024 with ``lr_scaling=sqrt``); scaled with the batch size."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
-    """``linear``: ``base_lr`` times images a step / 256; ``sqrt``: times the root of images a step / 1024 (DINOv2)."""
+    """``linear``: ``base_lr * batch_size / 256``; ``sqrt``: ``base_lr * sqrt(batch_size / 1024)`` (DINOv2)."""
     lr: NonNegativeFloat | None = None
-    """Peak learning rate as it is, in place of ``base_lr``."""
+    """Peak learning rate without scaling; replaces ``base_lr``."""
     min_lr: NonNegativeFloat = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end of training."""
     warmup_ratio: Share = 0.1
-    """Share of training over which the learning rate grows linearly from 0."""
+    """Fraction of the steps over which the learning rate grows linearly from 0."""
     after_warmup: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on from its peak: half a cosine to ``min_lr``, or not at all."""
+    """Learning rate after warm-up: cosine decay to ``min_lr``, or constant."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    """AdamW's momenta."""
+    """AdamW's betas."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     weight_decay: NonNegativeFloat = 0.05
-    """Weight decay at the start; biases and one-dimensional parameters have none."""
+    """Weight decay at the start of training; not applied to biases and one-dimensional parameters."""
     weight_decay_end: NonNegativeFloat | None = None
-    """Weight decay at the end, reached along a half cosine; None keeps it constant."""
+    """Weight decay at the end of training, with a cosine schedule; None: constant."""
     clip_norm: PositiveFloat | None = 3.0
-    """Largest gradient norm; None does not clip."""
+    """Maximum gradient norm; None: no clipping."""
     clip: Literal["global", "tensor"] = "global"
-    """Whether ``clip_norm`` holds for all gradients together or for each tensor alone (DINO's way)."""
+    """``global``: clip the norm of all gradients together; ``tensor``: clip each tensor separately (as DINO does)."""
     freeze_encoder_ratio: Share = 0.0
-    """Share of training, from its start, in which the encoder stays as it is and only what is beside it learns (heads,
-    prototypes, decoders): for fresh heads on an encoder that is trained already."""
+    """Fraction of the steps, at the start, in which the encoder is frozen and only heads, prototypes and decoders are
+    trained; for new heads on a pretrained encoder."""
 
 
 def peak_lr(config: OptimConfig, images_per_step: int) -> float:

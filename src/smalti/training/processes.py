@@ -1,4 +1,4 @@
-"""Several training processes on one machine: started, signalled and ended together.
+"""Several training processes on one machine, started, signalled and stopped together.
 
 They listen on the loopback interface only: nothing outside of the machine can reach them.
 """
@@ -81,11 +81,11 @@ def _explain(error: Any, processes: int, asked: list[int]) -> None:
 
 @contextlib.contextmanager
 def passed_on(pids: list[int]) -> Iterator[list[int]]:
-    """Within the block, the first signal that asks for an end is passed on to processes that were started; a second one
-    kills them and ends this process.
+    """Within the block, the first signal to stop is forwarded to the started processes; a second one kills them and
+    ends this process.
 
     Yields:
-        The signals that were passed on: none, or one.
+        List of forwarded signals: empty or one.
     """
     asked: list[int] = []
 
@@ -102,10 +102,10 @@ def passed_on(pids: list[int]) -> Iterator[list[int]]:
 
 
 def run_process(command: list[str], environment: dict[str, str]) -> tuple[int, int]:
-    """Run a command and wait for its end; signals are passed on.
+    """Run a command and wait for its end; signals are forwarded to it.
 
     Returns:
-        Its exit code, negative where a signal ended it; and the signal that was passed on, 0 if there was none.
+        Its exit code, negative if a signal ended it; and the forwarded signal, else 0.
     """
     process = subprocess.Popen(command, env=environment)
     with passed_on([process.pid]) as asked:
@@ -132,11 +132,11 @@ def _wait(context: Any) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: killed, it could not say so, and the child would go on
-    writing beside a resumed run.
+    """End this process when its parent is gone: a killed parent can't stop its children, which would keep writing while
+    the run is resumed.
 
     Args:
-        parent: number of that process, as it gave it: it may be gone before this one asks.
+        parent: process id of the parent, passed by it, since it may be gone before it could be queried.
     """
 
     def watch() -> None:
@@ -177,7 +177,7 @@ def _process(
 
 
 def _meet(rank: int, processes: int, port: int) -> None:
-    """Join the process group, over the loopback interface; left to itself, torch listens on all of them."""
+    """Join the process group over the loopback interface; by default, torch listens on all interfaces."""
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, _loopback())
     listening = None

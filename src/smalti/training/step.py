@@ -29,7 +29,7 @@ class Engine(Protocol):
         """Adds the gradients of one micro-batch."""
 
     def unscale_gradients(self) -> None:
-        """Divides gradients by the loss scale, where there is one."""
+        """Divide gradients by the loss scale, if there is one."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class StepResult(NamedTuple):
     losses: dict[str, Tensor]
     """Loss term -> mean over the micro-batches of this process."""
     observations: dict[str, Tensor]
-    """Scalars worth watching, means over the micro-batches."""
+    """Scalars to log, averaged over the micro-batches."""
     grad_norm: Tensor
     """Norm of all gradients before clipping."""
     views: Views
@@ -79,7 +79,7 @@ def training_step(
     update: Any = None,
     engine: Engine | None = None,
 ) -> StepResult:
-    """Schedules, forward and backward passes, clipping, the optimiser and what the method does after a step.
+    """One training step: schedules, forward and backward passes, clipping, optimiser, and the method's update after it.
 
     Args:
         method: in train mode, on the device of the micro-batches.
@@ -88,8 +88,8 @@ def training_step(
         config: schedules, clipping, freezing.
         peak: learning rate at the end of warm-up.
         progress: of training before this step, in [0, 1].
-        model: what is called in place of ``method``: wrapped for autocast and several processes.
-        update: what is stepped in place of ``optimizer``: wrapped likewise.
+        model: called in place of ``method``: the method wrapped for autocast and several processes.
+        update: stepped in place of ``optimizer``: the wrapped optimiser.
         engine: backward and accumulation; None: one process without accumulation.
     """
     model, update, engine = model or method, update or optimizer, engine or PlainEngine()

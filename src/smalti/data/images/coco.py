@@ -28,7 +28,7 @@ class CocoObject:
     is_crowd: bool
     """Whether it is a region with many objects that were not outlined one by one."""
     area: float
-    """Pixels inside its outline, as the file has it; of the box, where it has none."""
+    """Pixels inside its outline, from the file; without an outline, those of the box."""
     outline: Any = field(repr=False)
     """As in the file: a list of polygons, a run-length code, or None. Nothing is decoded."""
 

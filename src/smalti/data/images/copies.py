@@ -40,7 +40,7 @@ def find_copies(
 
     Args:
         images: what to look for.
-        among: where to look; None looks for each image among those before it.
+        among: images to search; None: for each image those before it.
         of: what to call ``images``.
         others: what to call ``among``.
     """

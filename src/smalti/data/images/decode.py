@@ -1,4 +1,4 @@
-"""Image files into arrays: every format and bit depth the same way, and damaged files refused instead of half read.
+"""Decode image files to arrays: all formats and bit depths in the same way; damaged files are an error.
 
 Decoding is OpenCV's, from the file's bytes. Some decoders return the upper half of a cut file without a word, so the
 end of each file is looked at first.

@@ -90,7 +90,7 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
 
 
 def training_images(images: ImageSet) -> ImageSet:
-    """What pretraining reads: the train split where the layout has splits, else all.
+    """Images for pretraining: the train split if the layout has splits, else all.
 
     Raises:
         DataError: if there are splits, but none is for training.
@@ -278,7 +278,7 @@ def _with_splits(images: ImageSet) -> ImageSet:
 
 
 def _no_splits(names: Sequence[PurePosixPath], as_what: str) -> tuple[str, ...]:
-    """A remark on folders that have the name of a split and are none."""
+    """A note on folders that are named like a split but aren't one."""
     odd = sorted({f"{as_text(name.parts[0])}/" for name in names if len(name.parts) > 1 and split_of(name.parts[0])})
     return (f"no split: {', '.join(odd)} is read as {as_what}",) if odd else ()
 
@@ -308,7 +308,7 @@ def _class_set(
     class_depth: ClassDepth | None,
     forced: bool = False,
 ) -> ImageSet | None:
-    """Images with the class of their folder; None where the folders are no classes.
+    """Images with the class of their folder; None if the folders are no classes.
 
     A few images that lie elsewhere are left out; no split is set.
 

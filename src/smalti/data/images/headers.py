@@ -1,4 +1,4 @@
-"""Size of an image from the bytes of its file, before anything is decoded: 30 bytes can ask for gigabytes."""
+"""Size of an image from the bytes of its file, before anything is decoded: 30 bytes can decode to gigabytes."""
 
 import struct
 from collections.abc import Iterator

@@ -31,7 +31,7 @@ from smalti.data.workers import load_items
 from smalti.errors import ConfigError, DataError
 
 EvalCrop = Literal["crop", "squash", "centre"]
-"""How an image becomes a square; see :func:`eval_image`."""
+"""How an image is made square; see :func:`eval_image`."""
 _TEST_RATIO = 0.2
 _LONGEST = 64  # sides of a strip
 _NEEDED = {
@@ -44,7 +44,7 @@ Kind = Literal["labels", "masks", "boxes"]
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Images to learn from and others to be evaluated on."""
+    """Training images, and images to evaluate on."""
 
     train: ImageSet
     test: ImageSet
@@ -57,7 +57,7 @@ class LabelledData:
     """The evaluated split by its own name; ``held-out`` of a seeded split, empty where all images are evaluated."""
 
     missing: tuple[str, ...] = ()
-    """Classes of class folders that have training images and none to be evaluated."""
+    """Classes with training images but no images to evaluate on (class folders)."""
 
     @property
     def evaluated(self) -> str:
@@ -83,13 +83,13 @@ def open_labelled(
 
     Args:
         data: as for :func:`~smalti.data.images.folders.open_images`.
-        split: what to evaluate on; None takes val, else test, else a random 20 % of the images (seeded).
+        split: what to evaluate on; None: val, else test, else a random 20 % of the images (seeded).
         seed: of that choice.
         need: class labels, masks, or boxes of objects.
         class_depth: how many folders name a class, where class folders are nested.
         mask_values: value in the mask files -> class, by number or name; other values are refused. None: the value is
             the class.
-        ignore: values in the mask files, or names of classes, whose pixels count for nothing, as 255 does.
+        ignore: values in the mask files, or names of classes, whose pixels are ignored, as 255 is.
 
     Raises:
         ConfigError: for a class in ``mask_values`` or ``ignore`` that isn't there.
@@ -215,7 +215,7 @@ def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_lab
 
 
 def _missing_classes(images: ImageSet, train: ImageSet, test: ImageSet) -> tuple[str, ...]:
-    """Names of the classes that have training images and none to be evaluated.
+    """Names of the classes with training images but no images to evaluate on.
 
     Raises:
         DataError: if it is the other way round for some: nothing can learn what they are.

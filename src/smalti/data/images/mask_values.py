@@ -1,4 +1,4 @@
-"""Which values masks hold, how many pixels each has, and what they mean: looked at in some of them."""
+"""Values in a sample of masks: number of pixels and meaning of each."""
 
 import random
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Settings of how image files are decoded: which values become 0 and 1, and how many pixels are too many."""
+"""Settings for decoding image files: the input range, and the maximum number of pixels."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -12,20 +12,20 @@ Range = tuple[float, float]
 
 
 def ranges(scale: Range | tuple[Range, ...]) -> list[Range]:
-    """One range, or one a channel, as a list."""
+    """One range, or one per channel, as a list."""
     return [one for one in (scale if isinstance(scale[0], tuple) else (scale,)) if isinstance(one, tuple)]
 
 
 @settings
 class PixelConfig:
-    """How large an image may be, and what its values mean."""
+    """Maximum image size and input range."""
 
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
-    """Images of more pixels are refused before they are decoded: a file of 2 kB can ask for gigabytes. A panorama of
-    26000x6800 fits. Pixels of more than four channels count as several."""
+    """Images with more pixels are refused before decoding, since a file of 2 kB can decode to gigabytes. The default
+    admits a panorama of 26000x6800. Pixels with more than four channels count as several."""
     scale: Range | tuple[Range, ...] | None = None
-    """Values that become 0 and 1, one pair or one a channel, such as [0, 4095] for 12 bits in 16-bit files; what lies
-    outside is clipped. None: 0..255 of 8 bits, 0..65535 of unsigned 16, 0..1 of floats."""
+    """Input range mapped to 0..1: one pair, or one per channel, such as [0, 4095] for 12-bit data in 16-bit files;
+    values outside are clipped. None: 0..255 for 8-bit files, 0..65535 for unsigned 16-bit, 0..1 for floats."""
 
     @field_validator("scale")
     @classmethod
@@ -37,7 +37,7 @@ class PixelConfig:
 
     @property
     def pixels(self) -> "PixelConfig":
-        """These settings alone, of a class that has more."""
+        """Only these settings, without those of a subclass."""
         return PixelConfig(max_pixels=self.max_pixels, scale=self.scale)
 
 

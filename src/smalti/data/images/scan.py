@@ -41,7 +41,7 @@ class ScanReport:
     """Facts about image files; all were decoded."""
 
     count: int
-    """Images that were looked at, unreadable ones included."""
+    """Number of scanned images, including unreadable ones."""
     total_bytes: int
     height: tuple[int, float, int]
     """Smallest, median, largest, in pixels; zeros if no image can be read."""
@@ -63,7 +63,7 @@ class ScanReport:
 
     @property
     def scale_hint(self) -> str:
-        """What to set for values that fill a small part of their range, or leave it; empty where none do."""
+        """Suggested setting for values that use a small part of their range, or exceed it; empty if none do."""
         for kind, (low, high) in self.values.items():
             if kind == "uint16" and high < _FULL * 65535:
                 bits = max(1, math.ceil(math.log2(high + 1)))

@@ -45,7 +45,7 @@ _NUMBER = re.compile(r"([+-]?\d{1,9})(?:\.0*)?")
 
 @dataclass(frozen=True)
 class Scoring:
-    """Who scored which stage from when to when; the rest is undefined."""
+    """Scored stages with their times; the remaining time is undefined."""
 
     onsets: np.ndarray
     """``(n,)`` seconds from the start of the recording, or of the scoring where ``start`` is known."""

@@ -23,7 +23,7 @@ from smalti.data.signals.signal_config import SignalConfig
 from smalti.errors import DataError
 
 _HIGHEST_BAND = 0.45
-"""Highest frequency that is kept, over the sampling rate."""
+"""Highest frequency to keep, as a fraction of the sampling rate."""
 _MAD_OF_NORMAL = 0.6744897501960817
 """Median absolute deviation of a standard normal variable."""
 _FILTER_ORDER = 4
@@ -47,7 +47,7 @@ class Recording:
     starts_s: np.ndarray = field(repr=False)
     """``(W,)`` seconds from the start of the recording to each window."""
     stages: np.ndarray | None = field(repr=False)
-    """``(W,)`` places in :data:`~smalti.data.signals.hypnograms.STAGES` or UNDEFINED; None where nobody scored it."""
+    """``(W,)`` places in :data:`~smalti.data.signals.hypnograms.STAGES` or UNDEFINED; None if it wasn't scored."""
     rates_hz: tuple[float, ...] = ()
     """As recorded, of each channel."""
     recorded_s: float = 0.0
@@ -248,7 +248,7 @@ def _fitting_rates(path: Path, raw: RawSignal, scoring: Scoring | None) -> tuple
 
 
 def _check_length(path: Path, scoring: Scoring, full_s: float | None, raw: RawSignal, config: SignalConfig) -> None:
-    """Refuse stages that go on after the end, warn of those that end early.
+    """Refuse stages that continue after the end, warn of those that end early.
 
     Args:
         path: of the recording.

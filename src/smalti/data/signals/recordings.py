@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class RawSignal:
-    """What a file holds of the channels that were asked for."""
+    """Data of the selected channels in a file."""
 
     pieces: tuple[Piece, ...]
     """In the order of time."""
@@ -119,7 +119,7 @@ def read_signal(
     *,
     with_stages: bool = True,
 ) -> RawSignal:
-    """The channels of a file that are asked for, in that order.
+    """The selected channels of a file, in that order.
 
     Args:
         path: EDF or BDF, ``.npy`` (``(C, S)`` or ``(S,)``), ``.npz`` (``signal``, and ``rate_hz``, ``channels``,

@@ -1,4 +1,4 @@
-"""How recordings are read and made ready: the settings ``data.signal.*`` and ``eval.signal.*``."""
+"""How recordings are read and preprocessed: the settings ``data.signal.*`` and ``eval.signal.*``."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -16,29 +16,29 @@ Names = Annotated[
 
 @settings
 class SignalConfig:
-    """How recordings are read and made ready; what an encoder was trained with must be kept for it."""
+    """How recordings are read and preprocessed. Use the settings that the encoder was trained with."""
 
     channels: Names = ()
-    """Channels by name, in this order; empty: those named after electrodes of the 10-20 system that all recordings
-    have."""
+    """Names of the channels, in this order; empty: all channels named after electrodes of the 10-20 system that every
+    recording has."""
     rate_hz: PositiveFloat | None = None
-    """Sampling rate of files that don't say theirs (arrays, text); None: ``rate_hz`` of recordings.csv, or how long the
-    stages beside them last."""
+    """Sampling rate of files without one (arrays, text); None: ``rate_hz`` of recordings.csv, or computed from the
+    duration of the stages."""
     resample_hz: PositiveFloat = 100.0
-    """Sampling rate that the encoder sees."""
+    """Sampling rate after resampling, as the encoder gets it."""
     low_hz: Annotated[float, Field(ge=0)] = 0.3
-    """Lowest frequency that is kept; 0 keeps all."""
+    """High-pass cutoff frequency; 0: no high-pass filter."""
     high_hz: PositiveFloat = 35.0
-    """Highest frequency that is kept, at most 0.45 of a recording's own rate."""
+    """Low-pass cutoff frequency, at most 0.45 times the sampling rate of a recording."""
     clip: PositiveFloat = 20.0
-    """Largest value after scaling, in robust standard deviations."""
+    """Scaled values are clipped to this magnitude, in robust standard deviations."""
     window_s: PositiveFloat = 30.0
-    """Seconds of a window: what gets one stage."""
+    """Length of a window in seconds; each window has one stage."""
     stage_s: PositiveFloat | None = None
-    """Seconds of a label in files that don't say; None: what of 5, 10, 20 and 30 fits the recording."""
+    """Length of a label in seconds, for files without one; None: 5, 10, 20 or 30, whichever fits the recording."""
     codes: Codes | None = None
-    """What bare numbers mean as stages: aasm (0 to 4: W, N1, N2, N3, REM), nsrr (0 to 5: W, stages 1 to 4, REM) or
-    dreams (5 W, 4 REM, 3 to 0: stages 1 to 4); None refuses them."""
+    """Coding of stages given as numbers: aasm (0 to 4: W, N1, N2, N3, REM), nsrr (0 to 5: W, stages 1 to 4, REM) or
+    dreams (5 W, 4 REM, 3 to 0: stages 1 to 4); None: numbers are an error."""
 
     @property
     def window(self) -> int:
@@ -47,7 +47,7 @@ class SignalConfig:
 
 
 def as_read(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of training for reading recordings elsewhere: all but the window, since a stage has its own."""
+    """Training settings for reading other recordings: all but the window, which is one stage long there."""
     return {name: value for name, value in known.items() if name != "window_s"}
 
 

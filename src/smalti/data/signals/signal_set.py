@@ -66,7 +66,7 @@ class SignalSet:
 
     @property
     def subjects(self) -> tuple[str, ...]:
-        """Who was recorded, sorted."""
+        """Subjects, sorted."""
         return tuple(sorted({recording.subject for recording in self.recordings}))
 
     @property
@@ -82,7 +82,7 @@ class SignalSet:
 
     @functools.cached_property
     def stages(self) -> np.ndarray:
-        """``(windows,)`` stage of each window, :data:`UNDEFINED` where there is none."""
+        """``(windows,)`` stage of each window, :data:`UNDEFINED` if there is none."""
         ends = np.concatenate([[0], self._ends])
         parts = [
             np.full(ends[i + 1] - ends[i], UNDEFINED) if recording.stages is None else recording.stages
@@ -163,7 +163,7 @@ class SignalSet:
 
 @dataclass(frozen=True)
 class LabelledSignals:
-    """Recordings to learn from and others, of other subjects, to be judged on."""
+    """Training recordings, and recordings of other subjects to evaluate on."""
 
     train: SignalSet
     test: SignalSet
@@ -280,7 +280,7 @@ def open_labelled_signals(
     Args:
         data: as for :func:`open_signals`.
         config: how they are read.
-        split: what to judge on; None takes test, else val, else a fifth of the subjects, chosen by the seed.
+        split: split to evaluate on; None: test, else val, else a random 20 % of the subjects (seeded).
         seed: of that choice.
 
     Raises:
@@ -327,7 +327,7 @@ def _refuse_doubtful_subjects(signals: SignalSet) -> None:
     """Files of one name in several folders: one person, or several? A split by subject must know."""
     places: dict[str, set[Path]] = {}
     for recording in signals.recordings:
-        if recording.subject == recording.path.stem:  # nobody said who it is
+        if recording.subject == recording.path.stem:  # the subject is unknown
             places.setdefault(recording.subject, set()).add(recording.path.parent)
     for subject, folders in sorted(places.items()):
         if len(folders) > 1:
@@ -347,10 +347,10 @@ def split_subjects(subjects: Sequence[str], seed: int) -> dict[str, tuple[str, .
 
 
 def draw_subjects(signals: SignalSet, share: float, seed: int) -> SignalSet:
-    """The recordings of a share of the subjects, one subject at least; smaller shares of one seed are parts of larger.
+    """The recordings of a fraction of the subjects, at least one; with one seed, smaller fractions are subsets of larger.
 
     Raises:
-        ConfigError: if the share is not above 0 and at most 1.
+        ConfigError: if the fraction is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"{share:g} of the subjects: a share above 0 and at most 1 is needed")

@@ -24,7 +24,7 @@ from smalti.files import folder_beside, is_free
 
 RATE_HZ, EPOCH_S = 100.0, 30.0
 CHANNELS = ("C3-M2", "O1-M2", "F3-M2", "C4-M1", "O2-M1", "F4-M1")
-"""In this order, as many as are asked for."""
+"""Names of channels, used in this order."""
 _BANDS = {"delta": (0.5, 2.5), "theta": (4.0, 7.5), "alpha": (8.0, 12.0), "sigma": (12.0, 15.0), "beta": (18.0, 30.0)}
 _POWERS = {  # microvolts of each band in each stage
     "W": {"delta": 6.0, "theta": 5.0, "alpha": 18.0, "sigma": 4.0, "beta": 7.0},
