@@ -102,7 +102,7 @@ class Ranking:
     """Order -> agreement with the same order of another run."""
     against_source: str
     curves: Mapping[str, PrefixCurve] = field(repr=False)
-    """Order -> curve; empty without ``judge``."""
+    """Order -> curve; empty without ``predictor``."""
     curve_scores: Mapping[str, Mapping[str, CurveScore]]
     """Order -> number of :data:`smalti.ranking.curves.UNITS`."""
     predictor: str
