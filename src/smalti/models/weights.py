@@ -142,7 +142,7 @@ def read_checkpoint(path: Path, network: str | None = None) -> Container:
     Args:
         path: the file.
         network: ``student`` or ``teacher``, of a torch file that keeps both under keys of their own; in other files
-            it is told by the names (:func:`smalti.models.layouts.to_timm_names`).
+            it is recognised by the names (:func:`smalti.models.layouts.to_timm_names`).
 
     Raises:
         WeightsError: as :func:`read_tensors`, and if the network isn't there.

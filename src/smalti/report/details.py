@@ -1,4 +1,4 @@
-"""What stands behind the numbers of evaluations, side by side for every arm: classes, confusion, predictions, patches.
+"""Details of evaluations, side by side for every arm: classes, confusion, predictions, patches.
 
 An arm is whatever is compared: methods, checkpoints, or an encoder and its baseline. Everything is drawn from the
 details that results carry; what isn't there is left out, and where a whole part is missing the page says so.

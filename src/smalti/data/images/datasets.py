@@ -307,7 +307,7 @@ def _read_pairs(
         name: of the layout.
         folders: split -> candidates for the folder of its images, and of its masks.
         label_map: of the masks.
-        spellings: split -> what stands for ``{split}`` in the candidates.
+        spellings: split -> replacement for ``{split}`` in the candidates.
         endings: of the stems of images and masks, which are cut off; other files are left out.
     """
     samples: list[ImageSample] = []

@@ -230,7 +230,7 @@ def _list_keys(names: Sequence[PurePosixPath]) -> dict[str, str]:
 
 
 def _refuse_other_lists(root: Path, images: ImageSet, lists: Sequence[str]) -> None:
-    """Refuse lists of splits in other folders than those that are looked into, such as ``meta/train.txt``."""
+    """Refuse lists of splits in folders that are not searched, such as ``meta/train.txt``."""
     keys = _list_keys(_names_from(root, images)) if lists else {}
     if found := [name for name in lists if lists_images(root / name, keys)]:
         raise DataError(
@@ -385,4 +385,4 @@ READERS: dict[str, Callable[[Path], ImageSet]] = {
     "masks": read_masks,
     **datasets.READERS,
 }
-"""Name -> reader: what may stand before ``=PATH``."""
+"""Name -> reader, for ``NAME=PATH``."""

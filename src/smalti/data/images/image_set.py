@@ -95,7 +95,7 @@ class ImageSet:
     no_labels: str = ""
     """Why there are no class labels."""
     no_masks: str = ""
-    """Why there are no masks, where something looks like them."""
+    """Why there are no masks, if some files look like masks."""
 
     def __len__(self) -> int:
         return len(self.samples)

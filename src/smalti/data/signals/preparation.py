@@ -165,7 +165,7 @@ def condition_channel(
     for _, values in pieces:
         try:
             one = dsp.sosfiltfilt(sections, values - median)
-        except ValueError as error:  # fewer samples than the filter looks back
+        except ValueError as error:  # fewer samples than the filter needs
             raise DataError(f"{where}: {len(values)} samples are too few to be filtered ({error})") from None
         filtered.append(one if ratio == 1 else dsp.resample_poly(one, ratio.numerator, ratio.denominator))
     joined = np.concatenate(filtered)

@@ -92,7 +92,7 @@ def find_hypnogram(recording: Path) -> Path | None:
 
 
 def subject_of(recording: Path) -> str:
-    """Who was recorded, as the path says: BIDS's ``sub-NAME`` in the file or a folder, Sleep-EDF's names, which hold
+    """The subject, from the path: BIDS's ``sub-NAME`` in the file or a folder, Sleep-EDF's names, which hold
     subject and night; others are one each."""
     for part in (recording.stem, *(folder.name for folder in recording.parents)):
         if found := _BIDS.match(part):

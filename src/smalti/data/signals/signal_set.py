@@ -347,7 +347,7 @@ def split_subjects(subjects: Sequence[str], seed: int) -> dict[str, tuple[str, .
 
 
 def draw_subjects(signals: SignalSet, share: float, seed: int) -> SignalSet:
-    """The recordings of a fraction of the subjects, at least one; with one seed, smaller fractions are subsets of larger.
+    """The recordings of a fraction of the subjects, at least one; for a seed, smaller fractions are subsets of larger.
 
     Raises:
         ConfigError: if the fraction is not above 0 and at most 1.
