@@ -257,7 +257,7 @@ def unwrap(content: Any, network: str | None = None) -> Container:
 
 
 def _leaves(content: Mapping[Any, Any]) -> Tensors:
-    """Tensors by name; where there are none, those of the groups inside, names joined with dots."""
+    """Tensors by name; if there are none, those of the groups inside, names joined with dots."""
     own = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     groups = {str(key): _leaves(value) for key, value in content.items() if isinstance(value, Mapping) and not own}
     return own or {f"{key}.{name}": tensor for key, group in groups.items() for name, tensor in group.items()}

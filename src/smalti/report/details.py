@@ -134,7 +134,7 @@ def class_bars(judged: Evaluated) -> Html | None:
 
 
 def _class_means(results: Sequence[Result], metric: str) -> dict[str, float]:
-    """Mean over seeds; NaN where no seed has a value."""
+    """Mean over seeds; NaN if no seed has a value."""
     found: dict[str, list[float]] = {}
     for result in results:
         for name, value in result.per_class.get(metric, {}).items():

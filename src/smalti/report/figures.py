@@ -237,7 +237,7 @@ class SweepPoint(NamedTuple):
     """Above 0."""
     value: float
     low: float
-    """NaN where there is no interval."""
+    """NaN if there is no interval."""
     high: float
 
 
@@ -365,7 +365,7 @@ def confusion_chart(title: str, matrix: Int[np.ndarray, "G P"], names: Sequence[
 
 @dataclasses.dataclass(frozen=True)
 class ForestRow:
-    """A line of :func:`forest_chart`; NaN where there is nothing to draw."""
+    """A line of :func:`forest_chart`; NaN if there is nothing to draw."""
 
     name: str
     mean: float

@@ -48,7 +48,7 @@ class Found(NamedTuple):
 
     @property
     def not_read(self) -> tuple[str, ...]:
-        """The skipped folders as a phrase; empty where there are none."""
+        """The skipped folders as a phrase; empty if there are none."""
         if not self.skipped:
             return ()
         count = len(self.skipped)

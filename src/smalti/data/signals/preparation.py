@@ -253,7 +253,7 @@ def _check_length(path: Path, scoring: Scoring, full_s: float | None, raw: RawSi
     Args:
         path: of the recording.
         scoring: from its start.
-        full_s: how long the recording is, also where the end of its file is missing; None where that isn't known.
+        full_s: how long the recording is, also where the end of its file is missing; None if that isn't known.
         raw: as read.
         config: the window, what may be more.
     """

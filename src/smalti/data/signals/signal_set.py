@@ -262,7 +262,7 @@ def _warn_of_faults(recordings: Sequence[Recording]) -> None:
 
 
 def training_signals(signals: SignalSet) -> SignalSet:
-    """What pretraining reads: the train split where there are splits, else all.
+    """What pretraining reads: the train split if there are splits, else all.
 
     Raises:
         DataError: if there are splits, but none is for training.
