@@ -326,7 +326,7 @@ def eval_batches(
     batch_size: int,
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, list[int], list[Skipped]]]:
-    """All images once, in order: ``(B, C, S, S)`` uint8 or float32 in 0..1, their indices in the set, and those left out.
+    """All images once, in order: ``(B, C, S, S)`` uint8 or float32 in 0..1, indices in the set, and those left out.
 
     Unreadable images are left out, so a batch may be smaller than ``batch_size``, or empty.
     """
