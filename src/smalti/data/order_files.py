@@ -137,7 +137,7 @@ class OrderCache:
         return found.flip(1) if name == "collapse_reversed" else found
 
     def table(self, name: str, images: Sequence[str], flips: bool = True) -> Int[Tensor, "M F N"]:
-        """Orders of some images as they are and, if ``flips``, mirrored: what training looks up at each step.
+        """Orders of some images as they are and, if ``flips``, mirrored; used in each training step.
 
         Returns:
             int16; ``table[i, 1]`` is the order of the mirrored image i. Images that could not be read when the file was
@@ -216,7 +216,7 @@ class OrderCache:
 
 
 def check_fits(cache: OrderCache, images: ImageSet, grid: tuple[int, int], flips_needed: bool) -> None:
-    """Refuse a file of other images, another grid, or without the flip states that will be looked up.
+    """Refuse a file of other images, another grid, or without the flip states that are needed.
 
     Raises:
         ShapeError: for another grid.
@@ -253,7 +253,7 @@ class TrainingOrders:
         self.name = check_order(name)
         self.path = path
         self.looks_up = self.name in CACHED
-        """Whether the orders stand in the file."""
+        """Whether the orders are in the file."""
         if self.looks_up and path is None:
             raise ConfigError(
                 f"method.order={name} is found by a network: give its file as method.orders=FILE "
@@ -310,7 +310,7 @@ def write_orders(
     seconds: Mapping[str, float] | None = None,
     unreadable: Sequence[str] = (),
 ) -> None:
-    """Write a file that :func:`read_orders` takes; atomically.
+    """Write a file for :func:`read_orders`, atomically.
 
     Args:
         path: ends in ``.parquet``.

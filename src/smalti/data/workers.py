@@ -95,7 +95,7 @@ def _open_files_limit() -> int | None:
 def load_items(
     items: Dataset[T], order: Iterable[int], num_workers: int, seed: int = 0, pin_memory: bool = False
 ) -> Iterator[T]:
-    """The items of a dataset in an order, each made whole (no collation), by worker processes where there are any.
+    """The items of a dataset in an order, each made whole (no collation), by worker processes if there are any.
 
     Args:
         items: picklable.

@@ -460,7 +460,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _table(self) -> tuple[Tensor, Tensor | None]:
-        """The field as timm's ``pos_embed`` at the native grid, and the class token that goes with it."""
+        """The field as timm's ``pos_embed`` at the native grid, and the matching class token."""
         positions = self.positions(self.check_size(*self.img_size))
         assert positions is not None, "there is a field"
         patches, prefix = positions
@@ -548,8 +548,8 @@ class Encoder(nn.Module):
     def forward_chosen(self, sequence: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:
         """Output of :meth:`forward_tokens` at some tokens; last block and final norm are computed only for these.
 
-        With another pooling than the class token (:meth:`set_pool`), the pooled vector replaces that token, and the last
-        block is computed for all tokens.
+        With another pooling than the class token (:meth:`set_pool`), the pooled vector replaces that token, and the
+        last block is computed for all tokens.
 
         Args:
             sequence: from :meth:`assemble`, with a class token if it is pooled.
@@ -648,8 +648,8 @@ class Encoder(nn.Module):
 
 
 def pool_features(features: PatchFeatures, pool: str, has_class_token: bool) -> Float[Tensor, "B D"]:
-    """One vector per image, without parameters or attention: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` if there
-    is a class token, else ``avg``).
+    """One vector per image, without parameters or attention: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` if
+    there is a class token, else ``avg``).
 
     Raises:
         ConfigError: for another ``pool``, or ``cls`` without a class token.

@@ -54,9 +54,9 @@ def load(
 
     Args:
         spec: ``RUN`` (a run directory, one of its checkpoints, or ``RUN/best``: the best one according to
-            evaluation during training), ``FILE.safetensors`` (an export, with config.json in the same folder), ``timm:NAME`` (pretrained weights from
-            the hub), ``timm:NAME@FILE`` (local weights, also of other projects) or ``random:NAME`` (seeded random
-            weights).
+            evaluation during training), ``FILE.safetensors`` (an export, with config.json in the same folder),
+            ``timm:NAME`` (pretrained weights from the hub), ``timm:NAME@FILE`` (local weights, also of other projects)
+            or ``random:NAME`` (seeded random weights).
         seed: for ``random:``.
         network: which network of a run or a file: ``student`` or ``teacher``; None: the one that its method
             exports.

@@ -142,7 +142,7 @@ def read_checkpoint(path: Path, network: str | None = None) -> Container:
     Args:
         path: the file.
         network: ``student`` or ``teacher``, of a torch file that keeps both under keys of their own; in other files
-            it is told by the names (:func:`smalti.models.layouts.to_timm_names`).
+            it is recognised by the names (:func:`smalti.models.layouts.to_timm_names`).
 
     Raises:
         WeightsError: as :func:`read_tensors`, and if the network isn't there.
@@ -257,7 +257,7 @@ def unwrap(content: Any, network: str | None = None) -> Container:
 
 
 def _leaves(content: Mapping[Any, Any]) -> Tensors:
-    """Tensors by name; where there are none, those of the groups inside, names joined with dots."""
+    """Tensors by name; if there are none, those of the groups inside, names joined with dots."""
     own = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     groups = {str(key): _leaves(value) for key, value in content.items() if isinstance(value, Mapping) and not own}
     return own or {f"{key}.{name}": tensor for key, group in groups.items() for name, tensor in group.items()}

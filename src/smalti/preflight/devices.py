@@ -40,7 +40,7 @@ class Devices:
     """That this process may use."""
     total_mib: float
     free_mib: float
-    """Main memory that a run can have; within a container's limit, where there is one."""
+    """Main memory that a run can have; within a container's limit, if there is one."""
     gpus: tuple[Gpu, ...]
 
     def lines(self) -> list[str]:

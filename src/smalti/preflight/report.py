@@ -162,7 +162,7 @@ class DoctorReport:
     devices: Devices
     disk_free_mib: float
     out: Path
-    """Where the disk was looked at."""
+    """Folder whose disk was checked."""
     data: DataReport | None
     step: StepEstimate | None
     shared_mib: float | None = None
@@ -355,7 +355,7 @@ def _measure_on_cpu(make_step: MakeStep, batch_size: int) -> tuple[Measured, Mea
     low = _even(min(_CPU_FIRST_BATCH, batch_size // 2))
     first = _measure(make_step, low, device)
     quick = low * _CPU_STEP_S / max(first.seconds, 1e-9)
-    at_most_mib = max(first.memory_mib - before_mib, 1.0) / low  # an image, with its share of what is fixed
+    at_most_mib = max(first.memory_mib - before_mib, 1.0) / low  # an image, with its part of the fixed memory
     safe = (_free_mib(device) / 2 - before_mib) / at_most_mib
     high = max(_even(min(batch_size, int(quick), int(safe))), 3 * low if batch_size >= 3 * low else low + 2)
     return first, _measure(make_step, high, device)
@@ -379,7 +379,7 @@ def _measure(make_step: MakeStep, batch_size: int, device: torch.device) -> Meas
 
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Peak memory of what happens inside, in MiB: the allocator's on a GPU, else resident memory, looked at often."""
+    """Peak memory of what happens inside, in MiB: the allocator's on a GPU, else resident memory, sampled often."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) / _MIB

@@ -1,4 +1,4 @@
-"""What stands behind the numbers of evaluations, side by side for every arm: classes, confusion, predictions, patches.
+"""Details of evaluations, side by side for every arm: classes, confusion, predictions, patches.
 
 An arm is whatever is compared: methods, checkpoints, or an encoder and its baseline. Everything is drawn from the
 details that results carry; what isn't there is left out, and where a whole part is missing the page says so.
@@ -134,7 +134,7 @@ def class_bars(judged: Evaluated) -> Html | None:
 
 
 def _class_means(results: Sequence[Result], metric: str) -> dict[str, float]:
-    """Mean over seeds; NaN where no seed has a value."""
+    """Mean over seeds; NaN if no seed has a value."""
     found: dict[str, list[float]] = {}
     for result in results:
         for name, value in result.per_class.get(metric, {}).items():

@@ -30,7 +30,7 @@ def check_free(folder: Path) -> None:
 
 
 def save_evaluation(folder: Path, results: Sequence[Result], command: str = "") -> Path:
-    """Write results, what stands behind them, and the page; an older evaluation there is replaced.
+    """Write results, their details and the page; replaces an older evaluation there.
 
     Args:
         folder: new, empty, or of an older evaluation.

@@ -124,7 +124,7 @@ def quantise(coordinates: Float[Tensor, "B N K"]) -> Int[Tensor, "B N K"]:
 def telling_patch(codes: Int[Tensor, "B N K"], grid: tuple[int, int]) -> tuple[int, int]:
     """The patch ``(image, number)`` with the highest variance of similarities to all others.
 
-    Looked for in the middle of the images, where their subject mostly is.
+    Only patches in the middle of the images, where the subject mostly is.
     """
     unit = torch.nn.functional.normalize(codes.flatten(0, 1).float(), dim=-1)
     second = unit.T @ unit / len(unit)  # the mean of squared similarities of x is x' S x, their mean is x' m
@@ -237,7 +237,7 @@ class SweepPoint(NamedTuple):
     """Above 0."""
     value: float
     low: float
-    """NaN where there is no interval."""
+    """NaN if there is no interval."""
     high: float
 
 
@@ -329,7 +329,7 @@ def confusion_chart(title: str, matrix: Int[np.ndarray, "G P"], names: Sequence[
     Args:
         title: for readers who can't see it.
         matrix: counts, ground truth down, prediction across. A row without counts stays empty.
-        names: of the classes; numbers stand in for those that are missing.
+        names: of the classes; numbers replace missing names.
     """
     rows, columns = matrix.shape
     total = matrix.sum(1, keepdims=True)
@@ -365,7 +365,7 @@ def confusion_chart(title: str, matrix: Int[np.ndarray, "G P"], names: Sequence[
 
 @dataclasses.dataclass(frozen=True)
 class ForestRow:
-    """A line of :func:`forest_chart`; NaN where there is nothing to draw."""
+    """A line of :func:`forest_chart`; NaN if there is nothing to draw."""
 
     name: str
     mean: float

@@ -102,11 +102,11 @@ class Comparison:
         return _label(self.baseline) or "baseline"
 
     def values(self, metric: str) -> tuple[float, float]:
-        """The metric of both; NaN where there is none."""
+        """The metric of both; NaN if there is none."""
         return _value(self.trained, metric), _value(self.baseline, metric)
 
     def gain(self, metric: str) -> float:
-        """How much better the trained encoder is, whatever the metric's direction; NaN where it can't be said."""
+        """How much better the trained encoder is, whatever the metric's direction; NaN if it can't be said."""
         trained, baseline = self.values(metric)
         unit = self.trained.units.get(metric, "")
         if "lower is better" in unit:
@@ -196,7 +196,7 @@ def verdict(comparisons: Sequence[Comparison], method: type[Method] | None = Non
         if not comparisons:
             return "unknown", "Not evaluated: nothing says yet whether training improved these features."
         metric, value = comparisons[0].trained.headline
-        real = comparisons[0].trained.metrics.get(f"{metric}_real")  # generated images, judged in given features
+        real = comparisons[0].trained.metrics.get(f"{metric}_real")  # generated images, evaluated with given features
         if real is not None:
             return "unknown", (
                 f"{comparisons[0].name} is {decimals(as_float(value))}; real images get {decimals(as_float(real))}."
@@ -276,7 +276,7 @@ def _page(files: RunFiles, shown: tuple[Html, Html] | str | None) -> str:
 
 
 def _learned(files: RunFiles) -> str | None:
-    """The loss at the end beside that of a predictor that ignores the image, a sentence; None where none is known."""
+    """The loss at the end beside that of a predictor that ignores the image, a sentence; None if none is known."""
     reference = files.info.get("reference")
     sentence = str(reference.get("sentence") or "") if isinstance(reference, dict) else ""
     return f"{sentence[0].upper()}{sentence[1:]}." if sentence else None

@@ -22,9 +22,9 @@ class RunFiles:
     config: Tree
     """Resolved settings, nested."""
     info: Tree
-    """``run.json``: versions, machine, commit, times, command; empty where it is missing."""
+    """``run.json``: versions, machine, commit, times, command; empty if it is missing."""
     log: dict[str, list[float]]
-    """Column -> values, a row a logged step; NaN where a cell is empty."""
+    """Column -> values, a row a logged step; NaN if a cell is empty."""
     events: list[dict[str, str]]
     unreadable: list[dict[str, str]]
     results: list[Result]
@@ -44,7 +44,7 @@ class RunFiles:
 
     @property
     def command(self) -> str:
-        """The command that started the run; empty where it isn't known."""
+        """The command that started the run; empty if it isn't known."""
         command = self.info.get("command") or ""
         return shlex.join(str(word) for word in command) if isinstance(command, list) else str(command)
 

@@ -324,7 +324,7 @@ def absolute_paths(tree: Mapping[str, Any], beside: Path | None = None) -> Tree:
 
     Args:
         tree: as :func:`resolve` takes it.
-        beside: a folder in which to look, too, for what isn't there.
+        beside: another folder to search for relative paths.
     """
     chosen = tree.get("method")
     name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
@@ -337,7 +337,7 @@ def absolute(text: str, beside: Path | None = None) -> str:
 
     Args:
         text: as a user gives it.
-        beside: a folder in which to look, too, for what isn't there.
+        beside: another folder to search for relative paths.
     """
     for mark in ("", "@" if text.startswith("timm:") else "="):
         head, found, path = text.rpartition(mark) if mark else ("", "", text)

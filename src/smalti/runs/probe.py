@@ -75,11 +75,11 @@ class PositionProbe:
     predicted: Tensor
     """``(4, N, N, 2)`` offsets in pixels."""
     truth: Tensor
-    """Likewise."""
+    """``(4, N, N, 2)`` true offsets in pixels."""
     distances: Tensor
     """``(10,)`` pixels: mean distance of the pairs of each tenth, nearest first."""
     fits: Tensor
-    """``(10,)`` R^2 of the offsets within each tenth; NaN where the tenth has one offset only."""
+    """``(10,)`` R^2 of the offsets within each tenth; NaN if the tenth has one offset only."""
 
 
 def probe_positions(
@@ -224,7 +224,7 @@ def fit_by_distance(
 
 
 def antisymmetry(table: Float[Tensor, "B N N A"], truth: Float[Tensor, "B N N A"]) -> float:
-    """RMS of (i, j) + (j, i) over the RMS of (i, j), without the diagonal; NaN where next to nothing is predicted."""
+    """RMS of (i, j) + (j, i) over the RMS of (i, j), without the diagonal; NaN if next to nothing is predicted."""
     off = ~torch.eye(table.shape[1], dtype=torch.bool)
     size = rms(table[:, off])
     return rms((table + table.transpose(1, 2))[:, off]) / size if size >= 1e-3 * float(truth.std()) else math.nan

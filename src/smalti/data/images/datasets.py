@@ -236,7 +236,7 @@ def read_coco_masks(root: Path, name: str) -> ImageSet:
 
 
 def read_coco(root: Path) -> ImageSet:
-    """COCO's images, with the file of their boxes and outlines where there is one; that file isn't read if it needn't.
+    """COCO's images, with the file of their boxes and outlines if there is one; that file isn't read if it needn't.
 
     ``annotations/instances_NAME.json`` with ``images/NAME`` (or ``NAME``), or with all images in ``images``. Without
     such files, ``train2017`` and ``val2017``, each by itself or in ``images``. Or as Roboflow exports it:
@@ -307,7 +307,7 @@ def _read_pairs(
         name: of the layout.
         folders: split -> candidates for the folder of its images, and of its masks.
         label_map: of the masks.
-        spellings: split -> what stands for ``{split}`` in the candidates.
+        spellings: split -> replacement for ``{split}`` in the candidates.
         endings: of the stems of images and masks, which are cut off; other files are left out.
     """
     samples: list[ImageSample] = []

@@ -152,7 +152,7 @@ def _detect(root: Path, class_depth: ClassDepth | None) -> ImageSet:
 
 
 def _known_folders(root: Path) -> str | None:
-    """The reader of a public data set whose folders are there; None where folders called masks say that it is none."""
+    """The reader of a public data set whose folders are there; None if folders called masks say that it is none."""
     folders = {entry.name.lower() for entry in root.iterdir() if entry.is_dir()}
     return None if "images" in folders and folders & {"masks", "instances"} else datasets.detect(root)
 
@@ -177,7 +177,7 @@ def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> Ima
 
 
 def _only_folder(names: Sequence[PurePosixPath]) -> str | None:
-    """The outermost folder that holds all images, apart from a few that lie less deep; None where folders at the top
+    """The outermost folder that holds all images, apart from a few that lie less deep; None if folders at the top
     are splits or classes."""
     folder, count = Counter(name.parts[0] for name in names).most_common(1)[0]
     if any(len(name.parts) > 1 and split_of(name.parts[0]) for name in names):
@@ -194,7 +194,7 @@ def _are_few(strays: int, inside: int) -> bool:
 
 
 def _with_lists(images: ImageSet, home: Path) -> ImageSet:
-    """Splits by the lists in a folder that all images lie in; unchanged where it has none.
+    """Splits by the lists in a folder that all images lie in; unchanged if it has none.
 
     Raises:
         DataError: for lists that can't be understood or contradict the folders of splits.
@@ -230,7 +230,7 @@ def _list_keys(names: Sequence[PurePosixPath]) -> dict[str, str]:
 
 
 def _refuse_other_lists(root: Path, images: ImageSet, lists: Sequence[str]) -> None:
-    """Refuse lists of splits in other folders than those that are looked into, such as ``meta/train.txt``."""
+    """Refuse lists of splits in folders that are not searched, such as ``meta/train.txt``."""
     keys = _list_keys(_names_from(root, images)) if lists else {}
     if found := [name for name in lists if lists_images(root / name, keys)]:
         raise DataError(
@@ -385,4 +385,4 @@ READERS: dict[str, Callable[[Path], ImageSet]] = {
     "masks": read_masks,
     **datasets.READERS,
 }
-"""Name -> reader: what may stand before ``=PATH``."""
+"""Name -> reader, for ``NAME=PATH``."""

@@ -30,7 +30,7 @@ class Found(NamedTuple):
     names: list[PurePosixPath]
     """Relative paths, sorted."""
     skipped: list[str]
-    """Folders that were not looked into, relative and sorted: previews, and what file systems add."""
+    """Skipped folders, relative and sorted: previews, and those added by file systems."""
     lists: list[str]
     """Text files whose names are those of splits, relative and sorted."""
 
@@ -48,7 +48,7 @@ class Found(NamedTuple):
 
     @property
     def not_read(self) -> tuple[str, ...]:
-        """The skipped folders as a phrase; empty where there are none."""
+        """The skipped folders as a phrase; empty if there are none."""
         if not self.skipped:
             return ()
         count = len(self.skipped)

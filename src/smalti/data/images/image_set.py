@@ -65,7 +65,7 @@ class ImageSample:
     split: str | None = None
     instances: Path | None = None
     label_map: LabelMap | None = None
-    """What the values in the mask mean; None where they are places in ``ImageSet.classes``."""
+    """What the values in the mask mean; None if they are places in ``ImageSet.classes``."""
     annotations: Path | None = None
     """COCO's JSON with the objects of this and other images."""
     group: str | None = None
@@ -95,7 +95,7 @@ class ImageSet:
     no_labels: str = ""
     """Why there are no class labels."""
     no_masks: str = ""
-    """Why there are no masks, where something looks like them."""
+    """Why there are no masks, if some files look like masks."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -145,7 +145,7 @@ class ImageSet:
 
     @property
     def label_note(self) -> str | None:
-        """What the values of the masks mean, one line; None where they are places in ``classes``."""
+        """What the values of the masks mean, one line; None if they are places in ``classes``."""
         label_map = self.samples[0].label_map if self.samples else None
         return label_map.note if label_map else None
 
@@ -175,7 +175,7 @@ def as_text(name: str | Path) -> str:
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with ``~`` replaced by the home directory; as it is where there is no such user."""
+    """A path with ``~`` replaced by the home directory; as it is if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

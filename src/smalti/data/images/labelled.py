@@ -54,7 +54,7 @@ class LabelledData:
     drawn: bool = False
     """Whether ``train`` is a draw from the training images."""
     split: str = "test"
-    """The evaluated split by its own name; ``held-out`` of a seeded split, empty where all images are evaluated."""
+    """The evaluated split by its own name; ``held-out`` of a seeded split, empty if all images are evaluated."""
 
     missing: tuple[str, ...] = ()
     """Classes with training images but no images to evaluate on (class folders)."""
@@ -241,7 +241,7 @@ def load_images(
     mode: EvalCrop = "crop",
     pixels: PixelConfig = NO_PIXELS,
 ) -> Tensor:
-    """Images ready for :meth:`smalti.Encoder.encode`: ``(B, channels, size, size)``, uint8, or float32 in 0..1 where
+    """Images ready for :meth:`smalti.Encoder.encode`: ``(B, channels, size, size)``, uint8, or float32 in 0..1 if
     one of the files has 16 bits or floats.
 
     Args:
@@ -326,7 +326,7 @@ def eval_batches(
     batch_size: int,
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, list[int], list[Skipped]]]:
-    """All images once, in order: ``(B, C, S, S)`` uint8 or float32 in 0..1, their places in the set, who was left out.
+    """All images once, in order: ``(B, C, S, S)`` uint8 or float32 in 0..1, indices in the set, and those left out.
 
     Unreadable images are left out, so a batch may be smaller than ``batch_size``, or empty.
     """

@@ -168,7 +168,7 @@ def read_masks(root: Path, found: Found | None = None) -> ImageSet:
 
 
 def masks_beside(names: Sequence[PurePosixPath]) -> dict[PurePosixPath, list[PurePosixPath]]:
-    """``{image: its masks}`` where ``x_mask.png`` lies beside ``x.png`` or ``x_sat.png``; empty where none is so."""
+    """``{image: its masks}`` where ``x_mask.png`` lies beside ``x.png`` or ``x_sat.png``; empty if none is so."""
     stems = {name.with_suffix(""): name for name in names}
     images = {
         stem.with_name(match[1]): name for stem, name in stems.items() if (match := _IMAGE_ENDING.fullmatch(stem.name))

@@ -62,7 +62,7 @@ class MaskValues:
 
 
 def count_values(images: ImageSet, most: int = _MOST) -> MaskValues | None:
-    """Values in at most so many masks, drawn from all by a fixed seed; None where no image has a mask."""
+    """Values in at most so many masks, drawn from all by a fixed seed; None if no image has a mask."""
     samples = [sample for sample in images.samples if sample.mask is not None or sample.instances is not None]
     if not samples:
         return None
@@ -85,7 +85,7 @@ def count_values(images: ImageSet, most: int = _MOST) -> MaskValues | None:
 
 
 def _name(value: int, sample: ImageSample, classes: tuple[str, ...] | None) -> str | None:
-    """The class of a value, or that it is ignored; None where it means nothing."""
+    """The class of a value, or that it is ignored; None if it means nothing."""
     known = classes or ()
     if sample.label_map is not None:
         value = int(sample.label_map.classes(np.array([value]))[0])

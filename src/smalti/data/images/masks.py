@@ -77,7 +77,7 @@ def _class_number(name: int | str, classes: tuple[str, ...], setting: str) -> in
 
 
 def values_seen(images: ImageSet) -> str:
-    """The values in a few masks, for a message; empty where they can't be read."""
+    """The values in a few masks, for a message; empty if they can't be read."""
     values = _first_values([sample.mask for sample in images.samples if sample.mask])
     shown = ", ".join(map(str, sorted(values)[:12]))
     return f" (values in the first masks: {shown}{', ...' * (len(values) > 12)})" if values else ""
@@ -216,7 +216,7 @@ def _stored_bits(path: Path, image: Image.Image) -> int | None:
 
 
 def _orientation(path: Path) -> int:
-    """The EXIF orientation of an image, 1..8; 1 where there is none."""
+    """The EXIF orientation of an image, 1..8; 1 if there is none."""
     with reading(path, "an image"), Image.open(path) as image:
         return int(image.getexif().get(_ORIENTATION, 1))
 

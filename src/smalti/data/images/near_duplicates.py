@@ -46,7 +46,7 @@ def reduce_picture(image: np.ndarray) -> np.ndarray | None:
 
 
 def find_near(pictures: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
-    """``(n,)``: the place of the same picture in ``among``, the most similar one; -1 where there is none.
+    """``(n,)``: the place of the same picture in ``among``, the most similar one; -1 if there is none.
 
     Each picture is compared with all others, 8 bytes each, so the cost is quadratic with a small factor: about 7 s
     for 100,000 pictures among themselves. Of more than 256 candidates, those with the most similar hashes are compared.

@@ -28,7 +28,7 @@ class ScannedImage(NamedTuple):
 
     path: Path
     digest: bytes
-    """SHA-256 of its bytes; empty where there are none."""
+    """SHA-256 of its bytes; empty if there are none."""
     num_bytes: int
     facts: ImageFacts | str
     """A text says why the file can't be read."""

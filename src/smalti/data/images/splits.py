@@ -24,7 +24,7 @@ def split_of(name: str) -> str | None:
 
 
 def folder_splits(root: Path, names: Sequence[PurePosixPath], has_masks: bool = False) -> tuple[str, ...]:
-    """The folders right below ``root`` that are splits, as spelt; empty where the folders are no splits.
+    """The folders right below ``root`` that are splits, as spelt; empty if the folders are no splits.
 
     One folder called ``test`` beside class folders is a class.
 
@@ -65,7 +65,7 @@ def folder_splits(root: Path, names: Sequence[PurePosixPath], has_masks: bool = 
 
 
 def read_split_lists(root: Path, keys: Mapping[str, str], partial: bool = False) -> dict[str, str]:
-    """``{image: split}`` from ``train.txt``, ``val.txt`` and so on; empty where there are no such lists.
+    """``{image: split}`` from ``train.txt``, ``val.txt`` and so on; empty if there are no such lists.
 
     A text file of another name that lists images is refused where there are split lists, or its name resembles one.
 

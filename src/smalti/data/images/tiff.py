@@ -1,6 +1,6 @@
 """TIFF files of any number of channels: several samples a pixel, or one channel a page.
 
-OpenCV decodes TIFFs of up to four samples. What it can't, multispectral and microscope images, is handed to it in a
+OpenCV decodes TIFFs of up to four samples. Others, multispectral and microscope images, are passed to it in a
 form it can: a page of N samples is a grey image N times as wide, once the directory says so, whatever its compression.
 """
 

@@ -63,7 +63,7 @@ class EdfChannel:
     """Limits of the converter."""
     gain: float
     offset: float
-    """Value in the file's unit = ``gain * sample + offset``; gain is below 0 where the polarity is inverted."""
+    """Value in the file's unit = ``gain * sample + offset``; gain is below 0 if the polarity is inverted."""
     is_calibrated: bool
     """False where the header has no usable limits; samples are then read as they are stored."""
 
@@ -76,12 +76,12 @@ class EdfFile:
     channels: tuple[EdfChannel, ...]
     """Without annotations."""
     start: datetime.datetime | None
-    """When onset 0 is; None where the header has no valid date and time."""
+    """When onset 0 is; None if the header has no valid date and time."""
     record_s: float
     num_records: int
     """Whole records to read: those the header counts, as far as the file holds them."""
     counted_records: int | None
-    """Records by the header; None where it says -1, unknown."""
+    """Records by the header; None if it says -1, unknown."""
     held_records: int
     """Whole records in the file."""
     is_discontinuous: bool
@@ -102,7 +102,7 @@ class Timeline:
     onsets: np.ndarray
     """``(records,)``."""
     annotations: tuple[tuple[float, float | None, str], ...]
-    """Onset, duration (None where the file has none) and text."""
+    """Onset, duration (None if the file has none) and text."""
 
     def pieces(self, record_s: float, fastest_hz: float) -> tuple[tuple[int, int], ...]:
         """First record and number of records of each part without a gap.
@@ -317,7 +317,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> float:
-    """NaN where the field holds none."""
+    """NaN if the field holds none."""
     try:
         return float(_text(field).replace(",", "."))
     except ValueError:

@@ -176,7 +176,7 @@ def parse_stages(path: Path, labels: Sequence[tuple[int, str]], codes: Codes | N
 def stages_of(
     path: Path, annotations: Iterable[tuple[float, float | None, str]], stage_s: float | None
 ) -> Scoring | None:
-    """The sleep stages among EDF+ annotations; None where there are none.
+    """The sleep stages among EDF+ annotations; None if there are none.
 
     Args:
         path: named in errors.
@@ -210,7 +210,7 @@ def time_labels(
     Args:
         labels: of a file without times.
         recording: named in errors.
-        span_s: seconds from the start to the end of the recording, gaps included; None where that isn't known.
+        span_s: seconds from the start to the end of the recording, gaps included; None if that isn't known.
         gaps_s: seconds of ``span_s`` that weren't recorded.
         codes: ``dreams`` says that labels last 5 s where ``span_s`` isn't known.
 
@@ -254,7 +254,7 @@ def align(scoring: Scoring, recording: Path, start: datetime.datetime | None, sp
     Args:
         scoring: as read.
         recording: named in errors.
-        start: of the recording; None where it doesn't say.
+        start: of the recording; None if it doesn't say.
         span_s: how long it lasts.
 
     Raises:

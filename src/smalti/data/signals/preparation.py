@@ -165,7 +165,7 @@ def condition_channel(
     for _, values in pieces:
         try:
             one = dsp.sosfiltfilt(sections, values - median)
-        except ValueError as error:  # fewer samples than the filter looks back
+        except ValueError as error:  # fewer samples than the filter needs
             raise DataError(f"{where}: {len(values)} samples are too few to be filtered ({error})") from None
         filtered.append(one if ratio == 1 else dsp.resample_poly(one, ratio.numerator, ratio.denominator))
     joined = np.concatenate(filtered)
@@ -253,7 +253,7 @@ def _check_length(path: Path, scoring: Scoring, full_s: float | None, raw: RawSi
     Args:
         path: of the recording.
         scoring: from its start.
-        full_s: how long the recording is, also where the end of its file is missing; None where that isn't known.
+        full_s: how long the recording is, also where the end of its file is missing; None if that isn't known.
         raw: as read.
         config: the window, what may be more.
     """

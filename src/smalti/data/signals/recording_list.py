@@ -30,7 +30,7 @@ class ListedRecording:
     path: Path
     subject: str
     split: str | None
-    """train, val or test; None where it is not known."""
+    """train, val or test; None if it is not known."""
     rate_hz: float | None = None
     """From the table."""
     hypnogram: Path | None = None
@@ -61,7 +61,7 @@ def is_hypnogram(path: Path) -> bool:
 
 
 def find_hypnogram(recording: Path) -> Path | None:
-    """The file of stages beside a recording; None where there is none.
+    """The file of stages beside a recording; None if there is none.
 
     Looked for: ``STEM.stages.EXT``, ``STEM_stages.EXT``, ``STEM_hypnogram.EXT``, ``Hypnogram_STEM.EXT`` (DREAMS), with
     ``_`` or ``-``, EXT one of csv, txt, edf, everything in any case, and Sleep-EDF's own names.
@@ -92,7 +92,7 @@ def find_hypnogram(recording: Path) -> Path | None:
 
 
 def subject_of(recording: Path) -> str:
-    """Who was recorded, as the path says: BIDS's ``sub-NAME`` in the file or a folder, Sleep-EDF's names, which hold
+    """The subject, from the path: BIDS's ``sub-NAME`` in the file or a folder, Sleep-EDF's names, which hold
     subject and night; others are one each."""
     for part in (recording.stem, *(folder.name for folder in recording.parents)):
         if found := _BIDS.match(part):
@@ -145,7 +145,7 @@ def _found(root: Path) -> RecordingList:
 
 
 def _phrase(paths: list[Path], one: str, many: str, what: str) -> tuple[str, ...]:
-    """Files that are left out as a phrase; empty where there are none."""
+    """Files that are left out as a phrase; empty if there are none."""
     if not paths:
         return ()
     return (f"{len(paths):,} {one if len(paths) == 1 else many} {what} ({paths[0].name})",)

@@ -43,13 +43,13 @@ class RawSignal:
     pieces: tuple[Piece, ...]
     """In the order of time."""
     rates_hz: tuple[float, ...] | None
-    """Samples a second of each channel; None where the file doesn't say."""
+    """Samples a second of each channel; None if the file doesn't say."""
     scoring: Scoring | Labels | None
     """Stages inside the file."""
     start: datetime.datetime | None = None
-    """When the first sample was recorded; None where the file doesn't say."""
+    """When the first sample was recorded; None if the file doesn't say."""
     missing_s: float | None = 0.0
-    """Seconds at the end that the header counts and the file doesn't hold; None where the header doesn't count."""
+    """Seconds at the end that the header counts and the file doesn't hold; None if the header doesn't count."""
     faults: tuple[tuple[str, str], ...] = ()
     """Kinds of what is doubtful about the file, each with a line for a warning."""
 

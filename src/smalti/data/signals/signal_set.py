@@ -262,7 +262,7 @@ def _warn_of_faults(recordings: Sequence[Recording]) -> None:
 
 
 def training_signals(signals: SignalSet) -> SignalSet:
-    """What pretraining reads: the train split where there are splits, else all.
+    """What pretraining reads: the train split if there are splits, else all.
 
     Raises:
         DataError: if there are splits, but none is for training.
@@ -347,7 +347,7 @@ def split_subjects(subjects: Sequence[str], seed: int) -> dict[str, tuple[str, .
 
 
 def draw_subjects(signals: SignalSet, share: float, seed: int) -> SignalSet:
-    """The recordings of a fraction of the subjects, at least one; with one seed, smaller fractions are subsets of larger.
+    """The recordings of a fraction of the subjects, at least one; for a seed, smaller fractions are subsets of larger.
 
     Raises:
         ConfigError: if the fraction is not above 0 and at most 1.
