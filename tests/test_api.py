@@ -30,7 +30,7 @@ def test_evaluate_takes_settings_by_name(class_folders: Path, encoder: smalti.En
     assert found[0].settings["k"] == 3
     (probe,) = smalti.evaluate(encoder, class_folders, ["linear-probe"], linear_probe={"epochs": 1}, baseline=False)
     assert probe.settings["epochs"] == 1
-    with pytest.raises(ConfigError, match=r"^eval: settings has no field 'kk'"):
+    with pytest.raises(ConfigError, match=r"^eval has no field 'kk'"):
         smalti.evaluate(encoder, class_folders, kk=1)
 
 

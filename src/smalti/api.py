@@ -84,7 +84,7 @@ def evaluate(
     tree = unfold(
         {(dashed if (dashed := key.replace("_", "-")) in own else key): value for key, value in settings.items()}
     )
-    config = build(EvalConfig, {**tree, **({"protocols": tuple(protocols)} if protocols else {})}, "eval")
+    config = build(EvalConfig, {**tree, **({"protocols": tuple(protocols)} if protocols else {})}, "", "eval")
     return baseline.evaluate(_encoder(encoder), _name(encoder), str(data), config, progress=progress, figures=figures)
 
 

@@ -91,7 +91,7 @@ def command(
     from smalti.runs.baseline import evaluate
     from smalti.runs.folder import CONFIG_FILE, RESULTS, new_results_file
 
-    config = build(EvalConfig, settings, "eval")
+    config = build(EvalConfig, settings, "", "eval")
     run = Path(encoder).expanduser()
     is_run = (run / CONFIG_FILE).is_file()
     if out:
