@@ -21,7 +21,7 @@ from smalti.evaluation.result import read_results, write_results
 from smalti.methods.base import get_method
 from smalti.models.loading import as_loaded
 from smalti.models.weights import LoadConfig
-from smalti.runs.baseline import baseline_of, untrained_network
+from smalti.runs.baseline import baseline_of, evaluate, untrained_network
 from smalti.runs.config import resolve
 from smalti.runs.folder import CONFIG_FILE, end_of_log
 
@@ -76,10 +76,10 @@ def test_scores_of_the_baseline_are_those_of_step_0(
     is_kept: bool, mae: Path, class_folders: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(mae, tmp_path / "run"))
-    (alone,) = smalti.evaluate(smalti.load(step(run, 0), quiet=True), "step 0", str(class_folders), KNN)
+    (alone,) = evaluate(smalti.load(step(run, 0), quiet=True), "step 0", str(class_folders), KNN)
     if not is_kept:
         shutil.rmtree(step(run, 0))
-    trained, baseline = smalti.evaluate(smalti.load(run, quiet=True), "run", str(class_folders), KNN)
+    trained, baseline = evaluate(smalti.load(run, quiet=True), "run", str(class_folders), KNN)
     assert alone.baseline is None and trained.baseline is None and baseline.baseline == "untrained"
     assert baseline.metrics == alone.metrics
     assert baseline.to_json()["baseline"] == "untrained" and baseline.encoder == "run (untrained)"
@@ -135,7 +135,7 @@ def test_no_baseline_where_none_is_asked_for(mae: Path, class_folders: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = dataclasses.replace(KNN, baseline=False)
-        results = smalti.evaluate(smalti.load(mae, quiet=True), "run", str(class_folders), config)
+        results = evaluate(smalti.load(mae, quiet=True), "run", str(class_folders), config)
     assert [result.baseline for result in results] == [None]
 
 
@@ -143,7 +143,7 @@ def test_scores_and_paired_differences_have_intervals_that_survive_their_file(
     mae: Path, class_folders: Path, tmp_path: Path
 ) -> None:
     encoder = smalti.load(mae, quiet=True)
-    trained, before = results = smalti.evaluate(encoder, str(mae), str(class_folders), KNN)
+    trained, before = results = evaluate(encoder, str(mae), str(class_folders), KNN)
     found = trained.intervals["top1"]
     assert found["low"] <= trained.metrics["top1"] <= found["high"]
     assert found["difference"] == pytest.approx(trained.metrics["top1"] - before.metrics["top1"])
@@ -160,13 +160,13 @@ def test_scores_and_paired_differences_have_intervals_that_survive_their_file(
 def test_groups_change_the_intervals_and_no_score(mae: Path, class_folders: Path) -> None:
     encoder = smalti.load(mae, quiet=True)
     plain, grouped = (
-        smalti.evaluate(encoder, str(mae), str(class_folders), dataclasses.replace(KNN, groups=groups, baseline=False))
+        evaluate(encoder, str(mae), str(class_folders), dataclasses.replace(KNN, groups=groups, baseline=False))
         for groups in (None, r"/(\d)\.png")
     )
     assert plain[0].metrics == grouped[0].metrics
     assert grouped[0].settings["intervals"].endswith(r"of 3 groups of images (/(\d)\.png)")
     with pytest.raises(DataError, match=r"eval\.groups=blue/\(\.\): does not match val/red/0\.png"):
-        smalti.evaluate(encoder, str(mae), str(class_folders), dataclasses.replace(KNN, groups="blue/(.)"))
+        evaluate(encoder, str(mae), str(class_folders), dataclasses.replace(KNN, groups="blue/(.)"))
 
 
 def test_a_keep_curve_reads_the_untrained_network_through_its_own_untrained_head(
@@ -178,7 +178,7 @@ def test_a_keep_curve_reads_the_untrained_network_through_its_own_untrained_head
         image_size=32,
         own={"keep-curve": {"rates": (0.0, 0.5), "speed": False, "orders": ("halton",)}},
     )
-    results = smalti.evaluate(smalti.load(run, quiet=True), str(run), str(class_folders), config)
+    results = evaluate(smalti.load(run, quiet=True), str(run), str(class_folders), config)
     assert [result.baseline for result in results] == [None, "untrained"]
     assert [result.settings["head"] for result in results] == [OWN_HEAD, OWN_HEAD]
     assert [result.settings["order"] for result in results] == ["halton", "halton"]

@@ -26,6 +26,7 @@ from smalti.models.encoder import Encoder, PatchFeatures
 from smalti.models.loading import latest_checkpoint
 from smalti.report.page import write_report
 from smalti.runs import train as runs
+from smalti.runs.baseline import evaluate
 from smalti.runs.config import posttrain_note, resolve
 from smalti.runs.evaluation_hook import EvaluationHook
 from smalti.runs.posttrain import BeforeAfter, Verdict, read_verdict, verdict_cells, verdict_path
@@ -114,7 +115,7 @@ def test_the_best_step_is_chosen_on_val_and_judged_on_test(
     config = EvalConfig(protocols=("knn-patch",), image_size=32, baseline=False, split="test")
     for arm, spec in {"before": start, "last": run, "best": run / "best"}.items():
         encoder = smalti.load(spec, network="teacher", quiet=True)
-        again = smalti.evaluate(encoder, "again", str(with_test), config)[0]
+        again = evaluate(encoder, "again", str(with_test), config)[0]
         assert {r.metric: r.score.mean for r in verdict.rows if r.arm == arm} == pytest.approx(dict(again.metrics))
     assert all(
         row.difference is not None and row.difference.over == "images" for row in verdict.rows if row.arm != "before"
@@ -233,7 +234,7 @@ def test_the_sentence_names_a_network_that_is_not_handed_on(
     assert verdict is not None
     assert "of the student; unless told weights=student, export hands on the teacher" in verdict.sentence
     config = EvalConfig(protocols=("knn-patch",), image_size=32, baseline=False, split="test")
-    student = smalti.evaluate(smalti.load(run, network="student", quiet=True), "again", str(with_test), config)[0]
+    student = evaluate(smalti.load(run, network="student", quiet=True), "again", str(with_test), config)[0]
     assert verdict.headline.score.mean == pytest.approx(student.headline[1])
     capsys.readouterr()
     command(resume=run, quiet=True)
