@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.config import Tree, build, field_names, merge, read_yaml, unfold
+from smalti.config import Tree, build, merge, read_yaml, unfold
 from smalti.data.images.folders import open_images
 from smalti.errors import ConfigError
 from smalti.evaluation.config import EvalConfig
@@ -22,7 +22,6 @@ from smalti.exporters.embeddings import Embedded
 from smalti.exporters.embeddings import embed as write_embeddings
 from smalti.exporters.onnx import export_onnx
 from smalti.exporters.timm import export_timm
-from smalti.methods.mar import SamplerConfig
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
 from smalti.preflight.report import DoctorReport, measure_step
@@ -156,7 +155,7 @@ def generate(run: str | Path, *, orders: str | Path | None = None, **settings: A
         chosen,
         labels,
         seed=config.seed,
-        sampler=SamplerConfig(**{key: getattr(config, key) for key in field_names(SamplerConfig)}),
+        sampler=config.sampler,
         batch_size=config.batch_size,
         keep=lambda first, images: drawn.append(images),
     )

@@ -28,7 +28,7 @@ _AT_ONCE = 2**24  # numbers of a table in hand
 
 UNITS = {
     "static_correlation": "correlation of an image's ranks with the mean ranks of the others; 1 all alike",
-    "position_variance_ratio": "share of the ranks' variance that position explains; chance is 1/images, 1 all alike",
+    "position_variance_ratio": "fraction of rank variance explained by position; chance is 1/images, 1 all alike",
     "top_overlap": "share of the first 22 % that the other images' mean order has first, too; chance is 0.22",
     "neighbour_correlation": "correlation of the ranks of patches that share an edge; 0 nothing in space",
     "nearest_distance": "patches, from one of the first 22 % to the nearest other; below random: clustered",
