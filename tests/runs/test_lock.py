@@ -17,9 +17,8 @@ import os, sys, time
 from pathlib import Path
 from smalti.runs.lock import locked
 with locked(Path(sys.argv[1])):
-    if os.fork() == 0:  # a data worker
-        time.sleep(60)
-    print("held", flush=True)
+    if os.fork() == 0:  # a data worker, which says that it is running: the hooks of the fork lie behind it
+        print("held", flush=True)
     time.sleep(60)
 """
 
