@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 
 from _bench import interleave, report
+from smalti.data.color import ColorConfig
+from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.images.decode import decode_image
-from smalti.data.views import ColorConfig, MultiCrop, ViewSpec, collate
+from smalti.data.views import collate
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "motorcycle_left.png", "rocket.jpg")
 ROUNDS = 40

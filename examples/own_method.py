@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import smalti
 from smalti.config import settings
-from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
+from smalti.data.crops import MultiCrop, ViewSpec
+from smalti.data.views import ViewMaker, Views
 from smalti.functional.masking import random_mask
 from smalti.functional.patches import patchify
 from smalti.functional.random import sample_uniform

@@ -34,7 +34,7 @@ from smalti.data.images.labelled import eval_image, open_labelled, read_mask
 from smalti.data.order_files import read_orders, write_orders
 from smalti.data.signals.signal_set import SignalConfig, open_signals
 from smalti.errors import DataError, SmaltiError
-from smalti.exporters.timm import export_timm
+from smalti.exporters.timm import export_timm, timm_model
 from smalti.models.build import build_encoder
 from smalti.models.loading import load
 from smalti.preflight.dataset import look_at_data
@@ -248,7 +248,7 @@ def read_overrides(folder: Path) -> None:
 
 def make_weights(folder: Path) -> None:
     encoder = build_encoder(**TINY, img_size=16, seed=0)
-    state = encoder.to_timm().state_dict()
+    state = timm_model(encoder).state_dict()
     export_timm(encoder, folder / "timm")
     torch.save({"model": state, "epoch": 3, "args": {"lr": 0.1}}, folder / "weights.pth")
     save_file(state, folder / "weights.safetensors")

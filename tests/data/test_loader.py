@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smalti.data.color import ColorConfig
+from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader, UnreadableLog, epoch_order, sample_key
-from smalti.data.views import ColorConfig, MultiCrop, Skipped, ViewSpec
+from smalti.data.views import Skipped
 from smalti.errors import DataError, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

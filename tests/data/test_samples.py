@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.data import samples
-from smalti.data.images.folders import open_images, read_image, training_images
+from smalti.data.images.folders import open_images, read_image
 from smalti.data.images.labelled import open_labelled, read_mask
 from smalti.data.samples import CLASSES, draw_object, draw_scene, write_samples
 from smalti.errors import DataError, MissingExtraError
@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
 def test_the_folder_is_a_users_layout(folder):
     images = open_images(folder)
     assert images.describe() == "masks: 9 images (train 6, val 3), 8 classes"
-    assert len(training_images(images)) == 6
+    assert len(images.training()) == 6
     data = open_labelled(folder, need="masks")
     assert data.classes == CLASSES
     scene = draw_scene(0, 2, 48)

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from smalti.data import workers as module
+from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.loader import TrainLoader
-from smalti.data.views import MultiCrop, ViewSpec
 from smalti.data.workers import check_workers, default_workers, load_items, needed_mib, shared_memory_mib
 from smalti.errors import ConfigError, RunError
 

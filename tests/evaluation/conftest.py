@@ -14,7 +14,8 @@ from smalti.data.images.labelled import open_labelled
 from smalti.evaluation.evaluate import open_unlabelled
 from smalti.evaluation.features import Features
 from smalti.models.build import build_encoder
-from smalti.models.encoder import Encoder, PatchFeatures
+from smalti.models.encoder import Encoder
+from smalti.models.pooling import PatchFeatures
 
 STEP = 40
 """Grey value of class k is k * STEP."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from smalti.data.views import random_resized_crop
+from smalti.data.crops import random_resized_crop
 from smalti.errors import DataError
 from smalti.evaluation import memory as memory_module
 from smalti.evaluation.config import EvalConfig

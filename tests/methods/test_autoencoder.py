@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from smalti.config import read_yaml, settings
+from smalti.data.crops import CentreCrop
 from smalti.data.images.folders import open_images
 from smalti.data.images.labelled import load_images
-from smalti.data.views import CentreCrop, ViewMaker, Views
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError, WeightsError
 from smalti.functional.patches import patchify
 from smalti.layers.tokens import TokenConfig

@@ -17,6 +17,7 @@ from smalti.data.loader import TrainLoader
 from smalti.data.order_files import write_orders
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
+from smalti.exporters.timm import timm_model
 from smalti.functional.orders import fixed_random, num_kept, random_orders
 from smalti.functional.patches import patch_variance
 from smalti.methods.cvit import CViT, CViTConfig, drop_rate
@@ -96,7 +97,7 @@ def test_keeping_all_patches_is_a_plain_vit(class_folders: Path) -> None:
     method = build().eval()
     images = method.student.encoder.normalize(views_of(method, class_folders).global_crops)
     order = random_orders(torch.arange(4), 16)
-    plain = method.student.head(method.student.encoder.to_timm()(images))
+    plain = method.student.head(timm_model(method.student.encoder)(images))
     assert_close(method.student(images, order), plain, rtol=0, atol=1e-5)
     assert_close(method.student(images), plain, rtol=0, atol=1e-5)
 

@@ -25,7 +25,7 @@ from smalti.methods.droppos import (
     smoothed_labels,
 )
 from smalti.models.build import build_encoder
-from smalti.models.encoder import PatchFeatures
+from smalti.models.pooling import PatchFeatures
 from smalti.runs.train import train
 from smalti.training.logs import LOG_FILE, read_csv
 

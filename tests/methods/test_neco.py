@@ -17,9 +17,10 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from smalti.config import merge
+from smalti.data.crops import ViewSpec
 from smalti.data.images.folders import open_images
 from smalti.data.loader import TrainLoader
-from smalti.data.views import Views, ViewSpec, collate
+from smalti.data.views import Views, collate
 from smalti.errors import ConfigError
 from smalti.functional.sorting import soft_sort
 from smalti.methods.neco import (

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError, ShapeError
+from smalti.exporters.timm import timm_model
 from smalti.layers.position_field import PositionField
 from smalti.models.build import build_encoder, clone_encoder, encoder_from_config
 from smalti.models.encoder import Encoder
@@ -32,7 +33,7 @@ def test_encode_equals_timm(kind: str) -> None:
     images = torch.randn(2, encoder.in_chans, *encoder.img_size)
     with torch.no_grad():
         features = encoder.encode(images)
-        expected = encoder.to_timm().forward_features(images)
+        expected = timm_model(encoder).forward_features(images)
     assert_close(torch.cat([features.prefix, features.patches], 1), expected, atol=1e-6, rtol=0)
     h, w = features.grid
     assert features.patches.shape == (2, h * w, encoder.embed_dim)
@@ -112,10 +113,10 @@ def test_image_features_are_the_class_token_or_the_mean_patch() -> None:
     images = torch.randn(2, 3, 32, 32)
     features = encoder.encode(images)
     assert_close(encoder.image_features(images), features.prefix[:, 0])
-    assert_close(encoder.to_timm()(images), encoder.image_features(images), atol=1e-6, rtol=0)
+    assert_close(timm_model(encoder)(images), encoder.image_features(images), atol=1e-6, rtol=0)
     encoder.set_pool("avg")
     assert_close(encoder.image_features(images), features.patches.mean(1))
-    assert_close(encoder.to_timm()(images), encoder.image_features(images), atol=1e-6, rtol=0)
+    assert_close(timm_model(encoder)(images), encoder.image_features(images), atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="pool=cls needs a class token"):
         small("vit_medium_patch16_reg4_gap_256").set_pool("cls")
     with pytest.raises(ConfigError, match="one of auto, cls, avg"):
@@ -198,7 +199,7 @@ def test_a_field_becomes_a_table_of_a_plain_timm_model_with_equal_outputs(kind: 
     with torch.no_grad():
         features = encoder.encode(images)
         expected = torch.cat([features.prefix, features.patches], 1)
-        assert_close(encoder.to_timm().forward_features(images), expected, atol=1e-6, rtol=0)
+        assert_close(timm_model(encoder).forward_features(images), expected, atol=1e-6, rtol=0)
         table = clone_encoder(encoder)
         table.tabulate_field()
         assert table.position_field is None and table.vit.pos_embed.requires_grad
@@ -215,7 +216,7 @@ def test_a_field_is_read_at_the_grid_of_use() -> None:
     crops, _ = encoder.positions((4, 2), half)
     whole, _ = encoder.positions((4, 4))
     assert_close(crops.unflatten(1, (4, 2)), whole.unflatten(1, (4, 4))[:, :, :2])
-    with pytest.raises(ConfigError, match="no field"):
+    with pytest.raises(ConfigError, match="has a position table; only a position field"):
         small("vit_tiny_patch16_224").positions((2, 2), half)
 
 

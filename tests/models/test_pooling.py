@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError
+from smalti.exporters.timm import timm_model
 from smalti.functional.refinement import prr_refine
 from smalti.layers.last_block import Chosen
 from smalti.layers.pooling import PRRConfig, PRRPool
@@ -50,7 +51,7 @@ def test_it_is_timms_class_with_its_names(has_class_token: bool, norms: bool) ->
 def test_the_plain_timm_model_pools_alike(kind: str, pool: str) -> None:
     encoder = small(**KINDS[kind])
     encoder.set_pool(pool, fresh=True)
-    plain = encoder.to_timm()
+    plain = timm_model(encoder)
     assert plain.global_pool == {"auto": "token" if encoder.has_class_token else "avg"}.get(pool, pool)
     with torch.no_grad():
         assert_close(plain(images()), encoder.image_features(images()))
@@ -88,7 +89,9 @@ def test_prr_has_neither_parameters_nor_buffers_so_that_weights_go_both_ways() -
     assert not list(refined.vit.attn_pool.parameters()) and not list(refined.vit.attn_pool.buffers())
     refined.vit.load_state_dict(plain.vit.state_dict(), strict=True)
     plain.vit.load_state_dict(refined.vit.state_dict(), strict=True)
-    theirs = timm.create_model("vit_tiny_patch16_224", **{**refined.timm_args("avg"), **refined.model_args})
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", **{**{**refined.timm_args(), "global_pool": "avg"}, **refined.model_args}
+    )
     theirs.load_state_dict(refined.vit.state_dict(), strict=True)
 
 
@@ -111,7 +114,7 @@ def test_pooling_can_be_changed_and_changed_back() -> None:
     encoder.set_pool("avg")
     assert encoder.vit.attn_pool is None and not encoder.vit.pool_include_prefix
     assert torch.equal(encoder.image_features(images()), features.patches.mean(1))
-    plain = encoder.to_timm()
+    plain = timm_model(encoder)
     assert not plain.pool_include_prefix
     assert_close(plain(images()), features.patches.mean(1))
 
@@ -206,13 +209,13 @@ def test_trained_parameters_stay_where_the_same_pooling_is_asked_for_again() -> 
 
 
 @pytest.mark.parametrize("prr", [NORMS, PRRConfig(num_heads=2)])
-def test_what_timm_cannot_express_is_not_handed_on(prr: PRRConfig) -> None:
+def test_prr_settings_that_timm_lacks_are_not_exported(prr: PRRConfig) -> None:
     encoder = small()
     encoder.set_pool("prr", prr, fresh=True)
-    with pytest.raises(ConfigError, match=r"timm's models know PRR pooling with the backbone's heads.*prr\.pre_norm"):
-        encoder.to_timm()
+    with pytest.raises(ConfigError, match=r"timm's PRR pooling has the backbone's number of heads.*prr\.pre_norm"):
+        timm_model(encoder)
     encoder.set_pool("prr", PRRConfig(num_heads=3))  # the backbone's own, named
-    assert encoder.to_timm().global_pool == "prr"
+    assert timm_model(encoder).global_pool == "prr"
 
 
 def test_mistakes_are_one_line_each() -> None:

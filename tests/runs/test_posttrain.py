@@ -22,8 +22,9 @@ from smalti.evaluation.intervals import Interval
 from smalti.evaluation.paired import Row
 from smalti.evaluation.result import SHARE, Result, read_results
 from smalti.models.build import build_encoder
-from smalti.models.encoder import Encoder, PatchFeatures
+from smalti.models.encoder import Encoder
 from smalti.models.loading import latest_checkpoint
+from smalti.models.pooling import PatchFeatures
 from smalti.report.page import write_report
 from smalti.runs import train as runs
 from smalti.runs.baseline import evaluate

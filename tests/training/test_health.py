@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from smalti.models.build import build_encoder
-from smalti.models.encoder import PatchFeatures
+from smalti.models.pooling import PatchFeatures
 from smalti.training.health import Health, feature_health
 
 

@@ -226,7 +226,7 @@ def _encoder(job: Job, folder: Path) -> Encoder:
         config = resolve(job.train)
         images = open_training(config)
         config = count_classes(config, images)
-        classes = (images.classes or ()) if isinstance(images, ImageSet) else ()
+        classes = images.classes or ()
         network = get_method(config.method.name).export_network
         encoder = as_loaded(untrained_network(config, network, classes))
     elif job.load == RANDOM:

@@ -41,7 +41,7 @@ from smalti.config import (
     to_tree,
     write_yaml,
 )
-from smalti.data.images.folders import ImageSet, open_images, training_images
+from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.pixels import NO_PIXELS, trained_pixels
 from smalti.errors import ConfigError, Interrupted, RunError, SmaltiError
 from smalti.evaluation.config import EvalConfig
@@ -106,7 +106,7 @@ def compare(
     for name, one in (("train on", data), *(("evaluate on", images) for images in evaluated)):
         if one is not None:
             _note(f"{name}: {one.account()}", quiet)
-    images = training_images(data) if data is not None else None
+    images = data.training() if data is not None else None
     arms = {name: _prepare(name, plan, folder, images, evaluated, quiet) for name in plan.arms}
     failures = {name: arm.error for name, arm in arms.items() if arm.error}
     for name, error in failures.items():

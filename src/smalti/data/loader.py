@@ -12,13 +12,13 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
 
-from smalti.data.images.folders import ImageSet, read_image
+from smalti.data.dataset import Dataset
 from smalti.data.images.image_set import as_text
 from smalti.data.views import SampleViews, Skipped, ViewMaker, Views, collate
 from smalti.data.workers import default_workers, load_items
@@ -55,30 +55,12 @@ def _sample_keys(seed: int, epoch: int, index: np.ndarray, stream: int = 0) -> n
     return (state >> np.uint64(1)).astype(np.int64)
 
 
-@runtime_checkable
-class Source(Protocol):
-    """What is read one by one: windows of signals, say. Sent to the workers, so it must be picklable."""
-
-    @property
-    def root(self) -> Path:
-        """Where it lies."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def path(self, index: int) -> Path:
-        """The file that one is from."""
-
-    def read(self, index: int) -> np.ndarray:
-        """``(H, W, C)``; raises DataError if it can't be read."""
-
-
 class TrainLoader:
     """Iterates for ever over batches of :class:`Views`."""
 
     def __init__(
         self,
-        images: ImageSet | Source,
+        data: Dataset,
         views: ViewMaker,
         *,
         batch_size: int,
@@ -92,7 +74,7 @@ class TrainLoader:
     ):
         """
         Args:
-            images: what to read: image files, or whatever gives its samples itself.
+            data: images, or windows of signals.
             views: how an image becomes a sample; it is sent to the workers, so it must be picklable.
             batch_size: images a step of this process; epochs run into one another, no image is dropped.
             seed: of order and augmentation.
@@ -107,7 +89,7 @@ class TrainLoader:
         self.num_workers = default_workers("cpu") if num_workers is None else num_workers
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.seed = seed
-        self._batches = _Batches(images, views, batch_size, seed, channels, rank, world_size)
+        self._batches = _Batches(data, views, batch_size, seed, channels, rank, world_size)
 
     def __iter__(self) -> Iterator[Views]:
         """Batches from ``start_step`` on.
@@ -135,12 +117,12 @@ class _Steps(Sampler[int]):
             step += 1
 
 
-class _Batches(Dataset[Views | DataError]):
+class _Batches(TorchDataset[Views | DataError]):
     """The batch of a step; errors are returned, so that they cross from a worker as they are."""
 
     def __init__(
         self,
-        images: ImageSet | Source,
+        data: Dataset,
         views: ViewMaker,
         batch_size: int,
         seed: int,
@@ -148,12 +130,9 @@ class _Batches(Dataset[Views | DataError]):
         rank: int,
         world_size: int,
     ):
-        if not len(images):
-            raise DataError(f"{images.root}: no images to train on")
-        self.source: Source = _Files(images, channels) if isinstance(images, ImageSet) else images
-        samples = images.samples if isinstance(images, ImageSet) else ()
-        known = [sample.label for sample in samples if sample.label is not None]
-        self.labels = np.array(known, dtype=np.int64) if len(known) == len(images) else None
+        if not len(data):
+            raise DataError(f"{data.root}: no images to train on")
+        self.source, self.labels = data.source(channels), data.labels
         self.views = views
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
@@ -187,42 +166,6 @@ class _Batches(Dataset[Views | DataError]):
             return sample
         path, reason = failed[0]
         raise DataError(f"{len(failed)} images in a row can't be read, the first: {path}: {reason}")
-
-
-class _Files:
-    """Image files as a :class:`Source`."""
-
-    def __init__(self, images: ImageSet, channels: int):
-        self._root, self._channels, self._pixels = images.root, channels, images.pixels
-        self._paths = _Paths(images.paths)
-
-    @property
-    def root(self) -> Path:
-        return self._root
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def path(self, index: int) -> Path:
-        return self._paths[index]
-
-    def read(self, index: int) -> np.ndarray:
-        return read_image(self._paths[index], self._channels, self._pixels)
-
-
-class _Paths:
-    """Many paths in one buffer: a million Path objects would weigh gigabytes in every worker."""
-
-    def __init__(self, paths: Iterable[Path]):
-        names = [os.fsencode(path) for path in paths]
-        self._text = b"".join(names)
-        self._ends = np.cumsum([0, *map(len, names)])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> Path:
-        return Path(os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]]))
 
 
 @functools.lru_cache(maxsize=2)

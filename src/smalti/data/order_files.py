@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smalti.data.images.image_set import SPLITS, ImageSet, as_text
-from smalti.data.signals.signal_set import SignalSet
+from smalti.data.dataset import Dataset
+from smalti.data.images.image_set import SPLITS, as_text
 from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.files import write_atomically
@@ -215,7 +215,7 @@ class OrderCache:
         return f"{self.path}: has no order of {image}; it was made from {self.root}: rank the images in use"
 
 
-def check_fits(cache: OrderCache, images: ImageSet, grid: tuple[int, int], flips_needed: bool) -> None:
+def check_fits(cache: OrderCache, images: Dataset, grid: tuple[int, int], flips_needed: bool) -> None:
     """Refuse a file of other images, another grid, or without the flip states that are needed.
 
     Raises:
@@ -261,13 +261,13 @@ class TrainingOrders:
             )
         self._table = torch.empty(0, 2, 0, dtype=torch.int16)  # in no buffer: it is about the data, not learned
 
-    def bind(self, images: ImageSet | SignalSet, grid: tuple[int, int], flips: bool) -> None:
+    def bind(self, images: Dataset, grid: tuple[int, int], flips: bool) -> None:
         """Read the orders of the images; with ``flips``, of mirrored ones, too.
 
         Raises:
             DataError, ShapeError: if the file is about others, or lacks a flip state.
         """
-        if isinstance(images, SignalSet):
+        if images.kind == "signals":
             raise DataError("orders are of an image's patches, these are signals")
         if self.looks_up:
             assert self.path is not None

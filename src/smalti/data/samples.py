@@ -17,9 +17,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from smalti.data.crops import resize
 from smalti.data.images.folders import read_image
 from smalti.data.loader import sample_key
-from smalti.data.views import resize
 from smalti.errors import DataError, MissingExtraError
 from smalti.files import folder_beside, is_free
 

@@ -10,11 +10,12 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
+from smalti.data.crops import random_resized_crop, resize
 from smalti.data.images.decode import image_size
 from smalti.data.images.folders import ImageSample, ImageSet
 from smalti.data.images.labelled import eval_mask, read_mask
 from smalti.data.loader import sample_key
-from smalti.data.views import Skipped, random_resized_crop, resize
+from smalti.data.views import Skipped
 from smalti.errors import DataError
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import IGNORE

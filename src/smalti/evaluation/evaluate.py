@@ -4,14 +4,18 @@ import dataclasses
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+from smalti.data.dataset import Labelled
+from smalti.data.images.decode import NO_PIXELS, PixelConfig
 from smalti.data.images.folders import ClassDepth, ImageSet, open_images
-from smalti.data.images.labelled import Kind, LabelledData, check_headers, draw_training, open_labelled
+from smalti.data.images.labelled import LabelKind, check_headers, draw_training, open_labelled
 from smalti.data.signals.signal_config import SignalConfig
-from smalti.data.signals.signal_set import LabelledSignals, is_signals, open_labelled_signals
+from smalti.data.signals.signal_set import is_signals, open_labelled_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import Features, Progress, own_head
+from smalti.evaluation.context import EvaluationContext, Progress, own_head
+from smalti.evaluation.features import Features
 from smalti.evaluation.intervals import group_images
 from smalti.evaluation.protocol import Need, Protocol, _registry, find_protocol, protocol_names
 from smalti.evaluation.result import SHARE, Baseline, Details, Result
@@ -19,8 +23,7 @@ from smalti.evaluation.shown import show
 from smalti.models.build import encoder_from_config
 from smalti.models.encoder import Encoder, eval_mode
 
-_KINDS: Mapping[Need, Kind] = {"labels": "labels", "masks": "masks", "boxes": "boxes"}
-Labelled = LabelledData | LabelledSignals
+_KINDS: Mapping[Need, LabelKind] = {"labels": "labels", "masks": "masks", "boxes": "boxes"}
 
 
 def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
@@ -74,7 +77,7 @@ def evaluate(
     _warn_unused(protocols, config)
     sets = open_sets(data, config)
     for need, labelled in sets.items():
-        if need == "masks" and isinstance(labelled, LabelledData):
+        if need == "masks":
             check_headers(labelled.train)
             check_headers(labelled.test)
     compared = [protocol for protocol in protocols if protocol.has_baseline]
@@ -90,7 +93,7 @@ def evaluate(
     return [one for result in results for one in (result, beside.get(result.protocol)) if one is not None]
 
 
-def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
+def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled[Any]]:
     """Load the labelled images that the protocols of ``config`` need, and validate the settings.
 
     Raises:
@@ -126,8 +129,8 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
     has = _has(images) if images and images.classes and (not images.splits or "train" in images.splits) else ()
     needs = dict.fromkeys(_source(protocol, has) for protocol in protocols)
     seed = config.seed if config.split_seed is None else config.split_seed
-    sets: dict[Need, LabelledData] = {
-        need: open_unlabelled(data, split=config.split)
+    sets: dict[Need, Labelled[ImageSet]] = {
+        need: open_unlabelled(data, split=config.split, pixels=config.pixels)
         if need == "images"
         else open_labelled(
             data,
@@ -137,10 +140,10 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled]:
             class_depth=config.class_depth,
             mask_values=config.mask_values,
             ignore=config.ignore,
+            pixels=config.pixels,
         )
         for need in needs
     }
-    sets = {need: labelled.with_pixels(config.pixels) for need, labelled in sets.items()}
     for need, labelled in sets.items():
         for called, images in (("train images", labelled.train), (labelled.evaluated, labelled.test))[
             need == "images" :
@@ -171,15 +174,15 @@ def _source(protocol: Protocol, has: Collection[Need]) -> Need:
     return next((need for need in protocol.prefers if need in has), protocol.need)
 
 
-def open_unlabelled(data: str, split: str | None = None) -> LabelledData:
+def open_unlabelled(data: str, split: str | None = None, pixels: PixelConfig = NO_PIXELS) -> Labelled[ImageSet]:
     """Images for protocols that need no labels: a split (val or test if present), or all of them."""
-    images = open_images(data)
+    images = open_images(data).with_pixels(pixels)
     held_out = [name for name in ("val", "test") if name in images.splits]
     name = split or (held_out[0] if held_out else None)
     judged = images.subset(name) if name else images
     nothing = dataclasses.replace(images, samples=())
     note = f"no labels needed: {name or 'all images'} ({len(judged)})"
-    return LabelledData(nothing, judged, (), note, split=name or "")
+    return Labelled(nothing, judged, (), note, split=name or "")
 
 
 def random_baseline(encoder: Encoder, seed: int) -> Baseline:
@@ -202,7 +205,7 @@ def _evaluate_encoder(
     name: str,
     data: str,
     protocols: Sequence[Protocol],
-    sets: Mapping[Need, Labelled],
+    sets: Mapping[Need, Labelled[Any]],
     config: EvalConfig,
     progress: Progress | None,
     figures: bool,
@@ -213,20 +216,12 @@ def _evaluate_encoder(
     results = []
     with eval_mode(encoder):
         features = {
-            need: Features(
+            need: _context(
                 encoder,
                 labelled,
-                batch_size=config.batch_size,
-                num_workers=config.num_workers,
-                cache_dtype=config.cache_dtype,
-                cache_mib=config.cache_mib,
-                norm=config.norm,
-                progress=progress,
-                observers={
-                    protocol.name: protocol.observer(config.of(protocol.name))
-                    for protocol in protocols
-                    if protocol.observer is not None and _source(protocol, sets) == need
-                },
+                [protocol for protocol in protocols if _source(protocol, sets) == need],
+                config,
+                progress,
                 own_heads=beside is None or own_head(beside, labelled.classes) is not None,
             )
             for need, labelled in sets.items()
@@ -273,7 +268,7 @@ def _evaluate_encoder(
                     per_class=scores.per_class,
                     details=Details(
                         images=source.names,
-                        groups=_table_groups(source.data),
+                        groups=source.data.test.groups,
                         classes=source.data.classes,
                         tallies=scores.tallies,
                         confusion=scores.confusion,
@@ -282,12 +277,43 @@ def _evaluate_encoder(
                         curves=scores.curves,
                         pictures=scores.pictures,
                         shown=source.once("shown", partial(show, source, config.image_size))
-                        if figures and need != "stages"
+                        if figures and isinstance(source, Features)
                         else None,
                     ),
                 )
             )
     return results
+
+
+def _context(
+    encoder: Encoder,
+    labelled: Labelled[Any],
+    protocols: Sequence[Protocol],
+    config: EvalConfig,
+    progress: Progress | None,
+    own_heads: bool,
+) -> EvaluationContext[Any]:
+    """What the protocols of one kind of data are given."""
+    if labelled.test.kind == "signals":
+        return EvaluationContext(
+            encoder, labelled, batch_size=config.batch_size, num_workers=config.num_workers, progress=progress
+        )
+    return Features(
+        encoder,
+        labelled,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        cache_dtype=config.cache_dtype,
+        cache_mib=config.cache_mib,
+        norm=config.norm,
+        progress=progress,
+        observers={
+            protocol.name: protocol.observer(config.of(protocol.name))
+            for protocol in protocols
+            if protocol.observer is not None
+        },
+        own_heads=own_heads,
+    )
 
 
 def _warn_unused(protocols: Sequence[Protocol], config: EvalConfig) -> None:
@@ -307,13 +333,3 @@ def _warn_unused(protocols: Sequence[Protocol], config: EvalConfig) -> None:
     if unused:
         names = ", ".join(protocol.name for protocol in protocols)
         warnings.warn(f"{', '.join(f'eval.{key}' for key in unused)}: no effect on {names}", stacklevel=3)
-
-
-def _table_groups(data: Labelled) -> tuple[str, ...]:
-    """The groups of the evaluated images by their table, an image without one by itself; empty where no table has any,
-    or all images are in one."""
-    if isinstance(data, LabelledSignals):
-        return ()
-    groups = tuple(sample.group or str(sample.path) for sample in data.test.samples)
-    is_known = any(sample.group is not None for sample in data.test.samples)
-    return groups if is_known and len(set(groups)) > 1 else ()

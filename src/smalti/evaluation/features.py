@@ -6,42 +6,26 @@ Letters: n images, N patches an image, D embed_dim.
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from smalti.data.dataset import Labelled
 from smalti.data.images.folders import ImageSet
-from smalti.data.images.labelled import EvalCrop, LabelledData, eval_batches
-from smalti.data.signals.signal_set import LabelledSignals
+from smalti.data.images.labelled import EvalCrop, eval_batches
 from smalti.errors import ConfigError, DataError, RunError
-from smalti.models.encoder import ClassHead, Encoder, PatchFeatures, pool_features
+from smalti.evaluation.context import EvaluationContext, Progress, own_head
+from smalti.models.encoder import ClassHead, Encoder
+from smalti.models.pooling import PatchFeatures, pool_features
 
-Progress = Callable[[str, int, int], None]
-"""``progress(what, done, total)``."""
 Split = Literal["train", "test"]
 DENSE_SIZE = 448
 """Side of the images of dense protocols in pixels, at most, where none is chosen: that of the papers."""
 ATTENTIVE = ("map", "prr")
 """Poolings that need all tokens of an image."""
-NUM_SHOWN = 8
-"""Test images whose predictions are kept for figures."""
-T = TypeVar("T")
-
-
-def spread(number: int, few: int) -> tuple[int, ...]:
-    """At most ``few`` of the places 0..number-1, spread evenly, in rising order."""
-    return tuple(sorted({i * number // few for i in range(few)})) if number else ()
-
-
-def own_head(encoder: Encoder, classes: tuple[str, ...]) -> ClassHead | None:
-    """The head that came with the weights, if it classifies the classes of the data."""
-    head = encoder.class_head
-    if head is None or len(head.weight) != len(classes) or (head.classes and head.classes != classes):
-        return None
-    return head
 
 
 class Observer(abc.ABC):
@@ -155,7 +139,7 @@ class PatchTokens:
                 yield self._features.round(features.patches), places
 
 
-class Features:
+class Features(EvaluationContext[ImageSet]):
     """Features of one encoder on one labelled data set, computed on first use and cached.
 
     Args:
@@ -174,7 +158,7 @@ class Features:
     def __init__(
         self,
         encoder: Encoder,
-        data: LabelledData | LabelledSignals,
+        data: Labelled[ImageSet],
         *,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -185,14 +169,8 @@ class Features:
         observers: Mapping[str, Observer] | None = None,
         own_heads: bool = True,
     ) -> None:
-        self.encoder = encoder
-        self.data = cast(LabelledData, data)  # protocols for signals take :attr:`signals`
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        super().__init__(encoder, data, batch_size=batch_size, num_workers=num_workers, progress=progress)
         self.norm = norm
-        self.progress = progress or (lambda what, done, total: None)
-        self.skipped: dict[str, str] = {}
-        """Images that could not be read so far: path -> reason."""
         self.dtype = {"float16": torch.float16, "float32": torch.float32}[cache_dtype]
         """To which patch tokens are rounded."""
         self._bytes_left = cache_mib * 2**20
@@ -200,40 +178,12 @@ class Features:
         self._tokens: dict[tuple[Split, int], PatchTokens] = {}
         self._observers = dict(observers or {})
         self._observed: set[tuple[str, int]] = set()
-        self._memo: dict[Hashable, Any] = {}
         self._own_heads = own_heads
 
     @property
     def class_head(self) -> ClassHead | None:
         """The encoder's own head, if it classifies the classes of the data and may be used."""
         return own_head(self.encoder, self.data.classes) if self._own_heads else None
-
-    @property
-    def signals(self) -> LabelledSignals:
-        """The recordings, where the data are signals."""
-        assert isinstance(self.data, LabelledSignals), type(self.data)
-        return self.data
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Test images, relative to the data set where they lie in it."""
-        return self.data.test.names
-
-    @property
-    def evaluated(self) -> str:
-        """Name of the evaluated images in messages, such as ``val images``."""
-        return self.data.evaluated
-
-    @property
-    def shown(self) -> tuple[int, ...]:
-        """Places of the test images whose predictions are kept for figures: a few, spread evenly."""
-        return spread(len(self.data.test), NUM_SHOWN)
-
-    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Cache of values that several protocols need, computed on first use."""
-        if key not in self._memo:
-            self._memo[key] = compute()
-        return self._memo[key]
 
     def observed(self, name: str, size: int) -> Observer:
         """The observer of that name, when all test images of that size have passed it.
@@ -261,11 +211,6 @@ class Features:
             yield saw
         # A pass that was broken off doesn't come here.
         self._observed.update((name, size or 0) for name in names)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the encoder."""
-        return next(self.encoder.parameters()).device
 
     def image_size(self, wanted: int | None) -> int:
         """Image size in pixels: the requested one, else the encoder's own.

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smalti.config import Count, CountFromZero, settings
+from smalti.data.color import ColorConfig, recolor
+from smalti.data.crops import random_resized_crop
 from smalti.data.images.folders import ImageSet
 from smalti.data.images.labelled import eval_mask
 from smalti.data.loader import epoch_order, sample_key
-from smalti.data.views import ColorConfig, random_resized_crop, recolor
 from smalti.errors import DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.dense import augmented_tokens, ignored_value, mask_of_readable, read_masks, warn_unlabelled

@@ -16,15 +16,16 @@ from smalti.config import (
 )
 from smalti.errors import ConfigError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import Features, Observer
+from smalti.evaluation.features import Observer
 from smalti.evaluation.result import Boxes
 from smalti.evaluation.tally import Tally
 from smalti.registry import clash, import_outside
 
 Need = Literal["labels", "masks", "boxes", "images", "stages"]
 """Kind of data a protocol needs; ``images``: no labels, ``stages``: sleep stages of signals."""
-Run = Callable[[Features, EvalConfig], "Scores"]
-"""Maps features and settings to scores; ``config.of(NAME)`` returns the protocol's own settings."""
+Run = Callable[[Any, EvalConfig], "Scores"]
+"""Maps an :class:`EvaluationContext` (of images: :class:`Features`) and settings to scores; ``config.of(NAME)`` returns
+the protocol's own settings."""
 F = TypeVar("F", bound=Run)
 
 

@@ -20,12 +20,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from smalti.data.crops import random_resized_crop, resize
 from smalti.data.images.folders import ImageSample
 from smalti.data.images.labelled import eval_batches
 from smalti.data.loader import epoch_order, sample_key
-from smalti.data.views import Skipped, random_resized_crop, resize
+from smalti.data.views import Skipped
 from smalti.data.workers import load_items
 from smalti.errors import DataError, RunError, SmaltiError
+from smalti.evaluation.context import EvaluationContext
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.tally import Tally, tally_labels
@@ -255,7 +257,7 @@ def stream(items: Dataset[Any], count: int, num_workers: int) -> Iterator[Any]:
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    features: Features,
+    features: EvaluationContext[Any],
     make: Callable[[int, int], Example | Skipped],
     loss_of: Callable[[Tensor, Any], Float[Tensor, ""]],
     rate: Callable[[int], float],

@@ -24,7 +24,8 @@ from smalti.data.images.labelled import eval_batches
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError
 from smalti.files import check_writable, written_beside
-from smalti.models.encoder import Encoder, check_pool
+from smalti.models.encoder import Encoder
+from smalti.models.pooling import check_pool
 
 LEVELS, DTYPES, ENDINGS = ("image", "patch"), ("float32", "float16"), (".parquet", ".npz")
 _ROW_GROUP_BYTES = 32 * 2**20

@@ -1,6 +1,7 @@
 """An encoder as a folder that timm opens by itself, proven to give the same tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,12 +9,16 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 
+from smalti.config import to_tree
 from smalti.errors import ConfigError, WeightsError
 from smalti.exporters.card import CARD, model_card
 from smalti.files import first_held, folder_beside, write_atomically
+from smalti.layers.pooling import PRRConfig
 from smalti.models.build import clone_encoder
-from smalti.models.encoder import Encoder, PatchFeatures
+from smalti.models.encoder import Encoder
+from smalti.models.pooling import MODULES, PatchFeatures
 
 TOLERANCE = 1e-6
 """Largest difference of a token, in absolute numbers, at which two models count as the same."""
@@ -48,7 +53,7 @@ def export_timm(encoder: Encoder, out: Path) -> TimmExport:
     check_target(out)
     try:
         with folder_beside(out) as temporary:
-            state = {key: value.contiguous() for key, value in encoder.to_timm().state_dict().items()}
+            state = {key: value.contiguous() for key, value in timm_model(encoder).state_dict().items()}
             save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
             write_atomically(temporary / "config.json", json.dumps(timm_config(encoder), indent=2) + "\n")
             usage = f"""import timm
@@ -67,6 +72,43 @@ features = model.forward_features(images)"""
     return TimmExport(out, difference)
 
 
+def timm_model(encoder: Encoder) -> VisionTransformer:
+    """A plain timm model with the weights of an encoder, on the CPU, in eval mode.
+
+    ``forward_features`` equals the tokens of :meth:`Encoder.encode` (prefix first) at the native size, ``forward``
+    equals :meth:`Encoder.image_features`.
+
+    Raises:
+        ConfigError: for settings of ``pool=prr`` that timm's models don't have.
+    """
+    model = timm.create_model(encoder.name, **timm_arguments(encoder))
+    state = encoder.vit.state_dict()
+    if encoder.position_field is not None:
+        table, token = encoder.position_table()
+        state |= {name: value for name, value in (("pos_embed", table), ("cls_token", token)) if value is not None}
+    model.load_state_dict({key: value.detach().cpu() for key, value in state.items()}, strict=True)
+    return model.eval()
+
+
+def timm_arguments(encoder: Encoder) -> dict[str, Any]:
+    """Arguments with which ``timm.create_model(encoder.name, ...)`` builds the model of :func:`timm_model`.
+
+    Raises:
+        ConfigError: as :func:`timm_model`.
+    """
+    prr = encoder.prr
+    if encoder.pool == "prr" and replace(prr, num_heads=prr.num_heads or encoder.num_heads) != PRRConfig(
+        num_heads=encoder.num_heads
+    ):
+        raise ConfigError(
+            "timm's PRR pooling has the backbone's number of heads, no norms and all tokens; this encoder "
+            f"has {', '.join(f'prr.{name}={value}' for name, value in to_tree(prr).items())}; "
+            "export the same tokens with pool=auto"
+        )
+    pool = {"global_pool": encoder.pool} if encoder.pool in MODULES else {}
+    return {**encoder.timm_args(), **pool}
+
+
 def check_target(out: Path) -> None:
     """Refuse a folder that holds something, or a file.
 
@@ -83,7 +125,7 @@ def check_target(out: Path) -> None:
 def timm_config(encoder: Encoder) -> dict[str, Any]:
     """What timm's local-dir layout wants in ``config.json``, with the encoder's own description under ``smalti``."""
     height, width = encoder.img_size
-    arguments = encoder.timm_args()
+    arguments = timm_arguments(encoder)
     return {
         "architecture": encoder.name,
         "num_classes": 0,

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.config import DepthFromZero, Width, settings
-from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
+from smalti.data.crops import MultiCrop, ViewSpec
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.functional.patches import patchify
 from smalti.functional.precision import at_least_float32

@@ -14,8 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from smalti.config import settings, unknown_key
-from smalti.data.images.image_set import ImageSet
-from smalti.data.signals.signal_set import SignalSet
+from smalti.data.dataset import Dataset
 from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.layers.tokens import TokenConfig, TokenSource, build_tokens
@@ -184,7 +183,7 @@ class Method(nn.Module, ABC):
         process gets the same batches; results are stored in buffers."""
         return
 
-    def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
+    def bind(self, images: Dataset, image_size: int) -> None:
         """Called before the first step of a process, and before anything is written: the data set, in the order of
         ``views.index``, for methods that look up data per image. Not stored in checkpoints.
 

@@ -19,9 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from smalti.config import PathText, settings
-from smalti.data.images.image_set import ImageSet
+from smalti.data.dataset import Dataset
 from smalti.data.order_files import TrainingOrders
-from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.orders import random_orders
@@ -80,7 +79,7 @@ class CMAR(MAR):
         if self.source.name == "variance":
             raise ConfigError("method.order=variance needs pixels, but cmar trains on tokens; choose another order")
 
-    def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
+    def bind(self, images: Dataset, image_size: int) -> None:
         """Read the orders of the images.
 
         Raises:

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.config import Depth, DepthFromZero, Few, NumHeads, Width, settings
-from smalti.data.views import CentreCrop, Views
+from smalti.data.crops import CentreCrop
+from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.graphs import descending, pagerank
 from smalti.functional.orders import image_dependence

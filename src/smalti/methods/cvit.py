@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.config import PathText, settings
-from smalti.data.images.image_set import ImageSet
+from smalti.data.crops import CentreCrop
+from smalti.data.dataset import Dataset
 from smalti.data.order_files import TrainingOrders, check_order
-from smalti.data.signals.signal_set import SignalSet
-from smalti.data.views import CentreCrop, ViewMaker, Views
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError, DataError
 from smalti.functional.graphs import descending
 from smalti.functional.orders import num_kept
@@ -131,13 +131,13 @@ class CViT(EncoderMethod):
         """The central square, flipped at random."""
         return CentreCrop(image_size, self.config.flip_prob)
 
-    def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
+    def bind(self, images: Dataset, image_size: int) -> None:
         """Read the orders of the images.
 
         Raises:
             DataError, ShapeError: if the file belongs to other images, or lacks orders of flipped images.
         """
-        if isinstance(images, SignalSet):
+        if images.kind == "signals":
             raise DataError("cvit trains on images, but the data are signals")
         self.classes = images.classes or ()
         if self.orders is not None:

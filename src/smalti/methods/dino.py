@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.config import Count, Few, settings
-from smalti.data.views import MultiCrop, Views
+from smalti.data.crops import MultiCrop
+from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
 from smalti.layers.heads import ProjectionHead, Prototypes

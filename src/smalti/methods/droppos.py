@@ -21,7 +21,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smalti.config import DepthFromZero, NumHeads, Width, settings
-from smalti.data.views import MultiCrop, Views, ViewSpec
+from smalti.data.crops import MultiCrop, ViewSpec
+from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.patches import patchify
@@ -32,7 +33,8 @@ from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
 from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register
 from smalti.methods.mae import init_encoder, init_linear_layers, reconstruction_loss
-from smalti.models.encoder import Encoder, PatchFeatures, eval_mode
+from smalti.models.encoder import Encoder, eval_mode
+from smalti.models.pooling import PatchFeatures
 
 _POSITIONS = 1  # random stream of a sample; 0 masks patches, as in MAE
 ATTENTIVE_TEMP = 0.1

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.views import MultiCrop, Views
+from smalti.data.crops import MultiCrop
+from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.boxes import normalize_boxes, place_in_field
 from smalti.functional.masking import cross_mask, stratified_counts

@@ -21,7 +21,9 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.config import Count, Few, ImageSize, Width, settings
-from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
+from smalti.data.color import ColorConfig
+from smalti.data.crops import MultiCrop, ViewSpec
+from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.boxes import reference_cells
 from smalti.functional.masking import random_mask

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.config import DepthFromZero, NumHeads, Width, settings
+from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.signals.signal_views import SignalViews
-from smalti.data.views import MultiCrop, ViewMaker, Views, ViewSpec
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.patches import patchify, standardize_patches

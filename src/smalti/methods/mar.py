@@ -23,7 +23,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smalti.config import Count, Depth, DepthFromZero, Few, NumHeads, Width, settings
-from smalti.data.views import CentreCrop, Views
+from smalti.data.crops import CentreCrop
+from smalti.data.views import Views
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.orders import random_orders
 from smalti.functional.random import fork_keys, place_keys, sample_uniform, step_key

@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
+from smalti.data.color import ColorConfig
+from smalti.data.crops import MultiCrop, ViewSpec
+from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.positions import matching_cells

@@ -24,7 +24,9 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.config import Few, ImageSize, Width, settings
-from smalti.data.views import Box, ColorConfig, MultiCrop, Views, ViewSpec, random_resized_crop
+from smalti.data.color import ColorConfig
+from smalti.data.crops import Box, MultiCrop, ViewSpec, random_resized_crop
+from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.boxes import in_view, overlaps, roi_align
 from smalti.functional.precision import at_least_float32
@@ -96,7 +98,7 @@ class OverlappingCrops(MultiCrop):
     """Random views that all overlap the global ones.
 
     Args:
-        specs: as for :class:`~smalti.data.views.MultiCrop`, the global one first.
+        specs: as for :class:`~smalti.data.crops.MultiCrop`, the global one first.
         min_overlap: fraction of the image that a view shares with each global view, at least.
     """
 

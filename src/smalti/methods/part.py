@@ -22,8 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.config import NumHeads, settings
+from smalti.data.color import ColorConfig
+from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.signals.signal_views import SignalViews
-from smalti.data.views import ColorConfig, MultiCrop, ViewMaker, Views, ViewSpec
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.offgrid import NUM_WHOLES, Patches, PatchSampler

@@ -15,7 +15,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smalti.config import Depth, NumHeads, Width, settings
-from smalti.data.views import CentreCrop, ViewMaker, Views
+from smalti.data.crops import CentreCrop
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from smalti.config import Count, Few, ImageSize, Width, settings
-from smalti.data.views import ColorConfig, MultiCrop, ViewSpec
+from smalti.data.color import ColorConfig
+from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.errors import ConfigError
 from smalti.functional.positions import sincos_positions
 from smalti.methods.base import MethodConfig

@@ -19,9 +19,10 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from smalti.config import settings
-from smalti.data.images.image_set import ImageSet
-from smalti.data.signals.signal_set import SignalSet
-from smalti.data.views import ColorConfig, MultiCrop, Views, ViewSpec
+from smalti.data.color import ColorConfig
+from smalti.data.crops import MultiCrop, ViewSpec
+from smalti.data.dataset import Dataset
+from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
 from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, uniform_guess
@@ -116,9 +117,9 @@ class Supervised(EncoderMethod):
         )
         return MultiCrop([view])
 
-    def bind(self, images: ImageSet | SignalSet, image_size: int) -> None:
+    def bind(self, images: Dataset, image_size: int) -> None:
         """Store the names of the classes."""
-        self.classes = (images.classes or ()) if isinstance(images, ImageSet) else ()
+        self.classes = images.classes or ()
 
     def class_head(self, network: str) -> ClassHead:
         """The linear layer."""

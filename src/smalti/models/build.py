@@ -15,7 +15,7 @@ from smalti.config import build, unknown_key
 from smalti.errors import ConfigError
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
-from smalti.models.encoder import IMAGENET_MEAN, IMAGENET_STD, MODULES, Encoder
+from smalti.models.encoder import IMAGENET_MEAN, IMAGENET_STD, TIMM_MODULES, Encoder
 from smalti.reading import reason, shorten
 
 _SIZES: Mapping[str, tuple[float, float]] = {
@@ -62,7 +62,7 @@ def build_encoder(
         near = difflib.get_close_matches(architecture, vits, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else "for example vit_small_patch16_224"
         raise ConfigError(f"timm has no model '{architecture}'; {hint}")
-    if not any(is_model_in_modules(architecture, [module]) for module in MODULES) or "distilled" in architecture:
+    if not any(is_model_in_modules(architecture, [module]) for module in TIMM_MODULES) or "distilled" in architecture:
         raise ConfigError(
             f"timm's '{architecture}' is not a VisionTransformer, which Smalti needs; for example vit_small_patch16_224"
         )

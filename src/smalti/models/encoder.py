@@ -7,11 +7,9 @@ then registers), D embed_dim, L visible patches.
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
@@ -22,28 +20,17 @@ from torch import Tensor, nn
 from smalti.config import to_tree
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
-from smalti.functional.positions import Resampling, resample_positions
+from smalti.functional.positions import Resampling
 from smalti.layers.last_block import Chosen, block_at
-from smalti.layers.pooling import PRRConfig, PRRPool
+from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
+from smalti.models.pooling import MODULES, PatchFeatures, make_pool, pool_features
+from smalti.models.positions import Positions, field_positions, field_table, table_positions
 from smalti.models.weights import LoadConfig, LoadReport
 
-MODULES = ("vision_transformer", "deit")
+TIMM_MODULES = ("vision_transformer", "deit")
 """timm modules whose models are plain ``VisionTransformer``s."""
-POOLS = ("auto", "cls", "avg", "map", "prr")
-"""Poolings of tokens to an image vector, see :meth:`Encoder.set_pool`."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class PatchFeatures(NamedTuple):
-    """Output of an encoder for a batch of images."""
-
-    patches: Tensor
-    """``(B, N, D)`` patch tokens in raster order, after the final norm, prefix tokens removed."""
-    prefix: Tensor
-    """``(B, R, D)`` class token (first, if there is one) and registers; R may be 0."""
-    grid: tuple[int, int]
-    """``(h, w)`` patches down and across, ``N = h * w``."""
 
 
 class Origin(NamedTuple):
@@ -233,6 +220,18 @@ class Encoder(nn.Module):
             **({"position_field": self.position_field.config()} if self.position_field is not None else {}),
         }
 
+    def timm_args(self) -> dict[str, Any]:
+        """Arguments with which ``timm.create_model(name, ...)`` builds the same network without pooling module."""
+        arguments = {
+            **self.model_args,
+            "img_size": list(self.img_size),
+            "in_chans": self.in_chans,
+            "num_classes": 0,
+            "fc_norm": False,
+            "global_pool": "token" if self.has_class_token and self.pool != "avg" else "avg",
+        }
+        return {key: value for key, value in arguments.items() if key != "drop_path_rate"}
+
     def check_size(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid ``(h, w)`` of an image.
 
@@ -333,24 +332,22 @@ class Encoder(nn.Module):
             raise ConfigError(f"prr.* is about pool=prr, and pool={pool}; leave one of them out")
         if (pool, prr) == (self.pool, self.prr):
             return  # what is trained stays
-        self.vit.attn_pool = self._make_pool(pool, prr, fresh)
+        self.vit.attn_pool = self._pool_module(pool, prr, fresh)
         self.pool, self.prr = pool, prr
 
-    def _make_pool(self, pool: str, prr: PRRConfig, fresh: bool = False) -> nn.Module | None:
-        """The module of a pooling; None if it needs none."""
-        check_pool(pool, self.has_class_token)
-        if pool not in ("map", "prr"):
-            return None
-        if not fresh and (pool == "map" or prr.pre_norm or prr.post_norm):
-            raise ConfigError(
-                f"pool={pool} has parameters, and {self.name} comes without trained ones; choose another pool, or "
-                f"train an encoder with pool={pool}"
-            )
-        if pool == "prr":
-            made: nn.Module = PRRPool(self.embed_dim, self.num_heads, self.num_prefix_tokens, self.has_class_token, prr)
-        else:  # timm builds its own pooling
-            made = timm.create_model(self.name, **{**self.timm_args("map"), "depth": 1}).attn_pool
-        return made.to(self._mean.device)
+    def _pool_module(self, pool: str, prr: PRRConfig, fresh: bool = False) -> nn.Module | None:
+        made = make_pool(
+            pool,
+            prr,
+            name=self.name,
+            timm_args=self.timm_args(),
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            num_prefix_tokens=self.num_prefix_tokens,
+            has_class_token=self.has_class_token,
+            fresh=fresh,
+        )
+        return made if made is None else made.to(self._mean.device)
 
     def pooled(self, features: PatchFeatures, pool: str = "auto") -> Float[Tensor, "B D"]:
         """Pool the output of :meth:`encode` to one vector per image.
@@ -363,9 +360,9 @@ class Encoder(nn.Module):
             ConfigError: as :meth:`set_pool`.
         """
         pool = self.pool if pool == "auto" else pool
-        if pool not in ("map", "prr"):
+        if pool not in MODULES:
             return pool_features(features, pool, self.has_class_token)
-        module: Any = self.vit.attn_pool if pool == self.pool else self._make_pool(pool, PRRConfig())
+        module: Any = self.vit.attn_pool if pool == self.pool else self._pool_module(pool, PRRConfig())
         if pool == "map":  # timm's way: no prefix tokens
             return module(features.patches)
         return module(torch.cat([features.prefix, features.patches], dim=1))
@@ -454,27 +451,17 @@ class Encoder(nn.Module):
         if self.position_field is None:
             return
         self.vit.pos_embed, self.vit.cls_token = (
-            nn.Parameter(value) if value is not None else None for value in self._table()
+            nn.Parameter(value) if value is not None else None for value in self.position_table()
         )
         self.position_field = None
 
-    @torch.no_grad()
-    def _table(self) -> tuple[Tensor, Tensor | None]:
-        """The field as timm's ``pos_embed`` at the native grid, and the matching class token."""
-        positions = self.positions(self.check_size(*self.img_size))
-        assert positions is not None, "there is a field"
-        patches, prefix = positions
-        token = None if self.vit.cls_token is None else self.vit.cls_token.detach().clone()
-        if prefix is None:
-            return patches, token
-        if not self.vit.no_embed_class:
-            return torch.cat([prefix, patches], dim=1), token
-        assert token is not None, "only a class token has a position"
-        return patches, token + prefix[:, :1]  # timm's table has no row for it
+    def position_table(self) -> tuple[Tensor | None, Tensor | None]:
+        """timm's ``pos_embed`` at the native grid, and the class token that belongs to it."""
+        if self.position_field is None:
+            return self.vit.pos_embed, self.vit.cls_token
+        return field_table(self.vit, self.position_field, self.check_size(*self.img_size))
 
-    def positions(
-        self, grid: tuple[int, int], boxes: Float[Tensor, "B 4"] | None = None
-    ) -> tuple[Float[Tensor, "#B N D"], Float[Tensor, "1 R D"] | None] | None:
+    def positions(self, grid: tuple[int, int], boxes: Float[Tensor, "B 4"] | None = None) -> Positions | None:
         """Learned (or fixed) positions at a grid: of the patches, and of the prefix tokens (None: they have none).
 
         Args:
@@ -488,25 +475,15 @@ class Encoder(nn.Module):
             ConfigError: for boxes without a field.
         """
         if self.position_field is not None:
-            field = self.position_field
-            patches = field.whole(grid) if boxes is None else field(boxes, grid)
-            if field.class_position is None:
-                return patches, None
-            registers = field.class_position.new_zeros(1, self.num_prefix_tokens - 1, self.embed_dim)
-            return patches, torch.cat([field.class_position, registers], dim=1)
+            return field_positions(self.position_field, grid, self.num_prefix_tokens, boxes)
         if boxes is not None:
-            raise ConfigError(f"{self.name} has a table of positions, no field, from which crops could read theirs")
-        pos_embed = self.vit.pos_embed
-        if pos_embed is None:
-            return None
-        num_prefix = 0 if self.vit.no_embed_class else self.num_prefix_tokens
-        pos_embed = resample_positions(pos_embed, self.vit.patch_embed.grid_size, grid, num_prefix, self.pos_resampling)
-        return pos_embed[:, num_prefix:], pos_embed[:, :num_prefix] if num_prefix else None
+            raise ConfigError(f"{self.name} has a position table; only a position field can be read at boxes")
+        return table_positions(self.vit, grid, self.pos_resampling)
 
     def assemble(
         self,
         tokens: Float[Tensor, "B L D"],
-        positions: tuple[Tensor, Tensor | None] | None,
+        positions: Positions | None,
         ids_keep: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Prepend the prefix tokens and add positions.
@@ -597,77 +574,6 @@ class Encoder(nn.Module):
         for number, block in enumerate(self.vit.blocks):
             share = rate * number / max(self.depth - 1, 1)
             block.drop_path1, block.drop_path2 = (DropPath(share) if share else nn.Identity() for _ in range(2))
-
-    def to_timm(self) -> VisionTransformer:
-        """A plain timm model with these weights, on the CPU, in eval mode.
-
-        ``forward_features`` equals the tokens of :meth:`encode` (prefix first) at the native size, ``forward`` equals
-        :meth:`image_features`.
-
-        Raises:
-            ConfigError: for settings of ``pool=prr`` that timm's models don't have.
-        """
-        model = timm.create_model(self.name, **self.timm_args())
-        state = self.vit.state_dict()
-        if self.position_field is not None:
-            state["pos_embed"], token = self._table()
-            state |= {} if token is None else {"cls_token": token}
-        model.load_state_dict({key: value.detach().cpu() for key, value in state.items()}, strict=True)
-        return model.eval()
-
-    def timm_args(self, pool: str | None = None) -> dict[str, Any]:
-        """Arguments with which ``timm.create_model(name, ...)`` builds the plain model of :meth:`to_timm`.
-
-        Args:
-            pool: another pooling than the encoder's.
-
-        Raises:
-            ConfigError: as :meth:`to_timm`.
-        """
-        pool = pool or self.pool
-        own = replace(self.prr, num_heads=None) if self.prr.num_heads == self.num_heads else self.prr
-        if pool == "prr" and own != PRRConfig():
-            raise ConfigError(
-                "timm's models know PRR pooling with the backbone's heads, no norms and all tokens only; this encoder "
-                f"has {', '.join(f'prr.{name}={value}' for name, value in to_tree(self.prr).items())}; "
-                "pool=auto hands on the same tokens"
-            )
-        arguments = {
-            **self.model_args,
-            "img_size": list(self.img_size),
-            "in_chans": self.in_chans,
-            "num_classes": 0,
-            "fc_norm": False,
-            "global_pool": pool
-            if pool in ("map", "prr")
-            else "token"
-            if self.has_class_token and pool != "avg"
-            else "avg",
-        }
-        return {key: value for key, value in arguments.items() if key != "drop_path_rate"}
-
-
-def pool_features(features: PatchFeatures, pool: str, has_class_token: bool) -> Float[Tensor, "B D"]:
-    """One vector per image, without parameters or attention: ``cls``, ``avg`` (mean patch) or ``auto`` (``cls`` if
-    there is a class token, else ``avg``).
-
-    Raises:
-        ConfigError: for another ``pool``, or ``cls`` without a class token.
-    """
-    check_pool(pool, has_class_token)
-    return features.patches.mean(1) if pool == "avg" or not has_class_token else features.prefix[:, 0]
-
-
-def check_pool(pool: str, has_class_token: bool) -> None:
-    """Refuse a pooling that an encoder can't do.
-
-    Raises:
-        ConfigError: for another name than :data:`POOLS`, or ``cls`` without a class token.
-    """
-    if pool not in POOLS:
-        raise ConfigError(f"pool={pool!r}: one of {', '.join(POOLS)} is needed")
-    if pool == "cls" and not has_class_token:
-        raise ConfigError("pool=cls needs a class token, which this encoder does not have; use pool=avg")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smalti.data.images.copies import Copies, Pair, find_copies
-from smalti.data.images.folders import ImageSet, open_images, training_images
+from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.image_set import as_text
 from smalti.data.images.mask_folders import looks_like_mask
 from smalti.data.images.mask_values import MaskValues, count_values
@@ -201,7 +201,7 @@ def _all_copies(
 
 def _refused(images: ImageSet) -> tuple[str, ...]:
     try:
-        training_images(images)
+        images.training()
     except DataError as error:
         return (str(error),)
     return ()

@@ -6,8 +6,8 @@ import warnings
 from smalti.config import read_yaml
 from smalti.evaluation import evaluate as evaluation
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.context import Progress
 from smalti.evaluation.evaluate import random_baseline
-from smalti.evaluation.features import Progress
 from smalti.evaluation.paired import with_intervals
 from smalti.evaluation.result import Baseline, BaselineKind, Result
 from smalti.models.encoder import Encoder

@@ -15,12 +15,13 @@ from smalti.config import (
     read_yaml,
     to_tree,
 )
+from smalti.data.dataset import Dataset
 from smalti.data.images.decode import read_values
-from smalti.data.images.folders import ImageSet, open_images, training_images
+from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.value_range import percentile_ranges
 from smalti.data.loader import TrainLoader
 from smalti.data.signals.signal_config import SignalConfig, check_window
-from smalti.data.signals.signal_set import SignalSet, open_signals, training_signals
+from smalti.data.signals.signal_set import open_signals
 from smalti.data.views import Views
 from smalti.data.workers import default_workers
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError, WeightsError
@@ -55,7 +56,7 @@ SCALE_SAMPLE = 256
 """Number of images from which ``data.scale=percentiles`` is estimated."""
 
 
-def count_classes(config: RunConfig, images: ImageSet | SignalSet | None) -> RunConfig:
+def count_classes(config: RunConfig, images: Dataset | None) -> RunConfig:
     """Fill in ``method.num_classes`` from the images, if the method trains on labels; if labels are optional, only for
     images that have them.
 
@@ -70,14 +71,10 @@ def count_classes(config: RunConfig, images: ImageSet | SignalSet | None) -> Run
     if not (method.needs_labels or method.takes_labels):
         return config
     wanted = getattr(config.method, "num_classes", None)
-    has_labels = (
-        isinstance(images, ImageSet)
-        and bool(images.classes)
-        and all(sample.label is not None for sample in images.samples)
-    )
+    has_labels = images is not None and bool(images.classes) and images.labels is not None
     if method.takes_labels and (wanted == 0 or (wanted is None and not has_labels)):
         return config
-    if images is None or isinstance(images, SignalSet):
+    if images is None or images.kind == "signals":
         raise DataError(f"{method.name} learns from class labels; give --data with class folders (CLASS/image)")
     if not has_labels:
         raise DataError(
@@ -228,7 +225,7 @@ def _signal_encoder(given: Mapping[str, Any], data: DataConfig, signal: SignalCo
     )
 
 
-def open_data(config: RunConfig) -> ImageSet | SignalSet:
+def open_data(config: RunConfig) -> Dataset:
     """All images, or windows of signals, at the run's path.
 
     Raises:
@@ -241,7 +238,7 @@ def open_data(config: RunConfig) -> ImageSet | SignalSet:
     return open_signals(path, config.data.signal)
 
 
-def open_training(config: RunConfig) -> ImageSet | SignalSet:
+def open_training(config: RunConfig) -> Dataset:
     """Training data of a run: images or windows of signals, of the train split if there are splits.
 
     Raises:
@@ -250,30 +247,28 @@ def open_training(config: RunConfig) -> ImageSet | SignalSet:
     return training_part(open_data(config), config)
 
 
-def training_part(data: ImageSet | SignalSet, config: RunConfig) -> ImageSet | SignalSet:
+def training_part(data: Dataset, config: RunConfig) -> Dataset:
     """The train split of :func:`open_data`, or all of it without splits.
 
     Raises:
         ConfigError, DataError: if there are splits and none is for training, or the channels are not as configured.
     """
-    if isinstance(data, ImageSet):
-        return training_images(data)
-    signals = training_signals(data)
-    if config.data.channels != len(signals.channels):
+    training = data.training()
+    if training.channels is not None and config.data.channels != len(training.channels):
         raise ConfigError(
-            f"data.channels={config.data.channels}: the signals have {len(signals.channels)} "
-            f"({', '.join(signals.channels)}); leave it out, and name them with data.signal.channels=A,B"
+            f"data.channels={config.data.channels}: the signals have {len(training.channels)} "
+            f"({', '.join(training.channels)}); leave it out, and name them with data.signal.channels=A,B"
         )
-    return signals
+    return training
 
 
-def measure_scale(config: RunConfig, images: ImageSet | SignalSet) -> tuple[RunConfig, ImageSet | SignalSet]:
+def measure_scale(config: RunConfig, images: Dataset) -> tuple[RunConfig, Dataset]:
     """Settings and images with the input ranges of ``data.scale=percentiles``, estimated from a sample.
 
     Raises:
         DataError: if no image of the sample can be read, or a channel has one value nearly everywhere.
     """
-    if config.data.scale != "percentiles" or isinstance(images, SignalSet):
+    if config.data.scale != "percentiles" or not isinstance(images, ImageSet):
         return config, images
     values = []
     for place in np.linspace(0, len(images) - 1, min(len(images), SCALE_SAMPLE)).round().astype(int):
@@ -301,7 +296,7 @@ def num_workers(config: RunConfig) -> int:
     return default_workers(resolve_devices(config.devices).kind)
 
 
-def fitting_batches(method: Method, images: ImageSet | SignalSet, config: RunConfig) -> Iterator[Views]:
+def fitting_batches(method: Method, images: Dataset, config: RunConfig) -> Iterator[Views]:
     """The first ``fit_images`` images of training, or all of them once; the same in every process."""
     batch_size = min(64, len(images))
     views = method.make_views(config.data.image_size)

@@ -1,7 +1,6 @@
 """Files of a run directory apart from checkpoints and logs: ``run.json``, results, and a lock while a run writes."""
 
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -12,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from smalti.data.images.folders import ImageSet
-from smalti.data.signals.signal_set import SignalSet
+from smalti.data.dataset import Dataset
 from smalti.errors import DataError
 from smalti.files import remove_leftovers, set_aside, write_atomically
 from smalti.methods.base import Method
@@ -37,15 +35,15 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
 """Entries of ``run.json`` that are read again."""
 
 
-def write_run_file(run: Path, images: ImageSet | SignalSet, init: str | None, precision: str) -> None:
+def write_run_file(run: Path, images: Dataset, init: str | None, precision: str) -> None:
     """Write ``run.json``: the command, what is read, the machine."""
     content = {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "images": images.describe(),
-        "classes": list(images.classes or ()) if isinstance(images, ImageSet) else [],
+        "classes": list(images.classes or ()),
         "num_images": len(images),
-        "names_digest": _names_digest(images),
+        "names_digest": images.fingerprint(),
         **({INIT_DIGEST: weights_digest(init)} if init else {}),
         "precision": precision,
         **describe_machine(),
@@ -86,14 +84,14 @@ def mend_folder(run: Path) -> None:
             set_aside(run / RUN_FILE, error)
 
 
-def check_same_images(run: Path, images: ImageSet | SignalSet) -> None:
+def check_same_images(run: Path, images: Dataset) -> None:
     """A resumed run must see the images that it saw: their order follows from their names.
 
     Raises:
         DataError: if there are others now.
     """
     known = read_run_file(run)
-    if known.get("names_digest", _names_digest(images)) != _names_digest(images):
+    if known.get("names_digest", images.fingerprint()) != images.fingerprint():
         raise DataError(
             f"{run}: was trained on {known.get('num_images')} images, {images.root} now has {len(images)} or others; "
             "bring them back, or start a new run with --init from this one"
@@ -138,15 +136,3 @@ def new_results_file(run: Path) -> Path:
             return folder.with_suffix(".json")
         except FileExistsError:
             number += 1
-
-
-def _names_digest(images: ImageSet | SignalSet) -> str:
-    """A number for the names of the images and their order; of signals, also for how long they are."""
-    if isinstance(images, SignalSet):
-        listed = "\n".join(f"{one.name} {one.signal.shape[1]}" for one in images.recordings)
-        return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()[:16]
-    names = "\n".join(
-        path.relative_to(images.root).as_posix() if path.is_relative_to(images.root) else str(path)
-        for path in images.paths
-    )
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]

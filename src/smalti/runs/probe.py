@@ -18,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.config import read_yaml
+from smalti.data.crops import MultiCrop
 from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.pixels import trained_pixels
 from smalti.data.loader import TrainLoader
-from smalti.data.views import MultiCrop, collate
+from smalti.data.views import collate
 from smalti.errors import ConfigError
 from smalti.files import check_folder, write_atomically
 from smalti.functional.offgrid import Patches, resample_boxes

@@ -22,10 +22,9 @@ from smalti.config import (
     to_tree,
     write_yaml,
 )
-from smalti.data.images.folders import ImageSet
+from smalti.data.dataset import Dataset
 from smalti.data.images.image_set import as_text, is_text
 from smalti.data.loader import TrainLoader, UnreadableLog
-from smalti.data.signals.signal_set import SignalSet
 from smalti.data.views import Views
 from smalti.data.workers import check_workers
 from smalti.errors import ConfigError, DataError, Interrupted
@@ -215,7 +214,7 @@ def _written_by_this_process(run: Path) -> contextlib.AbstractContextManager[Non
     return locked(run) if _is_first_process() else contextlib.nullcontext()
 
 
-def _check_before_writing(config: RunConfig, images: ImageSet | SignalSet, quiet: bool) -> None:
+def _check_before_writing(config: RunConfig, images: Dataset, quiet: bool) -> None:
     """Find mistakes while there is nothing to clean up.
 
     Raises:
@@ -240,15 +239,13 @@ def _check_before_writing(config: RunConfig, images: ImageSet | SignalSet, quiet
     _check_freeze(method, config.optim)
     _check_pool(method, config)
     workers = num_workers(config)
-    if isinstance(images, SignalSet):  # all of them are read already
-        check_workers(views(images.read(0), np.random.default_rng(0)), micro_batch, workers)
-        return
-    if config.eval.data and config.eval.image_size:
+    if images.kind == "images" and config.eval.data and config.eval.image_size:
         method.networks()[method.export_network].check_size(config.eval.image_size, config.eval.image_size)
     trouble: DataError | None = None
-    for sample in images.samples[:FIRST_LOOK]:
+    source = images.source(config.data.channels)
+    for index in range(min(FIRST_LOOK, len(source))):
         try:
-            view = views(sample.read(config.data.channels), np.random.default_rng(0))
+            view = views(source.read(index), np.random.default_rng(0))
             check_workers(view, micro_batch, workers, resolve_devices(config.devices).processes)
             return
         except DataError as error:

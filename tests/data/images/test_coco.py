@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from smalti.data.images.coco import read_annotations
-from smalti.data.images.folders import open_images, training_images
+from smalti.data.images.folders import open_images
 from smalti.data.images.labelled import open_labelled
 from smalti.errors import DataError
 
@@ -112,7 +112,7 @@ def test_images_in_one_folder_are_told_apart_by_the_files(write, write_json, tmp
     assert [(s.path.name, s.annotations) for s in found.samples] == [
         ("a.jpg", paths[0]), ("b.jpg", paths[0]), ("c.jpg", paths[1])
     ]  # fmt: skip
-    assert training_images(found).paths == (tmp_path / "images/a.jpg", tmp_path / "images/b.jpg")
+    assert found.training().paths == (tmp_path / "images/a.jpg", tmp_path / "images/b.jpg")
     (tmp_path / "images/a.jpg").unlink()
     with pytest.raises(DataError, match=r"instances_train.json: 1 of 2 images don't exist, the first: .*a.jpg"):
         open_images(tmp_path)

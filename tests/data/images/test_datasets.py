@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from smalti.data.images import datasets
-from smalti.data.images.folders import open_images, training_images
+from smalti.data.images.folders import open_images
 from smalti.data.images.labelled import open_labelled, read_mask
 from smalti.errors import DataError
 
@@ -362,7 +362,7 @@ def test_unlabelled_coco_pretrains_on_train2017_alone(photo, tmp_path):
         photo(f"{name}.jpg")
     found = open_images(tmp_path)
     assert found.describe() == "coco: 3 images (train 2, val 1)"
-    assert [path.stem for path in training_images(found).paths] == ["1", "2"]
+    assert [path.stem for path in found.training().paths] == ["1", "2"]
     assert {sample.annotations for sample in found.samples} == {None}
 
 

@@ -7,6 +7,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,7 +33,6 @@ def encoded(content, kind, **options):
 
 
 def tiff(content, **options):
-    tifffile = pytest.importorskip("tifffile", reason="tifffile comes with scikit-image")
     file = io.BytesIO()
     tifffile.imwrite(file, content, **options)
     return file.getvalue()
@@ -121,7 +121,7 @@ def test_exif_orientation_is_applied(kind, tmp_path):
 )
 def test_five_channel_tiffs_come_out_as_they_went_in(dtype, planar, options):
     if dtype == np.float32 and "predictor" in options:
-        pytest.skip("tifffile writes no such files without imagecodecs")
+        pytest.importorskip("imagecodecs")
     rng = np.random.default_rng(1)
     pixels = (
         rng.random((40, 70, 5), np.float32) if dtype == np.float32 else rng.integers(0, 256, (40, 70, 5)).astype(dtype)
@@ -133,6 +133,16 @@ def test_five_channel_tiffs_come_out_as_they_went_in(dtype, planar, options):
     for share in (0.2, 0.9):
         with pytest.raises(DataError, match="cut short"):
             decode_image(data[: int(share * len(data))], 5)
+
+
+def test_a_compression_that_needs_imagecodecs_names_the_extra(monkeypatch):
+    pytest.importorskip("imagecodecs")
+    pixels = np.random.default_rng(3).integers(0, 256, (20, 30, 5)).astype(np.uint8)
+    data = tiff(pixels, photometric="minisblack", planarconfig="contig", compression="lzw")
+    np.testing.assert_array_equal(decode_image(data, 5), pixels)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"5 channels with LZW compression; install smalti\[tiff\] to read it"):
+        decode_image(data, 5)
 
 
 def test_pages_of_a_tiff_are_channels():

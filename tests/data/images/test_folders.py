@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from smalti.data.images.folders import LeftOut, open_images, training_images
+from smalti.data.images.folders import LeftOut, open_images
 from smalti.data.images.labelled import open_labelled
 from smalti.errors import ConfigError, DataError
 
@@ -35,7 +35,7 @@ def test_a_folder_is_read_recursively_sorted_and_without_hidden_files(write, tmp
     images = open_images(tmp_path)
     assert images.layout == "folder"
     assert names(images) == ["a-b.webp", "a/deep/er/x.TIFF", "a/z.jpg", "b.PNG", "c.Bmp"]
-    assert images.classes is None and images.splits == () and len(training_images(images)) == 5
+    assert images.classes is None and images.splits == () and len(images.training()) == 5
     assert images.describe() == "folder: 5 images"
 
 
@@ -67,7 +67,7 @@ def test_class_folders_with_splits_call_validation_val(write, tmp_path):
     images = open_images(tmp_path)
     assert images.describe() == "classes: 4 images (train 2, val 1, test 1), 2 classes"
     assert images.subset("validation").paths == images.subset("val").paths == (tmp_path / "validation/cat/3.jpg",)
-    assert names(training_images(images)) == ["train/ant/2.jpg", "train/cat/1.jpg"]
+    assert names(images.training()) == ["train/ant/2.jpg", "train/cat/1.jpg"]
     with pytest.raises(DataError, match="no split 'extra'; it has: train, val, test"):
         images.subset("extra")
 
@@ -157,7 +157,7 @@ def test_masks_are_found_by_stem_and_splits_by_name_with_or_without_ending(write
     first = images.samples[0]
     assert (first.path, first.mask) == (tmp_path / "images/a.jpg", tmp_path / "masks/a.png")
     assert [sample.split for sample in images.samples] == ["train", "train", "val", None]
-    assert names(training_images(images)) == ["images/a.jpg", "images/b.jpg"]
+    assert names(images.training()) == ["images/a.jpg", "images/b.jpg"]
 
 
 def test_instances_serve_as_masks_where_there_are_none(write, tmp_path):
@@ -207,7 +207,7 @@ def test_an_image_without_mask_stops_an_evaluation_only_if_a_split_names_it(writ
     with pytest.warns(LeftOut):
         assert len(open_labelled(tmp_path, need="masks").test) == 1
     (tmp_path / "val.txt").write_text("c\nd\n")
-    assert len(training_images(open_images(tmp_path))) == 2
+    assert len(open_images(tmp_path).training()) == 2
     with pytest.raises(DataError, match=r"1 of 2 images have no mask, the first: d.jpg; add masks, or list"):
         open_labelled(tmp_path, need="masks")
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from smalti.data.dataset import Labelled
 from smalti.data.images.folders import ImageSample, ImageSet, open_images
 from smalti.data.images.labelled import (
-    LabelledData,
     draw_training,
     eval_batches,
     eval_image,
@@ -96,7 +96,7 @@ def test_what_is_needed_and_what_came_stand_in_one_line(write, tmp_path):
 def test_draws_of_training_images_are_seeded_and_smaller_ones_are_parts_of_larger(total, seed, share, larger):
     samples = tuple(ImageSample(Path(f"{i}.png"), label=0) for i in range(total))
     everything = ImageSet(Path(), "classes", samples, ("a",))
-    data = LabelledData(everything, everything, ("a",), "all")
+    data = Labelled(everything, everything, ("a",), "all")
     share, larger = sorted((share, larger))
     drawn, more = draw_training(data, share, seed), draw_training(data, larger, seed)
     assert len(drawn.train) == max(1, round(share * total)) and drawn.drawn and not data.drawn

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from smalti.data.images.folders import LeftOut, open_images, training_images
+from smalti.data.images.folders import LeftOut, open_images
 from smalti.data.images.labelled import open_labelled
 from smalti.errors import DataError
 
@@ -52,7 +52,7 @@ def test_several_masks_of_an_image_are_counted_and_never_trained_on(write, tmp_p
         write(f"{number}/masks/a{number}.png", MASK), write(f"{number}/masks/b{number}.png", MASK)
     with pytest.warns(LeftOut, match="6 masks, because they are several for an image"):
         images = open_images(tmp_path)
-    assert [path.parent.name for path in training_images(images).paths] == ["images"] * 3
+    assert [path.parent.name for path in images.training().paths] == ["images"] * 3
     with pytest.warns(LeftOut), pytest.raises(DataError, match="found layout 'masks', this needs masks"):
         open_labelled(tmp_path, need="masks")
 

@@ -1,6 +1,7 @@
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from smalti.data.images.folders import open_images
@@ -43,7 +44,6 @@ def test_a_set_of_one_broken_file_is_still_summarised(tmp_path):
 
 
 def test_channels_that_no_setting_reads_together_are_named(write, tmp_path):
-    tifffile = pytest.importorskip("tifffile", reason="tifffile comes with scikit-image")
     write("a.png")
     for number in range(2):
         path = tmp_path / f"{number}.tif"

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from smalti.data.images.folders import LeftOut, open_images, training_images
+from smalti.data.images.folders import LeftOut, open_images
 from smalti.errors import DataError
 
 
@@ -58,7 +58,7 @@ def test_every_spelling_of_a_split_is_known_and_test_is_not_trained_on(write, tm
         write(f"{name}/1.png"), write(f"{name}/2.png")
     images = open_images(tmp_path)
     assert images.describe() == "folder: 6 images (train 2, val 2, test 2)"
-    assert {path.parent.name for path in training_images(images).paths} == {names[0]}
+    assert {path.parent.name for path in images.training().paths} == {names[0]}
 
 
 @pytest.mark.parametrize("home", ["", "set"])
@@ -137,4 +137,4 @@ def test_the_same_split_under_two_names_is_refused(write, tmp_path):
 def test_splits_without_train_are_not_trained_on_by_accident(write, tmp_path):
     write("val/a/1.png"), write("test/b/2.png")
     with pytest.raises(DataError, match="splits val, test, but no train; to read every image, write folder="):
-        training_images(open_images(tmp_path))
+        open_images(tmp_path).training()

@@ -10,7 +10,7 @@ from edf import write_edf, write_hypnogram
 from signal_files import noise, save
 from smalti.data.signals.recording_list import find_hypnogram, list_recordings
 from smalti.data.signals.signal_config import SignalConfig
-from smalti.data.signals.signal_set import open_signals, training_signals
+from smalti.data.signals.signal_set import open_signals
 from smalti.errors import DataError
 
 
@@ -31,7 +31,7 @@ def test_a_table_gives_subjects_splits_and_rates(tmp_path):
     )
     signals = open_signals(tmp_path, SignalConfig())
     assert signals.subjects == ("anna", "carl") and signals.splits == ("train", "test")
-    assert training_signals(signals).names == ("a.npy", "b.npy")
+    assert signals.training().names == ("a.npy", "b.npy")
 
 
 def test_rows_with_too_many_cells_and_impossible_rates_are_refused(tmp_path):

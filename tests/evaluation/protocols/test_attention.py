@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from smalti.data.images.folders import LeftOut
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import spread
+from smalti.evaluation.context import spread
 from smalti.evaluation.protocols.attention import (
     EPS,
     AttentionObserver,

@@ -17,7 +17,8 @@ from smalti.evaluation.protocols.keep_curve import OWN_HEAD, PAPER_RATES, RATES,
 from smalti.evaluation.result import Result, describe_result, read_results, write_results
 from smalti.functional.orders import area_under, knee, num_kept, random_orders
 from smalti.models.build import build_encoder
-from smalti.models.encoder import ClassHead, Encoder, PatchFeatures
+from smalti.models.encoder import ClassHead, Encoder
+from smalti.models.pooling import PatchFeatures
 from smalti.runs.baseline import evaluate
 
 STEP = 40

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
+from smalti.data.crops import random_resized_crop
 from smalti.data.images.image_set import ImageSample
 from smalti.data.loader import epoch_order
-from smalti.data.views import random_resized_crop
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.linear_probe import (

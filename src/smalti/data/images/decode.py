@@ -112,8 +112,7 @@ def image_size(path: Path) -> tuple[int, int]:
         with path.open("rb") as file:
             is_tiff = file.read(4) in TIFF_STARTS
         if is_tiff:
-            page = Tiff(path.read_bytes()).pages[0]
-            return page.size if not page.is_turned else page.size[::-1]
+            return Tiff(path.read_bytes()).size
         with Image.open(path) as image:
             width, height = image.size
             return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)  # turned by 90 degrees
@@ -148,10 +147,9 @@ def inspect_image(data: bytes, max_pixels: int = NO_PIXELS.max_pixels) -> tuple[
     check_complete(data)
     if data[:4] in TIFF_STARTS:
         tiff = Tiff(data)
-        page = tiff.pages[0]
-        image = decode_values(data, 3 if page.is_colour and len(tiff.pages) == 1 else tiff.channels, max_pixels)
-        facts = ImageFacts(image.shape[0], image.shape[1], tiff.channels, page.bits, "tiff")
-        facts = facts._replace(is_picture=_is_picture(tiff))
+        image = decode_values(data, 3 if tiff.is_colour and tiff.num_pages == 1 else tiff.channels, max_pixels)
+        facts = ImageFacts(image.shape[0], image.shape[1], tiff.channels, tiff.bits, "tiff")
+        facts = facts._replace(is_picture=tiff.is_picture)
     else:
         _check_size(data, max_pixels)
         # of JPEG, which has no alpha, as it is read for training: turned by its EXIF orientation
@@ -207,7 +205,8 @@ def _check_size(data: bytes, max_pixels: int) -> None:
         DataError: without the file's name.
     """
     if data[:4] in TIFF_STARTS:
-        sizes = [(*page.size, max(1.0, page.samples / 4)) for page in Tiff(data).pages]
+        tiff = Tiff(data)
+        sizes = [(*size, max(1.0, samples / 4)) for size, samples in zip(tiff.sizes, tiff.samples, strict=True)]
     else:
         sizes = [(*(stored_size(data) or _other_size(data)), 1.0)]
     count = sum(height * width * each for height, width, each in sizes)
@@ -275,22 +274,14 @@ def _decode_bytes(data: bytes, flags: int) -> np.ndarray:
 
 def _decode_tiff(data: bytes, channels: int) -> np.ndarray:
     tiff = Tiff(data)
-    tiff.check_sums()
-    page = tiff.pages[0]
-    if tiff.channels == channels > 1 and (len(tiff.pages) > 1 or not (page.is_colour and channels == 3)):
+    tiff.check_sums(data)
+    if tiff.channels == channels > 1 and (tiff.num_pages > 1 or not (tiff.is_colour and channels == 3)):
         return tiff.read_channels()
-    if page.is_lab:
+    if tiff.is_lab:
         raise DataError("a TIFF of Lab colours; save it as RGB")
-    if not _is_picture(tiff):
+    if not tiff.is_picture:
         raise DataError(_channels_line(tiff.describe(), tiff.channels, channels))
     return _decode_bytes(data, _DECODE)
-
-
-def _is_picture(tiff: Tiff) -> bool:
-    """Whether it is one page of grey or colours, so that its channels can be converted."""
-    page = tiff.pages[0]
-    is_known = page.is_colour or page.samples == 1 or (page.samples == 2 and page.has_alpha)
-    return len(tiff.pages) == 1 and is_known and page.samples <= 4
 
 
 def _to_channels(image: np.ndarray, channels: int) -> np.ndarray:

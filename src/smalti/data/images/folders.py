@@ -89,22 +89,6 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     return images
 
 
-def training_images(images: ImageSet) -> ImageSet:
-    """Images for pretraining: the train split if the layout has splits, else all.
-
-    Raises:
-        DataError: if there are splits, but none is for training.
-    """
-    if not images.splits:
-        return images
-    if "train" not in images.splits:
-        raise DataError(
-            f"{as_text(images.root)}: holds the split{'s' * (len(images.splits) > 1)} {', '.join(images.splits)}, but "
-            f"no train; to read every image, write folder={as_text(images.root)}"
-        )
-    return images.subset("train")
-
-
 def _split_name(data: str | Path, layout: str | None) -> tuple[Path, str | None]:
     """``NAME=PATH`` apart; a path that exists is a path, whatever signs are in it."""
     path = expand_home(data)

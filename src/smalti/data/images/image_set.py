@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from smalti.data.dataset import Kind, names_fingerprint
 from smalti.data.images.decode import NO_PIXELS, PixelConfig, read_image
 from smalti.errors import DataError
 
@@ -101,9 +102,31 @@ class ImageSet:
         return len(self.samples)
 
     @property
+    def kind(self) -> Kind:
+        """``images``."""
+        return "images"
+
+    @property
+    def channels(self) -> None:
+        """None: an image file is decoded with any number of channels."""
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """Files of the images."""
         return tuple(sample.path for sample in self.samples)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """``(n,)`` int64 class of each image; None unless every image has one."""
+        labels = [sample.label for sample in self.samples if sample.label is not None]
+        return np.array(labels, dtype=np.int64) if labels and len(labels) == len(self) else None
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Group of each image by the table, its path if it has none; empty if no image has one, or all are in one."""
+        groups = tuple(sample.group or str(sample.path) for sample in self.samples)
+        has_groups = any(sample.group is not None for sample in self.samples)
+        return groups if has_groups and len(set(groups)) > 1 else ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -149,6 +172,33 @@ class ImageSet:
         label_map = self.samples[0].label_map if self.samples else None
         return label_map.note if label_map else None
 
+    def training(self) -> "ImageSet":
+        """The train split if the layout has splits, else all.
+
+        Raises:
+            DataError: if there are splits, but none is for training.
+        """
+        if not self.splits:
+            return self
+        if "train" not in self.splits:
+            root = as_text(self.root)
+            raise DataError(
+                f"{root}: holds the split{'s' * (len(self.splits) > 1)} {', '.join(self.splits)}, but "
+                f"no train; to read every image, write folder={root}"
+            )
+        return self.subset("train")
+
+    def source(self, channels: int) -> "ImageFiles":
+        """The images for the training loader."""
+        return ImageFiles(self, channels)
+
+    def fingerprint(self) -> str:
+        """Changes with the names of the files and their order, not with the place of the folder."""
+        return names_fingerprint(
+            path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+            for path in self.paths
+        )
+
     def describe(self) -> str:
         """One line for the log: layout, number of images, splits, classes."""
         counts = Counter(sample.split for sample in self.samples)
@@ -166,6 +216,33 @@ class ImageSet:
         parts += [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
         parts += [f"not read: {', '.join(self.not_read)}"] if self.not_read else []
         return "; ".join(parts)
+
+
+class ImageFiles:
+    """Image files as a :class:`~smalti.data.dataset.Source`."""
+
+    def __init__(self, images: ImageSet, channels: int) -> None:
+        self._root, self._channels, self._pixels = images.root, channels, images.pixels
+        # all paths in one buffer: a million Path objects would take gigabytes in every worker
+        names = [os.fsencode(path) for path in images.paths]
+        self._text = b"".join(names)
+        self._ends = np.cumsum([0, *map(len, names)])
+
+    @property
+    def root(self) -> Path:
+        """Folder, list or table of the data set."""
+        return self._root
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def path(self, index: int) -> Path:
+        """File of an image."""
+        return Path(os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]]))
+
+    def read(self, index: int) -> np.ndarray:
+        """An image, see :func:`~smalti.data.images.decode.read_image`."""
+        return read_image(self.path(index), self._channels, self._pixels)
 
 
 def as_text(name: str | Path) -> str:

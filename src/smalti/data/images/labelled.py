@@ -5,7 +5,7 @@ Unlike in training nothing is random here: the same file gives the same array, r
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from smalti.data.crops import centre_crop
+from smalti.data.dataset import Labelled
 from smalti.data.images.coco import with_objects
 from smalti.data.images.decode import NO_PIXELS, PixelConfig
 from smalti.data.images.folders import SPLITS, ClassDepth, ImageSample, ImageSet, open_images, read_image
@@ -26,7 +28,7 @@ from smalti.data.images.masks import eval_mask as eval_mask
 from smalti.data.images.masks import read_mask as read_mask
 from smalti.data.images.masks import values_seen, warn_of_black_and_white, with_values
 from smalti.data.loader import epoch_order
-from smalti.data.views import Skipped, centre_crop
+from smalti.data.views import Skipped
 from smalti.data.workers import load_items
 from smalti.errors import ConfigError, DataError
 
@@ -39,34 +41,7 @@ _NEEDED = {
     "masks": "masks (images/ with masks/ or instances/, and classes.txt)",
     "boxes": "boxes (COCO's annotations/instances_SPLIT.json beside images/)",
 }
-Kind = Literal["labels", "masks", "boxes"]
-
-
-@dataclass(frozen=True)
-class LabelledData:
-    """Training images, and images to evaluate on."""
-
-    train: ImageSet
-    test: ImageSet
-    classes: tuple[str, ...]
-    note: str
-    """How the two came about, one line for logs and results."""
-    drawn: bool = False
-    """Whether ``train`` is a draw from the training images."""
-    split: str = "test"
-    """The evaluated split by its own name; ``held-out`` of a seeded split, empty if all images are evaluated."""
-
-    missing: tuple[str, ...] = ()
-    """Classes with training images but no images to evaluate on (class folders)."""
-
-    @property
-    def evaluated(self) -> str:
-        """What the evaluated images are called, such as ``val images``."""
-        return f"{self.split} images".strip()
-
-    def with_pixels(self, pixels: PixelConfig) -> "LabelledData":
-        """The same images, decoded in another way."""
-        return replace(self, train=self.train.with_pixels(pixels), test=self.test.with_pixels(pixels))
+LabelKind = Literal["labels", "masks", "boxes"]
 
 
 def open_labelled(
@@ -74,11 +49,12 @@ def open_labelled(
     *,
     split: str | None = None,
     seed: int = 0,
-    need: Kind,
+    need: LabelKind,
     class_depth: ClassDepth | None = None,
     mask_values: Mapping[int, int | str] | None = None,
     ignore: Sequence[int | str] = (),
-) -> LabelledData:
+    pixels: PixelConfig = NO_PIXELS,
+) -> Labelled[ImageSet]:
     """The labelled images at a path, in two parts.
 
     Args:
@@ -90,13 +66,14 @@ def open_labelled(
         mask_values: value in the mask files -> class, by number or name; other values are refused. None: the value is
             the class.
         ignore: values in the mask files, or names of classes, whose pixels are ignored, as 255 is.
+        pixels: how the files are decoded.
 
     Raises:
         ConfigError: for a class in ``mask_values`` or ``ignore`` that isn't there.
         DataError: if the layout hasn't what is needed, a split is missing, classes are to be evaluated that have no
             training images, or a file of boxes contradicts itself or the images.
     """
-    images = open_images(data, class_depth=class_depth)
+    images = open_images(data, class_depth=class_depth).with_pixels(pixels)
     found = {"labels": any(sample.label is not None for sample in images.samples)}
     found["masks"] = any(sample.mask is not None or sample.instances is not None for sample in images.samples)
     found["boxes"] = any(sample.annotations is not None for sample in images.samples)
@@ -131,10 +108,10 @@ def open_labelled(
     missing = _missing_classes(images, train, test) if need == "labels" else ()
     note = f"learned from train ({len(train)}), evaluated on {test_name} ({len(test)})"
     split = SPLITS.get(test_name, test_name)
-    return LabelledData(train, test, classes, note, split=split, missing=missing)
+    return Labelled(train, test, classes, note, split=split, missing=missing)
 
 
-def _check_masks(images: ImageSet, need: Kind) -> None:
+def _check_masks(images: ImageSet, need: LabelKind) -> None:
     """Refuse images without masks where masks are needed."""
     if need != "masks":
         return
@@ -145,7 +122,7 @@ def _check_masks(images: ImageSet, need: Kind) -> None:
         )
 
 
-def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
+def draw_training(data: Labelled[ImageSet], size: float, seed: int) -> Labelled[ImageSet]:
     """The same data with fewer images to learn from, drawn by the seed; smaller draws are parts of larger ones.
 
     Args:
@@ -169,7 +146,7 @@ def draw_training(data: LabelledData, size: float, seed: int) -> LabelledData:
     return replace(data, train=train, note=note, drawn=True)
 
 
-def _hint(images: ImageSet, need: Kind) -> str:
+def _hint(images: ImageSet, need: LabelKind) -> str:
     if need == "boxes" and any(images.root.glob("annotations/instances_*.json")):
         return f"; COCO's files there are read with coco={images.root}"
     if why := {"labels": images.no_labels, "masks": images.no_masks}.get(need):
@@ -182,7 +159,7 @@ def _hint(images: ImageSet, need: Kind) -> str:
     return ""
 
 
-def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_label: bool) -> LabelledData:
+def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_label: bool) -> Labelled[ImageSet]:
     """A fifth of the images to be evaluated, of each class alike, or of the groups, which stay whole; at least one
     stays to learn from."""
     has_groups = any(sample.group is not None for sample in images.samples)
@@ -211,7 +188,7 @@ def _split_by_seed(images: ImageSet, classes: tuple[str, ...], seed: int, by_lab
     by = " by groups" if has_groups else ""
     note = f"no splits found: a seeded 80/20 split{by}, seed {seed} ({len(train)} and {len(test)} images)"
     missing = _missing_classes(images, train, test) if by_label else ()
-    return LabelledData(train, test, classes, note, split="held-out", missing=missing)
+    return Labelled(train, test, classes, note, split="held-out", missing=missing)
 
 
 def _missing_classes(images: ImageSet, train: ImageSet, test: ImageSet) -> tuple[str, ...]:
@@ -271,7 +248,7 @@ def eval_image(path: Path, size: int, channels: int, mode: EvalCrop, pixels: Pix
         mode: ``crop``: short side to ``size * 256 / 224``, bicubic, then the central square: classification.
             ``squash``: to ``size`` x ``size`` whatever its shape, bilinear: segmentation.
             ``centre``: the largest central square to ``size``, bicubic: nothing of a square image is cut off, as in
-            :class:`smalti.data.views.CentreCrop`. All antialiased.
+            :class:`smalti.data.crops.CentreCrop`. All antialiased.
         pixels: how the file is decoded.
 
     Raises:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from smalti.data.dataset import Kind, Labelled, names_fingerprint
 from smalti.data.images.decode import ENDINGS as IMAGE_ENDINGS
 from smalti.data.images.image_set import SPLIT_ORDER, SPLITS
 from smalti.data.loader import epoch_order
@@ -90,6 +91,40 @@ class SignalSet:
         ]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
+    @property
+    def kind(self) -> Kind:
+        """``signals``."""
+        return "signals"
+
+    @property
+    def classes(self) -> None:
+        """None: windows have sleep stages, no class labels."""
+
+    @property
+    def labels(self) -> None:
+        """None: windows have sleep stages, no class labels."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Empty: results are resampled by recording."""
+        return ()
+
+    def training(self) -> "SignalSet":
+        """The train split if there are splits, else all.
+
+        Raises:
+            DataError: if there are splits, but none is for training.
+        """
+        return self.subset("train") if self.splits else self
+
+    def source(self, channels: int) -> "SignalSet":
+        """The windows for the training loader."""
+        return self
+
+    def fingerprint(self) -> str:
+        """Changes with the names, the order and the lengths of the recordings."""
+        return names_fingerprint(f"{one.name} {one.signal.shape[1]}" for one in self.recordings)
+
     def locate(self, index: int) -> tuple[int, int]:
         """The place of a window: which recording, and which window of it."""
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -159,26 +194,6 @@ class SignalSet:
             return "no stages"
         rest = f", {without:,} without" if without else ""
         return f"stages of {' and '.join(parts)}{rest}, {_counted(scored, 'scored window')}"
-
-
-@dataclass(frozen=True)
-class LabelledSignals:
-    """Training recordings, and recordings of other subjects to evaluate on."""
-
-    train: SignalSet
-    test: SignalSet
-    note: str
-    """How the two came about, one line for logs and results."""
-    classes: tuple[str, ...] = STAGES
-    drawn: bool = False
-    """Whether ``train`` is a draw from the training subjects."""
-    split: str = "test"
-    """The evaluated split by its own name."""
-
-    @property
-    def evaluated(self) -> str:
-        """What the evaluated windows are called, such as ``test windows``."""
-        return f"{self.split} windows"
 
 
 def is_signals(data: str | Path) -> bool:
@@ -261,20 +276,9 @@ def _warn_of_faults(recordings: Sequence[Recording]) -> None:
         warnings.warn(f"{texts[0]}{more}", stacklevel=3)
 
 
-def training_signals(signals: SignalSet) -> SignalSet:
-    """What pretraining reads: the train split if there are splits, else all.
-
-    Raises:
-        DataError: if there are splits, but none is for training.
-    """
-    if not signals.splits:
-        return signals
-    return signals.subset("train")
-
-
 def open_labelled_signals(
     data: str | Path, config: SignalConfig, *, split: str | None = None, seed: int = 0
-) -> LabelledSignals:
+) -> Labelled[SignalSet]:
     """Scored recordings in two parts, by subject.
 
     Args:
@@ -311,7 +315,7 @@ def open_labelled_signals(
                 f"{signals.root}: subject {min(both)} is in train and in {judged}; a split is by subject; "
                 f"if these are two people, say so in {TABLE} (columns file, subject, split)"
             )
-        return LabelledSignals(train, test, note, split=judged)
+        return Labelled(train, test, STAGES, note, split=judged)
     parts = split_subjects(scored.subjects, seed)
     judged = SPLITS.get(split or "test", split or "test")
     if judged not in parts or not parts[judged] or not parts["train"]:
@@ -320,7 +324,7 @@ def open_labelled_signals(
         )
     counts = ", ".join(f"{name} {len(names)}" for name, names in parts.items())
     note = f"no splits found: subjects split by seed {seed} ({counts}), judged on {judged}{rest}"
-    return LabelledSignals(scored.of_subjects(parts["train"]), scored.of_subjects(parts[judged]), note, split=judged)
+    return Labelled(scored.of_subjects(parts["train"]), scored.of_subjects(parts[judged]), STAGES, note, split=judged)
 
 
 def _refuse_doubtful_subjects(signals: SignalSet) -> None:

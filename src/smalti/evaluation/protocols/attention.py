@@ -27,8 +27,9 @@ from smalti.data.images.folders import ImageSet
 from smalti.data.images.labelled import eval_mask, read_mask
 from smalti.errors import DataError
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.context import spread
 from smalti.evaluation.dense import ignored_value
-from smalti.evaluation.features import Features, Observer, spread
+from smalti.evaluation.features import Features, Observer
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.attention import foreground, keep_mass

@@ -16,7 +16,8 @@ import torch
 from smalti.config import Count, settings
 from smalti.errors import DataError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import Features, spread
+from smalti.evaluation.context import spread
+from smalti.evaluation.features import Features
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.spectra import effective_rank, rankme, singular_values, sum_moments

@@ -22,7 +22,8 @@ from smalti.config import Count, settings
 from smalti.data.images.labelled import eval_batches
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import Features, spread
+from smalti.evaluation.context import spread
+from smalti.evaluation.features import Features
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.result import SHARE
 from smalti.evaluation.tally import tally_mean

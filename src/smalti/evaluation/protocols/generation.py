@@ -31,7 +31,8 @@ from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.labelled import eval_batches, eval_image
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import Features, spread
+from smalti.evaluation.context import spread
+from smalti.evaluation.features import Features
 from smalti.evaluation.inception import LIBRARY, Inception
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_mean

@@ -29,7 +29,8 @@ from smalti.data.images.labelled import eval_batches
 from smalti.data.order_files import OrderCache, check_fits, check_order, grid_order, read_orders
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import Features, own_head
+from smalti.evaluation.context import own_head
+from smalti.evaluation.features import Features
 from smalti.evaluation.intervals import LEVEL
 from smalti.evaluation.metrics import ConfusionMatrix, class_recall
 from smalti.evaluation.protocol import Scores, register_protocol

@@ -25,12 +25,14 @@ from smalti.data.loader import epoch_order
 from smalti.data.views import Skipped
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import ATTENTIVE, Features, ImageFeatures, Progress
+from smalti.evaluation.context import Progress
+from smalti.evaluation.features import ATTENTIVE, Features, ImageFeatures
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_labels
 from smalti.evaluation.tuning import Example, evaluate_labels, normalized, random_view, seeded, train
-from smalti.models.encoder import Encoder, PatchFeatures, check_pool, pool_features
+from smalti.models.encoder import Encoder
+from smalti.models.pooling import PatchFeatures, check_pool, pool_features
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 """The grid; each is multiplied by head_batch_size / 256."""

@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from smalti.config import BatchSize, Count, settings
+from smalti.data.crops import Box
 from smalti.data.images.folders import ImageSample, ImageSet
 from smalti.data.images.labelled import read_mask
-from smalti.data.views import Box, Skipped
+from smalti.data.views import Skipped
 from smalti.errors import DataError, SmaltiError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.dense import ignored_value, upsampling, warn_unlabelled

@@ -29,7 +29,7 @@ from smalti.data.signals.signal_config import check_window
 from smalti.data.signals.signal_set import SignalSet, draw_subjects
 from smalti.errors import DataError, ShapeError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.features import Features, spread
+from smalti.evaluation.context import EvaluationContext, spread
 from smalti.evaluation.intervals import LEVEL, RESAMPLINGS
 from smalti.evaluation.metrics import (
     accuracy,
@@ -217,11 +217,11 @@ def area_under_log(shares: list[float], values: list[float]) -> float:
     need="stages",
     settings=SleepStagingConfig,
 )
-def sleep_staging(features: Features, config: EvalConfig) -> Scores:
+def sleep_staging(context: EvaluationContext[SignalSet], config: EvalConfig) -> Scores:
     """Sleep stage classification, fine-tuned on fractions of the subjects; needs recordings with stages."""
     own: SleepStagingConfig = config.of("sleep-staging")
-    data = features.signals
-    recipe, encoder, num_classes = choose_recipe(config), features.encoder, len(data.classes)
+    data = context.data
+    recipe, encoder, num_classes = choose_recipe(config), context.encoder, len(data.classes)
     _check_fit(encoder, data.train)
     shares = _shares(own.fractions, len(data.train.subjects))
     seeds = [config.seed + number for number in range(own.repeats)]
@@ -232,8 +232,8 @@ def sleep_staging(features: Features, config: EvalConfig) -> Scores:
         for seed in seeds:
             part = draw_subjects(data.train, share, seed)
             learned = scored_windows(part)
-            model, losses = fine_tune(features, learned, recipe, num_classes, seed, f"sleep-staging {share:g}")
-            guesses = predict(model, data.test, features.batch_size, features.device)
+            model, losses = fine_tune(context, learned, recipe, num_classes, seed, f"sleep-staging {share:g}")
+            guesses = predict(model, data.test, context.batch_size, context.device)
             found.append(confusions(data.test, guesses, num_classes))
             windows.append(len(learned))
             subjects = len(part.subjects)
@@ -298,20 +298,25 @@ def sleep_staging(features: Features, config: EvalConfig) -> Scores:
 
 
 def fine_tune(
-    features: Features, learned: LabelledWindows, recipe: Recipe, num_classes: int, seed: int, what: str
+    context: EvaluationContext[SignalSet],
+    learned: LabelledWindows,
+    recipe: Recipe,
+    num_classes: int,
+    seed: int,
+    what: str,
 ) -> tuple[Classifier, list[float]]:
     """A classifier of windows, in eval mode, and its loss over training.
 
     Args:
-        features: the encoder, which is not changed, and the progress callback.
+        context: the encoder, which is not changed, and the progress callback.
         learned: training windows.
         recipe: number of steps, learning rate and batch size.
         num_classes: K.
         seed: of positions, head and order.
         what: named in the progress.
     """
-    encoder, num_steps = features.encoder, recipe.steps(len(learned))
-    with seeded(seed, features.device):
+    encoder, num_steps = context.encoder, recipe.steps(len(learned))
+    with seeded(seed, context.device):
         copy = clone_encoder(encoder)
         copy.vit.set_input_size((1, learned.signals.config.window))  # trained on windows of another length, perhaps
         model = Classifier(trainable_copy(copy, recipe.drop_path), num_classes)
@@ -327,7 +332,7 @@ def fine_tune(
         losses = train(
             model,
             optimizer,
-            features,
+            context,
             learned,
             lambda windows, stages: F.cross_entropy(model(windows), stages, label_smoothing=recipe.label_smoothing),
             lambda step: warm_cosine(
