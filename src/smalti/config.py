@@ -43,6 +43,8 @@ NumHeads = Annotated[int, Field(ge=1, le=1024)]
 """Attention heads."""
 Workers = Annotated[int, Field(ge=0, le=1024)]
 """Processes that read data; 0 reads in the process itself."""
+Ratio = Annotated[float, Field(ge=0, le=1)]
+"""A fraction or probability."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A seed, within what torch, NumPy and scikit-learn take."""
 

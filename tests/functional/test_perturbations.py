@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -10,8 +11,8 @@ from smalti.functional.perturbations import (
     contiguous_orders,
     hidden_patches,
     hide,
-    salient_orders,
     saliency,
+    salient_orders,
     warp,
 )
 
@@ -73,7 +74,7 @@ def test_shear_slants_upright_lines_by_its_angle_and_keeps_rows():
     images[0, 0, :, 16] = 1
     slanted = warp(images, "shear", 45, KEYS[:1])[0, 0]
     columns = [int(row.argmax()) for row in slanted]
-    steps = {after - before for before, after in zip(columns, columns[1:], strict=False)}
+    steps = {after - before for before, after in itertools.pairwise(columns)}
     assert steps in ({1}, {-1})  # tan 45 degrees: one pixel across for each pixel down
 
 

@@ -29,6 +29,7 @@ from smalti.data.views import Views
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.files import write_atomically
 from smalti.functional import orders as geometry
+from smalti.functional.graphs import ranks_of
 from smalti.functional.transfer import move
 from smalti.reading import reading, shorten
 
@@ -36,12 +37,15 @@ GEOMETRIC = ("raster", "spiral", "centre_out", "border_in", "halton")
 """Orders of the grid alone."""
 OF_COLLAPSE = ("collapse_reversed", "collapse_static", "collapse_shuffled")
 """Orders that follow from those of ``collapse`` in a file."""
-CACHED = ("collapse", *OF_COLLAPSE, "in_strength", "coverage", "attention")
+DISTILLED = "distilled"
+"""Order that a run of ``ranker`` predicts."""
+CACHED = ("collapse", *OF_COLLAPSE, "in_strength", "coverage", "attention", DISTILLED)
 """Orders that only a file can give: a trained network found them."""
 ORDERS = (*CACHED, "random", "fixed_random", *GEOMETRIC, "variance")
 """Names of orders, the same everywhere; ``fixed_random:3`` is ``fixed_random`` from another seed. ``random`` is drawn
 again for each image and step, ``variance`` depends on the pixels."""
 _VERSION = 1
+_CHUNK = 4096  # images at a time
 _SHUFFLE_SEED = 0
 _RESERVED = ("image", "split", "flip")
 
@@ -274,6 +278,19 @@ class TrainingOrders:
             cache = read_orders(self.path)
             check_fits(cache, images, grid, flips)
             self._table = cache.table(self.name, images.names, flips=flips)
+
+    def mean_ranks(self, grid: tuple[int, int]) -> Float[Tensor, " N"]:
+        """Mean rank of each patch position over all images and flip states."""
+        if not self.looks_up:
+            order = grid_order(self.name, grid)
+            assert order is not None, self.name
+            return ranks_of(order).float()
+        assert self._table.shape[-1], "bind() comes first"
+        total = torch.zeros(self._table.shape[-1], dtype=torch.float64)
+        for start in range(0, len(self._table), _CHUNK):
+            part = self._table[start : start + _CHUNK]
+            total += ranks_of(part.flatten(0, 1).long()).double().sum(0)
+        return (total / (self._table.shape[0] * self._table.shape[1])).float()
 
     def of(self, views: Views, grid: tuple[int, int]) -> Int[Tensor, "B N"]:
         """The orders of a batch; ``random`` is drawn from the keys of its samples.

@@ -44,7 +44,11 @@ def saliency(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B S S"]:
     filter on the log spectrum of a 64 px image; here the result is smoothed by a Gaussian of 2.5 px.
     """
     grey = F.interpolate(
-        images.float().mean(1, keepdim=True), (_SALIENCY_SIDE,) * 2, mode="bilinear", antialias=True, align_corners=False
+        images.float().mean(1, keepdim=True),
+        (_SALIENCY_SIDE,) * 2,
+        mode="bilinear",
+        antialias=True,
+        align_corners=False,
     )
     spectrum = torch.fft.fft2(grey)
     log_amplitude = spectrum.abs().clamp(min=1e-8).log()

@@ -26,12 +26,14 @@ from smalti.files import check_writable, write_atomically
 from smalti.methods.base import get_method
 from smalti.methods.comae import CoMAE
 from smalti.methods.prefix import Prefix
+from smalti.methods.ranker import DistilledRanker
 from smalti.models.loading import open_encoder
 from smalti.models.weights import LoadConfig
 from smalti.preflight.devices import free_bytes
 from smalti.ranking.curves import UNITS as CURVE_UNITS
 from smalti.ranking.curves import CurveScore, PrefixCurve, compare_curves, conclude_curves, evaluate_orders
 from smalti.ranking.diagnostics import UNITS, agreement, conclude, describe_orders, spread_evenly
+from smalti.ranking.distilled import NetworkRanker, agree_with_teacher
 from smalti.ranking.rankers import (
     AttentionRanker,
     GraphRanker,
@@ -44,6 +46,7 @@ from smalti.ranking.rankers import (
     rank_images,
 )
 from smalti.runs.build import load_method
+from smalti.runs.config import resolve
 from smalti.runs.folder import CONFIG_FILE
 from smalti.runs.machine import describe_machine
 
@@ -197,6 +200,8 @@ def rank(
     compared = _compare(cache, own, other, readable, rank_with)
     curves, curve_scores, scored_on = _evaluate_all(cache, named, readable, ranker, referee, config, device, progress)
     said = conclude(described, agreements, compared, len(readable))
+    taught = agree_with_teacher(ranker, cache, readable) if isinstance(ranker, NetworkRanker) else None
+    said += [] if taught is None else [taught.sentence]
     return Ranking(
         source=ranker.source,
         data=data,
@@ -235,6 +240,8 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
     """
     run = Path(spec).expanduser()
     name = _method_of(run)
+    if name == "ranker":
+        return _open_network(run, spec, config, device)
     if name is not None and not get_method(name).has_encoder:
         if name != "comae":
             raise ConfigError(f"{spec}: is a run of {name}; patches are ranked by a run of comae, or by an encoder")
@@ -257,6 +264,16 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
             raise ConfigError(f"{spec} takes {height}x{width} images; choose a square image_size")
         return PixelRanker(size, encoder.in_chans, encoder.check_size(size, size), spec)
     return AttentionRanker(encoder, spec, config.image_size)
+
+
+def _open_network(run: Path, spec: str, config: RankConfig, device: torch.device) -> NetworkRanker:
+    for setting in ("chunk", "damping", "image_size", "weights", "load"):
+        if getattr(config, setting) != getattr(RankConfig(), setting):
+            raise ConfigError(f"{setting}: does not apply to {spec}, a run of ranker; leave it out")
+    method = load_method(run)
+    assert isinstance(method, DistilledRanker)
+    settings_of_run = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
+    return NetworkRanker(method.to(device), settings_of_run, spec)
 
 
 def open_predictor(run: str, ranker: Ranker, device: torch.device) -> Prefix:
