@@ -110,7 +110,7 @@ def test_an_encoder_that_cannot_rank():
     without = build_encoder(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, class_token=False, global_pool="avg"
     )
-    with pytest.raises(ConfigError, match="mine has no class token, whose attention could rank patches"):
+    with pytest.raises(ConfigError, match="mine has no class token, whose attention ranks the patches"):
         AttentionRanker(without, "mine")
 
 
@@ -161,7 +161,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_does(bright):
     check_memory(bright, 5, 8, 1, free, "cpu")
     with pytest.raises(
         ConfigError,
-        match=r"batch_size=64: graphs of 16x16 patches need about .* MiB, .* are free on cpu; batch_size=5 fits",
+        match=r"batch_size=64: graphs of 16x16 patches need about .* MiB, but .* is free on cpu; batch_size=5 fits",
     ):
         check_memory(bright, 64, 8, 1, free, "cpu")
     tall = GraphRanker(Bright(64, 2), 64, "a toy")

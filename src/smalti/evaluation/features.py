@@ -1,6 +1,6 @@
 """Features of an encoder on labelled data, computed once and shared by the protocols.
 
-Letters: n images, N patches an image, D embed_dim.
+Letters: n images, N patches per image, D embed_dim.
 """
 
 import abc
@@ -23,21 +23,21 @@ Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``."""
 Split = Literal["train", "test"]
 DENSE_SIZE = 448
-"""Side of the images of dense protocols in pixels, at most, where none is chosen: that of the papers."""
+"""Default image size of dense protocols, at most: that of the papers."""
 ATTENTIVE = ("map", "prr")
 """Poolings that need all tokens of an image."""
 NUM_SHOWN = 8
-"""Test images whose predictions are kept for figures."""
+"""Number of test images whose predictions are stored for figures."""
 T = TypeVar("T")
 
 
-def spread(number: int, few: int) -> tuple[int, ...]:
-    """At most ``few`` of the places 0..number-1, spread evenly, in rising order."""
-    return tuple(sorted({i * number // few for i in range(few)})) if number else ()
+def spread(number: int, count: int) -> tuple[int, ...]:
+    """At most ``count`` of the indices 0..number-1, evenly spaced, ascending."""
+    return tuple(sorted({i * number // count for i in range(count)})) if number else ()
 
 
 def own_head(encoder: Encoder, classes: tuple[str, ...]) -> ClassHead | None:
-    """The head that came with the weights, if it classifies the classes of the data."""
+    """The head stored with the encoder, if it classifies the classes of the data."""
     head = encoder.class_head
     if head is None or len(head.weight) != len(classes) or (head.classes and head.classes != classes):
         return None
@@ -45,7 +45,7 @@ def own_head(encoder: Encoder, classes: tuple[str, ...]) -> ClassHead | None:
 
 
 class Observer(abc.ABC):
-    """Watches the encoder while all test images pass through it once, in their order, for :meth:`Features.tokens`."""
+    """Observes the encoder while it encodes all test images once, in order, for :meth:`Features.tokens`."""
 
     @abc.abstractmethod
     def watch(self, encoder: Encoder, size: int, images: ImageSet) -> contextlib.AbstractContextManager[object]:
@@ -53,19 +53,19 @@ class Observer(abc.ABC):
 
     @abc.abstractmethod
     def saw(self, places: Sequence[int]) -> None:
-        """A batch has passed: the places of its images in the test set."""
+        """Called after each batch with the indices of its images in the test set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures:
-    """One vector an image, pooled in every way that needs no more than the mean patch, and in one that needs all."""
+    """One vector per image, for all poolings that need only the mean patch, and for one that needs all tokens."""
 
     pooled: PatchFeatures
-    """Mean patch as the only patch, prefix tokens as they are."""
+    """Prefix tokens, and the mean patch as the only patch."""
     labels: Int[Tensor, " n"]
-    """Class of each image that could be read."""
+    """Class of each readable image."""
     places: tuple[int, ...]
-    """Their places in the split."""
+    """Indices of the readable images in the split."""
     has_class_token: bool
     auto: str
     """The encoder's own pooling."""
@@ -87,10 +87,10 @@ class ImageFeatures:
 
 
 class PatchTokens:
-    """Patch tokens of one split, kept in memory or computed again at each pass.
+    """Patch tokens of one split, cached in memory or recomputed in each pass.
 
-    Either way they are rounded to ``Features.dtype``, so that the limit on memory changes the time and not what is
-    measured.
+    In both cases they are rounded to ``Features.dtype``, so that the memory limit changes the time but not the
+    scores.
     """
 
     def __init__(self, features: "Features", images: ImageSet, size: int, what: str, keep: bool, split: Split) -> None:
@@ -100,9 +100,9 @@ class PatchTokens:
         self._size = size
         self._what = what
         self.grid = features.encoder.check_size(size, size)
-        """``(h, w)`` patches down and across."""
+        """``(h, w)`` of the patch grid."""
         self.is_kept = keep
-        """Whether they are in memory."""
+        """Whether they are cached in memory."""
         self._kept: Tensor | None = None
         self._places: dict[int, int] = {}
         if keep:
@@ -119,11 +119,11 @@ class PatchTokens:
         """Tokens batch by batch.
 
         Args:
-            order: places of images in the split; None takes all, in their order.
-            batch_size: images a batch; the last may be smaller, and images that can't be read are left out.
+            order: indices of images in the split; None: all, in order.
+            batch_size: images per batch; the last batch may be smaller, and unreadable images are skipped.
 
         Yields:
-            ``(B, N, D)`` float32 tokens on the encoder's device, and the places of their images in the split.
+            ``(B, N, D)`` float32 tokens on the encoder's device, and the indices of their images in the split.
         """
         order = range(len(self._images)) if order is None else order
         device = self._features.device
@@ -168,7 +168,7 @@ class Features:
         norm: whether patch tokens of dense protocols go through the encoder's final norm; see ``EvalConfig``.
         progress: called as ``progress(what, done, total)``.
         observers: by name, objects that observe the encoder while it encodes the test images.
-        own_heads: whether a head that came with the weights may be used; false if the baseline has none.
+        own_heads: whether the head stored with the encoder may be used; false if the baseline has none.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Features:
         self.skipped: dict[str, str] = {}
         """Images that could not be read so far: path -> reason."""
         self.dtype = {"float16": torch.float16, "float32": torch.float32}[cache_dtype]
-        """To which patch tokens are rounded."""
+        """Data type to which patch tokens are rounded."""
         self._bytes_left = cache_mib * 2**20
         self._image_level: dict[tuple[Split, int, str], ImageFeatures] = {}
         self._tokens: dict[tuple[Split, int], PatchTokens] = {}
@@ -210,13 +210,13 @@ class Features:
 
     @property
     def signals(self) -> LabelledSignals:
-        """The recordings, where the data are signals."""
+        """The recordings, if the data are signals."""
         assert isinstance(self.data, LabelledSignals), type(self.data)
         return self.data
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Test images, relative to the data set where they lie in it."""
+        """Test images, with paths relative to the data set if they are in it."""
         return self.data.test.names
 
     @property
@@ -226,7 +226,7 @@ class Features:
 
     @property
     def shown(self) -> tuple[int, ...]:
-        """Places of the test images whose predictions are kept for figures: a few, spread evenly."""
+        """Indices of the test images whose predictions are stored for figures, evenly spaced."""
         return spread(len(self.data.test), NUM_SHOWN)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -236,9 +236,9 @@ class Features:
         return self._memo[key]
 
     def observed(self, name: str, size: int) -> Observer:
-        """The observer of that name, when all test images of that size have passed it.
+        """The observer ``name`` after it has seen all test images at ``size``.
 
-        They pass while another protocol takes :meth:`tokens`, else they pass now.
+        It watches while another protocol computes :meth:`tokens`; otherwise the images are encoded now.
         """
         if (name, size) not in self._observed:
             for _ in self.tokens("test", size).batches(batch_size=self.batch_size):
@@ -248,7 +248,7 @@ class Features:
 
     @contextlib.contextmanager
     def observing(self, size: int | None) -> Iterator[Callable[[Sequence[int]], None]]:
-        """Let observers that haven't seen this size watch; None: nobody watches."""
+        """Attach observers that haven't seen this size; None: no observers."""
         names = [name for name in self._observers if size is not None and (name, size) not in self._observed]
         with contextlib.ExitStack() as stack:
             for name in names:
@@ -259,7 +259,7 @@ class Features:
                     self._observers[name].saw(places)
 
             yield saw
-        # A pass that was broken off doesn't come here.
+        # not reached if the pass was interrupted
         self._observed.update((name, size or 0) for name in names)
 
     @property
@@ -340,7 +340,7 @@ class Features:
         Args:
             split: ``train`` or ``test``.
             size: side of the images in pixels.
-            keep: whether they will be read more than once; then they are kept in memory as far as the limit allows.
+            keep: whether they will be read more than once, so that they are cached if they fit into the memory limit.
         """
         key = (split, size)
         if key not in self._tokens:
@@ -364,7 +364,7 @@ class Features:
         what: str,
         norm: bool = True,
     ) -> Iterator[tuple[PatchFeatures, list[int]]]:
-        """Features batch by batch on the encoder's device, without gradients, and the places of their images; behind
+        """Features batch by batch on the encoder's device, without gradients, and the indices of their images; after
         the final norm if ``norm``."""
         batches = eval_batches(
             images, size, self.encoder.in_chans, mode=mode, batch_size=batch_size, num_workers=self.num_workers
@@ -378,20 +378,20 @@ class Features:
             self.progress(what, done, len(images))
 
     def patches(self, pixels: Num[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
-        """Patch tokens of images as they were read, without gradients, rounded to ``dtype``, with or without the final
-        norm as ``norm`` says."""
+        """Patch tokens of images that aren't normalised yet, without gradients, rounded to ``dtype``; after the final
+        norm if ``norm``."""
         return self.round(self._encode(pixels, self.norm).patches)
 
     def round(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Tokens in ``dtype``.
+        """Tokens rounded to ``dtype``.
 
         Raises:
-            RunError: if one doesn't fit.
+            RunError: if a value overflows.
         """
         rounded = tokens.to(self.dtype)
         if not rounded.isfinite().all():
             raise RunError(
-                f"patch tokens don't fit into {self.dtype}: the greatest is {tokens.abs().max():g}; "
+                f"patch tokens overflow {self.dtype}: the largest is {tokens.abs().max():g}; "
                 "set eval.cache_dtype=float32"
             )
         return rounded
@@ -402,7 +402,7 @@ class Features:
             features = self.encoder.encode(images) if norm else self.encoder.encode(images, norm=False)
         if not features.patches.isfinite().all() or not features.prefix.isfinite().all():
             raise RunError(
-                f"{self.encoder.name}: features are not finite; its weights are damaged, or training went wrong"
+                f"{self.encoder.name}: features are not finite; the weights are damaged, or training diverged"
             )
         return features
 
