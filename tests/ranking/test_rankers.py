@@ -143,12 +143,10 @@ def test_names_that_a_ranker_can_give(bright):
     )
     pixels = PixelRanker(32, 3, (4, 4), "runs/mae")
     with pytest.raises(
-        ConfigError, match="order 'collapse_static' needs a run of comae; runs/mae can give variance, raster"
+        ConfigError, match="order 'collapse_static' needs a run of comae; runs/mae has variance, raster"
     ):
         choose_names(pixels, ["collapse_static"])
-    with pytest.raises(
-        ConfigError, match="order 'attention' needs an encoder with a class token; a toy can give collapse"
-    ):
+    with pytest.raises(ConfigError, match="order 'attention' needs an encoder with a class token; a toy has collapse"):
         choose_names(bright, ["attention"])
     with pytest.raises(ConfigError, match="there is no order 'colapse'"):
         choose_names(bright, ["colapse"])
