@@ -23,7 +23,7 @@ from smalti.exporters.onnx import KEEP, WHOLE, export_onnx
 from smalti.functional.graphs import descending, pagerank
 from smalti.functional.orders import num_kept, random_orders
 from smalti.functional.patches import patch_variance
-from smalti.layers.tokens import PatchTokens
+from smalti.layers.tokens import PatchTokenSource
 from smalti.methods.comae import CoMAE, CoMAEConfig
 from smalti.models.build import build_encoder
 
@@ -51,7 +51,7 @@ def sessions(folder: Path) -> tuple[Callable[..., object], Callable[..., object]
 @torch.inference_mode()
 def comae_seconds(images: torch.Tensor) -> float:
     """CPU seconds of ranking an image: its graph's rows, from some of them, and PageRank."""
-    method = CoMAE(PatchTokens(SIDE, 3, PATCH, 16), CoMAEConfig()).eval()
+    method = CoMAE(PatchTokenSource(SIDE, 3, PATCH, 16), CoMAEConfig()).eval()
     tokens = method.tokens.encode(images[:1])
     targets = torch.arange(RANKED_TARGETS)[None]
     method.selector(tokens, targets)

@@ -29,16 +29,16 @@ def main() -> None:
     teleport = torch.full((BATCH, PATCHES, 1), 0.15 / PATCHES)
 
     steps = 0
-    plain = graphs._handed_on
+    plain = graphs._propagate
 
     def counted(*words: Tensor) -> Tensor:
         nonlocal steps
         steps += 1
         return plain(*words)
 
-    graphs._handed_on = counted
+    graphs._propagate = counted
     pagerank(weights[:1])
-    graphs._handed_on = plain
+    graphs._propagate = plain
 
     def loop() -> Tensor:
         scores = torch.full((BATCH, PATCHES, 1), 1 / PATCHES)

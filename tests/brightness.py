@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from smalti.layers.tokens import PatchTokens
+from smalti.layers.tokens import PatchTokenSource
 
 
 class Bright:
     """Patches lean on others by how bright these are."""
 
     def __init__(self, size: int = 32, patch: int = 8) -> None:
-        self.tokens = PatchTokens(size, 3, patch)
+        self.tokens = PatchTokenSource(size, 3, patch)
         self.chunks: list[int | None] = []
 
     def dependency(self, images: Tensor, chunk: int | None = None) -> Tensor:

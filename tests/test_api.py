@@ -39,7 +39,7 @@ def test_export_and_embed_write_files(photos: Path, tmp_path: Path, encoder: sma
     assert (folder / "model.safetensors").is_file()
     with pytest.raises(ConfigError, match=r"to=tf: timm or onnx is needed"):
         smalti.export(encoder, tmp_path / "x", to="tf")
-    with pytest.raises(ConfigError, match=r"image_size is for to='onnx'"):
+    with pytest.raises(ConfigError, match=r"image_size only applies to to='onnx'"):
         smalti.export(encoder, tmp_path / "x", image_size=32)
     done = smalti.embed(encoder, photos, tmp_path / "e.npz", level="patch")
     assert done.path.is_file()

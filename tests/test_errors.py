@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from smalti.errors import Interrupted, exit_code, machine_trouble
+from smalti.errors import Interrupted, exit_code, machine_error
 
 
 @pytest.mark.parametrize(
@@ -20,16 +20,16 @@ from smalti.errors import Interrupted, exit_code, machine_trouble
                 "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
                 "are out of shared memory. Please try to raise your shared memory limit."
             ),
-            "/dev/shm is too small",
+            "enlarge /dev/shm",
         ),
         (RuntimeError("received 0 items of ancdata"), "too many open files"),
-        (RuntimeError("DataLoader timed out after 900 seconds"), "gave no batch"),
+        (RuntimeError("DataLoader timed out after 900 seconds"), "returned no batch"),
         (OSError("Caught OSError in DataLoader worker process 0.\nTraceback:\n  File\nOSError: gone"), "OSError: gone"),
-        (RuntimeError("Could not determine home directory."), "a path begins with ~ and the name of a user that this"),
+        (RuntimeError("Could not determine home directory."), "a path starts with ~ and the name of an unknown user"),
     ],
 )
 def test_an_error_of_the_machine_is_one_line(error: Exception, line: str) -> None:
-    told = machine_trouble(error)
+    told = machine_error(error)
     assert told is not None and line in told and "\n" not in told
 
 
@@ -42,7 +42,7 @@ def test_an_error_of_the_machine_is_one_line(error: Exception, line: str) -> Non
     ],
 )
 def test_a_bug_keeps_its_traceback(error: Exception) -> None:
-    assert machine_trouble(error) is None
+    assert machine_error(error) is None
 
 
 def test_exit_codes_are_those_that_shells_give() -> None:

@@ -135,7 +135,7 @@ def test_a_damaged_file_is_kept_beside(tmp_path: Path) -> None:
     for content in ("first", "second"):
         (tmp_path / "log.csv").write_text(content)
         with pytest.warns(
-            UserWarning, match="is damaged and kept as damaged_log.csv; a new one is begun .ValueError: x"
+            UserWarning, match="is damaged; renamed it to damaged_log.csv and started a new one .ValueError: x"
         ):
             set_aside(tmp_path / "log.csv", ValueError("x"))
     assert [path.name for path in tmp_path.iterdir()] == ["damaged_log.csv"]

@@ -13,9 +13,12 @@ from smalti.reading import read_csv, read_json, read_mapping, reading, shorten
     ("problem", "expected"),
     [
         (KeyError("grid"), "it lacks 'grid'"),
-        (TypeError("string indices must be integers"), "it has another form: string indices must be integers"),
+        (
+            TypeError("string indices must be integers"),
+            "it has an unexpected structure: string indices must be integers",
+        ),
         (RecursionError("maximum recursion depth exceeded"), "it is nested too deeply"),
-        (MemoryError(), "it needs more memory than there is"),
+        (MemoryError(), "it needs more memory than is available"),
         (FileNotFoundError(2, "No such file or directory"), "No such file or directory"),
         (OverflowError("cannot convert float infinity to integer\nmore"), "cannot convert float infinity to integer"),
         (ValueError(), "ValueError"),

@@ -1,6 +1,6 @@
-"""The verbs of the command line that take settings as keyword arguments in Python.
+"""Python functions for the commands, with settings as keyword arguments.
 
-Names are those of the command line; a group of settings is a mapping:
+Names are those of the command line; a group of settings is a dict:
 ``smalti.evaluate(encoder, "photos", ["knn"], image_size=96, knn={"k": 20})``. Nothing is printed. ``smalti.load``,
 ``train``, ``resume`` and ``compare`` come from the modules that define them.
 """
@@ -57,22 +57,22 @@ def evaluate(
     progress: Callable[[str, int, int], None] | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Evaluate an encoder on labelled images, beside its baseline.
+    """Evaluate an encoder and its baseline on labelled images.
 
     Args:
-        encoder: an encoder on the device where it shall run, or one by name, which is put on a GPU if there is one.
+        encoder: an encoder on the device to run on, or the name of one, which is moved to the GPU if there is one.
         data: labelled images: a folder, a list file, or ``NAME=PATH`` to force a reader.
         protocols: names such as ``knn``; empty: all that fit the data.
         figures: keep the images that reports show, in ``details.shown`` of the results.
         progress: called as ``progress(what, done, total)`` from time to time.
         settings: ``eval.*`` of the command line, such as ``split="test"`` or ``baseline=False``; settings of one
-            protocol are a mapping under its name, with ``_`` for ``-``: ``linear_probe={"epochs": 10}``.
+            protocol are a dict under its name, with ``_`` for ``-``: ``linear_probe={"epochs": 10}``.
 
     Returns:
         One result per protocol, each followed by that of the baseline, with intervals over the evaluated images.
 
     Raises:
-        ConfigError, DataError, ShapeError, WeightsError: one line that says what to do.
+        ConfigError, DataError, ShapeError, WeightsError: for an invalid setting or input.
 
     Example:
         >>> results = smalti.evaluate("runs/a", "photos", ["knn"], knn={"k": 20})  # doctest: +SKIP
@@ -104,14 +104,14 @@ def rank(
         encoder: a run of comae, or an encoder by any of its names.
         data: images.
         out: the file of orders, ``.parquet``.
-        orders: names of orders; empty: all that ``encoder`` gives.
+        orders: names of orders; empty: all available ones.
         flips: also rank mirrored images, for training with flips.
         against: a file of orders of the same images, or a run of another seed, to compare with.
         predictor: a run of prefix, which scores the orders.
-        settings: of ``smalti rank``, such as ``batch_size=8``.
+        settings: settings of ``smalti rank``, such as ``batch_size=8``.
 
     Raises:
-        ConfigError, DataError, ShapeError, RunError, WeightsError: for what doesn't exist or fit.
+        ConfigError, DataError, ShapeError, RunError, WeightsError: for a missing or incompatible input.
     """
     return rank_patches(
         str(encoder),
@@ -132,13 +132,13 @@ def generate(run: str | Path, *, orders: str | Path | None = None, **settings: A
     Args:
         run: the run directory.
         orders: a file of orders, for orders that need one; None: the run's own.
-        settings: of ``smalti generate``, such as ``num=16, labels="cat", cfg=2.0``.
+        settings: settings of ``smalti generate``, such as ``num=16, labels="cat", cfg=2.0``.
 
     Returns:
         ``(B, C, H, W)`` images in 0..1, on the CPU.
 
     Raises:
-        ConfigError, DataError, RunError, ShapeError: for what doesn't exist or fit.
+        ConfigError, DataError, RunError, ShapeError: for a missing or incompatible input.
     """
     config = build(GenerateConfig, unfold(settings))
     generator = load_generator(Path(run))
@@ -163,7 +163,7 @@ def generate(run: str | Path, *, orders: str | Path | None = None, **settings: A
 
 
 def export(encoder: Spec, out: str | Path, to: str = "timm", **settings: Any) -> Path:
-    """Write an encoder as a plain timm model or as ONNX, after comparing what was written with the encoder.
+    """Write an encoder as a plain timm model or as ONNX, and check that the outputs are equal.
 
     Args:
         encoder: an encoder, or one by name.
@@ -175,14 +175,14 @@ def export(encoder: Spec, out: str | Path, to: str = "timm", **settings: Any) ->
         The folder.
 
     Raises:
-        ConfigError, WeightsError: for what doesn't exist or fit.
+        ConfigError, WeightsError: for an invalid setting, or if the outputs differ.
         MissingExtraError: for ``to="onnx"`` without the extra.
     """
     if to not in ("timm", "onnx"):
         raise ConfigError(f"to={to}: timm or onnx is needed")
     if to == "timm":
         if settings:
-            raise ConfigError(f"{next(iter(settings))} is for to='onnx'; to='timm' keeps the model as it is")
+            raise ConfigError(f"{next(iter(settings))} only applies to to='onnx'; leave it out")
         return export_timm(_encoder(encoder), Path(out)).path
     return export_onnx(_encoder(encoder).cpu(), Path(out), **settings).path
 
@@ -193,12 +193,12 @@ def embed(encoder: Spec, data: str | Path, out: str | Path, *, level: str = "ima
     Args:
         encoder: an encoder, or one by name.
         data: images.
-        out: the file; its ending says the format.
+        out: the ``.parquet`` or ``.npz`` file.
         level: ``image`` (one vector per image) or ``patch`` (its patch tokens).
         settings: ``pool= image_size= batch_size= num_workers= dtype=``.
 
     Raises:
-        ConfigError, DataError, ShapeError: for what doesn't exist or fit.
+        ConfigError, DataError, ShapeError: for an invalid setting or input.
     """
     return write_embeddings(_encoder(encoder), open_images(str(data)), Path(out), level=level, **settings)
 
@@ -213,7 +213,7 @@ def doctor(
     overrides: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DoctorReport:
-    """Look at this machine, at data, and at what a run will need in memory, time and disk.
+    """Check this machine and the data, and estimate memory, time and disk space of a run.
 
     Args:
         data: images or recordings; all files are read once.
@@ -221,9 +221,8 @@ def doctor(
         recipe: measure a step of this recipe.
         against: a second set, to evaluate on; its images that are also trained on are reported.
         out: where a run would be written; need not exist.
-        overrides: settings of the run, as :func:`smalti.train` takes them; a step is measured if there are any besides
-            ``data``.
-        progress: called with (files read, files in all).
+        overrides: settings of the run, as in :func:`smalti.train`; a step is measured if any besides ``data`` is given.
+        progress: called as ``progress(done, total)``, counting files.
 
     Returns:
         ``report.lines()`` is what the command prints.
@@ -266,7 +265,7 @@ def _encoder(spec: Spec) -> Encoder:
 
 
 def _name(spec: Spec) -> str:
-    """Of an encoder in results."""
+    """Name of an encoder in results."""
     return spec.name if isinstance(spec, Encoder) else str(spec)
 
 

@@ -1,8 +1,8 @@
 """Settings: YAML and dotted ``key=value`` overrides become frozen, documented pydantic dataclasses.
 
-A setting is a field of a class decorated with :func:`settings`, beside the code it steers, its meaning in the string
-on the line below. Unknown keys are refused with the nearest name; numbers such as ``1e-4``, which PyYAML reads as
-text, are converted by the field's type.
+A setting is a field of a class decorated with :func:`settings`, next to the code that uses it; the string below the
+field is its documentation. For unknown keys, the nearest name is suggested; numbers such as ``1e-4``, which PyYAML
+reads as text, are converted by the field's type.
 """
 
 import dataclasses
@@ -24,29 +24,29 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
-"""A number of things, at least one."""
+"""A count of at least 1."""
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
-"""Images at a time."""
+"""Images per batch."""
 CountFromZero = Annotated[int, Field(ge=0, lt=2**31)]
-"""A number of things, or none."""
+"""A count of at least 0."""
 ImageSize = Annotated[int, Field(ge=1, le=16384)]
-"""Side of an image in pixels that an encoder sees; a million patches of 16 pixels, more than attention can take."""
+"""Side of an encoder's input in pixels; the limit is a million patches of 16 pixels, more than attention can handle."""
 Few = Annotated[int, Field(ge=0, le=1024)]
-"""A number of things that are made one by one, such as views of an image."""
+"""A count of things made one by one, such as views of an image."""
 Width = Annotated[int, Field(ge=1, le=65536)]
 """Width of tokens or of a hidden layer."""
 Depth = Annotated[int, Field(ge=1, le=1024)]
-"""Layers of a network."""
+"""Number of layers, at least 1."""
 DepthFromZero = Annotated[int, Field(ge=0, le=1024)]
-"""Layers of a network that may have none."""
+"""Number of layers, at least 0."""
 NumHeads = Annotated[int, Field(ge=1, le=1024)]
 """Attention heads."""
 Workers = Annotated[int, Field(ge=0, le=1024)]
-"""Processes that read data; 0 reads in the process itself."""
+"""Data-loading worker processes; 0: load in the main process."""
 Ratio = Annotated[float, Field(ge=0, le=1)]
 """A fraction or probability."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""A seed, within what torch, NumPy and scikit-learn take."""
+"""A seed in the range that torch, NumPy and scikit-learn accept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +58,16 @@ PathText = Annotated[str, NamesPath()]
 """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH``; relative paths are made absolute before a run is written."""
 
 OWN = "own"
-"""Field in which a class with :func:`open_groups` keeps them."""
+"""Field that holds the groups of a class with :func:`open_groups`."""
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # pydantic's names
 _DEEPEST = 16  # groups inside of groups
-_MOST_VALUES = 100_000  # in a YAML file, aliases written out
+_MOST_VALUES = 100_000  # in a YAML file, aliases expanded
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys and numbers that aren't
-    finite, and keeps field docs."""
+    """Class decorator: a frozen, keyword-only pydantic dataclass that rejects unknown keys and non-finite numbers, and
+    keeps field docs."""
     config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False, allow_inf_nan=False
     )
@@ -75,8 +75,8 @@ def settings(cls: type[T]) -> type[T]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 wants a point in front of an exponent; here ``1e-5`` is a number, too. Dates stay text. Aliases that
-    hold themselves, or write out to more values than any recipe has, are refused."""
+    """YAML 1.1 requires a decimal point before an exponent; here ``1e-5`` is also a number. Dates stay text. Recursive
+    aliases, and those that expand to more values than any recipe has, are rejected."""
 
     def get_single_data(self) -> Any:
         node = self.get_single_node()
@@ -87,9 +87,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values below a node with its aliases written out."""
+    """Number of values below a node with its aliases expanded."""
     if id(node) not in known:
-        known[id(node)] = 0  # until it is counted: none but itself can ask for it before
+        known[id(node)] = 0  # until it is counted; only a recursive alias looks it up before
         children: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
             children = node.value
@@ -98,10 +98,10 @@ def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
         known[id(node)] = 1 + sum(_count_values(child, known) for child in children)
     count = known[id(node)]
     if not count:
-        raise yaml.MarkedYAMLError(problem="an alias stands inside of what it repeats", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="an alias contains itself", problem_mark=node.start_mark)
     if count > _MOST_VALUES:
         raise yaml.MarkedYAMLError(
-            problem=f"its aliases write out to more than {_MOST_VALUES:,} values", problem_mark=node.start_mark
+            problem=f"its aliases expand to more than {_MOST_VALUES:,} values", problem_mark=node.start_mark
         )
     return count
 
@@ -119,7 +119,7 @@ def read_yaml(path: Path) -> Tree:
     """The mapping in a YAML file, with dotted keys unfolded (``{"method.mask_ratio": 1}`` nests).
 
     Raises:
-        ConfigError: if the file is missing, isn't YAML, or holds something else than a mapping.
+        ConfigError: if the file is missing, isn't YAML, or isn't a mapping.
     """
     with reading(path, "a YAML file", ConfigError):
         text = path.read_text(encoding="utf-8")
@@ -129,9 +129,7 @@ def read_yaml(path: Path) -> Tree:
             where = error.problem_mark
             line = f" at line {where.line + 1}" if where else ""
             why = shorten(str(error.problem))
-            raise ConfigError(
-                f"{path}: not valid YAML{line} ({why}); expected are lines such as 'steps: 1000'"
-            ) from error
+            raise ConfigError(f"{path}: not valid YAML{line} ({why}); write lines such as 'steps: 1000'") from error
         if tree is None:
             return {}
         if not isinstance(tree, dict):
@@ -142,8 +140,8 @@ def read_yaml(path: Path) -> Tree:
 
 
 def parse_overrides(words: Iterable[str]) -> Tree:
-    """The tree that trailing ``key=value`` words describe; values are read as YAML scalars or lists, and as text where
-    that fails.
+    """Parse ``key=value`` words into a tree; values are parsed as YAML scalars or lists, or kept as text if that fails.
+
 
     Example:
         >>> parse_overrides(["steps=10", "optim.lr=1e-3", "eval.protocols=[knn]"])
@@ -159,7 +157,9 @@ def parse_overrides(words: Iterable[str]) -> Tree:
             raise ConfigError(f"'{shorten(word)}' is not a setting; write key=value, for example steps=1000")
         try:
             flat[key.strip()] = yaml.load(text, Loader=_Loader) if text else ""
-        except Exception:  # a bracket in a file's name, `0x_`, 5,000 digits: the setting's own type says what it needs
+        except (
+            Exception
+        ):  # a bracket in a file name, `0x_`, 5,000 digits: kept as text, which the setting's type validates
             flat[key.strip()] = text
     return unfold(flat)
 
@@ -167,18 +167,18 @@ def parse_overrides(words: Iterable[str]) -> Tree:
 def unfold(tree: Mapping[str, Any]) -> Tree:
     """Nest dotted keys: ``{"a.b": 1, "a.c": 2}`` becomes ``{"a": {"b": 1, "c": 2}}``.
 
-    A plain value and dotted keys under one name may stand together (``method: mae`` with ``method.mask_ratio: 0.6``):
+    A plain value can be combined with dotted keys of the same name (``method: mae`` with ``method.mask_ratio: 0.6``):
     the plain value becomes the key ``name``.
 
     Raises:
-        ConfigError: if a key that isn't text is found.
+        ConfigError: if a key isn't text.
     """
     result: Tree = {}
     for key, value in tree.items():
         if not isinstance(key, str):
-            raise ConfigError(f"settings have text keys, got {_shown(key)}")
+            raise ConfigError(f"setting names must be text, got {_shown(key)}")
         if key.count(".") > _DEEPEST:
-            raise ConfigError(f"settings have at most {_DEEPEST} dots in their keys, got {_shown(key)}")
+            raise ConfigError(f"setting names have at most {_DEEPEST} dots, got {_shown(key)}")
         node: Tree = {}
         leaf = node
         *parents, last = key.split(".")
@@ -225,11 +225,11 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings", group:
     Args:
         cls: a class decorated with :func:`settings`.
         tree: nested plain values, as read from YAML.
-        where: what to name in errors: a file, or "settings"; empty: nothing.
-        group: the group of settings that this is, such as ``method``.
+        where: source of the settings in errors: a file or "settings"; may be empty.
+        group: name of the group of settings, such as ``method``.
 
     Raises:
-        ConfigError: one line: the first unknown key with its nearest name, or the first value that doesn't fit.
+        ConfigError: for an unknown key (the nearest name is suggested), or an invalid value.
     """
     try:
         built = TypeAdapter(cls).validate_python(dict(tree))
@@ -237,7 +237,7 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "settings", group:
         raise ConfigError(f"{where}{': ' if where else ''}{_first_problem(cls, error, group, tree)}") from None
     for key, value in flatten(to_tree(built), f"{group}." if group else "").items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ConfigError(f"{where}: {key}={_shown(value)}: a whole number must fit into 64 bits")
+            raise ConfigError(f"{where}: {key}={_shown(value)}: an integer of at most 64 bits is needed")
     return built
 
 
@@ -246,7 +246,7 @@ def _first_problem(cls: type, error: ValidationError, group: str, tree: Mapping[
     problems = error.errors(include_url=False)
     unknown = [p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")]
     problem = (unknown or problems)[0]
-    if isinstance(cause := problem.get("ctx", {}).get("error"), ConfigError):  # raised by a validator of ours
+    if isinstance(cause := problem.get("ctx", {}).get("error"), ConfigError):  # raised by one of our validators
         return str(cause)
     path = ".".join([*([group] if group else []), *(str(part) for part in problem["loc"])])
     if unknown:
@@ -267,23 +267,23 @@ def _first_problem(cls: type, error: ValidationError, group: str, tree: Mapping[
 
 
 def _shown(value: Any) -> str:
-    """A value as errors show it."""
+    """A value as shown in errors."""
     try:
         return shorten(repr(value))
-    except ValueError:  # Python writes out no integer of more than 4300 digits
+    except ValueError:  # Python doesn't convert integers of more than 4300 digits to text
         return "a value too long to show"
 
 
 def unknown_key(
     name: str, known: Iterable[str], group: str = "", kind: str = "field", elsewhere: Iterable[str] = ()
 ) -> str:
-    """The line for a name that doesn't exist, with the name that was probably meant.
+    """Error message for an unknown name, with the nearest known name.
 
     Args:
-        name: what came.
-        known: the names that exist.
-        group: what should have such a name; empty: the settings for fields, nothing for other kinds.
-        kind: what is named: a field, method, protocol, recipe ...
+        name: the unknown name.
+        known: existing names.
+        group: what should have a field of this name; empty: ``settings`` for fields, nothing for other kinds.
+        kind: kind of thing: field, method, protocol, recipe ...
         elsewhere: full names in other groups, such as ``data.channels``; those that end in ``name`` are suggested
             first.
 
@@ -315,12 +315,12 @@ def unknown_key(
 
 
 def field_names(cls: type) -> list[str]:
-    """Names of the fields of a settings class, in the order of their definition."""
+    """Names of the fields of a settings class, in the order of definition."""
     return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
 def open_groups(cls: type) -> Mapping[str, type]:
-    """Groups that a settings class takes beside its fields, by name: those of ``eval`` are the protocols.
+    """Groups of a settings class that aren't fields, by name: those of ``eval`` are the protocols.
 
     Such a class has a static method ``open_groups`` and keeps the groups in a field ``own``.
     """
@@ -329,7 +329,7 @@ def open_groups(cls: type) -> Mapping[str, type]:
 
 
 def key_names(cls: type) -> list[str]:
-    """What may stand in a group of settings: its fields and its open groups."""
+    """Keys allowed in a group of settings: its fields and its open groups."""
     groups = open_groups(cls)
     return [name for name in field_names(cls) if not (groups and name == OWN)] + list(groups)
 
@@ -349,7 +349,7 @@ def field_docs(cls: type) -> dict[str, tuple[Any, str]]:
     documented = getattr(cls, "__pydantic_fields__", {})
     inherited = {
         name: info.description
-        for base in reversed(cls.__mro__)  # pydantic reads the strings of a class's own fields only
+        for base in reversed(cls.__mro__)  # pydantic only reads the docs of a class's own fields
         for name, info in getattr(base, "__pydantic_fields__", {}).items()
         if info.description
     }
@@ -363,7 +363,7 @@ def field_docs(cls: type) -> dict[str, tuple[Any, str]]:
 
 
 def _field_type(cls: type, name: str) -> type:
-    """The settings class of a nested field or open group; ``object`` where there is none."""
+    """The settings class of a nested field or open group; ``object`` if there is none."""
     if name not in field_names(cls) and name in (groups := open_groups(cls)):
         return groups[name]
     info = getattr(cls, "__pydantic_fields__", {}).get(name)
@@ -419,5 +419,5 @@ def to_tree(value: Any) -> Any:
 
 
 def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write a tree as YAML, to a temporary name first and then renamed."""
+    """Write a tree as YAML, atomically."""
     write_atomically(path, yaml.safe_dump(to_tree(tree), sort_keys=False, allow_unicode=True))

@@ -1,8 +1,8 @@
-"""Everything Smalti raises on purpose, as one small tree, and the machine's own errors in one line.
+"""Smalti's exceptions, and one-line messages for errors of the machine.
 
-A user's mistake is one of these, with one line that says what came, what is needed and what to do; the command line
-prints that line and exits with 2. So do a full disk, a missing permission or a killed worker (:func:`machine_trouble`).
-Anything else that escapes is a bug of ours and keeps its traceback.
+A user's mistake raises one of these, with one line that says what came, what is needed and what to do; the command
+line prints that line and exits with 2, also for a full disk, a missing permission or a killed worker
+(:func:`machine_error`). Any other exception is a bug in Smalti and keeps its traceback.
 """
 
 import errno
@@ -10,7 +10,7 @@ import signal
 
 
 def one_line(text: str) -> str:
-    """A text with control characters, ends of lines and what is no text written out: names of files hold all of them.
+    """A text with control characters, line breaks and invalid characters escaped; file names may contain all of them.
 
     Example:
         >>> one_line("a\\nb")
@@ -20,22 +20,22 @@ def one_line(text: str) -> str:
 
 
 class SmaltiError(Exception):
-    """Base of all errors that Smalti raises on purpose; its text is one line for the user."""
+    """Base class of Smalti's errors; the message is one line for the user."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
 class ConfigError(SmaltiError, ValueError):
-    """A setting, recipe, plan or command-line value that can't be used."""
+    """An invalid setting, recipe, plan or command-line value."""
 
 
 class ShapeError(SmaltiError, ValueError):
-    """Images, tokens or boxes of a size that the operation can't take."""
+    """Images, tokens or boxes of an unsupported shape."""
 
 
 class DataError(SmaltiError, ValueError):
-    """Images, masks, labels or folders that are missing, unreadable or don't fit together."""
+    """Images, masks, labels or folders that are missing, unreadable or inconsistent."""
 
 
 class WeightsError(SmaltiError, ValueError):
@@ -43,22 +43,22 @@ class WeightsError(SmaltiError, ValueError):
 
 
 class RunError(SmaltiError, RuntimeError):
-    """A training run that can't go on: a non-finite loss for the third time, a full disk, a broken run directory."""
+    """A run that can't continue: a non-finite loss for the third time, a full disk, a damaged run directory."""
 
 
 class MissingExtraError(SmaltiError, ImportError):
-    """An optional dependency that isn't installed; the text names the extra and the command that installs it."""
+    """An optional dependency that isn't installed; the message names the extra and the command to install it."""
 
 
 class Interrupted(SystemExit):
-    """A signal asked for the end of the work, and what was done is kept. Uncaught, it ends the process with exit code
-    143, or 130 for Ctrl-C, as the signal itself would."""
+    """The work was stopped by a signal; finished parts are kept. If not caught, the process exits with code 143, or 130
+    for Ctrl-C, as after the signal itself."""
 
     def __init__(self, number: int, line: str = "") -> None:
         """
         Args:
-            number: of the signal.
-            line: for the user: what is kept, and how to resume.
+            number: signal number.
+            line: message for the user: what is kept, and how to resume.
         """
         super().__init__(exit_code(number))
         self.number, self.line = number, line
@@ -72,13 +72,15 @@ def exit_code(number: int) -> int:
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def machine_trouble(error: BaseException) -> str | None:
-    """One line for an error that comes from the machine: files, disks, memory shared by processes, killed workers.
+def machine_error(error: BaseException) -> str | None:
+    """One-line message for an error of the machine: files, disks, shared memory, killed workers.
 
     Returns:
-        The line; None for any other error.
+        The message; None for any other error.
     """
-    text = (str(error).strip().splitlines() or [""])[-1].strip()  # the last: a worker's comes below its traceback
+    text = (str(error).strip().splitlines() or [""])[
+        -1
+    ].strip()  # the last line: a worker's message is below its traceback
     if isinstance(error, OSError):
         name = error.filename if isinstance(error.filename, str) else ""
         what = f"{name}: {error.strerror}" if name and error.strerror else text or type(error).__name__
@@ -86,13 +88,13 @@ def machine_trouble(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     if "shared memory" in text and "worker" in text:
-        return "a data worker found no shared memory: /dev/shm is too small; lower data.num_workers, or enlarge it"
+        return "a data worker ran out of shared memory; lower data.num_workers, or enlarge /dev/shm"
     if "Too many open files" in text or "ancdata" in text:
         return f"too many open files{_HINTS[errno.EMFILE]}"
     if "DataLoader timed out" in text:
-        return f"the data workers gave no batch ({text}); the disk may hang; data.num_workers=0 reads without workers"
+        return f"the data workers returned no batch ({text}); check the disk, or set data.num_workers=0"
     if "home directory" in text:
-        return "a path begins with ~ and the name of a user that this machine doesn't have; write the whole path"
+        return "a path starts with ~ and the name of an unknown user; write the full path"
     if "DataLoader worker (pid" in text:
         return f"a data worker was killed ({text}); lower data.num_workers or free memory"
     return None

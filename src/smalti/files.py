@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, after a kill or a power failure, too.
+"""Atomic writes: files and folders are complete or missing, even after a kill or a power failure.
 
-What is written goes to a temporary name beside its place (:data:`WRITING`), is synced to the disk, and is renamed. A
-kill can leave temporary names behind; a folder that holds nothing else counts as empty (:func:`is_free`).
+Files are written under a temporary name in the same folder (:data:`WRITING`), synced to the disk, and renamed. A kill
+can leave temporary files behind; a folder that holds nothing else counts as empty (:func:`is_free`).
 """
 
 import contextlib
@@ -17,21 +17,21 @@ from pathlib import Path
 from smalti.errors import ConfigError
 
 WRITING = ".writing_"
-"""Start of the names under which files and folders are written."""
+"""Prefix of temporary names."""
 LOCK_FILE = ".lock"
-"""Held by the process that writes into a folder (:mod:`smalti.runs.lock`)."""
+"""Lock of the process that writes into a folder (:mod:`smalti.runs.lock`)."""
 _ABANDONED_S = 3600.0
-"""Age from which a temporary name outside of a locked folder is taken for what a kill left."""
-_LONGEST = 180  # of a name inside a temporary name; file systems take 255 bytes
+"""Age from which a temporary file outside of a locked folder counts as left over from a kill."""
+_LONGEST = 180  # of a name inside a temporary name; file systems allow 255 bytes
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write text (UTF-8) or bytes to a temporary name in the same folder, sync, then rename: whole file or none.
+    """Write text (UTF-8) or bytes atomically: to a temporary name in the same folder, then sync and rename.
 
-    What of a file's name is no text stands in it as ``\\udcXX``. The permissions are those that the umask leaves.
+    Undecodable bytes of file names are written as ``\\udcXX``. File permissions follow the umask.
 
     Raises:
-        ConfigError: if ``path`` is a folder or its parent can't be written, naming the reason.
+        ConfigError: if ``path`` is a folder or can't be written; names the reason.
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with written_beside(path) as temporary:
@@ -40,10 +40,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """An empty file under a temporary name that becomes ``path`` at the end; nothing stays behind after an error.
+    """Within the block, an empty temporary file, which is renamed to ``path`` at the end or removed after an error.
 
     Raises:
-        ConfigError: if it can't be written, naming the reason.
+        ConfigError: if it can't be written; names the reason.
     """
     temporary = temporary_name(path)
     try:
@@ -62,11 +62,11 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_beside(path: Path, durable: bool = True) -> Iterator[Path]:
-    """A folder under a temporary name that becomes ``path`` at the end; nothing stays behind after an error.
+    """Within the block, a temporary folder, which is renamed to ``path`` at the end or removed after an error.
 
     Args:
-        path: not there yet, or free (:func:`is_free`).
-        durable: sync every file; needless where the files can be made again.
+        path: missing or free (:func:`is_free`).
+        durable: sync every file; not needed if the files can be regenerated.
 
     Raises:
         OSError: if it can't be written.
@@ -89,14 +89,14 @@ def folder_beside(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside ``path`` that no other process takes."""
+    """A temporary name in the folder of ``path`` that no other process uses."""
     name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
     return path.with_name(f"{WRITING}{name}.{secrets.token_hex(4)}")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk; a folder that can't be synced is left to the file
-    system.
+    """Wait until a file, or a folder's list of names, is on the disk; ignored for folders if the file system can't sync
+    them.
 
     Raises:
         OSError: if a file can't be written, as on a full disk.
@@ -113,8 +113,8 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder with all that is in it, and give its files the permissions that the umask leaves: some writers make
-    theirs private."""
+    """Sync a folder and everything in it, and set file permissions by the umask, since some writers create private
+    files."""
     mode = folder.stat().st_mode & 0o666
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -123,22 +123,22 @@ def sync_folder(folder: Path) -> None:
     sync(folder)
 
 
-def first_held(folder: Path) -> Path | None:
-    """What a folder holds, the first by name, beside what a kill left (temporary names, a lock); None: nothing."""
+def first_entry(folder: Path) -> Path | None:
+    """The first entry of a folder by name, ignoring leftovers of a kill (temporary names, a lock); None if empty."""
     return next((path for path in sorted(folder.iterdir()) if not _is_leftover(path)), None)
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder is not there, or holds nothing but what a kill left."""
-    return not folder.exists() or (folder.is_dir() and first_held(folder) is None)
+    """Whether a folder is missing, or holds nothing except leftovers of a kill."""
+    return not folder.exists() or (folder.is_dir() and first_entry(folder) is None)
 
 
 def remove_leftovers(folder: Path, abandoned: bool = False) -> None:
-    """Remove temporary names that a kill left in a folder.
+    """Remove temporary files that a kill left in a folder.
 
     Args:
         folder: may be missing.
-        abandoned: only those that are an hour old: other processes may write into the folder now.
+        abandoned: only remove those older than an hour, since other processes may be writing into the folder.
     """
     if folder.is_dir():
         for path in folder.glob(f"{WRITING}*"):
@@ -149,7 +149,7 @@ def remove_leftovers(folder: Path, abandoned: bool = False) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whether a file can be written after it; nothing is made.
+    """Check that a file can be written, before work starts; nothing is created.
 
     Raises:
         ConfigError: if it can't.
@@ -160,11 +160,11 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder(folder: Path, named: Path | None = None) -> None:
-    """Find out before the work whether files can be written into a folder, which need not exist; nothing is made.
+    """Check that files can be written into a folder, which need not exist; nothing is created.
 
     Args:
-        folder: where.
-        named: what errors name; None: the folder.
+        folder: the folder.
+        named: path to name in errors; None: the folder.
 
     Raises:
         ConfigError: if they can't.
@@ -179,10 +179,10 @@ def check_folder(folder: Path, named: Path | None = None) -> None:
 
 
 def set_aside(path: Path, error: Exception) -> None:
-    """Give a damaged file another name and say so: it must not end the work, nor be lost.
+    """Rename a damaged file and warn, so that it neither stops the work nor is lost.
 
     Args:
-        path: the file; ``damaged_NAME`` beside it is replaced.
+        path: the file; an existing ``damaged_NAME`` in its folder is replaced.
         error: what is wrong with it.
     """
     kept = path.with_name(f"damaged_{path.name}")
@@ -190,7 +190,7 @@ def set_aside(path: Path, error: Exception) -> None:
         _remove(kept)
     path.replace(kept)
     reason = " ".join(f"{type(error).__name__}: {error}".split()[:40])
-    warnings.warn(f"{path}: is damaged and kept as {kept.name}; a new one is begun ({reason})", stacklevel=2)
+    warnings.warn(f"{path}: is damaged; renamed it to {kept.name} and started a new one ({reason})", stacklevel=2)
 
 
 def _is_leftover(path: Path) -> bool:

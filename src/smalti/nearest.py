@@ -1,14 +1,14 @@
-"""The name that somebody probably meant."""
+"""The known name nearest to a misspelled one."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], only_typos: bool = False) -> str | None:
-    """The known name that is most like a wrong one; None if none is.
+    """The known name most similar to an unknown one; None if none is similar.
 
-    Few typing errors count first: letters that are swapped, missing, added or wrong. Longer names are also found by
-    the fraction of text that they have in common, unless ``only_typos``.
+    Names within a few typing errors (letters swapped, missing, added or wrong) come first. Longer names also match by
+    the fraction of text in common, unless ``only_typos``.
 
     Example:
         >>> nearest("mea", ["mp3", "mae", "neco"])
@@ -25,8 +25,8 @@ def nearest(name: str, known: Iterable[str], only_typos: bool = False) -> str | 
 
 
 def num_typos(one: str, other: str) -> int:
-    """How many typing errors lead from one text to another: characters inserted, deleted or replaced, and neighbours
-    swapped (the optimal string alignment distance).
+    """Number of typing errors between two texts: characters inserted, deleted, replaced, or swapped with a neighbour
+    (optimal string alignment distance).
 
     Example:
         >>> num_typos("mea", "mae"), num_typos("steps", "step"), num_typos("mea", "mp3")

@@ -1,7 +1,7 @@
-"""Reading a user's file: whatever is wrong with it becomes one of our errors, one line that names the file.
+"""Read users' files; any problem becomes a one-line error that names the file.
 
-Parsers fail in more ways than anyone can list (``RecursionError`` for ten thousand brackets, ``OverflowError`` for
-``1e999``, ``MemoryError`` for an impossible shape). So each reader parses inside :func:`reading`, which takes them all.
+Parsers raise many kinds of exceptions (``RecursionError`` for ten thousand brackets, ``OverflowError`` for ``1e999``,
+``MemoryError`` for an impossible shape). So each reader parses inside :func:`reading`, which converts all of them.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ _LONGEST = 200  # characters of a reason or a value in an error
 def reading(path: Path | str, what: str, error: type[SmaltiError] = DataError, advice: str = "") -> Iterator[None]:
     """Turn every exception of a parser into ``PATH: can't be read as WHAT (REASON); ADVICE``.
 
-    Only the parsing of one file belongs in the block: a mistake of ours in it would be reported as the file's, and
-    only ``--debug`` would show where it is. Errors of ours pass as they are.
+    Only put the parsing of one file into the block: a bug in it would be reported as a problem of the file, and only
+    ``--debug`` would show where it is. Smalti's errors pass unchanged.
 
     Args:
         path: the file.
-        what: what it should be, with its article, such as ``a JSON file``.
-        error: what to raise.
-        advice: what to do about it.
+        what: what the file should be, with its article, such as ``a JSON file``.
+        error: class of the error to raise.
+        advice: what the user can do.
 
     Raises:
-        error: for anything else than a :class:`SmaltiError`, which it chains.
+        error: from any exception other than a :class:`SmaltiError`.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def reading(path: Path | str, what: str, error: type[SmaltiError] = DataError, a
 
 
 def reason(problem: Exception) -> str:
-    """What an exception says, as a short phrase for people.
+    """The message of an exception, as a short phrase.
 
     Example:
         >>> reason(KeyError("grid"))
@@ -54,24 +54,24 @@ def reason(problem: Exception) -> str:
     if isinstance(problem, RecursionError):
         return "it is nested too deeply"
     if isinstance(problem, MemoryError):
-        return "it needs more memory than there is"
+        return "it needs more memory than is available"
     if isinstance(problem, UnicodeDecodeError):
         return f"it isn't UTF-8 text: byte {problem.start} is {problem.object[problem.start]:#04x}"
     if isinstance(problem, KeyError):
         return f"it lacks {'' if isinstance(problem.args[0], str) else 'entry '}{shorten(str(problem))}"
     if isinstance(problem, (TypeError, AttributeError, IndexError)):
-        return f"it has another form: {shorten(str(problem))}"
+        return f"it has an unexpected structure: {shorten(str(problem))}"
     return shorten(str(problem)) or type(problem).__name__
 
 
 def shorten(text: str) -> str:
-    """The first line of a text, control characters written out; from the middle of a long one, three dots are left."""
+    """The first line of a text with control characters escaped; the middle of a long line is replaced by dots."""
     line = one_line(text.strip().partition("\n")[0].strip())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 50]} ... {line[-45:]}"
 
 
 def read_json(path: Path, what: str = "a JSON file", error: type[SmaltiError] = DataError) -> Any:
-    """What a JSON file holds.
+    """Content of a JSON file.
 
     Raises:
         error: if it can't be read or isn't JSON.
@@ -81,10 +81,10 @@ def read_json(path: Path, what: str = "a JSON file", error: type[SmaltiError] = 
 
 
 def read_mapping(path: Path, what: str = "a JSON file", error: type[SmaltiError] = DataError) -> dict[str, Any]:
-    """What a JSON file holds, which must be an object.
+    """Content of a JSON file, which must be an object.
 
     Raises:
-        error: if it can't be read, isn't JSON, or holds something else.
+        error: if it can't be read, isn't JSON, or isn't an object.
     """
     content = read_json(path, what, error)
     if not isinstance(content, dict):
@@ -93,7 +93,7 @@ def read_mapping(path: Path, what: str = "a JSON file", error: type[SmaltiError]
 
 
 def as_number(text: str) -> float:
-    """A cell of a table as a number; NaN where it is none."""
+    """A cell of a table as a number; NaN if it isn't one."""
     try:
         return float(text)
     except ValueError:
@@ -101,7 +101,7 @@ def as_number(text: str) -> float:
 
 
 def read_csv(path: Path, error: type[SmaltiError] = DataError) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header; a last row that was cut short by a kill is left out.
+    """Rows of a CSV file with a header; an incomplete last row, as after a kill, is skipped.
 
     Raises:
         error: if it can't be read, isn't CSV, or its rows differ in length.
@@ -116,10 +116,10 @@ def read_csv(path: Path, error: type[SmaltiError] = DataError) -> list[dict[str,
 
 
 def check_columns(path: Path, names: Iterable[str]) -> None:
-    """Refuse a table of two columns of one name, which could be read in two ways; names may be blank.
+    """Check that the columns of a table have different names; blank names may repeat.
 
     Raises:
-        DataError: naming the first of them.
+        DataError: if two columns have the same name.
     """
     seen = set[str]()
     for name in map(str.strip, names):

@@ -1,4 +1,4 @@
-"""Which methods and protocols exist: Smalti's own and those of other packages.
+"""Registry of methods and protocols: Smalti's own and those of other packages.
 
 Lists are read from source text: nothing is imported, so that ``smalti methods``, help and shell completion are quick. A
 method is a class below ``@register("NAME")``, a protocol a function below ``@register_protocol("NAME")``, both at the
@@ -31,16 +31,16 @@ _imported: set[str] = set()
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered method or protocol, as its source text describes it."""
+    """A registered method or protocol, as found in its source text."""
 
     name: str
-    """As the command line spells it."""
+    """Name on the command line."""
     file: Path
     """Source file."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """Class attributes that are plain text, such as ``title`` and ``paper``."""
+    """Class attributes that are strings, such as ``title`` and ``paper``."""
     docstring: str = ""
-    """Of the class or function."""
+    """Docstring of the class or function."""
 
     @property
     def summary(self) -> str:
@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def place(self) -> str:
-        """Source file inside of Smalti, such as ``methods/mae.py``; of other packages its whole path."""
+        """Source file within Smalti, such as ``methods/mae.py``; the full path for other packages."""
         return str(self.file.relative_to(_PACKAGE) if self.file.is_relative_to(_PACKAGE) else self.file)
 
 
@@ -60,16 +60,16 @@ class Outside(NamedTuple):
     module: str
     """Dotted name, or path of a source file."""
     origin: str
-    """Who named it, for errors."""
+    """Where it was named, for errors."""
     is_asked: bool
-    """Whether the user did, with ``--import``."""
+    """Whether the user named it with ``--import``."""
 
 
 def listed(kind: Kind) -> dict[str, Entry]:
     """All methods or protocols by name, in alphabetical order.
 
     Raises:
-        ConfigError: for two of one name, or a module of ``--import`` that does not exist.
+        ConfigError: if two have the same name, or a module of ``--import`` doesn't exist.
     """
     found: dict[str, Entry] = {}
     sources = [(sorted(_FOLDERS[kind].rglob("*.py")), "smalti")]
@@ -82,12 +82,12 @@ def listed(kind: Kind) -> dict[str, Entry]:
 
 
 def clash(kind: Kind, name: str, one: str, other: str) -> str:
-    """The line for two methods or protocols of one name."""
+    """Error message for two methods or protocols of the same name."""
     return f"two {kind}s are named '{name}': {one} and {other}; rename or remove one"
 
 
 def use_modules(modules: Iterable[str]) -> None:
-    """Make modules known that register methods or protocols, in this process and its children.
+    """Add modules that register methods or protocols, for this process and its children.
 
     Args:
         modules: dotted names, or paths of source files.
@@ -108,11 +108,11 @@ def outside(kind: Kind) -> Iterator[Outside]:
 
 
 def import_outside(kind: Kind) -> None:
-    """Import the modules of other packages, which registers what they have. A package that can't be imported is left
-    out with a warning.
+    """Import the modules of other packages, which registers their methods or protocols. A package that can't be
+    imported is skipped with a warning.
 
     Raises:
-        ConfigError: for a module of ``--import`` that can't be imported, or two methods or protocols of one name.
+        ConfigError: if a module of ``--import`` can't be imported, or two methods or protocols have the same name.
     """
     for one in outside(kind):
         if one.module in _imported:
@@ -128,7 +128,7 @@ def import_outside(kind: Kind) -> None:
             if one.is_asked:
                 _imported.discard(one.module)
                 raise ConfigError(line) from error
-            warnings.warn(f"{line}; its {kind}s are left out", stacklevel=2)
+            warnings.warn(f"{line}; its {kind}s are not available", stacklevel=2)
 
 
 def _import(one: Outside) -> None:
@@ -139,8 +139,8 @@ def _import(one: Outside) -> None:
 
 
 def _findable(one: Outside) -> str:
-    """The module's name; the working directory, or the folder of a source file, is put on the search path, where
-    processes that read data look, too."""
+    """The module's name; the working directory, or the folder of a source file, is added to the search path, also for
+    data workers."""
     folder = Path(one.module).parent if one.module.endswith(".py") else Path.cwd()
     if one.is_asked and str(folder) not in sys.path:
         sys.path.append(str(folder))
@@ -148,10 +148,10 @@ def _findable(one: Outside) -> str:
 
 
 def _sources(one: Outside) -> list[Path]:
-    """Source files of a module, and of a package all its modules, without importing it.
+    """Source files of a module, or of all modules of a package, without importing it.
 
     Raises:
-        ConfigError: if there is no module of that name, and the user asked for it.
+        ConfigError: if a module named with ``--import`` doesn't exist.
     """
     first, *others = _findable(one).split(".")
     spec = importlib.util.find_spec(first)
@@ -162,12 +162,12 @@ def _sources(one: Outside) -> list[Path]:
     if path.is_file():
         return sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
     if one.is_asked:
-        raise ConfigError(f"{one.origin}: there is no such module")
+        raise ConfigError(f"{one.origin}: the module doesn't exist")
     return []
 
 
 def entries_in(file: Path, kind: Kind) -> Iterator[Entry]:
-    """What a source file registers at its top level.
+    """Methods or protocols that a source file registers at its top level.
 
     Args:
         file: Python source.
@@ -178,7 +178,7 @@ def entries_in(file: Path, kind: Kind) -> Iterator[Entry]:
         return
     try:
         module = ast.parse(text)
-    except SyntaxError:  # importing it says so
+    except SyntaxError:  # reported when it is imported
         return
     constants = _texts(module.body)
     for node in module.body:
@@ -192,7 +192,7 @@ def entries_in(file: Path, kind: Kind) -> Iterator[Entry]:
 
 
 def _called(decorator: ast.expr) -> str:
-    """Name of a decorator that is called: ``register`` in ``@register("x")`` and ``@base.register("x")``."""
+    """Name of a decorator with arguments: ``register`` in ``@register("x")`` and ``@base.register("x")``."""
     function = decorator.func if isinstance(decorator, ast.Call) else decorator
     if isinstance(function, ast.Attribute):
         return function.attr
@@ -200,14 +200,14 @@ def _called(decorator: ast.expr) -> str:
 
 
 def _text(node: ast.expr | None, constants: Mapping[str, str]) -> str | None:
-    """The text that an expression is: a literal, or a constant of the module."""
+    """The string value of an expression: a literal, or a constant of the module."""
     if isinstance(node, ast.Name):
         return constants.get(node.id)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def _texts(body: list[ast.stmt]) -> dict[str, str]:
-    """``{name: text}`` of the assignments of text in a module or class."""
+    """``{name: text}`` of the string assignments in a module or class."""
     found: dict[str, str] = {}
     for node in body:
         names: list[ast.expr] = []

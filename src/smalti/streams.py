@@ -1,7 +1,7 @@
-"""Standard output and standard error that may be lost: the work and its files matter more than what is printed.
+"""Standard output and error streams whose failure doesn't stop the work.
 
-A closed terminal, a full disk behind ``2>``, or a reader such as ``head`` that has left must not end a training run.
-:func:`protect_streams` puts streams in place that drop what can't be written, and remember it.
+A closed terminal, a full disk behind ``2>``, or a reader such as ``head`` that has exited must not end a training run.
+:func:`protect_streams` installs streams that drop what can't be written, and record the error.
 """
 
 import errno
@@ -11,11 +11,11 @@ import sys
 import warnings
 from typing import Any
 
-_READER_GONE = (errno.EPIPE, errno.EBADF, errno.EIO)  # nobody reads any more: no error of ours
+_READER_GONE = (errno.EPIPE, errno.EBADF, errno.EIO)  # the reader has exited: not an error
 
 
-class _Kept(io.RawIOBase):
-    """A file descriptor whose write errors are kept instead of raised."""
+class _Lossy(io.RawIOBase):
+    """A file descriptor whose write errors are recorded instead of raised."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -40,11 +40,11 @@ class _Kept(io.RawIOBase):
 
 
 def protect_streams() -> None:
-    """Replace the process's own standard output and error by streams that can be lost; those of a host program, and of
-    a test that captures them, stay as they are. File names that are no text are printed with escapes.
+    """Replace the process's standard output and error by streams that don't raise; redirected streams of a host program
+    or a test stay unchanged. Undecodable file names are printed with escapes.
 
-    Descriptors 0 to 2 that are closed are opened on the null device: else the next file that is opened, a checkpoint
-    say, would get what is printed.
+    Closed descriptors 0 to 2 are opened on the null device; otherwise the next file that is opened, such as a
+    checkpoint, would receive what is printed.
     """
     for handle in (0, 1, 2):
         try:
@@ -58,27 +58,27 @@ def protect_streams() -> None:
         encoding = "utf-8" if stream is None else stream.encoding
         if stream is not None:
             stream.flush()
-        buffer = io.BufferedWriter(_Kept(handle))
+        buffer = io.BufferedWriter(_Lossy(handle))
         kept = io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=handle == 2)
         setattr(sys, name, kept)
 
 
 def lost_output() -> OSError | None:
-    """What kept standard output from being written, if what was printed is missing from a file; None where it arrived,
-    or where its reader has left."""
+    """The error that kept standard output from being written to a file; None if all was written, or if the reader has
+    exited."""
     stream = sys.stdout
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
-    if not isinstance(raw, _Kept):
+    if not isinstance(raw, _Lossy):
         return None
     stream.flush()
     return None if raw.error is None or raw.error.errno in _READER_GONE else raw.error
 
 
 def warn_in_one_line() -> None:
-    """Each warning as one line, once, without its place in the code.
+    """Show each warning once, in one line, without its location in the code.
 
-    What a data set leaves out stands in the line about that data set; glyphs that matplotlib lacks are drawn by the
-    browser."""
+    Warnings about skipped files are silenced, since the line about a data set lists them, and so are those about glyphs
+    that matplotlib lacks, since the browser draws them."""
     shown: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

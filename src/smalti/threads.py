@@ -1,8 +1,8 @@
-"""How many threads a command computes with, and how long they spin at a barrier before they sleep.
+"""Number of compute threads of a command, and how long they spin at a barrier before they sleep.
 
-PyTorch's defaults suit a machine that nobody else uses: a thread on every core, also on cores that a container's quota
-takes away, and about 300,000 turns of a waiting loop before a thread that is done with its part of the work gives its
-core up. Beside other work such threads wait for one another in the time slices that they need to compute.
+PyTorch's defaults suit a machine without other load: one thread per core, even for cores excluded by a container's
+quota, and about 300,000 iterations of a spin loop before an idle thread releases its core. Under other load, spinning
+threads use up the time slices that the computing ones need.
 
 OpenMP reads the environment once, when torch is imported. So :func:`set_environment` runs at the start of the command
 ``smalti``, and never on ``import smalti``: a host program keeps its threads.
@@ -14,17 +14,19 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 SPIN_COUNT = 10_000
-"""Turns of libgomp's waiting loop (a fraction of a millisecond); measured in docs/evidence/benchmarks.md."""
+"""Iterations of libgomp's spin loop (a fraction of a millisecond); measured in docs/evidence/benchmarks.md."""
 BLOCK_TIME_MS = 1
 """The same for Intel's and LLVM's OpenMP, whose default is 200; not measured."""
 OURS = "SMALTI_THREADS"
-"""Holds the number that we wrote into OMP_NUM_THREADS, so that our own processes can tell it from a user's."""
+"""Variable with the number that we wrote into OMP_NUM_THREADS, so that child processes can distinguish it from a
+user's."""
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores that this process may keep busy: its CPU affinity, and the quota of its control groups rounded down.
+    """Cores that this process may use: its CPU affinity, and the quota of its control groups rounded down.
 
-    Threads beyond a quota are stopped for the rest of each period, while the others wait for them at the next barrier.
+    Threads beyond the quota are suspended for the rest of each period, while the others wait for them at the next
+    barrier.
 
     Args:
         root: where ``proc`` and ``sys`` are.
@@ -36,10 +38,10 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Cores' worth of time that the control groups of this process allow, versions 1 and 2; None: no limit.
+    """CPU quota, in cores, of this process's control groups (versions 1 and 2); None: no limit.
 
-    The smallest quota of the group and of those around it counts. A container often sees its own group as the root of
-    the mount, while ``/proc/self/cgroup`` has the host's path: folders that are not there are passed over.
+    The smallest quota of the group and its parents counts. A container often sees its own group as the root of the
+    mount, while ``/proc/self/cgroup`` has the host's path: missing folders are skipped.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -51,15 +53,15 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if not controllers:  # version 2
-            quotas += [_quota_v2(folder) for folder in _around(mount, group)]
+            quotas += [_quota_v2(folder) for folder in _with_parents(mount, group)]
         elif "cpu" in controllers.split(","):
             for name in dict.fromkeys((controllers, "cpu")):
-                quotas += [_quota_v1(folder) for folder in _around(mount / name, group)]
+                quotas += [_quota_v1(folder) for folder in _with_parents(mount / name, group)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def _around(mount: Path, group: str) -> list[Path]:
-    """The folder of a group and of all groups around it, up to the mount."""
+def _with_parents(mount: Path, group: str) -> list[Path]:
+    """The folders of a group and of its parents, up to the mount."""
     parts = [part for part in group.split("/") if part and part != ".."]
     return [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
 
@@ -83,9 +85,10 @@ def _quota_v1(folder: Path) -> float | None:
 
 
 def set_environment(environment: MutableMapping[str, str] | None = None) -> None:
-    """Choose threads and spinning for this process and those that it starts, where the user has not.
+    """Set threads and spinning for this process and its children, unless the user has set them.
 
-    Does nothing once torch is imported: it has read its environment, and this is somebody's Python, not the command.
+    Does nothing once torch is imported: it has read its environment, and the process is a host program, not the
+    command.
     """
     if environment is None:
         if "torch" in sys.modules:
@@ -100,10 +103,10 @@ def set_environment(environment: MutableMapping[str, str] | None = None) -> None
 
 
 def chosen_by_command() -> bool:
-    """Whether OMP_NUM_THREADS is what :func:`set_environment` wrote, here or in the process that started this one."""
+    """Whether OMP_NUM_THREADS was set by :func:`set_environment`, here or in the parent process."""
     return os.environ.get("OMP_NUM_THREADS", "") == os.environ.get(OURS)
 
 
 def chosen_by_user() -> bool:
-    """Whether OMP_NUM_THREADS is a user's (or torchrun's) and has to be kept."""
+    """Whether OMP_NUM_THREADS was set by the user (or torchrun) and must be kept."""
     return "OMP_NUM_THREADS" in os.environ and not chosen_by_command()

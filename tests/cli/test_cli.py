@@ -73,7 +73,9 @@ def test_settings_of_load_go_from_weights_through_a_run_to_its_export(photos: Pa
     kept = json.loads((tmp_path / "x" / "config.json").read_text())["smalti"]
     assert (kept["pos_mode"], kept["pos_antialias"], kept["pos_offset"]) == ("bilinear", False, 0.1)
     assert kept["model_args"]["img_size"] == [64, 64]
-    fails("load.* fits the weights of --init", "train", "mae", "--data", photos, "--out", tmp_path / "y", words[0])
+    fails(
+        "load.* applies to the weights of --init", "train", "mae", "--data", photos, "--out", tmp_path / "y", words[0]
+    )
     fails("did you mean 'pos_offset'?", "export", start, "--out", tmp_path / "y", "load.pos_ofset=0.1")
 
 
@@ -279,7 +281,7 @@ def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_
     fails("is not empty", "train", "mae", "--data", photos, "--out", run, *TINY)
     fails("no images are named", "train", "mae", "--out", x)
     fails("no run directory is named", "train", "mae", "--data", photos)
-    fails("--resume takes everything from the run", "train", "mae", "--resume", run)
+    fails("--resume uses the settings of the run", "train", "mae", "--resume", run)
     fails("No such option", "train", "--dat", photos)
     fails("--data is needed", "evaluate", run)
     fails("did you mean 'eval.image_size'?", "evaluate", run, "--data", class_folders, "image_size=32")

@@ -48,7 +48,7 @@ def test_an_output_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> No
     picture(tmp_path / "set" / "x.png", 90)
     out = tmp_path / os.fsdecode(b"r\xfcn")
     done = smalti("train", "mae", "--data", tmp_path / "set", "--out", out, *TINY, code=2)
-    assert "its path is not UTF-8, and weights can't be read from there; rename it" in done.stderr
+    assert "the path is not UTF-8, so weights can't be read from it; rename it" in done.stderr
     assert not out.exists()
 
 
@@ -118,7 +118,7 @@ def test_the_groups_of_a_table_are_resampled_whole(tmp_path: Path) -> None:
     table, found = tmp_path / "labels.csv", tmp_path / "found.json"
     table.write_text("path,label,split,group\n" + "\n".join(rows) + "\n")
     words = ("--data", table, "--protocol", "knn", "eval.knn.k=3", "eval.image_size=32", "--json", found)
-    assert "resamplings of 3 groups of images (of the table)" in smalti("evaluate", ENCODER, *words).stdout
+    assert "resamplings of 3 groups of images (from the table)" in smalti("evaluate", ENCODER, *words).stdout
     settings = json.loads(found.read_text())["results"][0]["settings"]
     assert settings["num_test"] == 12 and "3 groups of images" in settings["intervals"]
     assert "resamplings of 12 groups" in smalti("evaluate", ENCODER, *words, r"eval.groups=\d+").stdout

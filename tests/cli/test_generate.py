@@ -136,11 +136,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     out = tmp_path / "out"
     cases: list[tuple[str, dict[str, Any]]] = [
         ("there is no class 'bleu'; did you mean 'blue'?", {"labels": "bleu"}),
-        ("labels=7: there are classes 0..1", {"labels": "7"}),
+        ("labels=7: a class of 0..1 is needed", {"labels": "7"}),
         ("iterations=17: images of 16 tokens need 1..16 iterations", {"iterations": 17}),
-        ("is a run of mae; images are drawn by runs of mar and cmar", {"run": other}),
-        ("orders of 3x3 patches, this run draws 4x4 tokens", {"order": "collapse", "orders": wrong}),
-        ("collapse stands in a file: name it with --orders", {"order": "collapse"}),
+        ("is a run of mae; only runs of mar and cmar generate images", {"run": other}),
+        ("orders of 3x3 patches, but this run generates 4x4 tokens", {"order": "collapse", "orders": wrong}),
+        ("collapse needs a file; name it with --orders", {"order": "collapse"}),
         ("there is no order 'colapse'", {"order": "colapse"}),
         ("holds no order 'coverage'", {"order": "coverage", "orders": orders}),
         (
@@ -148,11 +148,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(
             {"order": "collapse", "orders": orders, "order_source": "mean"},
         ),
         ("settings has no field 'cgf'; did you mean 'cfg'?", {"cgf": 2}),
-        ("order 'random' stands in no file; choose an order that it has", {"orders": orders}),
-        ("order 'halton' stands in no file; leave it out", {"order": "halton", "orders": orders}),
+        ("is not needed for order 'random'; choose an order from the file", {"orders": orders}),
+        ("is not needed for order 'halton'; leave it out", {"order": "halton", "orders": orders}),
         ("steps=2000: the diffusion has 2..1000 steps", {"steps": 2000}),
         ("num=0: at least 1", {"num": 0}),
-        ("is not a run with a checkpoint", {"run": tmp_path / "nothing"}),
+        ("is not a run directory with a checkpoint", {"run": tmp_path / "nothing"}),
         ("decoder='some'", {"decoder": "some"}),
     ]
     for expected, given in cases:
@@ -200,7 +200,7 @@ def test_a_stopped_command_resumes_and_draws_only_what_is_missing(
     monkeypatch.setattr(MAR, "draw", stop)
     with pytest.raises(KeyboardInterrupt):
         draw(mar, tmp_path / "out", **options)
-    with pytest.raises(SmaltiError, match=r"was begun with another seed \(3, now 4\); choose another --out"):
+    with pytest.raises(SmaltiError, match=r"holds images with seed=3, not 4; choose another --out"):
         draw(mar, tmp_path / "out", **{**options, "seed": 4})
     begun = (tmp_path / "out" / "samples.json").read_bytes()
     (tmp_path / "out" / "samples.json").write_text("[" * 100_000)
@@ -213,5 +213,5 @@ def test_a_stopped_command_resumes_and_draws_only_what_is_missing(
     assert len(files) == 12 + 2
     for file in files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
-    with pytest.raises(SmaltiError, match="all its images are drawn; choose another --out"):
+    with pytest.raises(SmaltiError, match="already holds all images; choose another --out"):
         draw(mar, tmp_path / "out", **options)

@@ -160,7 +160,7 @@ def test_a_mistake_in_import_is_one_line(module: str, source: str | None, line: 
 
 
 def test_a_missing_module_is_said_by_the_list_of_methods() -> None:
-    assert "--import nowhere: there is no such module" in smalti("methods", "--import", "nowhere", code=2).stderr
+    assert "--import nowhere: the module doesn't exist" in smalti("methods", "--import", "nowhere", code=2).stderr
 
 
 def test_a_method_whose_settings_name_another_is_refused(tmp_path: Path) -> None:

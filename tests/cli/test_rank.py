@@ -147,7 +147,7 @@ def test_an_encoder_ranks_by_attention_and_a_file_is_compared(
     assert tuple(cache.stored) == ("attention", "variance") and not cache.flips.any()
     call(*words, "--out", tmp_path / "b", "--against", tmp_path / "a.parquet", "--orders", "attention,halton")
     said = capsys.readouterr().out
-    assert "attention of the other training correlates by 1.00" in said
+    assert "attention of the other run has rank correlation 1.00" in said
     assert tuple(read_orders(tmp_path / "b" / "orders.parquet").stored) == ("attention",)
     assert json.loads((tmp_path / "b" / "orders.json").read_text())["orders"]["halton"]["position_variance_ratio"] == 1
 
@@ -214,7 +214,7 @@ def wrong(runs: Path, images: Path, folder: Path) -> dict[str, tuple[list[object
         "no other": ([*good, "--against", folder / "none.parquet"], "is not a file; orders are written by smalti rank"),
         "other is text": ([*good, "--against", folder / "a.txt"], "can't be read as a Parquet file"),
         "other of other patches": ([*good, "--against", runs / "c6"], "orders 2x2 patches, these are 4x4"),
-        "nothing in common": ([*good, "--orders", "halton", "--against", runs / "c1"], "none of the orders that are"),
+        "nothing in common": ([*good, "--orders", "halton", "--against", runs / "c1"], "none of those compared here"),
         "workers": ([*good, "num_workers=-1"], "num_workers=-1"),
         "shown": ([*good, "num_shown=-1"], "num_shown=-1"),
         "unknown key": ([*good, "batchsize=3"], "did you mean 'batch_size'?"),
@@ -222,13 +222,14 @@ def wrong(runs: Path, images: Path, folder: Path) -> dict[str, tuple[list[object
         "no targets": ([*good, "chunk=0"], "chunk=0: at least 1 is needed"),
         "damping": ([*good, "damping=1.5"], "damping=1.5"),
         "size of comae": ([*good, "image_size=64"], "image_size: "),
-        "damping of mae": ([runs / "mae", *good[1:], "damping=0.5"], "damping=0.5: is for runs of comae"),
+        "damping of mae": ([runs / "mae", *good[1:], "damping=0.5"], "damping=0.5: only applies to runs of comae"),
         "other size": ([runs / "mae", *good[1:], "image_size=30"], "30"),
         "predictor of other patches": (
             [runs / "mae", *good[1:], "image_size=48", "--predictor", runs / "prefix"],
-            "looks at 4x4 patches of 32 px, the orders are of 6x6 of 48 px; train it with data.image_size=48 tokens.p",
+            "uses 4x4 patches of 32 px images, the orders are of 6x6 of 48 px; train it with data.image_size=48 "
+            "tokens.p",
         ),
-        "other file": ([*good[:-1], folder / "out.csv"], "name a folder, or a file that ends in .parquet"),
+        "other file": ([*good[:-1], folder / "out.csv"], "is neither a folder nor a .parquet file"),
         "folder of others": ([*good[:-1], folder], "is not empty and holds no orders.parquet"),
         "under a file": ([*good[:-1], folder / "a.txt" / "o.parquet"], "can't be written"),
         "no out": (good[:-2], "--out is needed"),

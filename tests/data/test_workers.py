@@ -82,7 +82,7 @@ def hang():
 
 def test_workers_that_hang_are_given_up(monkeypatch):
     monkeypatch.setattr(module, "WORKER_TIMEOUT_S", 1)
-    with pytest.raises(RunError, match=r"gave no batch .*timed out after 1 seconds.*data.num_workers=0 reads without"):
+    with pytest.raises(RunError, match=r"returned no batch .*timed out after 1 seconds.*set data.num_workers=0"):
         list(load_items(Items(1, hang), range(3), 1))
 
 

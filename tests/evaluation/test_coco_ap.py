@@ -160,7 +160,9 @@ def test_outlines_become_masks_from_polygons_and_from_runs():
     for item in (polygons, counts, text):
         assert has_outline(item)
         assert np.array_equal(outline_mask(item, 10, 12), box)
-    with pytest.raises(DataError, match=r"object at x 3..9, y 2..5 can't be used \(it is of \[10, 12\], its image has"):
+    with pytest.raises(
+        DataError, match=r"object at x 3..9, y 2..5 can't be used \(its size is \[10, 12\], that of the image"
+    ):
         outline_mask(counts, 12, 10)
 
 

@@ -116,6 +116,6 @@ def test_a_group_is_the_first_group_of_the_pattern_or_the_whole_match():
         group_images(names, "(")
 
 
-def test_few_seeds_are_told_what_they_can_show():
-    assert "nothing of the chance in training" in few_seeds(1)
-    assert "9 times as wide" in few_seeds(2) and few_seeds(3) == ""
+def test_few_seeds_get_a_note_on_their_limits():
+    assert "not the randomness of training" in few_seeds(1)
+    assert "widened by a factor of 9" in few_seeds(2) and few_seeds(3) == ""

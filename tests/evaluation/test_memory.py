@@ -20,7 +20,7 @@ from smalti.evaluation.memory import (
     HBIRD_STD,
     IMAGENET_STD,
     MemoryConfig,
-    Recipe,
+    MemoryRecipe,
     choose_k,
     choose_recipe,
     jitter_and_crop,
@@ -32,7 +32,7 @@ from smalti.evaluation.memory import (
 from smalti.functional.neighbours import patch_counts
 from smalti.models.build import build_encoder
 
-SMALL = Recipe(32, 0, "ignore", False, 1, "encoder")
+SMALL = MemoryRecipe(32, 0, "ignore", False, 1, "encoder")
 """All patches of the scenes, which have 16 training images of 16 patches."""
 
 
@@ -47,16 +47,18 @@ def test_e8_patches_with_rare_classes_have_the_smallest_scores():
 def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     tiny.set_normalization((0.485, 0.456, 0.406), IMAGENET_STD)
     features = features_of(tiny, scenes, "masks")
-    assert choose_recipe(features, EvalConfig(), MemoryConfig()) == Recipe(32, 50_000, "ignore", False, 1, "encoder")
-    assert choose_recipe(features, EvalConfig(preset="full"), MemoryConfig()) == Recipe(
+    assert choose_recipe(features, EvalConfig(), MemoryConfig()) == MemoryRecipe(
+        32, 50_000, "ignore", False, 1, "encoder"
+    )
+    assert choose_recipe(features, EvalConfig(preset="full"), MemoryConfig()) == MemoryRecipe(
         512, 10_240_000, "ignore", True, 1, "encoder"
     )
     paper = choose_recipe(features, EvalConfig(preset="paper"), MemoryConfig())
-    assert paper == Recipe(512, 10_240_000, "class0", True, 2, "hbird")
+    assert paper == MemoryRecipe(512, 10_240_000, "class0", True, 2, "hbird")
     still = choose_recipe(
         features, EvalConfig(preset="paper", image_size=64), MemoryConfig(augment=False, memory_size=7)
     )
-    assert still == Recipe(64, 7, "class0", False, 1, "hbird")  # a second pass would say the same again
+    assert still == MemoryRecipe(64, 7, "class0", False, 1, "hbird")  # a second pass would say the same again
     tiny.set_normalization((0.5,), (0.5,))
     assert (
         choose_recipe(features, EvalConfig(preset="paper"), MemoryConfig()).std == "encoder"
@@ -116,7 +118,7 @@ def test_void_is_no_class_or_class_0(perfect, scenes, tmp_path, features_of):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_altered_images_do_not_depend_on_batches_or_workers(perfect, scenes, features_of, num_workers):
-    recipe = Recipe(32, 200, "ignore", True, 2, "encoder")
+    recipe = MemoryRecipe(32, 200, "ignore", True, 2, "encoder")
     memory = patch_memory(features_of(perfect, scenes, "masks"), recipe, 0)
     assert len(memory.keys) == 2 * 16 * 6
     other = patch_memory(features_of(perfect, scenes, "masks", batch_size=3, num_workers=num_workers), recipe, 0)
@@ -179,7 +181,7 @@ def test_the_number_of_neighbours_follows_the_memory():
     assert choose_k(EvalConfig(), MemoryConfig(), 30, 4999) == (10, {"k": 10})
     assert choose_k(EvalConfig(preset="full"), MemoryConfig(), 30, 4999) == (30, {"k": 30})
     k, about = choose_k(EvalConfig(), MemoryConfig(k=40), 30, 12)
-    assert k == 12 and about["k_wanted"] == 40 and "12 patches, fewer than k" in about["k_note"]
+    assert k == 12 and about["k_wanted"] == 40 and "reduced: the memory has only 12 patches" in about["k_note"]
 
 
 def test_images_without_a_label_are_counted_and_those_without_any_are_refused(tiny, scenes, tmp_path, features_of):

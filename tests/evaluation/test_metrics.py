@@ -161,9 +161,9 @@ def test_nothing_counted_is_nan_rather_than_a_score():
 
 
 def test_values_outside_the_classes_are_named():
-    with pytest.raises(DataError, match=r"ground truth holds the values 0\.\.3, there are 3 classes"):
+    with pytest.raises(DataError, match=r"ground truth has values 0\.\.3, but there are 3 classes"):
         count([0, 3], [0, 1], 3)
-    with pytest.raises(DataError, match=r"prediction holds the values 0\.\.4, there are 3 classes"):
+    with pytest.raises(DataError, match=r"prediction has values 0\.\.4, but there are 3 classes"):
         count([0, 2], [0, 4], 3)
     with pytest.raises(ConfigError, match="as many predictions as classes, got 3 and 2"):
         match_direct(torch.ones(2, 3, dtype=torch.int64))

@@ -19,7 +19,7 @@ from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import class_iou
 from smalti.evaluation.protocol import find_protocol, protocol_names
 from smalti.evaluation.protocols import linear_probe as linear_probe_module
-from smalti.evaluation.result import SHARE, Result, describe_result, read_results, write_results
+from smalti.evaluation.result import FRACTION, Result, describe_result, read_results, write_results
 from smalti.runs.baseline import evaluate
 
 NAMES = tuple(
@@ -55,10 +55,10 @@ def test_results_are_scores_with_their_settings(name, tiny, data):
     assert (ours.protocol, ours.encoder, ours.data) == (name, "mine", data[name])
     for result in (ours, baseline):
         assert set(result.units) == set(result.metrics)
-        assert all(0 <= value <= 1 for name, value in result.metrics.items() if result.units[name] == SHARE)
+        assert all(0 <= value <= 1 for name, value in result.metrics.items() if result.units[name] == FRACTION)
         assert set(result.details.tallies) <= set(result.metrics)
         # a rank is of all images together, and so is an average precision: no mean over them
-        assert result.headline[0] in result.details.tallies or result.units[result.headline[0]] != SHARE
+        assert result.headline[0] in result.details.tallies or result.units[result.headline[0]] != FRACTION
         for metric, tally in result.details.tallies.items():
             assert len(tally) == len(result.details.images)
             assert math.isclose(tally.score(), result.metrics[metric], rel_tol=1e-6), metric
@@ -326,18 +326,18 @@ def test_a_result_says_what_it_is_about_and_what_was_left_out(tiny, greys, tmp_p
         EvalConfig(protocols=("linear-probe",), baseline=False, own={"linear-probe": {"epochs": 2}}),
     )
     assert describe_result(damaged) == (
-        "16 val images, 32 px, preset small; left out: 1 unreadable, 1 unreadable in train"
+        "16 val images, 32 px, preset small; skipped: 1 unreadable, 1 unreadable in train"
     )
     assert describe_result(Result("knn", "", "", {}, {}, {})) == ""
 
 
-def test_classes_without_evaluated_images_are_left_out_and_said_to_be(tiny, greys, tmp_path):
+def test_classes_without_evaluated_images_are_skipped_and_reported(tiny, greys, tmp_path):
     shutil.copytree(greys, tmp_path / "greys")
     for label in (1, 3):
         shutil.rmtree(tmp_path / "greys" / "val" / f"grey{label}")
     for protocol in ("knn", "linear-probe"):
         (result,) = evaluate(tiny, "", str(tmp_path / "greys"), quick(protocol, baseline=False))
-        assert describe_result(result).endswith("left out: 2 of 5 classes, which have no such images (grey1, grey3)")
+        assert describe_result(result).endswith("skipped: 2 of 5 classes, which have no such images (grey1, grey3)")
         assert 0 <= result.metrics["balanced_top1"] <= 1 and math.isnan(result.per_class["recall"]["grey1"])
 
 
@@ -354,5 +354,5 @@ def test_the_evaluated_split_has_its_own_name(tiny, greys, scenes, photos):
     config = EvalConfig(protocols=("overclustering",), baseline=False, own={"overclustering": {"repeats": 1}})
     (clusters,) = evaluate(tiny, "", str(scenes), config)
     assert describe_result(clusters) == (
-        "6 val images, 32 px, preset small, 96 patches; left out: K = 300, 500 (too few patches)"
+        "6 val images, 32 px, preset small, 96 patches; skipped: K = 300, 500 (too few patches)"
     )

@@ -15,7 +15,7 @@ from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import Skipped
 from smalti.errors import DataError, RunError
 from smalti.evaluation.tuning import (
-    _Steps,
+    _TuningBatches,
     normalized,
     seeded,
     stream,
@@ -106,7 +106,7 @@ class Unreadable:
 
 
 def test_epochs_run_into_one_another_and_each_image_has_its_own_key_in_each():
-    steps = _Steps(as_example, 5, 4, seed=3)
+    steps = _TuningBatches(as_example, 5, 4, seed=3)
     batches = list(stream(steps, 5, 0))  # 20 images: four epochs
     places = torch.cat([images[:, 0] for images, _, _ in batches]).long().tolist()
     keys = torch.cat([targets for _, targets, _ in batches]).tolist()
@@ -116,17 +116,17 @@ def test_epochs_run_into_one_another_and_each_image_has_its_own_key_in_each():
 
 def test_an_unreadable_image_is_replaced_by_the_next():
     order = epoch_order(0, 0, 4).tolist()
-    images, targets, skipped = next(stream(_Steps(Unreadable(order[1]), 4, 4, seed=0), 1, 0))
+    images, targets, skipped = next(stream(_TuningBatches(Unreadable(order[1]), 4, 4, seed=0), 1, 0))
     assert images[:, 0].tolist() == [order[0], order[2], order[2], order[3]]
     assert targets.tolist() == [sample_key(0, 0, place) for place in order]
     assert [item.path for item in skipped] == [f"{order[1]}.png"]
     with pytest.raises(DataError, match="none of the 4 train images can be read"):
-        next(stream(_Steps(Unreadable(0, 1, 2, 3), 4, 4, seed=0), 1, 0))
+        next(stream(_TuningBatches(Unreadable(0, 1, 2, 3), 4, 4, seed=0), 1, 0))
 
 
 def test_errors_of_a_worker_arrive_in_one_line():
     with pytest.raises(DataError, match=r"^none of the 2 train images can be read, the first: [01]\.png$"):
-        list(stream(_Steps(Unreadable(0, 1), 2, 1, seed=0), 1, 1))
+        list(stream(_TuningBatches(Unreadable(0, 1), 2, 1, seed=0), 1, 1))
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tiny, greys, features_of):
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(tiny, greys, features_of):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     arguments = {"num_steps": 60, "batch_size": 2, "seed": 0, "what": "finetune"}
-    with pytest.raises(RunError, match=r"finetune: the loss is not finite at step 0; lower its learning_rate"):
+    with pytest.raises(RunError, match=r"finetune: the loss is not finite at step 0; lower the learning_rate"):
         train(
             model,
             optimizer,

@@ -83,7 +83,7 @@ def test_what_is_written_is_what_the_encoder_says(encoder, images, tmp_path, end
     np.testing.assert_allclose(rows, expected(encoder, images, level), atol=tolerance)
     assert done.count == 6 and [path.name for path, _ in done.skipped] == ["2.png"]
     assert calls == [(3, 7), (6, 7), (7, 7)]
-    assert "6 images" in str(done) and "unreadable and left out: 1, the first" in str(done)
+    assert "6 images" in str(done) and "unreadable and skipped: 1, the first" in str(done)
     assert [path.name for path in done.path.parent.iterdir()] == [done.path.name]
 
 

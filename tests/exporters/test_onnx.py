@@ -121,10 +121,10 @@ def test_a_fixed_number_of_patches_and_another_size(tmp_path):
         run(made.path / KEEP, images, order[:, :6])
 
 
-def test_other_numbers_are_not_handed_on(tmp_path, monkeypatch):
+def test_different_outputs_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_write", lambda *_: None)
     monkeypatch.setattr(export, "compare", lambda *_: float("nan"))
-    with pytest.raises(WeightsError, match="ONNX Runtime's numbers differ from torch's by nan"):
+    with pytest.raises(WeightsError, match="ONNX Runtime's outputs differ from torch's by nan"):
         export_onnx(tiny(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -148,9 +148,9 @@ def test_mistakes_are_found_before_the_work(tmp_path, monkeypatch):
 def test_the_command_names_mistakes_in_one_line(tmp_path):
     for words, line in (
         (["to=jax"], "to='jax': input should be 'timm' or 'onnx'"),
-        (["input=unit"], "input=unit is for to=onnx; timm models take normalized images"),
+        (["input=unit"], "input=unit only applies to to=onnx; timm models take normalized images"),
         (["to=onnx", "input=raw"], "input='raw': input should be 'normalized' or 'unit'"),
-        (["keep=4"], "image_size and keep are for to=onnx"),
+        (["keep=4"], "image_size and keep only apply to to=onnx"),
         (["to=onnx", "keep=400"], "has 196 patches; 1..196"),
         (["too=onnx"], "did you mean 'to'?"),
     ):

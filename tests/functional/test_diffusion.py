@@ -39,7 +39,7 @@ def test_respaced_steps_hold_both_ends_and_are_evenly_spread() -> None:
 def test_more_steps_than_there_are_or_only_one_is_refused(kept: int) -> None:
     with pytest.raises(ConfigError, match=rf"{kept} of 10 diffusion steps; 2\.\.10"):
         respaced_steps(10, kept)
-    with pytest.raises(ConfigError, match="of 1 steps"):
+    with pytest.raises(ConfigError, match="1 diffusion steps"):
         cosine_alpha_bar(1)
 
 

@@ -147,7 +147,7 @@ def test_offsets_are_finite_where_prototypes_are_out_of_reach_and_autocast_chang
         found = sinkhorn_offsets(logits, 0.1)
     assert_close(found, sinkhorn_offsets(logits, 0.1))
     assert sinkhorn_offsets(logits.bfloat16(), 0.1).dtype == torch.float32
-    with pytest.raises(ConfigError, match=r"Sinkhorn offsets with temp=0\.0 and 3 rounds"):
+    with pytest.raises(ConfigError, match=r"Sinkhorn-Knopp offsets with temp=0\.0 and iterations=3"):
         sinkhorn_offsets(logits, 0.0)
 
 

@@ -80,7 +80,7 @@ def test_areas_of_known_curves() -> None:
     line = torch.linspace(1, 0, 65)
     assert area_under_prefix(line) == pytest.approx(0.5)
     assert area_under_prefix(line, 0.25) == pytest.approx(1 - 0.125)
-    with pytest.raises(ConfigError, match="at least one, at most all are needed"):
+    with pytest.raises(ConfigError, match="at least one token and at most all are needed"):
         area_under_prefix(line, 0.01)
     with pytest.raises(ShapeError, match="order of 5 tokens"):
         remaining_entropy(covariance(3, 2), torch.arange(5))

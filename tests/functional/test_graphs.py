@@ -149,9 +149,9 @@ def test_wrong_input() -> None:
         pagerank(torch.zeros(3, 3), orientation="up")
     with pytest.raises(ConfigError, match="method='qr'"):
         pagerank(torch.zeros(3, 3), method="qr")
-    with pytest.raises(ConfigError, match="did not settle to 1e-10 in 2 iterations; use method='solve'"):
+    with pytest.raises(ConfigError, match="did not converge to 1e-10 in 2 iterations; use method='solve'"):
         pagerank(random_graphs(num=6), max_iterations=2)
     with pytest.raises(ShapeError, match=r"personalization of shape \(4,\)"):
         pagerank(torch.zeros(3, 3), personalization=torch.ones(4))
-    with pytest.raises(ConfigError, match="personalization needs finite masses"):
+    with pytest.raises(ConfigError, match="personalization needs finite values"):
         pagerank(torch.zeros(3, 3), personalization=torch.zeros(3))

@@ -92,7 +92,7 @@ def test_equal_keys_come_in_their_order_and_zero_has_no_sign():
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_more_neighbours_than_keys_are_refused(k):
-    with pytest.raises(ConfigError, match=f"k={k} neighbours of 3 keys; choose a k in 1..3"):
+    with pytest.raises(ConfigError, match=f"k={k}: there are 3 keys; choose a k in 1..3"):
         nearest(torch.ones(1, 2), torch.ones(3, 2), k)
 
 

@@ -109,7 +109,7 @@ def test_separate_patches_do_not_overlap() -> None:
     gaps = (boxes[:, :, None, :2] - boxes[:, None, :, :2]).abs().amax(-1)
     pairs = ~torch.eye(22, dtype=torch.bool)
     assert (gaps[:, pairs] < 8).float().mean() < 1e-4
-    with pytest.raises(ConfigError, match="at most 22 fit"):
+    with pytest.raises(ConfigError, match="at most 22 do"):
         separate_boxes(KEYS, 23, (64, 64), (8, 8))
 
 

@@ -147,7 +147,7 @@ def test_codes_of_places_are_those_of_the_grid() -> None:
     boxes = grid_boxes((24, 32), (8, 8))
     cells = (boxes[:, :2] + boxes[:, 2:]) / 2 / 8 - 0.5
     assert torch.equal(sincos_at(cells, 24), sincos_positions(24, (3, 4)))
-    with pytest.raises(ShapeError, match="needs a multiple of 4"):
+    with pytest.raises(ShapeError, match="a multiple of 4 is needed"):
         sincos_at(cells, 6)
 
 

@@ -144,7 +144,7 @@ def test_long_tokens_see_only_themselves():
 def test_mistakes_are_one_line_each():
     tokens = torch.zeros(1, 3, 4)
     for num_heads in (3, 0, -1):
-        with pytest.raises(ConfigError, match=f"PRR with {num_heads} heads on tokens of 4 channels"):
+        with pytest.raises(ConfigError, match=f"PRR with {num_heads} heads on tokens of width 4"):
             prr_refine(tokens, num_heads)
-    with pytest.raises(ShapeError, match="token 3 of 3 is asked for; places go from 0 to 2"):
+    with pytest.raises(ShapeError, match=r"place=3: an index in 0\.\.2 is needed"):
         prr_token(tokens, 2, place=3)

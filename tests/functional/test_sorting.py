@@ -112,7 +112,7 @@ def test_hard_comparators_sort(size):
 @pytest.mark.parametrize("size", UNSORTED)
 def test_networks_that_do_not_sort_are_refused(size):
     rows = torch.rand(2, size)
-    with pytest.raises(ConfigError, match=f"bitonic network for {size} numbers does not sort; take network='odd_even'"):
+    with pytest.raises(ConfigError, match=f"bitonic network can't sort {size} numbers; use network='odd_even'"):
         neco_loss(rows, rows)
     assert neco_loss(rows, rows, "odd_even").isfinite()
 
@@ -282,5 +282,5 @@ def test_shapes_that_do_not_fit_are_refused():
             neco_loss(torch.rand(2, 4), torch.rand(2, 5))
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
-    with pytest.raises(ConfigError, match="1 numbers can't be put into order"):
+    with pytest.raises(ConfigError, match="1 numbers can't be sorted"):
         neco_loss(torch.rand(2, 1), torch.rand(2, 1))

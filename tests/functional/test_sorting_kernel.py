@@ -153,9 +153,7 @@ def test_the_same_input_gives_the_same_bits_with_and_without_gradient(interprete
 def test_lower_precision_is_raised_and_float64_refused(interpreted):
     dtype, found, expected = interpreted["half"]
     assert dtype == "torch.float32" and math.isclose(found, expected, rel_tol=1e-6)
-    assert interpreted["double"] == (
-        "the triton form of the sort sorts in float32 only, not in float64; take the torch form"
-    )
+    assert interpreted["double"] == ("backend='triton' supports only float32, not float64; use backend='torch'")
 
 
 @needs_triton
@@ -205,9 +203,9 @@ def test_a_gpu_gives_the_torch_forms_loss_and_gradient(size):
     ("arguments", "line"),
     [
         ({"backend": "cuda"}, "backend='cuda': one of torch, triton is needed"),
-        ({"network": "odd_even"}, "sorts the bitonic network only, not network='odd_even'; take the torch form"),
-        ({"size": 289}, "sorts up to 256 numbers, not 289; take the torch form"),
-        ({"dtype": torch.float64}, "sorts in float32 only, not in float64; take the torch form"),
+        ({"network": "odd_even"}, "supports only network='bitonic', not 'odd_even'; use backend='torch'"),
+        ({"size": 289}, "supports only up to 256 numbers, not 289; use backend='torch'"),
+        ({"dtype": torch.float64}, "supports only float32, not float64; use backend='torch'"),
     ],
 )
 def test_what_the_kernel_does_not_sort_is_refused(arguments, line):
@@ -219,7 +217,7 @@ def test_what_the_kernel_does_not_sort_is_refused(arguments, line):
 @needs_triton
 def test_a_cpu_is_refused():
     rows = torch.rand(2, 4)
-    with pytest.raises(ConfigError, match="needs a GPU, not the device cpu; take the torch form"):
+    with pytest.raises(ConfigError, match="needs a GPU, not the device cpu; use backend='torch'"):
         neco_loss(rows, rows, backend="triton")
 
 

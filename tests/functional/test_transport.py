@@ -56,7 +56,7 @@ def test_targets_have_no_gradient() -> None:
 
 
 def test_mistakes_are_one_line_each() -> None:
-    with pytest.raises(ConfigError, match=r"Sinkhorn with temp=0.0 and 3 rounds"):
+    with pytest.raises(ConfigError, match=r"Sinkhorn-Knopp with temp=0.0 and iterations=3"):
         sinkhorn(torch.zeros(2, 2), 0.0)
 
 

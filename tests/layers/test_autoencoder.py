@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.layers.autoencoder import ConvAutoencoder, kl_to_standard_normal
-from smalti.layers.tokens import CodeTokens, TokenConfig, build_tokens, draw_codes
+from smalti.layers.tokens import CodeTokenSource, TokenConfig, build_tokens, draw_codes
 
 
-def source(size: int = 16, patch_size: int = 4, dim: int = 6) -> CodeTokens:
+def source(size: int = 16, patch_size: int = 4, dim: int = 6) -> CodeTokenSource:
     torch.manual_seed(0)
     return build_tokens(
         TokenConfig(kind="autoencoder", patch_size=patch_size, dim=dim, network={"width": 8, "num_blocks": 1}), size, 3
@@ -87,11 +87,11 @@ def test_scale_and_mean_are_lost_on_the_way_back() -> None:
 @pytest.mark.parametrize(
     ("size", "patch_size", "network", "message"),
     [
-        (18, 4, {"width": 8}, "data.image_size=18: the autoencoder makes a token of 4x4 pixels; a multiple of 4"),
-        (18, 6, {"width": 8}, "tokens.patch_size=6: an autoencoder halves the sides"),
+        (18, 4, {"width": 8}, "data.image_size=18: a multiple of 4, the autoencoder's patch size"),
+        (18, 6, {"width": 8}, "tokens.patch_size=6: a power of 2"),
         (16, 4, {"width": 12}, "method.width=12: a multiple of 8"),
         (16, 4, {"width": 8, "num_blocks": 0}, "at least 1 is needed"),
-        (16, 4, None, "tokens.kind=autoencoder: give tokens.path=a run of smalti train autoencoder"),
+        (16, 4, None, "tokens.kind=autoencoder: set tokens.path to a run of smalti train autoencoder"),
     ],
 )
 def test_numbers_that_fit_nothing(size: int, patch_size: int, network: dict[str, int] | None, message: str) -> None:
@@ -100,11 +100,11 @@ def test_numbers_that_fit_nothing(size: int, patch_size: int, network: dict[str,
 
 
 def test_images_that_fit_nothing() -> None:
-    with pytest.raises(ShapeError, match=r"images of \(1, 16, 16\)"):
+    with pytest.raises(ShapeError, match=r"images of shape \(1, 16, 16\)"):
         source().encode(images()[:, :1])
     with pytest.raises(DataError, match="no images"):
         source().fit([])
-    with pytest.raises(DataError, match="all codes of the images are alike"):
+    with pytest.raises(DataError, match="all codes of the images are equal"):
         network = source()
         for parameter in network.parameters():
             torch.nn.init.zeros_(parameter)

@@ -72,5 +72,5 @@ def test_the_block_adds_it_to_its_logits_among_patches_alone() -> None:
 
 
 def test_a_single_patch_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a grid of 1x1 patches; at least two are needed"):
+    with pytest.raises(ConfigError, match="grid of 1x1 patches; at least 2 patches are needed"):
         GaussianBias(4, (1, 1))

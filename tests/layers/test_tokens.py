@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional.patches import patchify
-from smalti.layers.tokens import PatchTokens, TokenConfig, build_tokens
+from smalti.layers.tokens import PatchTokenSource, TokenConfig, build_tokens
 
 
 def images(count: int = 32, channels: int = 3, size: int = 16) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_tokens_have_mean_zero_and_unit_mean_variance(kind: str, dim: int | None
 
 
 def test_directions_are_scikit_learn_s() -> None:
-    source = PatchTokens(16, 3, 4, 6)
+    source = PatchTokenSource(16, 3, 4, 6)
     source.fit([images()])
     patches = patchify(images().float() / 255, (4, 4)).flatten(0, 1).double().numpy()
     known = PCA(6, svd_solver="full").fit(patches)
@@ -42,13 +42,13 @@ def test_directions_are_scikit_learn_s() -> None:
 
 def test_pixels_and_all_directions_come_back_whole() -> None:
     for dim in (None, 48):
-        source = PatchTokens(16, 3, 4, dim)
+        source = PatchTokenSource(16, 3, 4, dim)
         source.fit([images()])
         assert_close(source.decode(source.encode(images())), images().float() / 255, atol=2e-6, rtol=0)
 
 
 def test_fewer_directions_lose_exactly_their_variance() -> None:
-    source = PatchTokens(16, 3, 4, 6)
+    source = PatchTokenSource(16, 3, 4, 6)
     source.fit([images()])
     patches = patchify(images().float() / 255, (4, 4)).flatten(0, 1).double()
     whole = (patches - patches.mean(0)).square().mean(0).sum()
@@ -59,7 +59,7 @@ def test_fewer_directions_lose_exactly_their_variance() -> None:
 
 
 def test_batches_of_the_fit_do_not_matter_and_floats_are_as_good_as_bytes() -> None:
-    one, many = PatchTokens(16, 3, 4, 6), PatchTokens(16, 3, 4, 6)
+    one, many = PatchTokenSource(16, 3, 4, 6), PatchTokenSource(16, 3, 4, 6)
     one.fit([images()])
     many.fit(list(images().float().div(255).split(5)))
     assert_close(one.encode(images()), many.encode(images()), atol=1e-4, rtol=0)
@@ -80,8 +80,8 @@ def test_settings_that_fit_nothing(config: TokenConfig, message: str) -> None:
 
 
 def test_images_that_fit_nothing() -> None:
-    source = PatchTokens(16, 3, 4)
-    with pytest.raises(DataError, match="all patches of the images are alike"):
+    source = PatchTokenSource(16, 3, 4)
+    with pytest.raises(DataError, match="all patches of the images are equal"):
         source.fit([torch.full((4, 3, 16, 16), 7, dtype=torch.uint8)])
-    with pytest.raises(ShapeError, match=r"images of \(1, 16, 16\)"):
+    with pytest.raises(ShapeError, match=r"images of shape \(1, 16, 16\)"):
         source.encode(images(channels=1))

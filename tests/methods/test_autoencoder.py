@@ -111,8 +111,8 @@ def test_terms_are_means_over_pixel_values(photos: Path) -> None:
     ("tokens", "message"),
     [
         ({"kind": "pca"}, "tokens.kind=pca: autoencoder trains its own tokens"),
-        ({"patch_size": 3}, "tokens.patch_size=3: an autoencoder halves the sides"),
-        ({"patch_size": 32}, "data.image_size=16: the autoencoder makes a token of 32x32 pixels"),
+        ({"patch_size": 3}, "tokens.patch_size=3: a power of 2"),
+        ({"patch_size": 32}, "data.image_size=16: a multiple of 32, the autoencoder's patch size"),
     ],
 )
 def test_tokens_that_it_cannot_make(tmp_path: Path, photos: Path, tokens: dict[str, object], message: str) -> None:
@@ -175,7 +175,7 @@ def test_codes_are_tokens_of_another_run_that_needs_the_first_no_more(
     [
         ({"patch_size": 8}, {}, r"tokens.patch_size=8: .* makes tokens of 4; leave it out"),
         ({"dim": 16}, {}, r"tokens.dim=16: .* makes tokens of 6; leave it out"),
-        ({}, {"image_size": 18}, "data.image_size=18: the autoencoder makes a token of 4x4 pixels"),
+        ({}, {"image_size": 18}, "data.image_size=18: a multiple of 4, the autoencoder's patch size"),
         ({}, {"channels": 1}, r"data.channels=1: .* takes images of 3 channels"),
         ({"kind": "pca"}, {}, "tokens.kind=pca reads none"),
     ],

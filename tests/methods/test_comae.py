@@ -15,7 +15,7 @@ from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.functional.random import sample_normal
 from smalti.layers.rotary_blocks import RotaryBlocks
-from smalti.layers.tokens import PatchTokens
+from smalti.layers.tokens import PatchTokenSource
 from smalti.methods.comae import (
     CoMAE,
     CoMAEConfig,
@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
 
 def comae(grid: int = 3, seed: int = 0, **config: object) -> CoMAE:
     torch.manual_seed(seed)
-    return CoMAE(PatchTokens(2 * grid, 1, 2), CoMAEConfig(**{**SMALL, **config}))
+    return CoMAE(PatchTokenSource(2 * grid, 1, 2), CoMAEConfig(**{**SMALL, **config}))
 
 
 def batch(count: int = 4, side: int = 6, seed: int = 0) -> Views:

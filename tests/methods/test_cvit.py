@@ -80,7 +80,7 @@ def test_what_is_kept_is_n_less_the_whole_patches_of_the_rate(num: int, percent:
 def test_kept_patches_of_the_paper() -> None:
     assert [num_kept(256, rate) for rate in (0.0, 0.3, 0.5, 0.78, 0.99)] == [256, 180, 128, 57, 3]
     assert num_kept(100, 0.29) == 71 and num_kept(100, 0.58) == 42  # floats just below a whole number
-    with pytest.raises(ConfigError, match="a rate of 1 of dropped"):
+    with pytest.raises(ConfigError, match="rate=1 of dropped"):
         num_kept(16, 1.0)
 
 

@@ -25,7 +25,7 @@ def test_koleo_by_hand() -> None:  # known answer
     assert_close(koleo(torch.tensor([[1.0, 0], [0, 1], [1, 1]])).item(), 0.267400, rtol=0, atol=1e-6)
     assert_close(koleo(torch.tensor([[3.0, 0], [0, 0.1], [7, 7]])).item(), 0.267400, rtol=0, atol=1e-6)  # unit vectors
     assert_close(koleo(torch.ones(2, 3)).item(), -math.log(1e-8), rtol=1e-5, atol=0)
-    with pytest.raises(ShapeError, match="KoLeo of 1 image"):
+    with pytest.raises(ShapeError, match="KoLeo needs at least 2 images, got 1"):
         koleo(torch.ones(1, 3))
 
 

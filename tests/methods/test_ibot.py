@@ -287,7 +287,7 @@ def test_two_processes_are_one_with_the_double_batch(targets: str, tmp_path: Pat
 
 def test_koleo_is_not_asked_of_one_image() -> None:
     method = tiny(DINOv2)
-    with pytest.raises(ValueError, match="KoLeo of 1 image"):
+    with pytest.raises(ValueError, match="KoLeo needs at least 2 images, got 1"):
         method(batch(method, 1), 0.5)
     assert math.isfinite(sum(v.item() for v in tiny(DINOv2, koleo_weight=0.0)(batch(method, 1), 0.5).values()))
     assert isinstance(DINOv2Config(), IBOTConfig) and koleo(torch.eye(2)) < 0

@@ -236,7 +236,7 @@ def test_cross_attention_by_hand() -> None:
     x = queries + block.attn.out_proj(torch.cat(heads, -1))
     hidden = F.gelu(block.mlp.fc1(block.mlp_norm(x)), approximate="tanh")
     assert_close(block(queries, tokens), x + block.mlp.fc2(hidden))
-    with pytest.raises(ConfigError, match="3 heads of the cross-attention do not divide"):
+    with pytest.raises(ConfigError, match="3 cross-attention heads don't divide"):
         CrossAttentionBlock(8, 3)
 
 

@@ -248,7 +248,7 @@ def test_mistakes_are_one_clear_line() -> None:
             build(SamplerConfig, {name: value})
     with pytest.raises(ConfigError, match="cfg=-1: a finite number of at least 0"):
         make().draw(orders, keys, sampler=SamplerConfig(cfg=-1.0))
-    with pytest.raises(ConfigError, match=r"needs method.head=mixture"):
+    with pytest.raises(ConfigError, match=r"needs a run with method.head=mixture"):
         make().log_likelihood(torch.randn(1, 16, 4), orders)
     with pytest.raises(ShapeError, match="orders have 9 tokens, but this run's images have 16"):
         make().draw(random_orders(keys, 9), keys)

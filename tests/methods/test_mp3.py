@@ -127,7 +127,7 @@ def test_all_patches_are_looked_at_in_eval_mode_and_without_masking() -> None:
     assert tiny(key_mask_ratio=0.0).draw_mask(noise(), 16) is None
 
 
-def test_the_encoder_is_handed_on_without_positions() -> None:
+def test_the_encoder_is_exported_without_positions() -> None:
     encoder = tiny().networks()["encoder"]
     assert encoder.position_free and encoder.vit.pos_embed.abs().max() == 0
     assert not encoder.vit.pos_embed.requires_grad

@@ -366,10 +366,12 @@ def test_an_equal_student_in_an_equal_view_costs_the_entropy_of_the_order() -> N
 
 def test_a_run_needs_weights_to_start_from(tmp_path: Path) -> None:
     for how in ({}, {"recipe": "neco_small224.yaml"}):
-        with pytest.raises(ConfigError, match=r"neco is post-training: name the weights .* --init .*from_scratch=true"):
+        with pytest.raises(
+            ConfigError, match=r"neco is a post-training method; name the initial weights .* --init .*from_scratch=true"
+        ):
             train("neco", tmp_path, tmp_path / "run", **how)
     both = {"method": {"from_scratch": True}}
-    with pytest.raises(ConfigError, match=r"method\.from_scratch=true starts from random weights, init=.* drop one"):
+    with pytest.raises(ConfigError, match=r"method\.from_scratch=true contradicts init=.* leave one out"):
         train("neco", tmp_path, tmp_path / "run", init="random:vit_tiny_patch16_224", overrides=both)
     for tree in ({"init": "RUN"}, both):
         check_start(resolve(merge({"method": {"name": "neco"}}, tree)))
@@ -490,8 +492,8 @@ def test_a_short_training_run_learns_the_teachers_order(references: str, photos:
         ({"exclude_self": True, "references": "queue"}, "exclude_self needs method.references=batch"),
         ({"steepness_student": 0.0}, "must be above 0"),
         ({"momentum": 1.5}, r"must lie in 0\.\.1"),
-        ({"sorter": "triton", "network": "odd_even"}, "the bitonic network only, not network='odd_even'"),
-        ({"sorter": "triton", "network": "none"}, "the bitonic network only, not network='none'"),
+        ({"sorter": "triton", "network": "odd_even"}, "network='bitonic', not 'odd_even'"),
+        ({"sorter": "triton", "network": "none"}, "network='bitonic', not 'none'"),
         ({"sorter": "triton", "roi_size": 17}, "up to 256 numbers, not 289"),
     ],
     ids=str,

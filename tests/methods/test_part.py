@@ -297,7 +297,7 @@ def test_quarter_turned_patches_are_asked_about_their_angles() -> None:
     assert set(tiny(max_angle=20.0, supervise_angles=False)(views(photos(2)), 0.5)) == {"offsets"}
 
 
-def test_the_encoder_is_handed_on_without_positions_and_fine_tuned_with_fresh_ones() -> None:
+def test_the_encoder_is_exported_without_positions_and_fine_tuned_with_new_ones() -> None:
     encoder = tiny().encoder
     assert encoder.position_free and encoder.vit.pos_embed.abs().max() == 0
     assert not encoder.vit.pos_embed.requires_grad

@@ -231,9 +231,9 @@ def test_a_stopped_run_goes_on_with_the_same_bits(nights, tmp_path):
 @pytest.mark.parametrize(
     ("method", "overrides", "error", "match"),
     [
-        ("dino", {}, ConfigError, "dino learns from images, these are signals; there is: mae, part"),
+        ("dino", {}, ConfigError, "dino learns from images, but the data are signals; use mae, part"),
         ("part", {"encoder": {"patch_size": 70}}, ShapeError, "windows are 3000 samples .* patches of 70"),
-        ("part", {"encoder": {"patch_size": [16, 16]}}, ConfigError, "it is a number of samples"),
+        ("part", {"encoder": {"patch_size": [16, 16]}}, ConfigError, "a number of samples, at least 1, is needed"),
         ("part", {"data": {"channels": 2}}, ConfigError, r"data.channels=2: the signals have 1 \(C3-M2\)"),
         ("part", {"data": {"signal": {"channels": ["C9"]}}}, DataError, "has no channel C9; it has: C3-M2"),
         ("part", {"data": {"signal": {"window": 5}}}, ConfigError, "did you mean 'window_s'"),
@@ -248,7 +248,7 @@ def test_mistakes_are_found_before_anything_is_written(nights, tmp_path, method,
 
 def test_settings_of_signals_are_refused_for_images(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"data.signal.\* is for signals"):
+    with pytest.raises(ConfigError, match=r"data.signal.\* only applies to signals"):
         train("part", tmp_path, tmp_path / "run", overrides={"data": {"signal": {"window_s": 5}}}, quiet=True)
 
 

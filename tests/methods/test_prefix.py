@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from smalti.errors import ConfigError
-from smalti.layers.tokens import PatchTokens
+from smalti.layers.tokens import PatchTokenSource
 from smalti.methods.prefix import Prediction, Prefix, PrefixConfig, gaussian_nll, random_seen
 
 SMALL = PrefixConfig(dim=24, depth=2, num_heads=3)
@@ -16,7 +16,7 @@ SMALL = PrefixConfig(dim=24, depth=2, num_heads=3)
 
 def judge(num: int = 4, dim: int = 3) -> Prefix:
     torch.manual_seed(0)
-    return Prefix(PatchTokens(8 * num, 3, 8, dim), SMALL).eval()
+    return Prefix(PatchTokenSource(8 * num, 3, 8, dim), SMALL).eval()
 
 
 def test_the_loss_is_the_normal_laws():
@@ -75,6 +75,6 @@ def test_it_learns_which_token_tells_the_others():
 
 def test_widths_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"method.dim=26: must be a multiple of 4 and of method.num_heads=3"):
-        Prefix(PatchTokens(16, 3, 8), PrefixConfig(dim=26))
+        Prefix(PatchTokenSource(16, 3, 8), PrefixConfig(dim=26))
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         PrefixConfig(depth=0)

@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_to_the_bit(class_folders: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"num_classes": 1}, "has 2 classes, method.num_classes=1; leave it out"),
+        ({"num_classes": 1}, "has 2 classes, but method.num_classes=1; leave it out"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0: it must lie in"),
         ({"mixup": -1.0}, "method.mixup=-1.0: a number of at least 0"),
     ],
@@ -161,6 +161,6 @@ def test_an_odd_batch_is_not_mixed(class_folders: Path, tmp_path: Path) -> None:
 
 
 def test_images_without_classes_are_refused(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"found layout 'folder', supervised needs class folders"):
+    with pytest.raises(DataError, match=r"has layout 'folder', but supervised needs class folders"):
         smalti.train("supervised", photos, tmp_path / "run", overrides=TINY, quiet=True)
     assert not (tmp_path / "run").exists()

@@ -625,7 +625,7 @@ def test_settings_that_can_t_apply_are_refused(tmp_path: Path) -> None:
         load(f"random:{PLAIN}", fold_layer_scale=True)
     with pytest.raises(ConfigError, match=r"load.patch_size: random:vit_tiny_patch16_224 has no weights"):
         load(f"random:{PLAIN}", patch_size=8)
-    with pytest.raises(ConfigError, match=r"pos_offset=2.0: a part of a patch"):
+    with pytest.raises(ConfigError, match=r"pos_offset=2.0: a number in"):
         load(f"random:{PLAIN}", pos_offset=2.0)
 
 

@@ -78,7 +78,7 @@ def test_without_a_class_token_the_mean_may_leave_registers_out() -> None:
     features = encoder.encode(images())
     refined = prr_refine(torch.cat([features.prefix, features.patches], 1), 3)
     assert_close(encoder.pooled(features), refined[:, 2:].mean(1))
-    with pytest.raises(ConfigError, match="this encoder has a class token, which is read alone"):
+    with pytest.raises(ConfigError, match="this encoder has a class token; leave it out"):
         small().set_pool("prr", PRRConfig(include_prefix=False))
 
 
@@ -219,7 +219,7 @@ def test_prr_settings_that_timm_lacks_are_not_exported(prr: PRRConfig) -> None:
 
 
 def test_mistakes_are_one_line_each() -> None:
-    with pytest.raises(ConfigError, match="PRR with 5 heads on tokens of 24 channels"):
+    with pytest.raises(ConfigError, match="PRR with 5 heads on tokens of width 24"):
         small().set_pool("prr", PRRConfig(num_heads=5))
     with pytest.raises(ConfigError, match=r"prr\.\* is about pool=prr, and pool=cls"):
         small().set_pool("cls", NORMS)

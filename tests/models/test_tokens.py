@@ -80,11 +80,11 @@ def test_a_vae_of_another_width_size_or_class_or_none_at_all(vae: Path, tmp_path
         with pytest.raises(ConfigError, match=message):
             with_network(TokenConfig(kind="vae", path=str(vae), **given), given, channels)
     config = with_network(TokenConfig(kind="vae", path=str(vae)), {}, 3)
-    with pytest.raises(ConfigError, match=r"data.image_size=18: the autoencoder makes a token of 4x4 pixels"):
+    with pytest.raises(ConfigError, match=r"data.image_size=18: a multiple of 4, the autoencoder's patch size"):
         build_tokens(config, 18, 3)
     with pytest.raises(WeightsError, match=f"lacks {VAE_FILE}; a folder with config.json"):
         with_network(TokenConfig(kind="vae", path=str(tmp_path)), {}, 3)
-    with pytest.raises(ConfigError, match=r"tokens.kind=vae: give tokens.path=a folder of diffusers' form"):
+    with pytest.raises(ConfigError, match=r"tokens.kind=vae: set tokens.path to a folder in diffusers' format"):
         build_tokens(TokenConfig(kind="vae"), 16, 3)
     shape = json.loads((vae / "config.json").read_text())
     (tmp_path / VAE_FILE).write_bytes((vae / VAE_FILE).read_bytes())

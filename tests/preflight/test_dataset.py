@@ -54,7 +54,7 @@ def test_pictures_of_train_that_are_evaluated_are_a_problem(leaky):
     assert "shared       2 of 5 val images are also trained on (1 identical, 1 near-duplicate)" in text
     assert f"  {leaky}/val/red/again.jpg = {leaky}/train/red/3.png (near-duplicate)" in text
     (problem,) = report.problems
-    assert f"such as {leaky}/val/red/copied.png = {leaky}/train/blue/4.png: results there would flatter" in problem
+    assert f"such as {leaky}/val/red/copied.png = {leaky}/train/blue/4.png: these results would be too high" in problem
 
 
 def test_a_folder_is_not_compared_with_itself(leaky, photos):
@@ -109,7 +109,7 @@ def test_images_of_which_many_look_like_masks_are_a_problem(tmp_path):
         put(tmp_path / "a" / f"{number}.jpg", photo(number)), put(tmp_path / "b" / f"seg{number}.png", cells())
     report = look_at_data(str(tmp_path))
     assert report.account.startswith("classes: 12 images")
-    assert any("6 of 12 images that were looked at have the few values of masks" in text for text in report.problems)
+    assert any("6 of 12 sampled images have as few values as masks" in text for text in report.problems)
 
 
 def test_more_than_twenty_classes_are_cut(tmp_path):
@@ -127,12 +127,12 @@ def test_channels_come_with_their_setting(tmp_path):
         tifffile.imwrite(tmp_path / f"{number}.tif", values, photometric="minisblack", planarconfig="contig")
     report = look_at_data(str(tmp_path))
     assert "channels     5: 2; they need data.channels=5" in report.lines()
-    assert "data.channels=3 does not read 2 of 2 images" in report.problems[0]
+    assert "data.channels=3 doesn't fit 2 of 2 images" in report.problems[0]
     assert "set data.channels=5" in report.problems[0]
     assert not look_at_data(str(tmp_path), DataConfig(channels=5)).problems
     put(tmp_path / "a.png", photo(0))
     (problem,) = look_at_data(str(tmp_path), DataConfig(channels=5)).problems
-    assert problem.endswith("a.png (3 channels); convert those that don't fit, or take them out")
+    assert problem.endswith("a.png (3 channels); convert or remove the images that don't fit")
 
 
 def test_the_settings_of_the_data_are_used(tmp_path):

@@ -45,7 +45,7 @@ def test_memory_that_does_not_grow_sets_no_limit():
     assert step.largest_micro_batch is None and step.memory_mib == 299
 
 
-def test_a_batch_that_does_not_fit_is_said_with_one_that_does():
+def test_the_error_for_a_batch_that_does_not_fit_names_one_that_does():
     report = doctor(step=estimate(free_mib=1000.0))
     (problem,) = [text for text in report.problems if "micro_batch=32 needs" in text]
     assert "use micro_batch=16" in problem
@@ -137,7 +137,7 @@ def test_small_batches_are_measured_at_growing_sizes(clock):
 
     step = measure_step(make_step, batch_size=1, steps=10)
     assert made == [2, 4] and step.seconds == pytest.approx(0.5)
-    with pytest.raises(ConfigError, match="two growing numbers"):
+    with pytest.raises(ConfigError, match="two ascending numbers"):
         measure_step(make_step, batch_size=8, steps=1, batch_sizes=(4, 4))
 
 
@@ -201,5 +201,5 @@ def test_a_sound_folder_has_no_problems(photos: Path):
 
 
 def test_against_alone_is_refused(photos: Path):
-    with pytest.raises(ConfigError, match="name the first one, too"):
+    with pytest.raises(ConfigError, match="also name the first"):
         doctor(against=str(photos))

@@ -65,7 +65,7 @@ def test_the_nearest_other_patch_in_plain_words():
     places = np.stack([sets // 6, sets % 6], axis=-1)
     expected = [cKDTree(points).query(points, k=2)[0][:, 1].mean() for points in places]
     assert nearest_distance(sets, (5, 6)).tolist() == pytest.approx(expected)
-    with pytest.raises(ShapeError, match="a set of one patch has no nearest other one"):
+    with pytest.raises(ShapeError, match="at least 2 patches are needed"):
         nearest_distance(sets[:, :1], (5, 6))
 
 
@@ -121,8 +121,8 @@ def test_what_is_said():
     assert said[0].startswith("degenerate graph: ") and "2 of 9 images" in said[1]
     assert said[2].startswith("static order: position alone explains 0.95") and len(said) == 7
     assert said[3].startswith("coverage is image-specific") and said[4].startswith("attention is mixed")
-    assert "PageRank adds nothing to its first step here" in said[5]
+    assert "PageRank adds nothing to its first step" in said[5]
     assert "the order is not a property of the data" in said[6]
     assert conclude({"collapse": {"position_variance_ratio": math.nan}}, {}, {"collapse": {"spearman": 0.9}}, 1) == [
-        "collapse of the other training correlates by 0.90: above 0.6, the order is reproduced."
+        "collapse of the other run has rank correlation 0.90: above 0.6, the order is reproduced."
     ]

@@ -110,7 +110,7 @@ def test_an_encoder_that_cannot_rank():
     without = build_encoder(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, class_token=False, global_pool="avg"
     )
-    with pytest.raises(ConfigError, match="mine has no class token, whose attention could rank patches"):
+    with pytest.raises(ConfigError, match="mine has no class token, whose attention ranks the patches"):
         AttentionRanker(without, "mine")
 
 
@@ -143,12 +143,10 @@ def test_names_that_a_ranker_can_give(bright):
     )
     pixels = PixelRanker(32, 3, (4, 4), "runs/mae")
     with pytest.raises(
-        ConfigError, match="order 'collapse_static' needs a run of comae; runs/mae can give variance, raster"
+        ConfigError, match="order 'collapse_static' needs a run of comae; runs/mae has variance, raster"
     ):
         choose_names(pixels, ["collapse_static"])
-    with pytest.raises(
-        ConfigError, match="order 'attention' needs an encoder with a class token; a toy can give collapse"
-    ):
+    with pytest.raises(ConfigError, match="order 'attention' needs an encoder with a class token; a toy has collapse"):
         choose_names(bright, ["attention"])
     with pytest.raises(ConfigError, match="there is no order 'colapse'"):
         choose_names(bright, ["colapse"])
@@ -161,7 +159,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_does(bright):
     check_memory(bright, 5, 8, 1, free, "cpu")
     with pytest.raises(
         ConfigError,
-        match=r"batch_size=64: graphs of 16x16 patches need about .* MiB, .* are free on cpu; batch_size=5 fits",
+        match=r"batch_size=64: graphs of 16x16 patches need about .* MiB, but .* is free on cpu; batch_size=5 fits",
     ):
         check_memory(bright, 64, 8, 1, free, "cpu")
     tall = GraphRanker(Bright(64, 2), 64, "a toy")

@@ -97,7 +97,7 @@ def build_run(
     write_log(run / "log.csv")
     (run / "events.csv").write_text(
         "step,event,detail\n80,resumed,checkpoints/step_00000080\n"
-        "140,went back,loss term 'global' is not finite at step 160\n"
+        "140,rolled back,loss term 'global' is not finite at step 160\n"
     )
     (run / "unreadable.csv").write_text(f'path,reason\n"{bad_name}",a JPEG cut short after 812 bytes\n')
     (run / "run.json").write_text(

@@ -96,7 +96,7 @@ def test_a_folder_of_something_else_is_named(tmp_path):
         write_comparison(tmp_path)
 
 
-def said(*gaps: Interval | None, unit: str = "share of 1, higher is better", failures=()) -> tuple[str, list[str]]:
+def said(*gaps: Interval | None, unit: str = "0 to 1, higher is better", failures=()) -> tuple[str, list[str]]:
     score = Interval(0.5, 0.4, 0.6, "images and seeds")
     arms = {"first": {"load": "random"}, **{f"arm{n}": {"load": "random"} for n in range(len(gaps))}}
     rows = [Row("d", "knn", "top1", unit, "first", score, {0: 0.5}, None, True)]

@@ -226,7 +226,7 @@ def keep_result(order: str, ranking: float | None = 0.0) -> Result:
         "keep_curve": dict.fromkeys(orders, curve),
         "speed": {"rate": [0.0, 0.5, 0.9], "image_s": [0.1, 0.05, 0.02]},
         "ranking_s": {**dict.fromkeys(orders, 0.0), order: ranking},
-        "speed_note": "seconds an image",
+        "speed_note": "seconds per image",
     }
     return Result("keep-curve", "x", "d", {"mean_top1": 0.6}, {}, settings)
 

@@ -40,7 +40,7 @@ def test_the_page_tells_the_run(page):
         "optim.lr",
         "An example processor",
         "abc1234",
-        "went back",
+        "rolled back",
         "broken.jpg",
         "smalti train mae",
         "Effective rank",
@@ -217,7 +217,7 @@ def test_a_result_without_a_baseline_is_shown_and_not_judged(make_run):
 )
 def test_an_interval_that_holds_zero_is_not_called_better(low: float, kind: str, words: str) -> None:
     ends = {"difference": 0.05, "difference_low": low, "difference_high": 0.11}
-    units = {"top1": "share of 1, higher is better"}
+    units = {"top1": "0 to 1, higher is better"}
     trained = Result("knn", "a", "d", {"top1": 0.5}, units, {}, intervals={"top1": ends})
     before = Result("knn", "a", "d", {"top1": 0.45}, units, {}, baseline="untrained")
     said, sentence = verdict(compare([trained, before]))

@@ -26,7 +26,7 @@ with locked(Path(sys.argv[1])):
 def test_a_second_writer_is_refused_with_the_first_one_named(tmp_path: Path) -> None:
     with (
         locked(tmp_path / "run"),
-        pytest.raises(RunError, match=rf"run: process {os.getpid()} on .* is writing here; wait for its end"),
+        pytest.raises(RunError, match=rf"run: process {os.getpid()} on .* is writing here; wait until it ends"),
         locked(tmp_path / "run"),
     ):
         pass
@@ -63,4 +63,4 @@ def test_a_file_system_without_locks_gives_a_note(
     monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path):
         pass
-    assert "this file system has no locks; let one process at a time write here" in capsys.readouterr().err
+    assert "this file system has no locks; don't let two processes write here" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from smalti.errors import DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.intervals import Interval
 from smalti.evaluation.paired import Row
-from smalti.evaluation.result import SHARE, Result, read_results
+from smalti.evaluation.result import FRACTION, Result, read_results
 from smalti.models.build import build_encoder
 from smalti.models.encoder import Encoder
 from smalti.models.loading import latest_checkpoint
@@ -97,7 +97,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
     monkeypatch.setattr(EvaluationHook, "__call__", call)
 
 
-def test_the_best_step_is_chosen_on_val_and_judged_on_test(
+def test_the_best_step_is_selected_on_val_and_evaluated_on_test(
     photos: Path, start: Path, with_test: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose(monkeypatch, 0.1, 0.9, 0.5)
@@ -107,8 +107,8 @@ def test_the_best_step_is_chosen_on_val_and_judged_on_test(
     assert verdict is not None
     headlines = {row.arm: row.score.mean for row in verdict.rows if row.is_headline}
     assert len({round(score, 3) for score in headlines.values()}) == 3, "arms that are swapped can be told"
-    assert (verdict.judged, dict(verdict.steps)) == ("best", {"before": 0, "last": 4, "best": 2})
-    assert verdict.images.startswith("5 test images, ") and "Step 2 was chosen on val" in verdict.notes[0]
+    assert (verdict.subject, dict(verdict.steps)) == ("best", {"before": 0, "last": 4, "best": 2})
+    assert verdict.images.startswith("5 test images, ") and "Step 2 was selected on val" in verdict.notes[0]
     assert {
         json.loads(f.read_text())["results"][0]["settings"]["num_test"] for f in run.glob("results/step_*.json")
     } == {4}
@@ -130,8 +130,11 @@ def test_without_a_test_split_the_verdict_is_about_the_last_step(
     choose(monkeypatch, 0.1, 0.9, 0.5)
     run = post_train(tmp_path / "a", photos, start, eval=evaluation(without_test))
     verdict = read_verdict(run)
-    assert verdict is not None and verdict.judged == "last"
-    assert verdict.notes[0].startswith("The data has no test split") and "too good to claim" in verdict.notes[1]
+    assert verdict is not None and verdict.subject == "last"
+    assert (
+        verdict.notes[0].startswith("The best step was selected on the same images")
+        and "biased upwards" in verdict.notes[1]
+    )
     assert all(row.difference is None for row in verdict.rows if row.arm == "best")
     for arm, step in verdict.steps.items():  # nothing was judged twice: these are the evaluations in training
         during = read_results(run / "results" / f"step_{step:08d}.json")[0]
@@ -203,7 +206,7 @@ def test_before_is_what_training_began_from_and_after_what_it_came_to(
     for data, best, judged in ((with_test, 2, "best"), (without_test, 2, "last"), (with_test, None, "last")):
         better = conclude(data, best, s0=blind, s2=seeing if judged == "best" else blind, s4=seeing)
         worse = conclude(data, best, s0=seeing, s2=blind if judged == "best" else seeing, s4=blind)
-        assert (better.kind, better.judged, worse.kind, worse.judged) == ("better", judged, "worse", judged)
+        assert (better.kind, better.subject, worse.kind, worse.subject) == ("better", judged, "worse", judged)
         before, gap = better.rows[0], better.headline.difference
         assert before.arm == "before" and gap is not None and gap.mean > 0.2
         assert better.headline.score.mean == pytest.approx(before.score.mean + gap.mean)
@@ -221,19 +224,22 @@ def test_of_one_score_nothing_is_chosen(
     runs.resume(run, {"eval": evaluation(data)}, quiet=True)
     verdict = read_verdict(run)
     assert verdict is not None
-    assert (verdict.judged, verdict.best_step, dict(verdict.steps)) == ("last", None, {"before": 0, "last": 4})
-    assert verdict.notes[0] == "Only the last step was scored, so none was chosen; the verdict is about it."
-    assert not any("chosen on" in note or "chose the best" in note for note in verdict.notes)
+    assert (verdict.subject, verdict.best_step, dict(verdict.steps)) == ("last", None, {"before": 0, "last": 4})
+    assert (
+        verdict.notes[0]
+        == "Only the last step was evaluated, so no step was selected; the verdict is about the last step."
+    )
+    assert not any("selected on" in note or "biased" in note for note in verdict.notes)
 
 
-def test_the_sentence_names_a_network_that_is_not_handed_on(
+def test_the_sentence_names_a_network_that_is_not_exported(
     photos: Path, start: Path, with_test: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = {"optim": {"lr": 3e-2}, "eval": evaluation(with_test, every=0)}
     run = post_train(tmp_path / "a", photos, start, weights="student", **more)
     verdict = read_verdict(run)
     assert verdict is not None
-    assert "of the student; unless told weights=student, export hands on the teacher" in verdict.sentence
+    assert "of the student; export writes the teacher unless weights=student is set" in verdict.sentence
     config = EvalConfig(protocols=("knn-patch",), image_size=32, baseline=False, split="test")
     student = evaluate(smalti.load(run, network="student", quiet=True), "again", str(with_test), config)[0]
     assert verdict.headline.score.mean == pytest.approx(student.headline[1])
@@ -245,7 +251,7 @@ def test_the_sentence_names_a_network_that_is_not_handed_on(
     assert plain is not None and "student" not in plain.sentence and plain.network == "teacher"
 
 
-def verdict_of(gap: Interval, judged: str = "last", best: int | None = 10, unit: str = SHARE) -> Verdict:
+def verdict_of(gap: Interval, judged: str = "last", best: int | None = 10, unit: str = FRACTION) -> Verdict:
     before = Row("d", "in-context", "miou", unit, "before", Interval(0.31, 0.29, 0.33, "images"), {0: 0.31}, None, True)
     score = Interval(0.31 + gap.mean, 0.0, 1.0, "images")
     after = dataclasses.replace(before, arm=judged, score=score, seeds={0: score.mean}, difference=gap)
@@ -254,8 +260,8 @@ def verdict_of(gap: Interval, judged: str = "last", best: int | None = 10, unit:
 
 def test_the_sentence_says_what_the_interval_allows_and_does_not_know() -> None:
     alone = (
-        "; one seed: another may come out differently; images that belong together (frames of a video, slices of a "
-        "patient) count as independent without eval.groups"
+        "; one seed, another may differ; without eval.groups, related images (frames of a video, slices of a "
+        "patient) count as independent"
     )
     better = verdict_of(Interval(0.03, 0.01, 0.05, "images"))
     assert (better.kind, better.sentence) == (
@@ -263,7 +269,7 @@ def test_the_sentence_says_what_the_interval_allows_and_does_not_know() -> None:
         f"better by 0.030: in-context miou 0.310 -> 0.340 (+0.030, 95 % interval 0.010 to 0.050) at step 10{alone}",
     )
     grouped = verdict_of(Interval(0.03, 0.01, 0.05, "groups"))
-    assert "one seed: another may come out differently; whole groups of images" in grouped.sentence
+    assert "one seed, another may differ; groups of images" in grouped.sentence
     unsure = verdict_of(Interval(0.01, -0.01, 0.03, "images"))
     assert (unsure.kind, unsure.sentence) == (
         "same",
@@ -274,7 +280,7 @@ def test_the_sentence_says_what_the_interval_allows_and_does_not_know() -> None:
         "not better, worse by 0.020: in-context miou 0.310 -> 0.290"
     )
     unchosen = verdict_of(Interval(0.03, 0.01, 0.05, "images"), best=0)
-    assert unchosen.kind == "same" and "no step was chosen over the weights it began from" in unchosen.sentence
+    assert unchosen.kind == "same" and "no step scored better than the initial weights" in unchosen.sentence
     single = verdict_of(Interval(0.03, float("nan"), float("nan"), "nothing"))
     assert single.kind == "same" and single.sentence.endswith("; this score has no interval with one seed")
     lower = verdict_of(Interval(-0.02, -0.03, -0.01, "images"), unit="distance, lower is better")
@@ -293,7 +299,7 @@ def test_low_rates_where_training_starts_from_weights(photos: Path, start: Path,
     assert (named.lr, named.base_lr) == (None, 1e-3)  # a rate that was asked for isn't hidden by a default
     tree = {"method": "dino", "init": "runs/x", "optim": {"lr": 1e-5, "weight_decay_end": 0.2}}
     note = posttrain_note(tree, resolve(tree))
-    assert note == "starting from weights: optim.freeze_encoder_ratio=0.1, unless you say otherwise"
+    assert note == "starting from weights: optim.freeze_encoder_ratio=0.1 by default"
     assert posttrain_note({"method": "dino"}, resolve({"method": "dino"})) == ""
     run = post_train(tmp_path / "a", photos, start)
     assert read_yaml(run / "config.yaml")["optim"]["lr"] == 1e-5
@@ -340,7 +346,9 @@ def test_without_labelled_images_the_command_says_how_to_get_a_verdict(
     assert line in capsys.readouterr().out.splitlines()
 
 
-def test_images_that_choose_do_not_judge(with_test: Path, without_test: Path, class_folders: Path) -> None:
+def test_images_used_for_selection_are_not_used_for_the_verdict(
+    with_test: Path, without_test: Path, class_folders: Path
+) -> None:
     def about(data: Path, **more: Any) -> tuple[str, bool]:
         judge = BeforeAfter(Path("run"), EvalConfig(data=str(data), **more))
         return judge.chosen_on, judge.is_apart
@@ -352,11 +360,11 @@ def test_images_that_choose_do_not_judge(with_test: Path, without_test: Path, cl
     assert about(class_folders) == ("val", False)
 
 
-def test_other_settings_are_judged_anew(with_test: Path, tmp_path: Path) -> None:
-    def judge(**more: Any) -> BeforeAfter:
+def test_other_settings_are_evaluated_again(with_test: Path, tmp_path: Path) -> None:
+    def before_after(**more: Any) -> BeforeAfter:
         return BeforeAfter(tmp_path, EvalConfig(data=str(with_test), protocols=("knn-patch",), split="test", **more))
 
-    result = Result("knn-patch", "e", "d", {"miou": 0.5}, {"miou": SHARE}, {"split": "x"})
-    judge().heard(3, [result])
-    assert judge().knows(3) and judge(batch_size=1).knows(3)
-    assert not judge().knows(4) and not judge(own={"knn-patch": {"k": 7}}).knows(3)
+    result = Result("knn-patch", "e", "d", {"miou": 0.5}, {"miou": FRACTION}, {"split": "x"})
+    before_after().record(3, [result])
+    assert before_after().has(3) and before_after(batch_size=1).has(3)
+    assert not before_after().has(4) and not before_after(own={"knn-patch": {"k": 7}}).has(3)

@@ -124,7 +124,7 @@ def test_a_run_is_probed_and_its_report_shows_it(tmp_path: Path, photos: Path, m
     assert str(again.metrics) == str(probe.metrics)
     monkeypatch.setattr("smalti.runs.probe.OVERFIT_STEPS", 2)
     made: list[tuple[int, int]] = []
-    heart = probe_positions(run, num_images=4, learn_by_heart=True, progress=lambda *steps: made.append(steps))
+    heart = probe_positions(run, num_images=4, run_overfit=True, progress=lambda *steps: made.append(steps))
     assert made == [(1, 2), (2, 2)] and 0 < heart.metrics["overfit"] < 3
     with pytest.raises(ConfigError, match="num_images=2: at least 4"):
         probe_positions(run, num_images=2)
@@ -133,7 +133,7 @@ def test_a_run_is_probed_and_its_report_shows_it(tmp_path: Path, photos: Path, m
 def test_runs_of_other_methods_and_other_folders_are_refused(tmp_path: Path, photos: Path) -> None:
     small = {**SMALL, "method": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}}
     run = train("mae", photos, tmp_path / "run", overrides=small, quiet=True)
-    with pytest.raises(ConfigError, match="probes of positions are for part, this is mae"):
+    with pytest.raises(ConfigError, match="is a run of mae; position probes need a run of part"):
         probe_positions(run)
-    with pytest.raises(RunError, match="is not a run with a checkpoint"):
+    with pytest.raises(RunError, match="is not a run directory with a checkpoint"):
         probe_positions(photos)

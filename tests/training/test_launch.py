@@ -16,9 +16,9 @@ def test_devices_mean_gpus_where_there_are_some(monkeypatch: pytest.MonkeyPatch)
     assert resolve_devices("auto") == Devices("cuda", 1)
     assert resolve_devices(2) == Devices("cuda", 2)
     assert resolve_devices("cpu") == Devices("cpu", 1)
-    with pytest.raises(ConfigError, match="devices=3: this machine has 2 GPUs"):
+    with pytest.raises(ConfigError, match="devices=3: this machine has only 2 GPUs"):
         resolve_devices(3)
-    with pytest.raises(ConfigError, match="auto, cpu or a number of devices"):
+    with pytest.raises(ConfigError, match="auto, cpu or a number of at least 1"):
         resolve_devices("tpu")
 
 
@@ -57,11 +57,11 @@ def test_a_step_is_divided_evenly(
 @pytest.mark.parametrize(
     ("batch_size", "micro_batch", "processes", "line"),
     [
-        (10, 4, 1, "batch_size=10 is not a multiple of micro_batch=4; micro_batch=2 and micro_batch=5 divide it"),
-        (64, None, 3, "over devices=3; batch_size=63 and batch_size=66, or devices=2 can"),
-        (64, 24, 2, "batch_size=64 on devices=2 .32 each. is not a multiple of micro_batch=24; micro_batch=16 and"),
+        (10, 4, 1, "batch_size=10 is not a multiple of micro_batch=4; use micro_batch=2 or micro_batch=5"),
+        (64, None, 3, "over devices=3; use batch_size=63 or batch_size=66, or devices=2"),
+        (64, 24, 2, "batch_size=64 on devices=2 .32 each. is not a multiple of micro_batch=24; use micro_batch=16 or"),
         (64, 0, 1, "micro_batch=0: at least 1"),
-        (2, None, 4, "devices=4; batch_size=4 and batch_size=8, or devices=2 can"),
+        (2, None, 4, "devices=4; use batch_size=4 or batch_size=8, or devices=2"),
     ],
 )
 def test_what_cannot_be_divided_names_numbers_that_can(

@@ -19,7 +19,7 @@ import smalti
 from smalti.cli.evaluate import as_trained
 from smalti.config import merge, read_yaml
 from smalti.errors import ConfigError, DataError, Interrupted, RunError, WeightsError
-from smalti.evaluation.result import SHARE, Result, write_results
+from smalti.evaluation.result import FRACTION, Result, write_results
 from smalti.files import temporary_name
 from smalti.methods.base import get_method
 from smalti.methods.mae import MAE
@@ -173,7 +173,7 @@ def test_a_signal_ends_an_evaluation_and_resuming_makes_up_for_it(
         assert scores[0]["results"][0]["metrics"] == scores[1]["results"][0]["metrics"]
 
 
-def test_weights_that_overflow_go_back_before_they_are_kept(
+def test_weights_that_overflow_are_rolled_back_before_they_are_saved(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of step 3 is that of the weights before it: finite, while the step makes them infinite."""
@@ -189,7 +189,7 @@ def test_weights_that_overflow_go_back_before_they_are_kept(
     monkeypatch.setattr(MAE, "after_step", overflow)
     run = train(tmp_path / "a", photos)
     (event,) = read_csv(run / "events.csv")
-    assert (event["step"], event["event"]) == ("0", "went back")
+    assert (event["step"], event["event"]) == ("0", "rolled back")
     assert "the weights are not finite at step 3 (the others are finite)" in event["detail"]
     assert all(torch.isfinite(value).all() for value in weights(run).values())
 
@@ -197,7 +197,7 @@ def test_weights_that_overflow_go_back_before_they_are_kept(
 def test_a_learning_rate_that_overflows_ends_in_one_line_and_leaves_a_good_checkpoint(
     photos: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match=r"this is the 3rd time, training stops: lower optim.lr"):
+    with pytest.raises(RunError, match=r"training stops at the 3rd time: lower optim.lr"):
         train(tmp_path / "a", photos, optim={"lr": 1e12, "warmup_ratio": 0.0})
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "a").values())
 
@@ -217,7 +217,7 @@ def test_a_damaged_side_file_is_a_note_and_is_kept(name: str, content: bytes, ph
     shutil.rmtree(run / "checkpoints" / "step_00000008")
     (run / name).write_bytes(content)
     (run / "events.csv").write_bytes(b"\xff\x00")
-    with pytest.warns(UserWarning, match=rf"{name}: is damaged and kept as damaged_{name}; a new one is begun"):
+    with pytest.warns(UserWarning, match=rf"{name}: is damaged; renamed it to damaged_{name} and started"):
         runs.resume(run, quiet=True)
     assert same(whole, weights(run))
     assert (run / f"damaged_{name}").read_bytes() == content
@@ -236,7 +236,7 @@ def test_a_page_is_written_of_a_run_whose_tables_are_damaged(photos: Path, tmp_p
 def test_a_log_whose_rows_are_no_numbers_is_set_aside(photos: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "a", photos)
     (run / "log.csv").write_text("step,loss\nmany,1\n")
-    with pytest.warns(UserWarning, match="log.csv: is damaged and kept"):
+    with pytest.warns(UserWarning, match="log.csv: is damaged; renamed it"):
         runs.resume(run, quiet=True)
 
 
@@ -340,7 +340,7 @@ def test_a_bad_stretch_goes_back_with_half_the_rate(
     poison(monkeypatch, {5})
     run = train(tmp_path / "a", photos)
     events = read_csv(run / "events.csv")
-    assert [event["event"] for event in events] == ["went back"]
+    assert [event["event"] for event in events] == ["rolled back"]
     assert (
         "loss term 'reconstruction' is not finite at step 5 (also not finite: grad_norm, weights)"
         in events[0]["detail"]
@@ -352,7 +352,7 @@ def test_a_bad_stretch_goes_back_with_half_the_rate(
     assert all(torch.isfinite(value).all() for value in weights(run).values())
 
 
-def test_evaluation_does_not_stand_in_the_way_of_going_back(
+def test_evaluation_does_not_prevent_a_roll_back(
     photos: Path, class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluation = {"data": str(class_folders), "every": 2, "protocols": ["knn"], "image_size": 32, "baseline": False}
@@ -360,7 +360,7 @@ def test_evaluation_does_not_stand_in_the_way_of_going_back(
     plain = weights(train(tmp_path / "a", photos))
     poison(monkeypatch, {5})
     judged = train(tmp_path / "b", photos, eval=evaluation)
-    assert [event["event"] for event in read_csv(judged / "events.csv")] == ["went back"]
+    assert [event["event"] for event in read_csv(judged / "events.csv")] == ["rolled back"]
     assert same(plain, weights(judged))
 
 
@@ -408,7 +408,9 @@ def pretrain_parameters(run: Path) -> dict[str, torch.nn.Parameter]:
 
 def test_the_third_bad_stretch_stops_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, set(range(5, 100)))
-    with pytest.raises(RunError, match=r"at step 4 .*last good checkpoint: .*step_00000003; this is the 3rd time"):
+    with pytest.raises(
+        RunError, match=r"at step 4 .*last good checkpoint: .*step_00000003; training stops at the 3rd time"
+    ):
         train(tmp_path / "a", photos)
 
 
@@ -477,7 +479,7 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     fails("steps=0: at least 1", steps=0)
     fails("eval.every=5 needs labelled images", eval={"every": 5})
     fails("eval.patience=5 needs labelled images", eval={"patience": 5})
-    fails("eval.patience=2 counts evaluations in training", eval={"data": str(class_folders), "patience": 2})
+    fails("eval.patience=2 counts evaluations during training", eval={"data": str(class_folders), "patience": 2})
     fails("precision='int8'", precision="int8")
     fails("devices=0", devices=0)
     fails("weights=teacher: mae has encoder", weights="teacher")
@@ -537,7 +539,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_gives_the_
         (run / "checkpoints" / "step_00000008" / file).write_bytes(b"\0" * 400)  # as after a power failure
     else:
         damage(run / "checkpoints" / "step_00000008" / file)
-    with pytest.warns(UserWarning, match=r"step_00000008.*going back to step_00000006; it is kept as damaged_step"):
+    with pytest.warns(UserWarning, match=r"step_00000008.*rolled back to step_00000006; it is kept as damaged_step"):
         runs.resume(run, quiet=True)
     assert same(before, weights(run))
     assert (run / "checkpoints" / "damaged_step_00000008").is_dir()
@@ -577,7 +579,7 @@ def test_a_checkpoint_without_checksums_is_read_instead(photos: Path, tmp_path: 
         file.unlink()
     whole = (run / "checkpoints" / "step_00000008" / "weights.safetensors").read_bytes()
     (run / "checkpoints" / "step_00000008" / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match="can.t be read as a safetensors file .*going back to step_00000006"):
+    with pytest.warns(UserWarning, match="can.t be read as a safetensors file .*rolled back to step_00000006"):
         runs.resume(run, quiet=True)
 
 
@@ -714,7 +716,7 @@ def test_a_freeze_needs_something_beside_the_encoder(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MAE, "networks", lambda self: {"encoder": self})
-    with pytest.raises(ConfigError, match=r"freeze_encoder_ratio=0.1: mae trains nothing beside its encoder"):
+    with pytest.raises(ConfigError, match=r"freeze_encoder_ratio=0.1: mae trains only its encoder"):
         train(tmp_path / "a", photos, optim={"freeze_encoder_ratio": 0.1})
 
 
@@ -727,7 +729,7 @@ class Scores:
         def judge(hook: EvaluationHook, step: int, method: Any) -> list[Result]:
             self.asked.append(step)
             value = scores[step // 2]
-            results = [Result("knn", "e", "d", {"top1": value}, {"top1": SHARE}, {})]
+            results = [Result("knn", "e", "d", {"top1": value}, {"top1": FRACTION}, {})]
             write_results(hook.file(step), results)
             return results
 
@@ -750,7 +752,7 @@ def test_patience_ends_a_run_early_and_changes_no_step_before_its_end(
     assert (state["step"], state["best_step"], state["best_score"], state["without_best"]) == (6, 2, 0.5, 2)
     assert same(load_file(whole / "checkpoints" / "step_00000006" / "weights.safetensors"), weights(run))
     events = [(row["step"], row["event"], row["detail"]) for row in read_csv(run / "events.csv")]
-    assert events == [("6", "stopped early", "no evaluation was better than that of step 2 in the last 2")]
+    assert events == [("6", "stopped early", "none of the last 2 evaluations was better than that of step 2")]
     best = smalti.load(run / "best", quiet=True)
     stored = load_file(whole / "checkpoints" / "step_00000002" / "weights.safetensors")
     assert torch.equal(best.vit.cls_token, stored["encoder.vit.cls_token"])
@@ -801,16 +803,14 @@ def test_the_best_weights_have_a_name_everywhere(photos: Path, class_folders: Pa
     assert absolute(str(run / "best")) == str(run.resolve() / "best")
 
 
-def test_evaluation_may_look_at_the_network_that_is_not_handed_on(
-    photos: Path, class_folders: Path, tmp_path: Path
-) -> None:
+def test_evaluation_may_use_the_network_that_is_not_exported(photos: Path, class_folders: Path, tmp_path: Path) -> None:
     own = {"roi_size": 3, "hidden_dim": 16, "out_dim": 8, "num_local_views": 1, "local_size": 16, "from_scratch": True}
     tree = merge(TINY, {"method": own, "steps": 1, "weights": "teacher"})
     judged = {"eval": {"data": str(class_folders), "protocols": ["knn"], "image_size": 32, "baseline": False}}
     run = smalti.train("neco", photos, tmp_path / "a", overrides=merge(tree, judged), quiet=True)
     assert list((run / "results").glob("*.json"))
     few = {"num_prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8, "num_small_queries": 1, "cluster": False}
-    with pytest.raises(ConfigError, match=r"weights=teacher: loca as it is set has student"):
+    with pytest.raises(ConfigError, match=r"weights=teacher: loca with these settings has student"):
         smalti.train("loca", photos, tmp_path / "b", overrides={**tree, "method": few}, quiet=True)
     assert not (tmp_path / "b").exists()
 

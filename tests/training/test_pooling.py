@@ -93,7 +93,7 @@ def test_every_parameter_of_a_pooling_is_trained_by_methods_that_read_it(
         assert len(names) == 2 * len(trained)  # the teacher's own
 
 
-def test_prr_in_a_method_that_learns_from_patches_changes_what_is_handed_on_and_not_what_is_learned(
+def test_prr_in_a_method_that_learns_from_patches_changes_the_export_and_not_the_training(
     photos: Path, tmp_path: Path
 ) -> None:
     plain, pooled = train(tmp_path / "plain", photos), train(tmp_path / "prr", photos, pool="prr")
@@ -105,10 +105,10 @@ def test_prr_in_a_method_that_learns_from_patches_changes_what_is_handed_on_and_
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"pool": "map"}, "pool=map: mae learns from patches alone"),
-        ({"pool": "prr", "prr": {"pre_norm": True}}, "pool=prr: mae learns from patches alone"),
+        ({"pool": "map"}, "pool=map: the loss of mae uses patch tokens only"),
+        ({"pool": "prr", "prr": {"pre_norm": True}}, "pool=prr: the loss of mae uses patch tokens only"),
         ({"prr": {"num_heads": 2}}, r"prr\.\* is about pool=prr, and pool=auto"),
-        ({"pool": "prr", "prr": {"num_heads": 5}}, "PRR with 5 heads on tokens of 24 channels"),
+        ({"pool": "prr", "prr": {"num_heads": 5}}, "PRR with 5 heads on tokens of width 24"),
         ({"pool": "prr", "prr": {"heads": 3}}, "prr has no field 'heads'"),
         ({"pool": "token"}, "pool='token': input should be 'auto', 'cls', 'avg', 'map' or 'prr'"),
     ],

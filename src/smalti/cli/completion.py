@@ -1,4 +1,4 @@
-"""Shell completion of names, from source text: nothing heavy is imported."""
+"""Shell completion of names, read from source text so that nothing heavy is imported."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ def methods(ctx: typer.Context, incomplete: str) -> Iterator[tuple[str, str]]:
 
 
 def protocols(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Protocols, also behind commas."""
+    """Protocols, also after a comma."""
     before, comma, last = incomplete.rpartition(",")
     taken = before.split(",")
     found = {name: one.summary for name, one in listed("protocol").items() if name not in taken}

@@ -1,4 +1,4 @@
-"""``smalti demo``: the main job from end to end on the embedded samples."""
+"""``smalti demo``: train, evaluate and report on the embedded samples."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,9 +24,9 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Run the whole job on sample images in a few minutes.
+    """Train and evaluate on sample images in a few minutes.
 
-    Writes samples, trains, evaluates against the untrained network and writes a report.
+    Writes samples, trains, compares with the untrained network and writes a report.
     """
     overrides = parse_overrides(words or [])
 

@@ -1,4 +1,4 @@
-"""``smalti doctor``: what is installed, what the images are like, what a run will need."""
+"""``smalti doctor``: check the machine, the data, and the time and memory that a run needs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -73,7 +73,7 @@ def command(
 
 
 def _is_data(word: str) -> bool:
-    """Whether it is ``PATH`` or ``NAME=PATH``, not a setting."""
+    """Whether a word is ``PATH`` or ``NAME=PATH``, not a setting."""
     if "=" not in word or Path(word).exists():
         return True
     from smalti.data.images.folders import READERS

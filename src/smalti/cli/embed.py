@@ -1,4 +1,4 @@
-"""``smalti embed``: features of a folder of images as a table."""
+"""``smalti embed``: write the features of a folder of images to a file."""
 
 import sys
 from typing import Annotated, Any, Literal
@@ -30,15 +30,15 @@ class EmbedConfig(PixelConfig):
     weights: str | None = None
     """Network of a run: student or teacher."""
     pool: str | None = None
-    """cls, avg or auto; None takes the encoder's own."""
+    """Pooling: cls, avg or auto; None: the encoder's own."""
     batch_size: BatchSize = 64
-    """Images at a time."""
+    """Images per batch."""
     image_size: ImageSize | None = None
-    """Pixels; None takes the encoder's own."""
+    """Side of the images in pixels; None: the encoder's own."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the numbers in the file."""
+    """Data type of the features in the file."""
     load: dict[str, Any] | None = None
-    """Group: how weights of others are fitted, such as load.pos_antialias."""
+    """Group: how imported weights are adapted, such as load.pos_antialias."""
 
 
 def own_settings() -> list[Setting]:

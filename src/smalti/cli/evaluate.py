@@ -1,4 +1,4 @@
-"""``smalti evaluate``: what an encoder's tokens know."""
+"""``smalti evaluate``: evaluate an encoder on labelled images."""
 
 import shlex
 import sys
@@ -60,7 +60,7 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate an encoder on labelled images, beside a baseline.
+    """Evaluate an encoder on labelled images and compare it with a baseline.
 
     The baseline of a run is the same network untrained, or before training if it started from weights; the baseline of
     an imported encoder is its random initialisation. `eval.baseline=false` skips it.
@@ -78,7 +78,7 @@ def command(
     if protocol:
         settings["protocols"] = [name.strip() for name in protocol.split(",") if name.strip()]
 
-    from smalti.cli.options import Progress, best_device, load_encoder, print_results, say_data
+    from smalti.cli.options import Progress, best_device, load_encoder, print_data, print_results
     from smalti.config import build
     from smalti.data.signals.signal_config import SignalConfig
     from smalti.data.signals.signal_set import open_signals
@@ -105,7 +105,7 @@ def command(
     if not quiet and "stages" in sets:
         print(f"data: {open_signals(str(data), config.signal or SignalConfig()).account()}", file=sys.stderr)
     elif not quiet:
-        say_data(str(data), config.class_depth)
+        print_data(str(data), config.class_depth)
     model = load_encoder(encoder, weights=weights, seed=config.seed, partial=partial, load=fit, debug=debug)
     model = model.to(best_device())
     results = evaluate(model, encoder, str(data), config, progress=None if quiet else Progress(), figures=True)
@@ -122,7 +122,7 @@ def command(
 
 
 def check_names(tree: Mapping[str, Any]) -> None:
-    """Refuse what is no setting of this command, such as one of training.
+    """Refuse keys that aren't settings of this command, such as settings of training.
 
     Raises:
         ConfigError: for the first of them, with the nearest name.
@@ -138,13 +138,13 @@ def check_names(tree: Mapping[str, Any]) -> None:
 
 
 def more_help() -> str:
-    """The protocols, a line each."""
+    """The protocols, one line each."""
     lines = [f"- `{name}`: {protocol.summary}" for name, protocol in listed("protocol").items()]
     return "\n".join(["Protocols:", "", *lines])
 
 
 def own_settings() -> list[Setting]:
-    """For ``smalti settings evaluate``: what this command takes, without what only evaluation in training uses."""
+    """For ``smalti settings evaluate``: settings of this command, without those of evaluation during training only."""
     from smalti.evaluation.config import EvalConfig
     from smalti.models.weights import LoadConfig
 
@@ -158,7 +158,7 @@ def own_settings() -> list[Setting]:
 
 
 def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Data are read as the run read them, but for the window of signals, and for what the user says."""
+    """Read data as the run did, except for the window of signals and for the user's settings."""
     from smalti.data.signals.signal_config import as_read
     from smalti.data.signals.signal_set import is_signals
 

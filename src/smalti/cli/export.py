@@ -1,4 +1,4 @@
-"""``smalti export``: an encoder for other programs."""
+"""``smalti export``: write an encoder as a timm model or as ONNX."""
 
 from typing import Annotated, Any, Literal
 
@@ -54,12 +54,12 @@ def command(
 ) -> None:
     """Write an encoder as a plain timm model, or as ONNX.
 
-    The files are loaded again and compared with the encoder before they get their name. Both formats take normalised
-    images, unless `input=unit` says otherwise for ONNX; the printed summary and the README.md beside the files name
-    range, mean and std.
+    The files are loaded again and compared with the encoder before they are renamed into place. Both formats take
+    normalised images, unless `input=unit` says otherwise for ONNX; the printed summary and the README.md beside the
+    files name range, mean and std.
 
     With `to=onnx`, `encoder.onnx` takes whole images; `keep.onnx` also takes the patches to look at (`ids_keep`, the
-    first of an order). The batch size is free. Both have class scores as an output where the run trained a classifier.
+    first patches of an order). The batch size is free. Both also output class scores if the run trained a classifier.
 
     Settings: `to` `weights` `pool` `load.*`, and of ONNX `input` `image_size` `keep`. `smalti settings export` explains
     them.
@@ -68,9 +68,9 @@ def command(
     given = take(words, ExportConfig)
     if given.to != "onnx":
         if given.input == "unit":
-            raise ConfigError("input=unit is for to=onnx; timm models take normalized images")
+            raise ConfigError("input=unit only applies to to=onnx; timm models take normalized images")
         if given.image_size or given.keep:
-            raise ConfigError(f"image_size and keep are for to=onnx; to={given.to} keeps the model as it is")
+            raise ConfigError("image_size and keep only apply to to=onnx; leave them out")
 
     from smalti.cli.options import load_encoder
     from smalti.exporters.card import input_words

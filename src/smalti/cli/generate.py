@@ -1,8 +1,8 @@
-"""``smalti generate``: images drawn by a run of MAR or CMAR."""
+"""``smalti generate``: generate images with a run of MAR or CMAR."""
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,8 @@ from smalti.reading import reading
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from smalti.runs.generate import Film
 
 NAME = "generate"
 FILM_IMAGES, GRID_IMAGES = 8, 64
@@ -41,9 +43,9 @@ def command(
 ) -> None:
     """Generate images with a run of MAR or CMAR.
 
-    Written are PNG files, a grid of them, and a film strip of the steps.
+    Writes PNG files, a grid of them, and a film strip of the steps.
 
-    The run's report (`smalti report RUN`) shows the grid and the strip. The same command resumes an interrupted one:
+    The run's report (`smalti report RUN`) shows the grid and the strip. The same command resumes an interrupted run:
     images that exist are kept.
 
     Settings: `num` `labels` `cfg` `cfg_schedule` `iterations` `temperature` `steps` `decoder` `order` `order_source`
@@ -55,15 +57,13 @@ def command(
         raise ConfigError(f"{out}: is not empty; choose another --out")
     check_folder(out)
 
-    import torch
     from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
 
     from smalti.cli.options import best_device, write_json
-    from smalti.data.images.folders import read_image
     from smalti.data.order_files import CACHED
     from smalti.models.loading import weights_digest
-    from smalti.report.samples import FOLDER, as_pixels, film_strip, picture_grid, write_png
+    from smalti.report.samples import as_pixels, write_png
     from smalti.runs.generate import (
         GenerateConfig,
         choose_classes,
@@ -85,8 +85,8 @@ def command(
     trained_for, its_file = own_order(method)
     name, file = config.order or trained_for, orders or its_file
     if orders is not None and name not in CACHED:
-        hint = "choose an order that it has, say order=collapse" if config.order is None else "leave it out"
-        raise ConfigError(f"--orders {orders}: order '{name}' stands in no file; {hint}")
+        hint = "choose an order from the file, such as order=collapse" if config.order is None else "leave it out"
+        raise ConfigError(f"--orders {orders}: is not needed for order '{name}'; {hint}")
     chosen = choose_orders(
         name,
         config.order_source,
@@ -115,7 +115,9 @@ def command(
         for place, image in enumerate(images.unbind(), start=first):
             pixels = as_pixels(image)
             if pixels.shape[2] not in (1, 3):
-                raise ConfigError(f"images of {pixels.shape[2]} channels can't be PNG files; 1 or 3 can")
+                raise ConfigError(
+                    f"images of {pixels.shape[2]} channels can't be written as PNG files; 1 or 3 channels are needed"
+                )
             write_png(files[place], pixels)
 
     def is_kept(place: int) -> bool:
@@ -149,15 +151,7 @@ def command(
             progress=progress,
             film_images=FILM_IMAGES,
         )
-        if film is not None:
-            write_png(out / FILM, film_strip(film))
-        shown = [
-            torch.from_numpy(read_image(path, 1 if method.tokens.in_chans == 1 else 3)) for path in files[:GRID_IMAGES]
-        ]
-        write_png(out / GRID, picture_grid(torch.stack(shown).permute(0, 3, 1, 2) / 255))
-        for picture in (FILM, GRID):
-            with contextlib.suppress(ConfigError):  # the run may be somebody else's
-                write_atomically(run / FOLDER / picture, (out / picture).read_bytes())
+        _write_pictures(run, out, files[:GRID_IMAGES], film, 1 if method.tokens.in_chans == 1 else 3)
         write_json(out / SETTINGS, {**settings, "images_per_s": round(rate, 3)})
     print(f"written: {config.num} images in {out / 'images'}, {out / GRID} and {FILM}; {rate:.3g} images/s")
 
@@ -169,11 +163,27 @@ def own_settings() -> list[Setting]:
     return list(describe(GenerateConfig))
 
 
+def _write_pictures(run: Path, out: Path, files: Sequence[Path], film: "Film | None", channels: int) -> None:
+    """Write the grid of ``files`` and the film strip, and copy both into the run directory for its report."""
+    import torch
+
+    from smalti.data.images.folders import read_image
+    from smalti.report.samples import FOLDER, film_strip, picture_grid, write_png
+
+    if film is not None:
+        write_png(out / FILM, film_strip(film))
+    shown = [torch.from_numpy(read_image(path, channels)) for path in files]
+    write_png(out / GRID, picture_grid(torch.stack(shown).permute(0, 3, 1, 2) / 255))
+    for picture in (FILM, GRID):
+        with contextlib.suppress(ConfigError):  # the run directory may be read-only
+            write_atomically(run / FOLDER / picture, (out / picture).read_bytes())
+
+
 def _begin(out: Path, settings: Mapping[str, Any]) -> None:
-    """Note the settings, or compare them with those of the command that began here.
+    """Write the settings, or compare them with those of the interrupted command.
 
     Raises:
-        ConfigError: if images of other settings lie here, or all are drawn.
+        ConfigError: if the folder holds images of other settings, or all images are there already.
     """
     from smalti.cli.options import write_json
 
@@ -184,10 +194,7 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> None:
     with reading(out / SETTINGS, "the settings of generated images", ConfigError, "choose another --out"):
         known = dict(json.loads((out / SETTINGS).read_bytes()))
     if "images_per_s" in known:
-        raise ConfigError(f"{out}: is not empty, all its images are drawn; choose another --out")
+        raise ConfigError(f"{out}: already holds all images; choose another --out")
     for name, value in settings.items():
         if known.get(name) != value:
-            raise ConfigError(
-                f"{out}: is not empty and was begun with another {name} ({known.get(name)}, now {value}); "
-                "choose another --out"
-            )
+            raise ConfigError(f"{out}: holds images with {name}={known.get(name)}, not {value}; choose another --out")

@@ -1,4 +1,4 @@
-"""The command ``smalti``: one file a verb; errors of ours become one line and exit code 2."""
+"""The command ``smalti``: one file per verb; Smalti's errors become one line and exit code 2."""
 
 import signal
 import sys
@@ -26,10 +26,10 @@ from smalti.cli import (
     settings,
     train,
 )
-from smalti.errors import Interrupted, SmaltiError, exit_code, machine_trouble
+from smalti.errors import Interrupted, SmaltiError, exit_code, machine_error
 
 RESUMING = (compare.NAME, generate.NAME)
-"""Commands that, typed again, continue where they were stopped."""
+"""Commands that resume when they are run again."""
 app = typer.Typer(
     name="smalti",
     help="Self-supervised learning on image patches: pretrain vision transformers on your own images, evaluate "
@@ -41,11 +41,11 @@ app = typer.Typer(
 
 
 def command_class(more_help: Callable[[], str] | None) -> type[TyperCommand]:
-    """Class of a command; with ``more_help``, which gives Markdown that its help ends with."""
+    """Class of a command; ``more_help`` returns Markdown to append to its help."""
 
     class Verb(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
-            self.epilog = more_help() if more_help else None  # only now: it takes time
+            self.epilog = more_help() if more_help else None  # not earlier: it takes time
             super().format_help(ctx, formatter)
 
     return Verb
@@ -82,12 +82,12 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Options that stand before the verb."""
+    """Options before the verb."""
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0 done, 2 a mistake or a machine that can't, 130 interrupted,
-    143 ended by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint."""
+    """Run the command line and exit: 0 done, 2 a mistake or a problem of the machine, 130 interrupted, 143 ended by
+    SIGTERM, SIGUSR1 or SIGHUP after a checkpoint."""
     threads.set_environment()  # before anything imports torch
     streams.protect_streams()
     words = sys.argv[1:] if arguments is None else arguments
@@ -100,7 +100,7 @@ def _run(words: list[str]) -> int:
     try:
         code = int(app(words, prog_name="smalti", standalone_mode=False) or 0)
         if (error := streams.lost_output()) is not None:
-            print(f"smalti: the output can't be written ({error.strerror}); all files are", file=sys.stderr)
+            print(f"smalti: the output can't be printed ({error.strerror}); all files were written", file=sys.stderr)
             return code or 2
         return code
     except Interrupted as end:
@@ -112,7 +112,7 @@ def _run(words: list[str]) -> int:
         print(f"smalti: interrupted{'; the same command resumes' if verb in RESUMING else ''}", file=sys.stderr)
         return exit_code(signal.SIGINT)
     except Exception as error:
-        line = str(error) if isinstance(error, SmaltiError) else machine_trouble(error)
+        line = str(error) if isinstance(error, SmaltiError) else machine_error(error)
         if line is not None and "--debug" in words:
             raise
         line = line or _usage(error)
@@ -123,8 +123,8 @@ def _run(words: list[str]) -> int:
 
 
 def _usage(error: Exception) -> str | None:
-    """What the command line says of a wrong option; None for any other error."""
-    usage = getattr(error, "format_message", None)  # of click's errors, which some releases of typer carry inside
+    """The message for a wrong option; None for any other error."""
+    usage = getattr(error, "format_message", None)  # of click's errors, which some releases of typer wrap
     if usage is None:
         return None
     context = getattr(error, "ctx", None)

@@ -1,4 +1,4 @@
-"""``smalti methods``: what there is to train."""
+"""``smalti methods``: list the methods."""
 
 import shutil
 import textwrap
@@ -51,7 +51,8 @@ def command(
 
 
 def _row(head: str, text: str, width: int) -> str:
-    """Text beside a head, folded into the width of the terminal; long words stay whole, so that they can be copied."""
+    """Text after a label, wrapped to the width of the terminal; long words aren't broken, so that they can be
+    copied."""
     columns = max(40, shutil.get_terminal_size().columns)
     return textwrap.fill(
         text,

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and the small things they print."""
+"""Arguments, options and output shared by several commands."""
 
 import json
 import sys
@@ -55,10 +55,10 @@ _TELL_EVERY_S = 60.0
 
 
 def needed(value: Any, option: str, example: str) -> Any:
-    """The value of an option that can't be left out.
+    """The value of a required option.
 
     Raises:
-        ConfigError: if it was.
+        ConfigError: if it is missing.
     """
     if value is None:
         raise ConfigError(f"{option} is needed, for example {option} {example}")
@@ -66,7 +66,7 @@ def needed(value: Any, option: str, example: str) -> Any:
 
 
 def settings_of_run(encoder: str) -> dict[str, Any]:
-    """What the ``config.yaml`` of the run holds from which an encoder is named; empty for other encoders."""
+    """The ``config.yaml`` of the run that ``encoder`` names; empty for other encoders."""
     run = Path(encoder).expanduser()
     for folder in (run, run.parent, run.parent.parent):  # RUN, RUN/best, RUN/checkpoints/step_...
         if (folder / "config.yaml").is_file():
@@ -75,7 +75,7 @@ def settings_of_run(encoder: str) -> dict[str, Any]:
 
 
 def pixels_of_run(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """``scale`` and ``max_pixels`` in a run's settings, where they aren't the defaults."""
+    """``scale`` and ``max_pixels`` of a run's settings, if they aren't the defaults."""
     from smalti.data.images.pixels import NO_PIXELS, trained_pixels
 
     known = to_tree(trained_pixels(tree))
@@ -83,10 +83,10 @@ def pixels_of_run(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """A group of settings taken out of a tree; empty where it isn't there.
+    """Remove a group of settings from a tree and return it; empty if it is missing.
 
     Raises:
-        ConfigError: for a single value in its place.
+        ConfigError: if it is a single value.
     """
     found = tree.pop(name, {})
     if not isinstance(found, dict) or "name" in found:
@@ -116,7 +116,7 @@ def load_encoder(
     load: Mapping[str, Any] | None = None,
     debug: bool = False,
 ) -> "Encoder":
-    """An encoder on the CPU, by its name and the settings of the group ``load``; ``debug`` lists every tensor."""
+    """Load an encoder to the CPU by name, with the settings of the group ``load``; ``debug`` lists every tensor."""
     from smalti.models.loading import open_encoder
     from smalti.models.weights import LoadConfig
 
@@ -129,55 +129,55 @@ def load_encoder(
     return encoder
 
 
-def say_data(data: str, class_depth: Any = None) -> None:
-    """What images lie at a path, how they are read, and what is left out: one line on stderr."""
+def print_data(data: str, class_depth: Any = None) -> None:
+    """Print how the images of a path are read and which are left out: one line on stderr."""
     from smalti.data.images.folders import open_images
 
     print(f"data: {open_images(data, class_depth=class_depth).account()}", file=sys.stderr)
 
 
 def best_device() -> "torch.device":
-    """A GPU, where there is one."""
+    """The GPU if there is one, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def print_results(results: "list[Result]") -> None:
-    """A table a protocol, the baseline beside the encoder, with intervals."""
+    """Print one table per protocol: the encoder, its baseline, and intervals."""
     from smalti.cli.tables import plain_table, print_table
     from smalti.evaluation.paired import result_cells
     from smalti.evaluation.result import BASELINE_LABELS, describe_result
 
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
-    told: dict[str, None] = {}
+    notes: dict[str, None] = {}
     for result in results:
         if result.is_baseline:
             continue
         baseline = baselines.get((result.protocol, result.data))
-        beside = (BASELINE_LABELS[baseline.baseline], "difference") if baseline and baseline.baseline else ()
-        table = plain_table(result.protocol, "value", *beside)
+        columns = (BASELINE_LABELS[baseline.baseline], "difference") if baseline and baseline.baseline else ()
+        table = plain_table(result.protocol, "value", *columns)
         for metric in result.metrics:
             table.add_row(metric, *result_cells(result, baseline, metric))
         print(f"{result.encoder} on {result.data}")
-        print(describe_result(result) or "nothing is known of what was evaluated")
+        print(describe_result(result) or "the evaluated images are unknown")
         print_table(table)
         print()
         if "intervals" in result.settings:
-            told[f"In brackets: {result.settings['intervals']}{'; differences are paired' if beside else ''}."] = None
-    for line in told:
+            notes[f"In brackets: {result.settings['intervals']}{'; differences are paired' if columns else ''}."] = None
+    for line in notes:
         print(line)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON, whole file or none."""
+    """Write JSON atomically."""
     from smalti.files import write_atomically
 
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 class Progress:
-    """Tells how far it is, the rate and the time left: in place on a terminal, elsewhere a line a minute."""
+    """Prints progress, rate and time left: in place on a terminal, else one line per minute."""
 
     def __init__(self) -> None:
         self._what, self._done, self._first = "", 0, 0

@@ -1,4 +1,4 @@
-"""``smalti probe``: what a trained method knows, as numbers and pictures."""
+"""``smalti probe``: analyse what a trained method has learned."""
 
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +49,7 @@ def command(
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        probe = probe_positions(run, data, images, learn_by_heart=overfit, progress=progress)
+        probe = probe_positions(run, data, images, run_overfit=overfit, progress=progress)
     path = write_probe(run, probe)
     draw_positions(probe, path.with_suffix(".png"))
     if json:
@@ -60,4 +60,4 @@ def command(
     for name, value in probe.metrics.items():
         table.add_row(name, f"{value:.4g}", UNITS.get(name, ""))
     print_table(table)
-    print(f"written: {path} and {path.with_suffix('.png').name}; they stand in the page of: smalti report {run}")
+    print(f"written: {path} and {path.with_suffix('.png').name}; smalti report {run} shows them")

@@ -1,4 +1,4 @@
-"""``smalti rank``: which patches matter, kept as a file, beside orders that look at no image."""
+"""``smalti rank``: rank the patches of all images and compare the orders with image-independent ones."""
 
 import shlex
 import sys
@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Rank the patches of all images by importance.
 
-    `--out` is a folder or `FILE.parquet`. Written are the orders, their statistics (.json) and a page (.html) with
+    `--out` is a folder or `FILE.parquet`. Writes the orders, their statistics (.json) and a page (.html) with
     pictures (.png).
 
     Settings: `batch_size` `image_size` `weights` `load.*` `num_workers` `chunk` `damping` `num_scored` `num_shown`
@@ -73,14 +73,14 @@ def command(
         raise ConfigError("--orders names none; leave it out for all")
     file = _file_of(Path(out).expanduser(), ORDERS_FILE)
 
-    from smalti.cli.options import Progress, best_device, say_data, write_json
+    from smalti.cli.options import Progress, best_device, print_data, write_json
     from smalti.report.ranking import write_page
 
     for path in (json, *(file.with_suffix(ending) for ending in (".json", ".html", ".png"))):
         if path is not None:
             check_writable(path)
     if not quiet:
-        say_data(str(data))
+        print_data(str(data))
     ranking = rank(
         spec,
         str(data),
@@ -105,7 +105,7 @@ def command(
         from smalti.data.images.image_set import as_text
 
         path, reason = ranking.skipped[0]
-        print(f"unreadable and left out: {len(ranking.skipped):,}, the first: {as_text(path)}: {reason}")
+        print(f"unreadable and skipped: {len(ranking.skipped):,}, the first: {as_text(path)}: {reason}")
     print(f"written: {file}: orders {', '.join(ranking.cache.stored)} of {len(ranking.images):,} images")
     print(f"numbers: {file.with_suffix('.json')}, page: {page}")
 
@@ -118,15 +118,15 @@ def own_settings() -> list[Setting]:
 
 
 def _file_of(out: Path, name: str) -> Path:
-    """The file of orders.
+    """Path of the file of orders.
 
     Raises:
-        ConfigError: for a file of another ending, or a folder of something else.
+        ConfigError: for a file with another suffix, or a folder of other files.
     """
     if out.suffix.lower() == ".parquet":
         return out
     if out.suffix and not out.is_dir():
-        raise ConfigError(f"{out}: name a folder, or a file that ends in .parquet")
+        raise ConfigError(f"{out}: is neither a folder nor a .parquet file; choose another --out")
     if not is_free(out) and not (out / name).is_file():
         raise ConfigError(f"{out}: is not empty and holds no {name}; choose another --out")
     return out / name
@@ -154,7 +154,7 @@ def _print(ranking: "Ranking") -> None:
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> None:
-    """A row an order; narrow enough for 80 columns, as a number that is broken can't be read."""
+    """One row per order; at most 80 columns wide, since a wrapped number can't be read."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -163,7 +163,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("order", no_wrap=True)
     for column in columns:
-        words = column.split("_") if column.endswith(("share", "correlation", "overlap", "distance")) else [column]
+        words = column.split("_") if column.endswith(("ratio", "correlation", "overlap", "distance")) else [column]
         table.add_column("\n".join(words), justify="right", no_wrap=True)
     for order, numbers in rows.items():
         table.add_row(order, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns))

@@ -1,4 +1,4 @@
-"""``smalti report``: a run, a comparison or an evaluation as one page."""
+"""``smalti report``: write a run, a comparison or an evaluation as one page."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""``smalti samples``: the embedded scenes as ordinary folders."""
+"""``smalti samples``: write the embedded sample data to a folder."""
 
 import warnings
 from typing import Annotated, Literal
@@ -12,12 +12,12 @@ from smalti.config import Seed, parse_overrides, settings
 
 NAME = "samples"
 SCENES = ("num_train", "num_val", "num_objects_train", "num_objects_val", "size", "seed")
-"""Settings of scenes."""
+"""Settings of ``kind=scenes``."""
 
 
 @settings
 class SamplesConfig:
-    """How many scenes, how large, which."""
+    """Settings of ``smalti samples``."""
 
     num_train: PositiveInt = 2000
     """Scenes for training."""
@@ -30,9 +30,9 @@ class SamplesConfig:
     size: Annotated[int, Field(ge=16, le=4096)] = 96
     """Side of the images in pixels."""
     kind: Literal["scenes", "sleep"] = "scenes"
-    """What is written: ``sleep`` is synthetic nights of EEG with their stages."""
+    """What to write: scenes, or synthetic nights of EEG with sleep stages (``sleep``)."""
     num_nights_train: PositiveInt = 24
-    """``sleep``: nights for training, a subject each."""
+    """``sleep``: nights for training, one per subject."""
     num_nights_val: PositiveInt = 8
     """``sleep``: nights for evaluation."""
     epochs: PositiveInt = 60

@@ -17,11 +17,11 @@ class Setting:
     """One setting, as the command line takes it."""
 
     key: str
-    """With the groups it stands in: ``optim.lr``."""
+    """Key with its groups: ``optim.lr``."""
     type: str
-    """Such as ``int >= 1 or null``."""
+    """Type in words, such as ``int >= 1 or null``."""
     default: str
-    """As it would be typed; empty where there is none."""
+    """Default as it would be typed; empty if there is none."""
     meaning: str
 
     @property
@@ -31,12 +31,12 @@ class Setting:
 
 
 def describe(cls: type, prefix: str = "", defaults: Mapping[str, Any] | None = None) -> Iterator[Setting]:
-    """All settings of a settings class and of the groups in it, in the order of their definition.
+    """All settings of a settings class and its groups, in the order of definition.
 
     Args:
         cls: decorated with :func:`smalti.config.settings`.
-        prefix: of the keys, such as ``method.``.
-        defaults: dotted keys (with the prefix) whose defaults are others than those of the class.
+        prefix: prefix of the keys, such as ``method.``.
+        defaults: defaults that override those of the class, by dotted key (with the prefix).
     """
     fields = getattr(cls, "__pydantic_fields__", {})
     groups = open_groups(cls)
@@ -59,7 +59,7 @@ def describe(cls: type, prefix: str = "", defaults: Mapping[str, Any] | None = N
 
 
 def _group(annotation: Any) -> type | None:
-    """The settings class in a field's type; None where there is none."""
+    """The settings class in a field's type; None if there is none."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and is_dataclass(candidate):
             return candidate
@@ -67,7 +67,7 @@ def _group(annotation: Any) -> type | None:
 
 
 def as_typed(value: Any) -> str:
-    """A value as it would be typed behind ``key=``.
+    """A value as it would be typed after ``key=``.
 
     Example:
         >>> as_typed(None), as_typed(True), as_typed((0.2, 1.0)), as_typed("auto")
@@ -80,8 +80,8 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """A type in words.
 
     Args:
-        annotation: of a field.
-        metadata: limits, as pydantic keeps them.
+        annotation: type annotation of a field.
+        metadata: limits, as stored by pydantic.
 
     Example:
         >>> type_text(int | None), type_text(tuple[float, ...]), type_text(Literal["fp32", "bf16"])
@@ -106,7 +106,7 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _limits(metadata: Sequence[Any]) -> str:
-    """Limits behind a type; technical upper ones, such as 64 bits, are left out."""
+    """Limits after a type; technical upper limits, such as 64 bits, are omitted."""
     found: dict[str, Any] = {}
     for item in (part for one in metadata for part in (*getattr(one, "metadata", ()), one)):
         for sign in ("ge", "gt", "le", "lt"):

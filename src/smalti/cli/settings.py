@@ -1,4 +1,4 @@
-"""``smalti settings``: every setting with type, default and meaning."""
+"""``smalti settings``: list settings with type, default and meaning."""
 
 import importlib
 import shutil
@@ -17,7 +17,7 @@ from smalti.registry import listed
 
 NAME = "settings"
 VERBS = ("embed", "evaluate", "export", "generate", "rank", "samples")
-"""Commands with settings of their own; ``own_settings`` of their modules gives them."""
+"""Commands with settings of their own, returned by ``own_settings`` of their modules."""
 
 
 def command(
@@ -58,7 +58,7 @@ def command(
 
 
 def run_settings(method: str | None = None) -> Iterable[Setting]:
-    """Settings of a training run; with a method its own, too, and the defaults that it has for the others."""
+    """Settings of a training run; with ``method``, also the method's own settings and its defaults for the others."""
     from smalti.methods.base import get_method
     from smalti.runs.config import RunConfig
 
@@ -74,7 +74,7 @@ def run_settings(method: str | None = None) -> Iterable[Setting]:
 
 
 def chosen(settings: list[Setting], what: str | None, method: str | None) -> list[Setting]:
-    """The settings of that key or group.
+    """The settings of a key or group.
 
     Raises:
         ConfigError: if there are none; the nearest name is suggested.
@@ -104,14 +104,14 @@ def chosen(settings: list[Setting], what: str | None, method: str | None) -> lis
 
 
 def methods_with(name: str) -> list[str]:
-    """Methods that have a setting of that name."""
+    """Methods that have a setting named ``name``."""
     from smalti.methods.base import get_method, method_names
 
     return [method for method in method_names() if name in field_names(get_method(method).Config)]
 
 
 def _text(setting: Setting) -> str:
-    """Key, type and default, and below it the meaning, folded into the width of the terminal."""
+    """Key, type and default, then the meaning on the next lines, wrapped to the width of the terminal."""
     columns = max(40, shutil.get_terminal_size().columns)
     head, meaning = (
         textwrap.fill(

@@ -1,4 +1,4 @@
-"""Tables on the screen, never with anything cut off."""
+"""Tables on the terminal, never truncated."""
 
 from typing import TYPE_CHECKING
 
@@ -9,8 +9,8 @@ _WIDEST = 10_000
 
 
 def print_table(table: "Table") -> None:
-    """Print a table whole: in a pipe or file as wide as it needs to be, a line per row; on a terminal folded between
-    words into the width, or as wide as its words need.
+    """Print a table without truncation: in a pipe or file as wide as needed, one line per row; on a terminal wrapped
+    between words to its width, or as wide as the longest words need.
     """
     from rich.console import Console
     from rich.measure import Measurement
@@ -35,7 +35,7 @@ def plain_table(*columns: str) -> "Table":
     """A table without lines.
 
     Args:
-        columns: heads.
+        columns: column headers.
     """
     from rich.table import Table
 

@@ -69,15 +69,15 @@ def command(
         given = {"a method": method, "--data": data, "--out": out, "--init": init, "--recipe": recipe}
         for name, value in given.items():
             if value is not None:
-                raise ConfigError(f"--resume takes everything from the run; leave out {name}")
+                raise ConfigError(f"--resume uses the settings of the run; leave out {name}")
         run = pretrain.resume(resume, overrides, quiet=quiet)
     else:
         run = pretrain.train(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
     if os.environ.get("RANK", "0") == "0":
-        _say_what_next(run)
+        _print_next_steps(run)
 
 
-def _say_what_next(run: Path) -> None:
+def _print_next_steps(run: Path) -> None:
     from smalti.cli.options import print_results
     from smalti.evaluation.result import read_results
     from smalti.methods.base import get_method
@@ -94,7 +94,7 @@ def _say_what_next(run: Path) -> None:
         elif last.is_file():
             baselines = [result for result in read_results(first) if result.is_baseline] if first.is_file() else []
             print_results([*read_results(last), *baselines])
-    except DataError as error:  # training is done, whatever became of its results
+    except DataError as error:  # training has finished even if its results can't be read
         warnings.warn(str(error), stacklevel=2)
     if (reference := read_run_file(run).get("reference")) is not None:
         sentence = str(reference["sentence"])
@@ -114,7 +114,9 @@ def _say_what_next(run: Path) -> None:
     if verdict is None and config.get("init"):
         print(f"not evaluated yet: smalti train --resume {run} eval.data=LABELLED evaluates before and after")
     weights = config.get("weights")
-    also = f" weights={weights}" if weights else ""  # else another network than the one that was evaluated
+    also = (
+        f" weights={weights}" if weights else ""
+    )  # else the commands would use another network than the evaluated one
     print(f"next:    smalti evaluate {chosen} --data LABELLED{also}")
     print(f"         smalti report {run}")
     print(f"         smalti export {chosen} to=timm --out DIR{also}")

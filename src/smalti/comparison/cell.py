@@ -1,7 +1,7 @@
-"""One cell of a comparison: an arm at a seed, trained and evaluated, in a process of its own.
+"""One cell of a comparison: an arm with one seed, trained and evaluated in its own process.
 
-A cell's folder is named by a digest of what determines its weights; in it every evaluation has a folder named by a
-digest of what determines that. What is finished is never done again; training that was cut short is resumed.
+A cell's folder is named by a digest of what determines its weights; in it, each evaluation has a folder named by a
+digest of its settings and data. Finished work is never repeated; interrupted training is resumed.
 ``python -m smalti.comparison.cell JOB.json PARENT`` runs one; :mod:`smalti.comparison.run` writes the jobs.
 """
 
@@ -23,7 +23,7 @@ import torch
 import smalti
 from smalti.config import Seed, build, merge, settings, to_tree
 from smalti.data.images.folders import ImageSet
-from smalti.errors import RunError, SmaltiError, machine_trouble
+from smalti.errors import RunError, SmaltiError, machine_error
 from smalti.evaluation.config import EvalConfig, determining
 from smalti.evaluation.details import write_details
 from smalti.evaluation.evaluate import evaluate
@@ -83,13 +83,13 @@ def is_trained(job: Job) -> bool:
 
 
 def digest(*parts: Any) -> str:
-    """Twelve letters that change with the parts: plain values."""
+    """Digest of plain values, 12 hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def images_digest(images: ImageSet) -> str:
-    """Changes with the names, sizes, labels, masks and splits of the files; not with where the folder lies."""
+    """Digest of the names, sizes, labels, masks and splits of the files; independent of the folder's location."""
     rows = []
     for sample in images.samples:
         files = [path for path in (sample.path, sample.mask, sample.instances) if path is not None]
@@ -102,7 +102,7 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
     config = resolve(tree)
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
     if plain["prr"] is None:
-        del plain["prr"]  # cells from before it was a setting are the same
+        del plain["prr"]  # cells written before this setting existed keep their digest
     if plain["method"].get("orders"):
         plain["method"] = {**plain["method"], "orders": _with_digest(plain["method"]["orders"])}
     plain["data"] = {name: value for name, value in plain["data"].items() if name not in ("path", "num_workers")}
@@ -128,16 +128,16 @@ def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> 
 
 
 def _with_digest(orders: str) -> str:
-    """A name of an order as it is; of a file of orders, what changes with what it holds."""
+    """The name of an order unchanged; a file of orders with a digest of its content."""
     path = Path(orders)
     return file_digest(path) if path.suffix == ".parquet" and path.is_file() else orders
 
 
 def run_cell(job: Job) -> None:
-    """Train, where that isn't done yet, and evaluate, each evaluation that isn't done yet.
+    """Train and evaluate, except for what is already done.
 
     Raises:
-        SmaltiError: what went wrong.
+        SmaltiError: if training or an evaluation fails.
     """
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,17 +152,17 @@ def run_cell(job: Job) -> None:
         if (target / RESULTS_FILE).is_file():
             continue
         started, cpu = time.perf_counter(), cpu_seconds()
-        # no score depends on groups: the tables resample them
+        # scores don't depend on groups: only the tables resample them
         own = {**entry["settings"], "seed": job.seed, "groups": None}
         config = build(EvalConfig, own, "evaluate")
-        progress = None if job.quiet else _say(job.name)
+        progress = None if job.quiet else _progress_printer(job.name)
         results = evaluate(encoder, job.name, entry["data"], config, progress=progress, figures=True)
         cost = {"wall_s": time.perf_counter() - started, "cpu_s": cpu_seconds() - cpu, "peak_mib": peak_mib()}
         cost["parameters"] = num_parameters(encoder)
         shutil.rmtree(target, ignore_errors=True)
         write_details(target / DETAILS, results)
         write_atomically(target / "cost.json", json.dumps(cost, indent=1))
-        write_results(target / RESULTS_FILE, results)  # last: a folder with it is whole
+        write_results(target / RESULTS_FILE, results)  # last: marks the folder as complete
 
 
 def _train(job: Job, folder: Path) -> None:
@@ -196,10 +196,10 @@ def _train(job: Job, folder: Path) -> None:
 
 
 def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path) -> int:
-    """Steps that fit into the time, measured once a cell and then kept, so that a resumed cell has the same."""
+    """Steps that fit into the time; measured once per cell and stored, so that a resumed cell uses the same number."""
     kept = folder / "steps.json"
     if kept.is_file():
-        with reading(kept, "the steps of a cell", RunError, "remove it, and they are measured again"):
+        with reading(kept, "the steps of a cell", RunError, "remove it to measure them again"):
             return int(json.loads(kept.read_bytes())["steps"])
     config = resolve(merge(tree, {"steps": 1000}))
     device = torch.device(resolve_devices(config.devices).kind)
@@ -283,7 +283,7 @@ def _name_and_size(path: Path) -> tuple[str, int]:
     return path.name, size
 
 
-def _say(name: str) -> Any:
+def _progress_printer(name: str) -> Any:
     last = [0.0]
 
     def progress(what: str, done: int, total: int) -> None:
@@ -295,11 +295,11 @@ def _say(name: str) -> Any:
 
 
 def main(path: str, parent: int) -> int:
-    """Run the job in a file; what went wrong is written to the cell's folder. Returns the exit code.
+    """Run the job in a file and return the exit code; an error is written to the cell's folder.
 
     Args:
-        path: the job, as JSON.
-        parent: number of the process that compares; this one ends with it.
+        path: JSON file of the job.
+        parent: process id of the comparison; this process ends when the comparison does.
     """
     end_with(parent)
     protect_streams()
@@ -313,7 +313,7 @@ def main(path: str, parent: int) -> int:
         write_atomically(failed, f"{error}\n")
         return 2
     except Exception as error:
-        if (line := machine_trouble(error)) is not None:
+        if (line := machine_error(error)) is not None:
             write_atomically(failed, f"{line}\n")
             return 2
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""What a comparison found."""
+"""Results of a comparison."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm at a seed."""
+    """An arm with one seed."""
 
     arm: str
     seed: int
@@ -57,7 +57,7 @@ class Cell:
         """Results of one evaluation of the plan, by index.
 
         Raises:
-            DataError: if it isn't there any more.
+            DataError: if it no longer exists.
         """
         return _results(self.folder / self.evaluations[number])
 
@@ -65,7 +65,7 @@ class Cell:
         """Results of the same evaluation for the network before training; empty for arms that aren't trained.
 
         Raises:
-            DataError: if it isn't there any more.
+            DataError: if it no longer exists.
         """
         if self.baseline is None:
             return []

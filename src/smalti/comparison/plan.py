@@ -1,4 +1,4 @@
-"""The plan of a comparison (arms, evaluation data, budget), and a job for every cell."""
+"""The plan of a comparison (arms, evaluation data, budget) and the jobs that follow from it."""
 
 import dataclasses
 import math
@@ -72,7 +72,7 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     """Read a plan from a YAML file or a dict; missing relative paths are resolved against the file's folder.
 
     Raises:
-        ConfigError: for what can't be used, with one line.
+        ConfigError: if the plan is invalid.
     """
     if isinstance(source, Mapping):
         tree, where, folder = dict(source), "plan", Path()
@@ -81,14 +81,14 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
         tree, where, folder = read_yaml(path), str(path), path.parent
     plan = build(Plan, tree, where)
     if not plan.arms:
-        raise ConfigError(f"{where}: no arms; name at least two things to compare")
+        raise ConfigError(f"{where}: no arms; give at least two to compare")
     if not plan.evaluate:
-        raise ConfigError(f"{where}: evaluate is empty; give what to judge by, such as [{{data: DIR}}]")
+        raise ConfigError(f"{where}: evaluate is empty; name evaluation data, such as [{{data: DIR}}]")
     if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
-        raise ConfigError(f"{where}: seeds={list(plan.seeds)}: different numbers are needed, at least one")
+        raise ConfigError(f"{where}: seeds={list(plan.seeds)}: at least one seed is needed, and no seed twice")
     trained = [name for name, arm in plan.arms.items() if taken(arm) is None]
     if trained and not plan.data:
-        raise ConfigError(f"{where}: arm '{trained[0]}' is to be trained, but no images are named; give data: DIR")
+        raise ConfigError(f"{where}: arm '{trained[0]}' is trained, but no training images are named; give data: DIR")
     if trained and (len(plan.budget) != 1 or next(iter(plan.budget)) not in BUDGETS):
         raise ConfigError(f"{where}: budget={dict(plan.budget)}: exactly one of {', '.join(BUDGETS)} is needed")
     if trained and not next(iter(plan.budget.values())) > 0:
@@ -123,12 +123,12 @@ def taken(arm: Mapping[str, Any]) -> str | None:
 def load_job(arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, what: Mapping[str, Any]) -> Job:
     for key in arm:
         if key not in LOAD_KEYS:
-            raise ConfigError(unknown_key(key, LOAD_KEYS, "an arm with load is taken as it is and"))
+            raise ConfigError(unknown_key(key, LOAD_KEYS, "an arm with load is not trained and"))
     spec = str(taken(arm))
     fit = dict(arm["load"]) if isinstance(arm["load"], Mapping) else {}
     fit = {key: value for key, value in {**fit, "weights": arm.get("weights")}.items() if key != "name"}
     if build(LoadConfig, fit, group="load") != LoadConfig() and spec == RANDOM:
-        raise ConfigError("load: random has no weights that load.* or weights could apply to; leave them out")
+        raise ConfigError("load: random loads no weights, so load.* and weights have no effect; leave them out")
     fit["network"] = fit.pop("weights")
     options = {key: value for key, value in {**fit, "pool": arm.get("pool")}.items() if value is not None}
     parts: list[Any] = [weights_digest(spec), options, smalti.__version__]
@@ -153,7 +153,9 @@ def train_job(
     tree = merge(merge(read_yaml(find_recipe(recipe)) if recipe else {}, plan.settings), own)
     for key in ("steps", "seed"):
         if key in own or key in plan.settings:
-            raise ConfigError(f"{key}={own.get(key, plan.settings.get(key))}: the plan's budget and seeds set this")
+            raise ConfigError(
+                f"{key}={own.get(key, plan.settings.get(key))}: is set by the plan's budget and seeds; leave it out"
+            )
     (kind, amount) = next(iter(plan.budget.items()))
     tree = merge(tree, {"seed": seed, "data": {"path": plan.data}})
     if kind == "steps":
@@ -162,7 +164,9 @@ def train_job(
     check_start(config)
     split_batch(config.batch_size, config.micro_batch, num_processes(config.devices))
     if config.eval.patience:
-        raise ConfigError(f"eval.patience={config.eval.patience}: the plan's budget says how long arms train")
+        raise ConfigError(
+            f"eval.patience={config.eval.patience}: the plan's budget sets the length of training; leave it out"
+        )
     if kind == "images":
         tree["steps"] = math.ceil(amount / config.batch_size)
     budget = {kind: amount}

@@ -84,19 +84,19 @@ def compare(
 
     Args:
         plan: a YAML file, a tree, or what :func:`read_plan` made of one.
-        out: a folder for cells and tables; what is finished in it is not done again.
+        out: a folder for cells and tables; finished cells in it are reused.
         quiet: show no progress.
-        isolate: a process a cell, which measures its peak memory and keeps a crash to itself. Without, cells run in
-            this process: quicker to start, and the peak is that of everything so far.
+        isolate: run each cell in its own process, which measures its peak memory and contains a crash. Otherwise cells
+            run in this process: quicker to start, but the peak is that of all cells so far.
 
     Raises:
-        ConfigError, DataError: for a plan that can't be used.
-        RunError: if no arm came through.
+        ConfigError, DataError: if the plan is invalid.
+        RunError: if all arms failed.
     """
     plan = plan if isinstance(plan, Plan) else read_plan(plan)
     folder = Path(out).expanduser()
     if not is_free(folder) and not (folder / PLAN_FILE).is_file():
-        raise ConfigError(f"{folder}: is not empty and holds no comparison; choose another --out")
+        raise ConfigError(f"{folder}: is not empty and not a comparison; choose another --out")
     check_folder(folder)
     started = time.time()
     for entry in plan.evaluate:
@@ -116,14 +116,14 @@ def compare(
         write_yaml(folder / PLAN_FILE, to_tree(plan))
         cells = _run_all(plan, arms, failures, quiet, isolate)
     if not cells:
-        raise RunError(f"{folder}: no arm came through; {'; '.join(f'{name}: {e}' for name, e in failures.items())}")
+        raise RunError(f"{folder}: all arms failed; {'; '.join(f'{name}: {e}' for name, e in failures.items())}")
     rows = _rows(plan, cells)
     info = {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "took_s": round(time.time() - started, 1),
         "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of images "
-        f"{'(of whole groups, where they are known) ' if any('groups' in row.score.over for row in rows) else ''}"
-        "and seeds; seeds widened by sqrt(S/(S-1)) and Student's quantile; each comparison by itself",
+        f"{'(of groups, if defined) ' if any('groups' in row.score.over for row in rows) else ''}"
+        "and seeds; seeds widened by sqrt(S/(S-1)) and Student's quantile; no correction for multiple comparisons",
         "few_seeds": few_seeds(len(plan.seeds)),
         **describe_machine(),
     }
@@ -260,7 +260,7 @@ def _run(job: Job, isolate: bool) -> str:
     write_atomically(path, json.dumps(to_tree(job), indent=1))
     command = [sys.executable, "-m", "smalti.comparison.cell", str(path), str(os.getpid())]
     code, asked = run_process(command, {**os.environ, "PYTHONUNBUFFERED": "1"})
-    if code in STOPPED and not asked:  # somebody has stopped the cell, not the comparison
+    if code in STOPPED and not asked:  # the cell was stopped from outside, not the comparison
         asked = signal.SIGINT if code == STOPPED[0] else signal.SIGTERM
     if asked:
         raise Interrupted(asked, f"interrupted by {signal.Signals(asked).name}; the same command resumes")
@@ -274,7 +274,7 @@ def _run(job: Job, isolate: bool) -> str:
 
 
 def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
-    """Every metric of every arm, with intervals: differences from the plan's first arm, gains over the arm's network
+    """Every metric of every arm with intervals: differences to the plan's first arm, gains over the arm's network
     before training."""
     found: dict[tuple[int, str, str], dict[str, dict[int, Result]]] = {}
     before: dict[tuple[int, str], dict[str, dict[int, Result]]] = {}
@@ -299,14 +299,14 @@ def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
 
 def _cost(cells: Sequence[Cell]) -> Cost:
     """Mean over the cells of an arm."""
-    trained, judged = [], []
+    trained, evaluated = [], []
     parameters = 0
     for cell in cells:
         if (cell.folder / TRAINED).is_file():
             trained.append(read_mapping(cell.folder / TRAINED, error=RunError))
         for key in cell.evaluations:
-            judged.append(read_mapping(cell.folder / key / "cost.json", error=RunError))
-            parameters = int(judged[-1].get("parameters", parameters))
+            evaluated.append(read_mapping(cell.folder / key / "cost.json", error=RunError))
+            parameters = int(evaluated[-1].get("parameters", parameters))
 
     def mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
         return float(np.mean([row[key] for row in rows])) if rows else 0.0
@@ -317,8 +317,8 @@ def _cost(cells: Sequence[Cell]) -> Cost:
         wall_s=mean(trained, "wall_s"),
         cpu_s=mean(trained, "cpu_s"),
         gpu_s=mean(trained, "gpu_s"),
-        peak_mib=max((row["peak_mib"] for row in trained or judged), default=0.0),
-        eval_s=mean(judged, "wall_s") * len(judged) / max(len(cells), 1),
+        peak_mib=max((row["peak_mib"] for row in trained or evaluated), default=0.0),
+        eval_s=mean(evaluated, "wall_s") * len(evaluated) / max(len(cells), 1),
         parameters=parameters,
         is_partial=any(row["resumed"] for row in trained),
     )

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.views import SampleViews
-from smalti.errors import ConfigError, RunError, machine_trouble
+from smalti.errors import ConfigError, RunError, machine_error
 from smalti.reading import reason
 from smalti.threads import usable_cores
 
@@ -127,7 +127,7 @@ def load_items(
         except StopIteration:
             return
         except (OSError, EOFError, RuntimeError) as error:
-            line = (_lost_worker(error) if num_workers else None) or machine_trouble(error)
+            line = (_lost_worker(error) if num_workers else None) or machine_error(error)
             if line is None:
                 raise
             raise RunError(line) from error

@@ -1,8 +1,8 @@
-"""COCO's average precision of boxes and outlines, counted by faster-coco-eval; nothing of it is computed here.
+"""COCO's average precision of boxes and masks, computed by faster-coco-eval.
 
 Source: Lin et al., COCO, arXiv:1405.0312, and the evaluation on its site: 101 points of recall, 10 overlaps from 0.5 to
-0.95, at most 100 detections an image, objects of up to 32^2, up to 96^2 and more pixels; what lies in a crowd counts
-neither way.
+0.95, at most 100 detections per image, objects of up to 32^2, up to 96^2 and more pixels; detections in a crowd count
+neither as correct nor as wrong.
 Letters: n detections in an image, K classes, H x W an image in pixels.
 """
 
@@ -19,8 +19,8 @@ from smalti.errors import DataError, MissingExtraError
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 UNIT = "average precision, higher is better"
 MOST = 100
-"""Detections of an image that count."""
-_IOU50 = 0  # place among the overlaps
+"""Maximum number of detections per image."""
+_IOU50 = 0  # index of IoU 0.5 among the thresholds
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Detections:
     scores: np.ndarray
     """``(n,)``."""
     outlines: tuple[dict[str, Any], ...] | None = None
-    """Run-length codes of their pixels, from :func:`encode_masks`; None for boxes alone."""
+    """Run-length encoded masks, from :func:`encode_masks`; None for boxes only."""
 
 
 def need_extra() -> Any:
-    """The library that counts.
+    """Import faster-coco-eval.
 
     Raises:
         MissingExtraError: if it isn't installed.
@@ -57,14 +57,14 @@ def average_precision(
     """AP of one kind over a set of images.
 
     Args:
-        truth: their objects; crowds are passed on as such.
-        found: in the same order.
+        truth: true objects of each image, including crowds.
+        found: detections of each image, in the same order.
         num_classes: K.
-        kind: ``bbox`` compares boxes; ``segm`` outlines, which objects and detections then must have.
+        kind: ``bbox`` compares boxes; ``segm`` compares masks, which all objects and detections must have.
 
     Returns:
-        The :data:`NAMES` and their values, NaN where no object of that size is there; and ``ap`` and ``ap50`` of each
-        class, ``(K,)``, NaN for classes without an object.
+        Values of :data:`NAMES`, NaN if there is no object of that size; and ``ap`` and ``ap50`` of each class,
+        ``(K,)``, NaN for classes without objects.
     """
     library = need_extra()
     images = [{"id": n, "height": image.height, "width": image.width} for n, image in enumerate(truth)]
@@ -74,7 +74,7 @@ def average_precision(
         for item in image.objects:
             x0, y0, x1, y1 = item.box
             entry = {
-                "id": len(annotations) + 1,  # 0 would be "no match"
+                "id": len(annotations) + 1,  # 0 means "no match"
                 "image_id": number,
                 "category_id": item.label,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
@@ -98,11 +98,11 @@ def average_precision(
             results.append(entry)
     categories = [{"id": label, "name": str(label)} for label in range(num_classes)]
     table = library.COCO({"info": {}, "images": images, "annotations": annotations, "categories": categories})
-    judge = library.COCOeval_faster(table, table.loadRes(results), kind)
-    judge.run()
-    stats = [float(value) for value in judge.stats[: len(NAMES)]]
+    evaluator = library.COCOeval_faster(table, table.loadRes(results), kind)
+    evaluator.run()
+    stats = [float(value) for value in evaluator.stats[: len(NAMES)]]
     metrics = {name: value if value >= 0 else math.nan for name, value in zip(NAMES, stats, strict=True)}
-    precision = np.asarray(judge.eval["precision"])[:, :, :, 0, -1]  # (10, 101, K)
+    precision = np.asarray(evaluator.eval["precision"])[:, :, :, 0, -1]  # (10, 101, K)
     return metrics, {"ap": _known_mean(precision), "ap50": _known_mean(precision[_IOU50 : _IOU50 + 1])}
 
 
@@ -113,13 +113,13 @@ def _known_mean(precision: np.ndarray) -> np.ndarray:
 
 
 def encode_masks(masks: np.ndarray) -> tuple[dict[str, Any], ...]:
-    """``(n, H, W)`` bool -> a run-length code each."""
+    """``(n, H, W)`` bool -> run-length encoded masks."""
     codes = need_extra().core.mask
     return tuple(codes.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks)
 
 
 def run_lengths(item: CocoObject, height: int, width: int) -> dict[str, Any]:
-    """The run-length code of an object's outline, whether the file has polygons or runs.
+    """The run-length encoded mask of an object, from polygons or run lengths.
 
     Raises:
         DataError: if the outline can't be used.
@@ -130,7 +130,7 @@ def run_lengths(item: CocoObject, height: int, width: int) -> dict[str, Any]:
         if isinstance(outline, list):
             return codes.merge(codes.frPyObjects(outline, height, width))
         if list(outline["size"]) != [height, width]:
-            raise ValueError(f"it is of {outline['size']}, its image has {[height, width]}")
+            raise ValueError(f"its size is {outline['size']}, that of the image {[height, width]}")
         return codes.frPyObjects(outline, height, width) if isinstance(outline["counts"], list) else dict(outline)
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise DataError(f"the outline of the object at {_spell(item)} can't be used ({error})") from None
@@ -145,12 +145,12 @@ def outline_mask(item: CocoObject, height: int, width: int) -> np.ndarray:
     codes = run_lengths(item, height, width)
     try:
         return np.asarray(need_extra().core.mask.decode(codes))
-    except ValueError as error:  # lengths that don't fill the image
+    except ValueError as error:  # run lengths that don't fill the image
         raise DataError(f"the outline of the object at {_spell(item)} can't be used ({error})") from None
 
 
 def has_outline(item: CocoObject) -> bool:
-    """Whether there is an outline of the right form: polygons of at least three corners, or run lengths."""
+    """Whether there is a valid outline: polygons of at least three corners, or run lengths."""
     outline = item.outline
     if isinstance(outline, dict):
         return bool(outline.get("counts")) and "size" in outline

@@ -46,7 +46,7 @@ class EvalConfig(PixelConfig):
     """Side of the images in pixels, a multiple of the patch size; None: the preset's, else the encoder's own."""
     preset: Preset = "small"
     """Sizes and conventions: ``small`` takes minutes on a CPU; ``full`` has the published sizes and our conventions;
-    ``paper`` has the published code's conventions, too, for comparison with published numbers."""
+    ``paper`` also has the published code's conventions, for comparison with published numbers."""
     pool: Pool = "auto"
     """Image vector: ``cls`` token, ``avg`` (mean patch token), ``prr``, ``map``, or ``auto``: the encoder's own
     (linear-probe: class token, and prr or map where the encoder uses them; finetune: mean patch token)."""
@@ -119,7 +119,7 @@ def _typed(cls: type, name: str, value: Any) -> Any:
     """A protocol's settings from plain values.
 
     Raises:
-        ConfigError: for the first key or value that can't be used.
+        ConfigError: for an unknown key or an invalid value.
     """
     if isinstance(value, cls):
         return value
@@ -133,7 +133,7 @@ def determining(config: EvalConfig, costless: Collection[str]) -> dict[str, Any]
 
     Args:
         config: the settings.
-        costless: names of those that change no score.
+        costless: names of settings that change no score.
     """
     names = [name for name in field_names(EvalConfig) if name not in (*costless, OWN)]
     shared = {name: to_tree(getattr(config, name)) for name in names}

@@ -31,15 +31,15 @@ def upsampling(side: int, size: int) -> Float[Tensor, "M h"]:
 
 
 def ignored_value(num_classes: int) -> int:
-    """The value of pixels that count for nothing: 255, or -1 (none) where 255 is a class."""
+    """The value of ignored pixels: 255, or -1 (none) if 255 is a class."""
     return IGNORE if num_classes <= IGNORE else -1
 
 
 def read_masks(images: ImageSet, num_classes: int, size: int) -> Integer[Tensor, "n M M"]:
-    """Masks of all images by nearest pixel; those of unreadable images are never looked at and hold zeros.
+    """Masks of all images, resized by nearest pixel; those of unreadable images are never used and hold zeros.
 
     Raises:
-        DataError: if the mask of a readable image is missing, damaged, or holds a value beyond the classes.
+        DataError: if the mask of a readable image is missing, damaged, or has a value that isn't a class.
     """
     masks = torch.zeros(len(images), size, size, dtype=torch.uint8 if num_classes <= IGNORE else torch.int64)
     for place, sample in enumerate(images.samples):
@@ -50,11 +50,11 @@ def read_masks(images: ImageSet, num_classes: int, size: int) -> Integer[Tensor,
 
 
 def unlabelled_of(images: ImageSet, masks: Integer[Tensor, "n M M"], ignore: int, called: str) -> list[int]:
-    """Places of the evaluated images whose masks, as :func:`read_masks` gives them, have no labelled pixel, with a
-    warning.
+    """Indices of the evaluated images whose masks from :func:`read_masks` have no labelled pixel; warns about them.
+
 
     Raises:
-        DataError: if none has a label.
+        DataError: if no mask has a labelled pixel.
     """
     places = (masks == ignore).flatten(1).all(1).nonzero()[:, 0].tolist()
     if len(places) == len(images):
@@ -68,14 +68,14 @@ def warn_unlabelled(images: ImageSet, places: Sequence[int], called: str) -> Non
     if places:
         first = images.samples[places[0]].path.name
         warnings.warn(
-            f"{images.root}: {len(places)} of {len(images)} {called} have no labelled pixel and are left out "
+            f"{images.root}: {len(places)} of {len(images)} {called} have no labelled pixel and are skipped "
             f"(the first is {first})",
-            stacklevel=1,  # the same place for all
+            stacklevel=1,  # the same location for all
         )
 
 
 def mask_of_readable(sample: ImageSample, num_classes: int) -> np.ndarray | None:
-    """The mask, or None where it is the image that can't be read."""
+    """The mask; None if the image can't be read."""
     try:
         return read_mask(sample, num_classes)
     except DataError:
@@ -131,13 +131,13 @@ def augmented_tokens(
 def crop_and_flip(
     image: np.ndarray, mask: np.ndarray, *, size: int, mask_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same random part of an image and its mask, mirrored half of the time.
+    """The same random crop of an image and its mask, mirrored with probability 0.5.
 
     Args:
         image: ``(H, W, C)``.
         mask: ``(H, W)``.
-        size: side of the image that comes out; antialiased bicubic, where the papers' code is bilinear.
-        mask_size: side of the mask that comes out; by nearest pixel.
+        size: side of the resulting image; antialiased bicubic (the papers' code: bilinear).
+        mask_size: side of the resulting mask; nearest pixel.
         rng: source of randomness.
     """
     top, left, height, width = random_resized_crop(rng, mask.shape[0], mask.shape[1], CROP_AREA, CROP_ASPECT)

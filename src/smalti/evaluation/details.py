@@ -35,7 +35,7 @@ _VOID = 65535
 
 
 def write_details(folder: Path, results: Sequence[Result]) -> None:
-    """Write the details of results; those without any are left out. The index comes last: a folder with it is whole."""
+    """Write the details of results that have any. The index is written last, so a folder with it is complete."""
     index = []
     shown: dict[int, str] = {}
     for number, result in enumerate(results):
@@ -75,14 +75,14 @@ def write_details(folder: Path, results: Sequence[Result]) -> None:
 
 
 def read_details(folder: Path, results: Sequence[Result]) -> list[Result]:
-    """Results with the details that :func:`write_details` wrote.
+    """Add details written by :func:`write_details` to results.
 
     Raises:
-        DataError: if the folder isn't of that form.
+        DataError: if the folder doesn't hold such details.
     """
     with reading(folder, "a folder of details"):
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        once = cache(lambda text: _read_shown(folder, json.loads(text)))  # several results can use the same one
+        once = cache(lambda text: _read_shown(folder, json.loads(text)))  # several results can share one
         found = {}
         for entry in index:
             shown = once(json.dumps(entry["shown"])) if entry.get("shown") else None
@@ -207,7 +207,7 @@ def _boxes(entry: dict[str, Any]) -> Boxes:
 
 
 def _confusion_csv(details: Details) -> str:
-    """Ground truth down, prediction across."""
+    """Rows: ground truth; columns: prediction."""
     assert details.confusion is not None
     names = [details.classes[i] if i < len(details.classes) else str(i) for i in range(len(details.confusion))]
     text = io.StringIO()
@@ -224,7 +224,7 @@ def _rgb_png(picture: np.ndarray) -> bytes:
 
 
 def _png(classes: np.ndarray) -> bytes:
-    """Values up to 255 with a palette, so that people see classes in any viewer; else 16 bit."""
+    """Values up to 255 as a palette image, so that any viewer shows the classes; else 16 bit."""
     if classes.max(initial=0) < 256:
         image = Image.frombytes("P", (classes.shape[1], classes.shape[0]), classes.astype(np.uint8).tobytes())
         image.putpalette(palette(256).tobytes())

@@ -18,7 +18,7 @@ from smalti.evaluation.context import EvaluationContext, Progress, own_head
 from smalti.evaluation.features import Features
 from smalti.evaluation.intervals import group_images
 from smalti.evaluation.protocol import Need, Protocol, _registry, find_protocol, protocol_names
-from smalti.evaluation.result import SHARE, Baseline, Details, Result
+from smalti.evaluation.result import FRACTION, Baseline, Details, Result
 from smalti.evaluation.shown import show
 from smalti.models.build import encoder_from_config
 from smalti.models.encoder import Encoder, eval_mode
@@ -29,7 +29,7 @@ _KINDS: Mapping[Need, LabelKind] = {"labels": "labels", "masks": "masks", "boxes
 def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
     """Names of the default protocols that the layout of the data supports, in alphabetical order.
 
-    Data with neither labels nor masks get those that need none.
+    Data without labels and masks get the protocols that need none.
     """
     protocols = [_registry()[name] for name in protocol_names()]
     if is_signals(data):
@@ -50,26 +50,26 @@ def evaluate(
 ) -> list[Result]:
     """Evaluate an encoder and its baseline with the protocols of ``config``.
 
-    The encoder comes back as it was: each submodule in its own train or eval mode, weights untouched, and no global
-    random state is drawn from.
+    The encoder's weights and the train or eval mode of each submodule are unchanged afterwards, as is the global random
+    state.
 
     Args:
-        encoder: on the device where it shall run.
-        name: of the encoder in the results.
-        data: labelled images, as in ``EvalConfig.data``, which is not read here.
+        encoder: on the device to run on.
+        name: name of the encoder in the results.
+        data: labelled images, as in ``EvalConfig.data``; overrides ``config.data``.
         config: settings of all protocols.
-        baseline: what the scores are compared with; None: the encoder alone. ``smalti.evaluate`` finds it.
+        baseline: baseline to compare with, which ``smalti.evaluate`` finds; None: evaluate only the encoder.
         progress: called as ``progress(what, done, total)`` from time to time.
-        figures: also keep what pages show of a few images, in ``details.shown``.
+        figures: also store figures of a few images for report pages, in ``details.shown``.
 
     Returns:
         One result per protocol in the order of ``config.protocols``, each followed by that of the baseline, if there
         is one, with its kind in ``baseline``.
 
     Raises:
-        ConfigError: for an unknown protocol, or a setting that can't be used.
+        ConfigError: for an unknown protocol or an invalid setting.
         DataError: if the data lacks what a protocol needs.
-        ShapeError: if the patch size does not divide the image size, or the encoder wants other channels.
+        ShapeError: if the patch size does not divide the image size, or the encoder needs other channels.
     """
     protocols = [
         find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config.class_depth)
@@ -110,12 +110,12 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled[Any]]:
         if (protocol.need == "stages") != of_signals:
             wanted, there = ("signals", "images") if protocol.need == "stages" else ("images", "signals")
             raise DataError(
-                f"{data}: protocol {protocol.name} needs {wanted}, these are {there}"
-                + ("; signals=PATH forces them to be read as such" if not of_signals else "")
+                f"{data}: protocol {protocol.name} needs {wanted}, but the data are {there}"
+                + ("; write signals=PATH to read them as signals" if not of_signals else "")
             )
     if of_signals:
         if config.train_size is not None:
-            raise ConfigError("eval.train_size is for images; for recordings set eval.sleep-staging.fractions")
+            raise ConfigError("eval.train_size only applies to images; for recordings set eval.sleep-staging.fractions")
         split_seed = config.seed if config.split_seed is None else config.split_seed
         signal = config.signal or SignalConfig()
         signals = open_labelled_signals(data, signal, split=config.split, seed=split_seed)
@@ -125,7 +125,7 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled[Any]]:
     images = (
         open_images(data, class_depth=config.class_depth) if any(protocol.prefers for protocol in protocols) else None
     )
-    # without a train split or class names, what is only preferred can't be opened
+    # preferred but not needed; can't be opened without a train split or class names
     has = _has(images) if images and images.classes and (not images.splits or "train" in images.splits) else ()
     needs = dict.fromkeys(_source(protocol, has) for protocol in protocols)
     seed = config.seed if config.split_seed is None else config.split_seed
@@ -149,7 +149,9 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled[Any]]:
             need == "images" :
         ]:
             if not len(images):
-                raise DataError(f"{data}: no {called}; an evaluation learns from train and is about another split")
+                raise DataError(
+                    f"{data}: no {called}; an evaluation needs a train split and another split to evaluate on"
+                )
     if config.groups is not None:
         for labelled in sets.values():
             group_images(labelled.test.names, config.groups)
@@ -179,10 +181,10 @@ def open_unlabelled(data: str, split: str | None = None, pixels: PixelConfig = N
     images = open_images(data).with_pixels(pixels)
     held_out = [name for name in ("val", "test") if name in images.splits]
     name = split or (held_out[0] if held_out else None)
-    judged = images.subset(name) if name else images
+    evaluated = images.subset(name) if name else images
     nothing = dataclasses.replace(images, samples=())
-    note = f"no labels needed: {name or 'all images'} ({len(judged)})"
-    return Labelled(nothing, judged, (), note, split=name or "")
+    note = f"no labels needed: {name or 'all images'} ({len(evaluated)})"
+    return Labelled(nothing, evaluated, (), note, split=name or "")
 
 
 def random_baseline(encoder: Encoder, seed: int) -> Baseline:
@@ -195,7 +197,7 @@ def random_init(encoder: Encoder, seed: int) -> Encoder:
     shape = {key: value for key, value in encoder.config().items() if key not in ("fixed_positions", "position_field")}
     made = encoder_from_config(shape, seed)
     head = encoder.class_head
-    if head is not None:  # no classes: only the patch order, the same for both
+    if head is not None:  # only the patch order matters here, which is the same for both
         made.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
     return made.to(next(encoder.parameters()).device)
 
@@ -230,40 +232,14 @@ def _evaluate_encoder(
             need = _source(protocol, sets)
             source = features[need]
             scores = protocol.run(source, config)
-            shared = {
-                "architecture": encoder.name,
-                "weights": encoder.source or "as given",
-                "fitted": [] if encoder.report is None else [*encoder.report.resampled, *encoder.report.notes],
-                "pos_resampling": encoder.pos_resampling._asdict(),
-                "split": sets[need].note,
-                "evaluated": source.evaluated,
-                "num_train": len(source.data.train),
-                "num_test": len(source.data.test),
-                "num_unreadable": len(source.skipped),
-                "num_unreadable_evaluated": len(source.skipped.keys() & set(map(str, source.data.test.paths))),
-                "num_classes": len(source.data.classes),
-                "layout": source.data.test.layout,
-                "seed": config.seed,
-            }
-            if encoder.position_field is not None:
-                shared["position_field"] = encoder.position_field.config()
-            if protocol.takes_norm:
-                shared["tokens"] = "after the final norm" if config.norm else "of the last block, without final norm"
-            if source.data.test.label_note is not None:
-                shared["labels"] = source.data.test.label_note
-            if need == "labels" and source.data.missing:
-                shared["classes_without_images"] = list(source.data.missing)
-            if source.data.drawn:
-                shared["train_images"] = source.data.train.names
-            if config.groups is not None:
-                shared["groups"] = config.groups
+            shared = _common_settings(encoder, protocol, source, need, sets[need].note, config)
             results.append(
                 Result(
                     protocol=protocol.name,
                     encoder=name,
                     data=data,
                     metrics=scores.metrics,
-                    units={**dict.fromkeys(scores.metrics, SHARE), **scores.units},
+                    units={**dict.fromkeys(scores.metrics, FRACTION), **scores.units},
                     settings={**shared, **scores.settings},
                     per_class=scores.per_class,
                     details=Details(
@@ -314,6 +290,40 @@ def _context(
         },
         own_heads=own_heads,
     )
+
+
+def _common_settings(
+    encoder: Encoder, protocol: Protocol, source: EvaluationContext[Any], need: Need, note: str, config: EvalConfig
+) -> dict[str, Any]:
+    """Settings stored with the results of all protocols; ``note`` describes the split."""
+    settings: dict[str, Any] = {
+        "architecture": encoder.name,
+        "weights": encoder.source or "as given",
+        "fitted": [] if encoder.report is None else [*encoder.report.resampled, *encoder.report.notes],
+        "pos_resampling": encoder.pos_resampling._asdict(),
+        "split": note,
+        "evaluated": source.evaluated,
+        "num_train": len(source.data.train),
+        "num_test": len(source.data.test),
+        "num_unreadable": len(source.skipped),
+        "num_unreadable_evaluated": len(source.skipped.keys() & set(map(str, source.data.test.paths))),
+        "num_classes": len(source.data.classes),
+        "layout": source.data.test.layout,
+        "seed": config.seed,
+    }
+    if encoder.position_field is not None:
+        settings["position_field"] = encoder.position_field.config()
+    if protocol.takes_norm:
+        settings["tokens"] = "after the final norm" if config.norm else "of the last block, without final norm"
+    if source.data.test.label_note is not None:
+        settings["labels"] = source.data.test.label_note
+    if need == "labels" and source.data.missing:
+        settings["classes_without_images"] = list(source.data.missing)
+    if source.data.drawn:
+        settings["train_images"] = source.data.train.names
+    if config.groups is not None:
+        settings["groups"] = config.groups
+    return settings
 
 
 def _warn_unused(protocols: Sequence[Protocol], config: EvalConfig) -> None:

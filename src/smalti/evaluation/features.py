@@ -1,6 +1,6 @@
 """Features of an encoder on labelled data, computed once and shared by the protocols.
 
-Letters: n images, N patches an image, D embed_dim.
+Letters: n images, N patches per image, D embed_dim.
 """
 
 import abc
@@ -23,13 +23,13 @@ from smalti.models.pooling import PatchFeatures, pool_features
 
 Split = Literal["train", "test"]
 DENSE_SIZE = 448
-"""Side of the images of dense protocols in pixels, at most, where none is chosen: that of the papers."""
+"""Default image size of dense protocols, at most: that of the papers."""
 ATTENTIVE = ("map", "prr")
 """Poolings that need all tokens of an image."""
 
 
 class Observer(abc.ABC):
-    """Watches the encoder while all test images pass through it once, in their order, for :meth:`Features.tokens`."""
+    """Observes the encoder while it encodes all test images once, in order, for :meth:`Features.tokens`."""
 
     @abc.abstractmethod
     def watch(self, encoder: Encoder, size: int, images: ImageSet) -> contextlib.AbstractContextManager[object]:
@@ -37,19 +37,19 @@ class Observer(abc.ABC):
 
     @abc.abstractmethod
     def saw(self, places: Sequence[int]) -> None:
-        """A batch has passed: the places of its images in the test set."""
+        """Called after each batch with the indices of its images in the test set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures:
-    """One vector an image, pooled in every way that needs no more than the mean patch, and in one that needs all."""
+    """One vector per image, for all poolings that need only the mean patch, and for one that needs all tokens."""
 
     pooled: PatchFeatures
-    """Mean patch as the only patch, prefix tokens as they are."""
+    """Prefix tokens, and the mean patch as the only patch."""
     labels: Int[Tensor, " n"]
-    """Class of each image that could be read."""
+    """Class of each readable image."""
     places: tuple[int, ...]
-    """Their places in the split."""
+    """Indices of the readable images in the split."""
     has_class_token: bool
     auto: str
     """The encoder's own pooling."""
@@ -71,10 +71,10 @@ class ImageFeatures:
 
 
 class PatchTokens:
-    """Patch tokens of one split, kept in memory or computed again at each pass.
+    """Patch tokens of one split, cached in memory or recomputed in each pass.
 
-    Either way they are rounded to ``Features.dtype``, so that the limit on memory changes the time and not what is
-    measured.
+    In both cases they are rounded to ``Features.dtype``, so that the memory limit changes the time but not the
+    scores.
     """
 
     def __init__(self, features: "Features", images: ImageSet, size: int, what: str, keep: bool, split: Split) -> None:
@@ -84,9 +84,9 @@ class PatchTokens:
         self._size = size
         self._what = what
         self.grid = features.encoder.check_size(size, size)
-        """``(h, w)`` patches down and across."""
+        """``(h, w)`` of the patch grid."""
         self.is_kept = keep
-        """Whether they are in memory."""
+        """Whether they are cached in memory."""
         self._kept: Tensor | None = None
         self._places: dict[int, int] = {}
         if keep:
@@ -103,11 +103,11 @@ class PatchTokens:
         """Tokens batch by batch.
 
         Args:
-            order: places of images in the split; None takes all, in their order.
-            batch_size: images a batch; the last may be smaller, and images that can't be read are left out.
+            order: indices of images in the split; None: all, in order.
+            batch_size: images per batch; the last batch may be smaller, and unreadable images are skipped.
 
         Yields:
-            ``(B, N, D)`` float32 tokens on the encoder's device, and the places of their images in the split.
+            ``(B, N, D)`` float32 tokens on the encoder's device, and the indices of their images in the split.
         """
         order = range(len(self._images)) if order is None else order
         device = self._features.device
@@ -152,7 +152,7 @@ class Features(EvaluationContext[ImageSet]):
         norm: whether patch tokens of dense protocols go through the encoder's final norm; see ``EvalConfig``.
         progress: called as ``progress(what, done, total)``.
         observers: by name, objects that observe the encoder while it encodes the test images.
-        own_heads: whether a head that came with the weights may be used; false if the baseline has none.
+        own_heads: whether the head stored with the encoder may be used; false if the baseline has none.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Features(EvaluationContext[ImageSet]):
         super().__init__(encoder, data, batch_size=batch_size, num_workers=num_workers, progress=progress)
         self.norm = norm
         self.dtype = {"float16": torch.float16, "float32": torch.float32}[cache_dtype]
-        """To which patch tokens are rounded."""
+        """Data type to which patch tokens are rounded."""
         self._bytes_left = cache_mib * 2**20
         self._image_level: dict[tuple[Split, int, str], ImageFeatures] = {}
         self._tokens: dict[tuple[Split, int], PatchTokens] = {}
@@ -186,9 +186,9 @@ class Features(EvaluationContext[ImageSet]):
         return own_head(self.encoder, self.data.classes) if self._own_heads else None
 
     def observed(self, name: str, size: int) -> Observer:
-        """The observer of that name, when all test images of that size have passed it.
+        """The observer ``name`` after it has seen all test images at ``size``.
 
-        They pass while another protocol takes :meth:`tokens`, else they pass now.
+        It watches while another protocol computes :meth:`tokens`; otherwise the images are encoded now.
         """
         if (name, size) not in self._observed:
             for _ in self.tokens("test", size).batches(batch_size=self.batch_size):
@@ -198,7 +198,7 @@ class Features(EvaluationContext[ImageSet]):
 
     @contextlib.contextmanager
     def observing(self, size: int | None) -> Iterator[Callable[[Sequence[int]], None]]:
-        """Let observers that haven't seen this size watch; None: nobody watches."""
+        """Attach observers that haven't seen this size; None: no observers."""
         names = [name for name in self._observers if size is not None and (name, size) not in self._observed]
         with contextlib.ExitStack() as stack:
             for name in names:
@@ -209,7 +209,7 @@ class Features(EvaluationContext[ImageSet]):
                     self._observers[name].saw(places)
 
             yield saw
-        # A pass that was broken off doesn't come here.
+        # not reached if the pass was interrupted
         self._observed.update((name, size or 0) for name in names)
 
     def image_size(self, wanted: int | None) -> int:
@@ -285,7 +285,7 @@ class Features(EvaluationContext[ImageSet]):
         Args:
             split: ``train`` or ``test``.
             size: side of the images in pixels.
-            keep: whether they will be read more than once; then they are kept in memory as far as the limit allows.
+            keep: whether they will be read more than once, so that they are cached if they fit into the memory limit.
         """
         key = (split, size)
         if key not in self._tokens:
@@ -309,7 +309,7 @@ class Features(EvaluationContext[ImageSet]):
         what: str,
         norm: bool = True,
     ) -> Iterator[tuple[PatchFeatures, list[int]]]:
-        """Features batch by batch on the encoder's device, without gradients, and the places of their images; behind
+        """Features batch by batch on the encoder's device, without gradients, and the indices of their images; after
         the final norm if ``norm``."""
         batches = eval_batches(
             images, size, self.encoder.in_chans, mode=mode, batch_size=batch_size, num_workers=self.num_workers
@@ -323,20 +323,20 @@ class Features(EvaluationContext[ImageSet]):
             self.progress(what, done, len(images))
 
     def patches(self, pixels: Num[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
-        """Patch tokens of images as they were read, without gradients, rounded to ``dtype``, with or without the final
-        norm as ``norm`` says."""
+        """Patch tokens of images that aren't normalised yet, without gradients, rounded to ``dtype``; after the final
+        norm if ``norm``."""
         return self.round(self._encode(pixels, self.norm).patches)
 
     def round(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Tokens in ``dtype``.
+        """Tokens rounded to ``dtype``.
 
         Raises:
-            RunError: if one doesn't fit.
+            RunError: if a value overflows.
         """
         rounded = tokens.to(self.dtype)
         if not rounded.isfinite().all():
             raise RunError(
-                f"patch tokens don't fit into {self.dtype}: the greatest is {tokens.abs().max():g}; "
+                f"patch tokens overflow {self.dtype}: the largest is {tokens.abs().max():g}; "
                 "set eval.cache_dtype=float32"
             )
         return rounded
@@ -347,7 +347,7 @@ class Features(EvaluationContext[ImageSet]):
             features = self.encoder.encode(images) if norm else self.encoder.encode(images, norm=False)
         if not features.patches.isfinite().all() or not features.prefix.isfinite().all():
             raise RunError(
-                f"{self.encoder.name}: features are not finite; its weights are damaged, or training went wrong"
+                f"{self.encoder.name}: features are not finite; the weights are damaged, or training diverged"
             )
         return features
 

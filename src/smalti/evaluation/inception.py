@@ -1,8 +1,8 @@
-"""The Inception network whose features FID is defined by, from a local file of weights.
+"""FID's Inception network, from a local file of weights.
 
-The network is torch-fidelity's (extra ``gen``), which follows the published graph bit by bit; its weights file is
-``pt_inception-2015-12-05-6726825d.pth``. It is read without unpickling anything, and never downloaded. Numbers of
-different FID libraries are not comparable: this is torch-fidelity's, resizing included.
+The network is torch-fidelity's (extra ``gen``), which reproduces the published graph bit for bit; its weights file is
+``pt_inception-2015-12-05-6726825d.pth``. The file is read without unpickling, and never downloaded. FID values of
+different libraries are not comparable: these are torch-fidelity's, including its resizing.
 """
 
 import tempfile
@@ -23,11 +23,11 @@ class Inception(nn.Module):
     """Pool features and class probabilities of images.
 
     Args:
-        path: its weights.
+        path: file of weights.
 
     Raises:
         MissingExtraError: without torch-fidelity.
-        WeightsError: if that isn't a file of these weights.
+        WeightsError: if the file doesn't hold these weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class Inception(nn.Module):
         extractor = _extractor_class()
         tensors = read_tensors(path)
         with tempfile.TemporaryDirectory() as folder:
-            # torch-fidelity unpickles what it is given: what it gets was read without and holds tensors alone
+            # torch-fidelity unpickles its file, so it gets a copy with only tensors, read without unpickling
             safe = Path(folder) / "weights.pth"
             torch.save(tensors, safe)
             try:
@@ -48,7 +48,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 2048"], Float[Tensor, "B 1008"]]:
-        """Features of images of any size; the network resizes them itself."""
+        """Features and class probabilities of images of any size; the network resizes them."""
         pooled, logits = self.network(images)
         return pooled.flatten(1), logits.softmax(1)
 

@@ -1,12 +1,12 @@
-"""Intervals of scores: a bootstrap over the images that were evaluated, or over whole groups of them, and over the
-seeds.
+"""Intervals of scores: bootstrap over the evaluated images, or over groups of them, and over seeds.
+
 
 Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13 (percentile intervals); Field & Welsh,
 "Bootstrapping clustered data", J. R. Statist. Soc. B 69(3), 2007 (resampling both of two crossed factors).
-Differs from them: what is drawn of the seeds is spread wider, by ``sqrt(S / (S - 1))`` since the plain bootstrap of S
-values is too narrow by that much, and by Student's quantile over the normal one, since few seeds give a poor
-estimate of their spread: with 3 seeds, 2.7 times. Groups of images (videos, patients, sites) are few, too, and widened
-in the same way; single images are many and need neither.
+Differs from them: the spread over seeds is widened by ``sqrt(S / (S - 1))``, by which the plain bootstrap of S values
+is too narrow, and by the ratio of Student's quantile to the normal one, since few seeds give a poor estimate of their
+spread: 2.7 times with 3 seeds. Groups of images (videos, patients, sites) are also few, and are widened in the same
+way; single images are many and need neither.
 Letters: S seeds, R resamplings, n images, G groups.
 """
 
@@ -25,17 +25,17 @@ from smalti.evaluation.tally import Tally
 
 LEVEL = 0.95
 RESAMPLINGS = 2000
-_AT_ONCE = 2**23  # weights in memory
-_KEPT = 2**26  # weights that are kept for the next metric of the same images
+_AT_ONCE = 2**23  # weights in memory at a time
+_KEPT = 2**26  # weights that are cached for the next metric of the same images
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the interval that the data leave for it."""
+    """A mean with its confidence interval."""
 
     mean: float
     low: float
-    """NaN if nothing can be resampled: one seed, and a score that is not a sum over images."""
+    """NaN if nothing can be resampled: one seed, and a score that isn't a sum over images."""
     high: float
     over: str
     """Resampled units: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
@@ -54,17 +54,17 @@ class Resampled:
     measured: np.ndarray
     """``(S,)``."""
     drawn: np.ndarray | None
-    """``(S, R)``; resampling r draws the same images for all seeds, and for all arms. None: no sum over images."""
+    """``(S, R)``; resampling r draws the same images for all seeds and all arms. None: not a sum over images."""
     unit: str = "images"
     """Resampled units: ``images`` or ``groups``."""
 
 
 def group_images(names: Sequence[str], pattern: str) -> tuple[str, ...]:
-    r"""The group of each image, read off its name.
+    r"""The group of each image, extracted from its name.
 
     Args:
-        names: of the images, relative to the data set.
-        pattern: a regular expression that is searched for in each name; its first group, or the whole match, names the
+        names: names of the images, relative to the data set.
+        pattern: a regular expression to search in each name; its first group, or the whole match, is the name of the
             group.
 
     Example:
@@ -72,8 +72,8 @@ def group_images(names: Sequence[str], pattern: str) -> tuple[str, ...]:
         ('3', '3', '7')
 
     Raises:
-        ConfigError: if the pattern is no regular expression.
-        DataError: if an image has no group, or all have the same.
+        ConfigError: if the pattern isn't a regular expression.
+        DataError: if an image has no group, or all have the same one.
     """
     try:
         compiled = re.compile(pattern)
@@ -112,11 +112,13 @@ def resample(
         level: confidence level of the interval; widens the spread of G groups.
 
     Raises:
-        ShapeError: if the tallies are of different numbers of images.
+        ShapeError: if the tallies have different numbers of images.
     """
     number = len(tallies[0])
     if any(len(tally) != number for tally in tallies):
-        raise ShapeError(f"seeds were evaluated on {sorted({len(t) for t in tallies})} images; they must be the same")
+        raise ShapeError(
+            f"seeds were evaluated on {sorted({len(t) for t in tallies})} images; the number must be the same"
+        )
     measured = np.array([tally.score() for tally in tallies])
     if groups is not None:
         tallies = [tally.by_group(groups) for tally in tallies]
@@ -145,7 +147,7 @@ def _weights(number: int, seed: int, resamplings: int) -> Iterator[UInt[np.ndarr
 
 @lru_cache(maxsize=1)
 def _kept_weights(number: int, seed: int, resamplings: int) -> UInt[np.ndarray, "R n"]:
-    """All metrics at once: they use the same resamples, which take longer to draw than to score."""
+    """Cached for all metrics, since the resamples take longer to draw than to score."""
     return np.concatenate(list(_draw(number, seed, resamplings)))
 
 
@@ -158,18 +160,20 @@ def _draw(number: int, seed: int, resamplings: int) -> Iterator[UInt[np.ndarray,
 
 
 def interval(arm: Resampled, level: float = LEVEL, seed: int = 0) -> Interval:
-    """Mean over the seeds, with its interval."""
+    """Mean over seeds with its interval."""
     return _interval(arm.measured, arm.drawn, level, seed, arm.unit)
 
 
 def difference(arm: Resampled, reference: Resampled, level: float = LEVEL, seed: int = 0) -> Interval:
-    """Arm less reference, paired: the same seeds, and in each resampling the same images.
+    """Arm minus reference, paired: the same seeds, and the same images in each resampling.
 
     Raises:
         ShapeError: if they have different numbers of seeds.
     """
     if len(arm.measured) != len(reference.measured):
-        raise ShapeError(f"{len(arm.measured)} seeds against {len(reference.measured)}; pairs need the same seeds")
+        raise ShapeError(
+            f"{len(arm.measured)} seeds against {len(reference.measured)}; paired differences need the same seeds"
+        )
     both = arm.drawn is not None and reference.drawn is not None
     drawn = arm.drawn - reference.drawn if both else None  # type: ignore[operator]
     return _interval(arm.measured - reference.measured, drawn, level, seed, arm.unit)
@@ -185,16 +189,16 @@ def widening(number: int, level: float = LEVEL) -> float:
 
 
 def few_seeds(number: int) -> str:
-    """A sentence on the limits of so few seeds; empty from three on."""
+    """A sentence on the limits of one or two seeds; empty for three or more."""
     if number == 1:
         return (
-            "One seed: the intervals are over what was evaluated; they say nothing of the chance in training, so "
-            "another seed may come out differently."
+            "One seed: the intervals cover the evaluated images, not the randomness of training; another seed "
+            "may differ."
         )
     if number == 2:
         return (
-            f"Two seeds: their spread is hardly known, so its part of the intervals is {widening(2):.0f} times as wide "
-            "as drawn; differences that a third seed would show may not be found."
+            "Two seeds: their spread is uncertain, so the intervals over seeds are widened by a factor of "
+            f"{widening(2):.0f}; a third seed may reveal differences that are not found here."
         )
     return ""
 

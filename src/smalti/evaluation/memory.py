@@ -35,19 +35,19 @@ from smalti.functional.random import sample_uniform
 from smalti.models.encoder import Encoder
 
 PAPER_SIZE = 512
-"""Side of the images in pixels, at most; 504 for patches of 14 pixels."""
+"""Default side of the images in pixels, at most; 504 for patches of 14 pixels."""
 PAPER_MEMORY, SMALL_MEMORY = 10_240_000, 50_000
 DEFAULT_K = 30
 FEW_KEYS, FEW_K = 5_000, 10
 """The small preset uses fewer neighbours if the memory has fewer keys."""
 LABEL_K = 20
-"""Neighbours that vote on a patch's class, or are ranked in retrieval; as in k-NN of images."""
+"""Neighbours that vote on a patch's class, or are ranked in retrieval; as in k-NN on images."""
 CROP_AREA, CROP_ASPECT = (0.5, 2.0), (3 / 4, 4 / 3)
 JITTER, JITTER_PROB = 0.1, 0.5
 IMAGENET_STD, HBIRD_STD = (0.229, 0.224, 0.225), (0.229, 0.224, 0.255)
-"""The usual ImageNet deviation, and the one in the public code."""
-_AT_ONCE = 16  # images whose patches are searched for at a time
-_KEPT_BYTES = 2**26  # neighbours up to this size are kept for the next protocol
+"""ImageNet's standard deviation, and the one in the public code."""
+_AT_ONCE = 16  # images whose patches are queried at a time
+_KEPT_BYTES = 2**26  # neighbours up to this size are cached for the next protocol
 
 
 @settings
@@ -65,12 +65,12 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MemoryRecipe:
     """A preset with the settings that the user changed."""
 
     image_size: int
     memory_size: int
-    """Patches at most; 0 keeps all."""
+    """Maximum number of patches; 0: all."""
     void: Literal["ignore", "class0"]
     augment: bool
     epochs: int
@@ -79,23 +79,23 @@ class Recipe:
 
 
 class PatchMemory(NamedTuple):
-    """Patches of the training images."""
+    """Memory of labelled patches of the training images."""
 
     keys: Float[Tensor, "M D"]
     """Unit tokens; float16 on a GPU, else float32."""
     counts: Integer[Tensor, "M C"]
-    """Pixels of each class; no row is empty."""
+    """Number of pixels of each class; no row is empty."""
     num_images: int
-    """Training images that it is made of."""
+    """Number of training images in the memory."""
 
     @property
     def classes(self) -> Int[Tensor, " M"]:
-        """Class of most pixels of each patch; of equals the lowest."""
+        """Majority class of each patch; ties go to the lowest."""
         return self.counts.argmax(1)
 
 
-def choose_recipe(features: Features, config: EvalConfig, own: MemoryConfig) -> Recipe:
-    """The preset with what the user changed.
+def choose_recipe(features: Features, config: EvalConfig, own: MemoryConfig) -> MemoryRecipe:
+    """The preset with the user's settings.
 
     Raises:
         ConfigError: if the encoder's own image size isn't square and none is given.
@@ -103,16 +103,16 @@ def choose_recipe(features: Features, config: EvalConfig, own: MemoryConfig) -> 
     """
     if config.preset == "small":
         size = features.dense_size(config.image_size)
-        recipe = Recipe(size, SMALL_MEMORY, "ignore", False, 1, "encoder")
+        recipe = MemoryRecipe(size, SMALL_MEMORY, "ignore", False, 1, "encoder")
     else:
         step = max(features.encoder.patch_size)
         size = features.image_size(config.image_size or PAPER_SIZE // step * step)
-        recipe = Recipe(size, PAPER_MEMORY, "ignore", True, 1, "encoder")
+        recipe = MemoryRecipe(size, PAPER_MEMORY, "ignore", True, 1, "encoder")
         if config.preset == "paper":
             recipe = dataclasses.replace(recipe, void="class0", epochs=2, std="hbird")
     changed: dict[str, Any] = {"memory_size": own.memory_size, "void": own.void, "augment": own.augment}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in changed.items() if value is not None})
-    if not recipe.augment:  # a second pass would say the same again
+    if not recipe.augment:  # further passes would be identical
         recipe = dataclasses.replace(recipe, epochs=1)
     if not _has_imagenet_std(features.encoder):
         recipe = dataclasses.replace(recipe, std="encoder")
@@ -129,26 +129,26 @@ def choose_k(config: EvalConfig, own: MemoryConfig, default: int, num_keys: int)
     return num_keys, {
         "k": num_keys,
         "k_wanted": wanted,
-        "k_note": f"the whole memory: it has {num_keys} patches, fewer than k",
+        "k_note": f"reduced: the memory has only {num_keys} patches",
     }
 
 
-def patch_memory(features: Features, recipe: Recipe, seed: int) -> PatchMemory:
+def patch_memory(features: Features, recipe: MemoryRecipe, seed: int) -> PatchMemory:
     """The memory, built on first use.
 
     Raises:
-        DataError: if no training image can be read, a mask is wrong, or no patch has a label.
+        DataError: if no training image can be read, a mask is invalid, or no patch has a label.
     """
     return features.once(("memory", recipe, seed), partial(_make_memory, features, recipe, seed))
 
 
 def neighbours(
-    features: Features, recipe: Recipe, seed: int, k: int
+    features: Features, recipe: MemoryRecipe, seed: int, k: int
 ) -> Iterator[tuple[Float[Tensor, "B N K"], Int[Tensor, "B N K"], list[int]]]:
-    """Cosine similarities in falling order, the places in memory, and the test images whose patches have them.
+    """Cosine similarities in descending order, indices in the memory, and indices of the test images.
 
-    The search is done once, for as many neighbours as any protocol wants by itself, where what it finds is not too
-    large to be kept.
+    The search is done once, for as many neighbours as any protocol needs by default, and cached if the result isn't too
+    large.
     """
     memory = patch_memory(features, recipe, seed)
     h, w = features.encoder.check_size(recipe.image_size, recipe.image_size)
@@ -168,17 +168,17 @@ def neighbours(
         yield sims[..., :k].to(features.device), places[..., :k].long().to(features.device), images
         done += len(images)
     if not done:
-        judged = features.data.test
-        raise DataError(f"{judged.root}: none of the {len(judged)} {features.evaluated} can be read")
+        test = features.data.test
+        raise DataError(f"{test.root}: none of the {len(test)} {features.evaluated} can be read")
 
 
 def unlabelled_places(features: Features) -> frozenset[int]:
-    """Places of the test images whose masks have no labelled pixel: they are left out, with a warning.
+    """Indices of the test images whose masks have no labelled pixel; they are skipped with a warning.
 
-    All masks of the test images are looked at, so that mistakes in them are found before anything is encoded.
+    All masks of the test images are read, so that errors in them are found before anything is encoded.
 
     Raises:
-        DataError: if a mask is wrong, or no test image has a label.
+        DataError: if a mask is invalid, or no test image has a label.
     """
 
     def look() -> frozenset[int]:
@@ -198,13 +198,13 @@ def unlabelled_places(features: Features) -> frozenset[int]:
 
 
 def masks_of(images: ImageSet, places: Sequence[int], num_classes: int, size: int) -> Integer[Tensor, "B M M"]:
-    """Masks of some of the images by nearest pixel, as :func:`read_masks` gives them."""
+    """Masks of some of the images, as in :func:`read_masks`."""
     chosen = dataclasses.replace(images, samples=tuple(images.samples[place] for place in places))
     return read_masks(chosen, num_classes, size)
 
 
-def patch_classes(features: Features, recipe: Recipe, places: Sequence[int]) -> Int[Tensor, "B N"]:
-    """Class of most labelled pixels of each patch of test images, of equals the lowest; ``ignore`` without any."""
+def patch_classes(features: Features, recipe: MemoryRecipe, places: Sequence[int]) -> Int[Tensor, "B N"]:
+    """Majority class of the labelled pixels of each patch of test images; ties go to the lowest; ``ignore`` if none."""
     num_classes = len(features.data.classes)
     ignore = ignored_value(num_classes)
     masks = masks_of(features.data.test, places, num_classes, recipe.image_size)
@@ -212,7 +212,9 @@ def patch_classes(features: Features, recipe: Recipe, places: Sequence[int]) -> 
     return counts.argmax(2).masked_fill(counts.sum(2) == 0, ignore)
 
 
-def memory_settings(features: Features, recipe: Recipe, memory: PatchMemory, config: EvalConfig) -> dict[str, Any]:
+def memory_settings(
+    features: Features, recipe: MemoryRecipe, memory: PatchMemory, config: EvalConfig
+) -> dict[str, Any]:
     """Settings of a result that describe how the memory was built."""
     half = memory.keys.dtype != torch.float32
     return {
@@ -222,7 +224,7 @@ def memory_settings(features: Features, recipe: Recipe, memory: PatchMemory, con
         "memory_size": len(memory.keys),
         "memory_size_limit": recipe.memory_size or "none",
         "memory_images": memory.num_images,
-        "memory_sampling": "as many patches of each image, those with rare classes of the image first"
+        "memory_sampling": "equally many patches per image, first those with the image's rare classes"
         if recipe.memory_size
         else "all patches",
         "void": recipe.void,
@@ -236,23 +238,23 @@ def memory_settings(features: Features, recipe: Recipe, memory: PatchMemory, con
 
 
 def comparable(config: EvalConfig, ours: str) -> str:
-    """Whether scores are comparable with published ones; ``ours`` names what differs in ``preset=full``."""
+    """Whether scores are comparable with published ones; ``ours``: differences of ``preset=full``."""
     if config.preset == "small":
         return "small preset: not comparable with published numbers"
-    known = "open-hummingbird-eval's settings, as far as none was changed"
+    known = "open-hummingbird-eval's settings, unless changed"
     return known if config.preset == "paper" else f"{known}; {ours}"
 
 
 def patch_scores(counts: Integer[Tensor, "B N C"], noise: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-    """How early a patch goes: the smallest scores are kept, so patches with rare classes of their image stay.
+    """Priority of patches: the smallest scores are kept, which favours patches with rare classes of their image.
 
     Args:
         counts: ``(B, N, C)`` pixels of each class.
         noise: ``(B, N)``, uniform in 0..1.
 
     Returns:
-        For each patch, the sum over its classes of the number of the image's patches that have this class, times the
-        noise; infinite for a patch without any class.
+        For each patch, the sum over its classes of the number of the image's patches with this class, times the noise;
+        infinite for a patch without any class.
     """
     has = (counts > 0).float()
     frequency = has.sum(1)  # (B, C)
@@ -263,15 +265,15 @@ def patch_scores(counts: Integer[Tensor, "B N C"], noise: Float[Tensor, "B N"]) 
 def jitter_and_crop(
     image: np.ndarray, mask: np.ndarray, *, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A recoloured part of an image, and the same part of its mask; neither is mirrored.
+    """A random crop of an image with color jitter, and the same crop of its mask; neither is mirrored.
 
-    Brightness, contrast, saturation and hue change by up to a tenth, each in half of the images. Areas of more than the
-    whole image can't be had, so crops show half of it to all of it.
+    Brightness, contrast, saturation and hue change by up to 10 %, each with probability 0.5. The published range of
+    areas exceeds the image, so crops show half of it to all of it.
 
     Args:
         image: ``(H, W, C)``.
         mask: ``(H, W)``.
-        size: side of what comes out; bilinear and antialiased, the mask by nearest pixel.
+        size: side of the results; bilinear and antialiased, the mask by nearest pixel.
         rng: source of randomness.
     """
     brightness, contrast, saturation, hue = (JITTER if rng.random() < JITTER_PROB else 0.0 for _ in range(4))
@@ -286,7 +288,7 @@ def jitter_and_crop(
     return resized.permute(1, 2, 0).numpy(), eval_mask(mask[window], size)
 
 
-def _make_memory(features: Features, recipe: Recipe, seed: int) -> PatchMemory:
+def _make_memory(features: Features, recipe: MemoryRecipe, seed: int) -> PatchMemory:
     encoder, images, device = features.encoder, features.data.train, features.device
     num_classes = len(features.data.classes)
     ignore = ignored_value(num_classes)
@@ -331,9 +333,9 @@ def _make_memory(features: Features, recipe: Recipe, seed: int) -> PatchMemory:
 
 
 def _train_batches(
-    features: Features, recipe: Recipe, order: Sequence[int], seed: int, epoch: int
+    features: Features, recipe: MemoryRecipe, order: Sequence[int], seed: int, epoch: int
 ) -> Iterator[tuple[Float[Tensor, "B N D"], Integer[Tensor, "B S S"], list[int]]]:
-    """Tokens of training images and their masks, in the size of the images."""
+    """Tokens of training images, and their masks at the size of the images."""
     images, num_classes = features.data.train, len(features.data.classes)
     if recipe.augment:
         alter = partial(jitter_and_crop, size=recipe.image_size)
@@ -345,9 +347,10 @@ def _train_batches(
 
 
 def _batches(
-    features: Features, recipe: Recipe, split: Literal["train", "test"], order: Sequence[int] | None = None
+    features: Features, recipe: MemoryRecipe, split: Literal["train", "test"], order: Sequence[int] | None = None
 ) -> Iterator[tuple[Float[Tensor, "B N D"], list[int]]]:
-    """Tokens in the normalisation of the recipe; only the encoder's own are shared with other protocols."""
+    """Tokens with the normalisation of the recipe; only those with the encoder's own are shared with other
+    protocols."""
     if recipe.std == "encoder":
         yield from features.tokens(split, recipe.image_size).batches(order, _AT_ONCE)
         return
@@ -362,7 +365,7 @@ def _batches(
 
 
 def _search(
-    features: Features, recipe: Recipe, memory: PatchMemory, k: int
+    features: Features, recipe: MemoryRecipe, memory: PatchMemory, k: int
 ) -> Iterator[tuple[Float[Tensor, "B N K"], Int[Tensor, "B N K"], list[int]]]:
     done = 0
     for tokens, places in _batches(features, recipe, "test"):
@@ -374,8 +377,8 @@ def _search(
 
 
 @contextlib.contextmanager
-def _normalization(encoder: Encoder, recipe: Recipe) -> Iterator[None]:
-    """The encoder in the normalisation of the recipe, and as it was afterwards."""
+def _normalization(encoder: Encoder, recipe: MemoryRecipe) -> Iterator[None]:
+    """Within the block, the encoder has the normalisation of the recipe."""
     own = encoder.std
     if recipe.std == "hbird":
         encoder.set_normalization(encoder.mean, HBIRD_STD)

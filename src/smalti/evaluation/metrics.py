@@ -1,7 +1,7 @@
-"""Scores of a labelling, all of them from one confusion matrix.
+"""Classification and segmentation metrics, computed from a confusion matrix.
 
 Letters: G classes of the ground truth, P predicted classes or clusters; ``C[g, p]`` counts what has ground truth g and
-prediction p. Nothing else is kept of the pixels, so a data set of any size costs G * P numbers.
+prediction p. Nothing else is stored, so memory is G * P numbers for any data set.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,9 @@ class ConfusionMatrix:
 
     Args:
         num_classes: G.
-        num_preds: P; None takes G.
-        ignore: ground-truth value that counts nowhere, and is no class.
-        device: where the counts live; batches must be on the same device.
+        num_preds: P; None: G.
+        ignore: ignored ground-truth value.
+        device: device of the counts; batches must be on the same device.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ConfusionMatrix:
         for name, values, count in (("ground truth", truth, self.num_classes), ("prediction", guess, self.num_preds)):
             if values.numel() and (values.min() < 0 or values.max() >= count):
                 raise DataError(
-                    f"{name} holds the values {int(values.min())}..{int(values.max())}, there are {count} classes: "
+                    f"{name} has values {int(values.min())}..{int(values.max())}, but there are {count} classes: "
                     f"0..{count - 1} and {self.ignore} for ignored pixels are allowed"
                 )
         counts = torch.bincount(truth * self.num_preds + guess, minlength=self.matrix.numel())
@@ -66,7 +66,7 @@ class ConfusionMatrix:
 
 
 def iou_matrix(matrix: Int[Tensor, "G P"]) -> Float[Tensor, "G P"]:
-    """Intersection over union of each class with each prediction, float64; 0 where neither occurs."""
+    """Intersection over union of each class with each prediction, float64; 0 if neither occurs."""
     union = matrix.sum(1, keepdim=True) + matrix.sum(0, keepdim=True) - matrix
     return _ratio(matrix, union)
 
@@ -77,10 +77,10 @@ def precision_matrix(matrix: Int[Tensor, "G P"]) -> Float[Tensor, "G P"]:
 
 
 def match_direct(matrix: Int[Tensor, "G P"]) -> Int[Tensor, " P"]:
-    """Prediction p means class p: the heads that were trained with labels.
+    """Identity mapping, prediction p -> class p, for heads trained with labels.
 
     Raises:
-        ConfigError: if there are not as many predictions as classes.
+        ConfigError: if the numbers of predictions and classes differ.
     """
     num_classes, num_preds = matrix.shape
     if num_classes != num_preds:
@@ -89,7 +89,7 @@ def match_direct(matrix: Int[Tensor, "G P"]) -> Int[Tensor, " P"]:
 
 
 def match_hungarian(matrix: Int[Tensor, "G P"]) -> Int[Tensor, " P"]:
-    """The one-to-one mapping prediction -> class with the greatest sum of IoU; predictions left over go to class 0."""
+    """The one-to-one mapping prediction -> class with the largest sum of IoU; unmatched predictions go to class 0."""
     classes, preds = linear_sum_assignment(iou_matrix(matrix).cpu().numpy(), maximize=True)
     mapping = torch.zeros(matrix.shape[1], dtype=torch.int64)
     mapping[torch.from_numpy(preds)] = torch.from_numpy(classes)
@@ -97,9 +97,9 @@ def match_hungarian(matrix: Int[Tensor, "G P"]) -> Int[Tensor, " P"]:
 
 
 def match_many_to_one(matrix: Int[Tensor, "G P"], score: Literal["iou", "precision"] = "iou") -> Int[Tensor, " P"]:
-    """Each prediction goes to the class it scores best with; ties go to the lower class.
+    """Mapping of each prediction to the class with the best score; ties go to the lower class.
 
-    Precision sends a cluster to the class of its majority, which favours large classes; IoU gives rare ones a chance.
+    Precision maps a cluster to its majority class, which favours large classes; IoU is fairer to rare ones.
     """
     scores = iou_matrix(matrix) if score == "iou" else precision_matrix(matrix)
     return scores.argmax(0).cpu()
@@ -114,7 +114,7 @@ MATCHINGS: dict[Matching, Callable[[Tensor], Tensor]] = {
 
 
 def fold(matrix: Int[Tensor, "G P"], mapping: Int[Tensor, " P"]) -> Int[Tensor, "G G"]:
-    """The square matrix after predictions were renamed: column p is added to column ``mapping[p]``."""
+    """The square matrix after mapping predictions to classes: column p is added to column ``mapping[p]``."""
     folded = torch.zeros(len(matrix), len(matrix), dtype=matrix.dtype, device=matrix.device)
     return folded.index_add_(1, mapping.to(matrix.device), matrix)
 
@@ -130,8 +130,8 @@ def mean_iou(matrix: Int[Tensor, "G G"], absent: Absent = "skip") -> float:
 
     Args:
         matrix: ``(G, G)``, predictions already mapped to classes.
-        absent: what a class in neither ground truth nor prediction counts: ``zero`` (Leopart, NeCo: the mean is
-            over all G) or ``skip`` (mmsegmentation, DINOv3: it is left out).
+        absent: score of a class in neither ground truth nor prediction: ``zero`` (Leopart, NeCo: the mean is over all
+            G), or ``skip`` it (mmsegmentation, DINOv3).
     """
     return _mean(class_iou(matrix), absent)
 
@@ -164,7 +164,7 @@ def macro_f1(matrix: Int[Tensor, "G G"]) -> float:
 def cohen_kappa(matrix: Int[Tensor, "*R G G"]) -> Float[Tensor, "*R"]:
     """Agreement beyond chance, (p_o - p_e) / (1 - p_e), of one or many confusion matrices, float64, at most 1.
 
-    NaN where nothing was counted, or one class is all there is in ground truth and prediction.
+    NaN if nothing was counted, or if ground truth and prediction have only one class, the same.
 
     Source: Cohen, Educational and Psychological Measurement 20(1), 1960, Eq. (1).
     """

@@ -1,6 +1,6 @@
-"""Scores of several arms on the same images, side by side: intervals, paired differences, and what they allow to say.
+"""Compare scores of several arms on the same images: intervals, paired differences and verdicts.
 
-An arm is what the reader compares: a method at some seeds, or an encoder before and after training.
+An arm is what is compared: a method with several seeds, or an encoder before and after training.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from smalti.evaluation.intervals import (
     interval,
     resample,
 )
-from smalti.evaluation.result import BASELINE_LABELS, SHARE, Details, Result, describe_result
+from smalti.evaluation.result import BASELINE_LABELS, FRACTION, Details, Result, describe_result
 
 NO_DIFFERENCE = "no difference found"
 
@@ -76,8 +76,8 @@ def _verdict(gap: Interval | None, unit: str) -> str:
 
 
 def shared_headline(results: Sequence[Result]) -> str | None:
-    """The first metric of one protocol that all results have, so that arms are never compared on different
-    ones: an encoder with too few patches for 500 clusters has another headline metric than one with enough."""
+    """The first metric of one protocol that all results have, so that arms are compared on the same metric: an encoder
+    with too few patches for 500 clusters has a different headline metric than one with enough."""
     return next((name for name in results[0].metrics if all(name in result.metrics for result in results)), None)
 
 
@@ -90,17 +90,17 @@ def metric_rows(
     groups: str | None = None,
     headline: str | None = None,
 ) -> list[Row]:
-    """One metric of all arms, in their order.
+    """One metric of all arms, in order.
 
     Args:
         by_arm: arm -> seed -> result, all of one protocol.
-        metric: its name.
-        data: how the rows call the images.
-        reference: the arm that differences are taken against; None: the first.
-        baselines: arm -> seed -> result of its network before training, of the arms that were trained.
+        metric: name of the metric.
+        data: name of the images in the rows.
+        reference: reference arm of the differences; None: the first.
+        baselines: arm -> seed -> result of the network before training, for trained arms.
         groups: pattern of :func:`smalti.evaluation.intervals.group_images`; intervals resample whole groups. None: the
-            groups of a table, if the data came in one.
-        headline: metric that counts first for all arms; None: that of each arm.
+            groups from the table of images, if there is one.
+        headline: headline metric of all arms; None: that of each arm.
     """
     reference = reference or next(iter(by_arm))
     resampled = {arm: _resampled(results, metric, groups) for arm, results in by_arm.items()}
@@ -137,7 +137,7 @@ def with_intervals(results: Sequence[Result]) -> list[Result]:
     """Add intervals of the scores to results and, if there is a baseline, of the paired difference.
 
     Args:
-        results: results with details; baselines are marked as such. ``settings["groups"]`` sets what is resampled.
+        results: results with details; baselines have ``baseline`` set. ``settings["groups"]`` sets what is resampled.
     """
     baselines = {(result.protocol, result.data): result for result in results if result.is_baseline}
     return [
@@ -161,9 +161,9 @@ def _with_intervals(result: Result, baseline: Result | None) -> Result:
         return result
     drawn = f"{len(details.images)} images"
     if (known := _groups(details, groups)) is not None:
-        drawn = f"{len(set(known))} groups of images ({groups or 'of the table'})"
-    told = f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of {drawn}"
-    return dataclasses.replace(result, intervals=found, settings={**result.settings, "intervals": told})
+        drawn = f"{len(set(known))} groups of images ({groups or 'from the table'})"
+    text = f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of {drawn}"
+    return dataclasses.replace(result, intervals=found, settings={**result.settings, "intervals": text})
 
 
 def result_cells(result: Result, baseline: Result | None, metric: str) -> tuple[str, ...]:
@@ -191,7 +191,7 @@ def _short(value: float, sign: str = "") -> str:
 
 
 def row_tree(row: Row) -> dict[str, Any]:
-    """Plain values for JSON, with the verdict in words; :func:`read_row` takes them back."""
+    """Plain values for JSON, with the verdict in words; the inverse of :func:`read_row`."""
     plain: dict[str, Any] = _plain(dataclasses.asdict(row) | {"verdict": row.verdict, "gain_verdict": row.gain_verdict})
     return plain
 
@@ -211,7 +211,7 @@ def _read_interval(value: Mapping[str, Any]) -> Interval:
 
 
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Arm, mean with interval, the seeds' scores, difference with interval, verdict: as text."""
+    """Text of each row: arm, mean with interval, scores of the seeds, difference with interval, verdict."""
     return [
         (
             row.arm,
@@ -231,17 +231,18 @@ def about_lines(rows: Sequence[Row]) -> list[str]:
         by_text.setdefault(row.about, []).append(row.arm)
     if len(by_text) == 1:
         return [text for text in by_text if text]
-    return [f"{', '.join(arms)}: {text or 'not known'}" for text, arms in by_text.items()]
+    return [f"{', '.join(arms)}: {text or 'unknown'}" for text, arms in by_text.items()]
 
 
 def gain_cells(row: Row) -> tuple[str, str]:
-    """Gain over the network before training with its interval, and the verdict: as text; empty where there is none."""
+    """Text of the gain over the network before training with its interval, and of the verdict; empty if there is
+    none."""
     return (_with_interval(row.gain, "+") if row.gain else "", row.gain_verdict)
 
 
 def _within_range(score: Interval, unit: str) -> Interval:
     """Clip the interval of a fraction to 0..1."""
-    if unit != SHARE:
+    if unit != FRACTION:
         return score
     low, high = (min(max(end, 0.0), 1.0) if math.isfinite(end) else end for end in (score.low, score.high))
     return dataclasses.replace(score, low=low, high=high)
@@ -257,14 +258,14 @@ def _resampled(results: Mapping[int, Result], metric: str, groups: str | None) -
 
 
 def _groups(details: Details, pattern: str | None) -> Sequence[str] | None:
-    """The group of each image: by a pattern on its name, else by the table of the data; None: no groups."""
+    """The group of each image, by a pattern on its name, else from the table of images; None: no groups."""
     return group_images(details.images, pattern) if pattern is not None else details.groups or None
 
 
 def _difference(
     ours: Mapping[int, Result], theirs: Mapping[int, Result], metric: str, drawn: Resampled, reference: Resampled
 ) -> Interval | None:
-    """Over the seeds that both have, and the images if they are the same."""
+    """Paired over the seeds that both have, and over the images if they are the same."""
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None

@@ -1,7 +1,7 @@
 """The contract of an evaluation protocol, and the registry.
 
-A protocol is a function in a file of its own, with its settings class, registered by name with the kind
-of data it needs. :func:`smalti.evaluation.evaluate.evaluate` opens the data and computes features once for all.
+A protocol is a function in its own file, with its settings class, registered by name with the kind of
+data it needs. :func:`smalti.evaluation.evaluate.evaluate` opens the data and computes features once for all protocols.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ class Scores(NamedTuple):
     per_class: dict[str, dict[str, float]]
     """Metric name -> class name -> value."""
     units: Mapping[str, str] = {}
-    """Units of metrics that are not :data:`SHARE`."""
+    """Units of metrics that are not :data:`FRACTION`."""
     tallies: Mapping[str, Tally] = {}
     """See :class:`Details`."""
     confusion: np.ndarray | None = None
@@ -114,20 +114,20 @@ def register_protocol(
     """Decorator that registers a function as a protocol; the first line of its docstring is the summary.
 
     Args:
-        name: as the command line spells it.
-        need: what the data must have.
-        settings: class of its own settings, decorated with :func:`smalti.config.settings`; all have defaults.
-        by_default: whether it runs where no protocol is named and the data fits.
-        observer: makes what watches the encoder while test images pass through it; ``features.observed(name, size)``.
-        prefers: what it takes where the data has it, though ``need`` is enough.
+        name: name on the command line.
+        need: kind of data it needs.
+        settings: its settings class, decorated with :func:`smalti.config.settings`; all settings have defaults.
+        by_default: whether it runs by default if the data supports it.
+        observer: creates the observer of the encoder, returned by ``features.observed(name, size)``.
+        prefers: kinds of data it uses in addition to ``need`` if present.
         has_baseline: whether the baseline is evaluated, too.
-        check: finds mistakes in the settings before there is an encoder.
+        check: validates the settings before the encoder is loaded.
         has_presets: whether it depends on ``eval.preset``.
         takes_norm: whether it depends on ``eval.norm``.
         takes_pool: whether it depends on ``eval.pool``.
 
     Raises:
-        ConfigError: if another function has that name.
+        ConfigError: if the name is taken.
     """
 
     def register(run: F) -> F:
@@ -167,10 +167,10 @@ def protocol_names() -> tuple[str, ...]:
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of that name.
+    """Look up a protocol by name.
 
     Raises:
-        ConfigError: if there is none, with the nearest name.
+        ConfigError: if it doesn't exist; the nearest name is suggested.
     """
     known = _registry()
     if name in known:

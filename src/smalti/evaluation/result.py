@@ -1,4 +1,4 @@
-"""What an evaluation found, and its JSON."""
+"""Results of an evaluation, and their JSON."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from smalti.models.encoder import Encoder
 from smalti.reading import reading
 
 _FEW_NAMES = 5
-SHARE = "share of 1, higher is better"
+FRACTION = "0 to 1, higher is better"
 """Unit of accuracies and IoUs."""
 
 
@@ -26,21 +26,21 @@ BASELINE_LABELS: Mapping[BaselineKind, str] = {
     "before": "before",
     "random-init": "random init",
 }
-"""How tables and pages name a baseline: the same network before its first step, where that is random (``untrained``)
-or brought by ``init`` (``before``), or timm's random initialisation of an imported encoder."""
+"""Names of baselines in tables and pages: the same network before its first step, with random weights (``untrained``)
+or those of ``init`` (``before``), or timm's random initialisation of an imported encoder."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Kind of baseline that the scores of an encoder are compared with."""
+    """A baseline with which an encoder's scores are compared."""
 
     kind: BaselineKind
     make: Callable[[], Encoder]
-    """Builds the encoder; called once it is needed."""
+    """Builds the encoder; called when it is needed."""
 
     @property
     def label(self) -> str:
-        """As tables and pages name it."""
+        """Name in tables and pages."""
         return BASELINE_LABELS[self.kind]
 
 
@@ -49,27 +49,27 @@ class Result:
     """Result of one protocol for one encoder on one data set; used by CLI, report and comparison."""
 
     protocol: str
-    """Name of the protocol, as the command line spells it."""
+    """Name of the protocol on the command line."""
     encoder: str
-    """The encoder as the user named it (``runs/a``, ``random:vit_tiny_patch16_224``)."""
+    """Name of the encoder given by the user (``runs/a``, ``random:vit_tiny_patch16_224``)."""
     data: str
-    """The data set as the user named it."""
+    """Path of the data set given by the user."""
     metrics: Mapping[str, float]
-    """Name -> value; the first is the headline. Scores lie in 0..1."""
+    """Metric name -> value; the first is the headline."""
     units: Mapping[str, str]
-    """Metric name -> unit and direction, such as ``share, higher is better``."""
+    """Metric name -> unit and direction, such as ``0 to 1, higher is better``."""
     settings: Mapping[str, Any]
     """Everything that determined the numbers: preset, split, sizes, seeds, conventions, counts."""
     per_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Metric name -> class name -> value; NaN where a class does not occur."""
+    """Metric name -> class name -> value; NaN if a class does not occur."""
     details: "Details | None" = field(default=None, compare=False, repr=False)
     """Per-image details of the scores; not part of the JSON."""
     baseline: BaselineKind | None = None
     """Kind of baseline; None: scores of the evaluated encoder itself."""
     intervals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metric name -> ``low`` and ``high`` of its interval; if there is a baseline also ``difference``,
-    ``difference_low`` and ``difference_high``, paired. Metrics that are not a sum over images have none. Filled by
-    :func:`smalti.evaluate`; ``settings["intervals"]`` says what was resampled."""
+    ``difference_low`` and ``difference_high``, paired. Metrics that aren't a sum over images have none. Filled by
+    :func:`smalti.evaluate`; ``settings["intervals"]`` describes the resampling."""
 
     @property
     def headline(self) -> tuple[str, float]:
@@ -90,14 +90,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Objects in one image, as pages draw them."""
+    """Objects in one image, for figures."""
 
     boxes: np.ndarray
     """``(n, 4)`` x0 y0 x1 y1, relative to the image's width and height."""
     labels: np.ndarray
-    """``(n,)`` class of each."""
+    """``(n,)`` class of each object."""
     scores: np.ndarray
-    """``(n,)`` in 0..1; of true objects 1, of crowds 0."""
+    """``(n,)`` scores in 0..1; 1 for true objects, 0 for crowds."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,17 @@ class Details:
     """Test images, relative to their data set; the n of the tallies."""
     classes: tuple[str, ...]
     tallies: Mapping[str, Tally]
-    """Metric name -> what each test image contributed; metrics that have no such form are left out."""
+    """Metric name -> contribution of each test image; only for metrics that are sums over images."""
     confusion: np.ndarray | None = None
-    """``(G, G)`` int64 pixels or images, ground truth down, prediction across."""
+    """``(G, G)`` int64 counts of pixels or images; rows: ground truth, columns: prediction."""
     predictions: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """Place of a test image -> ``(M, M)`` class of each pixel, of the few images that are shown."""
+    """Index of a test image -> ``(M, M)`` class of each pixel, for the few example images."""
     found: Mapping[int, tuple[Boxes, Boxes]] = field(default_factory=dict)
-    """Place of a test image -> true and predicted objects, for the few example images."""
+    """Index of a test image -> true and predicted objects, for the few example images."""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Name -> numbers for figures: of each step, where the name begins with ``loss``; else of each layer, first to
-    last."""
+    """Name -> values for figures: per step if the name starts with ``loss``, else per layer, from first to last."""
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Caption -> ``(H, W, 3)`` uint8, as pages show it."""
+    """Caption -> ``(H, W, 3)`` uint8 figure."""
     shown: Shown | None = None
     """Pictures, masks and patch tokens of the images of ``predictions``; only if requested from :func:`evaluate`."""
     groups: tuple[str, ...] = ()
@@ -127,38 +126,41 @@ class Details:
 
 
 def describe_result(result: Result) -> str:
-    """What must be known to read the numbers of a result: how many images of which split, their size, the preset, and
-    what was left out."""
-    told, parts = result.settings, list[str]()
-    if (number := told.get("num_test")) is not None:
-        looked_at = told.get("num_images")
-        few = f"{looked_at} of " if looked_at is not None and looked_at < number else ""
-        parts.append(f"{few}{number} {told.get('evaluated', 'images')}")
-    if (size := told.get("image_size")) is not None:
+    """Context of a result's scores: number of images and split, image size, preset, and what was skipped."""
+    settings, parts = result.settings, list[str]()
+    if (number := settings.get("num_test")) is not None:
+        looked_at = settings.get("num_images")
+        subset = f"{looked_at} of " if looked_at is not None and looked_at < number else ""
+        parts.append(f"{subset}{number} {settings.get('evaluated', 'images')}")
+    if (size := settings.get("image_size")) is not None:
         parts.append(f"{size} px")
-    if told.get("preset") is not None:
-        parts.append(f"preset {told['preset']}")
-    if told.get("keep_curve"):
-        parts.append(f"order {told['order']}")
-    if told.get("clusters"):
-        parts.append(f"{told['num_patches']} patches")
+    if settings.get("preset") is not None:
+        parts.append(f"preset {settings['preset']}")
+    if settings.get("keep_curve"):
+        parts.append(f"order {settings['order']}")
+    if settings.get("clusters"):
+        parts.append(f"{settings['num_patches']} patches")
     line = ", ".join(parts)
-    if left_out := _left_out(told):
-        line += f"{'; ' if line else ''}left out: {', '.join(left_out)}"
+    if skipped := _skipped(settings):
+        line += f"{'; ' if line else ''}skipped: {', '.join(skipped)}"
     return line
 
 
-def _left_out(told: Mapping[str, Any]) -> list[str]:
-    unreadable = told.get("num_unreadable", 0)
-    evaluated = told.get("num_unreadable_evaluated", unreadable)
-    clusters, missing = told.get("clusters_left_out") or (), told.get("classes_without_images") or ()
+def _skipped(settings: Mapping[str, Any]) -> list[str]:
+    unreadable = settings.get("num_unreadable", 0)
+    evaluated = settings.get("num_unreadable_evaluated", unreadable)
+    clusters, missing = settings.get("clusters_left_out") or (), settings.get("classes_without_images") or ()
     names = ", ".join(missing[:_FEW_NAMES]) + (", ..." if len(missing) > _FEW_NAMES else "")
     return [
         *([f"{evaluated} unreadable"] if evaluated else []),
         *([f"{unreadable - evaluated} unreadable in train"] if unreadable > evaluated else []),
-        *([f"{told['num_unlabelled']} without a label"] if told.get("num_unlabelled") else []),
+        *([f"{settings['num_unlabelled']} without a label"] if settings.get("num_unlabelled") else []),
         *([f"K = {', '.join(map(str, clusters))} (too few patches)"] if clusters else []),
-        *([f"{len(missing)} of {told['num_classes']} classes, which have no such images ({names})"] if missing else []),
+        *(
+            [f"{len(missing)} of {settings['num_classes']} classes, which have no such images ({names})"]
+            if missing
+            else []
+        ),
     ]
 
 
@@ -168,29 +170,29 @@ def results_json(results: list[Result]) -> str:
 
 
 def write_results(path: Path, results: list[Result]) -> None:
-    """Write results as JSON, whole file or none."""
+    """Write results as JSON, atomically."""
     write_atomically(path, results_json(results))
 
 
 def read_results(path: Path) -> list[Result]:
-    """Results that :func:`write_results` wrote.
+    """Read results written by :func:`write_results`.
 
     Raises:
-        DataError: if the file isn't there or isn't of that form.
+        DataError: if the file is missing or invalid.
     """
     with reading(path, "a file of results"):
         return [_result(row) for row in json.loads(path.read_bytes())["results"]]
 
 
 def _result(row: Mapping[str, Any]) -> Result:
-    """A result from its row in JSON; null is NaN again. Raises ValueError where a value has another type."""
+    """A result from its row in JSON; null becomes NaN. Raises ValueError if a value has the wrong type."""
     texts = [row["protocol"], row["encoder"], row["data"], *row["units"].values()]
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise ValueError(f"a text is needed, not {wrong[0]!r}")
     if not row["metrics"] or not isinstance(row["settings"], dict):
         raise ValueError("metrics and settings are needed")
     if row.get("baseline") not in (None, *BASELINE_LABELS):
-        raise ValueError(f"baseline={row['baseline']!r} is of no known kind")
+        raise ValueError(f"unknown kind of baseline {row['baseline']!r}")
     groups = {
         key: {name: _numbers(values) for name, values in row.get(key, {}).items()} for key in ("per_class", "intervals")
     }
@@ -198,7 +200,7 @@ def _result(row: Mapping[str, Any]) -> Result:
 
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    """JSON's null is NaN again."""
+    """Convert JSON's null to NaN."""
     return {name: float("nan") if value is None else float(value) for name, value in values.items()}
 
 

@@ -1,6 +1,6 @@
-"""The few test images that pages show: as people see them, their masks, and what the encoder's patches say of them.
+"""The few test images shown on pages: pictures, masks, and patch tokens.
 
-Kept with the details of a result, so that a page can be drawn when neither data nor weights are there any more.
+Stored with the details of a result, so that a page can be drawn without the data and the weights.
 Letters: B images, N = h*w patches, K components kept.
 """
 
@@ -20,25 +20,25 @@ from smalti.evaluation.features import Features
 from smalti.functional.components import reduce_patches
 
 PICTURE_PX = 224
-"""Side of the pictures and masks that are kept, in pixels."""
+"""Side of the stored pictures and masks in pixels."""
 COMPONENTS = 16
-"""Principal components kept of a patch token, at most."""
+"""Maximum number of principal components stored per patch token."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A few test images, resized to a square as dense protocols do."""
+    """A few test images, resized to a square as in dense protocols."""
 
     places: tuple[int, ...]
-    """In the test set; the B of the tokens."""
+    """Indices in the test set, one per image of the tokens."""
     aspects: tuple[float, ...]
-    """Width over height of each image before it was made square."""
+    """Aspect ratio (width / height) of each image before resizing."""
     pictures: Mapping[int, np.ndarray]
-    """Place -> ``(224, 224, 3)`` uint8 RGB."""
+    """Index -> ``(224, 224, 3)`` uint8 RGB."""
     truths: Mapping[int, np.ndarray]
-    """Place -> ``(224, 224)`` int32 class of each pixel, -1 where ignored; empty without masks."""
+    """Index -> ``(224, 224)`` int32 class of each pixel, -1: ignored; empty without masks."""
     coordinates: Float16[Tensor, "B N K"]
-    """Patch tokens in their first principal components over these images; see ``reduce_patches``."""
+    """Patch tokens projected on their first principal components over these images; see ``reduce_patches``."""
     share: float
     """Fraction of the tokens' variance explained by these components."""
     grid: tuple[int, int]
@@ -48,15 +48,15 @@ class Shown:
 
 
 def show(features: Features, wanted: int | None) -> Shown | None:
-    """What pages show of the encoder on ``features.shown``; one more pass over these few images.
+    """Images, masks and patch tokens of ``features.shown`` for pages; one more pass over these few images.
 
     Args:
-        features: of one encoder on one data set.
-        wanted: side of the images in pixels; None takes that of dense protocols. An encoder whose own size isn't
-            square is given squares of its longer side.
+        features: features of one encoder on one data set.
+        wanted: side of the images in pixels; None: that of dense protocols. If the encoder's own size isn't square,
+            squares of its longer side are used.
 
     Returns:
-        None if none of the images can be read, or the encoder gives them fewer than two patches.
+        None if no image can be read, or there are fewer than two patches.
     """
     encoder, images = features.encoder, features.data.test
     size = wanted or max(encoder.img_size)
@@ -75,7 +75,9 @@ def show(features: Features, wanted: int | None) -> Shown | None:
     if not places or grid[0] * grid[1] < 2:
         return None
     coordinates, share = reduce_patches(torch.cat(tokens), COMPONENTS)
-    longest = coordinates.abs().max().clamp(min=1e-30)  # float16 holds coordinates of any encoder at length 1
+    longest = (
+        coordinates.abs().max().clamp(min=1e-30)
+    )  # scale: coordinates of length 1 fit into float16 for any encoder
     pictures, truths, aspects = {}, {}, []
     num_classes = len(features.data.classes)
     for place in places:
@@ -86,7 +88,7 @@ def show(features: Features, wanted: int | None) -> Shown | None:
         if num_classes and (sample.mask is not None or sample.instances is not None):
             try:
                 truth = eval_mask(read_mask(sample, num_classes), PICTURE_PX).astype(np.int32)
-            except DataError:  # a protocol that needs it says so; a page goes without
+            except DataError:  # protocols that need the mask raise it; a page omits the mask
                 continue
-            truths[place] = np.where(truth >= num_classes, -1, truth)  # 255 is ignored where it is no class
+            truths[place] = np.where(truth >= num_classes, -1, truth)  # 255 is ignored unless it is a class
     return Shown(tuple(places), tuple(aspects), pictures, truths, (coordinates / longest).half(), share, grid, size)

@@ -1,6 +1,6 @@
-"""What each image contributes to a score, so that intervals can be drawn over images.
+"""Contribution of each image to a score, to compute intervals over images.
 
-Letters: n images, G groups (classes, mostly), S repetitions (clusterings with other seeds, say), R resamplings.
+Letters: n images, G groups (usually classes), S repetitions (such as clusterings with different seeds), R resamplings.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from smalti.evaluation.metrics import IGNORE, Absent, ConfusionMatrix, fold
 
 @dataclass(frozen=True)
 class Tally:
-    """A score as the mean over groups of sums over images: ``mean_g sum_n part / sum_n whole``.
+    """A score as the mean over groups of ratios of sums over images: ``mean_g sum_n part / sum_n whole``.
 
-    Accuracy has one group, parts 0 or 1 and wholes 1; balanced accuracy a group a class; mIoU has intersections and
-    unions in pixels; the mean of a number that each image has is that number over 1.
+    Accuracy has one group, parts of 0 or 1 and wholes of 1; balanced accuracy has one group per class; mIoU has
+    intersections and unions in pixels; for the mean of one number per image, parts are the numbers and wholes 1.
     """
 
     part: np.ndarray
@@ -27,7 +27,7 @@ class Tally:
     whole: np.ndarray
     """Denominators of the same shape; 0 if an image doesn't contribute to a group."""
     absent: Absent = "skip"
-    """What a group without any whole counts: nothing (``skip``), or ``zero``."""
+    """Score of a group whose wholes are all 0: ``zero``, or ``skip`` it."""
 
     def __post_init__(self) -> None:
         assert self.part.shape == self.whole.shape and self.part.ndim in (2, 3), (self.part.shape, self.whole.shape)
@@ -39,7 +39,7 @@ class Tally:
         """The same score as a sum over groups of images.
 
         Args:
-            groups: of each image.
+            groups: group of each image.
         """
         assert len(groups) == len(self), (len(groups), len(self))
         names, places = np.unique(np.asarray(groups), return_inverse=True)
@@ -53,7 +53,7 @@ class Tally:
         return float(self.scores(np.ones((1, len(self))))[0])
 
     def scores(self, weights: np.ndarray) -> np.ndarray:
-        """``(R,)`` scores, where image n counts ``weights[r, n]`` times; NaN where nothing is left to be scored.
+        """``(R,)`` scores, where image n counts ``weights[r, n]`` times; NaN if nothing is left to score.
 
         Args:
             weights: ``(R, n)`` counts, such as those of a bootstrap.
@@ -87,8 +87,8 @@ def tally_labels(
         target: classes of the readable images.
         pred: predicted classes of the readable images.
         num_classes: G.
-        places: of those images, 0..num_images-1.
-        num_images: n; the others say nothing.
+        places: indices of those images, 0..num_images-1.
+        num_images: n, including images that aren't readable.
     """
     whole, part = np.zeros((2, num_images, num_classes))
     whole[list(places), target.cpu().numpy()] = 1
@@ -98,13 +98,13 @@ def tally_labels(
 
 
 class PixelTally:
-    """Confusion matrix of a segmentation and, for each image, intersection and union of each class.
+    """Confusion matrix of a segmentation, and intersection and union of each class in each image.
 
     Args:
         num_classes: G.
-        num_images: n, images that may come.
-        ignore: ground-truth value that counts nowhere.
-        device: where the batches are.
+        num_images: n.
+        ignore: ignored ground-truth value.
+        device: device of the batches.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class PixelTally:
     ) -> None:
         self.confusion = ConfusionMatrix(num_classes, ignore=ignore, device=device)
         self._num_images = num_images
-        self._counts: dict[int, Tensor] = {}  # sparse: an image has few of all pairs of classes
+        self._counts: dict[int, Tensor] = {}  # sparse: an image has few pairs of classes
 
     def update(
         self, target: Integer[Tensor, "B M1 M2"], pred: Integer[Tensor, "B M1 M2"], places: Sequence[int]
@@ -122,7 +122,7 @@ class PixelTally:
         Args:
             target: classes, 0..G-1 or ``ignore``.
             pred: classes, 0..G-1.
-            places: of the images, 0..n-1; each comes once.
+            places: indices of the images, 0..n-1; each occurs once.
 
         Raises:
             DataError: if a value lies outside its range.
@@ -134,7 +134,7 @@ class PixelTally:
             self._counts[place] = one.matrix.cpu().to_sparse()
 
     def renamed(self, mapping: Int[Tensor, " G"]) -> "PixelTally":
-        """The tally of the predictions ``mapping[pred]``, for a mapping that is known only when all were counted."""
+        """The tally of the predictions ``mapping[pred]``, for a mapping that is determined after counting."""
         tally = PixelTally(self.confusion.num_classes, self._num_images, self.confusion.ignore)
         tally.confusion.matrix = fold(self.confusion.matrix, mapping)
         tally._counts = {place: fold(matrix.to_dense(), mapping).to_sparse() for place, matrix in self._counts.items()}
@@ -156,7 +156,7 @@ class PixelTally:
         return Tally(intersection.sum(1, keepdims=True), target.sum(1, keepdims=True))
 
     def _sums(self) -> np.ndarray:
-        """``(3, n, G)`` pixels of each class that are right, that there are, and that were predicted."""
+        """``(3, n, G)`` pixels of each class: correct, in the ground truth, predicted."""
         sums = np.zeros((3, self._num_images, self.confusion.num_classes))
         for place, sparse in self._counts.items():
             matrix = sparse.to_dense()
@@ -165,7 +165,7 @@ class PixelTally:
 
 
 def join_repetitions(tallies: Sequence[Tally]) -> Tally:
-    """Mean over repetitions of one score on the same images: ``(n, G)`` each -> ``(n, S, G)``."""
+    """Combine repetitions of one score on the same images, which are averaged: ``(n, G)`` each -> ``(n, S, G)``."""
     return Tally(
         np.stack([tally.part for tally in tallies], axis=1),
         np.stack([tally.whole for tally in tallies], axis=1),

@@ -1,9 +1,8 @@
 """Training on augmented images, for finetune, segmenter and the DINO form of linear-probe.
 
-An encoder that is trained is always a copy. Which images a step sees, and every random number of their
-augmentation, are functions of (seed, epoch, image), as in training; dropped paths and mixed images are drawn from
-generators whose state is restored afterwards.
-Letters: B images a step, n training images, T steps.
+Only copies of an encoder are trained. The images of a step and their augmentation are functions of (seed, epoch,
+image), as in training; stochastic depth and mixup use global generators, whose state is restored afterwards.
+Letters: B images per step, n training images, T steps.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ from smalti.models.build import clone_encoder
 from smalti.models.encoder import Encoder
 
 Example = tuple[Tensor, Any]
-"""An image as the network takes it, and its class or mask, or a dictionary of tensors."""
+"""An input image of the network, and its class, its mask, or a dictionary of tensors."""
 CROP_ASPECT, FLIP_PROB = (3 / 4, 4 / 3), 0.5
 _CHECK_EVERY = 50  # reading a loss waits for the GPU
 _TELL_EVERY_S = 10.0
@@ -45,13 +44,13 @@ _CURVE_POINTS = 100
 
 
 def trainable_copy(encoder: Encoder, drop_path: float) -> Encoder:
-    """A copy with all parameters trainable, including positions; with stochastic depth and without dropout.
+    """A copy with all parameters trainable, including positions; with stochastic depth, without dropout.
 
-    Weights that were trained without positions get fresh ones, drawn from torch's generator.
+    An encoder trained without positions gets new ones, initialised from torch's generator.
 
     Args:
-        encoder: not changed.
-        drop_path: rate of the last block, in [0, 1).
+        encoder: the original, which isn't modified.
+        drop_path: stochastic depth rate of the last block, in [0, 1).
     """
     copy = clone_encoder(encoder)
     copy.draw_positions()
@@ -66,7 +65,7 @@ def trainable_copy(encoder: Encoder, drop_path: float) -> Encoder:
 
 
 def with_linear_head(copy: Encoder, num_outputs: int) -> Encoder:
-    """The same copy with a new linear layer as its own ``head``: truncated normal 0.02, no bias at the start."""
+    """Give the copy a new linear ``head``: weights from a truncated normal of 0.02, zero bias."""
     head = nn.Linear(copy.embed_dim, num_outputs)
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
@@ -75,12 +74,12 @@ def with_linear_head(copy: Encoder, num_outputs: int) -> Encoder:
 
 
 def rate_fresh_positions(optimizer: torch.optim.Optimizer, encoder: Encoder, copy: Encoder) -> None:
-    """Positions that were just drawn learn at the full rate, whatever the layers' decay; without weight decay.
+    """Train new positions with the full learning rate, without layer-wise decay and weight decay.
 
     Args:
-        optimizer: of the copy, its groups with an ``lr_scale``.
-        encoder: the original: nothing happens unless it is without positions.
-        copy: from :func:`trainable_copy`.
+        optimizer: optimiser of the copy, whose groups have an ``lr_scale``.
+        encoder: the original; nothing changes if it has positions.
+        copy: result of :func:`trainable_copy`.
 
     Source: PART, arXiv:2506.03682, released code.
     """
@@ -94,13 +93,13 @@ def rate_fresh_positions(optimizer: torch.optim.Optimizer, encoder: Encoder, cop
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Python's, NumPy's and torch's own random numbers follow from the seed; afterwards they go on as if unused.
+    """Within the block, seed Python's, NumPy's and torch's global generators; their state is restored afterwards.
 
     For libraries that can't be given a generator.
 
     Args:
         seed: any integer.
-        device: whose generator is meant, beside that of the CPU.
+        device: device whose generator is also seeded, besides the CPU's.
     """
     device = torch.device(device)
     on_cuda = [device] if device.type == "cuda" else []
@@ -109,7 +108,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         try:
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
-            torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would reach other devices, too
+            torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would also seed other devices
             for one in on_cuda:
                 with torch.cuda.device(one):
                     torch.cuda.manual_seed(seed % 2**63)
@@ -124,8 +123,8 @@ def normalized(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) 
 
     Args:
         pixels: ``(H, W, C)`` uint8, or float32 in 0..1.
-        mean: per channel, of images in 0..1.
-        std: per channel, of images in 0..1.
+        mean: mean per channel, of images in 0..1.
+        std: standard deviation per channel, of images in 0..1.
     """
     scaled = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
     image = (scaled - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
@@ -140,15 +139,15 @@ def random_view(
     key: int,
     mode: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> np.ndarray | Skipped:
-    """``(size, size, C)``: a random resized crop of an image, mirrored half of the time.
+    """``(size, size, C)``: a random resized crop of an image, mirrored with probability 0.5.
 
     Args:
         sample: the image.
         channels: C.
         size: side in pixels.
         area: smallest and largest fraction of the image's area.
-        key: of the randomness.
-        mode: interpolation, antialiased.
+        key: random key.
+        mode: interpolation mode, antialiased.
     """
     try:
         image = sample.read(channels)
@@ -161,9 +160,9 @@ def random_view(
 
 
 def warm_cosine(step: int, num_steps: int, *, peak: float, least: float, num_warmup: int) -> float:
-    """Learning rate: in equal strides to ``peak`` in ``num_warmup`` steps, then half a cosine to ``least``.
+    """Learning rate: linear warm-up to ``peak`` in ``num_warmup`` steps, then cosine decay to ``least``.
 
-    Source: He et al., MAE, arXiv:2111.06377v3, Table 9; there the first step's is 0.
+    Source: He et al., MAE, arXiv:2111.06377v3, Table 9; there, the first step has learning rate 0.
     """
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
@@ -179,32 +178,32 @@ def warm_poly(
     """
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
-    share = (step - num_warmup) / max(num_steps - num_warmup, 1)
-    return (peak - least) * (1 - share) ** power + least
+    fraction = (step - num_warmup) / max(num_steps - num_warmup, 1)
+    return (peak - least) * (1 - fraction) ** power + least
 
 
 def warm_steps(
     step: int, num_steps: int, *, peak: float, num_warmup: int, milestones: tuple[float, ...], factor: float = 0.1
 ) -> float:
-    """Learning rate: as :func:`warm_cosine` to ``peak``, then ``factor`` times as much from each milestone on.
+    """Learning rate: as :func:`warm_cosine` to ``peak``, then multiplied by ``factor`` at each milestone.
 
     Args:
         step: 0..num_steps-1.
         num_steps: T.
-        peak: the highest.
-        num_warmup: steps of the warm-up.
-        milestones: as fractions of all steps.
+        peak: highest learning rate.
+        num_warmup: number of warm-up steps.
+        milestones: fractions of all steps.
         factor: multiplier at each milestone.
 
     Source: Li et al., ViTDet, arXiv:2203.16527, App. A.2.
     """
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
-    return peak * factor ** sum(step >= share * num_steps for share in milestones)
+    return peak * factor ** sum(step >= fraction * num_steps for fraction in milestones)
 
 
-class _Steps(Dataset[Any]):
-    """The batch of a step; errors are returned, so that they cross from a worker as they are."""
+class _TuningBatches(Dataset[Any]):
+    """The batch of each step; errors are returned, so that workers pass them on unchanged."""
 
     def __init__(
         self, make: Callable[[int, int], Example | Skipped], num_images: int, batch_size: int, seed: int
@@ -223,10 +222,10 @@ class _Steps(Dataset[Any]):
         return torch.stack([image for image, _ in made]), stacked, skipped
 
     def _example(self, position: int, skipped: list[Skipped]) -> Example:
-        """The image at a place of the endless row of epochs, or the next that can be read."""
+        """The image at a position in the infinite sequence of epochs, or the next readable one."""
         epoch, offset = divmod(position, self._num_images)
         order = _cached_order(self._seed, epoch, self._num_images)
-        key = sample_key(self._seed, epoch, int(order[offset]))  # also a replacement's: it has a turn of its own
+        key = sample_key(self._seed, epoch, int(order[offset]))  # a replacement has its own key
         failed: list[Skipped] = []
         for attempt in range(self._num_images):
             example = self._make(int(order[(offset + attempt) % self._num_images]), key)
@@ -243,10 +242,10 @@ def _cached_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 
 def stream(items: Dataset[Any], count: int, num_workers: int) -> Iterator[Any]:
-    """``items[0]`` to ``items[count - 1]`` in order, made by worker processes where there are any.
+    """Yield ``items[0]`` to ``items[count - 1]`` in order, loaded by worker processes if there are any.
 
     Raises:
-        SmaltiError: if an item is one.
+        SmaltiError: if an item is an error.
     """
     for item in load_items(items, range(count), num_workers):
         if isinstance(item, SmaltiError):
@@ -269,36 +268,36 @@ def train(
     num_images: int | None = None,
     bf16: bool | None = None,
 ) -> list[float]:
-    """Fit a model to the training images; it ends in eval mode.
+    """Train a model on the training images; it is in eval mode afterwards.
 
-    Every batch is full: epochs run into one another, and an image that can't be read is replaced by the next.
+    Every batch is full: batches cross epochs, and an unreadable image is replaced by the next.
 
     Args:
-        model: on the device of the encoder.
-        optimizer: of its parameters; ``lr_scale`` of a group multiplies its learning rate.
+        model: model on the device of the encoder.
+        optimizer: its optimiser; ``lr_scale`` of a group multiplies its learning rate.
         features: the training images and the progress callback.
-        make: ``make(place, key)``: the image at a place of the training set, augmented as the key says.
-        loss_of: ``loss_of(images, targets)`` of a batch; targets are stacked, or a list where they are dictionaries.
-        rate: learning rate of a step, 0..num_steps-1.
+        make: ``make(place, key)``: the training image of that index, augmented with that random key.
+        loss_of: ``loss_of(images, targets)`` of a batch; targets are stacked, or a list if they are dictionaries.
+        rate: learning rate of each step, 0..num_steps-1.
         num_steps: T.
         batch_size: B.
-        seed: of the order of images, and their keys.
-        what: named in the progress, and in errors.
-        num_images: of the training set, where it is a part of that of ``features``.
-        bf16: whether products are in bfloat16; None: where a GPU has it.
+        seed: seed of the order of images and of their keys.
+        what: label in progress and errors.
+        num_images: size of the training set, if it is a subset of that of ``features``.
+        bf16: whether to use bfloat16 autocast; None: on GPUs that support it.
 
     Returns:
-        The loss, as means over at most 100 spans of equal length.
+        The loss, averaged over at most 100 intervals of equal length.
 
     Raises:
-        DataError: if no image can be read, or a target can't.
+        DataError: if no image can be read, or a target can't be read.
         RunError: if the loss is not finite.
     """
     device = features.device
-    steps = _Steps(make, num_images or len(features.data.train), batch_size, seed)
+    steps = _TuningBatches(make, num_images or len(features.data.train), batch_size, seed)
     bf16 = has_bf16(device.type) if bf16 is None else bf16
     losses: list[Tensor] = []
-    told = time.monotonic()
+    last_report = time.monotonic()
     model.train()
     with torch.enable_grad():
         for step, (images, targets, skipped) in enumerate(stream(steps, num_steps, features.num_workers)):
@@ -313,10 +312,10 @@ def train(
             losses.append(loss.detach())
             if step % _CHECK_EVERY == 0 or step + 1 == num_steps:
                 if not torch.stack(losses[-_CHECK_EVERY:]).isfinite().all():
-                    raise RunError(f"{what}: the loss is not finite at step {step}; lower its learning_rate")
-                told = -math.inf
-            if time.monotonic() - told > _TELL_EVERY_S:
-                told = time.monotonic()
+                    raise RunError(f"{what}: the loss is not finite at step {step}; lower the learning_rate")
+                last_report = -math.inf
+            if time.monotonic() - last_report > _TELL_EVERY_S:
+                last_report = time.monotonic()
                 features.progress(what, step + 1, num_steps)
     model.eval()
     spans = torch.stack(losses).float().cpu().tensor_split(min(_CURVE_POINTS, len(losses)))
@@ -340,8 +339,8 @@ def evaluate_labels(
         size: S in pixels.
 
     Returns:
-        ``top1``, ``balanced_top1`` and, from five classes on, ``top5``; the recall of each class; what each image
-        contributes to each score; the confusion matrix.
+        ``top1``, ``balanced_top1`` and, from five classes on, ``top5``; the recall of each class; the tally of each
+        score; the confusion matrix.
 
     Raises:
         DataError: if no image can be read.

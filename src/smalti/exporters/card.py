@@ -1,4 +1,4 @@
-"""What an exported model wants as input, in words: the same in the terminal, the model card and the files' metadata."""
+"""Input format of an exported model, in words for the terminal, the model card and the files' metadata."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,13 +7,13 @@ from smalti.models.encoder import Encoder
 
 CARD = "README.md"
 Input = Literal["normalized", "unit"]
-"""What a model takes: pixels that are normalised already, or in 0..1 as they are read."""
+"""Input of a model: normalised images, or pixels in 0..1."""
 
 
 def input_words(encoder: Encoder, input: Input) -> str:
-    """Channels, range, mean and std of what a model takes, in one line."""
+    """Channels, range, mean and std of a model's input, in one line."""
     if encoder.takes_signals:
-        return "float32 windows of signals, as they are read"
+        return "float32 windows of signals, not normalised"
     mean, std = (numbers(values) for values in (encoder.mean, encoder.std))
     channels = "RGB" if encoder.in_chans == 3 else f"{encoder.in_chans} channels"
     if input == "unit":
@@ -22,7 +22,7 @@ def input_words(encoder: Encoder, input: Input) -> str:
 
 
 def input_metadata(encoder: Encoder, input: Input) -> dict[str, str]:
-    """The same for a file's metadata: ``input``, ``range``, ``mean`` and ``std``."""
+    """Entries of a file's metadata: ``input``, ``range``, ``mean`` and ``std``."""
     return {
         "input": input,
         "range": input_words(encoder, input),
@@ -32,18 +32,18 @@ def input_metadata(encoder: Encoder, input: Input) -> dict[str, str]:
 
 
 def numbers(values: Sequence[float]) -> str:
-    """Few digits, as people write them."""
+    """Numbers without trailing zeros."""
     return f"({', '.join(f'{value:g}' for value in values)})"
 
 
 def model_card(encoder: Encoder, input: Input, size: tuple[int, int], usage: str) -> str:
-    """A short page for a folder of exported files.
+    """README of a folder of exported files.
 
     Args:
-        encoder: that was exported.
-        input: what the files take.
+        encoder: the exported encoder.
+        input: input of the files.
         size: height and width of the images in pixels.
-        usage: code that opens them.
+        usage: code that loads them.
     """
     height, width = size
     patch = "x".join(map(str, encoder.patch_size))
@@ -53,7 +53,7 @@ Depth {encoder.depth}, width {encoder.embed_dim}, patches of {patch} pixels. Exp
 {encoder.source or "weights as given"}.
 
 **Input**: (B, {encoder.in_chans}, {height}, {width}), {input_words(encoder, input)}.
-Other input gives other features, without an error.
+Input in another format gives wrong features without an error.
 
 ```python
 {usage}

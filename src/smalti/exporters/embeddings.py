@@ -1,4 +1,4 @@
-"""Features of a set of images as one file: ``.parquet`` or ``.npz``, written as they come, so that any number fits.
+"""Write the features of a set of images to one ``.parquet`` or ``.npz`` file, batch by batch, so that any number fits.
 
 Letters: n images, N = h*w patches an image, D embed_dim.
 """
@@ -33,22 +33,22 @@ _ROW_GROUP_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Embedded:
-    """What :func:`embed` wrote."""
+    """Result of :func:`embed`."""
 
     path: Path
     count: int
-    """Images in the file."""
+    """Number of images in the file."""
     shape: tuple[int, ...]
-    """Of one image's features: ``(D,)``, or ``(N, D)`` for patches."""
+    """Shape of one image's features: ``(D,)``, or ``(N, D)`` for patches."""
     skipped: tuple[Skipped, ...]
-    """Images that could not be read, which the file does not hold."""
+    """Images that could not be read; they are not in the file."""
 
     def __str__(self) -> str:
-        """One line for the screen, and one for the first unreadable image."""
+        """One line for the terminal, and one for the first unreadable image."""
         text = f"{self.path}: {self.count:,} images, {' x '.join(map(str, self.shape))} numbers each"
         if self.skipped:
             path, reason = self.skipped[0]
-            text += f"\nunreadable and left out: {len(self.skipped):,}, the first: {path}: {reason}"
+            text += f"\nunreadable and skipped: {len(self.skipped):,}, the first: {path}: {reason}"
         return text
 
 
@@ -65,30 +65,30 @@ def embed(
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Embedded:
-    """Write the features of all images, in their order.
+    """Write the features of all images in order.
 
-    Images are made ready as evaluations do it: for one vector an image the central square, for patches the whole image
-    at ``image_size`` x ``image_size`` whatever its shape, so that patch (i, j) of the grid is part (i, j) of the image.
+    Images are preprocessed as in evaluations: the central square for one vector per image; for patches the whole image,
+    resized to ``image_size`` x ``image_size``, so that patch (i, j) of the grid is part (i, j) of the image.
 
     Both formats have the columns ``path`` and ``embedding``, or ``path``, ``grid_h``, ``grid_w`` and ``tokens`` (in
     raster order). In ``.parquet``, ``embedding`` is a list of D numbers and ``tokens`` one of N*D; the schema's
     metadata has ``embed_dim``, and ``smalti``: the settings as JSON. In ``.npz``, columns are arrays: ``path`` and
-    ``grid_h``, ``grid_w`` ``(n,)``, ``embedding`` ``(n, D)``, ``tokens`` ``(n, N, D)``; ``smalti`` is a text.
+    ``grid_h``, ``grid_w`` ``(n,)``, ``embedding`` ``(n, D)``, ``tokens`` ``(n, N, D)``; ``smalti`` is a string.
 
     Args:
-        encoder: in eval mode, on the device where it shall run.
-        images: what to read.
-        out: a file whose ending says the format; an existing one is replaced once the new one is whole.
+        encoder: in eval mode, on the device to run on.
+        images: the images.
+        out: a ``.parquet`` or ``.npz`` file; an existing file is replaced once the new one is complete.
         level: ``image`` or ``patch``.
         pool: ``auto`` (the encoder's own), ``cls``, ``avg``, ``map`` or ``prr``, for ``level="image"``.
-        image_size: side in pixels; None takes the encoder's own.
-        batch_size: images at a time.
-        num_workers: processes that read images; 0 reads in this one.
-        dtype: ``float32`` or ``float16``, of the numbers in the file.
-        progress: called with (images done, images in all).
+        image_size: side in pixels; None: the encoder's own.
+        batch_size: images per batch.
+        num_workers: data-loading worker processes; 0: load in the main process.
+        dtype: data type of the features in the file, ``float32`` or ``float16``.
+        progress: called as ``progress(done, total)``, counting images.
 
     Raises:
-        ConfigError: for another ending, level, pool or dtype, or where ``out`` can't be written.
+        ConfigError: for another suffix, level, pool or dtype, or if ``out`` can't be written.
         ShapeError: if the patch size does not divide ``image_size``.
         DataError: if no image can be read.
     """
@@ -96,7 +96,7 @@ def embed(
         if value not in known:
             raise ConfigError(f"{name}={value}: one of {', '.join(known)} is needed")
     if out.suffix.lower() not in ENDINGS:
-        raise ConfigError(f"{out}: the ending says the format; name a file that ends in {' or '.join(ENDINGS)}")
+        raise ConfigError(f"{out}: unknown file format; name a file that ends in {' or '.join(ENDINGS)}")
     check_writable(out)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: 1 or more is needed")
@@ -126,7 +126,7 @@ def embed(
         for pixels, places, unreadable in batches:
             skipped += unreadable
             if places:
-                with np.errstate(over="ignore"):  # the next line says it better
+                with np.errstate(over="ignore"):  # the check below raises instead
                     rows = _features(encoder, pixels, pool, is_patches).astype(dtype)
                 if not np.isfinite(rows).all():
                     raise ConfigError(f"features are not finite as {dtype}; {_remedy(dtype, encoder)}")
@@ -154,7 +154,7 @@ def _remedy(dtype: str, encoder: Encoder) -> str:
 
 
 class _Parquet:
-    """Rows are gathered into groups of some size: one a batch would be slow to read."""
+    """Writes row groups of several batches: one group per batch would be slow to read."""
 
     def __init__(
         self, path: Path, shape: tuple[int, ...], dtype: str, grid: tuple[int, int] | None, note: dict[str, Any]
@@ -200,7 +200,7 @@ class _Parquet:
 
 
 class _Npz:
-    """Numbers go to a nameless file first, since an array's header holds their count."""
+    """Writes features to an unnamed temporary file first, since an array's header contains their number."""
 
     def __init__(
         self, path: Path, shape: tuple[int, ...], dtype: str, grid: tuple[int, int] | None, note: dict[str, Any]

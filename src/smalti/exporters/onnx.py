@@ -1,6 +1,6 @@
-"""An encoder as ONNX files that run without torch, proven to give the same numbers in ONNX Runtime.
+"""Export an encoder to ONNX; the files are checked in ONNX Runtime for equal outputs.
 
-``encoder.onnx`` takes whole images; ``keep.onnx`` also takes which patches to look at, and costs what these cost.
+``encoder.onnx`` takes whole images; ``keep.onnx`` also takes the patches to use, and its cost is that of these patches.
 Letters: B images, N patches, L kept ones, D embed_dim, K classes.
 """
 
@@ -25,32 +25,32 @@ from smalti.models.build import clone_encoder
 from smalti.models.encoder import ClassHead, Encoder
 
 TOLERANCE = 1e-4
-"""Largest difference of a number, as a share of the largest number of its kind (at least of 1)."""
+"""Largest allowed difference of an output, relative to the largest value of that output (at least 1)."""
 WHOLE, KEEP, CONFIG = "encoder.onnx", "keep.onnx", "config.json"
 OPSET = 20
 _ONE_FILE_BYTES = 1.8 * 2**30  # protobuf's limit is 2 GiB
 _TRIED = (1, 3)
-"""Sizes of the batches that are compared: the batch is free."""
+"""Batch sizes that are compared, since the batch axis is dynamic."""
 
 
 class OnnxExport(NamedTuple):
-    """What :func:`export_onnx` wrote, and how equal it is."""
+    """Result of :func:`export_onnx`."""
 
     path: Path
     """The folder."""
     outputs: tuple[str, ...]
-    """``tokens`` ``(B, N, D)``, ``vector`` ``(B, D)``, and ``logits`` ``(B, K)`` where a head came with the weights."""
+    """``tokens`` ``(B, N, D)``, ``vector`` ``(B, D)``, and ``logits`` ``(B, K)`` if the weights include a head."""
     difference: float
-    """Largest difference to torch, as :data:`TOLERANCE` counts it."""
+    """Largest difference to torch, measured as for :data:`TOLERANCE`."""
 
 
 class Exported(nn.Module):
-    """What is written: images in, tokens, vector and class scores out.
+    """The exported model: images in, tokens, vector and class scores out.
 
     Args:
-        encoder: its normalisation is a part of the model with ``input="unit"``.
-        head: linear classification head; None: there is none.
-        input: what the images are.
+        encoder: with ``input="unit"``, its normalisation is part of the model.
+        head: linear classification head, or None.
+        input: format of the images.
     """
 
     def __init__(self, encoder: Encoder, head: ClassHead | None, input: Input = "normalized") -> None:
@@ -64,8 +64,8 @@ class Exported(nn.Module):
             self.head.bias = nn.Parameter(head.bias.detach().clone())
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, ...]:
-        """``(B, C, H, W)`` float as ``input`` says, and ``(B, L)`` raster numbers of the patches to look at; None:
-        all."""
+        """Takes ``(B, C, H, W)`` float images in the format of ``input``, and ``(B, L)`` raster indices of the patches
+        to use; None: all."""
         images = self.encoder.normalize(images) if self.input == "unit" else images
         features = self.encoder.encode(images, ids_keep=ids_keep)
         vector = self.encoder.pooled(features)
@@ -82,24 +82,24 @@ def export_onnx(
 ) -> OnnxExport:
     """Write a folder with ``encoder.onnx``, ``keep.onnx``, ``config.json`` and a model card.
 
-    Both models take ``images`` ``(B, C, H, W)`` float32, any B: what the exported timm model takes, too, or with
+    Both models take ``images`` ``(B, C, H, W)`` float32 with any B, normalised as for the exported timm model, or with
     ``input="unit"`` pixels in 0..1. ``keep.onnx`` also takes ``ids_keep`` ``(B, L)`` int64: the first L patches of an
-    order, as raster numbers; the others are not even embedded. Free axes are named ``batch`` (B) and ``kept`` (L). The
-    files' metadata name range, mean and std. The files are run by ONNX Runtime, compared with torch for several B and
-    L, and only then get their name.
+    order, as raster indices; the others are not embedded. Dynamic axes are named ``batch`` (B) and ``kept`` (L). The
+    files' metadata contains range, mean and std. The files are run in ONNX Runtime, compared with torch for several B
+    and L, and only then renamed to ``out``.
 
     Args:
-        encoder: on any device; what ``encoder.class_head`` tells is an output, too.
+        encoder: on any device; the logits of ``encoder.class_head`` are an output, too.
         out: a folder that does not exist yet, or is empty.
-        image_size: side of the images in pixels; None takes the encoder's own size.
-        keep: L as a fixed number; None leaves it free.
-        input: ``normalized`` images, or in 0..1 (``unit``): the normalisation is inside then.
+        image_size: side of the images in pixels; None: the encoder's own.
+        keep: fixed L; None: dynamic.
+        input: ``normalized`` images, or pixels in 0..1 (``unit``), which the model normalises itself.
 
     Raises:
         MissingExtraError: without onnx, onnxscript or onnxruntime.
-        ConfigError: if ``out`` holds something or can't be written, or ``keep`` is no number of patches.
+        ConfigError: if ``out`` isn't empty or can't be written, or ``keep`` isn't in 1..N.
         ShapeError: if the patch size does not divide ``image_size``.
-        WeightsError: if ONNX Runtime gives other numbers; nothing is left behind.
+        WeightsError: if ONNX Runtime's outputs differ; nothing is written.
     """
     check_onnx()
     check_target(out)
@@ -108,29 +108,29 @@ def export_onnx(
     num_patches = grid[0] * grid[1]
     if keep is not None and not 1 <= keep <= num_patches:
         raise ConfigError(
-            f"keep={keep}: an image of {height}x{width} pixels has {num_patches} patches; 1..{num_patches}"
+            f"keep={keep}: an image of {height}x{width} pixels has {num_patches} patches; 1..{num_patches} is needed"
         )
     head = encoder.class_head
     model = Exported(clone_encoder(encoder).cpu().float().eval(), head, input).eval()
     outputs = ("tokens", "vector", "logits")[: 2 if head is None else 3]
     try:
         with folder_beside(out) as temporary:
-            told = input_metadata(encoder, input)
+            metadata = input_metadata(encoder, input)
             images = _images(2, encoder.in_chans, height, width)
             some = keep or max(2, num_patches // 2)
-            _write(model, (images,), temporary / WHOLE, ("images",), outputs, {"images": {0: "batch"}}, told)
+            _write(model, (images,), temporary / WHOLE, ("images",), outputs, {"images": {0: "batch"}}, metadata)
             free = {0: "batch"} if keep else {0: "batch", 1: "kept"}
             arguments = (images, random_orders(torch.arange(2), num_patches)[:, :some])
             shapes = {"images": {0: "batch"}, "ids_keep": free}
-            _write(model, arguments, temporary / KEEP, ("images", "ids_keep"), outputs, shapes, told)
+            _write(model, arguments, temporary / KEEP, ("images", "ids_keep"), outputs, shapes, metadata)
             difference = compare(model, temporary, (height, width), (keep,) if keep else (1, some, num_patches))
             if not difference <= TOLERANCE:  # also NaN
                 raise WeightsError(
-                    f"ONNX Runtime's numbers differ from torch's by {difference:.3g} of the largest, at most "
+                    f"ONNX Runtime's outputs differ from torch's by {difference:.3g} of the largest, at most "
                     f"{TOLERANCE:g} is allowed; {out} was not written"
                 )
             described = {
-                "images": {"shape": ["B", encoder.in_chans, height, width], **told},
+                "images": {"shape": ["B", encoder.in_chans, height, width], **metadata},
                 "ids_keep": {"shape": ["B", keep or "L"], "range": f"0..{num_patches - 1}, int64, raster order"},
                 "outputs": list(outputs),
                 "grid": list(grid),
@@ -154,10 +154,10 @@ session = onnxruntime.InferenceSession("{WHOLE}")
 
 
 def check_onnx() -> None:
-    """Find out before the work whether what is needed is installed.
+    """Check that the required packages are installed.
 
     Raises:
-        MissingExtraError: naming the extra.
+        MissingExtraError: if one is missing; names the extra.
     """
     try:
         import onnx
@@ -170,11 +170,11 @@ def check_onnx() -> None:
 
 @torch.inference_mode()
 def compare(model: Exported, folder: Path, size: tuple[int, int], kept: tuple[int, ...]) -> float:
-    """Largest difference between a model and its files in a folder, over random images, as :data:`TOLERANCE` counts.
+    """Largest difference between a model and its exported files on random images, measured as for :data:`TOLERANCE`.
 
     Args:
         model: on the CPU, in eval mode.
-        folder: with :data:`WHOLE` and :data:`KEEP`.
+        folder: holds :data:`WHOLE` and :data:`KEEP`.
         size: height and width of the images.
         kept: numbers of patches to try.
     """
@@ -202,8 +202,7 @@ def compare(model: Exported, folder: Path, size: tuple[int, int], kept: tuple[in
 
 
 def _add_metadata(path: Path, values: Mapping[str, str]) -> None:
-    """Entries of a file's own metadata, beside those that the exporter wrote; weights outside of it stay where they
-    are."""
+    """Add entries to a file's metadata; external weights stay where they are."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -231,7 +230,7 @@ def _write(
     }
     batch = free["images"][0]
     for name in inputs:
-        free[name][0] = batch  # one and the same
+        free[name][0] = batch  # the same dynamic axis as that of the images
     with _quiet():
         torch.onnx.export(
             model,
@@ -250,7 +249,7 @@ def _write(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of its own affairs; what matters is compared afterwards."""
+    """Suppress the exporter's messages; the outputs are compared afterwards."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

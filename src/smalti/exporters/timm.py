@@ -1,4 +1,4 @@
-"""An encoder as a folder that timm opens by itself, proven to give the same tokens."""
+"""Export an encoder to a folder that timm loads; the tokens are checked to be equal."""
 
 import json
 from dataclasses import replace
@@ -14,18 +14,18 @@ from timm.models.vision_transformer import VisionTransformer
 from smalti.config import to_tree
 from smalti.errors import ConfigError, WeightsError
 from smalti.exporters.card import CARD, model_card
-from smalti.files import first_held, folder_beside, write_atomically
+from smalti.files import first_entry, folder_beside, write_atomically
 from smalti.layers.pooling import PRRConfig
 from smalti.models.build import clone_encoder
 from smalti.models.encoder import Encoder
 from smalti.models.pooling import MODULES, PatchFeatures
 
 TOLERANCE = 1e-6
-"""Largest difference of a token, in absolute numbers, at which two models count as the same."""
+"""Largest allowed absolute difference of a token."""
 
 
 class TimmExport(NamedTuple):
-    """What :func:`export_timm` wrote, and how equal it is."""
+    """Result of :func:`export_timm`."""
 
     path: Path
     """The folder, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
@@ -34,21 +34,21 @@ class TimmExport(NamedTuple):
 
 
 def export_timm(encoder: Encoder, out: Path) -> TimmExport:
-    """Write an encoder as ``model.safetensors`` and ``config.json``, which timm opens without Smalti, and a model card.
+    """Write an encoder as ``model.safetensors`` and ``config.json``, which timm loads without Smalti, and a model card.
 
-    The folder is written under a temporary name beside its place, opened through timm, compared with the encoder on a
-    random image, and only then renamed: what stands under ``out`` has passed. ``smalti.load("OUT/model.safetensors")``
-    builds the encoder again from the key ``smalti`` of ``config.json``. Away from the native image size timm resamples
-    positions with antialiasing; an encoder with ``pos_antialias=False`` keeps its own way only through ``smalti.load``.
+    The folder is written under a temporary name, loaded through timm, compared with the encoder on a random image, and
+    only then renamed to ``out``. ``smalti.load("OUT/model.safetensors")`` rebuilds the encoder from the key ``smalti``
+    of ``config.json``. At other image sizes timm resamples positions with antialiasing; ``pos_antialias=False`` is
+    respected only by ``smalti.load``.
 
     Args:
         encoder: on any device; the comparison runs on the CPU in float32.
         out: a folder that does not exist yet, or is empty.
 
     Raises:
-        ConfigError: if ``out`` is a file or holds something, or can't be written; or if timm's models can't pool as
-            the encoder does (PRR with norms, say).
-        WeightsError: if timm's model differs by more than :data:`TOLERANCE`; nothing is left behind.
+        ConfigError: if ``out`` is a file, isn't empty or can't be written; or if timm's models don't have the encoder's
+            pooling (such as PRR with norms).
+        WeightsError: if timm's model differs by more than :data:`TOLERANCE`; nothing is written.
     """
     check_target(out)
     try:
@@ -110,20 +110,20 @@ def timm_arguments(encoder: Encoder) -> dict[str, Any]:
 
 
 def check_target(out: Path) -> None:
-    """Refuse a folder that holds something, or a file.
+    """Check that a path is a new or empty folder.
 
     Raises:
-        ConfigError: naming what is there.
+        ConfigError: if it isn't; names the first file in it.
     """
     if out.is_dir():
-        if (held := first_held(out)) is not None:
+        if (held := first_entry(out)) is not None:
             raise ConfigError(f"{out}: the folder is not empty (it holds {held.name}); name a new or an empty folder")
     elif out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: is a file, a folder is needed; name a new or an empty folder")
 
 
 def timm_config(encoder: Encoder) -> dict[str, Any]:
-    """What timm's local-dir layout wants in ``config.json``, with the encoder's own description under ``smalti``."""
+    """Content of ``config.json`` in timm's local-dir layout, with the encoder's own description under ``smalti``."""
     height, width = encoder.img_size
     arguments = timm_arguments(encoder)
     return {
@@ -143,22 +143,22 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
             "std": list(encoder.std),
             "num_classes": 0,
             "pool_size": None,
-            # Older releases of timm take every first convolution for a three-channel one, and draw it anew if it isn't.
+            # Older releases of timm assume three input channels, and reinitialise the first convolution otherwise.
             "first_conv": "patch_embed.proj" if encoder.in_chans == 3 else None,
             "classifier": "head",
         },
-        # What is written is a table: the field, where there is one, at the native grid.
+        # A position field is exported as a table at the native grid.
         "smalti": {key: value for key, value in encoder.config().items() if key != "position_field"},
     }
 
 
 @torch.inference_mode()
 def compare(encoder: Encoder, folder: Path) -> float:
-    """Largest absolute difference between an encoder's tokens, and its vector an image, and those of the timm model in
-    a folder.
+    """Largest absolute difference between an encoder's tokens and image vector and those of the timm model in a
+    folder.
 
     Args:
-        encoder: on any device; a copy on the CPU is asked.
+        encoder: on any device; a copy on the CPU is compared.
         folder: in timm's local-dir layout.
     """
     ours = clone_encoder(encoder).cpu().float().eval()
@@ -168,7 +168,7 @@ def compare(encoder: Encoder, folder: Path) -> float:
     features = ours.encode(images)
     tokens = torch.cat([features.prefix, features.patches], dim=1)
     of_tokens = (tokens - theirs.forward_features(images)).abs().max()
-    # What is made of equal tokens, in float64: sums of many tokens in another order differ by more than the tolerance.
+    # float64: sums of many tokens in another order differ by more than the tolerance
     pooled = ours.double().pooled(PatchFeatures(features.patches.double(), features.prefix.double(), features.grid))
     of_vector = (pooled - theirs.double().forward_head(tokens.double())).abs().max()
     return max(of_tokens.item(), of_vector.item())

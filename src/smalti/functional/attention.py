@@ -1,4 +1,4 @@
-"""The class token's attention as a detector of foreground.
+"""Foreground detection from the class token's attention.
 
 Letters: B images, H heads, h w the patch grid, N = h * w patches.
 """
@@ -13,27 +13,27 @@ from torch import Tensor
 from smalti.functional.transfer import move
 
 MASS = 0.6
-_SIGMA, _RADIUS = 0.6, 3  # in patches
+_SIGMA, _RADIUS = 0.6, 3  # patches
 _ROUNDING = 1e-6
 
 
-def keep_mass(attention: Float[Tensor, "*B N"], share: float = MASS) -> Bool[Tensor, "*B N"]:
-    """True for the patches that hold most of the attention, the smallest left out as long as they hold ``1 - share``.
+def keep_mass(attention: Float[Tensor, "*B N"], ratio: float = MASS) -> Bool[Tensor, "*B N"]:
+    """True for the patches with the largest attention that together hold the fraction ``ratio`` of it.
 
     Args:
         attention: ``(..., N)`` not negative; each row is divided by its sum.
-        share: of the sum that is kept, at least, 0..1.
+        ratio: smallest fraction of the sum to keep, 0..1.
 
     Source: Caron et al., DINO, arXiv:2104.14294v2, Fig. 4 (60 % of the mass).
     """
     ascending, order = attention.float().sort(dim=-1, stable=True)
     mass = ascending.cumsum(-1) / ascending.sum(-1, keepdim=True)
-    return torch.empty_like(mass, dtype=torch.bool).scatter_(-1, order, mass > 1 - share + _ROUNDING)
+    return torch.empty_like(mass, dtype=torch.bool).scatter_(-1, order, mass > 1 - ratio + _ROUNDING)
 
 
 def blur_maps(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
     """Gaussian blur of 7 x 7 patches and standard deviation 0.6, reflected at the border."""
-    radius = min(_RADIUS, maps.shape[1] - 1, maps.shape[2] - 1)  # what can be reflected; the weight at 3 is 2e-6
+    radius = min(_RADIUS, maps.shape[1] - 1, maps.shape[2] - 1)  # limit of reflection padding; the weight at 3 is 2e-6
     weights = move(torch.tensor([math.exp(-0.5 * (i / _SIGMA) ** 2) for i in range(-radius, radius + 1)]), maps.device)
     weights = (weights / weights.sum()).to(maps.dtype)
     padded = F.pad(maps[:, None], (radius,) * 4, mode="reflect")
@@ -41,9 +41,9 @@ def blur_maps(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
 
 
 def drop_specks(mask: Bool[Tensor, "B h w"]) -> Bool[Tensor, "B h w"]:
-    """The mask without its connected parts of one or two patches; diagonal neighbours are connected.
+    """The mask without connected components of one or two patches (8-connectivity).
 
-    A part is that small if a patch has no neighbour, or one that has no other: two small convolutions, on any device.
+    A component is that small if its patches have at most one neighbour, which has no other: two small convolutions.
     """
     ones = torch.ones(1, 1, 3, 3, device=mask.device)
 
@@ -55,15 +55,15 @@ def drop_specks(mask: Bool[Tensor, "B h w"]) -> Bool[Tensor, "B h w"]:
     return mask & (neighbours > 0) & ~(single & (around(single) > 0))
 
 
-def foreground(attention: Float[Tensor, "B H N"], grid: tuple[int, int], share: float = MASS) -> Bool[Tensor, "B h w"]:
-    """Patches of the foreground: mean over heads, blur, the patches with most of the mass, small parts dropped.
+def foreground(attention: Float[Tensor, "B H N"], grid: tuple[int, int], ratio: float = MASS) -> Bool[Tensor, "B h w"]:
+    """Foreground patches: mean over heads, blur, patches with most of the mass, without small components.
 
     Args:
-        attention: ``(B, H, N)`` of the class token to the patches, as ``Encoder.encode_with_attention`` gives it.
+        attention: ``(B, H, N)`` of the class token to the patches, from ``Encoder.encode_with_attention``.
         grid: ``(h, w)``.
-        share: of the attention that is kept.
+        ratio: fraction of the attention to keep.
 
-    Source: as :func:`keep_mass`; blur and small parts as in the code of Pariza et al., NeCo, arXiv:2408.11054v3.
+    Source: as :func:`keep_mass`; blur and small components as in the code of Pariza et al., NeCo, arXiv:2408.11054v3.
     """
     maps = blur_maps(attention.float().mean(1).reshape(-1, *grid))
-    return drop_specks(keep_mass(maps.flatten(1), share).reshape(maps.shape))
+    return drop_specks(keep_mass(maps.flatten(1), ratio).reshape(maps.shape))

@@ -1,8 +1,8 @@
-"""Colours for classes that people tell apart, those with colour-blind eyes included.
+"""Colours for classes that are distinguishable, also for colour-blind people.
 
 Sources: Okabe & Ito, "Color Universal Design", 2008 (the first eight); Viénot, Brettel & Mollon, "Digital video
-colourmaps for checking the legibility of displays by dichromats", Color Res. Appl. 24(4), 1999 (what two kinds of
-colour-blind eyes see); CIE 1976 L*a*b* for distances.
+colourmaps for checking the legibility of displays by dichromats", Color Res. Appl. 24(4), 1999 (simulation of two kinds
+of colour blindness); CIE 1976 L*a*b* for distances.
 Letters: K colours.
 """
 
@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 OKABE_ITO = (
-    (70, 70, 70),  # in place of black, which would hide a dark picture
+    (70, 70, 70),  # instead of black, which would be invisible on dark pictures
     (230, 159, 0),
     (86, 180, 233),
     (0, 158, 115),
@@ -20,7 +20,7 @@ OKABE_ITO = (
     (213, 94, 0),
     (204, 121, 167),
 )
-"""The first is for the background, which mostly is class 0."""
+"""The first is for the background, usually class 0."""
 _EYES = (
     np.eye(3),
     np.array([[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]]),  # protanopes, linear RGB
@@ -34,18 +34,17 @@ _WHITE = _TO_XYZ.sum(1)
 
 @functools.cache
 def palette(num_classes: int) -> np.ndarray:
-    """``(K, 3)`` uint8 sRGB colours, read only: those of Okabe and Ito, then what is farthest from all before it.
+    """``(K, 3)`` uint8 sRGB colours, read-only: those of Okabe and Ito, then each farthest from all before it.
 
-    Farthest for the eyes that see the least difference: distances in L*a*b* as seen with full colour vision, without
-    red and without green receptors. More than about a dozen colours can't all be told apart at a glance; write names
-    beside them.
+    The distance is the smallest L*a*b* distance over normal vision, protanopia and deuteranopia. More than about a
+    dozen colours can't be distinguished at a glance; add labels.
     """
     chosen = [np.array(colour) for colour in OKABE_ITO[:num_classes]]
     if num_classes > len(OKABE_ITO):
         levels = np.linspace(0, 255, 11).round().astype(int)
         cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
         lightness = seen(cube)[0][:, 0]
-        cube = cube[(lightness > 25) & (lightness < 92)]  # neither black nor white: both are in pictures
+        cube = cube[(lightness > 25) & (lightness < 92)]  # neither black nor white, which are common in pictures
         views = seen(cube)
         nearest = np.full(len(cube), np.inf)
         for number in range(num_classes):
@@ -59,9 +58,9 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def seen(colours: np.ndarray) -> np.ndarray:
-    """``(3, K, 3)`` L*a*b* of ``(K, 3)`` sRGB colours 0..255: for full vision, protanopes and deuteranopes."""
-    share = np.asarray(colours, dtype=np.float64) / 255
-    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    """``(3, K, 3)`` L*a*b* of ``(K, 3)`` sRGB colours 0..255: for normal vision, protanopia and deuteranopia."""
+    scaled = np.asarray(colours, dtype=np.float64) / 255
+    linear = np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
     xyz = np.stack([(linear @ eye.T).clip(0, 1) @ _TO_XYZ.T for eye in _EYES]) / _WHITE
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)

@@ -1,4 +1,4 @@
-"""Principal components of patch tokens, and how those of two encoders are brought side by side.
+"""Principal components of patch tokens, and their alignment between two encoders.
 
 Letters: B images, N = h*w patches, D embed_dim, K components kept.
 """
@@ -14,14 +14,14 @@ NUM_COLOURS = 3
 
 
 def reduce_patches(patches: Float[Tensor, "B N D"], num_components: int) -> tuple[Float[Tensor, "B N K"], float]:
-    """Patch tokens less their mean over all images, along their directions of largest variance.
+    """Patch tokens, centred over all images and projected on their directions of largest variance.
 
-    The sign of a direction, which PCA leaves open, makes its largest entry positive, so that a page comes out the same
-    each time.
+    The sign of each direction, which PCA doesn't determine, makes its largest entry positive, so that pages are
+    reproducible.
 
     Returns:
-        ``(B, N, K)`` coordinates with ``K = min(num_components, D)``, largest variance first; the share of the variance
-        that they hold, 1 where there is no variance.
+        ``(B, N, K)`` coordinates with ``K = min(num_components, D)``, largest variance first; the explained fraction
+        of the variance, 1 if there is no variance.
     """
     features = patches.flatten(0, 1)
     centred = (features - features.mean(0)).double()
@@ -32,8 +32,8 @@ def reduce_patches(patches: Float[Tensor, "B N D"], num_components: int) -> tupl
     largest = np.take_along_axis(basis, np.abs(basis).argmax(0, keepdims=True), axis=0)
     basis *= np.where(largest < 0, -1.0, 1.0)
     total = float(np.trace(scatter))
-    share = float(values.clip(min=0).sum()) / total if total > 0 else 1.0
-    return (centred @ torch.from_numpy(basis)).float().view(*patches.shape[:2], -1), share
+    fraction = float(values.clip(min=0).sum()) / total if total > 0 else 1.0
+    return (centred @ torch.from_numpy(basis)).float().view(*patches.shape[:2], -1), fraction
 
 
 def align_components(
@@ -42,17 +42,17 @@ def align_components(
     reference: Float[Tensor, "B M R"],
     reference_grid: tuple[int, int],
 ) -> Float[Tensor, "B N 3"]:
-    """The first three components in the order and with the signs in which they resemble the reference's first three.
+    """The first three components, reordered and with signs chosen to match the reference's first three.
 
-    Components are only swapped and mirrored, never mixed: each encoder keeps its own directions. Of all assignments
-    that with the greatest sum of absolute correlations over the places of all images is taken; a component that the
-    reference has no partner for stays at the end as it is, and missing ones are zero.
+    Components are only swapped and mirrored, never mixed: each encoder keeps its own directions. The assignment
+    maximises the sum of absolute correlations over the positions of all images; components without a partner stay at
+    the end unchanged, and missing ones are zero.
 
     Args:
-        coordinates: of one encoder, from :func:`reduce_patches`.
+        coordinates: coordinates of one encoder, from :func:`reduce_patches`.
         grid: ``(h, w)`` of its images.
-        reference: of another encoder on the same images.
-        reference_grid: ``(h, w)`` of the reference; where it differs, it is resampled bilinearly.
+        reference: coordinates of another encoder on the same images.
+        reference_grid: ``(h, w)`` of the reference, which is resampled bilinearly if the grids differ.
     """
     ours, theirs = (_three(x) for x in (coordinates, reference))
     batch, number = ours.shape[:2]

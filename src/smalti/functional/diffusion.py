@@ -1,13 +1,14 @@
-"""A diffusion process in discrete steps: cosine schedule, respacing, and a variance between its two bounds.
+"""A discrete diffusion process: cosine schedule, respacing, and interpolated variance.
 
-Letters: T steps of the whole process, S steps that are kept, M tokens, D their dimensions. A token x at step t is
+Letters: T steps of the full process, S steps that are kept, M tokens, D their dimensions. A token x at step t is
 ``sqrt(a_t) x + sqrt(1 - a_t) noise`` with ``a`` = alpha bar; t runs from 0, nearly clean, to S - 1, nearly noise.
 
 Sources: Ho et al., DDPM, arXiv:2006.11239v2 (noising, posterior); Nichol & Dhariwal, arXiv:2102.09672v1 (cosine
 schedule Eq. 17, interpolated variance Eq. 15, respacing Sec. 3.3); Li et al., MAR, arXiv:2406.11838v3, App. B.
 
-diffusers' ``DDPMScheduler`` has the same schedule, respaced steps and variances (a test holds ours against them), but
-draws its noise itself: no temperature, no noise by token, none that two halves of a batch share.
+diffusers' ``DDPMScheduler`` has the same schedule, respaced steps and variances (tested for equality), but draws its
+own
+noise: no temperature, no noise per token, and none shared by two halves of a batch.
 """
 
 import math
@@ -23,20 +24,21 @@ MAX_BETA = 0.999
 
 
 class Process(NamedTuple):
-    """What a process is at each of its steps: tables of length S in float64, for 1 - alpha bar is small at first."""
+    """Tables of a process, one entry per step, length S; float64, since 1 - alpha bar is small at first."""
 
     steps: Tensor
-    """``(S,)`` int64: which of the T steps it is, what a network is told."""
+    """``(S,)`` int64: index among the T steps, the input of a network."""
     alpha_bar: Tensor
-    """Share of the clean token's variance, falling."""
+    """Alpha bar: fraction of the variance from the clean token, descending."""
     before: Tensor
-    """Alpha bar of the step before; 1 at the first."""
+    """Alpha bar of the previous step; 1 for the first."""
     beta: Tensor
     """``1 - alpha_bar / before``."""
     log_beta: Tensor
-    """The larger bound of the log variance of a step back."""
+    """Upper bound of the log variance of a denoising step."""
     log_posterior: Tensor
-    """The smaller: of the posterior given the clean token. At the first step, where that is 0, the second's."""
+    """Lower bound: the log variance of the posterior given the clean token; at the first step, where the variance is 0,
+    that of the second."""
 
     def to(self, device: torch.device) -> "Process":
         """The same tables on a device."""
@@ -50,17 +52,17 @@ def cosine_alpha_bar(num_steps: int) -> Float[Tensor, " T"]:
         ConfigError: for fewer than two steps.
     """
     if num_steps < 2:
-        raise ConfigError(f"a diffusion of {num_steps} steps; at least 2 are needed")
+        raise ConfigError(f"{num_steps} diffusion steps; at least 2 are needed")
     edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     curve = torch.cos((edges + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - (1 - curve[1:] / curve[:-1]).clamp(max=MAX_BETA)).cumprod(0)
 
 
 def respaced_steps(num_steps: int, num_kept: int) -> Int[Tensor, " S"]:
-    """``num_kept`` of T steps at equal distances, the first and the last among them.
+    """``num_kept`` of T steps, evenly spaced, including the first and the last.
 
     Raises:
-        ConfigError: unless 2 to T are kept.
+        ConfigError: if ``num_kept`` isn't in 2..T.
     """
     if not 2 <= num_kept <= num_steps:
         raise ConfigError(f"{num_kept} of {num_steps} diffusion steps; 2..{num_steps} are needed")
@@ -68,7 +70,7 @@ def respaced_steps(num_steps: int, num_kept: int) -> Int[Tensor, " S"]:
 
 
 def make_process(num_steps: int, num_kept: int | None = None) -> Process:
-    """The cosine process of T steps, or of as many of them as are kept, with betas that lead from one to the next."""
+    """The cosine process of T steps, or of the kept ones with betas recomputed for them."""
     steps = respaced_steps(num_steps, num_steps if num_kept is None else num_kept)
     alpha_bar = cosine_alpha_bar(num_steps)[steps]
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
@@ -80,7 +82,7 @@ def make_process(num_steps: int, num_kept: int | None = None) -> Process:
 def add_noise(
     clean: Float[Tensor, "M D"], noise: Float[Tensor, "M D"], process: Process, t: Int[Tensor, " M"]
 ) -> Float[Tensor, "M D"]:
-    """Clean tokens as they are at step t."""
+    """Noisy tokens at step t, from clean tokens and noise."""
     alpha_bar = process.alpha_bar[t, None]
     return alpha_bar.sqrt().to(clean) * clean + (1 - alpha_bar).sqrt().to(clean) * noise
 
@@ -88,7 +90,7 @@ def add_noise(
 def remove_noise(
     noisy: Float[Tensor, "M D"], noise: Float[Tensor, "M D"], process: Process, t: Int[Tensor, " M"]
 ) -> Float[Tensor, "M D"]:
-    """The inverse of :func:`add_noise`: clean tokens, not clipped."""
+    """Clean tokens, the inverse of :func:`add_noise`; not clipped."""
     alpha_bar = process.alpha_bar[t, None]
     return (noisy - (1 - alpha_bar).sqrt().to(noisy) * noise) / alpha_bar.sqrt().to(noisy)
 
@@ -96,7 +98,7 @@ def remove_noise(
 def posterior_mean(
     clean: Float[Tensor, "M D"], noisy: Float[Tensor, "M D"], process: Process, t: Int[Tensor, " M"]
 ) -> Float[Tensor, "M D"]:
-    """Mean of a token one step before t, given it clean and at t: DDPM, Eq. 7."""
+    """Mean of a token at step t - 1, given the clean token and that at t: DDPM, Eq. 7."""
     alpha_bar, before, beta = (table[t, None] for table in (process.alpha_bar, process.before, process.beta))
     of_clean = before.sqrt() * beta / (1 - alpha_bar)
     of_noisy = (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar)
@@ -106,10 +108,10 @@ def posterior_mean(
 def interpolated_log_variance(
     fraction: Float[Tensor, "M D"], process: Process, t: Int[Tensor, " M"]
 ) -> Float[Tensor, "M D"]:
-    """Log variance of a step back, between the posterior's (fraction -1) and log beta (fraction 1)."""
+    """Log variance of a denoising step, between the posterior's (fraction -1) and log beta (fraction 1)."""
     low, high = (table[t, None].to(fraction) for table in (process.log_posterior, process.log_beta))
-    share = (fraction + 1) / 2
-    return share * high + (1 - share) * low
+    upper = (fraction + 1) / 2
+    return upper * high + (1 - upper) * low
 
 
 def gaussian_kl(
@@ -118,7 +120,7 @@ def gaussian_kl(
     other_mean: Float[Tensor, "M D"],
     other_log_variance: Float[Tensor, "M D"],
 ) -> Float[Tensor, "M D"]:
-    """Divergence of one Gaussian from another, by dimension, in nats."""
+    """KL divergence between two Gaussians, per dimension, in nats."""
     gap = log_variance - other_log_variance
     return 0.5 * (gap.exp() - 1 - gap + (mean - other_mean).square() * (-other_log_variance).exp())
 
@@ -131,18 +133,18 @@ def bound_term(
     process: Process,
     t: Int[Tensor, " M"],
 ) -> Float[Tensor, " M"]:
-    """The variational bound's term of step t, in bits a dimension; what it trains is the variance alone.
+    """Term of the variational bound at step t, in bits per dimension; it only trains the variance.
 
-    The divergence of the posterior from the step back that a network predicts, whose mean is detached here. At the
-    first step it is the code length of the clean token. Tokens have no levels, so the length is that of a density,
-    where pixels have bins of 1/255; a constant apart, which no gradient sees.
+    The KL divergence between the posterior and the predicted denoising step, whose mean is detached. At the first step,
+    the code length of the clean token: of a density, since tokens have no discrete levels (pixels: bins of 1/255),
+    which differs by a constant.
 
     Args:
-        clean: tokens.
-        noisy: the same at step t.
-        predicted_noise: a network's.
-        fraction: its place between the bounds of the variance, in about -1..1.
-        process: on the tokens' device.
+        clean: clean tokens.
+        noisy: the same tokens at step t.
+        predicted_noise: noise predicted by a network.
+        fraction: predicted position between the bounds of the log variance, about -1..1.
+        process: process on the tokens' device.
         t: steps.
     """
     mean = posterior_mean(remove_noise(noisy, predicted_noise.detach(), process, t), noisy, process, t)
@@ -166,18 +168,18 @@ def step_back(
     temperature: float = 1.0,
     clip: float | None = None,
 ) -> Float[Tensor, "M D"]:
-    """Tokens one step before t: ancestral sampling; nothing is added at the first step.
+    """Tokens at step t - 1 by ancestral sampling; no noise is added at the first step.
 
     Args:
         noisy: tokens at step t.
-        predicted_noise: a network's.
-        fraction: its place between the bounds of the variance.
+        predicted_noise: noise predicted by a network.
+        fraction: predicted position between the bounds of the log variance.
         fresh: standard normal numbers.
-        process: on the tokens' device.
+        process: process on the tokens' device.
         t: the step, the same for all.
-        temperature: what the added noise is multiplied by.
-        clip: largest absolute value of an estimated clean token; None: none. At the last steps an error of the noise
-            stands in that estimate ``alpha_bar ** -0.5`` times as large, 20,000 times at step 999 of 1000.
+        temperature: factor on the added noise.
+        clip: largest absolute value of an estimated clean token; None: no limit. The estimate amplifies errors of the
+            noise by ``alpha_bar ** -0.5``, 20,000 times at step 999 of 1000.
     """
     steps = torch.full((len(noisy),), t, device=noisy.device)
     clean = remove_noise(noisy, predicted_noise, process, steps)

@@ -47,14 +47,14 @@ def distill(
 
     Args:
         student: bottleneck vectors.
-        prototypes: their matrix, gains included.
-        teacher_logits: without gradient, any float type.
+        prototypes: prototype matrix, including gains.
+        teacher_logits: logits without gradient, any float type.
         offsets: center / teacher_temp (DINO), or :func:`smalti.functional.transport.sinkhorn_offsets`.
-        weights: of the rows, without gradient.
+        weights: weights of the student rows, without gradient.
         student_temp: above 0.
         teacher_temp: above 0.
-        sources: teacher rows whose mean is a student row's target; None: row i for row i.
-        chunk: student rows at a time; None: as many as make 2**24 logits.
+        sources: teacher rows that are averaged for each student row's target; None: row i for row i.
+        chunk: student rows at a time; None: 2**24 logits.
 
     Source: the loss is that of Caron et al., DINO, arXiv:2104.14294v2, Eq. (1) and (2).
     """
@@ -77,7 +77,7 @@ def distill_reference(
     teacher_temp: float,
     sources: Int[Tensor, "n G"],
 ) -> Float[Tensor, ""]:
-    """The loss of :func:`distill` under autograd, with all ``(n, G, K)`` targets in memory: what it computes."""
+    """Reference implementation of :func:`distill` with autograd and all ``(n, G, K)`` targets in memory."""
     logits = at_least_float32(teacher_logits)[sources]  # (n, G, K)
     target = (logits / teacher_temp - offsets).softmax(-1).mean(1)
     log_pred = (at_least_float32(F.linear(student, prototypes)) / student_temp).log_softmax(-1)
@@ -118,7 +118,7 @@ class _Distill(torch.autograd.Function):
             usage += target.sum(0)
             entropy += torch.special.entr(target).sum()
             if wants_student or wants_prototypes:
-                grad = log_pred.exp_().sub_(target).mul_(weight / student_temp)  # of the products
+                grad = log_pred.exp_().sub_(target).mul_(weight / student_temp)  # gradient of the products
                 if grad_student is not None:
                     grad_student[here] = F.linear(grad, prototypes.T)
                 if grad_prototypes is not None:

@@ -1,6 +1,6 @@
-"""Orders of patches judged exactly, where tokens are Gaussian with a covariance that is known.
+"""Exact evaluation of patch orders for Gaussian tokens with known covariance.
 
-What remains to be known of all tokens once the first k of an order are seen is then a determinant, not an experiment.
+The remaining entropy of all tokens given the first k of an order is then a determinant and needs no experiment.
 Letters: N tokens of d values each, C their covariance ``(N d, N d)``, token-major. Everything is float64.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from smalti.errors import ConfigError, ShapeError
 
 NOISE_FLOOR = 0.01
-"""nu: variance, in units of a token's, below which nothing is left to be known."""
+"""nu: noise floor, a variance relative to a token's, below which a token counts as known."""
 
 
 def remaining_entropy(
@@ -23,7 +23,7 @@ def remaining_entropy(
     """H_c of every prefix: ``sum_n 1/2 ln det(I + C_n|S / nu)`` for S the first 0, 1, ..., N tokens.
 
     Eq. (8) of Guo et al., arXiv:2511.22281v2, with a noise floor: seen tokens, whose entropy would be minus infinity,
-    count nothing.
+    count 0.
 
     Args:
         covariance: ``(N d, N d)``.
@@ -31,7 +31,7 @@ def remaining_entropy(
         noise_floor: nu.
 
     Returns:
-        ``(N + 1,)`` in nats; never rises.
+        ``(N + 1,)`` in nats, never increasing.
 
     Raises:
         ShapeError: if the order's length does not divide the covariance.
@@ -41,7 +41,7 @@ def remaining_entropy(
 
 
 def remaining_variance(covariance: Float[Tensor, "M M"], order: Int[Tensor, " N"]) -> Float[Tensor, " K"]:
-    """Share of all variance that the first 0, 1, ..., N tokens leave unexplained, ``(N + 1,)``; from 1 to 0."""
+    """Fraction of the variance unexplained by the first 0, 1, ..., N tokens, ``(N + 1,)``; from 1 to 0."""
     dim = _token_dim(covariance, order)
     left = torch.stack([left.diagonal().sum() for left in _conditioned(covariance, order, dim)])
     return left / left[0]
@@ -49,7 +49,7 @@ def remaining_variance(covariance: Float[Tensor, "M M"], order: Int[Tensor, " N"
 
 def chain_entropy(covariance: Float[Tensor, "M M"], order: Int[Tensor, " N"]) -> Float[Tensor, ""]:
     """Eq. (1) of the paper: each token's entropy given all that come before it, summed. By the chain rule this is the
-    joint entropy, so it is the same for every order and says nothing about any."""
+    joint entropy, so it is the same for every order and can't compare orders."""
     dim = _token_dim(covariance, order)
     total = torch.zeros((), dtype=torch.float64)
     for left, token in zip(_conditioned(covariance, order, dim), order.tolist(), strict=False):
@@ -61,12 +61,12 @@ def chain_entropy(covariance: Float[Tensor, "M M"], order: Int[Tensor, " N"]) ->
 def greedy_order(
     covariance: Float[Tensor, "M M"], dim: int = 1, noise_floor: float | None = NOISE_FLOOR
 ) -> Int[Tensor, " N"]:
-    """The order that takes at each step the token which leaves least, given those taken: exact conditional gains.
+    """The greedy order: at each step the token that leaves the least entropy or variance, by exact conditioning.
 
     Args:
         covariance: ``(N d, N d)``.
         dim: d.
-        noise_floor: nu of the entropy that is looked at; None looks at variance.
+        noise_floor: nu of the entropy; None: use variance.
     """
     num = len(covariance) // dim
     left, order = covariance.double(), list[int]()
@@ -84,38 +84,40 @@ def greedy_order(
     return torch.tensor(order)
 
 
-def area_under_prefix(curve: Float[Tensor, " K"], share: float = 1.0) -> float:
-    """Trapezoid of a curve over the first 0, 1, ..., N tokens up to a share of them, over its first value and the
-    range: 1 if nothing is ever learned. AUC_full with share 1, AUC_q with a quarter.
+def area_under_prefix(curve: Float[Tensor, " K"], fraction: float = 1.0) -> float:
+    """Area under a curve over the first 0, 1, ..., N tokens, up to a fraction of them, divided by its first value and
+    the range: 1 for a constant curve. AUC_full with fraction 1, AUC_q with a quarter.
 
     Raises:
-        ConfigError: if less than one token is in the share.
+        ConfigError: if the fraction is less than one token or more than all.
     """
-    last = math.floor(share * (len(curve) - 1))
+    last = math.floor(fraction * (len(curve) - 1))
     if not 1 <= last <= len(curve) - 1:
-        raise ConfigError(f"share={share:g} of {len(curve) - 1} tokens; at least one, at most all are needed")
+        raise ConfigError(
+            f"fraction={fraction:g} of {len(curve) - 1} tokens; at least one token and at most all are needed"
+        )
     return float(torch.trapezoid(curve[: last + 1].double()) / last / curve[0])
 
 
 def pairwise_r_squared(covariance: Float[Tensor, "M M"], dim: int = 1) -> Float[Tensor, "N N"]:
-    """``A[n, j]``: share of token n's variance that token j alone explains; 0 on the diagonal. A dependency graph that
-    needs no training."""
+    """``A[n, j]``: fraction of token n's variance explained by token j alone; 0 on the diagonal. A dependency graph
+    without training."""
     num = len(covariance) // dim
     blocks = covariance.double().view(num, dim, num, dim).permute(0, 2, 1, 3)  # (N, N, d, d)
     own = blocks.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
     explained = torch.einsum("njab,jbc,njac->nj", blocks, torch.linalg.inv(own), blocks)
-    shares = explained / own.diagonal(dim1=1, dim2=2).sum(-1)[:, None]
-    return shares.clamp(0, 1).fill_diagonal_(0)
+    fractions = explained / own.diagonal(dim1=1, dim2=2).sum(-1)[:, None]
+    return fractions.clamp(0, 1).fill_diagonal_(0)
 
 
 def smooth_world(side: int = 8) -> Float[Tensor, "N N"]:
-    """A stationary field on a grid: ``exp(-d^2 / 8) + 0.02 I``; no token is special but for the border."""
+    """A stationary field on a grid: ``exp(-d^2 / 8) + 0.02 I``; tokens only differ by their distance to the border."""
     return torch.exp(-_squared_distances(side) / 8) + 0.02 * torch.eye(side**2, dtype=torch.float64)
 
 
 def hub_world(num: int = 64, num_hubs: int = 4, seed: int = 0) -> Float[Tensor, "N N"]:
-    """Tokens 0..num_hubs-1 are independent, each other one is a Dirichlet(0.3) mix of them plus noise of variance 0.15;
-    scaled to unit variances."""
+    """Tokens 0..num_hubs-1 are independent; each other token is a Dirichlet(0.3) mixture of them plus noise of variance
+    0.15; scaled to unit variances."""
     rng = np.random.default_rng(seed)
     mixes = np.concatenate([np.eye(num_hubs), rng.dirichlet(np.full(num_hubs, 0.3), num - num_hubs)])
     noise = np.concatenate([np.zeros(num_hubs), np.full(num - num_hubs, 0.15)])
@@ -125,8 +127,8 @@ def hub_world(num: int = 64, num_hubs: int = 4, seed: int = 0) -> Float[Tensor, 
 
 
 def mixed_world(side: int = 8) -> Float[Tensor, "N N"]:
-    """A field whose correlation is long (3 cells) within 2.5 cells of the centre and short (0.7) outside, by Gibbs'
-    kernel, plus 0.02 I."""
+    """A field with a long correlation length (3 cells) within 2.5 cells of the centre and a short one (0.7) outside, by
+    Gibbs' kernel, plus 0.02 I."""
     cells = _cells(side)
     inside = (cells - (side - 1) / 2).square().sum(-1).sqrt() <= 2.5
     lengths = torch.where(inside, 3.0, 0.7).double()
@@ -148,13 +150,13 @@ def _squared_distances(side: int) -> Tensor:
 def _token_dim(covariance: Tensor, order: Tensor) -> int:
     if covariance.ndim != 2 or len(covariance) != covariance.shape[1] or not len(order) or len(covariance) % len(order):
         raise ShapeError(
-            f"a covariance of {tuple(covariance.shape)} for an order of {len(order)} tokens; (N d, N d) is needed"
+            f"covariance of shape {tuple(covariance.shape)} for an order of {len(order)} tokens; (N d, N d) is needed"
         )
     return len(covariance) // len(order)
 
 
 def _conditioned(covariance: Tensor, order: Tensor, dim: int) -> list[Tensor]:
-    """What is left after 0, 1, ..., N tokens."""
+    """Conditional covariance given the first 0, 1, ..., N tokens."""
     left = [covariance.double()]
     for token in order.tolist():
         left.append(_condition(left[-1], token, dim))
@@ -162,7 +164,7 @@ def _conditioned(covariance: Tensor, order: Tensor, dim: int) -> list[Tensor]:
 
 
 def _condition(covariance: Tensor, token: int, dim: int) -> Tensor:
-    """The covariance given one more token, whose own rows become 0."""
+    """The covariance conditioned on one more token, whose rows become 0."""
     own = slice(token * dim, (token + 1) * dim)
     columns = covariance[:, own]
     after = covariance - columns @ torch.linalg.solve(covariance[own, own], columns.mT)
@@ -171,7 +173,7 @@ def _condition(covariance: Tensor, token: int, dim: int) -> Tensor:
 
 
 def _entropies(covariance: Tensor, dim: int, noise_floor: float) -> Tensor:
-    """``(N,)`` entropy of each token over the noise floor."""
+    """``(N,)`` entropy of each token above the noise floor."""
     num = len(covariance) // dim
     own = covariance.view(num, dim, num, dim).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (N, d, d)
     return 0.5 * torch.logdet(torch.eye(dim, dtype=torch.float64) + own / noise_floor)

@@ -1,4 +1,4 @@
-"""Masks of patches: random, crosses, blocks, and numbers of masked patches."""
+"""Patch masks: random, crosses, blocks; and numbers of masked patches."""
 
 import itertools
 import math

@@ -25,13 +25,13 @@ KINDS = ("grid", "offgrid", "offgrid_scale", "nonoverlapping", "saliency", "hier
 """Ways to draw boxes, see :class:`PatchSampler`."""
 SIZE_DISTRIBUTIONS = ("official", "uniform", "log_uniform")
 NUM_WHOLES = 4
-"""Large boxes of ``hierarchical``; they are the first of the N patches."""
+"""Number of large boxes of ``hierarchical``, which are the first of the N patches."""
 UNIFORM_RATIO = 0.2
 """``saliency``: fraction of patches that are sampled uniformly."""
 MOST_SEPARATE = 0.35
 """Fraction of the image that non-overlapping patches may cover: placed one by one at random, they jam at 0.56."""
 _IN_CACHE = 625_000  # image values that a CPU samples at a time: 2.5 MB stay in its cache
-_DARTS = 128  # tries for each patch that must not overlap
+_DARTS = 128  # tries per non-overlapping patch
 _POSITION, _SIZE, _ORDER, _CHOICE, _ANGLE = range(16, 21)  # random streams of a sample
 
 
@@ -47,7 +47,7 @@ class Patches(NamedTuple):
 
 
 def grid_boxes(size: tuple[int, ...], patch_size: tuple[int, ...]) -> Float[Tensor, "N E"]:
-    """The cells of the patch grid in raster order; incomplete cells at the far end are left out."""
+    """The cells of the patch grid in raster order; incomplete cells at the end are omitted."""
     starts = torch.cartesian_prod(
         *(torch.arange(0, s - p + 1, p) for s, p in zip(size, patch_size, strict=True))
     ).reshape(-1, len(size))
@@ -80,7 +80,7 @@ def offgrid_boxes(
     room = []
     for extent, side in zip(size[::-1], patch_size[::-1], strict=True):
         if extent < side + 2 * margin:
-            raise ConfigError(f"a patch of {side} with a margin of {margin} does not fit into {extent} pixels")
+            raise ConfigError(f"a patch of {side} pixels with a margin of {margin} does not fit into {extent} pixels")
         room.append(extent - side - 2 * margin)
     free = move(torch.tensor(room, dtype=torch.float64), keys.device)
     starts = (draws * free if subpixel else (draws * (free + 1)).floor()) + margin
@@ -98,7 +98,9 @@ def side_distribution(extent: int, low: int, high: int, distribution: str = "off
     """
     most = extent - 1 if distribution == "official" else extent
     if not 1 <= low <= high <= most:
-        raise ConfigError(f"sides {low}..{high} of a box in {extent} pixels: 1 <= smallest <= largest <= {most} needed")
+        raise ConfigError(
+            f"sides {low}..{high} of a box in {extent} pixels: 1 <= smallest <= largest <= {most} is needed"
+        )
     sides = torch.arange(low, high + 1, dtype=torch.float64)
     if distribution == "official":
         weights = extent - sides
@@ -173,7 +175,7 @@ def separate_boxes(
     most = int(MOST_SEPARATE * math.prod(size) / math.prod(patch_size))
     if num_patches > most:
         raise ConfigError(
-            f"sampling=nonoverlapping: {num_patches} patches are too many for {size} pixels; at most {most} fit"
+            f"sampling=nonoverlapping: {num_patches} patches don't fit into {size} pixels; at most {most} do"
         )
     darts = offgrid_boxes(keys, num_patches * _DARTS, size, patch_size, subpixel=subpixel)
     starts = darts[..., : len(size)].reshape(len(keys), num_patches, _DARTS, len(size))

@@ -1,4 +1,4 @@
-"""Orders of patches that look at no image, and what orders have in common.
+"""Image-independent patch orders, and statistics of orders.
 
 ``order[..., 0]`` is the patch that comes first, an index in raster order; its rank is 0. Letters: N patches of an h x w
 grid, M images.
@@ -14,46 +14,46 @@ from smalti.errors import ConfigError, ShapeError
 from smalti.functional.graphs import ranks_of
 from smalti.functional.random import sample_uniform
 
-_STREAM = 71  # of an image's random numbers
+_STREAM = 71  # random stream of an image
 
 
 def raster(grid: tuple[int, int]) -> Int[Tensor, " N"]:
-    """Row by row from the upper left."""
+    """Row by row from the top left."""
     _check_grid(grid)
     return torch.arange(grid[0] * grid[1])
 
 
 def centre_out(grid: tuple[int, int]) -> Int[Tensor, " N"]:
-    """By distance from the centre of the grid; of equal ones the lower index first."""
+    """By distance from the centre of the grid, nearest first; ties: the lower index first."""
     return _distance(grid).argsort(stable=True)
 
 
 def border_in(grid: tuple[int, int]) -> Int[Tensor, " N"]:
-    """By distance from the centre, the farthest first; of equal ones the lower index first."""
+    """By distance from the centre of the grid, farthest first; ties: the lower index first."""
     return (-_distance(grid)).argsort(stable=True)
 
 
 def spiral(grid: tuple[int, int]) -> Int[Tensor, " N"]:
-    """Along a path from the centre to the upper left corner, each step to a neighbour, ring around ring."""
+    """Along a spiral from the centre to the top left corner, each step to a neighbour."""
     _check_grid(grid)
     left = raster(grid).view(grid)
     path = []
-    while left.numel():  # inwards: the upper row, then what is left turned by a quarter
+    while left.numel():  # inwards: the top row, then rotate the rest by 90 degrees
         path.append(left[0])
         left = torch.rot90(left[1:])
     return torch.cat(path).flip(0)
 
 
 def halton(grid: tuple[int, int]) -> Int[Tensor, " N"]:
-    """Cells as the Halton sequence (base 2 down, base 3 across, from its first point on) visits them, each once.
+    """Cells in the order in which the Halton sequence (base 2 for rows, base 3 for columns) first visits them.
 
-    Any first part of it lies evenly over the grid. Source: Besnier et al., arXiv:2503.17076, for the use.
+    Any prefix is spread evenly over the grid. Source: Besnier et al., arXiv:2503.17076, for its use.
     """
     _check_grid(grid)
     height, width = grid
     num, seen = height * width, 4 * height * width
     while True:
-        points = qmc.Halton(2, scramble=False).random(seen)[1:]  # the first is the corner (0, 0) itself
+        points = qmc.Halton(2, scramble=False).random(seen)[1:]  # without the first point, the corner (0, 0)
         cells = np.floor(points[:, 0] * height).astype(int) * width + np.floor(points[:, 1] * width).astype(int)
         _, first = np.unique(cells, return_index=True)
         if len(first) == num:
@@ -62,39 +62,40 @@ def halton(grid: tuple[int, int]) -> Int[Tensor, " N"]:
 
 
 def fixed_random(num_patches: int, seed: int = 0) -> Int[Tensor, " N"]:
-    """One permutation for all images: what any order that is not an image's own must be held against."""
+    """One random permutation for all images: the control for orders that don't depend on the image."""
     return torch.randperm(num_patches, generator=torch.Generator().manual_seed(seed))
 
 
 def random_orders(keys: Int[Tensor, " B"], num_patches: int) -> Int[Tensor, "B N"]:
-    """A permutation for each image, drawn from its key: the same in any batch, process and number of workers."""
+    """A random permutation per image, determined by its key, independent of batch, process and workers."""
     return sample_uniform(keys, num_patches, _STREAM).argsort(dim=1, stable=True)
 
 
 def num_kept(num_patches: int, rate: float) -> int:
-    """How many patches are left when a share of them is dropped: ``N - floor(rate N)``, at least one.
+    """Number of patches kept if the fraction ``rate`` is dropped: ``N - floor(rate N)``, at least one.
 
     Raises:
-        ConfigError: for a rate outside of 0..1 (1 excluded).
+        ConfigError: for a rate outside [0, 1).
     """
     if not 0 <= rate < 1:
-        raise ConfigError(f"a rate of {rate:g} of dropped patches; 0..1 (1 excluded) is needed")
+        raise ConfigError(f"rate={rate:g} of dropped patches: 0..1 (1 excluded) is needed")
     dropped = int(rate * num_patches + 1e-9)  # 0.29 * 100 is 28.999999999999996
     return max(1, num_patches - dropped)
 
 
 def static_order(orders: Int[Tensor, "M N"]) -> Int[Tensor, " N"]:
-    """Patches by their mean rank over images; of equal ones the lower index first."""
+    """Patches by their mean rank over images; ties: the lower index first."""
     return ranks_of(orders).double().mean(0).argsort(stable=True)
 
 
 def image_dependence(orders: Int[Tensor, "M N"]) -> dict[str, float]:
-    """How much of orders is one order for all images (Guo et al.'s published ones: 0.95 of the variance).
+    """How much orders depend on the image rather than on the position (Guo et al.'s published orders: 0.95 position).
 
     Returns:
         ``static_correlation``: mean over images of the correlation between its ranks and the mean ranks of the others;
-        1: all alike. ``position_variance_ratio``: variance over patches of the mean rank, divided by that of all ranks;
-        1/M is chance, 1: all alike.
+        1: all the same. ``position_variance_ratio``: variance over patches of the mean rank, divided by that of all
+        ranks;
+        chance: 1/M, 1: all the same.
 
     Raises:
         ShapeError: for fewer than two images, or fewer than two patches.
@@ -111,15 +112,15 @@ def image_dependence(orders: Int[Tensor, "M N"]) -> dict[str, float]:
 
 
 def top_overlap(first: Int[Tensor, "*B N"], second: Int[Tensor, "*C N"], k: int) -> Float[Tensor, "*D"]:
-    """Share of the first k patches of one order that are among the first k of the other; chance is k/N.
+    """Fraction of the first k patches of one order that are among the first k of the other; chance: k/N.
 
     Args:
         first: orders.
-        second: orders of the same patches; batches broadcast.
-        k: in 1..N.
+        second: orders of the same patches; batch axes broadcast.
+        k: 1..N.
 
     Raises:
-        ConfigError: for another k.
+        ConfigError: if k isn't in 1..N.
     """
     if not 1 <= k <= first.shape[-1]:
         raise ConfigError(f"k={k}: it must lie in 1..{first.shape[-1]}")
@@ -127,14 +128,16 @@ def top_overlap(first: Int[Tensor, "*B N"], second: Int[Tensor, "*C N"], k: int)
 
 
 def rank_correlation(first: Int[Tensor, "*B N"], second: Int[Tensor, "*C N"]) -> Float[Tensor, "*D"]:
-    """Spearman's correlation of two orders; batches broadcast."""
+    """Spearman's correlation of two orders; batch axes broadcast."""
     return _correlation(ranks_of(first).double(), ranks_of(second).double())
 
 
 def neighbour_correlation(orders: Int[Tensor, "*B N"], grid: tuple[int, int]) -> Float[Tensor, "*B"]:
-    """Correlation of the ranks of patches that share an edge; near 0 where an order follows nothing in space."""
+    """Correlation of the ranks of patches that share an edge; near 0 without spatial structure."""
     if orders.shape[-1] != grid[0] * grid[1]:
-        raise ShapeError(f"orders of {orders.shape[-1]} patches for a grid of {grid[0]}x{grid[1]}")
+        raise ShapeError(
+            f"orders of {orders.shape[-1]} patches for a grid of {grid[0]}x{grid[1]}; the numbers must match"
+        )
     ranks = ranks_of(orders).double().view(*orders.shape[:-1], *grid)
     pairs = ((ranks[..., 1:, :], ranks[..., :-1, :]), (ranks[..., 1:], ranks[..., :-1]))
     one = torch.cat([torch.cat([a.flatten(-2), b.flatten(-2)], -1) for a, b in pairs], -1)
@@ -143,21 +146,23 @@ def neighbour_correlation(orders: Int[Tensor, "*B N"], grid: tuple[int, int]) ->
 
 
 def area_under(accuracy: Float[Tensor, " S"], rates: Float[Tensor, " S"]) -> tuple[float, float]:
-    """Trapezoid of a curve over rates of dropped patches, and the same divided by the range of the rates.
+    """Area under a curve over rates of dropped patches (trapezoidal rule), and the area divided by the range of the
+    rates.
 
     Raises:
-        ConfigError: unless rates rise.
+        ConfigError: unless rates are ascending.
     """
     if len(rates) < 2 or not bool((rates[1:] > rates[:-1]).all()):
-        raise ConfigError("a curve needs at least two rates that rise")
+        raise ConfigError("a curve needs at least two ascending rates")
     area = float(torch.trapezoid(accuracy.double(), rates.double()))
     return area, area / float(rates[-1] - rates[0])
 
 
 def knee(accuracy: Float[Tensor, " S"], rates: Float[Tensor, " S"]) -> float:
-    """The rate at which a falling, concave curve bends most: both axes to [0, 1], the largest ``y - (1 - x)``.
+    """The rate at the knee of a decreasing, concave curve: with both axes scaled to [0, 1], the largest ``y - (1 -
+    x)``.
 
-    Source: Satopaa et al., *Finding a "Kneedle" in a haystack*, 2011, without smoothing. NaN for a curve that is flat.
+    Source: Satopaa et al., *Finding a "Kneedle" in a haystack*, 2011, without smoothing. NaN for a constant curve.
     """
     x = (rates - rates.min()) / (rates.max() - rates.min())
     height = accuracy.max() - accuracy.min()
@@ -168,11 +173,11 @@ def knee(accuracy: Float[Tensor, " S"], rates: Float[Tensor, " S"]) -> float:
 
 def _check_grid(grid: tuple[int, int]) -> None:
     if min(grid) < 1:
-        raise ShapeError(f"a grid of {grid[0]}x{grid[1]} patches; at least one of each is needed")
+        raise ShapeError(f"grid of {grid[0]}x{grid[1]} patches; at least 1x1 is needed")
 
 
 def _distance(grid: tuple[int, int]) -> Tensor:
-    """Squared, of each cell from the centre, in whole numbers: half cells."""
+    """Squared distance of each cell from the centre, in units of half cells, which are integers."""
     _check_grid(grid)
     rows, columns = (2 * torch.arange(side) - (side - 1) for side in grid)
     return (rows[:, None] ** 2 + columns[None] ** 2).flatten()

@@ -1,7 +1,7 @@
 """Pairs of patches and their relative offsets, sizes and angles.
 
-Letters: B images, N patches, K pairs, A axes, E = 2*A numbers a box, C channels of a target. In a pair (i, j), i is the
-reference patch, j the other. Boxes and offsets have x first.
+Letters: B images, N patches, K pairs, A axes, E = 2*A numbers per box, C channels of a target. In a pair (i, j), i is
+the reference patch, j the other. Boxes and offsets have x first.
 """
 
 import math
@@ -28,10 +28,10 @@ def select_pairs(
     """Random ordered pairs of patches, one set per key; pairs (i, i) are included.
 
     Args:
-        keys: ``(B,)`` seeds; one key for pairs that a whole batch shares.
+        keys: ``(B,)`` seeds; a single key for pairs shared by the batch.
         num_patches: N.
-        num_pairs: K; all N**2 pairs come in raster order.
-        replacement: pairs are independent and may repeat.
+        num_pairs: K; N**2 gives all pairs in raster order.
+        replacement: sample pairs independently, with repeats.
 
     Raises:
         ConfigError: if there are fewer than K different pairs.
@@ -69,7 +69,7 @@ def offset_units(
         boxes: ``(B, N, E)``.
         pairs: ``(1, K, 2)``.
         normalize: ``patch`` or ``image``.
-        size: of the image in the order of the tensor, ``(H, W)`` or ``(T,)``.
+        size: size of the image in the order of the tensor, ``(H, W)`` or ``(T,)``.
     """
     axes = boxes.shape[-1] // 2
     if normalize == "patch":
@@ -121,10 +121,10 @@ def offset_floor(
     """Mean squared offset along one axis, in patches: the MSE of the constant prediction 0.
 
     Args:
-        extent: S, of the image in pixels.
-        side: P, of a patch.
+        extent: S, side of the image in pixels.
+        side: P, side of a patch.
         num_patches: N; None: infinitely many.
-        on_grid: the patches are the cells of the square grid, each once; N follows from it.
+        on_grid: patches are the cells of the square grid, each once, which determines N.
         diagonal: include pairs of a patch with itself.
 
     Source: the variances of a discrete uniform variable and of a permutation.

@@ -38,9 +38,9 @@ def unpatchify(
     """The inverse of :func:`patchify`.
 
     Args:
-        patches: ``(B, N, P)`` as :func:`patchify` orders them.
+        patches: ``(B, N, P)`` in the order of :func:`patchify`.
         patch_size: ``(ph, pw)`` in pixels.
-        grid: ``(h, w)`` patches down and across.
+        grid: ``(h, w)`` of the patch grid.
 
     Raises:
         ShapeError: if N is not ``h * w``, or P is not a multiple of ``ph * pw``.

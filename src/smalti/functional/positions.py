@@ -1,4 +1,4 @@
-"""Fixed position embeddings, position tables at another grid, and the places at which a field of positions is read."""
+"""Fixed positional embeddings, resampling of position tables, and sampling coordinates of position fields."""
 
 from typing import NamedTuple
 
@@ -12,26 +12,27 @@ from smalti.errors import ConfigError, ShapeError
 
 
 class Resampling(NamedTuple):
-    """How a table of positions is brought to another grid; the default is timm's way."""
+    """How a position table is resampled to another grid; the default is as in timm."""
 
     mode: str = "bicubic"
     """``bicubic`` or ``bilinear``."""
     antialias: bool = True
-    """Smooth before shrinking; it also changes the cubic coefficient from -0.75 to -0.5, so enlarging differs, too."""
+    """Antialias when downsampling; also changes the cubic coefficient from -0.75 to -0.5, so upsampling differs,
+    too."""
     offset: float = 0.0
-    """Patches added to the new grid in the scale factor ``(n + offset) / m`` alone; the official DINO, iBOT and DINOv2
-    code has 0.1."""
+    """Added to the new grid size in the scale factor, ``(n + offset) / m``; 0.1 in the official DINO, iBOT and DINOv2
+    code."""
 
     def check(self) -> "Resampling":
-        """Itself.
+        """Validate and return itself.
 
         Raises:
-            ConfigError: for another mode, or an offset outside 0..1 (1 excluded).
+            ConfigError: for another mode, or an offset outside [0, 1).
         """
         if self.mode not in ("bicubic", "bilinear"):
             raise ConfigError(f"pos_mode={self.mode!r}: bicubic or bilinear is needed")
         if not 0 <= self.offset < 1:
-            raise ConfigError(f"pos_offset={self.offset}: a part of a patch in 0..1 (1 excluded) is needed")
+            raise ConfigError(f"pos_offset={self.offset}: a number in 0..1 (1 excluded) is needed")
         return self
 
 
@@ -42,12 +43,12 @@ def resample_positions(
     num_prefix: int = 0,
     how: Resampling = Resampling(),
 ) -> Float[Tensor, "1 S D"]:
-    """A position table at another grid; rows in front (class token, registers) stay, an equal grid changes nothing.
+    """Resample a position table to another grid; prefix rows (class token, registers) are unchanged.
 
     Args:
         pos_embed: ``(1, P + h*w, D)``, P = ``num_prefix``, patches in raster order.
         old_grid: ``(h, w)`` of the table.
-        new_grid: ``(h, w)`` wanted.
+        new_grid: ``(h, w)`` of the result.
         num_prefix: rows that aren't patches.
         how: interpolation; computed in float32.
 
@@ -65,7 +66,7 @@ def resample_positions(
     prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
     scale = [(new + how.offset) / old for new, old in zip(new_grid, old_grid, strict=True)]
     plane = patches.float().mT.reshape(1, -1, *old_grid)  # (1, h*w, D) -> (1, D, h, w)
-    # By scale, not by size: torch then samples at steps of 1 / scale, where a size gives steps of old / new.
+    # by scale, not by size: torch then samples at steps of 1 / scale, instead of old / new
     plane = F.interpolate(plane, scale_factor=scale, mode=how.mode, antialias=how.antialias)
     return torch.cat([prefix, plane.flatten(2).mT.to(patches.dtype)], dim=1)
 
@@ -78,7 +79,7 @@ def sincos_positions(embed_dim: int, grid: tuple[int, int]) -> Float[Tensor, "N 
 
     Args:
         embed_dim: D, a multiple of 4.
-        grid: ``(h, w)`` patches down and across.
+        grid: ``(h, w)`` of the patch grid.
 
     Returns:
         ``(N, D)`` float32 in -1..1, raster order.
@@ -89,13 +90,13 @@ def sincos_positions(embed_dim: int, grid: tuple[int, int]) -> Float[Tensor, "N 
     Source: He et al., MAE, arXiv:2111.06377v3, App. A.1; the order of the axes as in its released code.
     """
     if embed_dim % 4:
-        raise ShapeError(f"embed_dim={embed_dim} has no 2-D sine-cosine positions; a multiple of 4 is needed")
+        raise ShapeError(f"embed_dim={embed_dim}: a multiple of 4 is needed for 2-D sine-cosine positions")
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     return sincos_at(torch.stack([columns.flatten(), rows.flatten()], dim=1), embed_dim)
 
 
 def sincos_at(coordinates: Float[Tensor, "*B A"], embed_dim: int) -> Float[Tensor, "*B D"]:
-    """Sine-cosine code of any places: each axis has an equal part of the dimensions, [sin | cos].
+    """Sine-cosine embedding of any coordinates: each axis has an equal part of the dimensions, [sin | cos].
 
     At columns and rows of a grid this is :func:`sincos_positions`.
 
@@ -111,7 +112,7 @@ def sincos_at(coordinates: Float[Tensor, "*B A"], embed_dim: int) -> Float[Tenso
     """
     axes = coordinates.shape[-1]
     if embed_dim % (2 * axes):
-        raise ShapeError(f"embed_dim={embed_dim}: a code of {axes} coordinates needs a multiple of {2 * axes}")
+        raise ShapeError(f"embed_dim={embed_dim}: a multiple of {2 * axes} is needed for {axes} coordinates")
     count = embed_dim // (2 * axes)
     frequencies = 10000.0 ** (-torch.arange(count, dtype=torch.float64, device=coordinates.device) / count)
     angles = coordinates.double()[..., None] * frequencies  # (..., A, count)
@@ -121,17 +122,17 @@ def sincos_at(coordinates: Float[Tensor, "*B A"], embed_dim: int) -> Float[Tenso
 def matching_cells(
     grid: tuple[int, int], other: tuple[int, int], device: torch.device | None = None
 ) -> Int[Tensor, " N"]:
-    """For each cell of a grid, the cell of another grid over the same image in which its centre lies.
+    """For each cell of a grid, the cell of another grid over the same image that contains its centre.
 
     Args:
         grid: ``(h, w)``, N = h * w cells in raster order.
         other: ``(h, w)``; equal grids give 0..N-1.
-        device: where the result is made; None: the CPU.
+        device: device of the result; None: the CPU.
 
     Returns:
-        ``(N,)`` raster numbers in the other grid.
+        ``(N,)`` raster indices in the other grid.
     """
-    # whole numbers: the centre of cell i is (2 i + 1) / (2 n), and none lies on the wrong side of an edge by rounding
+    # integers: the centre of cell i is (2 i + 1) / (2 n), so rounding can't move it across an edge
     rows, columns = ((2 * torch.arange(n, device=device) + 1) * m // (2 * n) for n, m in zip(grid, other, strict=True))
     return (rows[:, None] * other[1] + columns).flatten()
 
@@ -139,15 +140,15 @@ def matching_cells(
 def patch_centres(
     boxes: Float[Tensor, "M 4"], grid: tuple[int, int]
 ) -> tuple[Float[Tensor, "M w"], Float[Tensor, "M h"]]:
-    """Where the centres of a view's patches lie.
+    """Coordinates of the centres of a view's patches.
 
     Args:
-        boxes: ``(M, 4)`` x0 y0 x1 y1 of the views, in shares of the image; with x0 and x1 exchanged columns run from
-            right to left, as those of a mirrored view do.
-        grid: ``(h, w)`` patches down and across.
+        boxes: ``(M, 4)`` x0 y0 x1 y1 of the views, in fractions of the image; if x0 and x1 are exchanged, columns run
+            from right to left, as in a mirrored view.
+        grid: ``(h, w)`` of the patch grid.
 
     Returns:
-        ``(M, w)`` x of each column and ``(M, h)`` y of each row, in shares of the image.
+        ``(M, w)`` x of each column and ``(M, h)`` y of each row, in fractions of the image.
     """
     x0, y0, x1, y1 = boxes[..., None].unbind(1)  # (M, 1) each
     down, across = ((torch.arange(n, device=boxes.device, dtype=boxes.dtype) + 0.5) / n for n in grid)
@@ -155,23 +156,23 @@ def patch_centres(
 
 
 _CUBIC = -0.75
-"""torch's cubic coefficient, of ``interpolate`` without antialiasing and of ``grid_sample``."""
+"""torch's cubic coefficient in ``interpolate`` without antialiasing and in ``grid_sample``."""
 
 
 def interpolation_weights(
     places: Float[Tensor, "*S n"], length: int, mode: str = "bicubic", align_corners: bool = True
 ) -> Float[Tensor, "*S n F"]:
-    """What each of a row of nodes counts at some places between them.
+    """Interpolation weights of the nodes of a row at given coordinates.
 
     Args:
-        places: 0..1 along the row; beyond its ends the outermost node is repeated.
+        places: coordinates 0..1 along the row; beyond its ends, the outermost node is repeated.
         length: F, number of nodes.
         mode: ``bicubic`` (four nodes) or ``bilinear`` (two).
-        align_corners: 0 and 1 are the first and the last node; otherwise they lie half a node further out.
+        align_corners: 0 and 1 are the first and the last node; otherwise half a node outside of them.
 
     Returns:
-        ``(..., n, F)``; rows sum to 1. Two such matrices, one an axis, are torch's ``grid_sample`` with
-        ``padding_mode="border"``, since the places of a view's patches form a grid.
+        ``(..., n, F)``; rows sum to 1. Two such matrices, one per axis, are equivalent to torch's ``grid_sample`` with
+        ``padding_mode="border"``, since the centres of a view's patches form a grid.
     """
     at = places * (length - 1) if align_corners else places * length - 0.5
     first = at.floor()

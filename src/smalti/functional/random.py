@@ -51,7 +51,7 @@ def sample_beta(keys: Int[Tensor, " B"], a: int, b: int, stream: int = 0) -> Flo
     Args:
         keys: as in :func:`sample_uniform`.
         a: integer, at least 1.
-        b: likewise.
+        b: integer, at least 1.
         stream: as in :func:`sample_uniform`.
 
     Source: David & Nagaraja, "Order Statistics", 3rd ed., Sec. 2.3.

@@ -2,7 +2,7 @@
 
 Source: Hajimiri et al., "Locality-Attending Vision Transformer", ICLR 2026, arXiv:2603.04892; the function is that of
 timm's ``AttentionPoolPrr``.
-Letters: B images, T tokens (prefix and patches), D embed_dim, H heads, d = D / H channels a head.
+Letters: B images, T tokens (prefix and patches), D embed_dim, H heads, d = D / H channels per head.
 """
 
 import torch
@@ -14,27 +14,29 @@ from smalti.errors import ConfigError, ShapeError
 
 
 def check_heads(width: int, num_heads: int) -> None:
-    """Refuse a number of heads that doesn't divide the tokens' width.
+    """Check that the number of heads divides the width of the tokens.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: if it doesn't.
     """
     if num_heads < 1 or width % num_heads:
-        raise ConfigError(f"PRR with {num_heads} heads on tokens of {width} channels; the heads must divide the width")
+        raise ConfigError(
+            f"PRR with {num_heads} heads on tokens of width {width}; the number of heads must divide the width"
+        )
 
 
 def prr_refine(tokens: Float[Tensor, "B T D"], num_heads: int) -> Float[Tensor, "B T D"]:
-    """Every token as the mean of all tokens, weighted by likeness head by head: ``softmax(X X^T / sqrt(d)) X``.
+    """Self-attention without parameters, per head: ``softmax(X X^T / sqrt(d)) X``.
 
-    No projections, no residual, nothing masked: each token is a query, a key and a value of its own. On tokens behind
-    a layer norm a token keeps most of its weight for itself; on much longer ones it keeps all, and nothing happens.
+    No projections, residual or masks: each token is its own query, key and value. After a layer norm, a token attends
+    mostly to itself; for tokens of much larger norm, only to itself, so that nothing changes.
 
     Args:
-        tokens: ``(B, T, D)`` after the final norm, prefix tokens among them.
-        num_heads: H, which divides D; the backbone's own in the paper.
+        tokens: ``(B, T, D)`` after the final norm, including prefix tokens.
+        num_heads: H, a divisor of D; that of the backbone in the paper.
 
     Returns:
-        ``(B, T, D)``; the cost is ``2 T^2 D`` multiplications an image.
+        ``(B, T, D)``; costs ``2 T^2 D`` multiplications per image.
 
     Raises:
         ConfigError: if ``num_heads`` does not divide D.
@@ -49,20 +51,21 @@ def prr_refine(tokens: Float[Tensor, "B T D"], num_heads: int) -> Float[Tensor, 
 
 
 def prr_token(tokens: Float[Tensor, "B T D"], num_heads: int, place: int = 0) -> Float[Tensor, "B D"]:
-    """One token of :func:`prr_refine`, the class token, in ``2 T D`` multiplications: values and gradients are equal.
+    """One token of :func:`prr_refine`, by default the class token, in ``2 T D`` multiplications; gradients are equal,
+    too.
 
     Args:
-        tokens: ``(B, T, D)`` as there.
-        num_heads: H, which divides D.
-        place: of the token among the T.
+        tokens: ``(B, T, D)`` as in :func:`prr_refine`.
+        num_heads: H, a divisor of D.
+        place: index of the token.
 
     Raises:
         ConfigError: if ``num_heads`` does not divide D.
-        ShapeError: if there is no token at that place.
+        ShapeError: if the index is out of range.
     """
     check_heads(tokens.shape[-1], num_heads)
     if not 0 <= place < tokens.shape[1]:
-        raise ShapeError(f"token {place} of {tokens.shape[1]} is asked for; places go from 0 to {tokens.shape[1] - 1}")
+        raise ShapeError(f"place={place}: an index in 0..{tokens.shape[1] - 1} is needed")
     heads = tokens.reshape(*tokens.shape[:2], num_heads, -1)  # (B, T, H, d)
     query = heads[:, place] * heads.shape[-1] ** -0.5
     weights = torch.einsum("bhd,bthd->bht", query, heads).softmax(-1)

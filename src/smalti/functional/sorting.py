@@ -7,12 +7,12 @@ Letters: Q rows to sort, R numbers per row, K the power of two at or above R, W 
 
 A relaxed comparator moves the fraction ``gamma`` of the difference: ``a -= gamma (a - b)``, ``b += gamma (a - b)``,
 where gamma is the probability that the two are in the wrong order, ``F(beta (a - b))`` for a distribution function F.
-The matrix of weights is moved by the same gammas, which depend on the numbers alone. So the numbers are sorted first;
-then, for a few rows at a time, matrix, loss and gradient are formed together and only the gradient for the numbers is
-kept. Matrices grow with the network: before two runs of n wires are merged, a wire of one has no weight on the inputs
-of the other.
+The permutation matrix is updated with the same gammas, which depend on the numbers only. So the numbers are sorted
+first; then, for a few rows at a time, matrix, loss and gradient are computed together, and only the gradient for the
+numbers is kept. Matrices grow with the network: before two sequences of n wires are merged, a wire of one has no weight
+on the inputs of the other.
 
-On a GPU a kernel can do what concerns matrices (``backend="triton"``): :mod:`smalti.functional.sorting_kernel`.
+On a GPU, a kernel can process the matrices (``backend="triton"``): :mod:`smalti.functional.sorting_kernel`.
 """
 
 import importlib.util
@@ -30,17 +30,17 @@ from smalti.functional.sorting_networks import SMALLEST, Layer, layers_for
 DISTRIBUTIONS = ("cauchy", "logistic", "gaussian", "reciprocal")
 BACKENDS = ("torch", "triton")
 LARGEST_KERNEL_SIZE = 256
-"""R of the triton form: above, too little of a row fits into registers."""
-_MATRIX_ELEMENTS = 2**19  # of a chunk's matrices on a CPU: what its cache holds
-_FEWEST_ROWS = 16  # below, vector units idle
-_ROWS_AT_ONCE = 256  # whose gates are in memory, on a CPU
-_GPU_BYTES = 768 * 2**20  # of everything that a chunk needs on a GPU: few, large kernels
+"""Largest R of the Triton backend; above, too little of a row fits into registers."""
+_MATRIX_ELEMENTS = 2**19  # of a chunk's matrices on a CPU: fits into its cache
+_FEWEST_ROWS = 16  # fewer rows leave vector units idle
+_ROWS_AT_ONCE = 256  # rows whose gates are in memory on a CPU
+_GPU_BYTES = 768 * 2**20  # memory of a chunk on a GPU: few, large kernels
 
 
 def _swap_probability(
     difference: Tensor, steepness: float, distribution: str, needs_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``F(steepness * difference)`` and, with ``needs_slope``, its derivative by the difference."""
+    """``F(steepness * difference)`` and, with ``needs_slope``, its derivative with respect to the difference."""
     scaled = difference * steepness
     slope: Tensor | None = None
     if distribution == "cauchy":
@@ -64,13 +64,13 @@ def _swap_probability(
 
 @dataclass(frozen=True)
 class _Gates:
-    """What a layer does to some rows: everything ``(groups, width, Q)``."""
+    """Comparator values of a layer for some rows; all tensors are ``(groups, width, Q)``."""
 
     gamma: Tensor
     delta: Tensor | None
-    """``a - b`` before the layer; with its slope only where gradients are needed."""
+    """``a - b`` before the layer; like its slope, only if gradients are needed."""
     slope: Tensor | None
-    """Derivative of gamma by delta."""
+    """Derivative of gamma with respect to delta."""
 
 
 def _sort_numbers(
@@ -80,7 +80,7 @@ def _sort_numbers(
     distribution: str,
     needs_grad: bool,
 ) -> list[_Gates]:
-    """Sort in place; the gates of each layer."""
+    """Sort in place; returns the gates of each layer."""
     gates = []
     for layer in layers:
         a, b = layer.split(wires)
@@ -90,7 +90,7 @@ def _sort_numbers(
         else:
             sign = layer.sign[..., None]
             gamma, slope = _swap_probability(delta * sign, steepness, distribution, needs_grad)
-            gamma *= sign.abs()  # no comparator moves nothing
+            gamma *= sign.abs()  # 0 without a comparator
             if slope is not None:
                 slope *= sign
         a.addcmul_(gamma, delta, value=-1)
@@ -106,17 +106,17 @@ def _sort_matrix(
     size: int,
     kept: list[Tensor] | None,
 ) -> Float[Tensor, "W I q"]:
-    """Weights of the inputs on the sorted wires, for some rows.
+    """Weights of the inputs on the sorted wires for some rows.
 
     Args:
-        layers: of the network.
-        gates: from :func:`_sort_numbers`.
-        rows: which.
+        layers: layers of the network.
+        gates: gates from :func:`_sort_numbers`.
+        rows: slice of the rows.
         size: R.
-        kept: takes what the backward pass needs of each layer; None keeps nothing.
+        kept: list to which tensors for the backward pass are appended; None: keep nothing.
 
     Returns:
-        ``(W, I, q)``; a bitonic network has W = I = K, where the first K - R of both mean nothing.
+        ``(W, I, q)``; a bitonic network has W = I = K, of which the first K - R are padding.
     """
     first = gates[0].gamma[..., rows]
     number = first.shape[-1]
@@ -152,7 +152,7 @@ def _sort_matrix(
 def _matrix_backward(
     layers: tuple[Layer, ...], gates: list[_Gates], rows: slice, kept: list[Tensor], grad: Float[Tensor, "W I q"]
 ) -> list[Tensor]:
-    """Gradients of the gammas, layer by layer, from that of the matrix, which is overwritten."""
+    """Gradients of the gammas by layer, from the gradient of the matrix, which is overwritten."""
     number = grad.shape[-1]
     result: list[Tensor] = [grad] * len(layers)
     for place in range(len(layers) - 1, -1, -1):
@@ -179,7 +179,8 @@ def _matrix_backward(
 
 
 def _numbers_backward(layers: tuple[Layer, ...], gates: list[_Gates], of_gammas: list[Tensor], wires: Tensor) -> None:
-    """Gradient of the numbers, in place of ``wires``, which come as zeros: the loss doesn't see the sorted numbers."""
+    """Gradient of the numbers, written to ``wires``, which must be zero: the loss doesn't depend on the sorted
+    numbers."""
     for place in range(len(layers) - 1, -1, -1):
         gate = gates[place]
         assert gate.delta is not None and gate.slope is not None
@@ -192,9 +193,9 @@ def _numbers_backward(layers: tuple[Layer, ...], gates: list[_Gates], of_gammas:
 
 
 def _rows_at_once(layers: tuple[Layer, ...], padded: int, rows: Tensor) -> tuple[int, int]:
-    """Rows whose matrices, and rows whose gates, are in memory together.
+    """Number of rows whose matrices, and of rows whose gates, are in memory at a time.
 
-    On a CPU matrices stay in its cache; elsewhere a memory budget covers both, so that kernels are few and large.
+    On a CPU, matrices fit into its cache; elsewhere a memory budget covers both, so that kernels are few and large.
     """
     if rows.device.type == "cpu":
         chunk = max(_FEWEST_ROWS, _MATRIX_ELEMENTS // (padded * padded))
@@ -220,7 +221,7 @@ def _add_order_cost(
     chunk: int,
     needs_grad: bool,
 ) -> list[Tensor]:
-    """Subtract the sum of ``Q log P`` from a total, in place; returns its derivatives by the student's gammas.
+    """Subtract the sum of ``Q log P`` from a total, in place; returns its gradients for the student's gammas.
 
     The matrices of ``chunk`` rows are in memory at a time.
     """
@@ -246,7 +247,7 @@ def _add_order_cost(
 
 
 class _OrderLoss(torch.autograd.Function):
-    """Cross-entropy between two soft orders; the gradient is formed in the forward pass, a few rows at a time."""
+    """Cross-entropy between two soft orders; the gradient is computed in the forward pass, a few rows at a time."""
 
     @staticmethod
     def forward(
@@ -265,7 +266,7 @@ class _OrderLoss(torch.autograd.Function):
         dead = padded - size
         count = number * size
         if backend == "triton":
-            from smalti.functional import sorting_kernel  # here: not everyone has triton
+            from smalti.functional import sorting_kernel  # not at the top: triton is optional
 
             chunk = rows_at_once = chunk or sorting_kernel.rows_at_once(layers, size, _GPU_BYTES)
         elif chunk:
@@ -313,44 +314,45 @@ def neco_loss(
     chunk: int | None = None,
     backend: str = "torch",
 ) -> Float[Tensor, ""]:
-    """Cross-entropy between the soft orders into which student and teacher put the same references.
+    """Cross-entropy between the student's and the teacher's soft order of the same references.
 
     ``- mean over rows q and inputs i of  sum over ranks j of  Q[q, i, j] log P[q, i, j]``, where P and Q are the
     weights of input i at rank j in the student's and the teacher's differentiable sort, ascending.
 
     Args:
-        student_sims: ``(Q, R)`` similarities of Q queries to their R references; any float, computed in float32
-            (float64 if they are), also under autocast.
-        teacher_sims: ``(Q, R)`` likewise, the references in the same order, since a network is not equivariant to it;
-            no gradient flows here.
+        student_sims: ``(Q, R)`` similarities of Q queries to their R references; any float type, computed in float32
+            (float64 for float64), also under autocast.
+        teacher_sims: ``(Q, R)`` similarities to the references in the same order, since networks aren't permutation
+            equivariant; without gradient.
         network: ``bitonic`` or ``odd_even``.
         steepness_student: beta of the student's comparators, above 0.
         steepness_teacher: beta of the teacher's.
-        distribution: of the comparators: ``cauchy`` (NeCo's), ``logistic``, ``gaussian`` or ``reciprocal``.
-        chunk: rows whose matrices are in memory; None fits them to a processor's cache, or to a GPU's memory (all of it
-            stays below 1 GB). The result is the same. With ``triton``: rows whose gates are in memory.
-        backend: ``torch``, tensor operations, or ``triton``, one kernel for the matrices, whose sums are in another
-            order: for GPUs, bitonic networks and up to 256 references, in float32.
+        distribution: distribution of the comparators: ``cauchy`` (NeCo's), ``logistic``, ``gaussian`` or
+            ``reciprocal``.
+        chunk: rows whose matrices are in memory (``triton``: whose gates); doesn't change the result. None: what fits
+            into a CPU's cache, or less than 1 GB on a GPU.
+        backend: ``torch``: tensor operations; ``triton``: one kernel for the matrices, with another summation order,
+            for GPUs, bitonic networks and up to 256 references, in float32.
 
     Returns:
-        The loss; a uniform order costs ``log R``. Time grows as ``Q R^2 log^2 R`` (bitonic) or ``Q R^3``; the memory
-        that is kept is one gradient of ``(Q, R)``.
+        The loss; ``log R`` for a uniform order. Time grows as ``Q R^2 log^2 R`` (bitonic) or ``Q R^3``; only one
+        gradient of ``(Q, R)`` is stored.
 
     Raises:
-        ConfigError: for an unknown name, a steepness that isn't above 0, an R that the network does not sort, or a
-            backend that can't be had.
+        ConfigError: for an unknown name, a steepness that isn't above 0, an R that the network can't sort, or an
+            unavailable backend.
         ShapeError: if the two differ in shape.
 
     Example:
         >>> round(neco_loss(torch.tensor([[0.2, 0.5]]), torch.tensor([[0.4, 0.1]]), "bitonic", 10.0, 10.0).item(), 4)
         2.0564
 
-    Source: Pariza et al., NeCo, arXiv:2408.11054v3, Sec. 3; ours is the layout.
+    Source: Pariza et al., NeCo, arXiv:2408.11054v3, Sec. 3; the memory layout is ours.
     """
     if student_sims.shape != teacher_sims.shape:
         raise ShapeError(
             f"student_sims is {tuple(student_sims.shape)}, teacher_sims {tuple(teacher_sims.shape)}; "
-            "both are (queries, references), the same ones in the same order"
+            "equal shapes (queries, references) are needed"
         )
     _check(distribution, steepness_student, steepness_teacher)
     dtype = torch.float64 if student_sims.dtype == torch.float64 else torch.float32
@@ -371,14 +373,14 @@ def neco_loss(
 def check_backend(
     backend: str, network: str, size: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Refuse a backend of :func:`neco_loss` that can't be had.
+    """Check that a backend of :func:`neco_loss` is available.
 
     Args:
-        backend: ``torch``, which always can, or ``triton``.
-        network: to sort with.
+        backend: ``torch``, which is always available, or ``triton``.
+        network: sorting network.
         size: R.
-        device: where the similarities are.
-        dtype: in which they are sorted.
+        device: device of the similarities.
+        dtype: type of the computation.
 
     Raises:
         ConfigError: for an unknown name; for ``triton`` with another network than the bitonic one, too many numbers,
@@ -388,25 +390,25 @@ def check_backend(
         raise ConfigError(f"backend={backend!r}: one of {', '.join(BACKENDS)} is needed")
     if backend == "torch":
         return
-    came = None
+    limit = None
     if network != "bitonic":
-        came = f"the bitonic network only, not network={network!r}"
+        limit = f"network='bitonic', not {network!r}"
     elif size > LARGEST_KERNEL_SIZE:
-        came = f"up to {LARGEST_KERNEL_SIZE} numbers, not {size}"
+        limit = f"up to {LARGEST_KERNEL_SIZE} numbers, not {size}"
     elif dtype != torch.float32:
-        came = f"in float32 only, not in {str(dtype).removeprefix('torch.')}"
-    if came:
-        raise ConfigError(f"the triton form of the sort sorts {came}; take the torch form")
+        limit = f"float32, not {str(dtype).removeprefix('torch.')}"
+    if limit:
+        raise ConfigError(f"backend='triton' supports only {limit}; use backend='torch'")
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "the triton form of the sort needs the package triton, which comes with PyTorch's CUDA builds for Linux; "
-            "install one of them, or take the torch form"
+            "backend='triton' needs the package triton, which comes with PyTorch's CUDA builds for Linux; "
+            "install one of them, or use backend='torch'"
         )
     if device.type != "cuda":
         from triton import knobs
 
         if not knobs.runtime.interpret:
-            raise ConfigError(f"the triton form of the sort needs a GPU, not the device {device}; take the torch form")
+            raise ConfigError(f"backend='triton' needs a GPU, not the device {device}; use backend='torch'")
 
 
 def soft_sort(
@@ -415,19 +417,19 @@ def soft_sort(
     steepness: float = 100.0,
     distribution: str = "cauchy",
 ) -> tuple[Float[Tensor, "Q R"], Float[Tensor, "Q R R"]]:
-    """Rows softly sorted in ascending order, and the weight of each input at each rank.
+    """Rows soft-sorted in ascending order, and the weight of each input at each rank.
 
-    Plain tensor operations under autograd: for looking and for small rows. :func:`neco_loss` is the lean form.
+    Plain tensor operations with autograd, for inspection and small rows; :func:`neco_loss` needs less memory.
 
     Args:
         numbers: ``(Q, R)``.
         network: ``bitonic`` or ``odd_even``.
-        steepness: beta, above 0; large ones sort hard.
-        distribution: of the comparators.
+        steepness: beta, above 0; large values approach hard sorting.
+        distribution: distribution of the comparators.
 
     Returns:
-        ``(Q, R)`` sorted values and ``(Q, R, R)`` weights P: ``P[q, i, j]`` that of input i at rank j; rows and columns
-        sum to 1, and ``values = numbers @ P``.
+        ``(Q, R)`` sorted values and ``(Q, R, R)`` weights P: ``P[q, i, j]`` is that of input i at rank j; rows and
+        columns sum to 1, and ``values = numbers @ P``.
 
     Raises:
         ConfigError: as :func:`neco_loss`.

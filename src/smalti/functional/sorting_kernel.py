@@ -1,17 +1,16 @@
-"""The matrices of NeCo's sorting loss as one Triton kernel, for GPUs: they never reach the GPU's memory.
+"""Triton kernel for the matrices of NeCo's sorting loss, which are never written to the GPU's memory.
 
 Letters: those of :mod:`smalti.functional.sorting`; L layers of H = K / 2 comparators (each layer of a bitonic network
-has as many), q rows at a time, T inputs a program.
+has as many), q rows at a time, T inputs per program.
 
-The numbers are sorted as there, by tensor operations on ``(H, q)``, which give the gammas and take back their
-gradients. A program has one row and T of its inputs. Given the gammas, what an input weighs on the wires is moved from
-layer to layer independently of the other inputs, so a program goes all the way alone: the teacher's weights, the
-student's, the loss, and back through the student's layers. It keeps the differences ``a - b`` of each layer in
-registers and writes one gradient for each comparator, summed over its inputs. Programs share nothing, and their sums
-are added in a fixed order: the same input gives the same bits. Blocks of the matrices that are zero before a merge are
-moved, too, unlike there.
+The numbers are sorted by tensor operations on ``(H, q)``, which compute the gammas and receive their gradients. A
+program processes one row and T of its inputs. Given the gammas, the weights of an input on the wires are independent of
+the other inputs, so a program runs all layers: the teacher's weights, the student's, the loss, and back through the
+student's layers. It keeps the differences ``a - b`` of each layer in registers and writes one gradient per comparator,
+summed over its inputs. Programs are independent, and their sums are added in a fixed order, so results are
+deterministic. Unlike in the torch backend, blocks of the matrices that are zero before a merge are also processed.
 
-With ``TRITON_INTERPRET=1`` in the environment the kernel runs in Triton's interpreter, also on a CPU: so it is tested.
+With ``TRITON_INTERPRET=1`` in the environment, the kernel runs in Triton's interpreter, also on a CPU, for tests.
 No GPU has run it yet (``benchmarks/sorting_gpu.py`` measures it).
 """
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from smalti.functional.sorting_networks import SMALLEST, Layer
 
-_KEPT = 96  # differences that a thread holds, of the 255 registers that it can have
+_KEPT = 96  # differences per thread, which has at most 255 registers
 
 
 @triton.jit
@@ -61,7 +60,7 @@ def _order_kernel(
     of_gammas,  # (blocks, q, L, H), or None without gradient
     SIZE: tl.constexpr,
     WIRES: tl.constexpr,
-    WIDTHS: tl.constexpr,  # of the layers' comparators
+    WIDTHS: tl.constexpr,  # widths of the layers
     INPUTS: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
@@ -70,7 +69,7 @@ def _order_kernel(
     DEAD: tl.constexpr = WIRES - SIZE
     row, block = tl.program_id(0), tl.program_id(1)
     of_row = row * (LAYERS * HALF)
-    place = block * tl.num_programs(0) + row  # among the outputs
+    place = block * tl.num_programs(0) + row  # index in the outputs
     inputs = block * INPUTS + tl.arange(0, INPUTS)
     wires = tl.arange(0, WIRES)
     is_real = (wires[None, :] >= DEAD) & (inputs[:, None] < SIZE)
@@ -93,8 +92,8 @@ def _order_kernel(
         moved = gamma * difference
         pred = _join(a - moved, b + moved, INPUTS, WIRES)
         if of_gammas is not None:
-            kept = kept + (difference,)  # noqa: RUF005 (Triton's compiler knows no star)
-    is_clamped = pred <= SMALLEST  # False for nan, which goes on into loss and gradient
+            kept = kept + (difference,)  # noqa: RUF005 (Triton's compiler doesn't support it)
+    is_clamped = pred <= SMALLEST  # False for NaN, which propagates to loss and gradient
     alive = tl.where(is_clamped, SMALLEST, pred)
     tl.store(costs + place, tl.sum(tl.sum(target * tl.log(alive), axis=1), axis=0))
 
@@ -111,20 +110,20 @@ def _order_kernel(
 
 
 def program_shape(layers: tuple[Layer, ...]) -> tuple[int, int]:
-    """Inputs of a program, and its warps, such that what it keeps for the way back fits into registers."""
+    """Inputs and warps per program, such that what the backward pass needs fits into registers."""
     wires = 2 * layers[0].groups
     warps = max(4, wires // 16)
-    kept = len(layers) * wires // 2  # of an input
+    kept = len(layers) * wires // 2  # per input
     most = _KEPT * 32 * warps // kept
     return min(wires, 1 << (most.bit_length() - 1)), warps
 
 
 def rows_at_once(layers: tuple[Layer, ...], size: int, budget: int) -> int:
-    """Rows whose gates, and the kernel's parts of their gradients, take ``budget`` bytes at most, at least 1."""
+    """Number of rows whose gates and partial gradients need at most ``budget`` bytes, at least 1."""
     comparators = len(layers) * layers[0].groups
     blocks = triton.cdiv(size, program_shape(layers)[0])
     gates = 7  # gamma of both; delta, slope, gradient; two passing
-    copies = 5  # gammas of both with rows first, one more on its way there; the parts' sum, and with rows last
+    copies = 5  # gammas of both with rows first, and a temporary; summed gradients, with rows first and last
     return max(1, budget // (4 * comparators * (gates + copies + blocks)))
 
 
@@ -136,18 +135,18 @@ def add_order_cost(
     size: int,
     needs_grad: bool,
 ) -> list[Tensor]:
-    """Take the sum of ``Q log P`` of some rows off a total.
+    """Subtract the sum of ``Q log P`` of some rows from a total.
 
     Args:
-        total: float64; changed in place.
-        layers: of a bitonic network.
-        student: gammas of each layer, ``(groups, width, q)``, float32.
-        teacher: likewise.
+        total: float64; modified in place.
+        layers: layers of a bitonic network.
+        student: the student's gammas of each layer, ``(groups, width, q)``, float32.
+        teacher: the teacher's gammas.
         size: R, up to 256.
         needs_grad: compute the gradient.
 
     Returns:
-        Derivatives **of the sum** (not of the cost, which is its negative) by the student's gammas; else nothing.
+        Gradients **of the sum** (not of the cost, which is its negative) for the student's gammas; else nothing.
     """
     wires, number = 2 * layers[0].groups, student[0].shape[-1]
     inputs, warps = program_shape(layers)
@@ -155,7 +154,7 @@ def add_order_cost(
     gammas = [_rows_first(one) for one in (student, teacher)]
     costs = gammas[0].new_empty(blocks, number)
     parts = gammas[0].new_empty(blocks, *gammas[0].shape) if needs_grad else None
-    with torch.cuda.device_of(costs):  # type: ignore[no-untyped-call]  # where Triton launches; nothing on a CPU
+    with torch.cuda.device_of(costs):  # type: ignore[no-untyped-call]  # Triton launches there; no effect on a CPU
         _order_kernel[(number, blocks)](
             *gammas,
             costs,
@@ -175,5 +174,5 @@ def add_order_cost(
 
 
 def _rows_first(gammas: Sequence[Float[Tensor, "_ _ q"]]) -> Float[Tensor, "q L H"]:
-    """What a program reads, in one piece."""
+    """Gammas of all layers in one contiguous tensor."""
     return torch.stack([one.flatten(0, 1) for one in gammas]).permute(2, 0, 1).contiguous()

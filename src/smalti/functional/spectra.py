@@ -1,4 +1,4 @@
-"""How many dimensions a cloud of vectors fills.
+"""Effective dimensionality of a set of vectors.
 
 Letters: n vectors, D dimensions.
 """
@@ -23,7 +23,7 @@ class Moments:
 
     @property
     def mean(self) -> Float[Tensor, " D"]:
-        """Of the vectors."""
+        """Mean of the vectors."""
         return self.total / self.count
 
     @property
@@ -32,12 +32,12 @@ class Moments:
         return self.square / self.count - self.mean[:, None] * self.mean
 
     def plus(self, other: "Moments") -> "Moments":
-        """Of both clouds together."""
+        """Moments of the union of both sets."""
         return Moments(self.count + other.count, self.total + other.total, self.square + other.square)
 
 
 def sum_moments(batches: Iterable[Float[Tensor, "... D"]]) -> Moments:
-    """Moments in one pass; how vectors are batched changes nothing but rounding."""
+    """Moments in one pass; batching only affects rounding."""
     moments = Moments(0, torch.zeros(1), torch.zeros(1))
     for batch in batches:
         vectors = batch.reshape(-1, batch.shape[-1]).cpu().double()  # float64: the mean may be far from 0
@@ -46,28 +46,28 @@ def sum_moments(batches: Iterable[Float[Tensor, "... D"]]) -> Moments:
 
 
 def singular_values(moments: Moments, centred: bool) -> Float[Tensor, " D"]:
-    """Of the ``(n, D)`` matrix of the vectors, or of what they differ from their mean; rising."""
+    """Singular values of the ``(n, D)`` matrix of the vectors, optionally centred; ascending."""
     gram = moments.covariance * moments.count if centred else moments.square
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
 
 
 def effective_rank(values: Float[Tensor, " D"]) -> float:
-    """Exponential of the entropy of the singular values' shares, 1..D; 1 where all are 0.
+    """Exponential of the entropy of the normalised singular values, 1..D; 1 if all are 0.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007, Def. 1.
     """
-    shares = values / values.sum().clamp(min=1e-12)
-    return float(torch.special.entr(shares).sum().exp())
+    fractions = values / values.sum().clamp(min=1e-12)
+    return float(torch.special.entr(fractions).sum().exp())
 
 
 def rankme(values: Float[Tensor, " D"], eps: float = 1e-7) -> float:
-    """The effective rank with ``eps`` added to each share.
+    """The effective rank with ``eps`` added to each normalised singular value.
 
     Args:
-        values: singular values of vectors that were not centred.
-        eps: as published.
+        values: singular values of vectors that aren't centred.
+        eps: the published value.
 
     Source: Garrido et al., RankMe, arXiv:2210.02885v3.
     """
-    shares = values / values.sum().clamp(min=1e-12) + eps
-    return float(torch.special.entr(shares).sum().exp())
+    fractions = values / values.sum().clamp(min=1e-12) + eps
+    return float(torch.special.entr(fractions).sum().exp())

@@ -1,4 +1,4 @@
-"""Assignments of tokens to prototypes under which all prototypes are used alike."""
+"""Assignments of tokens to prototypes that use all prototypes equally (Sinkhorn-Knopp)."""
 
 import torch
 from jaxtyping import Float
@@ -13,29 +13,31 @@ from smalti.functional.processes import max_over_processes, sum_over_processes
 def sinkhorn(
     logits: Float[Tensor, "M K"], temp: float, iterations: int = 3, softmax_first: bool = False
 ) -> Float[Tensor, "M K"]:
-    """Soft assignments by Sinkhorn and Knopp's iteration, over the tokens of all processes.
+    """Soft assignments by Sinkhorn-Knopp iteration over the tokens of all processes.
 
     Each round divides by the sum of each prototype over all tokens, then by the sum of each token over all prototypes.
-    The usual factors 1/K and 1/M cancel and are left out; everything is computed in logarithms, so that no
-    temperature overflows. All processes must call it, each with as many tokens as it has, also none.
+    The usual factors 1/K and 1/M cancel and are omitted; everything is computed in log space, so that no temperature
+    overflows. All processes must call it, each with any number of tokens, including none.
 
     Args:
         logits: ``(M, K)`` similarities of this process's tokens to the prototypes, any float type.
-        temp: above 0, what they are divided by.
-        iterations: rounds, at least 0.
-        softmax_first: start from the softmax (LOCA), not from the exponential (SwAV, iBOT, DINOv2). The two end alike
+        temp: temperature, above 0.
+        iterations: number of rounds, at least 0.
+        softmax_first: start from the softmax (LOCA), not from the exponential (SwAV, iBOT, DINOv2). Results are equal
             after many rounds, but not after three.
 
     Returns:
         ``(M, K)`` float32 (float64 for such logits), without gradient; after at least one round rows sum to 1.
 
     Raises:
-        ConfigError: for a temperature or a number of rounds that can't be used.
+        ConfigError: for an invalid temperature or number of rounds.
 
     Source: Cuturi, arXiv:1306.0895v1; Caron et al., SwAV, arXiv:2006.09882v5, Sec. 3.1 and App. A.
     """
     if temp <= 0 or iterations < 0:
-        raise ConfigError(f"Sinkhorn with temp={temp} and {iterations} rounds; temp > 0 and at least 0 are needed")
+        raise ConfigError(
+            f"Sinkhorn-Knopp with temp={temp} and iterations={iterations}; temp > 0 and iterations >= 0 are needed"
+        )
     log_q = at_least_float32(logits) / temp
     if softmax_first:
         log_q = log_q.log_softmax(1)
@@ -56,36 +58,39 @@ def _log_column_sums(log_q: Float[Tensor, "M K"]) -> Float[Tensor, " K"]:
 def sinkhorn_offsets(
     logits: Float[Tensor, "M K"], temp: float, iterations: int = 3, chunk: int | None = None
 ) -> Float[Tensor, " K"]:
-    """What :func:`sinkhorn` takes from each prototype: its assignments are ``softmax(logits / temp - offsets)``.
+    """Offsets of the prototypes: the assignments of :func:`sinkhorn` are ``softmax(logits / temp - offsets)``.
 
-    After a round, what was taken from the tokens is a factor that their softmax undoes; only what was taken from the
-    prototypes remains. So the assignments need not be held, and look like centred ones (DINO's centre / temp). A round
-    is one pass over the logits: exponentials below each token's largest and two products with a vector, several times
-    faster than in logarithms. The price: a prototype that lies more than 87 temperatures (float32) below the best one
-    of every token underflows, and stays unused where :func:`sinkhorn` fills it; for unit prototypes and tokens that
-    asks for a temperature below 0.023.
+    After a round, the factors of the tokens cancel in their softmax; only those of the prototypes remain. So
+    assignments needn't be stored, and have the form of centered ones (DINO's center / temp). A round is one pass over
+    the logits (exponentials relative to each token's maximum, and two products with a vector), several times faster
+    than in log space. The drawback: a prototype more than 87 temperatures (float32) below the best one of every token
+    underflows and stays unused, unlike in :func:`sinkhorn`; for unit prototypes and tokens, this needs a temperature
+    below 0.023.
 
     Args:
         logits: as for :func:`sinkhorn`, any float type.
-        temp: above 0.
-        iterations: rounds, at least 1.
-        chunk: tokens looked at together; it bounds the memory beside ``logits`` and changes only rounding. None: as
-            many as make 2**26 logits.
+        temp: temperature, above 0.
+        iterations: number of rounds, at least 1.
+        chunk: tokens processed at a time; limits memory besides ``logits``, and only affects rounding. None: 2**26
+            logits.
 
     Returns:
-        ``(K,)`` float32 (float64 for such logits), finite. Where no process has a token it means nothing.
+        ``(K,)`` float32 (float64 for such logits), finite; arbitrary if no process has tokens.
 
     Raises:
-        ConfigError: for a temperature or a number of rounds that can't be used.
+        ConfigError: for an invalid temperature or number of rounds.
     """
     if temp <= 0 or iterations < 1:
-        raise ConfigError(f"Sinkhorn offsets with temp={temp} and {iterations} rounds; temp > 0 and 1 are needed")
+        raise ConfigError(
+            f"Sinkhorn-Knopp offsets with temp={temp} and iterations={iterations}; temp > 0 and iterations >= 1 are "
+            "needed"
+        )
     rows = chunk or max(1, (1 << 26) // logits.shape[1])
     factors = torch.ones_like(at_least_float32(logits[:1].sum(0)))
     tiny = torch.finfo(factors.dtype).tiny
     own_top = logits.amax(1).amax(0, keepdim=True) if len(logits) else logits.new_full((1,), float("-inf"))
     top = at_least_float32(max_over_processes(own_top)) / temp
-    with torch.autocast(logits.device.type, enabled=False):  # half precision products would be too coarse
+    with torch.autocast(logits.device.type, enabled=False):  # half-precision products are too coarse
         for number in range(iterations):
             sums = torch.zeros_like(factors)
             for part in torch.split(logits, rows):

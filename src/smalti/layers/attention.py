@@ -1,6 +1,6 @@
-"""Attention weights of timm's blocks, recomputed: fused attention keeps none.
+"""Attention weights of timm's blocks, recomputed, since fused attention doesn't return them.
 
-Letters: B sequences, H heads, T tokens, D their width, Q of them that look.
+Letters: B sequences, H heads, T tokens, D their width, Q queries.
 """
 
 from collections.abc import Iterable
@@ -16,15 +16,15 @@ from smalti.functional.precision import at_least_float32
 def attention_weights(
     module: Attention, tokens: Float[Tensor, "B T D"], num_queries: int | None = None
 ) -> Float[Tensor, "B H Q T"]:
-    """What a timm attention module multiplies its values with.
+    """Attention weights of a timm attention module.
 
     Args:
         module: in eval mode; its queries and keys may be normalised.
-        tokens: what it is called with, already through the block's norm.
+        tokens: input of the module, after the block's norm.
         num_queries: Q, the first tokens only; None: all T.
 
     Returns:
-        Rows over the keys that sum to 1, at least float32.
+        Weights over the keys, rows sum to 1, at least float32.
     """
     batch, length, _ = tokens.shape
     qkv = module.qkv(tokens).reshape(batch, length, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -33,20 +33,20 @@ def attention_weights(
 
 
 def attention_modules(blocks: Iterable[nn.Module], name: str) -> list[Attention]:
-    """The attention of each block.
+    """The attention module of each block.
 
     Args:
-        blocks: of a transformer.
-        name: of the encoder, for errors.
+        blocks: blocks of a transformer.
+        name: name of the encoder, for errors.
 
     Raises:
-        ConfigError: for a block whose weights can't be recomputed from queries and keys.
+        ConfigError: if a block doesn't have timm's plain attention.
     """
     found = []
     for block in blocks:
         module = getattr(block, "attn", None)
         if not isinstance(module, Attention):
             kind = type(module or block).__name__
-            raise ConfigError(f"{name} has blocks of {kind}; attention is read from timm's plain Attention")
+            raise ConfigError(f"{name} has blocks with {kind}; attention weights need timm's plain Attention")
         found.append(module)
     return found

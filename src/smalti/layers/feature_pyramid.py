@@ -1,4 +1,4 @@
-"""Maps of several strides out of a plain transformer's last map: ViTDet's simple feature pyramid."""
+"""ViTDet's simple feature pyramid: maps of several strides from a plain transformer's last map."""
 
 from jaxtyping import Float
 from timm.layers import LayerNorm2d
@@ -6,16 +6,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SCALES = (4, 2, 1, 1 / 2, 1 / 4)
-"""Of the maps, against the patch grid; the last is made of the one before it."""
+"""Scales of the maps relative to the patch grid; the last map is computed from the one before it."""
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Five maps of equal width from one map of patch tokens, from four times as fine to four times as coarse.
+    """Five maps of equal width from one map of patch tokens, from 4 times to 1/4 of its resolution.
 
-    Times 4 by two transposed convolutions with a norm and GELU between, times 2 by one, times 1 as it is, half by
-    max-pooling; each then a 1x1 and a 3x3 convolution, both with layer norm over channels. The fifth map takes every
-    other place of the fourth, for proposals of large objects. Where a side of the grid is odd, coarser maps are rounded
-    up, so that the last row and column are in them, too.
+    Scale 4 by two transposed convolutions with norm and GELU in between, scale 2 by one, scale 1 unchanged, scale 1/2
+    by max-pooling; then a 1x1 and a 3x3 convolution, both with layer norm over channels. The fifth map subsamples the
+    fourth by 2, for proposals of large objects. If a side of the grid is odd, coarser maps are rounded up to include
+    the last row and column.
 
     Args:
         embed_dim: D, width of the tokens, a multiple of 4.

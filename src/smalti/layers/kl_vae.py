@@ -1,6 +1,6 @@
-"""The KL autoencoder of latent diffusion in diffusers' form, as something that makes tokens.
+"""The KL autoencoder of latent diffusion in diffusers' format, as a token source.
 
-Its architecture is diffusers' own (extra ``gen``); nothing of it is written anew here.
+The architecture is diffusers' (extra ``gen``).
 """
 
 import inspect
@@ -16,14 +16,14 @@ CLASS = "AutoencoderKL"
 
 
 class KLVAE(nn.Module):
-    """Images in -1..1 to a Gaussian a patch, and a code back to images.
+    """Encodes images in -1..1 to one Gaussian per patch, and decodes codes to images.
 
     Args:
-        shape: the fields of its ``config.json``.
+        shape: fields of its ``config.json``.
 
     Raises:
         MissingExtraError: without diffusers.
-        ConfigError: if that isn't the configuration of such an autoencoder.
+        ConfigError: if ``shape`` isn't the configuration of such an autoencoder.
     """
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
@@ -43,12 +43,12 @@ class KLVAE(nn.Module):
         return posterior.mean.float(), posterior.logvar.float()
 
     def decode(self, codes: Float[Tensor, "B d h w"]) -> Float[Tensor, "B C H W"]:
-        """Images about -1..1, not clamped."""
+        """Images, approximately in -1..1, not clamped."""
         return self.vae.decode(codes).sample
 
 
 def _arguments(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """What diffusers' class takes, of a configuration; others' versions have more."""
+    """Fields of a configuration that diffusers' class accepts; other versions have more."""
     takes = inspect.signature(_diffusers_class().__init__).parameters
     return {key: value for key, value in shape.items() if key in takes and key != "self"}
 

@@ -1,6 +1,7 @@
-"""The output of a transformer block at some tokens only: all are looked at, only those wanted look.
+"""The output of a transformer block for selected tokens only, which attend to all tokens.
 
-Letters: B sequences, T tokens, D their width, Q wanted tokens of the sequence that has most of them, S wanted in all.
+Letters: B sequences, T tokens, D their width, Q the largest number of selected tokens of a sequence, S their total
+number.
 """
 
 from dataclasses import dataclass
@@ -18,21 +19,19 @@ from smalti.functional.transfer import move
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some tokens of B sequences, in the order of sequences and of tokens within them."""
+    """Selected tokens of B sequences, in the order of sequences and of tokens within them."""
 
     ids: Tensor
-    """``(B, Q)`` int64 numbers of the wanted tokens, filled up with others."""
+    """``(B, Q)`` int64 indices of the selected tokens, padded with others."""
     places: Tensor
-    """``(S,)`` int64 places of the wanted ones in the flattened ``ids``."""
+    """``(S,)`` int64 indices of the selected ones in the flattened ``ids``."""
 
     @staticmethod
     def where(is_wanted: Bool[Tensor, "B T"]) -> "Chosen":
-        """The tokens that are marked; where the marks lie on a GPU, this waits for it."""
+        """The marked tokens; synchronises if the marks are on a GPU."""
         counts = is_wanted.sum(1)
         most = int(counts.max())
-        ids = (
-            (~is_wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        )  # the wanted ones first, in their order
+        ids = (~is_wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # the selected ones first, in order
         is_real = torch.arange(most, device=counts.device) < counts[:, None]
         return Chosen(ids, is_real.flatten().nonzero()[:, 0])
 
@@ -42,11 +41,11 @@ class Chosen:
         return Chosen(torch.zeros(batch, 1, dtype=torch.int64, device=device), torch.arange(batch, device=device))
 
     def to(self, device: torch.device) -> "Chosen":
-        """On a device, without waiting for it."""
+        """Copy to a device, without synchronisation."""
         return Chosen(move(self.ids, device), move(self.places, device))
 
     def pick(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "S D"]:
-        """The wanted tokens of sequences."""
+        """The selected tokens of sequences."""
         batch, length = x.shape[:2]
         first = torch.arange(0, batch * length, length, device=x.device)[:, None]
         return x.flatten(0, 1)[(first + self.ids).flatten()[self.places]]
@@ -55,8 +54,9 @@ class Chosen:
 def block_at(block: nn.Module, x: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:
     """``chosen.pick(block(x))``, equal up to rounding, at a lower cost.
 
-    Keys and values are made of all tokens; queries, output projection and perceptron of the wanted ones. Stochastic
-    depth draws once a sequence, as in the whole block. Blocks other than timm's plain one are run whole.
+    Keys and values are computed for all tokens; queries, output projection and MLP only for the selected ones.
+    Stochastic depth samples once per sequence, as in the full block. Blocks other than timm's plain one are run in
+    full.
     """
     plain: Any = block  # nn.Module doesn't type its parts
     if type(block) is not Block or type(plain.attn) is not Attention or plain.attn.gate is not None:
@@ -80,14 +80,14 @@ def block_at(block: nn.Module, x: Float[Tensor, "B T D"], chosen: Chosen) -> Flo
 
 
 def _kept(drop_path: nn.Module, x: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S 1"] | float:
-    """The factor of a sequence's residual branch at each wanted token."""
+    """The stochastic-depth factor of each selected token's sequence."""
     if isinstance(drop_path, nn.Identity) or not drop_path.training:
         return 1.0
     return drop_path(x.new_ones(len(x), 1))[chosen.places // chosen.ids.shape[1]]
 
 
 def place_of(chosen: Chosen, length: int) -> Int[Tensor, "B T"]:
-    """Where each token's output stands among those of :func:`block_at`; -1 for tokens that aren't wanted."""
+    """Index of each token's output in the result of :func:`block_at`; -1 for tokens that aren't selected."""
     batch = len(chosen.ids)
     places = torch.full((batch * length,), -1, dtype=torch.int64, device=chosen.ids.device)
     flat = (torch.arange(batch, device=chosen.ids.device)[:, None] * length + chosen.ids).flatten()[chosen.places]

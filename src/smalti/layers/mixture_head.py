@@ -1,4 +1,4 @@
-"""A mixture of Gaussians for one token at a time: a law that can be written down, so likelihoods are exact.
+"""A mixture of Gaussians for single tokens, whose likelihood is exact.
 
 Letters: M tokens, D their dimensions, C width of the condition, W width of the head, K components.
 """
@@ -24,9 +24,9 @@ def mixture_log_likelihood(
     """Log density of tokens in nats, under mixtures of Gaussians with diagonal covariance.
 
     Args:
-        tokens: one a mixture.
-        logits: of the components.
-        means: of each component.
+        tokens: one token per mixture.
+        logits: logits of the components.
+        means: means of the components.
         stds: standard deviations, positive.
     """
     z = (tokens[:, None] - means) / stds
@@ -35,9 +35,10 @@ def mixture_log_likelihood(
 
 
 class MixtureHead(nn.Module):
-    """The law of a token given a condition, as a mixture of K Gaussians with diagonal covariance.
+    """The distribution of a token given a condition, as a mixture of K Gaussians with diagonal covariance.
 
-    Not in MAR's paper, which learns that law by diffusion; the perceptron is that of its diffusion head, without time.
+    Not in MAR's paper, which learns that distribution by diffusion; the MLP is that of its diffusion head, without
+    time.
 
     Args:
         token_dim: D.
@@ -45,7 +46,7 @@ class MixtureHead(nn.Module):
         width: W.
         depth: residual blocks.
         num_components: K.
-        min_std: smallest standard deviation: a density may grow without bound where tokens repeat.
+        min_std: smallest standard deviation, since densities are unbounded for repeated tokens.
     """
 
     takes_guidance = False
@@ -62,8 +63,8 @@ class MixtureHead(nn.Module):
         super().__init__()
         if num_components < 1 or not min_std > 0:
             raise ConfigError(
-                f"a mixture of {num_components} components no narrower than {min_std}: at least 1, and a positive "
-                "width are needed"
+                f"mixture of {num_components} components with min_std={min_std}: at least 1 component and a positive "
+                "min_std are needed"
             )
         self.token_dim, self.num_components, self.min_std = token_dim, num_components, min_std
         self.embed = nn.Linear(condition_dim, width)
@@ -78,13 +79,13 @@ class MixtureHead(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         nn.init.normal_(self.out.weight, std=0.02)
-        with torch.no_grad():  # components that start alike would stay alike
+        with torch.no_grad():  # components with equal initial weights would stay equal
             nn.init.normal_(self.out.bias[num_components : num_components * (1 + token_dim)])
 
     def mixture(
         self, condition: Float[Tensor, "M C"]
     ) -> tuple[Float[Tensor, "M K"], Float[Tensor, "M K D"], Float[Tensor, "M K D"]]:
-        """Logits, means and standard deviations of the mixtures, float32 at least."""
+        """Logits, means and standard deviations of the mixtures, at least float32."""
         x = self.embed(condition)
         for block in self.blocks:
             x = x + block(x)
@@ -99,7 +100,7 @@ class MixtureHead(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "M D"], condition: Float[Tensor, "M C"], keys: Int[Tensor, " M"], repeats: int = 1
     ) -> dict[str, Tensor]:
-        """``likelihood``: negative log density in nats a dimension, ``(M,)``; it is exact, so nothing is repeated."""
+        """``likelihood``: negative log density in nats per dimension, ``(M,)``; exact, so ``repeats`` has no effect."""
         return {"likelihood": -self.log_likelihood(tokens, condition) / self.token_dim}
 
     @torch.no_grad()
@@ -114,8 +115,8 @@ class MixtureHead(nn.Module):
         guidance: float = 1.0,
         clip: float | None = None,
     ) -> Float[Tensor, "M D"]:
-        """Tokens drawn given their conditions; arguments as for the diffusion head, of which ``num_steps`` and ``clip``
-        mean nothing here.
+        """Sample tokens given their conditions; arguments as for the diffusion head, but ``num_steps`` and ``clip``
+        have no effect.
 
         Raises:
             ConfigError: for guidance, which is defined for noise predictions.

@@ -1,4 +1,4 @@
-"""Pool the tokens of an image to one vector, by attention without parameters.
+"""Pool the tokens of an image to one vector by parameter-free attention.
 
 Letters: B images, T tokens (R of the prefix first, then patches), D embed_dim.
 """
@@ -30,7 +30,7 @@ class PRRPool(AttentionPoolPrr):  # type: ignore[misc]  # timm has no types
     """timm's PRR pooling: tokens refined by :func:`~smalti.functional.refinement.prr_refine`, then pooled to one
     vector: the class token, or the mean if there is none.
 
-    Differs from timm's class: only the tokens that are needed are computed, so a class token costs ``2 T D`` instead of
+    Differs from timm's class: only the required tokens are computed, so a class token costs ``2 T D`` instead of
     ``2 T^2 D``; timm's switch for fused attention may be set later; ``include_prefix``.
 
     Args:
@@ -53,18 +53,18 @@ class PRRPool(AttentionPoolPrr):  # type: ignore[misc]  # timm has no types
         check_heads(width, num_heads)
         if has_class_token and not config.include_prefix:
             raise ConfigError(
-                "prr.include_prefix=false is about the mean over tokens; this encoder has a class token, which is read "
-                "alone; leave it out"
+                "prr.include_prefix=false only applies to the mean over tokens; this encoder has a class token; leave "
+                "it out"
             )
         super().__init__(
             width, num_heads, "token" if has_class_token else "avg", config.pre_norm, config.post_norm, norm_layer=None
         )
         self.config = config
         self.num_skipped = 0 if config.include_prefix else num_prefix
-        """Refined tokens that are left out of the mean."""
+        """Number of refined tokens excluded from the mean."""
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B D"]:
-        """Pool tokens, which have passed the final norm, to one vector."""
+        """Pool tokens, after the final norm, to one vector."""
         x = self.pre_norm(x)
         if self.pool == "token":
             return self.post_norm(prr_token(x, self.num_heads))

@@ -1,4 +1,4 @@
-"""Transformer blocks that know where tokens lie relative to one another, whichever of them are there."""
+"""Transformer blocks with rotary positions, for any subset of tokens."""
 
 from functools import partial
 
@@ -12,20 +12,20 @@ from smalti.errors import ConfigError
 
 
 class RotaryBlocks(nn.Module):
-    """Pre-norm blocks with two-dimensional rotary positions on queries and keys; one token in front is not turned.
+    """Pre-norm blocks with 2-D rotary positions on queries and keys, except for one prefix token.
 
-    Half of a head's dimensions turn with the row, half with the column of a token, with base 10,000. timm's blocks:
+    Half of a head's dimensions rotate with the row, half with the column of a token, with base 10,000. timm's blocks:
     keys have no bias.
 
     Args:
         dim: D.
         depth: number of blocks.
         num_heads: attention heads; D over their number must be a multiple of 4.
-        grid: rows and columns of places.
-        mlp_ratio: hidden width of the perceptrons over D.
+        grid: rows and columns of positions.
+        mlp_ratio: hidden width of the MLPs relative to D.
 
     Raises:
-        ConfigError: if the heads don't fit the width.
+        ConfigError: if the width isn't a multiple of 4 times the heads.
 
     Source: Su et al., RoFormer, arXiv:2104.09864v5, Eq. (15), along two axes as in Heo et al., arXiv:2403.13298v2,
     "axial".
@@ -50,10 +50,10 @@ class RotaryBlocks(nn.Module):
         """The sequence after the blocks.
 
         Args:
-            sequence: ``(B, 1+L, D)``; the first token has no place.
-            places: of the others, as raster numbers of the grid, in any order.
+            sequence: ``(B, 1+L, D)``; the first token has no position.
+            places: raster indices of the others in the grid, in any order.
         """
-        turns = self.turns[places][:, None]  # (B, 1, L, 2 * D / heads): alike for all heads
+        turns = self.turns[places][:, None]  # (B, 1, L, 2 * D / heads): the same for all heads
         for block in self.blocks:
             sequence = block(sequence, rope=turns)
         return sequence

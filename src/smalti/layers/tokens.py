@@ -2,7 +2,7 @@
 
 Methods that predict or generate tokens (CoMAE, MAR) add noise relative to their scale. A source therefore estimates the
 scale from images before training (:meth:`TokenSource.fit`) and stores it with the weights. Letters: B images, N tokens,
-d values a token, P pixel values a patch.
+d values per token, P pixel values per patch.
 """
 
 from abc import ABC, abstractmethod
@@ -25,9 +25,9 @@ CODED = ("autoencoder", "vae")
 KINDS = ("pixels", "pca", *CODED)
 DEFAULT_DIM = 16
 _STREAM = 0x70C
-"""Of the draws from a posterior."""
+"""Random stream of samples from a posterior."""
 _ENOUGH_CODES = 2**17
-"""Enough for a mean and a scale; encoding with a large network is slow."""
+"""Number of images for mean and scale; encoding with a large network is slow."""
 
 
 @settings
@@ -54,7 +54,7 @@ class TokenSource(nn.Module, ABC):
     Args:
         image_size: side of the square images in pixels.
         in_chans: their channels.
-        grid: tokens down and across.
+        grid: grid of tokens, height and width.
         token_dim: d.
     """
 
@@ -102,13 +102,13 @@ class TokenSource(nn.Module, ABC):
         """
         if images.shape[1:] != (self.in_chans, self.image_size, self.image_size):
             raise ShapeError(
-                f"images of {tuple(images.shape[1:])}; tokens are cut from ({self.in_chans}, {self.image_size}, "
+                f"images of shape {tuple(images.shape[1:])}; tokens need ({self.in_chans}, {self.image_size}, "
                 f"{self.image_size})"
             )
         return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-class PatchTokens(TokenSource):
+class PatchTokenSource(TokenSource):
     """Patches, centred, projected to ``token_dim`` orthonormal directions and divided by one scalar.
 
     Args:
@@ -131,7 +131,7 @@ class PatchTokens(TokenSource):
         super().__init__(image_size, in_chans, (side, side), token_dim or num_values)
         self.patch_size = (patch_size, patch_size)
         self.turns = token_dim is not None
-        # Until it is fitted: grey is zero, and a quarter of the range is one
+        # until fitted: grey is 0, a quarter of the range is 1
         self.register_buffer("mean", torch.full((num_values,), 0.5))
         self.register_buffer("basis", torch.eye(num_values, self.token_dim))
         self.register_buffer("scale", torch.tensor(0.25))
@@ -141,7 +141,7 @@ class PatchTokens(TokenSource):
 
     @torch.no_grad()
     def fit(self, images: Iterable[Num[Tensor, "_ C S S"]]) -> None:
-        """The mean patch, principal directions where there are any, and the root of the mean variance along them."""
+        """Estimate the mean patch, principal directions if any, and the root of the mean variance along them."""
         count = 0
         total = torch.zeros_like(self.mean, dtype=torch.float64)
         products = total.new_zeros(len(total), len(total))
@@ -162,7 +162,7 @@ class PatchTokens(TokenSource):
         basis = self.basis.double()
         variance = torch.einsum("pd,pq,qd->d", basis, covariance, basis).mean()
         if not variance > 1e-10:
-            raise DataError("all patches of the images are alike; tokens need images that differ")
+            raise DataError("all patches of the images are equal; tokens need images with variation")
         self.mean.copy_(mean + 0.5)
         self.scale.copy_(variance.sqrt())
 
@@ -180,14 +180,14 @@ class PatchTokens(TokenSource):
         return unpatchify(patches, self.patch_size, self.grid).clamp(0, 1)
 
 
-class CodeTokens(TokenSource):
+class CodeTokenSource(TokenSource):
     """Latents of an autoencoder, one per patch, centred and divided by one scalar.
 
     The scale is estimated, as for any other source: the published factors of known autoencoders are valid only for
     their latents and data. Centring is our addition; it is the same for every patch and undone when decoding.
 
     Args:
-        network: with ``moments`` and ``decode``, as :class:`~smalti.layers.autoencoder.ConvAutoencoder` has them.
+        network: has ``moments`` and ``decode``, such as :class:`~smalti.layers.autoencoder.ConvAutoencoder`.
         image_size: side of the images in pixels; a multiple of ``patch_size``.
         in_chans: their channels.
         patch_size: side of the pixels that one latent encodes.
@@ -202,8 +202,7 @@ class CodeTokens(TokenSource):
     ) -> None:
         if image_size % patch_size:
             raise ConfigError(
-                f"data.image_size={image_size}: the autoencoder makes a token of {patch_size}x{patch_size} pixels; a "
-                f"multiple of {patch_size} is needed"
+                f"data.image_size={image_size}: a multiple of {patch_size}, the autoencoder's patch size, is needed"
             )
         side = image_size // patch_size
         super().__init__(image_size, in_chans, (side, side), token_dim)
@@ -215,7 +214,8 @@ class CodeTokens(TokenSource):
 
     @torch.no_grad()
     def fit(self, images: Iterable[Num[Tensor, "_ C S S"]]) -> None:
-        """Mean, and root of the mean variance of drawn latents: that of the means plus that of the posteriors."""
+        """Estimate the mean, and the root of the mean variance of sampled latents: of the means plus of the
+        posteriors."""
         count = 0
         total = torch.zeros_like(self.mean, dtype=torch.float64)
         squares, inner = torch.zeros_like(total), torch.zeros_like(total)
@@ -234,7 +234,7 @@ class CodeTokens(TokenSource):
             raise DataError("no images to measure tokens on")
         spread = (squares / count - (total / count).square()).mean()
         if not spread > 1e-10:
-            raise DataError("all codes of the images are alike; tokens need images that differ")
+            raise DataError("all codes of the images are equal; tokens need images with variation")
         self.mean.copy_(total / count)
         self.scale.copy_((spread + (inner / count).mean()).sqrt())
 
@@ -252,7 +252,7 @@ class CodeTokens(TokenSource):
         return (self.network.decode(codes).float() / 2 + 0.5).clamp(0, 1)
 
     def moments(self, images: Num[Tensor, "B C S S"]) -> tuple[Float[Tensor, "B d h w"], Float[Tensor, "B d h w"]]:
-        """Mean and log-variance of the codes, neither centred nor scaled, with gradients."""
+        """Mean and log-variance of the codes, not centred or scaled, with gradients."""
         return self.network.moments(self.as_float(images) * 2 - 1)
 
 
@@ -262,7 +262,7 @@ def draw_codes(
     keys: Int[Tensor, " B"],
     stream: int = _STREAM,
 ) -> Float[Tensor, "B d h w"]:
-    """Draw from each posterior, seeded by the samples' keys."""
+    """Sample from each posterior, seeded by the samples' keys."""
     noise = sample_normal(keys, mean[0].numel(), stream).view_as(mean)
     return mean + (log_variance / 2).exp() * noise
 
@@ -276,7 +276,7 @@ def build_tokens(config: TokenConfig, image_size: int, in_chans: int) -> TokenSo
         in_chans: their channels.
 
     Raises:
-        ConfigError: for an unknown kind, or numbers that don't fit together.
+        ConfigError: for an unknown kind, or incompatible sizes.
         MissingExtraError: for ``vae`` without diffusers.
     """
     if config.kind not in KINDS:
@@ -284,30 +284,28 @@ def build_tokens(config: TokenConfig, image_size: int, in_chans: int) -> TokenSo
     if config.kind in CODED:
         return _build_codes(config, image_size, in_chans)
     if config.path is not None or config.network is not None:
-        raise ConfigError(
-            f"tokens.path={config.path}: tokens.kind={config.kind} reads none; kinds that do: {', '.join(CODED)}"
-        )
+        raise ConfigError(f"tokens.path={config.path}: only applies to tokens.kind={' or '.join(CODED)}; leave it out")
     if config.kind == "pixels":
         if config.dim is not None:
-            raise ConfigError(f"tokens.dim={config.dim}: tokens.kind=pixels keeps all values of a patch; leave it out")
-        return PatchTokens(image_size, in_chans, config.patch_size)
+            raise ConfigError(f"tokens.dim={config.dim}: tokens.kind=pixels uses all values of a patch; leave it out")
+        return PatchTokenSource(image_size, in_chans, config.patch_size)
     dim = min(DEFAULT_DIM, in_chans * config.patch_size**2) if config.dim is None else config.dim
-    return PatchTokens(image_size, in_chans, config.patch_size, dim)
+    return PatchTokenSource(image_size, in_chans, config.patch_size, dim)
 
 
-def _build_codes(config: TokenConfig, image_size: int, in_chans: int) -> CodeTokens:
+def _build_codes(config: TokenConfig, image_size: int, in_chans: int) -> CodeTokenSource:
     """Tokens of an autoencoder whose architecture is in the settings.
 
     Raises:
         ConfigError: if it is missing, or is for other channels, patches or widths.
     """
     if config.network is None:
-        what = "a run of smalti train autoencoder" if config.kind == "autoencoder" else "a folder of diffusers' form"
-        raise ConfigError(f"tokens.kind={config.kind}: give tokens.path={what}")
+        what = "a run of smalti train autoencoder" if config.kind == "autoencoder" else "a folder in diffusers' format"
+        raise ConfigError(f"tokens.kind={config.kind}: set tokens.path to {what}")
     if config.kind == "autoencoder":
         dim = config.dim or DEFAULT_DIM
         network: ConvAutoencoder | KLVAE = ConvAutoencoder(in_chans, config.patch_size, dim, **config.network)
-        return CodeTokens(network, image_size, in_chans, config.patch_size, dim)
+        return CodeTokenSource(network, image_size, in_chans, config.patch_size, dim)
     network = KLVAE(config.network)
     for name, wanted, found in (
         ("data.channels", in_chans, network.in_chans),
@@ -315,5 +313,5 @@ def _build_codes(config: TokenConfig, image_size: int, in_chans: int) -> CodeTok
         ("tokens.dim", config.dim or network.code_dim, network.code_dim),
     ):
         if wanted != found:
-            raise ConfigError(f"{name}={wanted}: the autoencoder of tokens.path has {found}")
-    return CodeTokens(network, image_size, in_chans, network.patch_size, network.code_dim)
+            raise ConfigError(f"{name}={wanted}: the autoencoder at tokens.path has {found}; make them equal")
+    return CodeTokenSource(network, image_size, in_chans, network.patch_size, network.code_dim)

@@ -24,7 +24,7 @@ from smalti.errors import ConfigError
 from smalti.functional.patches import patchify
 from smalti.functional.precision import at_least_float32
 from smalti.layers.autoencoder import kl_to_standard_normal
-from smalti.layers.tokens import CodeTokens, TokenConfig, TokenSource, build_tokens, draw_codes
+from smalti.layers.tokens import CodeTokenSource, TokenConfig, TokenSource, build_tokens, draw_codes
 from smalti.methods.base import Findings, MethodConfig, TokenMethod, register
 
 _WARN_FROM = 0.9
@@ -100,8 +100,8 @@ class Autoencoder(TokenMethod):
         for name in ("kl_weight", "l2_weight"):
             if getattr(config, name) < 0:
                 raise ConfigError(f"method.{name}={getattr(config, name)}: at least 0 is needed")
-        assert isinstance(tokens, CodeTokens), type(tokens)
-        self.tokens: CodeTokens = tokens.requires_grad_(True)
+        assert isinstance(tokens, CodeTokenSource), type(tokens)
+        self.tokens: CodeTokenSource = tokens.requires_grad_(True)
 
     @classmethod
     def make_tokens(cls, config: TokenConfig, own: AutoencoderConfig, image_size: int, in_chans: int) -> TokenSource:

@@ -74,7 +74,7 @@ class Reference:
 
     @property
     def sentence(self) -> str:
-        """The comparison in words; starts with "nothing learned" where that is so."""
+        """The comparison in words; starts with "nothing learned" if the gain is too small."""
         better = f"{abs(100 * self.gain):.1f} % {'better' if self.gain >= 0 else 'worse'}"
         if self.has_learned:
             return (
@@ -146,7 +146,7 @@ class Method(nn.Module, ABC):
     takes_signals: ClassVar[bool] = False
     """Whether the method also trains on windows of signals, ``(B, C, 1, T)``."""
     signal_defaults: ClassVar[Mapping[str, Any]] = {}
-    """What goes over ``defaults`` where the data are signals; may hold settings of the method under ``method``."""
+    """Overrides of ``defaults`` for signals; may contain method settings under ``method``."""
     has_encoder: ClassVar[bool]
     """Whether it trains an encoder, which can be evaluated and exported."""
     export_network: ClassVar[str] = ""
@@ -159,11 +159,11 @@ class Method(nn.Module, ABC):
     """Whether crops read positions from a field. For other methods, a field in the initial weights becomes a table."""
 
     starts_from: ClassVar[tuple[str, ...]] = ()
-    """Without an encoder: methods whose runs ``init`` may name, beside its own."""
+    """Methods without an encoder: other methods whose runs ``init`` may name."""
     needs_start: ClassVar[bool] = False
-    """Whether a run must start from another (``init``)."""
+    """Whether a run must start from another run (``init``)."""
     next_command: ClassVar[str] = ""
-    """What a user types next, where it is not evaluation; ``{run}`` stands for the run."""
+    """Next command for the user, if it isn't evaluation; ``{run}`` is replaced by the run."""
 
     fit_images: ClassVar[int] = 0
     """Number of images for :meth:`fit`; 0: nothing to fit."""
@@ -206,7 +206,7 @@ class Method(nn.Module, ABC):
         """Called before anything is written: refuse a number of images per forward pass that the loss cannot use.
 
         Raises:
-            ConfigError: with the required number.
+            ConfigError: names the required number.
         """
         return
 
@@ -322,7 +322,8 @@ class TokenMethod(Method):
         misfits = [key for key, value in brought.items() if key not in own or own[key].shape != value.shape]
         if misfits:
             raise ConfigError(
-                f"init is a run of {other.name} with other sizes: '{misfits[0]}' does not fit; leave its settings out"
+                f"init is a run of {other.name} with other sizes ('{misfits[0]}' does not fit); leave the method's "
+                "settings out"
             )
         self.load_state_dict({**own, **brought})
 
@@ -336,7 +337,7 @@ def refuse_changed(config: Any, names: Sequence[str], why: str) -> None:
 
     Args:
         config: a method's settings.
-        names: of fields of it.
+        names: names of fields.
         why: text after the name that explains it.
 
     Raises:
@@ -355,7 +356,7 @@ def register(name: str) -> Callable[[M], M]:
     """Class decorator: register a method under a name.
 
     Raises:
-        ConfigError: if another class has that name, or ``Config`` is no :class:`MethodConfig`.
+        ConfigError: if the name is taken, or ``Config`` isn't a :class:`MethodConfig`.
     """
 
     def add(cls: M) -> M:

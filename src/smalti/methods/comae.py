@@ -100,13 +100,13 @@ def signal_ratio(weights: Float[Tensor, "*B"], sigma: float) -> Float[Tensor, "*
 def corrupt(
     tokens: Float[Tensor, "*B d"], weights: Float[Tensor, "*B"], noise: Float[Tensor, "*B d"], sigma: float
 ) -> Float[Tensor, "*B d"]:
-    """Eq. (3) and (4): mix each token with noise, the more the less it is selected.
+    """Eq. (3) and (4): mix each token with noise; less selected tokens get more.
 
     Args:
-        tokens: of unit mean variance.
-        weights: w of each.
-        noise: standard normal.
-        sigma: of Eq. (3).
+        tokens: tokens of unit mean variance.
+        weights: w of each token.
+        noise: standard normal noise.
+        sigma: sigma of Eq. (3).
     """
     alpha = signal_ratio(weights, sigma)[..., None]
     return alpha * tokens + (1 - alpha) * noise
@@ -117,7 +117,7 @@ def contrast(weights: Float[Tensor, "G T N"], log_temperature: Float[Tensor, ""]
 
     Args:
         weights: selections, in groups.
-        log_temperature: of the softmax over cosines.
+        log_temperature: log temperature of the softmax over cosines.
         floor: lower bound of the temperature.
     """
     rows = F.normalize(at_least_float32(weights), dim=-1)
@@ -135,10 +135,10 @@ def mask_entropy(weights: Float[Tensor, "*B N"]) -> tuple[Float[Tensor, ""], Flo
 
 
 class Selection(NamedTuple):
-    """What a step selected."""
+    """Selections of a step."""
 
     targets: Tensor
-    """``(B, T)`` raster numbers."""
+    """``(B, T)`` raster indices of the targets."""
     weights: Tensor
     """``(B, T, N)`` w, 0 at the target itself."""
 
@@ -146,7 +146,7 @@ class Selection(NamedTuple):
 class Selector(nn.Module):
     """f of Eq. (2): from all tokens but the target, how much each of them is needed.
 
-    ``removed``: a class token, which knows the target's place, is read behind rotary blocks over the others.
+    ``removed``: rotary blocks process the other tokens and a class token that encodes the target's position.
     """
 
     def __init__(self, source: TokenSource, config: CoMAEConfig) -> None:

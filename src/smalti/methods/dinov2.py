@@ -80,7 +80,9 @@ def koleo(tokens: Float[Tensor, "B D"], eps: float = 1e-8) -> Float[Tensor, ""]:
     Source: Sablayrolles et al., arXiv:1806.03198v3, Eq. (2); DINOv2 for the unit vectors.
     """
     if len(tokens) < 2:
-        raise ShapeError(f"KoLeo of {len(tokens)} image; it needs micro_batch >= 2, or method.koleo_weight=0")
+        raise ShapeError(
+            f"KoLeo needs at least 2 images, got {len(tokens)}; raise micro_batch, or set method.koleo_weight=0"
+        )
     with torch.autocast(tokens.device.type, enabled=False):
         unit = F.normalize(at_least_float32(tokens), dim=-1)
         with torch.no_grad():
@@ -121,7 +123,9 @@ class DINOv2(IBOT):
     def check_batch(self, micro_batch: int) -> None:
         """KoLeo needs at least two images."""
         if self.config.koleo_weight and micro_batch < 2:
-            raise ConfigError(f"micro_batch={micro_batch}: KoLeo needs at least 2 images, or method.koleo_weight=0")
+            raise ConfigError(
+                f"micro_batch={micro_batch}: KoLeo needs at least 2 images; raise it, or set method.koleo_weight=0"
+            )
 
     def couplings(self) -> dict[str, bool]:
         """Sinkhorn-Knopp, nearest neighbours in the batch, mask ratios stratified over the batch."""

@@ -63,7 +63,7 @@ class DropPosConfig(MethodConfig):
     attentive: bool = True
     """Weight patches by their similarity to the class token, from a forward pass of the whole image with positions."""
     ignore_confident: bool = False
-    """Leave out patches whose true cell has a higher probability than in the smoothed label. Official code's option,
+    """Exclude patches whose true cell has a higher probability than in the smoothed label. Official code's option,
     off there; kept for parity."""
     reconstruct: bool = False
     """Add MAE's reconstruction of the masked patches. Official code's option, off there; kept for parity."""
@@ -89,7 +89,7 @@ def smoothed_labels(grid: tuple[int, int], sigma: float, device: torch.device | 
     Args:
         grid: ``(h, w)``, K = h * w.
         sigma: width in cells; 0 gives the identity matrix.
-        device: where to.
+        device: device of the result.
 
     Returns:
         ``(K, K)`` float32; rows sum to 1.
@@ -337,7 +337,7 @@ def _check(config: DropPosConfig, encoder: Encoder) -> None:
     if config.sigma < 0 or config.pos_weight <= 0:
         raise ConfigError("method.sigma must not be negative, and method.pos_weight must be above 0")
     if encoder.vit.pos_embed is None:
-        raise ConfigError(f"{encoder.name} has no position embedding to drop")
+        raise ConfigError(f"{encoder.name} has no positional embeddings to drop; use another encoder")
     if config.attentive and not encoder.has_class_token:
         raise ConfigError(
             f"method.attentive needs a class token, which {encoder.name} lacks; use method.attentive=false"

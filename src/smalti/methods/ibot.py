@@ -35,7 +35,7 @@ from smalti.methods.masked_tokens import (
     IMAGE,
     PATCH,
     MaskedNetwork,
-    Plan,
+    MaskPlan,
     Reading,
     crop_keys,
     other_views,
@@ -192,7 +192,7 @@ class IBOT(EncoderMethod):
         """Loss terms ``image`` and ``patch``."""
         return self.losses(views, self.plan(views), progress)
 
-    def plan(self, views: Views) -> Plan:
+    def plan(self, views: Views) -> MaskPlan:
         """Masks and compared tokens: sampled on the CPU, sent to the device of the crops without synchronisation."""
         encoder, device = self.student.encoder, views.global_crops.device
         masks = self.draw_masks(views.cpu_keys, encoder.check_size(*views.global_crops.shape[-2:]))
@@ -203,7 +203,7 @@ class IBOT(EncoderMethod):
             whole = {name: torch.ones_like(mask) for name, mask in compared.items()}
             teacher = Reading.of(whole, encoder.num_prefix_tokens)
             compared_rows = {name: mask.flatten().nonzero()[:, 0] for name, mask in compared.items()}
-        return Plan(
+        return MaskPlan(
             masks={name: move(mask, device) for name, mask in masks.items()},
             student=student.to(device),
             teacher=teacher.to(device),
@@ -211,7 +211,7 @@ class IBOT(EncoderMethod):
             weights={name: move(token_weights(mask), device) for name, mask in compared.items()},
         )
 
-    def losses(self, views: Views, plan: Plan, progress: float) -> dict[str, Tensor]:
+    def losses(self, views: Views, plan: MaskPlan, progress: float) -> dict[str, Tensor]:
         """The loss terms; nothing here waits for the device."""
         images, device, boxes = views.global_crops, views.global_crops.device, self.view_boxes(views)
         teacher = self._teacher_vectors(images, boxes[0], plan)
@@ -282,7 +282,7 @@ class IBOT(EncoderMethod):
 
     @torch.no_grad()
     def _teacher_vectors(
-        self, images: Num[Tensor, "M C H W"], boxes: Float[Tensor, "M 4"] | None, plan: Plan
+        self, images: Num[Tensor, "M C H W"], boxes: Float[Tensor, "M 4"] | None, plan: MaskPlan
     ) -> dict[str, Tensor]:
         """The teacher's bottleneck vectors of unmasked crops, by name; accumulates their sums for the centers."""
         network = self.teacher.module

@@ -85,8 +85,8 @@ class IntertwinedNetwork(MaskedNetwork):
     """A :class:`MaskedNetwork` that masks content and positions separately before adding them.
 
     Args:
-        encoder: with positions.
-        config: of the method.
+        encoder: encoder with positions.
+        config: settings of the method.
         heads: as for :class:`MaskedNetwork`.
     """
 
@@ -259,7 +259,7 @@ class Intertwined(DINOv2):
 def _check(config: IntertwinedConfig, encoder: Encoder) -> None:
     """Refuse settings that cannot be used."""
     if encoder.vit.pos_embed is None and encoder.position_field is None:
-        raise ConfigError(f"{encoder.name} has no position embedding, which this method needs")
+        raise ConfigError(f"{encoder.name} has no positional embeddings, which this method needs; use another encoder")
     low, high = config.position_mask_ratio
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"method.position_mask_ratio=({low:g}, {high:g}): 0 <= smallest <= largest <= 1 is needed")

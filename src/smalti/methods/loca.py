@@ -350,7 +350,8 @@ class LOCA(EncoderMethod):
         number = int(num_patches * self.config.reference_keep_ratio)
         if not number:
             raise ConfigError(
-                f"method.reference_keep_ratio={self.config.reference_keep_ratio} keeps 0 of {num_patches} patches"
+                f"method.reference_keep_ratio={self.config.reference_keep_ratio} keeps 0 of {num_patches} patches; "
+                "raise it"
             )
         start = sample_uniform(key, 1, _REFERENCE) * (num_patches - number + 1)
         return start.long() + torch.arange(number, device=key.device)
@@ -368,4 +369,6 @@ def _check(config: LOCAConfig, encoder: Encoder) -> None:
     if not 0 <= config.momentum <= 1:
         raise ConfigError(f"method.momentum={config.momentum}: it must lie in 0..1")
     if encoder.vit.pos_embed is None:
-        raise ConfigError(f"{encoder.name} has no position embedding, which LOCA needs for the reference")
+        raise ConfigError(
+            f"{encoder.name} has no positional embeddings, which LOCA needs for the reference; use another encoder"
+        )

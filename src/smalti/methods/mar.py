@@ -477,7 +477,7 @@ class MAR(TokenMethod):
         """
         network, num_tokens = self.average.module, self.tokens.num_tokens
         if not isinstance(network.head, MixtureHead):
-            raise ConfigError("an exact likelihood needs method.head=mixture")
+            raise ConfigError("an exact likelihood needs a run with method.head=mixture")
         _check_orders(orders, num_tokens)
         null = torch.full((len(orders),), self.num_classes, dtype=torch.int64, device=orders.device)
         result, seen = torch.zeros(tokens.shape[:2], device=tokens.device), 0

@@ -121,7 +121,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MaskPlan:
     """Masks and compared tokens of a step, computed on the CPU so that all shapes are known to the GPU step."""
 
     masks: dict[str, Tensor]

@@ -1,7 +1,7 @@
 """MP3: masked patch position prediction.
 
 Paper: Zhai et al., "Position Prediction as an Effective Pretraining Strategy", ICML 2022, arXiv:2207.07611. We
-had not its text; "the code" is that of PART, which builds on this method.
+did not have its text; "the code" is that of PART, which builds on this method.
 Letters: B images, N patches, M those whose position is predicted, D embed_dim, K cells of the head.
 Differs from the code: the class token is first, which makes no difference without positions; augmentation is crop, flip
 and colour jitter, without RandAugment, whose fill colour marks the border.

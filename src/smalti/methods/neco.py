@@ -143,7 +143,7 @@ def _centred_on_overlap(box: Box, anchors: Sequence[Box], height: int, width: in
     return min(max(y, 0), height - box[2]), min(max(x, 0), width - box[3]), box[2], box[3]
 
 
-class EncoderWithHead(nn.Module):
+class EncoderWithPatchHead(nn.Module):
     """An encoder and a projection head on its patch tokens; the outputs are unit vectors of width E."""
 
     def __init__(self, encoder: Encoder, config: NeCoConfig) -> None:
@@ -228,8 +228,8 @@ class NeCo(EncoderMethod):
     def __init__(self, encoder: Encoder, config: NeCoConfig) -> None:
         super().__init__(encoder, config)
         _check(config, encoder)
-        self.student = EncoderWithHead(encoder, config)
-        self.teacher: Teacher[EncoderWithHead] = Teacher(self.student)
+        self.student = EncoderWithPatchHead(encoder, config)
+        self.teacher: Teacher[EncoderWithPatchHead] = Teacher(self.student)
         if config.head_init == "independent":
             head = ProjectionHead(encoder.embed_dim, config.hidden_dim, config.out_dim)
             self.teacher.module.head = head.requires_grad_(False).eval()

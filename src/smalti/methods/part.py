@@ -454,7 +454,7 @@ def _check(config: PARTConfig, encoder: Encoder) -> None:
     """Refuse settings that don't fit together.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: names the settings.
     """
     if encoder.takes_signals:
         refuse_changed(config, ("crop_scale", "flip_prob"), "applies to images, but the data are signals")

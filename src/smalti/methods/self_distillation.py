@@ -1,4 +1,4 @@
-"""What DINO, iBOT and their variants share: settings, multi-crop views, temperature warm-up, initial weights.
+"""Common parts of DINO, iBOT and their variants: settings, multi-crop views, temperature warm-up, initial weights.
 
 Source: Caron et al., DINO, arXiv:2104.14294v2, Sec. 3.2 and its released code; views after Grill et al., BYOL,
 arXiv:2006.07733v3.
@@ -159,7 +159,7 @@ def init_weights(network: nn.Module, heads: nn.Module, encoder: Encoder, config:
     if config.position_init == "sincos" and not encoder.pretrained:
         table, grid = encoder.vit.pos_embed, encoder.check_size(*encoder.img_size)
         if table is None:
-            raise ConfigError(f"method.position_init=sincos: {encoder.name} has no positions")
+            raise ConfigError(f"method.position_init=sincos: {encoder.name} has no positional embeddings; leave it out")
         rms = encoder.vit.patch_embed.proj.weight.flatten(1).norm(dim=1).square().mean().sqrt()  # of embedded patches
         positions = sincos_positions(encoder.embed_dim, grid)
         table[:, -len(positions) :] = positions * (rms / positions.square().mean().sqrt())

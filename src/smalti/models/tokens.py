@@ -12,7 +12,7 @@ from torch import nn
 from smalti.config import read_yaml
 from smalti.errors import ConfigError, WeightsError
 from smalti.layers.kl_vae import CLASS, KLVAE
-from smalti.layers.tokens import CODED, DEFAULT_DIM, CodeTokens, TokenConfig, TokenSource
+from smalti.layers.tokens import CODED, DEFAULT_DIM, CodeTokenSource, TokenConfig, TokenSource
 from smalti.models.layouts import Tensors
 from smalti.models.loading import WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors
@@ -66,7 +66,7 @@ def fill_tokens(source: TokenSource, config: TokenConfig) -> None:
     Raises:
         WeightsError: if they can't be read, or don't fit.
     """
-    if not isinstance(source, CodeTokens):
+    if not isinstance(source, CodeTokenSource):
         return
     place = Path(config.path or "").expanduser()
     if config.kind == "autoencoder":

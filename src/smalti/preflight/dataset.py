@@ -1,4 +1,4 @@
-"""What ``smalti doctor`` says about data: how a folder is read, what is in it, and what will go wrong with it."""
+"""The data section of ``smalti doctor``: how a folder is read, what is in it, and which problems it has."""
 
 import random
 from collections import Counter
@@ -22,7 +22,7 @@ from smalti.runs.config import DataConfig
 _SHOWN = 3
 _SHOWN_CLASSES = 20
 _MOST_LOOKED_AT = 40
-_MANY_MASKS = 0.3  # part of the images that look like masks from which a mistake is likely
+_MANY_MASKS = 0.3  # fraction of mask-like images from which a mistake is likely
 _UNSPLIT = "images"
 
 Progress = Callable[[int, int], None]
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class MaskLike:
-    """How many of some images look like masks."""
+    """How many images of a sample look like masks."""
 
     looked_at: int
     found: tuple[Path, ...]
@@ -38,33 +38,33 @@ class MaskLike:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in a folder of images or recordings, and what would be done with it."""
+    """Content of a folder of images or recordings, and how a run would use it."""
 
     source: str
-    """As it was named."""
+    """Path or ``NAME=PATH``, as given."""
     account: str
-    """How it is read: layout, splits, what is left out."""
+    """Layout, splits, and which files are skipped."""
     files: ScanReport | None = None
-    """Of the images; None of recordings."""
+    """Scan of the images; None for recordings."""
     classes: dict[str, dict[str, int]] | None = None
     """``{class: {split: images}}``; None if images have no classes."""
     masks: MaskValues | None = None
     mask_like: MaskLike | None = None
-    """Of layouts without masks."""
+    """For layouts without masks."""
     copies: tuple[Copies, ...] = ()
-    """Of training images among themselves, of each evaluated split among them, and of the set compared with."""
+    """Duplicates among training images, and between these and each evaluated split and the second set."""
     against: str | None = None
-    """Reason if the comparison with a second set was skipped."""
+    """Why the comparison with a second set was skipped."""
     refused: tuple[str, ...] = ()
-    """What training would refuse."""
+    """Reasons for which training would fail."""
     trained_on: int = 0
-    """Images of the training split that can be read."""
+    """Readable images of the training split."""
     has_scale: bool = False
     """Whether ``data.scale`` is set."""
 
     @property
     def problems(self) -> list[str]:
-        """What will go wrong or mislead, a sentence each."""
+        """Problems that will cause errors or misleading results, one sentence each."""
         found = list(self.refused)
         if self.files is not None:
             found += _file_problems(self.files)
@@ -72,20 +72,20 @@ class DataReport:
         found += self.masks.problems if self.masks is not None else []
         if self.mask_like is not None and len(self.mask_like.found) >= _MANY_MASKS * self.mask_like.looked_at:
             found.append(
-                f"{len(self.mask_like.found)} of {self.mask_like.looked_at} images that were looked at have the few "
-                f"values of masks, such as {as_text(self.mask_like.found[0])}, and would be trained on as images; "
-                "put masks into masks/ and their images into images/, with the same stems"
+                f"{len(self.mask_like.found)} of {self.mask_like.looked_at} sampled images have as few values as "
+                f"masks, such as {as_text(self.mask_like.found[0])}, and would be trained on as images; "
+                "put masks into masks/ and images into images/, with the same file stems"
             )
         found += [
-            f"{_counted(one)}, such as {_pair((one.identical or one.near)[0])}: results there would flatter the "
-            "encoder; take them out of one of the two"
+            f"{_counted(one)}, such as {_pair((one.identical or one.near)[0])}: these results would be "
+            "too high; remove them from one of the two"
             for one in self.copies
             if one.is_leak
         ]
         return found
 
     def lines(self) -> list[str]:
-        """The report as text, a fact a line."""
+        """The report as text, one fact per line."""
         result = [fact_line("data", as_text(self.source)), fact_line("read as", self.account)]
         if self.files is not None:
             result += _file_lines(self.files)
@@ -109,20 +109,20 @@ def look_at_data(
     against: str | None = None,
     progress: Progress | None = None,
 ) -> DataReport:
-    """Read data as a run would, and say what is there.
+    """Read data as a run would, and describe them.
 
-    Every image is read and decoded once. Training images are compared with one another, with each evaluated split of
-    the same data, and with the evaluated split of a second set.
+    Every image is read and decoded once. Duplicates are searched among training images, and between these and each
+    evaluated split of the same data and of a second set.
 
     Args:
         data: images as for :func:`~smalti.data.images.folders.open_images`, or recordings.
-        settings: how they are read; None: the defaults. The path in them is not used.
-        against: a second set of images to evaluate on: its val split, else test, else all of it.
-        progress: called with (files read, files in all).
+        settings: how the data are read; None: the defaults. Their path is ignored.
+        against: a second set, to evaluate on: its val split, else test, else all images.
+        progress: called as ``progress(done, total)``, counting files.
 
     Raises:
         ConfigError: for recordings with ``against``.
-        DataError: if there is nothing to read, or it could be read in two ways.
+        DataError: if nothing can be read, or the layout is ambiguous.
     """
     settings = settings or DataConfig()
     if is_signals(data):
@@ -156,7 +156,7 @@ def look_at_data(
 
 
 def _to_compare(images: ImageSet, other: ImageSet) -> tuple[ImageSet | None, str | None]:
-    """The evaluated images of a second set, or why they are not compared."""
+    """The evaluated images of a second set, or the reason why they are not compared."""
     pairs = zip(images.samples, other.samples, strict=False)
     if len(images) == len(other) and all(
         one.split == two.split and (one.path == two.path or one.path.resolve() == two.path.resolve())
@@ -219,7 +219,7 @@ def _count_classes(images: ImageSet) -> dict[str, dict[str, int]] | None:
 
 
 def _look_for_masks(images: ImageSet) -> MaskLike:
-    """Drawn, not every n-th: images and masks may alternate."""
+    """Count mask-like images in a random sample; every n-th image wouldn't do, since images and masks may alternate."""
     paths = random.Random(0).sample(images.paths, min(_MOST_LOOKED_AT, len(images)))
     return MaskLike(len(paths), tuple(sorted(filter(looks_like_mask, paths))))
 
@@ -234,8 +234,8 @@ def _file_problems(files: ScanReport) -> list[str]:
         path, what = files.wrong_channels[0]
         remedy = f"set data.channels={files.best_channels}, and " if files.best_channels != files.set_channels else ""
         found.append(
-            f"data.channels={files.set_channels} does not read {len(files.wrong_channels):,} of {files.count:,} "
-            f"images, such as {as_text(path)} ({what}); {remedy}convert those that don't fit, or take them out"
+            f"data.channels={files.set_channels} doesn't fit {len(files.wrong_channels):,} of {files.count:,} "
+            f"images, such as {as_text(path)} ({what}); {remedy}convert or remove the images that don't fit"
         )
     return found
 
@@ -279,15 +279,15 @@ def _mask_lines(masks: MaskValues) -> list[str]:
 
 
 def _channel_setting(files: ScanReport) -> str:
-    """What to set for the channels that there are."""
+    """The setting for the channels that were found."""
     if set(files.channels) == {1} and files.set_channels == 3:
-        return "data.channels=3, the default, repeats them; data.channels=1 does not"
+        return "data.channels=3, the default, repeats the channel; data.channels=1 reads it once"
     best = f"data.channels={files.best_channels}"
     return f"read with {best}" if files.best_channels == files.set_channels else f"they need {best}"
 
 
 def _counted(copies: Copies) -> str:
-    """How many images are copies, as a sentence."""
+    """The number of copies, as a sentence."""
     number = len(copies.identical) + len(copies.near)
     what = copies.of if " " in copies.of else f"{copies.of} images"
     where = "repeat an earlier one" if copies.of == copies.among else "are also trained on"
@@ -314,5 +314,5 @@ def _some(texts: Sequence[str]) -> list[str]:
 
 
 def fact_line(label: str, text: str) -> str:
-    """A line of the report: a label, and what is said of it."""
+    """A line of the report: label and text."""
     return f"{label:<13}{text}"

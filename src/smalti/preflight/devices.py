@@ -1,4 +1,4 @@
-"""What there is to compute on: processor, memory and GPUs, within the limits of a container."""
+"""Processor, memory and GPUs of this machine, within the limits of a container."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from smalti.runs.machine import describe_machine
 from smalti.threads import usable_cores
 
 MARGIN = 0.1
-"""Fraction of the free memory that stays free: what a step needs varies."""
+"""Fraction of the free memory kept in reserve, since the memory of a step varies."""
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -28,23 +28,23 @@ class Gpu:
     total_mib: float
     free_mib: float
     bf16: bool
-    """Whether it computes in bfloat16."""
+    """Whether it supports bfloat16."""
 
 
 @dataclass(frozen=True)
-class Devices:
-    """What there is to compute on."""
+class Hardware:
+    """Processor, memory and GPUs available to this process."""
 
     processor: str
     cores: int
-    """That this process may use."""
+    """Number of cores that this process may use."""
     total_mib: float
     free_mib: float
-    """Main memory that a run can have; within a container's limit, if there is one."""
+    """Main memory available to a run; within a container's limit, if there is one."""
     gpus: tuple[Gpu, ...]
 
     def lines(self) -> list[str]:
-        """One line a device."""
+        """One line per device."""
         result = [
             fact_line("processor", f"{self.processor}, {self.cores} core{'s' * (self.cores != 1)}"),
             fact_line("memory", f"{self.free_mib / 1024:.1f} of {self.total_mib / 1024:.1f} GiB free"),
@@ -55,7 +55,7 @@ class Devices:
         return result if self.gpus else [*result, fact_line("GPU", "none")]
 
 
-def find_devices() -> Devices:
+def find_devices() -> Hardware:
     """Processor, memory and GPUs of this machine, as this process may use them."""
     machine: dict[str, Any] = describe_machine()["machine"]
     gpus = []
@@ -65,18 +65,18 @@ def find_devices() -> Devices:
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         gpus.append(Gpu(torch.cuda.get_device_name(number), total / _MIB, free / _MIB, bf16))
     total, free = main_memory()
-    return Devices(machine["processor"], usable_cores(), total / _MIB, free / _MIB, tuple(gpus))
+    return Hardware(machine["processor"], usable_cores(), total / _MIB, free / _MIB, tuple(gpus))
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory of a device that this process can still have, less :data:`MARGIN`."""
+    """Memory of a device available to this process, less :data:`MARGIN`."""
     if device.type == "cuda":
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) * (1 - MARGIN)
     return main_memory()[1] * (1 - MARGIN)
 
 
 def main_memory() -> tuple[int, int]:
-    """Bytes of main memory in all and free, within the limit of a container."""
+    """Total and free main memory in bytes, within the limit of a container."""
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     for limit_file, used_file in _CGROUP_FILES:

@@ -1,4 +1,4 @@
-"""What a run will meet, before it is started: versions, devices, the images, and one measured step.
+"""The report of ``smalti doctor``: versions, devices, data, and what a run needs, from measured steps.
 
 Letters: b images in a batch.
 """
@@ -21,7 +21,7 @@ from smalti.config import to_tree
 from smalti.data.workers import SHARED_MEMORY, shared_memory_mib
 from smalti.errors import ConfigError
 from smalti.preflight.dataset import DataReport, Progress, fact_line, look_at_data
-from smalti.preflight.devices import MARGIN, Devices, find_devices, main_memory
+from smalti.preflight.devices import MARGIN, Hardware, find_devices, main_memory
 from smalti.runs.config import DataConfig
 from smalti.runs.machine import describe_machine, package_version
 from smalti.training.launch import split_batch
@@ -29,22 +29,22 @@ from smalti.training.launch import split_batch
 _EXTRAS = {"samples": "scikit-image", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _MIN_MEASURED_S, _MAX_MEASURED_STEPS = 1.0, 5
 _CPU_FIRST_BATCH = 4
-_CPU_STEP_S = 10.0  # how long a measured step may take; beyond it a smaller batch is measured instead of the run's
+_CPU_STEP_S = 10.0  # longest measured step; a smaller batch than the run's is measured if it would take longer
 _MIB = 2**20
 
 MakeStep = Callable[[int], Callable[[], None]]
-"""``make_step(batch_size)`` gives a function that makes one training step."""
+"""``make_step(batch_size)`` returns a function that runs one training step."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps made with one batch size."""
+    """Time and memory of steps with one batch size."""
 
     batch_size: int
     seconds: float
-    """Of one step, the fastest: what slows the others is not the run's."""
+    """Duration of the fastest step; other processes may slow down the others."""
     memory_mib: float
-    """Peak: allocated on the GPU, or resident memory of this process."""
+    """Peak memory: allocated on the GPU, or resident memory of this process."""
 
 
 @dataclass(frozen=True)
@@ -55,34 +55,34 @@ class StepEstimate:
     batch_size: int
     """Images per optimiser step, over all devices."""
     micro_batch: int
-    """Images that one device takes at a time."""
+    """Images per forward pass of one device."""
     accumulate: int
     """Forward and backward passes of one device per step."""
     steps: int
     measured: tuple[Measured, Measured]
-    """With the smaller and the larger micro-batch."""
+    """Measured with the smaller and the larger micro-batch."""
     free_mib: float
-    """Memory of the device that the run can have."""
+    """Memory of the device available to the run."""
     checkpoint_mib: float
-    """One checkpoint: weights and optimiser."""
+    """Size of one checkpoint: weights and optimiser."""
     keep: int
-    """Checkpoints that stay."""
+    """Number of checkpoints kept."""
     shared_mib: float = 0.0
     """Shared memory that data workers need."""
 
     @property
     def seconds(self) -> float:
-        """Of one optimiser step, without the exchange between devices."""
+        """Duration of one optimiser step, without communication between devices."""
         return max(self._at(self.micro_batch, [one.seconds for one in self.measured]), 0.0) * self.accumulate
 
     @property
     def memory_mib(self) -> float:
-        """Peak of one device at ``micro_batch``."""
+        """Peak memory of one device at ``micro_batch``."""
         return self._at(self.micro_batch, [one.memory_mib for one in self.measured])
 
     @property
     def largest_micro_batch(self) -> int | None:
-        """Images at a time that still fit into the free memory less :data:`MARGIN`; 0 if not one image does.
+        """Largest ``micro_batch`` that fits into the free memory less :data:`MARGIN`; 0 if not even one image fits.
 
         None if measured memory does not grow with the batch.
         """
@@ -104,12 +104,12 @@ class StepEstimate:
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
+        """Duration of the whole run."""
         return self.seconds * self.steps / 3600
 
     @property
     def disk_mib(self) -> float:
-        """Of the checkpoints: those that stay, the best one, and one while it is being written."""
+        """Disk space of the checkpoints: those kept, the best one, and one being written."""
         return self.checkpoint_mib * (self.keep + 2)
 
     @property
@@ -154,12 +154,12 @@ class StepEstimate:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """Everything that ``smalti doctor`` has to say."""
+    """Everything that ``smalti doctor`` reports."""
 
     versions: dict[str, str]
     extras: dict[str, str]
     """Name of an extra -> version of its package, or ``not installed``."""
-    devices: Devices
+    devices: Hardware
     disk_free_mib: float
     out: Path
     """Folder whose disk was checked."""
@@ -170,14 +170,14 @@ class DoctorReport:
 
     @property
     def problems(self) -> list[str]:
-        """What will go wrong or mislead, a sentence each; empty if nothing is known to."""
+        """Problems that will cause errors or misleading results, one sentence each; empty if none were found."""
         found = list(self.data.problems) if self.data is not None else []
         if self.step is not None:
             found += self._step_problems(self.step)
         return found
 
     def lines(self) -> list[str]:
-        """The report as text, blank lines between its parts, problems last."""
+        """The report as text, with blank lines between its parts and problems at the end."""
         have = [f"{name} {version}" for name, version in self.versions.items()]
         parts = [
             [
@@ -199,7 +199,7 @@ class DoctorReport:
         return [line for number, part in enumerate(parts) for line in ([""] if number else []) + part]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, those that were worked out included."""
+        """Plain values, including derived ones."""
         plain: dict[str, Any] = to_tree(self)
         if self.step is not None:
             sizes = ("largest_micro_batch", "proposed_micro_batch", "fits")
@@ -240,22 +240,22 @@ def doctor(
     step: StepEstimate | None = None,
     progress: Progress | None = None,
 ) -> DoctorReport:
-    """Check this machine and, if given, data.
+    """Check this machine and, if given, the data.
 
     Args:
         data: images or recordings as for :func:`~smalti.preflight.dataset.look_at_data`; all images are read once.
         settings: how the data are read; None: the defaults.
         against: a second set, to evaluate on; its images that are also trained on are reported.
         out: where a run would be written; need not exist.
-        step: from :func:`measure_step`.
-        progress: called with (files read, files in all) while images are read.
+        step: result of :func:`measure_step`.
+        progress: called as ``progress(done, total)`` while files are read.
 
     Raises:
-        ConfigError: for ``against`` without images.
-        DataError: if there is nothing to read, or it could be read in two ways.
+        ConfigError: for ``against`` without ``data``.
+        DataError: if nothing can be read, or the layout is ambiguous.
     """
     if against is not None and data is None:
-        raise ConfigError("--against compares two sets of images; name the first one, too: smalti doctor DATA")
+        raise ConfigError("--against compares two sets of images; also name the first: smalti doctor DATA")
     return DoctorReport(
         versions=describe_machine()["versions"] | {"cuda": str(torch.version.cuda or "not in this torch")},
         extras={name: package_version(package) for name, package in _EXTRAS.items()},
@@ -281,32 +281,34 @@ def measure_step(
     batch_sizes: tuple[int, int] | None = None,
     shared_mib: float = 0.0,
 ) -> StepEstimate:
-    """Make a few steps at two batch sizes, and say what a run will need.
+    """Run a few steps at two batch sizes and estimate what a run needs.
 
-    Memory and time are taken to grow linearly with the batch. Both are even, since some methods pair
-    images. The larger of the two is the micro-batch, less on a GPU where it does not fit (half of it, and so on), and
-    on a CPU where a step would take long or fill the memory.
+    Memory and time are assumed to grow linearly with the batch size. Both sizes are even, since some methods pair
+    images. The larger one is the micro-batch; it is halved until it fits on a GPU, and smaller on a CPU if a step would
+    take too long or fill the memory.
 
     Args:
-        make_step: builds method, optimiser and a batch of that many images, and gives a function that makes one step.
-            If the function also reads its images, the time counts that.
+        make_step: builds method, optimiser and a batch of that size, and returns a function that runs one step.
+            If the function also reads the images, this time is included.
         batch_size: images per optimiser step of the run.
-        steps: of the run.
-        micro_batch: images that one device takes at a time; None: ``batch_size / processes``.
-        processes: of the run, one per device; one of them is measured.
-        device: where ``make_step`` computes.
+        steps: steps of the run.
+        micro_batch: images per forward pass of one device; None: ``batch_size / processes``.
+        processes: processes of the run, one per device; one of them is measured.
+        device: device of ``make_step``.
         checkpoint_mib: size of one checkpoint, weights and optimiser.
-        keep: checkpoints that stay.
-        batch_sizes: the two to measure at, ascending; None: chosen automatically.
+        keep: number of checkpoints kept.
+        batch_sizes: the two sizes to measure, ascending; None: chosen automatically.
         shared_mib: shared memory that data workers of the run need.
 
     Raises:
-        ConfigError: if not even one image fits, or the batch sizes don't grow.
+        ConfigError: if not even one image fits, or the batch sizes aren't ascending.
     """
     device = torch.device(device)
     micro_batch, accumulate = split_batch(batch_size, micro_batch, processes)
     if batch_sizes is not None and not 1 <= batch_sizes[0] < batch_sizes[1]:
-        raise ConfigError(f"batch_sizes={batch_sizes[0]},{batch_sizes[1]}: two growing numbers from 1 on are needed")
+        raise ConfigError(
+            f"batch_sizes={batch_sizes[0]},{batch_sizes[1]}: two ascending numbers of at least 1 are needed"
+        )
     if batch_sizes is None and device.type == "cpu":
         measured = _measure_on_cpu(make_step, micro_batch)
     else:
@@ -327,12 +329,12 @@ def measure_step(
 
 
 def _even(batch_size: int) -> int:
-    """The next even number down, at least 2: methods that pair images take no other."""
+    """The next lower even number, at least 2, since some methods pair images."""
     return max(batch_size - batch_size % 2, 2)
 
 
 def _measure_two(make_step: MakeStep, low: int, high: int, device: torch.device) -> tuple[Measured, Measured]:
-    """At both sizes, halved until they fit; twice the same for 1 image where 2 don't fit."""
+    """Measure both sizes, halved until they fit; if 2 images don't fit, 1 image counts for both."""
     while high > 1:
         try:
             return _measure(make_step, low, device), _measure(make_step, high, device)
@@ -348,21 +350,22 @@ def _measure_two(make_step: MakeStep, low: int, high: int, device: torch.device)
 
 
 def _measure_on_cpu(make_step: MakeStep, batch_size: int) -> tuple[Measured, Measured]:
-    """At a small batch, and at the largest up to ``batch_size`` that is quick and safe by what the small one took."""
+    """Measure a small batch, and the largest up to ``batch_size`` that is quick and fits, estimated from the small
+    one."""
     device = torch.device("cpu")
     _free(device)
     before_mib = psutil.Process().memory_info().rss / _MIB
     low = _even(min(_CPU_FIRST_BATCH, batch_size // 2))
     first = _measure(make_step, low, device)
     quick = low * _CPU_STEP_S / max(first.seconds, 1e-9)
-    at_most_mib = max(first.memory_mib - before_mib, 1.0) / low  # an image, with its part of the fixed memory
+    at_most_mib = max(first.memory_mib - before_mib, 1.0) / low  # per image, including its part of the fixed memory
     safe = (_free_mib(device) / 2 - before_mib) / at_most_mib
     high = max(_even(min(batch_size, int(quick), int(safe))), 3 * low if batch_size >= 3 * low else low + 2)
     return first, _measure(make_step, high, device)
 
 
 def _measure(make_step: MakeStep, batch_size: int, device: torch.device) -> Measured:
-    """Time and peak memory of a step; the first one, in which buffers are made, counts for memory only."""
+    """Time and peak memory of a step; the first step, which allocates buffers, counts for memory only."""
     _free(device)
     seconds: list[float] = []
     with _peak_memory(device) as peak_mib:
@@ -379,7 +382,7 @@ def _measure(make_step: MakeStep, batch_size: int, device: torch.device) -> Meas
 
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Peak memory of what happens inside, in MiB: the allocator's on a GPU, else resident memory, sampled often."""
+    """Peak memory within the block, in MiB: the allocator's on a GPU, else sampled resident memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) / _MIB
@@ -412,7 +415,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _free_mib(device: torch.device) -> float:
-    """Memory that a new process could have once this one is gone."""
+    """Memory available to a new process once this one has ended."""
     _free(device)
     if device.type == "cuda":
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / _MIB
@@ -420,7 +423,7 @@ def _free_mib(device: torch.device) -> float:
 
 
 def _fit(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
-    """The line through two points, as (value at 0, growth); no growth where they are one point or it would fall."""
+    """The line through two points, as (intercept, slope); slope 0 if the points are equal or it would be negative."""
     (low, high), (at_low, at_high) = sizes, values
     each = max((at_high - at_low) / (high - low), 0.0) if high > low else 0.0
     return at_high - each * high, each

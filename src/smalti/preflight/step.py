@@ -1,4 +1,4 @@
-"""A training step of a run to measure: its time and memory, before the run."""
+"""A training step of a run, to measure its time and memory before the run."""
 
 import dataclasses
 import itertools
@@ -31,11 +31,11 @@ from smalti.training.optim import build_optimizer, peak_lr
 from smalti.training.step import training_step
 
 STAND_IN_CLASSES = 1000
-"""Classes of a supervised step that is measured without images: ImageNet's number."""
+"""Number of classes (ImageNet's) of a supervised step measured without images."""
 
 
 def shared_by_workers(config: RunConfig) -> float:
-    """Shared memory in MiB that the data workers of a run need on this machine, all its processes together."""
+    """Shared memory in MiB that the data workers of all processes of a run need on this machine."""
     workers = num_workers(config)
     if not workers:
         return 0.0
@@ -45,7 +45,7 @@ def shared_by_workers(config: RunConfig) -> float:
 
 
 def _noise(config: RunConfig) -> np.ndarray:
-    """An image, or a window of signals, of random numbers."""
+    """An image, or a window of signals, filled with random numbers."""
     noise = np.random.default_rng(0).integers(0, 256, (375, 500, config.data.channels), dtype=np.uint8)
     if config.data.signal is None:
         return noise
@@ -54,7 +54,7 @@ def _noise(config: RunConfig) -> np.ndarray:
 
 
 def _with_classes(config: RunConfig) -> RunConfig:
-    """Without images, a method that learns from labels is measured with :data:`STAND_IN_CLASSES`."""
+    """Set :data:`STAND_IN_CLASSES` for a supervised method if there are no images."""
     method = get_method(config.method.name)
     if not method.needs_labels or getattr(config.method, "num_classes", None) is not None:
         return config
@@ -63,9 +63,9 @@ def _with_classes(config: RunConfig) -> RunConfig:
 
 
 def step_maker(config: RunConfig, device: torch.device) -> tuple[Callable[[int], Callable[[], None]], float]:
-    """A maker of training steps for :func:`smalti.preflight.report.measure_step`, and a checkpoint's size in MiB.
+    """Returns ``make_step`` for :func:`smalti.preflight.report.measure_step`, and the size of a checkpoint in MiB.
 
-    A step reads its images from ``config.data.path``; without one it is fed noise.
+    A step reads its images from ``config.data.path``, or uses noise if no path is set.
 
     Raises:
         ConfigError, DataError, WeightsError: as :func:`train` does.

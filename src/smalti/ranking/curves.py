@@ -1,8 +1,8 @@
 """How well the first k patches of an order predict all others, according to a predictor trained without any order.
 
-Source: Guo et al., arXiv:2511.22281v2, Eq. (8), the uncertainty that is left, which the paper measures for no order.
-Its Eq. (1) is by the chain rule the same for every order and can't compare orders.
-Letters: n images, N tokens, d values a token, K values of k, R resamplings, D draws.
+Source: Guo et al., arXiv:2511.22281v2, Eq. (8), the remaining uncertainty, which the paper doesn't measure for any
+order. By the chain rule, its Eq. (1) is the same for every order and can't compare orders.
+Letters: n images, N tokens, d values per token, K values of k, R resamplings, D draws.
 """
 
 import math
@@ -28,16 +28,16 @@ LEVEL = 0.95
 UNSURE = 1.1
 """Largest acceptable unexplained variance when the predictor sees nothing; the mean image leaves 1."""
 UNITS = {
-    "auc_q": "share of the variance left over the first quarter of the patches, mean; lower is better",
-    "auc_full": "the same over all patches; lower is better",
-    "left_22": "share of the variance left after 22 % of the patches; lower is better",
-    "entropy_q": "nats a patch above the noise floor over the first quarter, mean; lower is better",
+    "auc_q": "unexplained fraction of the variance, mean over the first quarter of the patches; lower is better",
+    "auc_full": "unexplained fraction of the variance, mean over all patches; lower is better",
+    "left_22": "unexplained fraction of the variance after 22 % of the patches; lower is better",
+    "entropy_q": "nats per patch above the noise floor, mean over the first quarter; lower is better",
 }
 
 
 @runtime_checkable
 class PrefixPredictor(Protocol):
-    """Predicts the distribution of unseen tokens: :class:`smalti.methods.prefix.Prefix`, or a world that is known."""
+    """Predicts the distribution of unseen tokens: :class:`smalti.methods.prefix.Prefix`, or a known distribution."""
 
     def predict(self, tokens: Float[Tensor, "B N d"], seen: Bool[Tensor, "B N"]) -> Prediction:
         """A normal distribution for each value of each token."""
@@ -53,14 +53,14 @@ class PrefixCurve:
     squared: Float[np.ndarray, "D n K"]
     """Squared error of unseen tokens per image, for each draw of the order (one, if it isn't random)."""
     total: Float[np.ndarray, " n"]
-    """Squared deviation of all tokens of an image from the mean token of their place."""
+    """Squared deviation of all tokens of an image from the mean token at their position."""
     entropy: Float[np.ndarray, "D n K"]
-    """Nats a patch: of what isn't seen ``0.5 sum_d log(1 + variance / NOISE_FLOOR)``, over N."""
+    """Nats per patch: ``0.5 sum_d log(1 + variance / NOISE_FLOOR)`` of the unseen patches, divided by N."""
     num_patches: int
     """N."""
 
     @property
-    def shares(self) -> Float[np.ndarray, " K"]:
+    def fractions(self) -> Float[np.ndarray, " K"]:
         """k / N."""
         return self.counts / self.num_patches
 
@@ -70,7 +70,7 @@ class PrefixCurve:
         return self.squared.mean(0).sum(0) / self.total.sum()
 
     def numbers(self, weights: Float[np.ndarray, "R n"] | None = None) -> dict[str, np.ndarray]:
-        """The numbers of :data:`UNITS`.
+        """The metrics of :data:`UNITS`.
 
         Args:
             weights: how often each image counts in each resampling; None: each once.
@@ -82,10 +82,10 @@ class PrefixCurve:
         error = weights @ self.squared.mean(0) / (weights @ self.total)[:, None]
         entropy = weights @ self.entropy.mean(0) / weights.sum(1, keepdims=True)
         return {
-            "auc_q": area(self.shares, error, QUARTER) / QUARTER,
-            "auc_full": area(self.shares, error, 1.0),
-            "left_22": np.array([np.interp(0.22, self.shares, one) for one in error]),
-            "entropy_q": area(self.shares, entropy, QUARTER) / QUARTER,
+            "auc_q": area(self.fractions, error, QUARTER) / QUARTER,
+            "auc_full": area(self.fractions, error, 1.0),
+            "left_22": np.array([np.interp(0.22, self.fractions, one) for one in error]),
+            "entropy_q": area(self.fractions, entropy, QUARTER) / QUARTER,
         }
 
     def spread_of_draws(self) -> float:
@@ -93,7 +93,7 @@ class PrefixCurve:
         if len(self.squared) < 2:
             return math.nan
         error = self.squared.sum(1) / self.total.sum()
-        return float((area(self.shares, error, QUARTER) / QUARTER).std(ddof=1))
+        return float((area(self.fractions, error, QUARTER) / QUARTER).std(ddof=1))
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,19 @@ class CurveScore:
 
 
 def prefix_counts(num_patches: int) -> Int[np.ndarray, " K"]:
-    """17 values of k, fewer where N is small: nine even ones over the first quarter, the others over the rest."""
+    """17 values of k, fewer if N is small: nine evenly spaced in the first quarter, the others in the rest."""
     first = np.linspace(0, num_patches / 4, (NUM_POINTS + 1) // 2)
     rest = np.linspace(num_patches / 4, num_patches, (NUM_POINTS + 1) // 2)
     return np.unique(np.round(np.concatenate([first, rest])).astype(int))
 
 
-def area(shares: Float[np.ndarray, " K"], curves: Float[np.ndarray, "R K"], upto: float) -> Float[np.ndarray, " R"]:
-    """Trapezoid of curves from 0 to ``upto``, cut between two points where it lies there."""
-    inside = shares < upto
-    at_end = np.array([np.interp(upto, shares, curve) for curve in curves])
+def area(fractions: Float[np.ndarray, " K"], curves: Float[np.ndarray, "R K"], upto: float) -> Float[np.ndarray, " R"]:
+    """Area under curves from 0 to ``upto`` by the trapezoidal rule; interpolated if ``upto`` lies between two
+    points."""
+    inside = fractions < upto
+    at_end = np.array([np.interp(upto, fractions, curve) for curve in curves])
     return np.trapezoid(
-        np.concatenate([curves[:, inside], at_end[:, None]], axis=1), np.append(shares[inside], upto), axis=1
+        np.concatenate([curves[:, inside], at_end[:, None]], axis=1), np.append(fractions[inside], upto), axis=1
     )
 
 
@@ -144,14 +145,16 @@ def evaluate_orders(
         progress: called as ``progress(what, done, total)``, counting curves.
 
     Raises:
-        ShapeError: for fewer than two images, or orders of other patches.
+        ShapeError: for fewer than two images, or orders of another number of images or patches.
     """
     num_images, num = tokens.shape[:2]
     if num_images < 2:
-        raise ShapeError(f"{num_images} image: at least 2 are needed, as errors are told from the mean image")
+        raise ShapeError(f"{num_images} image: at least 2 are needed, since errors are relative to the mean image")
     for name, draws in orders.items():
         if any(tuple(draw.shape) != (num_images, num) for draw in draws):
-            raise ShapeError(f"orders '{name}' of {tuple(draws[0].shape)} for tokens of {(num_images, num)}")
+            raise ShapeError(
+                f"orders '{name}' of shape {tuple(draws[0].shape)}; {(num_images, num)} is needed for these tokens"
+            )
     counts = prefix_counts(num)
     total = (tokens - tokens.mean(0)).double().square().sum((1, 2)).cpu().numpy()
     num_curves, done = sum(len(draws) for draws in orders.values()), 0
@@ -162,7 +165,7 @@ def evaluate_orders(
             ranks = ranks_of(draw.to(tokens.device).long())
             for start in range(0, num_images, batch_size):
                 part = slice(start, start + batch_size)
-                for place, count in enumerate(counts[:-1]):  # nothing is left after all N
+                for place, count in enumerate(counts[:-1]):  # the error after all N patches is 0
                     seen = ranks[part] < int(count)
                     told = predictor.predict(tokens[part], seen)
                     error = (told.mean - tokens[part]).double().square().sum(-1)
@@ -179,15 +182,15 @@ def evaluate_orders(
 def compare_curves(
     curves: Mapping[str, PrefixCurve], control: str = "random", seed: int = 0
 ) -> dict[str, dict[str, CurveScore]]:
-    """The numbers of each order with 95 % intervals of a bootstrap over images, and paired differences to a control.
+    """Metrics of each order with 95 % bootstrap intervals over images, and paired differences to a control.
 
     Args:
-        curves: of the same images.
-        control: a name of them.
-        seed: of the resamplings, the same images for all orders.
+        curves: curves of the same images, by order.
+        control: name of the control order.
+        seed: seed of the resamplings, which are the same for all orders.
 
     Returns:
-        order -> number of :data:`UNITS` -> value.
+        order -> metric of :data:`UNITS` -> value.
     """
     num_images = len(curves[control].total)
     draws = np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), RESAMPLINGS)
@@ -221,29 +224,30 @@ def conclude_curves(
     """Compare the first quarter of each order with the control, in one sentence each.
 
     Args:
-        curve_scores: from :func:`compare_curves`.
-        control: a name in it.
-        at_start: unexplained variance with no patch seen; a predictor worse than the mean image is reported first.
+        curve_scores: result of :func:`compare_curves`.
+        control: name of the control order.
+        at_start: unexplained fraction of the variance before any patch is seen; a predictor worse than the mean image
+        is reported first.
     """
-    said = []
+    sentences = []
     if at_start > UNSURE:
-        said.append(
-            f"under-trained predictor: seeing nothing it leaves {at_start:.2f} of the variance, where the mean image "
-            "leaves 1; train it longer before its curves are believed."
+        sentences.append(
+            f"under-trained predictor: with no patch seen, it leaves {at_start:.2f} of the variance unexplained (the "
+            "mean image: 1); train it longer before you use its curves."
         )
     for name in ("collapse", "coverage", "in_strength", "attention", "variance", "collapse_static", "halton"):
         if name not in curve_scores:
             continue
         one = curve_scores[name]["auc_q"]
         if one.difference_high < 0:
-            verdict = f"tells more than {control}"
+            verdict = f"is more informative than {control}"
         elif one.difference_low > 0:
-            verdict = f"tells less than {control}"
+            verdict = f"is less informative than {control}"
         else:
-            verdict = f"tells no more and no less than {control}"
-        said.append(
-            f"{name}'s first quarter {verdict}: {one.value:.3f} of the variance is left against "
+            verdict = f"does not differ from {control}"
+        sentences.append(
+            f"{name}'s first quarter {verdict}: {one.value:.3f} of the variance is unexplained, against "
             f"{curve_scores[control]['auc_q'].value:.3f} ({one.difference:+.3f}, {one.difference_low:+.3f} to "
             f"{one.difference_high:+.3f})."
         )
-    return said
+    return sentences

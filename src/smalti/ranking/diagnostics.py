@@ -1,6 +1,6 @@
-"""Statistics of patch orders: static or image-specific, spread or clustered, similar to each other or not.
+"""Statistics of patch orders: static or image-specific, spread out or clustered, similar to each other or not.
 
-Source: Guo et al., arXiv:2511.22281v2, whose published orders, decoded from their Fig. 5, are nearly one for all
+Source: Guo et al., arXiv:2511.22281v2, whose published orders, decoded from their Fig. 5, are nearly the same for all
 images: ``position_variance_ratio`` 0.95, ``static_correlation`` 0.975, ``top_overlap`` 0.87 where 0.22 is chance.
 Letters: M images, N patches of an h x w grid, k the patches that come first.
 """
@@ -17,25 +17,25 @@ from smalti.functional.graphs import ranks_of
 from smalti.functional.orders import image_dependence, neighbour_correlation, rank_correlation, top_overlap
 
 TOP = 0.22
-"""The fraction of patches that the paper's classifier keeps."""
+"""Fraction of patches kept by the paper's classifier."""
 DEGENERATE, IMAGE_SPECIFIC, STATIC = 0.02, 0.7, 0.9
-"""Spread of scores below which a graph is degenerate; fractions of the ranks' variance below and above which an order
-is called image-specific and static."""
+"""A graph is degenerate if the spread of its scores is below the first; an order is image-specific if position explains
+less of the ranks' variance than the second, static if more than the third."""
 SAME, REPRODUCED = 0.95, 0.6
-"""Rank correlations above which two rules give one order, and above which two trainings do."""
+"""Rank correlations above which two rules, and two training runs, give the same order."""
 _RANDOM_SETS = 500
-_AT_ONCE = 2**24  # numbers of a table in hand
+_AT_ONCE = 2**24  # elements of a table in memory
 
 UNITS = {
-    "static_correlation": "correlation of an image's ranks with the mean ranks of the others; 1 all alike",
-    "position_variance_ratio": "fraction of rank variance explained by position; chance is 1/images, 1 all alike",
-    "top_overlap": "share of the first 22 % that the other images' mean order has first, too; chance is 0.22",
-    "neighbour_correlation": "correlation of the ranks of patches that share an edge; 0 nothing in space",
-    "nearest_distance": "patches, from one of the first 22 % to the nearest other; below random: clustered",
-    "nearest_distance_random": "the same of 500 random sets",
-    "nearest_distance_random_sd": "its standard deviation",
-    "flip_agreement": "rank correlation of the mirrored image's order with the mirrored order; 1 follows the content",
-    "score_spread": "N times the spread of the scores, mean; below 0.02 the graph is degenerate",
+    "static_correlation": "correlation of an image's ranks with the mean ranks of the others; 1: all the same",
+    "position_variance_ratio": "fraction of rank variance explained by position; chance: 1/images, 1: all the same",
+    "top_overlap": "fraction of the first 22 % that is also first in the mean order of the other images; chance: 0.22",
+    "neighbour_correlation": "correlation of the ranks of patches that share an edge; 0: no spatial structure",
+    "nearest_distance": "distance in patches from one of the first 22 % to the nearest other; below random: clustered",
+    "nearest_distance_random": "nearest_distance of 500 random sets",
+    "nearest_distance_random_sd": "standard deviation of nearest_distance over these sets",
+    "flip_agreement": "rank correlation of the mirrored image's order with the mirrored order; 1: follows the content",
+    "score_spread": "N times the standard deviation of the scores, mean; below 0.02 the graph is degenerate",
     "num_degenerate": "images whose patches all have the same score",
 }
 """Statistics of :func:`describe_orders` -> their meaning."""
@@ -54,14 +54,14 @@ def describe_orders(
     scores: Float[Tensor, "M N"] | None = None,
     degenerate: int | None = None,
 ) -> dict[str, float]:
-    """The numbers of :data:`UNITS`; NaN where there is none (a single image, say).
+    """The statistics of :data:`UNITS`; NaN if undefined, such as for a single image.
 
     Args:
-        orders: of images.
+        orders: orders of images.
         grid: ``(h, w)``.
-        mirrored: orders of the mirrored images.
-        scores: what the orders follow from.
-        degenerate: images with equal scores.
+        mirrored: orders of the mirrored images, or None.
+        scores: scores that determine the orders, or None.
+        degenerate: number of images with equal scores.
     """
     num = orders.shape[-1]
     found = {"static_correlation": math.nan, "position_variance_ratio": math.nan, "top_overlap": math.nan}
@@ -83,8 +83,8 @@ def describe_orders(
         found["flip_agreement"] = float(rank_correlation(orders, mirror(mirrored, grid)).mean())
     if scores is not None:
         # as fractions of their sum
-        shares = scores.double() / scores.double().sum(-1, keepdim=True).clamp(min=1e-12)
-        found["score_spread"] = float((num * (shares.amax(-1) - shares.amin(-1))).mean())
+        normalized = scores.double() / scores.double().sum(-1, keepdim=True).clamp(min=1e-12)
+        found["score_spread"] = float((num * (normalized.amax(-1) - normalized.amin(-1))).mean())
     if degenerate is not None:
         found["num_degenerate"] = float(degenerate)
     return found
@@ -98,13 +98,13 @@ def overlap_with_others(orders: Int[Tensor, "M N"], k: int) -> Float[Tensor, " M
 
 
 def nearest_distance(sets: Int[Tensor, "*B k"], grid: tuple[int, int]) -> Float[Tensor, "*B"]:
-    """Mean distance, in patches, of each of k patches of a set to the nearest other one.
+    """Mean distance, in patches, from each of the k patches of a set to the nearest other one.
 
     Raises:
-        ShapeError: for sets of one.
+        ShapeError: for k = 1.
     """
     if sets.shape[-1] < 2:
-        raise ShapeError("a set of one patch has no nearest other one")
+        raise ShapeError("sets of 1 patch have no nearest distance; at least 2 patches are needed")
     places = torch.stack([sets // grid[1], sets % grid[1]], dim=-1).double()
     flat = places.flatten(0, -3) if places.ndim > 3 else places.reshape(-1, *places.shape[-2:])
     found = []
@@ -116,7 +116,7 @@ def nearest_distance(sets: Int[Tensor, "*B k"], grid: tuple[int, int]) -> Float[
 
 
 def mirror(orders: Int[Tensor, "*B N"], grid: tuple[int, int]) -> Int[Tensor, "*B N"]:
-    """The same patches in an image that is mirrored left to right."""
+    """The same patches in the horizontally flipped image."""
     rows, columns = orders.long() // grid[1], orders.long() % grid[1]
     return rows * grid[1] + grid[1] - 1 - columns
 
@@ -133,8 +133,8 @@ def kendall(first: Int[Tensor, "M N"], second: Int[Tensor, "M N"]) -> Float[Tens
 
 
 def agreement(first: Int[Tensor, "M N"], second: Int[Tensor, "M N"]) -> dict[str, float]:
-    """How alike two orders of the same images are: means over images of Spearman's and Kendall's correlation, and the
-    Jaccard index of the first 22 %; ``spearman_sd`` over images."""
+    """Agreement of two orders of the same images: means over images of Spearman's and Kendall's correlation and of the
+    Jaccard index of the first 22 %; ``spearman_sd``: standard deviation over images."""
     num = first.shape[-1]
     spearman = rank_correlation(first, second)
     both = top_overlap(first, second, num_top(num))
@@ -152,36 +152,41 @@ def conclude(
     against: Mapping[str, Mapping[str, float]],
     num_images: int,
 ) -> list[str]:
-    """What the numbers say, a sentence each, the named ones first: *degenerate graph*, *static order*.
+    """Conclusions in one sentence each; *degenerate graph* and *static order* come first.
 
     Args:
-        described: numbers of :func:`describe_orders` by the names of orders.
-        agreements: of :func:`agreement` by pairs of orders.
-        against: the same by order, with another training's.
+        described: order -> statistics of :func:`describe_orders`.
+        agreements: pair of orders -> statistics of :func:`agreement`.
+        against: order -> agreement with the order of another run.
         num_images: M.
     """
-    said = []
+    sentences = []
     for name, numbers in described.items():
         if name not in ("collapse", "in_strength", "coverage", "attention", "variance"):
             continue
-        share, spread = numbers.get("position_variance_ratio", math.nan), numbers.get("score_spread", math.nan)
+        fraction, spread = numbers.get("position_variance_ratio", math.nan), numbers.get("score_spread", math.nan)
         if name == "collapse" and spread < DEGENERATE:
-            said.append(f"degenerate graph: scores of collapse differ by {spread:.3f} of their mean; no order follows.")
-        if numbers.get("num_degenerate"):
-            said.append(f"{name}: {numbers['num_degenerate']:.0f} of {num_images} images have equal scores everywhere.")
-        if share > STATIC:
-            said.append(
-                f"static order: position alone explains {share:.2f} of the ranks' variance of {name}; it is one order "
-                "for all images."
+            sentences.append(
+                f"degenerate graph: scores of collapse differ by only {spread:.3f} of their mean; their order is "
+                "meaningless."
             )
-        elif share < IMAGE_SPECIFIC:
-            said.append(f"{name} is image-specific: position explains {share:.2f} of the ranks' variance.")
-        elif share <= STATIC:
-            said.append(f"{name} is mixed: position explains {share:.2f} of the ranks' variance.")
+        if numbers.get("num_degenerate"):
+            sentences.append(
+                f"{name}: {numbers['num_degenerate']:.0f} of {num_images} images have the same score for all patches."
+            )
+        if fraction > STATIC:
+            sentences.append(
+                f"static order: position alone explains {fraction:.2f} of the ranks' variance of {name}; all images "
+                "have nearly the same order."
+            )
+        elif fraction < IMAGE_SPECIFIC:
+            sentences.append(f"{name} is image-specific: position explains {fraction:.2f} of the ranks' variance.")
+        elif fraction <= STATIC:
+            sentences.append(f"{name} is mixed: position explains {fraction:.2f} of the ranks' variance.")
     tie = agreements.get(("collapse", "in_strength"))
     if tie is not None:
-        verdict = "PageRank adds nothing to its first step here" if tie["spearman"] > SAME else "they differ"
-        said.append(f"collapse and in_strength correlate by {tie['spearman']:.3f}: {verdict}.")
+        verdict = "PageRank adds nothing to its first step" if tie["spearman"] > SAME else "they differ"
+        sentences.append(f"collapse and in_strength have rank correlation {tie['spearman']:.3f}: {verdict}.")
     for name, numbers in against.items():
         rho = numbers["spearman"]
         verdict = (
@@ -189,10 +194,10 @@ def conclude(
             if rho > REPRODUCED
             else f"not above {REPRODUCED}, the order is not a property of the data"
         )
-        said.append(f"{name} of the other training correlates by {rho:.2f}: {verdict}.")
-    return said
+        sentences.append(f"{name} of the other run has rank correlation {rho:.2f}: {verdict}.")
+    return sentences
 
 
-def spread_evenly(number: int, few: int) -> Sequence[int]:
-    """At most ``few`` of the places 0..number-1, spread evenly, rising."""
-    return sorted({place * number // few for place in range(few)}) if number and few > 0 else []
+def spread_evenly(number: int, count: int) -> Sequence[int]:
+    """At most ``count`` of the indices 0..number-1, evenly spaced, ascending."""
+    return sorted({place * number // count for place in range(count)}) if number and count > 0 else []

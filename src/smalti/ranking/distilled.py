@@ -17,7 +17,7 @@ from smalti.errors import SmaltiError
 from smalti.functional.orders import rank_correlation, static_order
 from smalti.methods.ranker import DistilledRanker
 from smalti.ranking.diagnostics import spread_evenly
-from smalti.ranking.rankers import Ranked, Ranker, _by_score, _Watch
+from smalti.ranking.rankers import Ranked, Ranker, Stopwatch, rank_by_score
 from smalti.runs.config import RunConfig
 
 _COMPARED = 2048
@@ -44,9 +44,9 @@ class NetworkRanker(Ranker):
     def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
         if not names:
             return {}
-        watch = _Watch()
+        watch = Stopwatch()
         scores = self.method.scores(self.method.encoder.normalize(images))
-        return {DISTILLED: watch.stop(_by_score(scores.float()))}
+        return {DISTILLED: watch.stop(rank_by_score(scores.float()))}
 
 
 @dataclasses.dataclass(frozen=True)

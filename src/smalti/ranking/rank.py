@@ -55,7 +55,7 @@ CONTROLS = ("random", "fixed_random", "collapse_static", "collapse_shuffled", "h
 RANDOM_DRAWS, FIXED_DRAWS = 3, 5
 """Draws of ``random`` and permutations of ``fixed_random`` per curve."""
 ORDERS_FILE = "orders.parquet"
-_COMPARED = 512  # images for numbers whose cost grows with the square of the patches
+_COMPARED = 512  # images for statistics whose cost is quadratic in the number of patches
 
 Progress = Callable[[str, int, int], None]
 
@@ -115,7 +115,7 @@ class Ranking:
     """Summary of the statistics, in sentences."""
     settings: Mapping[str, Any]
     seconds: float
-    """Time to compute the orders only."""
+    """Time to compute the orders."""
 
 
 def rank(
@@ -141,14 +141,14 @@ def rank(
         out: the file of orders, ``.parquet``.
         config: settings.
         orders: names; empty: all that ``spec`` gives.
-        both_flips: also of the mirrored images.
+        both_flips: also rank the mirrored images.
         against: a file of orders of the same images, or another run, to compare with.
         predictor: a run of prefix, used to compute curves.
         device: where to compute; None: the CPU.
         progress: called as ``progress(what, done, total)``.
 
     Raises:
-        ConfigError, DataError, ShapeError, RunError, WeightsError: for what doesn't exist or fit.
+        ConfigError, DataError, ShapeError, RunError, WeightsError: for a missing or incompatible input.
     """
     config, device = config or RankConfig(), device or torch.device("cpu")
     images = open_images(data).with_pixels(config.pixels)
@@ -180,10 +180,7 @@ def rank(
         asked = ("variance",)
     ranked = rank_with(ranker, images, asked, both_flips)
     seconds = time.monotonic() - began
-    unreadable = {one.path for one in ranked.skipped}
-    readable = dataclasses.replace(
-        images, samples=tuple(sample for sample in images.samples if sample.path not in unreadable)
-    )
+    readable = _readable(images, ranked)
     if isinstance(other, OrderCache):
         check_fits(other, readable, ranker.grid, flips_needed=False)
     ranked.write(out, ranker)
@@ -191,17 +188,12 @@ def rank(
     named = _possible(cache, readable, named, given=bool(orders))
     described = {name: _describe(cache, name, readable, ranked, both_flips) for name in named}
     own = [name for name in named if name in cache.stored]
-    some = [readable.names[place] for place in spread_evenly(len(readable), _COMPARED)]
-    agreements = {
-        (first, second): agreement(look_up(cache, first, some, False), look_up(cache, second, some, False))
-        for number, first in enumerate(own)
-        for second in own[number + 1 :]
-    }
+    agreements = _agreements(cache, own, readable)
     compared = _compare(cache, own, other, readable, rank_with)
     curves, curve_scores, scored_on = _evaluate_all(cache, named, readable, ranker, referee, config, device, progress)
-    said = conclude(described, agreements, compared, len(readable))
+    sentences = conclude(described, agreements, compared, len(readable))
     taught = agree_with_teacher(ranker, cache, readable) if isinstance(ranker, NetworkRanker) else None
-    said += [] if taught is None else [taught.sentence]
+    sentences += [] if taught is None else [taught.sentence]
     return Ranking(
         source=ranker.source,
         data=data,
@@ -217,12 +209,12 @@ def rank(
         curve_scores=curve_scores,
         predictor=predictor or "",
         scored_on=scored_on,
-        sentences=(*said, *_said_of_curves(curves, curve_scores)),
+        sentences=(*sentences, *_curve_sentences(curves, curve_scores)),
         settings={
             "image_size": ranker.image_size,
             "grid": list(ranker.grid),
             "crop": "the largest central square",
-            "flip_states": "as they are and mirrored" if both_flips else "as they are",
+            "flip_states": "original and mirrored" if both_flips else "original",
             "damping": config.damping if isinstance(ranker, GraphRanker) else None,
             "batch_size": config.batch_size,
             "device": device.type,
@@ -235,8 +227,8 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
     """Load a ranker by name.
 
     Raises:
-        ConfigError: for a run that gives no orders, or settings that it has no use for.
-        RunError, WeightsError: if there is no such thing.
+        ConfigError: for a run of a method without orders, or for settings that don't apply.
+        RunError, WeightsError: if it doesn't exist or can't be loaded.
     """
     run = Path(spec).expanduser()
     name = _method_of(run)
@@ -247,14 +239,14 @@ def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: to
             raise ConfigError(f"{spec}: is a run of {name}; patches are ranked by a run of comae, or by an encoder")
         for setting in ("image_size", "weights", "load"):
             if getattr(config, setting) != getattr(RankConfig(), setting):
-                raise ConfigError(f"{setting}: {spec} is a run of comae, which has its own; leave it out")
+                raise ConfigError(f"{setting}: {spec} is a run of comae, which sets this itself; leave it out")
         method = load_method(run)
         assert isinstance(method, CoMAE)
         method.to(device)
         return GraphRanker(method, method.config.encoder_dim, spec, config.damping, config.chunk)
     for setting in ("chunk", "damping"):
         if getattr(config, setting) != getattr(RankConfig(), setting):
-            raise ConfigError(f"{setting}={getattr(config, setting)}: is for runs of comae; leave it out")
+            raise ConfigError(f"{setting}={getattr(config, setting)}: only applies to runs of comae; leave it out")
     load = dataclasses.replace(config.load, weights=config.weights) if config.weights else config.load
     encoder = open_encoder(spec, load).to(device)
     if orders and "attention" not in orders and not encoder.has_class_token:
@@ -296,20 +288,20 @@ def open_predictor(run: str, ranker: Ranker, device: torch.device) -> Prefix:
     if theirs != ours:
         side = ranker.image_size // ranker.grid[0]
         raise ShapeError(
-            f"--predictor {run}: looks at {theirs[1][0]}x{theirs[1][1]} patches of {theirs[0]} px, the orders are of "
-            f"{ours[1][0]}x{ours[1][1]} of {ours[0]} px; train it with data.image_size={ours[0]} "
+            f"--predictor {run}: uses {theirs[1][0]}x{theirs[1][1]} patches of {theirs[0]} px images, the orders are "
+            f"of {ours[1][0]}x{ours[1][1]} of {ours[0]} px; train it with data.image_size={ours[0]} "
             f"tokens.patch_size={side}"
         )
     return method.to(device)
 
 
 def write_ranking(path: Path, ranking: Ranking, command: str = "") -> None:
-    """All numbers with their units as JSON."""
+    """Write all statistics with their units as JSON."""
     write_atomically(path, json.dumps(ranking_content(ranking, command), indent=2, ensure_ascii=False) + "\n")
 
 
 def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
-    """Values for the JSON: plain types, null for missing numbers."""
+    """Content of the JSON file: plain types, null for missing numbers."""
     return {
         "encoder": ranking.source,
         "data": ranking.data,
@@ -350,7 +342,7 @@ def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
 
 
 def _method_of(run: Path) -> str | None:
-    """Name of the method of a run; None for what is no run."""
+    """Name of the method of a run; None if it isn't a run."""
     if not (run / CONFIG_FILE).is_file():
         return None
     method = read_yaml(run / CONFIG_FILE).get("method")
@@ -360,7 +352,7 @@ def _method_of(run: Path) -> str | None:
 def _open_other(
     against: str | None, config: RankConfig, names: Sequence[str], ranker: Ranker, device: torch.device
 ) -> OrderCache | Ranker | None:
-    """The other training's orders, if they are of the same patches and some of them have a name in common."""
+    """Load the orders of another run or file; they must use the same patches and share at least one order."""
     if against is None:
         return None
     other: OrderCache | Ranker
@@ -376,10 +368,27 @@ def _open_other(
     there = other.stored if isinstance(other, OrderCache) else other.gives
     if not any(name in there for name in names):
         raise DataError(
-            f"--against {against}: has {', '.join(there)}, none of the orders that are compared here "
+            f"--against {against}: has orders {', '.join(there)}, none of those compared here "
             f"({', '.join(names) or 'none is found in images'})"
         )
     return other
+
+
+def _readable(images: ImageSet, ranked: RankedImages) -> ImageSet:
+    unreadable = {one.path for one in ranked.skipped}
+    return dataclasses.replace(
+        images, samples=tuple(sample for sample in images.samples if sample.path not in unreadable)
+    )
+
+
+def _agreements(cache: OrderCache, names: Sequence[str], images: ImageSet) -> dict[tuple[str, str], dict[str, float]]:
+    """Agreement of each pair of orders, on a sample of the images."""
+    some = [images.names[place] for place in spread_evenly(len(images), _COMPARED)]
+    return {
+        (first, second): agreement(look_up(cache, first, some, False), look_up(cache, second, some, False))
+        for number, first in enumerate(names)
+        for second in names[number + 1 :]
+    }
 
 
 def _compare(
@@ -389,7 +398,7 @@ def _compare(
     images: ImageSet,
     rank_with: Callable[[Ranker, ImageSet, Sequence[str], bool], RankedImages],
 ) -> dict[str, dict[str, float]]:
-    """Agreement with another training's orders of the same names."""
+    """Agreement with the orders of another run."""
     if other is None:
         return {}
     listed = images.names
@@ -474,7 +483,7 @@ def _evaluate_all(
     return curves, compare_curves(curves), where
 
 
-def _said_of_curves(
+def _curve_sentences(
     curves: Mapping[str, PrefixCurve], curve_scores: Mapping[str, Mapping[str, CurveScore]]
 ) -> list[str]:
     return conclude_curves(curve_scores, at_start=float(curves["random"].error[0])) if curve_scores else []

@@ -1,7 +1,7 @@
-"""Scores of patches and the orders that follow from them, for all images of a folder and both their flip states.
+"""Rank the patches of all images of a folder, original and mirrored, by scores.
 
-Letters: B images in a batch, C channels, S side of the squares, N patches of an h x w grid, R rows (images in their
-flip states), D width of the network that makes dependency graphs.
+Letters: B images in a batch, C channels, S side of the squares, N patches of an h x w grid, R rows (images,
+mirrored ones counted separately), D width of the network that computes dependency graphs.
 """
 
 import math
@@ -28,11 +28,11 @@ from smalti.layers.attention import attention_modules, attention_weights
 from smalti.models.encoder import Encoder
 
 FOLLOWING = OF_COLLAPSE
-"""Orders that need nothing stored but ``collapse``."""
+"""Orders derived from the stored order ``collapse``."""
 FREE = (*GEOMETRIC, "random", "fixed_random")
-"""Orders that need nothing stored at all."""
+"""Orders that need no stored order."""
 COPIES = 4
-"""Graphs of a batch that are in memory at a time: as made, checked, and what PageRank and the cover make of them."""
+"""Copies of a batch's graphs in memory at a time: in PageRank and the greedy cover, including temporaries."""
 _ACTIVATIONS = 16
 """Upper bound on activations per token and channel in a transformer forward pass, including the MLP's hidden layer."""
 _MIB = 2**20
@@ -46,7 +46,7 @@ class Ranked:
     score: Float[Tensor, "B N"] | None = None
     """Scores that determine the order (descending), if any."""
     seconds: float = 0.0
-    """Time to compute it for the batch; common work counts for each order."""
+    """Time to compute it for the batch; shared work counts for each order."""
 
 
 class Ranker(ABC):
@@ -56,7 +56,7 @@ class Ranker(ABC):
         image_size: S.
         in_chans: C.
         grid: ``(h, w)``.
-        source: in words, for the file.
+        source: description for the file.
     """
 
     gives: tuple[str, ...] = ("variance",)
@@ -78,20 +78,20 @@ class Ranker(ABC):
 
         Args:
             images: uint8, or float in 0..1.
-            names: of ``gives``.
+            names: orders among ``gives``.
         """
         found = self._rank(images, [name for name in names if name != "variance"])
         if "variance" in names:
-            watch = _Watch()
-            found["variance"] = watch.stop(_by_score(patch_variance(images, self.grid)))
+            watch = Stopwatch()
+            found["variance"] = watch.stop(rank_by_score(patch_variance(images, self.grid)))
         return found
 
     @abstractmethod
     def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
-        """All but ``variance``."""
+        """Orders of a batch, except ``variance``."""
 
     def bytes_needed(self, batch_size: int) -> int:
-        """Memory that a batch needs, about."""
+        """Approximate memory of a batch."""
         return batch_size * self.in_chans * self.image_size**2 * 12
 
 
@@ -110,7 +110,7 @@ class HasDependency(Protocol):
     """The :class:`smalti.layers.tokens.TokenSource`."""
 
     def dependency(self, images: Num[Tensor, "B C S S"], chunk: int | None = None) -> Float[Tensor, "B N N"]:
-        """``A[b, n, j]``: how much patch n leans on patch j; ``chunk`` targets at a time."""
+        """``A[b, n, j]``: how much patch n depends on patch j; computed for ``chunk`` targets at a time."""
         ...
 
 
@@ -118,11 +118,11 @@ class GraphRanker(Ranker):
     """Orders from dependency graphs: ``collapse`` (PageRank), ``in_strength``, ``coverage``.
 
     Args:
-        method: a CoMAE, in eval mode, on the device where it shall run.
+        method: a CoMAE in eval mode, on the device to run on.
         width: D.
         source: see :class:`Ranker`.
-        damping: of PageRank.
-        chunk: targets at a time; each is a pass of N tokens. None: as many as ``PASS_MIB`` hold.
+        damping: damping factor of PageRank.
+        chunk: targets at a time, each a forward pass of N tokens; None: as many as fit into ``PASS_MIB``.
     """
 
     gives = ("collapse", "in_strength", "coverage", "variance")
@@ -143,25 +143,25 @@ class GraphRanker(Ranker):
     def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
         if not names:
             return {}
-        watch, found = _Watch(), {}
+        watch, found = Stopwatch(), {}
         graph = self.method.dependency(images, self.targets_at_once(len(images)))
         graph_s = watch.elapsed_s(graph.device)
         make: dict[str, Callable[[], Ranked]] = {
-            "collapse": lambda: _by_score(pagerank(graph, self.damping)),
-            "in_strength": lambda: _by_score(in_strength(graph)),
+            "collapse": lambda: rank_by_score(pagerank(graph, self.damping)),
+            "in_strength": lambda: rank_by_score(in_strength(graph)),
             "coverage": lambda: Ranked(coverage_order(graph).cpu()),
         }
         for name in names:
-            watch = _Watch()
+            watch = Stopwatch()
             found[name] = watch.stop(make[name](), graph_s)
         return found
 
     def targets_at_once(self, batch_size: int) -> int:
-        """Passes made together for each image of a batch."""
+        """Forward passes computed at a time for each image of a batch."""
         return min(self.num_patches, self.chunk or max(1, self.PASS_MIB * _MIB // (self.pass_bytes * batch_size)))
 
     def bytes_needed(self, batch_size: int) -> int:
-        """Graphs, the passes of a chunk, and the images."""
+        """Memory of graphs, the forward passes of a chunk, and the images."""
         graphs = COPIES * batch_size * self.num_patches**2 * 4
         return (
             graphs + batch_size * self.targets_at_once(batch_size) * self.pass_bytes + super().bytes_needed(batch_size)
@@ -169,15 +169,15 @@ class GraphRanker(Ranker):
 
 
 class AttentionRanker(Ranker):
-    """``attention``: of the class token to the patches in the last block, mean over the heads.
+    """``attention``: attention of the class token to the patches in the last block, mean over heads.
 
     Args:
-        encoder: in eval mode, on the device where it shall run.
-        image_size: S; None takes the encoder's own.
+        encoder: in eval mode, on the device to run on.
+        image_size: S; None: the encoder's own.
 
     Raises:
-        ConfigError: if it has no class token, or its last block is of another kind than timm's plain one.
-        ShapeError: if patches don't fit into the image.
+        ConfigError: if it has no class token, or its last block isn't timm's plain ``Block``.
+        ShapeError: if the patch size doesn't divide the image size.
     """
 
     gives = ("attention", "variance")
@@ -190,14 +190,17 @@ class AttentionRanker(Ranker):
         size = image_size or height
         super().__init__(size, encoder.in_chans, encoder.check_size(size, size), source)
         if not encoder.has_class_token:
-            raise ConfigError(f"{source} has no class token, whose attention could rank patches")
+            raise ConfigError(
+                f"{source} has no class token, whose attention ranks the patches; choose another encoder or other "
+                "--orders"
+            )
         self.encoder = encoder
         self.module = attention_modules(encoder.vit.blocks, source)[-1]
 
     def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
         if not names:
             return {}
-        watch, seen = _Watch(), list[Tensor]()
+        watch, seen = Stopwatch(), list[Tensor]()
 
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(args[0])
@@ -208,7 +211,7 @@ class AttentionRanker(Ranker):
         finally:
             hook.remove()
         weights = attention_weights(self.module, seen[0], num_queries=1)  # (B, H, 1, T)
-        ranked = _by_score(weights[:, :, 0, self.encoder.num_prefix_tokens :].mean(1))
+        ranked = rank_by_score(weights[:, :, 0, self.encoder.num_prefix_tokens :].mean(1))
         return {"attention": watch.stop(ranked)}
 
     def bytes_needed(self, batch_size: int) -> int:
@@ -219,26 +222,26 @@ class AttentionRanker(Ranker):
 
 @dataclass(frozen=True)
 class RankedImages:
-    """Orders of all images that could be read, in both flip states or one."""
+    """Orders of all readable images, with or without the mirrored ones."""
 
     images: ImageSet = field(repr=False)
     places: tuple[int, ...] = field(repr=False)
-    """``(R,)`` of the images in the set."""
+    """``(R,)`` indices of the images in the set."""
     flips: tuple[bool, ...] = field(repr=False)
     """``(R,)``."""
     orders: Mapping[str, Int[Tensor, "R N"]] = field(repr=False)
     """int16."""
     scores: Mapping[str, Float[Tensor, "R N"]] = field(repr=False)
-    """float32, for orders that follow from scores."""
+    """float32 scores, for orders that have them."""
     degenerate: Mapping[str, Bool[Tensor, " R"]] = field(repr=False)
-    """True where all patches have the same score."""
+    """``(R,)`` True if all patches have the same score."""
     seconds: Mapping[str, float] = field(repr=False)
-    """Time to compute an order, per image; common work counts for each order."""
+    """Time to compute an order, per image; shared work counts for each order."""
     skipped: tuple[Skipped, ...]
     """Images that could not be read."""
 
     def write(self, path: Path, ranker: Ranker) -> None:
-        """The file of orders that :func:`smalti.data.order_files.read_orders` takes."""
+        """Write a file of orders for :func:`smalti.data.order_files.read_orders`."""
         names, lost = self.images.names, {one.path for one in self.skipped}
         write_orders(
             path,
@@ -267,14 +270,14 @@ def rank_images(
     device: torch.device | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> RankedImages:
-    """Orders of all images: of their largest central squares at the ranker's size.
+    """Orders of all images, from their largest central squares, resized to the ranker's size.
 
     Args:
-        ranker: on ``device``.
-        images: what to read.
-        names: of ``ranker.gives``.
-        both_flips: also of the mirrored images, whose orders need not be the mirrored ones.
-        batch_size: images per batch, each in each flip state.
+        ranker: ranker on ``device``.
+        images: the images.
+        names: orders among ``ranker.gives``.
+        both_flips: also rank mirrored images, whose orders need not be the mirrored orders.
+        batch_size: images per batch, not counting mirrored ones.
         num_workers: data-loading worker processes; 0: load in the main process.
         device: None: the CPU.
         progress: called as ``progress(what, done, total)``, counting images.
@@ -327,11 +330,11 @@ def choose_names(ranker: Ranker, wanted: Sequence[str]) -> tuple[tuple[str, ...]
     """Which orders to compute, and which to report.
 
     Args:
-        ranker: what orders patches.
-        wanted: names from the user; empty: all that the ranker has, and those derived from them.
+        ranker: the ranker.
+        wanted: names from the user; empty: all that the ranker gives, and those derived from them.
 
     Returns:
-        Names to compute with the ranker; names of all orders to report, without repetition.
+        Names to compute with the ranker; names of all orders to report, without duplicates.
 
     Raises:
         ConfigError: for an unknown order, or one that this ranker can't give.
@@ -344,21 +347,21 @@ def choose_names(ranker: Ranker, wanted: Sequence[str]) -> tuple[tuple[str, ...]
         if base not in ranker.gives and base not in FREE:
             needs = "an encoder with a class token" if base == "attention" else "a run of comae"
             there = ", ".join((*ranker.gives, *(FOLLOWING if "collapse" in ranker.gives else ()), *FREE))
-            raise ConfigError(f"order '{name}' needs {needs}; {ranker.source} can give {there}")
+            raise ConfigError(f"order '{name}' needs {needs}; {ranker.source} has {there}")
     named = tuple(dict.fromkeys(wanted))
     asked = ["collapse" if name in FOLLOWING else name for name in named if name.partition(":")[0] not in FREE]
     return tuple(dict.fromkeys(asked)), named
 
 
 def look_up(cache: OrderCache, name: str, images: Sequence[str], flip: bool, draw: int = 0) -> Int[Tensor, "B N"]:
-    """Orders of images by any name: out of a file, or, of those that need none, made here.
+    """Orders of images by name: from a file, or computed if the order needs no file.
 
     Args:
-        cache: the file.
-        name: of an order.
-        images: their names in the file.
-        flip: whether they are mirrored.
-        draw: another one of ``random``.
+        cache: the file of orders.
+        name: name of an order.
+        images: names of the images in the file.
+        flip: whether the images are mirrored.
+        draw: index of the draw of ``random``.
 
     Raises:
         DataError: as :meth:`smalti.data.order_files.OrderCache.orders`.
@@ -372,25 +375,25 @@ def look_up(cache: OrderCache, name: str, images: Sequence[str], flip: bool, dra
 
 
 def check_memory(ranker: Ranker, batch_size: int, num_rows: int, num_names: int, free: float, where: str) -> None:
-    """Refuse a batch that does not fit before anything is read.
+    """Check that a batch fits into memory before anything is read.
 
     Args:
-        ranker: what orders patches.
+        ranker: the ranker.
         batch_size: B.
-        num_rows: R; the orders of all are kept in main memory until the file is written.
-        num_names: orders kept.
-        free: bytes of memory that may be used on the device.
+        num_rows: R; their orders are kept in main memory until the file is written.
+        num_names: number of orders per row.
+        free: available memory of the device in bytes.
         where: name of the device.
 
     Raises:
-        ConfigError: if it doesn't fit, with the batch size (or chunk) that does.
+        ConfigError: if it doesn't fit; names the batch size (or chunk) that does.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: at least 1 is needed")
     kept = num_rows * ranker.num_patches * num_names * 6 if where == "cpu" else 0
     if kept > free:
         raise ConfigError(
-            f"orders of {num_rows:,} rows of {ranker.num_patches} patches need {_gib(kept)}, {_gib(free)} are free; "
+            f"orders of {num_rows:,} rows of {ranker.num_patches} patches need {_gib(kept)}, but {_gib(free)} is free; "
             "rank fewer images at a time, or fewer orders"
         )
     needed = ranker.bytes_needed(batch_size)
@@ -407,7 +410,8 @@ def check_memory(ranker: Ranker, batch_size: int, num_rows: int, num_names: int,
             if chunk >= 1:
                 remedy = f"batch_size=1 chunk={chunk} fits"
     raise ConfigError(
-        f"batch_size={batch_size}: {what} need about {_gib(needed)}, {_gib(free - kept)} are free on {where}; {remedy}"
+        f"batch_size={batch_size}: {what} need about {_gib(needed)}, but {_gib(free - kept)} is free on {where}; "
+        f"{remedy}"
     )
 
 
@@ -423,36 +427,36 @@ def largest_batch(ranker: Ranker, free: float) -> int:
 
 
 def patch_variance(images: Num[Tensor, "B C S S"], grid: tuple[int, int]) -> Float[Tensor, "B N"]:
-    """Variance of the values of each patch, all channels together, of images in 0..1.
+    """Variance of the pixel values of each patch, over all channels, of images in 0..1.
 
     Raises:
         ShapeError: if the grid doesn't divide the images.
     """
     height, width = images.shape[-2:]
     if height % grid[0] or width % grid[1]:
-        raise ShapeError(f"images of {height}x{width} pixels don't split into {grid[0]}x{grid[1]} patches")
+        raise ShapeError(f"images of {height}x{width} pixels can't be divided into {grid[0]}x{grid[1]} patches")
     values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return patches.patch_variance(values, (height // grid[0], width // grid[1]))
 
 
-class _Watch:
-    """A clock that waits for the device."""
+class Stopwatch:
+    """Measures time, including pending work of the device."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
 
     def elapsed_s(self, device: torch.device) -> float:
-        """Since it was made."""
+        """Time since construction."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - self._began
 
     def stop(self, ranked: Ranked, before_s: float = 0.0) -> Ranked:
-        """The same with the time that it took; orders are on the CPU, so the device has finished."""
+        """``ranked`` with the elapsed time; orders are on the CPU, so the device has finished."""
         return replace(ranked, seconds=before_s + time.perf_counter() - self._began)
 
 
-def _by_score(scores: Tensor) -> Ranked:
+def rank_by_score(scores: Tensor) -> Ranked:
     return Ranked(descending(scores).cpu(), scores.cpu())
 
 

@@ -1,7 +1,7 @@
-"""CoMAE where nothing has to be trained but the graph: Gaussian worlds, in which its loss is known in closed form.
+"""CoMAE on Gaussian worlds, in which its loss has a closed form and only the graph is learned.
 
 The best reconstruction of a Gaussian token from noisy others is linear, so the decoder is exact and the selections are
-free numbers. What comes out says what the paper's objective does, without a word on networks (experiment E0 of the
+free parameters. The result shows what the paper's objective does, independent of any network (experiment E0 of the
 protocol in docs/collapse.md).
 """
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from smalti.methods.comae import contrast, select_weights, signal_ratio
 
-_VALUES = 16  # equal values of a token that the L1 is summed over
+_VALUES = 16  # equal values per token, over which L1 is summed
 _LEARNING_RATE, _START = 0.05, 0.05
 
 
 class LearnedGraph(NamedTuple):
-    """Minimiser of the objective."""
+    """Result of :func:`learn_graph`."""
 
     weights: Tensor
     """``(N, N)`` float64, the graph A."""
     reconstruction: float
     """L_r at the end."""
     contrast: float
-    """L_c at the end, not weighted."""
+    """L_c at the end, unweighted."""
     temperature: float
     """tau at the end, without its floor."""
 
@@ -43,13 +43,13 @@ def learn_graph(
     """Minimise CoMAE's objective over selections, by Adam at 0.05 from logits 0.05 N(0, 1).
 
     Args:
-        covariance: of scalar tokens.
+        covariance: covariance of scalar tokens.
         sigma: scale of the noise.
         budget: kappa, at weight 4; None: none, as in the paper.
-        contrast_weight: of L_c.
-        temperature_floor: 0 lets tau run.
-        seed: of the logits.
-        steps: of Adam.
+        contrast_weight: weight of L_c.
+        temperature_floor: lower limit of tau; 0: none.
+        seed: seed of the logits.
+        steps: steps of Adam.
     """
     known = covariance.float()
     num = len(known)
@@ -73,7 +73,7 @@ def learn_graph(
 
 
 def _unexplained(covariance: Tensor, alpha: Tensor) -> Tensor:
-    """Variance of each token n that is left when each other one j is seen as ``alpha_nj e_j + (1 - alpha_nj) noise``.
+    """Unexplained variance of each token n when each other token j is seen as ``alpha_nj e_j + (1 - alpha_nj) noise``.
 
     ``alpha = 0`` leaves only noise, without information: this excludes a target from its own prediction.
     """

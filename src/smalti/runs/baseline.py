@@ -30,8 +30,8 @@ def evaluate(
 
     Args:
         encoder: on the device to run on.
-        name: of the encoder in the results.
-        data: labelled images, as in ``EvalConfig.data``, which is not read here.
+        name: name of the encoder in the results.
+        data: labelled images, as in ``EvalConfig.data``; overrides ``config.data``.
         config: settings of all protocols; ``baseline=False`` leaves the baseline out.
         progress: called as ``progress(what, done, total)`` from time to time.
         figures: also store figures of a few images for report pages, in ``details.shown``.
@@ -49,16 +49,16 @@ def evaluate(
 
 
 def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | None:
-    """The baseline to which an encoder's scores are compared.
+    """The baseline with which an encoder's scores are compared.
 
     Args:
-        encoder: as :func:`smalti.load` gives it.
-        name: as the user named it; ``random:NAME`` has no baseline.
+        encoder: as returned by :func:`smalti.load`.
+        name: name given by the user; ``random:NAME`` has no baseline.
         seed: of the random initialisation of an imported encoder.
 
     Returns:
-        Of a run: the same network at step 0, ``untrained`` or (with ``init``) ``before``. Of an imported encoder:
-        ``random-init``. None for untrained encoders, and for a run whose initial weights are gone.
+        For a run: the same network at step 0, ``untrained`` or (with ``init``) ``before``. For an imported encoder:
+        ``random-init``. None for untrained encoders, and for a run whose initial weights no longer exist.
     """
     if encoder.origin is None:
         return None if name.startswith("random:") else random_baseline(encoder, seed)
@@ -66,8 +66,8 @@ def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | N
     run = origin.checkpoint.parent.parent
     if not (run / CONFIG_FILE).is_file():
         warnings.warn(
-            f"{origin.checkpoint}: its run's {CONFIG_FILE} is not there, so the untrained network can't be rebuilt; "
-            "the baseline is a random initialisation of the architecture",
+            f"{origin.checkpoint}: the run's {CONFIG_FILE} is missing, so the untrained network can't be rebuilt; "
+            "using a random initialisation of the architecture as baseline",
             stacklevel=2,
         )
         return random_baseline(encoder, seed)
@@ -80,8 +80,8 @@ def baseline_of(encoder: Encoder, name: str = "", seed: int = 0) -> Baseline | N
         load = dataclasses.replace(origin.load, weights=origin.network)
         return Baseline(kind, lambda: _like(encoder, open_encoder(first, load, quiet=True)))
     if config.init and (known := read_run_file(run).get(INIT_DIGEST)) != weights_digest(config.init):
-        problem = "it can't be found" if known else "the run does not say what it was"
-        warnings.warn(f"{run}: no baseline: init={config.init} has changed since, or {problem}", stacklevel=2)
+        problem = "can't be found" if known else "was not recorded"
+        warnings.warn(f"{run}: no baseline: init={config.init} has changed, or {problem}", stacklevel=2)
         return None
     classes = encoder.class_head.classes if encoder.class_head is not None else ()
     return Baseline(

@@ -1,4 +1,4 @@
-"""From the settings of a run: its images, its encoder and its method."""
+"""Build images, encoder and method from the settings of a run."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ from smalti.training.launch import (
 
 DEFAULT_ENCODER = "vit_small_patch16_224"
 SIGNAL_ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 50, "embed_dim": 256, "depth": 8, "num_heads": 8}
-"""Where the data are signals: timm's plain vision transformer with these arguments, patches in samples."""
+"""For signals: arguments of timm's plain vision transformer; patch sizes are in samples."""
 SCALE_SAMPLE = 256
 """Number of images from which ``data.scale=percentiles`` is estimated."""
 
@@ -75,22 +75,22 @@ def count_classes(config: RunConfig, images: Dataset | None) -> RunConfig:
     if method.takes_labels and (wanted == 0 or (wanted is None and not has_labels)):
         return config
     if images is None or images.kind == "signals":
-        raise DataError(f"{method.name} learns from class labels; give --data with class folders (CLASS/image)")
+        raise DataError(f"{method.name} learns from class labels; set --data to class folders (CLASS/image)")
     if not has_labels:
         raise DataError(
-            f"{images.root}: found layout '{images.layout}', {method.name} needs class folders "
+            f"{images.root}: has layout '{images.layout}', but {method.name} needs class folders "
             "(CLASS/image or SPLIT/CLASS/image)"
         )
     found = len(images.classes or ())
     count = found if wanted is None else wanted
     if count < found:
-        raise DataError(f"{images.root}: has {found} classes, method.num_classes={count}; leave it out")
+        raise DataError(f"{images.root}: has {found} classes, but method.num_classes={count}; leave it out")
     with_count = build(type(config.method), {**to_tree(config.method), "num_classes": count}, group="method")
     return dataclasses.replace(config, method=with_count)
 
 
 def build_method(config: RunConfig, description: Mapping[str, Any] | None = None, quiet: bool = True) -> Method:
-    """The method of a run with its encoder, on the CPU; random weights are a function of ``config.seed``.
+    """The method of a run with its encoder, on the CPU; ``config.seed`` determines random weights.
 
     Args:
         config: the run's settings.
@@ -111,17 +111,17 @@ def build_method(config: RunConfig, description: Mapping[str, Any] | None = None
             return built
         assert issubclass(method, EncoderMethod), method
         encoder = starting_encoder(config, description, quiet)
-        encoder.draw_positions()  # methods without positions drop them again
+        encoder.draw_positions()  # methods without positions remove them later
         encoder.set_drop_path(config.drop_path)
         return method(encoder, config.method)
 
 
 @contextlib.contextmanager
 def _building(name: str) -> Iterator[None]:
-    """What arithmetic and memory say of numbers that don't fit together, as an error about the settings.
+    """Convert arithmetic and memory errors from incompatible settings.
 
     Raises:
-        ConfigError: in place of these exceptions.
+        ConfigError: instead of these exceptions.
     """
     try:
         yield
@@ -129,7 +129,7 @@ def _building(name: str) -> Iterator[None]:
         raise
     except (ArithmeticError, MemoryError, RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(
-            f"{name} can't be built with these settings ({reason(error)}); look at method.* and encoder.*"
+            f"{name} can't be built with these settings ({reason(error)}); check method.* and encoder.*"
         ) from error
 
 
@@ -137,12 +137,12 @@ def load_method(run: Path) -> Method:
     """The method of a run with the weights of its newest checkpoint, in eval mode on the CPU.
 
     Raises:
-        RunError: if it is no run directory, or holds no checkpoint.
-        WeightsError: if the checkpoint is damaged, or of another method than the run's settings say.
+        RunError: if it isn't a run directory, or has no checkpoint.
+        WeightsError: if the checkpoint is damaged, or doesn't match the method in the run's settings.
     """
     checkpoint = latest_checkpoint(run) if (run / CONFIG_FILE).is_file() else None
     if checkpoint is None:
-        raise RunError(f"{run}: is not a run with a checkpoint; give what --out of smalti train named")
+        raise RunError(f"{run}: is not a run directory with a checkpoint; give the --out of smalti train")
     with reading(checkpoint, "a checkpoint of this run", WeightsError):
         config = resolve(read_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
         method = build_method(config, encoder_description(checkpoint))
@@ -167,15 +167,18 @@ def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = 
         if not get_method(config.method.name).reads_field:
             encoder.tabulate_field()
         if encoder.in_chans != data.channels:
-            raise ConfigError(f"init={config.init} takes {encoder.in_chans} channels, data.channels={data.channels}")
+            raise ConfigError(
+                f"init={config.init} takes {encoder.in_chans} channels, but data.channels={data.channels}; make them "
+                "equal"
+            )
     else:
         encoder = new_encoder(config.encoder, data, config.seed)
     if data.signal is None:
         encoder.check_size(data.image_size, data.image_size)
     elif not encoder.takes_signals or encoder.img_size[1] != data.signal.window:
         raise ConfigError(
-            f"init={config.init} takes images of {encoder.img_size[0]}x{encoder.img_size[1]}, these are windows of "
-            f"{data.signal.window} samples; start from an encoder of such signals, or without --init"
+            f"init={config.init} takes images of {encoder.img_size[0]}x{encoder.img_size[1]}, but the data are "
+            f"windows of {data.signal.window} samples; start from an encoder of such windows, or without --init"
         )
     _set_normalization(encoder, data)
     encoder.set_pool(config.pool, config.prr, fresh=True)
@@ -186,9 +189,9 @@ def new_encoder(encoder: str | Mapping[str, Any] | None, data: DataConfig, seed:
     """An encoder with timm's random weights, on the CPU, for images or windows of signals as ``data`` says.
 
     Args:
-        encoder: value of the setting ``encoder``.
+        encoder: the setting ``encoder``.
         data: size, channels and normalisation of the images.
-        seed: of the weights.
+        seed: seed of the weights.
     """
     arguments = {"name": encoder} if isinstance(encoder, str) else dict(encoder or {})
     if data.signal is not None:
@@ -206,12 +209,12 @@ def _set_normalization(encoder: Encoder, data: DataConfig) -> None:
 
 
 def _signal_encoder(given: Mapping[str, Any], data: DataConfig, signal: SignalConfig, seed: int) -> Encoder:
-    """A vision transformer over windows of signals: an image of one row, patches of one row. Raw values go in."""
+    """A vision transformer for windows of signals: images and patches of one row; values aren't normalised."""
     arguments = {**SIGNAL_ENCODER, **given}
     name, patch = str(arguments.pop("name")), arguments.pop("patch_size")
     length = patch[-1] if isinstance(patch, (list, tuple)) else patch
     if not isinstance(length, int) or length < 1 or (isinstance(patch, (list, tuple)) and patch[0] != 1):
-        raise ConfigError(f"encoder.patch_size={patch}: of signals it is a number of samples, at least 1")
+        raise ConfigError(f"encoder.patch_size={patch}: a number of samples, at least 1, is needed for signals")
     check_window(signal, length)
     return build_encoder(
         name,
@@ -251,7 +254,7 @@ def training_part(data: Dataset, config: RunConfig) -> Dataset:
     """The train split of :func:`open_data`, or all of it without splits.
 
     Raises:
-        ConfigError, DataError: if there are splits and none is for training, or the channels are not as configured.
+        ConfigError, DataError: if there are splits but no train split, or the number of channels isn't as configured.
     """
     training = data.training()
     if training.channels is not None and config.data.channels != len(training.channels):
@@ -263,10 +266,10 @@ def training_part(data: Dataset, config: RunConfig) -> Dataset:
 
 
 def measure_scale(config: RunConfig, images: Dataset) -> tuple[RunConfig, Dataset]:
-    """Settings and images with the input ranges of ``data.scale=percentiles``, estimated from a sample.
+    """Estimate the input ranges of ``data.scale=percentiles`` from a sample; returns updated settings and images.
 
     Raises:
-        DataError: if no image of the sample can be read, or a channel has one value nearly everywhere.
+        DataError: if no image of the sample can be read, or a channel is nearly constant.
     """
     if config.data.scale != "percentiles" or not isinstance(images, ImageSet):
         return config, images
@@ -280,24 +283,24 @@ def measure_scale(config: RunConfig, images: Dataset) -> tuple[RunConfig, Datase
 
 
 def chosen_precision(config: RunConfig) -> str:
-    """What a run computes in on this machine."""
+    """Precision of a run on this machine: fp32 or bf16."""
     return resolve_precision(config.precision, resolve_devices(config.devices).kind)
 
 
 def divide_batch(config: RunConfig) -> tuple[int, int]:
-    """``micro_batch`` and accumulated passes of a run on this machine, see :func:`split_batch`."""
+    """``micro_batch`` and accumulation steps of a run on this machine, see :func:`split_batch`."""
     return split_batch(config.batch_size, config.micro_batch, num_processes(config.devices))
 
 
 def num_workers(config: RunConfig) -> int:
-    """Worker processes that read images for one process of a run."""
+    """Data-loading workers per process of a run."""
     if config.data.num_workers is not None:
         return config.data.num_workers
     return default_workers(resolve_devices(config.devices).kind)
 
 
 def fitting_batches(method: Method, images: Dataset, config: RunConfig) -> Iterator[Views]:
-    """The first ``fit_images`` images of training, or all of them once; the same in every process."""
+    """Batches of the first ``fit_images`` training images, or of all once; the same in every process."""
     batch_size = min(64, len(images))
     views = method.make_views(config.data.image_size)
     loader = TrainLoader(

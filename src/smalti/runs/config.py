@@ -147,7 +147,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
     chosen = tree.get("method")
     chosen = {"name": chosen} if isinstance(chosen, str) else chosen or {}
     if not isinstance(chosen, Mapping):
-        raise ConfigError(f"{where}: method={shorten(repr(chosen))}: write 'method: NAME', one method")
+        raise ConfigError(f"{where}: method={shorten(repr(chosen))}: one name is needed; write 'method: NAME'")
     chosen = dict(chosen)
     if "name" not in chosen:
         raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
@@ -156,7 +156,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
     of_signals = isinstance(data, Mapping) and data.get("signal") is not None
     if of_signals and not method.takes_signals:
         raise ConfigError(
-            f"{where}: {method.name} learns from images, these are signals; there is: {_signal_methods()}"
+            f"{where}: {method.name} learns from images, but the data are signals; use {_signal_methods()}"
         )
     defaults = merge(method.defaults, method.posttrain_defaults) if tree.get("init") else dict(method.defaults)
     if of_signals:
@@ -164,7 +164,9 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
         chosen = {**method.signal_defaults.get("method", {}), **chosen}
     method_config = build(method.Config, chosen, where, group="method")
     optim = tree.get("optim")
-    if isinstance(optim, Mapping) and "base_lr" in optim and "lr" not in optim:  # else the default would win over it
+    if (
+        isinstance(optim, Mapping) and "base_lr" in optim and "lr" not in optim
+    ):  # otherwise the default lr would override it
         defaults = merge(defaults, {"optim": {"lr": None}})
     config = build(RunConfig, {**merge(defaults, tree), "method": method_config}, where)
     if not method.has_encoder:
@@ -177,11 +179,11 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
         tokens = with_network(tokens, dict(given) if isinstance(given, Mapping) else {}, config.data.channels)
         config = dataclasses.replace(config, tokens=tokens)
     elif config.tokens is not None:
-        raise ConfigError(f"{where}: {method.name} has an encoder, tokens.* is for methods without one")
+        raise ConfigError(f"{where}: tokens.* only applies to methods without an encoder; {method.name} has one")
     if config.init and config.encoder:
-        raise ConfigError(f"{where}: init={config.init} brings its own architecture; leave encoder= out")
+        raise ConfigError(f"{where}: init={config.init} has its own architecture; leave encoder= out")
     if config.load != LoadConfig() and not config.init:
-        raise ConfigError(f"{where}: load.* fits the weights of --init, which is not given")
+        raise ConfigError(f"{where}: load.* applies to the weights of --init; give --init, or leave it out")
     for name in config.eval.protocols:
         find_protocol(name)
     check_trackers(config.log.trackers)
@@ -198,13 +200,9 @@ def _check_no_encoder(config: RunConfig, where: str) -> None:
     without = dict.fromkeys(("encoder", "weights", "prr")) | {"pool": "auto", "drop_path": 0.0, "load": LoadConfig()}
     for setting, unset in without.items():
         if getattr(config, setting) != unset:
-            raise ConfigError(
-                f"{where}: {setting}: {name} trains no encoder, its tokens are set by tokens.*; leave it out"
-            )
+            raise ConfigError(f"{where}: {setting}: {name} trains no encoder, only tokens.* applies; leave it out")
     if config.eval.data or config.eval.every or config.eval.patience:
-        raise ConfigError(
-            f"{where}: eval.*: {name} trains no encoder that could be evaluated in training; leave it out"
-        )
+        raise ConfigError(f"{where}: eval.*: {name} trains no encoder to evaluate; leave it out")
     if config.optim.freeze_encoder_ratio:
         raise ConfigError(f"{where}: optim.freeze_encoder_ratio: {name} trains no encoder; leave it out")
 
@@ -226,7 +224,7 @@ def with_start(tree: Tree) -> Tree:
         return tree
     run = Path(str(tree["init"]))
     if not (run / CONFIG_FILE).is_file():
-        raise RunError(f"init={run}: is not a run directory; {name} starts from what --out of smalti train named")
+        raise RunError(f"init={run}: is not a run directory; {name} starts from the --out of smalti train")
     shared = [key for key in field_names(method.Config) if key != "name"]
     with reading(run / CONFIG_FILE, "the settings of a run", ConfigError):
         before = read_yaml(run / CONFIG_FILE)
@@ -242,7 +240,7 @@ def with_start(tree: Tree) -> Tree:
     given = flatten(tree)
     for key, value in flatten(fixed).items():
         if given.get(key, value) != value:
-            raise ConfigError(f"{key}={given[key]}: {run} has {value}, which its weights are for; leave it out")
+            raise ConfigError(f"{key}={given[key]}: the weights of {run} need {value}; leave it out")
     return merge(
         {**fixed, "method": inherited}, {**tree, "method": chosen if isinstance(chosen, Mapping) else {"name": name}}
     )
@@ -264,10 +262,10 @@ def check_start(config: RunConfig) -> None:
     if bool(config.init) != from_scratch:
         return
     if from_scratch:
-        raise ConfigError(f"method.from_scratch=true starts from random weights, init={config.init} does not; drop one")
+        raise ConfigError(f"method.from_scratch=true contradicts init={config.init}; leave one out")
     raise ConfigError(
-        f"{method.name} is post-training: name the weights to start from with --init (timm:NAME@FILE, a run, ...), or "
-        "set method.from_scratch=true to start from random ones"
+        f"{method.name} is a post-training method; name the initial weights with --init (timm:NAME@FILE, a run, ...), "
+        "or set method.from_scratch=true to start from random weights"
     )
 
 
@@ -275,13 +273,13 @@ def posttrain_note(tree: Mapping[str, Any], config: RunConfig) -> str:
     """One line about the defaults that changed because the run starts from weights; empty if none did.
 
     Args:
-        tree: the user's keys, as :func:`resolve` takes them.
+        tree: the user's keys, as in :func:`resolve`.
         config: the resolved settings.
     """
     given, used = flatten(tree), flatten(to_tree(config))
     special = flatten(get_method(config.method.name).posttrain_defaults) if config.init else {}
     changed = [f"{key}={used[key]}" for key, value in special.items() if key not in given and used[key] == value]
-    return f"starting from weights: {' '.join(changed)}, unless you say otherwise" if changed else ""
+    return f"starting from weights: {' '.join(changed)} by default" if changed else ""
 
 
 def _signal_methods() -> str:
@@ -307,7 +305,9 @@ def with_signals(tree: Tree) -> Tree:
     data = tree.get("data")
     if not isinstance(data, Mapping) or not data.get("path") or not is_signals(str(data["path"])):
         if isinstance(data, Mapping) and data.get("signal") is not None and data.get("path"):
-            raise ConfigError(f"data.signal.* is for signals, {data.get('path')} is none; write signals=PATH if it is")
+            raise ConfigError(
+                f"data.signal.* only applies to signals; leave it out, or write signals={data.get('path')}"
+            )
         return tree
     signal = build(SignalConfig, data.get("signal") or {}, group="data.signal")
     channels = open_signals(str(data["path"]), signal).channels
@@ -323,7 +323,7 @@ def absolute_paths(tree: Mapping[str, Any], beside: Path | None = None) -> Tree:
     """Settings of a run, or a part of them, with absolute paths, valid from any working directory.
 
     Args:
-        tree: as :func:`resolve` takes it.
+        tree: the user's keys, as in :func:`resolve`.
         beside: another folder to search for relative paths.
     """
     chosen = tree.get("method")
@@ -336,7 +336,7 @@ def absolute(text: str, beside: Path | None = None) -> str:
     """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH`` with the path made absolute, if it exists.
 
     Args:
-        text: as a user gives it.
+        text: value given by the user.
         beside: another folder to search for relative paths.
     """
     for mark in ("", "@" if text.startswith("timm:") else "="):

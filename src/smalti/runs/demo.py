@@ -1,4 +1,4 @@
-"""The demo: the main job from end to end on the embedded samples, small enough for two cores and minutes."""
+"""The demo: train, evaluate and report on the embedded samples, in minutes on two cores."""
 
 import time
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 }
 """Chosen so that the gain over the untrained network is clear at three seeds; see docs/evidence/demo.md."""
 HEADS = {"linear-segmentation": {"epochs": 5}}
-"""Of linear segmentation, a quarter of the protocol's own, to save minutes."""
+"""Epochs of linear segmentation, a quarter of the protocol's default, to save time."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Demo:
     samples: Path
     run: Path
     results: list[Result]
-    """Trained encoder and the same network untrained, by protocol."""
+    """Results of the trained and the untrained network, by protocol."""
     seconds: float
 
     @property
     def verdict(self) -> str:
-        """One line: trained against untrained on each headline."""
+        """One line that compares trained and untrained on each headline metric."""
         parts = []
         pairs = list(zip(self.results[::2], self.results[1::2], strict=True))
         for trained, before in pairs:
             name, value = trained.headline
             parts.append(f"{trained.protocol} {name} {value:.3f}, untrained {before.metrics[name]:.3f}")
         better = sum(trained.headline[1] > before.metrics[trained.headline[0]] for trained, before in pairs)
-        word = "beats" if better == len(pairs) else "does not beat" if not better else "beats in part"
+        word = "beats" if better == len(pairs) else "does not beat" if not better else "partly beats"
         return f"training {word} the untrained network: {'; '.join(parts)}  ({self.seconds:.0f} s)"
 
 
@@ -67,7 +67,7 @@ def run_demo(out: Path, overrides: Mapping[str, Any] | None = None, *, quiet: bo
     """Write sample images, train MAE on them, and evaluate it against the untrained network.
 
     Args:
-        out: a folder that is new or empty.
+        out: a new or empty folder.
         overrides: settings of the training run.
         quiet: show no progress.
 

@@ -1,4 +1,4 @@
-"""Evaluation in training."""
+"""Evaluation during training."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from smalti.training.launch import (
 
 
 def encoder_at(run: Path, config: RunConfig, step: int) -> Encoder:
-    """The network that is evaluated, as of a step; step 0 works even if its checkpoint was deleted."""
+    """The evaluated network at a step; step 0 works even if its checkpoint was deleted."""
     network = config.weights or get_method(config.method.name).export_network
     checkpoint = run / CHECKPOINTS / f"step_{step:08d}"
     if (checkpoint / STATE_FILE).is_file() or step > 0:
@@ -57,14 +57,16 @@ class EvaluationHook:
     ) -> None:
         self.config = config
         self.run = run
-        self.progress = progress  # of an evaluation; may stop it by raising an exception
-        handed_on = get_method(config.method.name).export_network
+        self.progress = progress  # progress callback of evaluations; may stop them by raising an exception
+        exported = get_method(config.method.name).export_network
         self.before_and_after = (
-            BeforeAfter(run, config.eval, config.weights or handed_on, handed_on, progress)
+            BeforeAfter(run, config.eval, config.weights or exported, exported, progress)
             if config.init and evaluates
             else None
         )
-        self.evaluates = evaluates  # one process does; the others know when, since all read the finite check together
+        self.evaluates = (
+            evaluates  # only in one process; the others call it, too, since all check for non-finite values together
+        )
 
     def due(self, step: int) -> bool:
         """Before the first step, every ``eval.every`` steps and after the last."""
@@ -72,7 +74,7 @@ class EvaluationHook:
         return step in (0, self.config.steps) or (every > 0 and step % every == 0)
 
     def __call__(self, step: int, method: Method) -> float | None:
-        """BeforeAfter; returns the headline of the first protocol, with its sign changed where lower is better."""
+        """Evaluate; returns the headline metric of the first protocol, negated if lower is better."""
         if not self.evaluates:
             return None
         results = self.evaluate(step, method)
@@ -86,7 +88,7 @@ class EvaluationHook:
         return self.run / RESULTS / f"step_{step:08d}.json"
 
     def evaluate(self, step: int, method: Method) -> list[Result]:
-        """Results now, written to ``results/step_*.json``; those of step 0 are the baseline of all others."""
+        """Evaluate and write ``results/step_*.json``; the results of step 0 are the baseline of all others."""
         network = self.config.weights or method.export_network
         encoder = method.networks()[network]
         encoder.source = f"step {step} ({network})"
@@ -100,14 +102,14 @@ class EvaluationHook:
             kind = "before" if self.config.init else "untrained"
         write_results(self.file(step), [dataclasses.replace(result, baseline=kind) for result in results])
         if self.before_and_after is not None:
-            self.before_and_after.heard(step, results)
-            if step == 0 and not self.before_and_after.knows(0):
+            self.before_and_after.record(step, results)
+            if step == 0 and not self.before_and_after.has(0):
                 self.before_and_after.evaluate(0, encoder)
         return results
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Find mistakes in ``eval.*`` before hours of training, not after.
+    """Check ``eval.*`` before training starts.
 
     Raises:
         ConfigError, DataError: if the data can't be read or an unknown network is named.
@@ -118,9 +120,11 @@ def check_evaluation(config: RunConfig) -> None:
             open_sets(config.eval.data, BeforeAfter(Path(), config.eval).config)
     elif config.eval.every or config.eval.patience:
         name = "every" if config.eval.every else "patience"
-        raise ConfigError(f"eval.{name}={getattr(config.eval, name)} needs labelled images; give eval.data=DIR")
+        raise ConfigError(f"eval.{name}={getattr(config.eval, name)} needs labelled images; set eval.data=DIR")
     if config.eval.patience and not config.eval.every:
-        raise ConfigError(f"eval.patience={config.eval.patience} counts evaluations in training; give eval.every=STEPS")
+        raise ConfigError(
+            f"eval.patience={config.eval.patience} counts evaluations during training; set eval.every=STEPS"
+        )
     method = get_method(config.method.name)
     pair = ("student", "teacher")
     names = pair if method.export_network in pair else (method.export_network,)

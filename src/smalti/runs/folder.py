@@ -1,4 +1,4 @@
-"""Files of a run directory apart from checkpoints and logs: ``run.json``, results, and a lock while a run writes."""
+"""Files of a run directory other than checkpoints and logs: ``run.json`` and results."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from smalti.training.logs import LOG_FILE
 
 CONFIG_FILE, RUN_FILE, RESULTS = "config.yaml", "run.json", "results"
 INIT_DIGEST = "init_digest"
-"""Entry of ``run.json``: changes with the weights that the run started from."""
+"""Entry of ``run.json``: digest of the initial weights."""
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "names_digest": str,
     INIT_DIGEST: str,
@@ -32,11 +32,11 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "reference": dict,
     "training_s": (int, float),
 }
-"""Entries of ``run.json`` that are read again."""
+"""Entries of ``run.json`` that Smalti reads, with their types."""
 
 
 def write_run_file(run: Path, images: Dataset, init: str | None, precision: str) -> None:
-    """Write ``run.json``: the command, what is read, the machine."""
+    """Write ``run.json``: command, data and machine."""
     content = {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -63,19 +63,19 @@ def _parse(path: Path) -> dict[str, Any]:
     """The entries of a ``run.json``.
 
     Raises:
-        DataError: if it can't be read, or an entry is of another kind.
+        DataError: if it can't be read, or an entry has the wrong type.
     """
     content = read_mapping(path)
     for name, kind in _TYPES.items():
         if name in content and not isinstance(content[name], kind):
-            raise DataError(f"{path}: '{name}' is a {type(content[name]).__name__}")
+            raise DataError(f"{path}: '{name}' has the wrong type {type(content[name]).__name__}")
     return content
 
 
-def mend_folder(run: Path) -> None:
+def repair_folder(run: Path) -> None:
     """Prepare a run directory for resuming: remove leftovers of a kill, rename a damaged ``run.json``."""
     remove_leftovers(run)
-    remove_leftovers(run / RESULTS, abandoned=True)  # evaluations write there, too
+    remove_leftovers(run / RESULTS, abandoned=True)  # evaluations may be writing there
     tidy(run)
     if (run / RUN_FILE).exists():
         try:
@@ -85,26 +85,26 @@ def mend_folder(run: Path) -> None:
 
 
 def check_same_images(run: Path, images: Dataset) -> None:
-    """A resumed run must see the images that it saw: their order follows from their names.
+    """Check that a resumed run uses the same images, since their order follows from their names.
 
     Raises:
-        DataError: if there are others now.
+        DataError: if they are different.
     """
     known = read_run_file(run)
     if known.get("names_digest", images.fingerprint()) != images.fingerprint():
         raise DataError(
-            f"{run}: was trained on {known.get('num_images')} images, {images.root} now has {len(images)} or others; "
-            "bring them back, or start a new run with --init from this one"
+            f"{run}: was trained on {known.get('num_images')} images, but {images.root} now has {len(images)} or "
+            "other ones; restore them, or start a new run with --init from this one"
         )
 
 
-def note_end(run: Path, started: float, method: Method) -> None:
-    """Add to ``run.json`` when training ended, how long it took since ``started``, and whether it has learned."""
+def record_end(run: Path, started: float, method: Method) -> None:
+    """Add to ``run.json`` when training ended, how long it took since ``started``, and whether the loss decreased."""
     content, reference = read_run_file(run), None
     try:
         reference = method.reference(end_of_log(run))
-    except (DataError, ValueError) as error:  # training is done: a log that was damaged meanwhile is no reason to fail
-        warnings.warn(f"{run / LOG_FILE}: does not say whether anything was learned ({error})", stacklevel=2)
+    except (DataError, ValueError) as error:  # training has finished; don't fail because of a damaged log
+        warnings.warn(f"{run / LOG_FILE}: can't tell whether anything was learned ({error})", stacklevel=2)
     if reference is not None:
         content["reference"] = {
             **dataclasses.asdict(reference),
@@ -117,7 +117,7 @@ def note_end(run: Path, started: float, method: Method) -> None:
 
 
 def end_of_log(run: Path) -> dict[str, float]:
-    """Means over the last tenth of the rows of ``log.csv``, one row at least, of the columns that have values there."""
+    """Means over the last tenth of the rows of ``log.csv`` (at least one), for columns with values there."""
     rows = read_csv(run / LOG_FILE) if (run / LOG_FILE).is_file() else []
     last = rows[-max(1, len(rows) // 10) :]
     columns = {name: [as_number(row[name]) for row in last if row[name]] for name in (last[0] if last else ())}
@@ -125,8 +125,8 @@ def end_of_log(run: Path) -> dict[str, float]:
 
 
 def new_results_file(run: Path) -> Path:
-    """A free name for an evaluation in ``results/``, taken by a folder for its details: two in the same second get
-    two."""
+    """An unused name for an evaluation in ``results/``, reserved by creating a folder for its details, so that two
+    evaluations in the same second get different names."""
     start = run / RESULTS / f"evaluate_{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     while True:

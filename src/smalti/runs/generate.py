@@ -24,7 +24,7 @@ from smalti.runs.build import load_method
 from smalti.runs.folder import read_run_file
 
 Source = Literal["bank", "class_mean", "global_mean"]
-_BANK = 6  # branch of an image's keys
+_BANK = 6  # stream of an image's random keys
 _FREE_SHARE = 0.25
 """Fraction of the free memory that a batch may use."""
 _MOST_AT_ONCE = 256
@@ -63,38 +63,38 @@ class GenerateConfig(SamplerConfig):
 
 @dataclass(frozen=True)
 class Generator:
-    """A run that draws."""
+    """A run of MAR or CMAR that generates images."""
 
     method: MAR
-    """In eval mode, on the CPU."""
+    """The method, in eval mode on the CPU."""
     classes: tuple[str, ...]
     """Class names; numbers if the run stored none, empty if it was trained without classes."""
 
 
 @dataclass(frozen=True)
 class Film:
-    """How the first images came about."""
+    """Intermediate steps of the first images."""
 
     frames: Float[Tensor, "F S C H W"]
-    """F images after S of the steps; places that are not drawn yet are grey."""
+    """F images at S of the steps; tokens not generated yet are grey."""
     drawn: tuple[int, ...]
-    """Tokens drawn in each of the S frames."""
+    """Number of tokens generated up to each of the S frames."""
     ranks: Int[Tensor, "F N"]
-    """When each place was drawn; 0 is first."""
+    """Rank of each token in the order; 0 is first."""
     grid: tuple[int, int]
-    """Tokens down and across."""
+    """Grid of tokens, height and width."""
 
 
 def load_generator(run: Path) -> Generator:
-    """A run of MAR or CMAR, as its newest checkpoint has it.
+    """Load a run of MAR or CMAR from its newest checkpoint.
 
     Raises:
-        RunError: if it is no run directory, or holds no checkpoint.
+        RunError: if it isn't a run directory, or has no checkpoint.
         ConfigError: for a run of another method.
     """
     method = load_method(run)
     if not isinstance(method, MAR):
-        raise ConfigError(f"{run}: is a run of {method.name}; images are drawn by runs of mar and cmar")
+        raise ConfigError(f"{run}: is a run of {method.name}; only runs of mar and cmar generate images")
     names = read_run_file(run).get("classes") or []
     known = len(names) == method.num_classes
     return Generator(method, tuple(str(name) for name in (names if known else range(method.num_classes))))
@@ -107,10 +107,10 @@ def choose_classes(words: str | None, classes: Sequence[str], num: int) -> list[
         words: names or numbers, comma-separated; ``none``: unconditional; None: every class in turn, or unconditional
             if there are none.
         classes: names, K of them.
-        num: images.
+        num: number of images.
 
     Returns:
-        Numbers 0..K-1, and K for none.
+        Class indices 0..K-1, and K for unconditional.
 
     Raises:
         ConfigError: for an unknown class; the closest match is suggested.
@@ -120,7 +120,7 @@ def choose_classes(words: str | None, classes: Sequence[str], num: int) -> list[
     else:
         chosen = [_class_number(word.strip(), classes) for word in words.split(",") if word.strip()]
         if not chosen:
-            raise ConfigError("labels= names no class; write labels=cat,dog, or leave it out")
+            raise ConfigError("labels= is empty; write labels=cat,dog, or leave it out")
     return [chosen[place % len(chosen)] for place in range(num)]
 
 
@@ -134,7 +134,7 @@ def _class_number(word: str, classes: Sequence[str]) -> int:
     if word.isdecimal():
         if int(word) < len(classes):
             return int(word)
-        raise ConfigError(f"labels={word}: there are classes 0..{len(classes) - 1}")
+        raise ConfigError(f"labels={word}: a class of 0..{len(classes) - 1} is needed")
     raise ConfigError("labels: " + unknown_key(word, classes, kind="class"))
 
 
@@ -149,40 +149,40 @@ def choose_orders(
 ) -> Int[Tensor, "B N"]:
     """The token order for each image.
 
-    A file has orders of training images. A generated image uses those of its class (of all images without a class):
+    A file has orders of training images. A generated image uses those of its class (or of all images if unconditional):
     one at random (``bank``), or the order of their mean ranks (``class_mean``). ``global_mean``: order of the mean
     ranks of all training images. The class of a training image is its folder.
 
     Args:
-        name: of an order, see :data:`smalti.data.order_files.ORDERS`.
-        source: how an image's order is taken from a file.
-        cache: the file, if the order needs one.
-        labels: numbers of classes, K for none.
-        keys: randomness of each image.
-        grid: tokens down and across.
+        name: name of an order, see :data:`smalti.data.order_files.ORDERS`.
+        source: how an image's order is chosen from a file.
+        cache: the file of orders, if needed.
+        labels: class indices, K for unconditional.
+        keys: random keys of each image.
+        grid: grid of tokens.
         classes: names, K of them.
 
     Raises:
         ConfigError: for an unknown order, or one that needs a file.
         ShapeError: for orders of another number of tokens.
-        DataError: if the file holds no such order, or none of a class.
+        DataError: if the file doesn't have the order, or not for a class.
     """
     check_order(name)
     num_tokens = grid[0] * grid[1]
     if name == "random":
         return random_orders(keys, num_tokens)
     if name == "variance":
-        raise ConfigError("order=variance looks at pixels, which an image that is drawn does not have yet")
+        raise ConfigError("order=variance needs pixels, which a generated image doesn't have yet; choose another order")
     if name not in CACHED:
         order = grid_order(name, grid)
         assert order is not None, name
         return order.expand(len(labels), -1).clone()
     if cache is None:
-        raise ConfigError(f"order={name} stands in a file: name it with --orders FILE (smalti rank writes it)")
+        raise ConfigError(f"order={name} needs a file; name it with --orders FILE (smalti rank writes it)")
     if cache.grid != grid:
         raise ShapeError(
-            f"{cache.path}: orders of {cache.grid[0]}x{cache.grid[1]} patches, this run draws {grid[0]}x{grid[1]} "
-            "tokens; rank the images at this image size and patch size"
+            f"{cache.path}: orders of {cache.grid[0]}x{cache.grid[1]} patches, but this run generates "
+            f"{grid[0]}x{grid[1]} tokens; rank the images at this image size and patch size"
         )
     is_train = np.array([split == "train" for split in cache.splits])
     rows = np.flatnonzero(is_train) if is_train.any() else np.arange(len(cache.images))
@@ -210,17 +210,17 @@ def choose_orders(
 
 
 def own_order(method: MAR) -> tuple[str, str | None]:
-    """The order that a run was trained for, and its file."""
+    """The order used in training, and its file."""
     return (method.config.order, method.config.orders) if isinstance(method, CMAR) else ("random", None)
 
 
 def open_cache(name: str, path: str | Path | None) -> OrderCache | None:
-    """The file of an order; None if it needs none."""
+    """Open the file of an order; None if the order needs none."""
     return read_orders(path) if path is not None and name in CACHED else None
 
 
 def fitting_batch(method: MAR, sampler: SamplerConfig, device: torch.device, num: int) -> int:
-    """How many images are drawn at a time: as many as fill a quarter of the free memory, by a rough count."""
+    """Batch size that uses a quarter of the free memory, by a rough estimate."""
     config, places = method.config, method.tokens.num_tokens + method.config.buffer_size
     floats = places * config.embed_dim * 16 + places**2 * config.num_heads
     floats += max(method.plan(sampler)) * config.head_width * 8
@@ -246,14 +246,14 @@ def draw_images(
     """Generate images in batches; if the GPU runs out of memory, the batch size is halved.
 
     Args:
-        method: on its device.
-        orders: of each image.
-        labels: of each image, K for none.
+        method: method on its device.
+        orders: token order of each image.
+        labels: class index of each image, K for unconditional.
         seed: the same seed, class and order give the same image, whatever the batch.
         sampler: settings of the sampler.
         batch_size: images per batch; None: as many as fit.
-        keep: called with the number of a batch's first image and the images, in 0..1, on the CPU.
-        is_kept: whether an image, by its number, was drawn before; a batch is drawn again if one of its images wasn't.
+        keep: called with the index of a batch's first image and its images, in 0..1, on the CPU.
+        is_kept: whether the image of an index exists already; a batch is skipped if all of its images exist.
         progress: called with completed and total work, in tokens.
         film_images: F, number of first images whose generation is recorded.
         film_frames: S, number of frames; fewer if there are fewer steps.
@@ -307,17 +307,17 @@ def draw_images(
 
 
 def image_keys(seed: int, rows: Sequence[int]) -> Int[Tensor, " B"]:
-    """Randomness of images by their numbers."""
+    """Random keys of images, by index."""
     return torch.tensor([sample_key(seed, 0, row) for row in rows], dtype=torch.int64)
 
 
 def _film(method: MAR, tokens: Float[Tensor, "F S N d"], orders: Tensor, drawn: tuple[int, ...]) -> Film:
-    """Decoded frames with what isn't drawn painted grey."""
+    """Decode frames; tokens not generated yet are grey."""
     grid, side = method.tokens.grid, method.tokens.image_size
     ranks = orders.argsort(dim=1)
     images = method.tokens.decode(tokens.flatten(0, 1)).cpu()
     images = images.view(*tokens.shape[:2], *images.shape[1:])
-    places = torch.arange(side) * torch.tensor(grid)[:, None] // side  # pixel rows and columns to those of tokens
+    places = torch.arange(side) * torch.tensor(grid)[:, None] // side  # pixel row or column -> that of its token
     by_pixel = ranks[:, (places[0][:, None] * grid[1] + places[1]).flatten()].view(-1, 1, side, side)
     frames = torch.stack(
         [torch.where(by_pixel < count, images[:, step], 0.5) for step, count in enumerate(drawn)], dim=1

@@ -1,4 +1,4 @@
-"""One writer per folder: a lock that the kernel gives back when its process ends, however it ends."""
+"""One writer per folder: a lock that the kernel releases when its process ends for any reason."""
 
 import contextlib
 import errno
@@ -20,8 +20,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is created if needed.
 
-    The lock is on the open file, not on its name: the file of a killed process locks nothing. On file systems without
-    locks (some network file systems), a warning is printed and nothing is locked.
+    The lock is on the open file, not on its name, so a file left by a killed process locks nothing. On file systems
+    without locks (some network file systems), a warning is printed and nothing is locked.
 
     Raises:
         RunError: if another process holds it.
@@ -54,19 +54,19 @@ def _close_after_fork() -> None:
 def _lock(handle: int, folder: Path, path: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # no such system
+    except ImportError:  # Windows
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         who = os.pread(handle, 200, 0).decode(errors="replace").strip()
         raise RunError(
-            f"{folder}: {who or 'another process'} is writing here; wait for its end, or choose another folder"
+            f"{folder}: {who or 'another process'} is writing here; wait until it ends, or choose another folder"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        print(f"{path}: this file system has no locks; let one process at a time write here", file=sys.stderr)
+        print(f"{path}: this file system has no locks; don't let two processes write here", file=sys.stderr)
         return
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

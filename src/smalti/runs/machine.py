@@ -1,4 +1,4 @@
-"""What a run ran on: versions, processor, memory, GPU, commit."""
+"""Description of the machine: versions, processor, memory, GPU, commit."""
 
 import os
 import platform

@@ -29,7 +29,7 @@ from smalti.reading import read_json, reading
 VERDICT_FILE = "posttrain.json"
 BEFORE, LAST, BEST = "before", "last", "best"
 _FOLDER, _SETTINGS = "posttrain", "settings.json"
-_PLAIN = ("judged", "steps", "best_step", "images", "network", "handed_on")
+_PLAIN = ("subject", "steps", "best_step", "images", "network", "exported")
 COSTLESS = ("batch_size", "num_workers", "cache_mib", "every", "patience", "baseline", "groups")
 """Settings of an evaluation that don't change its scores."""
 
@@ -42,8 +42,8 @@ class Verdict:
     """Each metric before, at the last and at the best step; differences are against before."""
     steps: Mapping[str, int]
     """Step of ``before``, ``last`` and, if it differs from these, ``best``."""
-    judged: str
-    """The one that the sentence is about."""
+    subject: str
+    """Key of ``steps`` that the sentence is about."""
     best_step: int | None
     """Step selected by evaluation during training; 0: the initial weights; None: no selection."""
     images: str
@@ -52,13 +52,13 @@ class Verdict:
     """Notes for reading the numbers, a sentence each."""
     network: str = ""
     """Network that was evaluated."""
-    handed_on: str = ""
+    exported: str = ""
     """Network that is exported by default."""
 
     @property
     def headline(self) -> Row:
         """The first protocol's headline metric at the step that the sentence is about."""
-        return next(row for row in self.rows if row.arm == self.judged and row.is_headline)
+        return next(row for row in self.rows if row.arm == self.subject and row.is_headline)
 
     @property
     def kind(self) -> str:
@@ -75,18 +75,18 @@ class Verdict:
         span = f", {LEVEL * 100:.0f} % interval {gap.low:.3f} to {gap.high:.3f}" if math.isfinite(gap.low) else ""
         numbers = (
             f"{row.protocol} {row.metric} {before.score.mean:.3f} -> {row.score.mean:.3f} ({gap.mean:+.3f}{span}) "
-            f"at step {self.steps[self.judged]}"
+            f"at step {self.steps[self.subject]}"
         )
-        if self.network != self.handed_on:
+        if self.network != self.exported:
             numbers += (
-                f", of the {self.network}; unless told weights={self.network}, export hands on the {self.handed_on}"
+                f", of the {self.network}; export writes the {self.exported} unless weights={self.network} is set"
             )
         numbers += _unknown(gap)
         if self.kind == "better":
             return f"better by {abs(gap.mean):.3f}: {numbers}"
         word = f"not better, worse by {abs(gap.mean):.3f}" if self.kind == "worse" else "not better"
         if self.best_step == 0:
-            return f"{word}: no step was chosen over the weights it began from; {numbers}"
+            return f"{word}: no step scored better than the initial weights; {numbers}"
         return f"{word}: {numbers}" + ("" if span else "; this score has no interval with one seed")
 
 
@@ -97,7 +97,7 @@ class BeforeAfter:
         run: the run directory.
         config: settings of evaluation in training; ``data`` is given.
         network: name of the network that is evaluated.
-        handed_on: name of the network that is exported by default.
+        exported: name of the network that is exported by default.
         progress: called with the progress of an evaluation; may stop it by raising an exception.
     """
 
@@ -106,13 +106,13 @@ class BeforeAfter:
         run: Path,
         config: EvalConfig,
         network: str = "encoder",
-        handed_on: str = "encoder",
+        exported: str = "encoder",
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         data = str(config.data)
         self.progress = progress
         self.run, self.data = run, data
-        self.network, self.handed_on = network, handed_on
+        self.network, self.exported = network, exported
         self.chosen_on, self.is_apart = _splits(data, config)
         self.config = dataclasses.replace(
             config,
@@ -120,12 +120,12 @@ class BeforeAfter:
             split="test" if self.is_apart else config.split,
         )
 
-    def heard(self, step: int, results: Sequence[Result]) -> None:
-        """Store results of evaluation during training, if they are about the images of the verdict."""
+    def record(self, step: int, results: Sequence[Result]) -> None:
+        """Store results of evaluation during training, if they use the images of the verdict."""
         if not self.is_apart:
             self._keep(step, results)
 
-    def knows(self, step: int) -> bool:
+    def has(self, step: int) -> bool:
         """Whether a step was evaluated with these settings."""
         try:
             return bool(read_json(self._folder(step) / _SETTINGS) == self._settings())
@@ -148,7 +148,7 @@ class BeforeAfter:
         if best not in (None, 0, last):
             steps[BEST] = best
         for step in steps.values():
-            if not self.knows(step):
+            if not self.has(step):
                 self.evaluate(step, encoder_of(step))
         results = {arm: self._results(step) for arm, step in steps.items()}
         rows: list[Row] = []
@@ -158,12 +158,12 @@ class BeforeAfter:
                 rows += metric_rows(by_arm, metric, self.data, groups=self.config.groups)
         if not self.is_apart:  # selected on the same images: no claim
             rows = [dataclasses.replace(row, difference=None) if row.arm == BEST else row for row in rows]
-        judged = BEST if self.is_apart and BEST in steps else LAST
+        subject = BEST if self.is_apart and BEST in steps else LAST
         images = describe_result(results[BEFORE][0]) or str(results[BEFORE][0].settings["split"])
         grouped = any("groups" in row.score.over for row in rows)
-        of = f"groups of images ({self.config.groups or 'of the table'})" if grouped else "images"
+        of = f"groups of images ({self.config.groups or 'from the table'})" if grouped else "images"
         notes = tuple(self._notes(steps, best, of))
-        verdict = Verdict(tuple(rows), steps, judged, best, images, notes, self.network, self.handed_on)
+        verdict = Verdict(tuple(rows), steps, subject, best, images, notes, self.network, self.exported)
         tree = {
             "sentence": verdict.sentence,
             "kind": verdict.kind,
@@ -181,19 +181,25 @@ class BeforeAfter:
     def _notes(self, steps: Mapping[str, int], best: int | None, of: str) -> list[str]:
         notes = []
         if best is None:
-            notes.append("Only the last step was scored, so none was chosen; the verdict is about it.")
+            notes.append(
+                "Only the last step was evaluated, so no step was selected; the verdict is about the last step."
+            )
         elif self.is_apart:
-            notes.append(f"Step {best} was chosen on {self.chosen_on}; the verdict is about test, which chose none.")
+            notes.append(
+                f"Step {best} was selected on {self.chosen_on}; the verdict uses test, on which no step was selected."
+            )
         else:
             notes.append(
-                "The data has no test split beside the images that chose the best step, so the verdict is about the "
-                "last step, which isn't chosen."
+                "The best step was selected on the same images, since the data has no test split; so the verdict is "
+                "about the last step, which isn't selected."
             )
             if BEST in steps:
-                notes.append(f"The score of step {best} is the highest of several on these images: too good to claim.")
+                notes.append(
+                    f"The score of step {best} is the best of several on these images, so it is biased upwards."
+                )
             if self.config.patience:
-                notes.append("If eval.patience ended training, that, too, was decided on these images.")
-        notes.append(f"The interval is over the {of}; one seed says nothing of how another run would come out.")
+                notes.append("If eval.patience stopped training, that was also decided on these images.")
+        notes.append(f"The interval is over the {of}; it doesn't include the variation between seeds.")
         return notes
 
     def _folder(self, step: int) -> Path:
@@ -208,7 +214,9 @@ class BeforeAfter:
         shutil.rmtree(folder, ignore_errors=True)
         write_details(folder / "results", results)
         write_results(folder / "results.json", list(results))
-        write_atomically(folder / _SETTINGS, json.dumps(self._settings(), indent=1))  # last: a folder with it is whole
+        write_atomically(
+            folder / _SETTINGS, json.dumps(self._settings(), indent=1)
+        )  # last: marks the folder as complete
 
     def _results(self, step: int) -> list[Result]:
         folder = self._folder(step)
@@ -216,15 +224,15 @@ class BeforeAfter:
 
 
 def _unknown(gap: Interval) -> str:
-    """What an interval of one run does not know about, to be added to its numbers."""
+    """Sources of variation missing from an interval of one run, to append to its numbers."""
     if gap.over == "nothing":
         return ""
     groups = (
-        "images that belong together (frames of a video, slices of a patient) count as independent without eval.groups"
+        "without eval.groups, related images (frames of a video, slices of a patient) count as independent"
         if gap.over == "images"
-        else "whole groups of images were resampled"
+        else "groups of images were resampled"
     )
-    return f"; one seed: another may come out differently; {groups}"
+    return f"; one seed, another may differ; {groups}"
 
 
 def verdict_path(run: Path) -> Path:
@@ -246,7 +254,7 @@ def read_verdict(run: Path) -> Verdict | None:
         return Verdict(
             rows=tuple(read_row(row) for row in tree["rows"]),
             notes=tuple(tree["notes"]),
-            **{name: tree[name] for name in _PLAIN if name in tree or name not in ("network", "handed_on")},
+            **{name: tree[name] for name in _PLAIN if name in tree or name not in ("network", "exported")},
         )
 
 
@@ -254,7 +262,7 @@ VERDICT_COLUMNS = ("protocol", "metric", "weights", "score", "difference to befo
 
 
 def verdict_cells(verdict: Verdict) -> list[tuple[str, ...]]:
-    """Text for :data:`VERDICT_COLUMNS`, a headline metric after the other."""
+    """Text for :data:`VERDICT_COLUMNS`, one headline metric after another."""
     rows = [row for row in verdict.rows if row.is_headline]
     cells: list[tuple[str, ...]] = []
     for row, (arm, score, _, gap, word) in zip(rows, table_cells(rows), strict=True):
@@ -265,8 +273,8 @@ def verdict_cells(verdict: Verdict) -> list[tuple[str, ...]]:
 
 
 def _splits(data: str, config: EvalConfig) -> tuple[str, bool]:
-    """Which images choose the best step, and whether there is a test split beside them."""
+    """The split on which the best step is selected, and whether there is a separate test split."""
     known = open_images(data).splits
-    default = next((split for split in ("val", "test") if split in known), "a seeded fifth")
+    default = next((split for split in ("val", "test") if split in known), "a random 20 %")
     chosen = SPLITS.get(config.split, config.split) if config.split else default
     return chosen, {"train", "test"} <= set(known) and chosen != "test"

@@ -1,7 +1,7 @@
 """Position metrics of a trained PART: consistency, fit, collapse, leaks, reconstruction.
 
-Letters: B images, N patches, C channels of a prediction, D embed_dim. Tables of pairs are ``(B, N, N, C)``, patch i of
-reference first.
+Letters: B images, N patches, C channels of a prediction, D embed_dim. Tables of pairs are ``(B, N, N, C)``, with the
+reference patch i first.
 """
 
 import dataclasses
@@ -38,34 +38,34 @@ NUM_TRIPLES, NUM_REFERENCES, NUM_SHOWN, NUM_DISTANCES = 4096, 8, 4, 10
 OVERFIT_IMAGES, OVERFIT_STEPS, OVERFIT_LR = 8, 1000, 5e-4
 _SPLITS = ("val", "test", "train")
 UNITS = {
-    "r2": "of the offsets; 1 perfect, 0 the best constant",
+    "r2": "R^2 of the offsets; 1: perfect, 0: the best constant",
     "rmse_px": "pixels",
-    "r2_overlap": "among pairs whose boxes intersect",
-    "r2_disjoint": "among pairs whose boxes do not",
+    "r2_overlap": "R^2 among pairs whose boxes overlap",
+    "r2_disjoint": "R^2 among pairs whose boxes don't overlap",
     "shortcut": "r2_overlap - r2_disjoint",
-    "antisymmetry": "0 perfect, 1.41 noise, 2 a constant",
-    "identity_px": "pixels between a patch and itself",
-    "composition": "0 perfect, 1.73 noise",
-    "spread_x": "spread of predictions over that of the truth; near 0: collapsed",
+    "antisymmetry": "0: perfect, 1.41: noise, 2: a constant",
+    "identity_px": "predicted distance in pixels between a patch and itself",
+    "composition": "0: perfect, 1.73: noise",
+    "spread_x": "spread of predictions relative to that of the targets; near 0: collapsed",
     "spread_y": "likewise",
-    "effective_rank": "directions that tokens use, 1..D",
-    "reconstruction": "median distance of rebuilt places, in patches",
-    "leak_order": "tokens that change when patches change places; at most 1e-4 without positions",
-    "leak_blank": "r2 on images of one colour; at most 0.01",
-    "leak_noise": "r2 where each patch is noise of its own; at most 0.01",
-    "leak_slot": "correlation of a patch's number and place",
-    "leak_border": "r2 on images of one colour after the views of training; at most 0.01",
-    "leak_size": "r2 of sizes where each box is noise of its own: what resizing gives away",
-    "overfit": "error over the best constant's after 1000 steps on 8 images from the start; at most 0.02 where pairs "
-    "and targets belong together",
+    "effective_rank": "effective rank of the tokens, 1..D",
+    "reconstruction": "median error of reconstructed positions, in patches",
+    "leak_order": "change of tokens when patches are permuted; at most 1e-4 without positions",
+    "leak_blank": "R^2 on images of one colour; at most 0.01",
+    "leak_noise": "R^2 if each patch is independent noise; at most 0.01",
+    "leak_slot": "correlation of a patch's index and position",
+    "leak_border": "R^2 on images of one colour after training augmentation; at most 0.01",
+    "leak_size": "R^2 of sizes if each box is independent noise: what resizing reveals",
+    "overfit": "error relative to the best constant's after 1000 steps from scratch on 8 images; at most 0.02 if pairs "
+    "and targets match",
 }
 GATES = {"leak_order": 1e-4, "leak_blank": 0.01, "leak_noise": 0.01, "leak_border": 0.01}
-"""The most that a probe of a leak may show."""
+"""Upper limits of the leak metrics."""
 
 
 @dataclass(frozen=True)
 class PositionProbe:
-    """Numbers, and what pictures are drawn from."""
+    """Metrics, and data for figures."""
 
     metrics: dict[str, float]
     """As listed in :data:`UNITS`; NaN if undefined."""
@@ -88,7 +88,7 @@ def probe_positions(
     data: str | None = None,
     num_images: int = 32,
     seed: int = 0,
-    learn_by_heart: bool = False,
+    run_overfit: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PositionProbe:
     """Probe a run of PART on held-out images if its data set has some, cropped as in training.
@@ -98,7 +98,7 @@ def probe_positions(
         data: images; None: those of the run.
         num_images: B.
         seed: of images, views, patches and noise.
-        learn_by_heart: also overfit the untrained method on eight of the images; see :func:`overfit`.
+        run_overfit: also overfit the untrained method on eight of the images; see :func:`overfit`.
         progress: called with completed and total steps of overfitting.
 
     Raises:
@@ -110,11 +110,11 @@ def probe_positions(
     method = load_method(run)
     check_folder(run / FOLDER)
     if not isinstance(method, PART):
-        raise ConfigError(f"{run}: probes of positions are for part, this is {method.name}")
+        raise ConfigError(f"{run}: is a run of {method.name}; position probes need a run of part")
     config = read_yaml(run / CONFIG_FILE)
     views = method.make_views(int(config["data"]["image_size"]))
     if not isinstance(views, MultiCrop):
-        raise ConfigError(f"{run}: probes of positions are for images; of signals, r2_time in the log tells the fit")
+        raise ConfigError(f"{run}: position probes need images; for signals, see r2_time in the log")
     images = _held_out(open_images(data or str(config["data"]["path"])).with_pixels(trained_pixels(config)))
     channels = method.encoder.in_chans
     batch = next(iter(TrainLoader(images, views, batch_size=num_images, seed=seed, channels=channels)))
@@ -122,10 +122,10 @@ def probe_positions(
     blank = _blank_views(views, num_images, channels, seed)
     with torch.no_grad(), eval_mode(method):
         probe = measure(method, crops, blank, seed)
-    if not learn_by_heart:
+    if not run_overfit:
         return probe
     trained = resolve(config, str(run / CONFIG_FILE))
-    fresh = build_method(trained)  # as it was before the first step
+    fresh = build_method(trained)  # before the first step
     assert isinstance(fresh, PART)
     error = overfit(fresh, crops[:OVERFIT_IMAGES], progress=progress)
     return dataclasses.replace(probe, metrics={**probe.metrics, "overfit": error})
@@ -225,7 +225,7 @@ def fit_by_distance(
 
 
 def antisymmetry(table: Float[Tensor, "B N N A"], truth: Float[Tensor, "B N N A"]) -> float:
-    """RMS of (i, j) + (j, i) over the RMS of (i, j), without the diagonal; NaN if next to nothing is predicted."""
+    """RMS of (i, j) + (j, i) over the RMS of (i, j), without the diagonal; NaN if predictions are near 0."""
     off = ~torch.eye(table.shape[1], dtype=torch.bool)
     size = rms(table[:, off])
     return rms((table + table.transpose(1, 2))[:, off]) / size if size >= 1e-3 * float(truth.std()) else math.nan
@@ -290,7 +290,7 @@ def leaks(
         "leak_border": _score(part, part.sampler(keys, blank), keys, images)[0],
         "leak_size": math.nan,
     }
-    if part.sampler.has_sizes:  # noise of each box's own at its own size, then resized
+    if part.sampler.has_sizes:  # independent noise at each box's size, then resized
         found["leak_size"] = _score(
             part, noise._replace(pixels=_resized_noise(part, patches, generator)), keys, images
         )[1]
@@ -309,7 +309,7 @@ def write_probe(run: Path, probe: PositionProbe) -> Path:
 
 
 def rms(values: Tensor) -> float:
-    """Root of the mean square."""
+    """Root mean square."""
     return float(values.square().mean().sqrt())
 
 
@@ -327,7 +327,7 @@ def _tables(part: PART, patches: Patches, tokens: Tensor, size: tuple[int, ...])
 
 
 def _score(part: PART, patches: Patches, keys: Tensor, images: Tensor) -> tuple[float, float]:
-    """R^2 of offsets and of sizes (NaN: undefined), the better axis of each."""
+    """R^2 of offsets and of sizes (NaN if undefined), each for the better axis."""
     tokens, _ = part.encode(patches, keys)
     prediction, target, _, _ = _tables(part, patches, tokens, tuple(images.shape[2:]))
     scores = r_squared(prediction, target)
@@ -335,7 +335,7 @@ def _score(part: PART, patches: Patches, keys: Tensor, images: Tensor) -> tuple[
 
 
 def _resized_noise(part: PART, patches: Patches, generator: torch.Generator) -> Tensor:
-    """Each box cut out of a noise image of its own, as large as the largest box."""
+    """Each box cropped from its own noise image, which is as large as the largest box."""
     boxes = patches.boxes.flatten(0, 1)
     sides = boxes[:, 2:] - boxes[:, :2]
     own = torch.cat([torch.zeros_like(sides), sides], dim=1)[:, None]
@@ -355,7 +355,7 @@ def _held_out(images: ImageSet) -> ImageSet:
 
 
 def _blank_views(views: MultiCrop, count: int, channels: int, seed: int) -> Tensor:
-    """Images of one colour each, through the views of training: only frames and fills can vary."""
+    """Images of one colour each after training augmentation: only borders and padding can vary."""
     samples = []
     for place in range(count):
         rng = np.random.default_rng([seed, place])

@@ -1,4 +1,4 @@
-"""What there is: the methods, their recipes, and the numbers that were reached with them. Nothing heavy is imported."""
+"""Catalogue of methods, recipes and measured results; imports nothing heavy."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ NOT_MEASURED = "*not yet measured*"
 
 
 def recipe_files() -> list[Path]:
-    """The recipes that come with Smalti: in the package, or in the checkout it runs from."""
+    """Files of the recipes that come with Smalti, in the package or in the checkout."""
     package = Path(__file__).parents[1]
     for folder in (package / "recipes", package.parents[1] / "recipes"):
         if folder.is_dir():
@@ -21,10 +21,10 @@ def recipe_files() -> list[Path]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A recipe by its path, or by the name of one that comes with Smalti (with or without ending).
+    """Path of a recipe, given its path or the name of one that comes with Smalti (with or without suffix).
 
     Raises:
-        ConfigError: if there is neither; the closest name is suggested.
+        ConfigError: if it doesn't exist; the closest name is suggested.
     """
     path = Path(name).expanduser()
     shipped = {recipe.name: recipe for recipe in recipe_files()}
@@ -37,7 +37,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def catalogue() -> list[tuple[str, ...]]:
-    """A row of text per method, in the order of :data:`COLUMNS`; ``reached`` is the recipe's own line of that name."""
+    """A row of text per method with :data:`COLUMNS`; ``reached`` comes from the recipe's line ``# Reached: ...``."""
     rows: list[tuple[str, ...]] = []
     for name, method in listed("method").items():
         recipes = [path for path in recipe_files() if path.stem.split("_")[0] == name]

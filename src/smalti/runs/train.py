@@ -1,4 +1,4 @@
-"""The main job: a folder of images in, a run directory with a better encoder out."""
+"""Train an encoder on a folder of images, into a run directory."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from timm.models.vision_transformer import Block
 
 from smalti.config import (
@@ -61,8 +62,8 @@ from smalti.runs.folder import (
     CONFIG_FILE,
     RUN_FILE,
     check_same_images,
-    mend_folder,
-    note_end,
+    record_end,
+    repair_folder,
     write_run_file,
 )
 from smalti.runs.lock import locked
@@ -84,7 +85,7 @@ from smalti.training.optim import OptimConfig, build_optimizer
 from smalti.training.processes import launch
 
 FIRST_LOOK = 20
-"""Images of which one must be readable before a run is begun."""
+"""Number of first images of which at least one must be readable before a run starts."""
 
 
 def train(
@@ -104,7 +105,7 @@ def train(
         data: value of ``data.path``.
         out: the run directory, new or empty.
         init: weights to start from, see :class:`RunConfig`.
-        recipe: a YAML file of settings, or the name of one that comes with Smalti.
+        recipe: a YAML file of settings, or the name of a shipped recipe.
         overrides: further settings as a tree, such as ``{"steps": 100, "method": {"mask_ratio": 0.6}}``.
         quiet: show no progress.
 
@@ -112,7 +113,7 @@ def train(
         The run directory.
 
     Raises:
-        ConfigError, DataError, WeightsError, RunError: with a one-line message that says what to do.
+        ConfigError, DataError, WeightsError, RunError: for an invalid setting or input, or if training fails.
         Interrupted: after a signal; a checkpoint was written, from which :func:`resume` continues.
     """
     tree = read_yaml(find_recipe(recipe)) if recipe else {}
@@ -130,7 +131,7 @@ def train(
     if run.is_file():
         raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
     if not is_text(run.absolute()):
-        raise ConfigError(f"{as_text(run)}: its path is not UTF-8, and weights can't be read from there; rename it")
+        raise ConfigError(f"{as_text(run)}: the path is not UTF-8, so weights can't be read from it; rename it")
     if _is_first_process():
         _check_free(run)
         check_folder(run)
@@ -140,7 +141,7 @@ def train(
     _check_before_writing(config, images, quiet=under_launcher() and not _is_first_process())
     with _written_by_this_process(run):
         if _is_first_process():
-            _check_free(run)  # another process may have been quicker
+            _check_free(run)  # again: another process may have written to it
             remove_leftovers(run)
             if not quiet:
                 print(f"data: {found.account()}", file=sys.stderr)
@@ -162,8 +163,8 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
 
     Raises:
         ConfigError: if there is no such run, or a setting can't be changed.
-        RunError: if another process writes into it.
-        WeightsError: if it has checkpoints, none of which can be read.
+        RunError: if another process is writing into it.
+        WeightsError: if none of its checkpoints can be read.
         Interrupted: after a signal; a checkpoint was written.
     """
     run = Path(run).expanduser()
@@ -177,7 +178,8 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
     for name in flatten(overrides):
         if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE):
             raise ConfigError(
-                f"{name} can't change when a run is resumed, the weights would differ; free are {', '.join(MAY_CHANGE)}"
+                f"{name} can't change when a run is resumed, since it affects the weights; only "
+                f"{', '.join(MAY_CHANGE)} can"
             )
     config = resolve(merge(before, absolute_paths(overrides)), str(path))
     divide_batch(config)
@@ -185,7 +187,7 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
     images = open_training(config)
     with _written_by_this_process(run):
         if _is_first_process():
-            mend_folder(run)
+            repair_folder(run)
         check_same_images(run, images)
         checkpoint, notes = usable_checkpoint(run, set_aside=_is_first_process())
         if _is_first_process():
@@ -194,31 +196,31 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
             if not (run / RUN_FILE).exists():
                 write_run_file(run, images, config.init, chosen_precision(config))
             if checkpoint is None:
-                print(f"{run}: has no checkpoint yet; it starts from step 0", file=sys.stderr)
+                print(f"{run}: has no checkpoint yet; starting from step 0", file=sys.stderr)
         _start(run, config, checkpoint, quiet)
     return run
 
 
 def _check_free(run: Path) -> None:
-    """Refuse a folder that holds something.
+    """Check that a folder is missing or empty.
 
     Raises:
-        ConfigError: naming the command that resumes it.
+        ConfigError: if it isn't; names the command that resumes it.
     """
     if not is_free(run):
         raise ConfigError(f"{run}: is not empty; choose another --out, or resume it with: smalti train --resume {run}")
 
 
 def _written_by_this_process(run: Path) -> contextlib.AbstractContextManager[None]:
-    """The lock of a run directory; of several processes the first one holds it."""
+    """The lock of a run directory, held by the first of several processes."""
     return locked(run) if _is_first_process() else contextlib.nullcontext()
 
 
 def _check_before_writing(config: RunConfig, images: Dataset, quiet: bool) -> None:
-    """Find mistakes while there is nothing to clean up.
+    """Check settings and images before anything is written.
 
     Raises:
-        ConfigError, DataError, ShapeError, WeightsError: the mistake.
+        ConfigError, DataError, ShapeError, WeightsError: if a check fails.
     """
     check_evaluation(config)
     resolve_precision(config.precision, resolve_devices(config.devices).kind)
@@ -233,7 +235,10 @@ def _check_before_writing(config: RunConfig, images: Dataset, quiet: bool) -> No
         )
     method.bind(images, config.data.image_size)
     if config.weights is not None and config.weights not in method.networks():
-        raise ConfigError(f"weights={config.weights}: {method.name} as it is set has {', '.join(method.networks())}")
+        raise ConfigError(
+            f"weights={config.weights}: {method.name} with these settings has {', '.join(method.networks())}; choose "
+            "one"
+        )
     views = method.make_views(config.data.image_size)
     build_optimizer(method.param_groups(), config.optim)
     _check_freeze(method, config.optim)
@@ -264,13 +269,13 @@ def _check_freeze(method: Method, config: OptimConfig) -> None:
     beside = any(parameter.requires_grad and parameter not in inside for parameter in method.parameters())
     if config.freeze_encoder_ratio and not beside:
         raise ConfigError(
-            f"optim.freeze_encoder_ratio={config.freeze_encoder_ratio}: {method.name} trains nothing beside its "
-            "encoder; leave it at 0"
+            f"optim.freeze_encoder_ratio={config.freeze_encoder_ratio}: {method.name} trains only its "
+            "encoder; leave it out"
         )
 
 
 def _check_pool(method: Method, config: RunConfig) -> None:
-    """Check that the method's loss uses a pooling with parameters, which would otherwise be exported untrained.
+    """Check that a pooling with parameters is part of the method's loss; otherwise it would be exported untrained.
 
     Raises:
         ConfigError: if it doesn't.
@@ -280,16 +285,16 @@ def _check_pool(method: Method, config: RunConfig) -> None:
     pool = next(iter(method.networks().values())).vit.attn_pool
     if pool is not None and any(True for _ in pool.parameters()) and not method.pools_images:
         raise ConfigError(
-            f"pool={config.pool}: {method.name} learns from patches alone, so the parameters of this pooling would "
-            "stay as they were drawn; choose auto, cls, avg, or prr without norms"
+            f"pool={config.pool}: the loss of {method.name} uses patch tokens only, so the parameters of this pooling "
+            "would stay untrained; choose auto, cls, avg, or prr without norms"
         )
 
 
 def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
-    """Start the processes set by ``devices``, or use this one if a launcher has started it already.
+    """Start the processes set by ``devices``, or use this one if it was started by a launcher.
 
     Raises:
-        Interrupted: after a signal, with the line that says how to resume.
+        Interrupted: after a signal; the message says how to resume.
     """
     devices = resolve_devices(config.devices)
     if config.precision == "auto" and not quiet and _is_first_process():
@@ -309,7 +314,7 @@ def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -
 
 
 def _resumed(state: TrainingState, checkpoint: Path | None, processes: int, micro_batch: int) -> str:
-    """Where a run resumes, and how its steps are divided now if that has changed."""
+    """A line about the step at which a run resumes, and changes in how the batch is divided."""
     changes = [
         f"{name} {before} -> {now}"
         for name, before, now in (
@@ -335,6 +340,21 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
             raise Interrupted(stop.number) from None
 
 
+def _prepare_method(config: RunConfig, images: Dataset, checkpoint: Path | None, device: torch.device) -> Method:
+    """Build the method, bind it to the images, fit its statistics in a new run, and compile it if configured."""
+    description = None if checkpoint is None else encoder_description(checkpoint)
+    method = build_method(config, description)
+    method.bind(images, config.data.image_size)
+    if method.fit_images and checkpoint is None and not config.init:
+        method.fit(fitting_batches(method, images, config))
+    method = method.to(device)
+    if config.compile:
+        for module in method.modules():
+            if isinstance(module, Block):
+                module.compile()
+    return method
+
+
 def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, interrupt: Interrupt) -> None:
     kind = resolve_devices("cpu" if config.devices == "cpu" else "auto").kind
     micro_batch, accumulate = divide_batch(config)
@@ -342,19 +362,10 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
         kind, resolve_precision(config.precision, kind), accumulate, config.log.trackers, run
     )
     if accelerator.num_processes > 1:
-        interrupt.share(PATIENCE)
+        interrupt.synchronize(PATIENCE)
     images = open_training(config)
-    description = None if checkpoint is None else encoder_description(checkpoint)
-    method = build_method(config, description)
-    method.bind(images, config.data.image_size)
-    if method.fit_images and checkpoint is None and not config.init:
-        method.fit(fitting_batches(method, images, config))
-    method = method.to(accelerator.device)
+    method = _prepare_method(config, images, checkpoint, accelerator.device)
     limit_threads(method, micro_batch)
-    if config.compile:
-        for module in method.modules():
-            if isinstance(module, Block):
-                module.compile()
     optimizer = build_optimizer(method.param_groups(), config.optim)
     main = accelerator.is_main_process
     state: TrainingState | None = None
@@ -392,7 +403,7 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
     hook = EvaluationHook(config, run, evaluates=main, progress=interrupt.check) if config.eval.data else None
     counted = -1 if state is None else state.evaluated_step
     if hook is not None and main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
-        hook.evaluate(counted, method)  # counted already, but its file is lost
+        hook.evaluate(counted, method)  # already counted, but its file is missing
     loop = LoopConfig(
         steps=config.steps,
         batch_size=config.batch_size,
@@ -423,15 +434,15 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
         if screen is not None:
             screen.close()
         for tracker in accelerator.trackers:
-            tracker.finish()  # not end_training: it would destroy the process group, which is used once more below
+            tracker.finish()  # not end_training, which would destroy the process group used below
     if main:
-        note_end(run, started, method)
+        record_end(run, started, method)
         if hook is not None and hook.before_and_after is not None:
-            best = state.best_step if state.num_evaluations > 1 else None  # of one score nothing is chosen
+            best = state.best_step if state.num_evaluations > 1 else None  # nothing is selected from one score
             hook.before_and_after.conclude(state.step, best, partial(encoder_at, run, config))
     accelerator.wait_for_everyone()
 
 
 def _is_first_process() -> bool:
-    """Whether this process writes: the first of several, or the only one."""
+    """Whether this process writes files: the only one, or the first of several."""
     return int(os.environ.get("RANK", "0")) == 0

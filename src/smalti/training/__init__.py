@@ -1,1 +1,1 @@
-"""The one training loop and what it needs: optimiser, schedules, checkpoints, health."""
+"""The training loop: optimiser, schedules, checkpoints, health checks."""

@@ -164,8 +164,8 @@ class Checkpoints:
         misfits = sorted({*weights} ^ {*own}) or [key for key in own if own[key].shape != weights[key].shape]
         if misfits:
             raise WeightsError(
-                f"{path}: holds another method or architecture than the run's config.yaml says; "
-                f"'{misfits[0]}' does not fit"
+                f"{path}: doesn't match the method and architecture in the run's config.yaml: "
+                f"'{misfits[0]}' is missing, unexpected or has another shape"
             )
         self.method.load_state_dict(weights)
         self.optimizer.load_state_dict(read_torch(path / OPTIMIZER_FILE))
@@ -230,7 +230,7 @@ def check_checkpoint(path: Path) -> None:
         with reading(path / name, "a part of a checkpoint", WeightsError):
             is_whole = _checksum(path / name) == sums.get(name)
         if not is_whole:
-            raise WeightsError(f"{path / name}: is damaged (its checksum is not the one it was written with)")
+            raise WeightsError(f"{path / name}: is damaged (its checksum differs from the stored one)")
 
 
 def usable_checkpoint(run: Path, set_aside: bool) -> tuple[Path | None, list[str]]:
@@ -264,7 +264,7 @@ def usable_checkpoint(run: Path, set_aside: bool) -> tuple[Path | None, list[str
             aside = folder / f"damaged_{old.name}"
             shutil.rmtree(aside, ignore_errors=True)
             old.rename(aside)
-    kept = f"going back to {path.name}; it is kept as damaged_"
+    kept = f"rolled back to {path.name}; it is kept as damaged_"
     return path, [f"{error}; {kept}{old.name}" for old, error in broken]
 
 

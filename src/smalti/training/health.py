@@ -1,4 +1,4 @@
-"""Is the run well? Sums and a finite check that stay on the device, read now and then."""
+"""Health of a run: sums and finite checks that stay on the device and are read at intervals."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,14 +17,14 @@ WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What :meth:`Health.read` found over the steps since the last reading."""
+class HealthReading:
+    """Result of :meth:`Health.read`, over the steps since the last reading."""
 
     means: dict[str, float]
     """Name -> mean over steps and processes: loss terms, observations, ``grad_norm``."""
     bad: dict[str, int]
-    """Name -> first step at which it was not finite, of the loss terms, ``grad_norm`` and ``weights``; empty if all is
-    well."""
+    """Name -> first step at which it was not finite, of loss terms, ``grad_norm`` and ``weights``; empty if all
+    are finite."""
 
 
 class Health:
@@ -63,7 +63,7 @@ class Health:
         self._steps += 1
 
     @torch.no_grad()
-    def read(self, step: int, weights: Iterable[Tensor]) -> Reading:
+    def read(self, step: int, weights: Iterable[Tensor]) -> HealthReading:
         """Means and the first non-finite step since the last call, over all processes; synchronises with the device.
 
         Weights count as non-finite if they or the sum of their squares are: a loss can stay finite for some steps
@@ -74,7 +74,7 @@ class Health:
             weights: all tensors of a checkpoint, checked now; integer tensors are skipped.
         """
         if self._sum is None or self._first_bad is None:
-            return Reading({}, {})
+            return HealthReading({}, {})
         never = torch.iinfo(torch.int64).max
         is_finite = torch.isfinite(get_total_norm([value for value in weights if value.is_floating_point()]))
         of_weights = torch.where(is_finite, never, step).to(self._first_bad)
@@ -84,7 +84,7 @@ class Health:
             mean /= torch.distributed.get_world_size()
             torch.distributed.all_reduce(first_bad, op=torch.distributed.ReduceOp.MIN)
         steps = dict(zip([*self._names[: self._watched], WEIGHTS], first_bad.tolist(), strict=True))
-        reading = Reading(
+        reading = HealthReading(
             dict(zip(self._names, mean.tolist(), strict=True)),
             {name: step for name, step in steps.items() if step != never},
         )
@@ -94,11 +94,11 @@ class Health:
 
 @torch.no_grad()
 def feature_health(encoder: Encoder, images: Float[Tensor, "B C H W"], max_tokens: int = 4096) -> dict[str, float]:
-    """Spread of an encoder's patch tokens: values near zero mean collapse.
+    """Spread of an encoder's patch tokens; values near zero indicate collapse.
 
     Args:
-        encoder: in any mode, which is restored.
-        images: normalised.
+        encoder: in train or eval mode, which is restored.
+        images: normalised images.
         max_tokens: number of tokens used, evenly spaced.
 
     Returns:
@@ -109,8 +109,7 @@ def feature_health(encoder: Encoder, images: Float[Tensor, "B C H W"], max_token
     """
     with eval_mode(encoder):
         tokens = encoder.encode(images).patches.flatten(0, 1).float()
-    # float32 also where the caller has autocast on: GPUs have no eigenvalues in half precision, and a covariance in
-    # bf16 is too coarse
+    # float32 even under autocast: GPUs have no half-precision eigenvalues, and a bf16 covariance is too coarse
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens[:: max(1, len(tokens) // max_tokens)]
         if not torch.isfinite(tokens).all():  # weights that are about to overflow

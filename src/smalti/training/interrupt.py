@@ -23,16 +23,16 @@ from smalti.errors import exit_code
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 REPEAT_S = 1.0
-"""Signals this soon after the first are the same request: schedulers send it to a process and to its group."""
+"""Signals within this time after the first are the same request: schedulers signal a process and its group."""
 
 
 class StopRequested(Exception):
-    """Raised between two parts of work that is not a training step, such as an evaluation, to end it early."""
+    """Raised between parts of long work other than training steps, such as an evaluation, to stop it early."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-        """Of the signal."""
+        """Signal number."""
 
 
 class Interrupt:
@@ -43,25 +43,25 @@ class Interrupt:
         self._group: Any = None
         self._pending: tuple[Any, Tensor] | None = None
 
-    def share(self, timeout: timedelta) -> None:
-        """From now on all processes agree on the step; each of them calls this. ``timeout``: how long one waits."""
+    def synchronize(self, timeout: timedelta) -> None:
+        """Make all processes stop after the same step; called by each of them. ``timeout``: of their communication."""
         self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
     def ask(self, number: int) -> None:
-        """Note a signal; the first counts."""
+        """Record a signal; only the first counts."""
         self.number = self.number or number
 
     def check(self, *_: object) -> None:
-        """Called by long-running work between its parts, with the arguments of progress callbacks.
+        """Progress callback that stops long-running work between its parts; arguments are ignored.
 
         Raises:
-            StopRequested: if a signal has come.
+            StopRequested: if a signal was received.
         """
         if self.number:
             raise StopRequested(self.number)
 
     def agreed(self) -> int:
-        """The signal because of which all processes stop now, else 0; all processes call this once per step.
+        """The signal for which all processes stop now, else 0; all processes call this once per step.
 
         With several processes, each sends its signal at one step and reads those of the others at the next. No process
         waits, since the exchange runs during the step, on the CPU.
@@ -79,7 +79,7 @@ class Interrupt:
         return received
 
     def finish(self) -> None:
-        """Wait for the last exchange, so that no process leaves while another still sends."""
+        """Wait for the last exchange, so that no process exits while another is still sending."""
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None
@@ -130,7 +130,7 @@ def end_at_once(number: int) -> None:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Within the block, signals wait; a process that is started in it lets them in by :func:`handled_signals`."""
+    """Within the block, signals are blocked; a process started in it unblocks them by :func:`handled_signals`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -19,26 +19,26 @@ from smalti.threads import chosen_by_command, chosen_by_user, usable_cores
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 MIN_LAYER_WORK = 5_000_000
-"""Tokens in a batch times the square of their width, below which two threads gain less than a tenth over one; measured
-in docs/evidence/benchmarks.md."""
+"""Tokens per batch times their squared width, below which two threads are less than 10 % faster than one; measured in
+docs/evidence/benchmarks.md."""
 PATIENCE = timedelta(hours=2)  # one process evaluates while the others wait
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a run happens."""
+    """Devices of a run."""
 
     kind: str
     """``cuda`` or ``cpu``."""
     processes: int
-    """One a device."""
+    """Number of processes, one per device."""
 
 
 def resolve_devices(devices: int | str) -> Devices:
-    """What ``devices=auto|cpu|N`` means on this machine: one GPU or the CPU, or N of the better kind.
+    """Resolve ``devices=auto|cpu|N`` on this machine: one GPU or the CPU, or N GPUs, or N processes on the CPU.
 
     Raises:
-        ConfigError: for another value, or more GPUs than there are.
+        ConfigError: for another value, or more GPUs than available.
     """
     gpus = torch.cuda.device_count()
     if devices == "auto":
@@ -46,17 +46,17 @@ def resolve_devices(devices: int | str) -> Devices:
     if devices == "cpu":
         return Devices("cpu", 1)
     if not isinstance(devices, int) or devices < 1:
-        raise ConfigError(f"devices={devices!r}: auto, cpu or a number of devices from 1 on is needed")
+        raise ConfigError(f"devices={devices!r}: auto, cpu or a number of at least 1 is needed")
     if gpus and devices > gpus:
-        raise ConfigError(f"devices={devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
+        raise ConfigError(f"devices={devices}: this machine has only {gpus} GPU{'s' if gpus > 1 else ''}")
     return Devices("cuda" if gpus else "cpu", devices)
 
 
 def resolve_precision(precision: str, kind: str) -> str:
-    """``auto`` is bf16 on GPUs with native support (not emulated), else fp32.
+    """Resolve ``auto``: bf16 on GPUs with native support (not emulated), else fp32.
 
     Raises:
-        ConfigError: for another name; float16 is not offered, its loss scaling would make resume inexact.
+        ConfigError: for another name; float16 isn't supported, since its loss scaling would make resuming inexact.
     """
     if precision == "auto":
         return "bf16" if has_bf16(kind) else "fp32"
@@ -84,19 +84,19 @@ def split_batch(batch_size: int, micro_batch: int | None, processes: int) -> tup
     if batch_size % processes:
         below = max(batch_size // processes, 1)
         near = (below * processes, (below + 1) * processes)
-        works = " and ".join(f"batch_size={size}" for size in near)
+        works = " or ".join(f"batch_size={size}" for size in near)
         fewer = [count for count in range(processes - 1, 0, -1) if batch_size % count == 0][:1]
         works += "".join(f", or devices={count}" for count in fewer)
-        raise ConfigError(f"batch_size={batch_size} can't be divided over devices={processes}; {works} can")
+        raise ConfigError(f"batch_size={batch_size} can't be divided over devices={processes}; use {works}")
     own = batch_size // processes
     if micro_batch is None:
         return own, 1
     if own % micro_batch:
         fits = [size for size in range(1, own + 1) if own % size == 0]
         smaller, larger = [size for size in fits if size < micro_batch], [size for size in fits if size > micro_batch]
-        works = " and ".join(f"micro_batch={size}" for size in (*smaller[-1:], *larger[:1]))
+        works = " or ".join(f"micro_batch={size}" for size in (*smaller[-1:], *larger[:1]))
         of = f"batch_size={batch_size}" + (f" on devices={processes} ({own} each)" if processes > 1 else "")
-        raise ConfigError(f"{of} is not a multiple of micro_batch={micro_batch}; {works} divide it")
+        raise ConfigError(f"{of} is not a multiple of micro_batch={micro_batch}; use {works}")
     return micro_batch, own // micro_batch
 
 
@@ -120,14 +120,14 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun, or we ourselves, started this process as one of several."""
+    """Whether torchrun or Smalti started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def make_accelerator(
     kind: str, precision: str, accumulate: int, trackers: tuple[str, ...] = (), folder: Path | None = None
 ) -> Accelerator:
-    """Accelerate's view of this process; trackers that write files write them to ``folder``."""
+    """Create the Accelerator of this process; trackers write their files to ``folder``."""
     return Accelerator(
         cpu=kind == "cpu",
         project_dir=folder,
@@ -150,7 +150,7 @@ def share_threads(processes: int) -> None:
 def limit_threads(method: Method, batch_size: int) -> None:
     """Use one thread for small steps, where synchronisation costs as much as a second thread gains.
 
-    Only if the command has set its number of threads itself: OMP_NUM_THREADS and the threads of a host program are
+    Only if the command chose the number of threads; the user's OMP_NUM_THREADS and the threads of a host program are
     respected.
 
     Args:
@@ -167,7 +167,7 @@ def limit_threads(method: Method, batch_size: int) -> None:
 
 
 def layer_work(encoder: Encoder, batch_size: int) -> int:
-    """Patches of a batch times the square of the width: a matrix product of a block is 1 to 4 times that many
+    """Patches of a batch times the squared width; each matrix product of a block needs 1 to 4 times as many
     multiplications."""
     (height, width), (patch_height, patch_width) = encoder.img_size, encoder.patch_size
     return batch_size * (height // patch_height) * (width // patch_width) * encoder.embed_dim**2

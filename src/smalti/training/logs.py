@@ -57,7 +57,7 @@ class CSVLog:
         if not self.events.exists():
             _append(self.events, ["step", "event", "detail"])
         _append(self.events, [str(step), event, detail])
-        if event == "went back":
+        if event == "rolled back":
             self.started(step, 0)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:

@@ -19,10 +19,10 @@ from smalti.data.views import Views
 from smalti.errors import Interrupted, RunError
 from smalti.methods.base import Method
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
-from smalti.training.health import GRAD_NORM, WEIGHTS, Health, feature_health
+from smalti.training.health import GRAD_NORM, WEIGHTS, Health, HealthReading, feature_health
 from smalti.training.interrupt import Interrupt, StopRequested
 from smalti.training.optim import OptimConfig, peak_lr
-from smalti.training.step import training_step
+from smalti.training.step import StepResult, training_step
 
 _WATCHED = {GRAD_NORM: "the gradient norm is", WEIGHTS: "the weights are"}
 MAX_SETBACKS = 3
@@ -77,7 +77,7 @@ class Listener(Protocol):
 
 @runtime_checkable
 class Hook(Protocol):
-    """Something to do after some of the steps: evaluation in training."""
+    """Called after some of the steps, such as for evaluation during training."""
 
     def due(self, step: int) -> bool:
         """Whether to call it after ``step`` steps, the same in all processes, which first check together for non-finite
@@ -102,7 +102,7 @@ def train(
     unreadable: UnreadableLog | None = None,
     interrupt: Interrupt | None = None,
 ) -> TrainingState:
-    """Train for ``config.steps``, until ``config.patience`` scores in a row are no new best, or until a signal.
+    """Train until ``config.steps``, until ``config.patience`` scores in a row without a new best, or until a signal.
 
     Args:
         method: on the accelerator's device, not wrapped.
@@ -131,12 +131,12 @@ def train(
     checkpoints = Checkpoints(run, method, optimizer, config.checkpoint, accelerator.is_main_process)
     is_new = state is None
     state = TrainingState() if state is None else state
-    if config.evaluated_with and state.evaluated_with != config.evaluated_with:  # earlier scores don't compare
+    if config.evaluated_with and state.evaluated_with != config.evaluated_with:  # earlier scores are not comparable
         state.best_score, state.best_step, state.without_best, state.num_evaluations = None, None, 0, 0
         state.evaluated_with = config.evaluated_with
     state.num_processes, state.micro_batch = world, config.batch_size // (config.accumulate * world)
     if is_new:
-        checkpoints.save(state)  # somewhere to go back to
+        checkpoints.save(state)  # to roll back to
     interrupt = interrupt or Interrupt()
 
     health, clock = Health(), Clock(config.batch_size)
@@ -149,17 +149,17 @@ def train(
         return views.to(device)
 
     stop = 0
-    if state.evaluated_step < state.step:  # before training, or an evaluation lost to a kill
-        stop = _evaluate_encoder(
-            [hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator
-        )
+    if state.evaluated_step < state.step:  # before training, or after a kill during an evaluation
+        stop = _run_hooks([hook for hook in hooks if hook.due(state.step)], method, state, checkpoints, accelerator)
     clock.start(state.step)
     for listener in listeners:
         listener.started(state.step, config.steps)
 
     while state.step < config.steps and not _has_lost_patience(state, config) and not stop:
         progress = state.step / config.steps
-        torch.manual_seed(sample_key(config.seed, state.step, rank))  # a step's randomness is its own
+        torch.manual_seed(
+            sample_key(config.seed, state.step, rank)
+        )  # random numbers depend on seed, step and rank only
         done = training_step(
             method,
             optimizer,
@@ -182,19 +182,13 @@ def train(
         if to_log or to_save or due:
             reading = health.read(state.step, method.state_dict().values())
             if reading.bad:
-                state = _go_back(checkpoints, state, reading.bad, listeners)
+                state = _roll_back(checkpoints, state, reading.bad, listeners)
                 accelerator.wait_for_everyone()
                 batches = make_batches(state.step * config.accumulate)
                 clock.start(state.step)
                 continue
             if to_log:
-                losses_sum = sum(value for name, value in reading.means.items() if name.startswith("loss/"))
-                row = {"step": float(state.step), "progress": state.step / config.steps, "lr": done.lr}
-                row |= {"weight_decay": done.weight_decay, "loss": losses_sum, **reading.means}
-                if method.export_network:
-                    encoder = method.networks()[method.export_network]
-                    with accelerator.autocast():
-                        row |= feature_health(encoder, encoder.normalize(done.views.global_crops[:HEALTH_IMAGES]))
+                row = _log_row(state.step, config.steps, done, reading, method, accelerator)
                 findings = method.diagnose(done.views, progress)
                 row |= findings.numbers
                 for name, text in findings.warnings.items():
@@ -210,13 +204,13 @@ def train(
         if to_save:
             checkpoints.save(state)
         if due and not stop:
-            stop = _evaluate_encoder(due, method, state, checkpoints, accelerator)
+            stop = _run_hooks(due, method, state, checkpoints, accelerator)
             if stop and not to_save:
                 checkpoints.save(state)
             if _has_lost_patience(state, config) and not last:
                 if not to_save:
                     checkpoints.save(state)
-                text = f"no evaluation was better than that of step {state.best_step} in the last {config.patience}"
+                text = f"none of the last {config.patience} evaluations was better than that of step {state.best_step}"
                 for listener in listeners:
                     listener.event(state.step, "stopped early", text)
     interrupt.finish()
@@ -229,7 +223,21 @@ def train(
     return state
 
 
-def _evaluate_encoder(
+def _log_row(
+    step: int, steps: int, done: StepResult, reading: HealthReading, method: Method, accelerator: Accelerator
+) -> dict[str, float]:
+    """A row of the log: schedules, means since the last row, and feature statistics of the exported network."""
+    losses_sum = sum(value for name, value in reading.means.items() if name.startswith("loss/"))
+    row = {"step": float(step), "progress": step / steps, "lr": done.lr}
+    row |= {"weight_decay": done.weight_decay, "loss": losses_sum, **reading.means}
+    if method.export_network:
+        encoder = method.networks()[method.export_network]
+        with accelerator.autocast():
+            row |= feature_health(encoder, encoder.normalize(done.views.global_crops[:HEALTH_IMAGES]))
+    return row
+
+
+def _run_hooks(
     hooks: list[Hook],
     method: Method,
     state: TrainingState,
@@ -246,14 +254,14 @@ def _evaluate_encoder(
         return 0
     is_best = False
     for hook in hooks:
-        heard: list[Any] = [None, 0]
+        outcome: list[Any] = [None, 0]
         try:
-            heard[0] = hook(state.step, method)
+            outcome[0] = hook(state.step, method)
         except StopRequested as stop:
-            heard[1] = stop.number
+            outcome[1] = stop.number
         if accelerator.num_processes > 1:
-            broadcast_object_list(heard)  # all stop, or none
-        score, number = heard
+            broadcast_object_list(outcome)  # all processes stop, or none
+        score, number = outcome
         if number:
             return int(number)
         if score is None:
@@ -275,16 +283,16 @@ def _has_lost_patience(state: TrainingState, config: LoopConfig) -> bool:
     return 0 < config.patience <= state.without_best
 
 
-def _go_back(
+def _roll_back(
     checkpoints: Checkpoints,
     state: TrainingState,
     bad: dict[str, int],
     listeners: tuple[Listener, ...],
 ) -> TrainingState:
-    """Return to the last checkpoint with half the learning rate.
+    """Restore the last good checkpoint and halve the learning rate.
 
     Raises:
-        RunError: at the third time, naming the term, the step and the checkpoint.
+        RunError: at the third roll back, or without a checkpoint; names the term and the step.
     """
     name, step = min(bad.items(), key=lambda item: item[1])
     kind = f"loss term '{name.removeprefix('loss/')}' is" if name.startswith("loss/") else _WATCHED[name]
@@ -294,21 +302,21 @@ def _go_back(
     setbacks = state.setbacks + 1
     if setbacks >= MAX_SETBACKS:
         raise RunError(
-            f"{text}; this is the {setbacks}rd time, training stops: lower optim.lr (it was halved {setbacks - 1} "
+            f"{text}; training stops at the {setbacks}rd time: lower optim.lr (it was halved {setbacks - 1} "
             "times), clip gradients (optim.clip_norm=1) or use precision=fp32"
         )
     if path is None:
-        raise RunError(f"{text}; there is nothing to go back to, start again with a lower optim.lr")
+        raise RunError(f"{text}; no checkpoint to roll back to; start again with a lower optim.lr")
     state = checkpoints.restore(path)
     state.setbacks, state.lr_scale = setbacks, 0.5**setbacks
     checkpoints.update_state(state)
     for listener in listeners:
-        listener.event(state.step, "went back", f"{text}; learning rate halved to {state.lr_scale:g} of its schedule")
+        listener.event(state.step, "rolled back", f"{text}; learning rate halved to {state.lr_scale:g} of its schedule")
     return state
 
 
 class Clock:
-    """Throughput and memory between two readings."""
+    """Measures throughput and memory."""
 
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
@@ -317,7 +325,7 @@ class Clock:
         self._process = psutil.Process()
 
     def start(self, step: int) -> None:
-        """Count from here."""
+        """Start measuring."""
         self._last, self._last_step = time.perf_counter(), step
 
     def read(self, step: int) -> dict[str, float]:

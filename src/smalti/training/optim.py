@@ -102,7 +102,7 @@ def apply_schedules(
 def freeze(parameters: Iterable[Tensor], config: OptimConfig, progress: float) -> None:
     """Drop the gradients of an encoder's parameters in the first ``freeze_encoder_ratio`` of training.
 
-    AdamW passes over what has no gradient: no decay, no momenta, and its count of steps starts when the freeze ends.
+    AdamW skips parameters without gradients: no decay, no moments, and their step count starts when the freeze ends.
     """
     if progress < config.freeze_encoder_ratio:
         for parameter in parameters:

@@ -1,6 +1,6 @@
-"""Several training processes on one machine, started, signalled and stopped together.
+"""Start, signal and stop several training processes on one machine.
 
-They listen on the loopback interface only: nothing outside of the machine can reach them.
+They listen on the loopback interface only, so they can't be reached from outside the machine.
 """
 
 import contextlib
@@ -21,36 +21,36 @@ from typing import Any
 import torch
 import torch.distributed
 
-from smalti.errors import Interrupted, SmaltiError, exit_code, machine_trouble
+from smalti.errors import Interrupted, SmaltiError, exit_code, machine_error
 from smalti.streams import protect_streams, warn_in_one_line
 from smalti.training.interrupt import blocked_signals, end_at_once, handled_signals
 from smalti.training.launch import PATIENCE, share_threads
 
 HOST = "127.0.0.1"
 STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
-"""Exit codes of a process that a signal ended after its checkpoint."""
-_GRACE_S = 30.0  # after the first process has stopped after its checkpoint: the others only close their connections
+"""Exit codes of a process that stopped on a signal after writing its checkpoint."""
+_GRACE_S = 30.0  # for the other processes to exit once the first has stopped after its checkpoint
 
 
 class ProcessFailed(SmaltiError, RuntimeError):
-    """One of several training processes stopped; its own line says why."""
+    """One of several training processes failed; its own message says why."""
 
 
 def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
     """Run ``function(*arguments)`` in several processes of this machine, as torchrun would, and wait for all.
 
-    Signals that ask for an end are passed on; a second one ends all at once.
+    Stop signals are forwarded; a second one kills all processes.
 
     Raises:
-        SmaltiError: if one of them failed; it has printed its own line.
+        SmaltiError: if one of them failed, after printing its own message.
         Interrupted: if they were stopped by a signal.
     """
-    torch_processes: Any = importlib.import_module("torch.multiprocessing")  # its names are not typed as public
+    torch_processes: Any = importlib.import_module("torch.multiprocessing")  # its names aren't typed
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    multiprocessing.resource_tracker.ensure_running()  # it would let signals in while it starts
+    multiprocessing.resource_tracker.ensure_running()  # otherwise signals would be unblocked while it starts
     with blocked_signals():
         context = torch_processes.start_processes(
             _process,
@@ -67,12 +67,12 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
 
 
 def _explain(error: Any, processes: int, asked: list[int]) -> None:
-    """Raise what the end of the first process means."""
+    """Raise the error that corresponds to the exit of the first process."""
     code = error.exit_code
     if code in STOPPED:
         number = signal.SIGINT if code == STOPPED[0] else signal.SIGTERM
         raise Interrupted(asked[0] if asked else number) from None
-    if code == 2:  # a mistake of the user's: the process has said so in its line
+    if code == 2:  # a user's mistake: the process has printed the message
         raise SystemExit(2) from None
     reason = f"was ended by signal {-code}" if code < 0 else f"stopped with exit code {code}"
     memory = " (out of memory?)" if code == -signal.SIGKILL else ""
@@ -120,7 +120,7 @@ def _send(pids: list[int], number: int) -> None:
 
 
 def _wait(context: Any) -> None:
-    """Until all processes have ended; where one fails, the others wait for it in vain and are killed."""
+    """Wait until all processes have ended; if one fails, kill the others, which would wait for it forever."""
     while True:
         multiprocessing.connection.wait(list(context.sentinels))
         failed = [process.exitcode for process in context.processes if process.exitcode]
@@ -132,11 +132,11 @@ def _wait(context: Any) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process when its parent is gone: a killed parent can't stop its children, which would keep writing while
+    """End this process when its parent ends: a killed parent can't stop its children, which would keep writing while
     the run is resumed.
 
     Args:
-        parent: process id of the parent, passed by it, since it may be gone before it could be queried.
+        parent: process id of the parent, passed by it, since it may have ended before it could be queried.
     """
 
     def watch() -> None:
@@ -166,11 +166,11 @@ def _process(
         _meet(rank, processes, port)
         function(*arguments)
     except Exception as error:
-        line = str(error) if isinstance(error, SmaltiError) else machine_trouble(error)
+        line = str(error) if isinstance(error, SmaltiError) else machine_error(error)
         if line is None:
             raise
         print(f"smalti: {line}", file=sys.stderr, flush=True)
-        os._exit(2)  # the others wait in a collective, where a clean exit would wait for them
+        os._exit(2)  # immediately: a clean exit would wait for the others, which wait in a collective
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -187,7 +187,7 @@ def _meet(rank: int, processes: int, port: int) -> None:
         server.bind((HOST, port))
         server.listen()
         listening = server.detach()  # the store closes it
-    stores: Any = torch.distributed  # TCPStore is not typed as public
+    stores: Any = torch.distributed  # TCPStore isn't typed
     store = stores.TCPStore(HOST, port, processes, is_master=rank == 0, master_listen_fd=listening, timeout=PATIENCE)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)

@@ -79,7 +79,7 @@ def training_step(
     update: Any = None,
     engine: Engine | None = None,
 ) -> StepResult:
-    """One training step: schedules, forward and backward passes, clipping, optimiser, and the method's update after it.
+    """One training step: schedules, forward and backward passes, clipping, optimiser step, and the method's update.
 
     Args:
         method: in train mode, on the device of the micro-batches.
@@ -87,7 +87,7 @@ def training_step(
         micro_batches: one or more, on the device; gradients are accumulated over them.
         config: schedules, clipping, freezing.
         peak: learning rate at the end of warm-up.
-        progress: of training before this step, in [0, 1].
+        progress: progress of training before this step, in [0, 1].
         model: called in place of ``method``: the method wrapped for autocast and several processes.
         update: stepped in place of ``optimizer``: the wrapped optimiser.
         engine: backward and accumulation; None: one process without accumulation.
@@ -99,7 +99,7 @@ def training_step(
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     for views in micro_batches:
         with engine.accumulate(model):
-            losses = model(views, progress)  # the wrapped module itself: DDP must see the call
+            losses = model(views, progress)  # call the wrapped module: DDP needs it
             engine.backward(torch.stack(list(losses.values())).sum())
             if engine.sync_gradients:
                 engine.unscale_gradients()

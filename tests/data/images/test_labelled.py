@@ -27,7 +27,7 @@ def class_folders(write, counts, split=""):
             write(f"{split}/{name}/{i}.png" if split else f"{name}/{i}.png")
 
 
-def test_judged_on_val_else_test_unless_told(write, tmp_path):
+def test_evaluated_on_val_else_test_by_default(write, tmp_path):
     for split in ("train", "val", "test"):
         class_folders(write, {"a": 2, "b": 1}, split)
     data = open_labelled(tmp_path, need="labels")

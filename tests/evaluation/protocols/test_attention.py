@@ -218,9 +218,9 @@ def test_scores_with_masks(scenes, features_of):
 
 def test_what_is_missing_is_said(scenes, photos, features_of):
     without = run(small_vit(class_token=False, global_pool="avg"), scenes, features_of)
-    assert without.settings["foreground"] == "left out: the encoder has no class token"
+    assert without.settings["foreground"] == "omitted: the encoder has no class token"
     plain = run(small_vit(), photos, features_of, need="images", num_images=5)
-    assert plain.settings["foreground"] == "left out: the images were opened without masks"
+    assert plain.settings["foreground"] == "omitted: the images were opened without masks"
     assert (
         list(without.metrics) == list(plain.metrics) == ["nmi_last", "distance_px_last", "nmi_mean", "distance_px_mean"]
     )
@@ -266,12 +266,12 @@ def test_masks_without_a_train_split_are_not_asked_for(tiny, scenes, tmp_path):
         (tmp_path / name).symlink_to(scenes / name)
     with pytest.warns(LeftOut, match="in no split"):
         (result,) = evaluate(tiny, "mine", str(tmp_path), EvalConfig(protocols=("attention",), baseline=False))
-    assert result.settings["foreground"] == "left out: the images were opened without masks"
+    assert result.settings["foreground"] == "omitted: the images were opened without masks"
 
 
 def test_blocks_of_another_kind_are_named(tiny, scenes, features_of):
     tiny.vit.blocks[0].attn = nn.Identity()
-    with pytest.raises(ConfigError, match="has blocks of Identity; attention is read from timm's plain Attention"):
+    with pytest.raises(ConfigError, match="has blocks with Identity; attention weights need timm's plain Attention"):
         run(tiny, scenes, features_of)
 
 

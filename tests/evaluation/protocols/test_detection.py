@@ -19,10 +19,10 @@ from smalti.evaluation import coco_ap
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols import detection as module
 from smalti.evaluation.protocols.detection import (
-    Augmented,
+    DetectionExamples,
+    DetectionRecipe,
     Detector,
     PatchAnchors,
-    Recipe,
     _roi_align,
     choose_recipe,
     detection,
@@ -38,7 +38,7 @@ def small_recipe(**changed):
     values = {"image_size": 64, "iters": 1, "batch_size": 2, "learning_rate": 1e-3, "num_warmup": 1, "channels": 16}
     values |= {"scale": (1.0, 1.0), "rpn_convs": 1, "box_convs": 1, "box_fc": (32,), "mask_convs": 1}
     values |= {"num_proposals": 50, "num_rois": 16, "final_norm": True}
-    return Recipe(**{**values, **changed})
+    return DetectionRecipe(**{**values, **changed})
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_published_recipes(encoder64, shapes, features_of):
 
 def test_augmented_boxes_and_masks_stay_on_their_object(shapes):
     samples = open_labelled(shapes, need="boxes").train.samples
-    make = Augmented(samples, small_recipe(scale=(0.5, 2.0)), True, (0.0,), (1.0,))
+    make = DetectionExamples(samples, small_recipe(scale=(0.5, 2.0)), True, (0.0,), (1.0,))
     seen = 0
     for place, sample in enumerate(samples):
         for key in range(8):
@@ -224,12 +224,12 @@ def test_boxes_alone_where_outlines_are_rectangles_or_not_wanted(quick, tiny, tm
     scores = detection(features_of(tiny, root, "boxes"), EvalConfig(image_size=32, own={"detection": {"steps": 1}}))
     assert set(scores.metrics) == set(coco_ap.NAMES) and not scores.settings["masks"]
     with pytest.raises(
-        DataError, match=r"eval.detection.masks=true needs an outline .* all outlines are their boxes' rectangles"
+        DataError, match=r"eval.detection.masks=true needs an outline .* all outlines are the rectangles of their boxes"
     ):
         detection(features_of(tiny, root, "boxes"), EvalConfig(own={"detection": {"steps": 1, "masks": True}}))
     table["annotations"][0]["segmentation"] = []
     rewritten(root, table, "val")
-    with pytest.raises(DataError, match=r"png has none for the object at x .* leave eval.detection.masks out"):
+    with pytest.raises(DataError, match=r"png has none for the object at x .* leave it out"):
         detection(features_of(tiny, root, "boxes"), EvalConfig(own={"detection": {"steps": 1, "masks": True}}))
 
 
@@ -268,7 +268,7 @@ MISTAKES = [
     (no_image, r"1 of 3 images don't exist, the first"),
     (outside, r"object 0 of image 'val\d.png' has the box x 70..75, y 3..8, outside of its 64x64 pixels"),
     (no_objects, "no object in the annotations of the 3 val images"),
-    (wrong_size, "64x64 pixels, its annotations say 80x64"),
+    (wrong_size, "64x64 pixels, but 80x64 in its annotations"),
     (damaged_outline, r"val\d\.png: the outline of the object at .* can't be used"),
 ]
 

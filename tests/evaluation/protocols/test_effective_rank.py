@@ -37,13 +37,13 @@ def test_tokens_are_judged_as_one_matrix(tiny, photos, features_of):
     assert next(iter(scores.metrics)) == "rankme_patches"
 
 
-def test_few_images_are_said(tiny, photos, features_of):
+def test_few_images_are_reported(tiny, photos, features_of):
     scores = effective_rank_of_features(
         features_of(tiny, photos, "images"), EvalConfig(pool="avg", own={"effective-rank": {"num_images": 5}})
     )
     assert scores.settings["num_images"] == 5 and scores.settings["num_patches"] == 5 * 16
     assert scores.settings["pool"] == "avg"
-    assert "5 images can't fill more than 5 dimensions" in scores.settings["images_note"]
+    assert "5 images have at most rank 5" in scores.settings["images_note"]
     assert scores.metrics["rankme_images"] <= 5.01
     assert int(np.isfinite(scores.tallies["effective_rank_within_image"].part).sum()) == 24
     assert int(scores.tallies["effective_rank_within_image"].whole.sum()) == 5

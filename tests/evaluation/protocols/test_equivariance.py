@@ -107,7 +107,7 @@ def test_batch_size_does_not_matter(tiny, photos, features_of):
 
 
 def test_mistakes_get_one_line(tiny, tmp_path, photos, features_of):
-    with pytest.raises(ConfigError, match="images of 16 pixels have 2x2 patches, equivariance needs 3x3 at least"):
+    with pytest.raises(ConfigError, match="images of 16 pixels have 2x2 patches, but equivariance needs at least 3x3"):
         equivariance(features_of(tiny, photos, "images"), EvalConfig(image_size=16))
     (tmp_path / "a.png").write_bytes((photos / "00.jpg").read_bytes()[:50])
     features = features_of(tiny, tmp_path, "images")

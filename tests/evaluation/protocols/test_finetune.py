@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from evaluation.conftest import STEP, tiny_encoder, write_image
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.protocols.finetune import Augmented, Classifier, choose_recipe, finetune
+from smalti.evaluation.protocols.finetune import ClassificationExamples, FinetuneClassifier, choose_recipe, finetune
 from smalti.evaluation.tuning import seeded, trainable_copy
 from smalti.models.build import clone_encoder
 
@@ -56,7 +56,7 @@ def test_the_published_recipe_goes_by_the_size_of_the_encoder(greys, features_of
 
 def test_the_learning_rate_falls_from_the_head_to_the_patches():
     encoder = trainable_copy(tiny_encoder(), 0.0)
-    vit = Classifier(encoder, 3).encoder.vit
+    vit = FinetuneClassifier(encoder, 3).encoder.vit
     optimizer = create_optimizer_v2(vit, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -69,7 +69,7 @@ def test_the_learning_rate_falls_from_the_head_to_the_patches():
 
 
 def test_the_classifier_is_timms_with_average_pooling():
-    model = Classifier(trainable_copy(tiny_encoder(), 0.0), 3).eval()
+    model = FinetuneClassifier(trainable_copy(tiny_encoder(), 0.0), 3).eval()
     torch.nn.init.normal_(model.encoder.vit.head.weight)
     theirs = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=3, global_pool="avg", fc_norm=True
@@ -81,7 +81,7 @@ def test_the_classifier_is_timms_with_average_pooling():
 
 def augmented(samples, encoder, features, **settings):
     recipe = choose_recipe(features, EvalConfig(image_size=32, **settings, own={"finetune": {"batch_size": 4}}))
-    return Augmented(samples, recipe, encoder.mean, encoder.std)
+    return ClassificationExamples(samples, recipe, encoder.mean, encoder.std)
 
 
 def test_augmentation_depends_on_its_key_alone(tiny, greys, features_of):
@@ -107,7 +107,7 @@ def test_grey_images_of_one_channel_and_of_16_bits(tmp_path, features_of):
     assert 0 <= finetune(features_of(encoder, tmp_path / "deep", "labels"), config).metrics["top1"] <= 1
     full = EvalConfig(preset="full", image_size=32, own={"finetune": {"epochs": 1, "batch_size": 4}})
     assert "top5" not in finetune(features_of(encoder, tmp_path / "flat", "labels"), full).metrics
-    with pytest.raises(DataError, match=r"RandAugment knows 8-bit images .* float32 with 1; use eval\.preset=small"):
+    with pytest.raises(DataError, match=r"RandAugment needs 8-bit images .* float32 with 1; use eval\.preset=small"):
         finetune(features_of(encoder, tmp_path / "deep", "labels"), full)
 
 
@@ -135,7 +135,7 @@ def test_mistakes_are_told_in_one_line(tiny, greys, features_of):
 @pytest.mark.parametrize(("pool", "theirs"), [("cls", "token"), ("map", "map"), ("prr", "prr")])
 def test_the_classifier_is_timms_with_other_pooling(pool, theirs):
     with seeded(0):
-        model = Classifier(trainable_copy(tiny_encoder(), 0.0), 3, pool).eval()
+        model = FinetuneClassifier(trainable_copy(tiny_encoder(), 0.0), 3, pool).eval()
     torch.nn.init.normal_(model.encoder.vit.head.weight)
     plain = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=3, global_pool=theirs

@@ -108,7 +108,7 @@ def test_units_settings_and_errors_say_what_was_measured(greys, tmp_path):
     assert all("higher is better" in result.units[name] for name in result.metrics if "distance" not in name)
     assert not any("fid" in name for name in result.metrics) and "no number is an FID" in result.settings["features"]
     assert (result.settings["num_generated"], result.settings["num_real"], result.settings["repeats"]) == (16, 16, 25)
-    assert result.settings["floor"] == "16 training images, drawn by the seed, in the place of the generated ones"
+    assert result.settings["floor"] == "16 random training images in place of the generated ones"
     assert result.settings["images_note"] == ""
     assert 0 <= result.settings["classifier_accuracy"] <= 1
     errors = result.settings["standard_error"]
@@ -122,7 +122,7 @@ def test_units_settings_and_errors_say_what_was_measured(greys, tmp_path):
 def test_without_a_train_split_the_floor_is_of_halves(greys, tmp_path):
     real = copy_of(greys, "train", tmp_path / "real")
     result = judge(real, noise(tmp_path / "noise"))
-    assert result.settings["floor"] == "16 real images against 16 others: there is no train split"
+    assert result.settings["floor"] == "16 real images against 16 others, since there is no train split"
     assert not any(name.endswith("_train") or name.startswith("classifier") for name in result.metrics)
     assert result.metrics["frechet_distance"] > result.metrics["frechet_distance_real"]
 
@@ -132,13 +132,13 @@ def test_too_few_images_for_the_features_are_said_so(greys, tmp_path):
         UserWarning, match="16 images for features of 12 dimensions: the Fréchet distance is mostly bias"
     ):
         result = judge(greys, noise(tmp_path / "noise"), small(12))
-    assert "give at least 24" in result.settings["images_note"]
+    assert "use at least 24" in result.settings["images_note"]
 
 
 def test_mistakes_are_found_before_there_is_an_encoder(greys, tmp_path):
     folder = noise(tmp_path / "noise", 2)
     for settings, error, message in (
-        ({}, ConfigError, "give eval.generation.generated=FOLDER"),
+        ({}, ConfigError, "set eval.generation.generated=FOLDER"),
         ({"generated": str(tmp_path / "no")}, DataError, "no such file or folder"),
         ({"generated": str(folder), "repeats": 5}, ConfigError, "eval.generation.repeats=5: at least 20 is needed"),
         ({"generated": str(folder), "inception": str(tmp_path / "no.pth")}, WeightsError, "does not exist"),
@@ -149,7 +149,7 @@ def test_mistakes_are_found_before_there_is_an_encoder(greys, tmp_path):
         judge(greys, folder)
 
 
-def test_a_classifier_of_features_tells_apart_what_can_be_told_apart():
+def test_a_classifier_of_features_separates_separable_classes():
     centres = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, -5.0]])
     labels = torch.arange(3).repeat(20)
     points = centres[labels] + torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
@@ -262,7 +262,7 @@ def test_inception_looks_at_the_size_of_what_was_generated_and_not_at_the_encode
 def test_neighbours_are_as_many_everywhere_and_those_that_are_told(greys, tmp_path):
     folder = noise(tmp_path / "noise", 4)
     assert judge(greys, folder).settings["k"] == 3
-    with pytest.raises(ConfigError, match=r"eval.generation.k=4: so few images have 1\.\.3 neighbours"):
+    with pytest.raises(ConfigError, match=r"eval.generation.k=4: the images have only 1\.\.3 neighbours"):
         judge(greys, folder, k=4)
 
 

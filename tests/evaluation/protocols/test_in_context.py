@@ -197,20 +197,20 @@ def test_retrieval_scores_equal_scikit_learns():
     assert precision_at(torch.tensor([[True, False, False, True]]), 2).item() == 0.5
 
 
-def test_a_memory_smaller_than_k_is_used_as_a_whole_and_said(protocol, tiny, scenes, features_of):
+def test_a_memory_smaller_than_k_is_used_entirely_and_reported(protocol, tiny, scenes, features_of):
     settings = protocol(
         features_of(tiny, scenes, "masks"), EvalConfig(own={key: {"k": 30, "memory_size": 16} for key in PROTOCOLS})
     ).settings
     assert (settings["k"], settings["k_wanted"], settings["memory_size"]) == (16, 30, 16)
-    assert settings["k_note"] == "the whole memory: it has 16 patches, fewer than k"
+    assert settings["k_note"] == "reduced: the memory has only 16 patches"
 
 
 VOID = np.full((32, 32), 255, dtype=np.uint8)
 
 
-def test_a_judged_image_without_a_label_is_left_out_with_a_warning(protocol, tiny, scenes, tmp_path, features_of):
+def test_an_evaluated_image_without_a_label_is_skipped_with_a_warning(protocol, tiny, scenes, tmp_path, features_of):
     features = features_of(tiny, copy_with(scenes, tmp_path, masks={"val0": VOID}), "masks")
-    with pytest.warns(UserWarning, match="1 of 6 val images have no labelled pixel and are left out"):
+    with pytest.warns(UserWarning, match="1 of 6 val images have no labelled pixel and are skipped"):
         scores = protocol(features, EvalConfig())
     assert scores.settings["num_unlabelled"] == 1
     tally = next(iter(scores.tallies.values()))

@@ -126,7 +126,7 @@ def test_a_head_is_fitted_where_the_encoder_has_none(greys: Path, features_of: C
     strange = tiny_encoder(CornerEncoder)
     strange.class_head = known_head(("a", "b", "c", "d", "e"), "raster")
     scores = keep_curve(features_of(strange, greys, "labels"), EvalConfig(own={"keep-curve": {"speed": False}}))
-    assert scores.settings["head_note"] == "the run's own head classifies other classes"
+    assert scores.settings["head_note"] == "the run's own head is for other classes"
 
 
 def test_the_own_order_comes_first_from_its_file_with_the_static_one(
@@ -169,13 +169,13 @@ def test_a_file_among_others_means_all_its_orders_and_the_first_that_was_asked_f
     assert found["name first"].settings["orders"] == ["halton", "collapse", "raster", *controls]
     for case, order in (("file first", "collapse"), ("name first", "halton")):
         told = found[case].settings
-        assert (told["order"], told["order_note"]) == (order, "the first that was asked for")
+        assert (told["order"], told["order_note"]) == (order, "the first requested order")
         assert f"order {order}" in describe_result(Result("keep-curve", "", "", {}, {}, told))
     assert found["file first"].metrics["mean_top1"] == found["name first"].metrics["mean_top1_collapse"]
     own = keep_curve(
         features_of(encoder, greys, "labels"), EvalConfig(own={"keep-curve": {"rates": (0.0, 0.5), "speed": False}})
     ).settings
-    assert (own["order"], own["order_note"]) == ("raster", "the one that the encoder learned with")
+    assert (own["order"], own["order_note"]) == ("raster", "the encoder's training order")
 
 
 def test_a_real_encoder_whole_is_the_same_by_any_order(greys: Path, features_of: Callable[..., Features]) -> None:
@@ -198,7 +198,7 @@ def test_results_come_back_from_their_file_and_the_twin_is_asked_in_the_same_ord
     assert [result.settings["order"] for result in results] == ["raster", "raster"]
     # timm's random initialisation has no head of its own, so both have fitted ones
     assert all("fitted" in result.settings["head"] for result in results)
-    assert results[0].settings["head_note"] == "the baseline has no head of its own: both have fitted ones"
+    assert results[0].settings["head_note"] == "the baseline has no head of its own, so both have fitted ones"
     assert "head_note" not in results[1].settings
     (alone,) = evaluate(encoder, "run", str(greys), dataclasses.replace(config, baseline=False))
     assert alone.settings["head"] == OWN_HEAD
@@ -214,8 +214,8 @@ def test_results_come_back_from_their_file_and_the_twin_is_asked_in_the_same_ord
         ({"orders": ("colapse",)}, "there is no order 'colapse'"),
         ({"orders": ("coverage",)}, "order 'coverage' comes from a file of smalti rank"),
         ({"orders": ("nowhere.parquet",)}, "is not a file"),
-        ({"rates": (0.5,)}, "at least two that rise"),
-        ({"rates": (0.5, 0.2)}, "at least two that rise"),
+        ({"rates": (0.5,)}, "at least two ascending"),
+        ({"rates": (0.5, 0.2)}, "at least two ascending"),
     ],
 )
 def test_mistakes_are_one_line_each(more, line: str, greys: Path, features_of: Callable[..., Features]) -> None:

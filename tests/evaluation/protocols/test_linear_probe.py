@@ -19,7 +19,7 @@ from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.linear_probe import (
     LEARNING_RATES,
     LastBlocks,
-    _Cropped,
+    _CroppedExamples,
     linear_probe,
     stratified_fifth,
     train_heads,
@@ -88,7 +88,7 @@ def test_e18_a_constant_encoder_gets_the_most_frequent_class(constant, greys, fe
     assert scores.metrics["balanced_top1"] == pytest.approx(1 / 5)
 
 
-def test_judged_images_choose_nothing(tiny, greys, features_of):
+def test_evaluated_images_select_nothing(tiny, greys, features_of):
     features = features_of(tiny, greys, "labels")
     chosen = linear_probe(features, EvalConfig()).settings
     assert chosen["learning_rate"] in LEARNING_RATES and chosen["features"] in ("cls", "cls+avg")
@@ -151,7 +151,7 @@ def test_dinos_features_are_the_normed_class_tokens_of_the_last_blocks(width, de
 def test_dinos_crops_are_pillows_bilinear_ones(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")
-    crop = _Cropped((ImageSample(tmp_path / "noise.png", 0),), 16, (0.0,) * 3, (1.0,) * 3)
+    crop = _CroppedExamples((ImageSample(tmp_path / "noise.png", 0),), 16, (0.0,) * 3, (1.0,) * 3)
     for key in range(8):
         view, _ = crop(0, key)
         rng = np.random.default_rng(key)
@@ -203,7 +203,7 @@ def test_the_pooling_that_an_encoder_hands_on_takes_the_place_of_the_class_token
 
 
 @pytest.mark.parametrize("width", [192, 768])
-def test_dinos_form_refines_each_block_only_when_it_is_told_to(width, greys, features_of):
+def test_dinos_form_refines_each_block_only_with_prr(width, greys, features_of):
     encoder = build_encoder(
         "vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=width, num_heads=3, reg_tokens=2, seed=0
     ).eval()
@@ -217,5 +217,5 @@ def test_dinos_form_refines_each_block_only_when_it_is_told_to(width, greys, fea
     expected = torch.cat([prr_refine(layer, 3)[:, 0] for layer in chosen], 1)
     assert_close(refined(images)[:, : expected.shape[1]], expected)
     assert "PRR" in str(refined) and "class token" in str(plain)
-    with pytest.raises(ConfigError, match=r"eval\.pool=map: eval\.preset=paper reads several blocks"):
+    with pytest.raises(ConfigError, match=r"eval\.pool=map is trained for the last block only"):
         linear_probe(features_of(encoder, greys, "labels"), EvalConfig(preset="paper", pool="map"))

@@ -16,7 +16,13 @@ from smalti.data.loader import epoch_order
 from smalti.errors import DataError, RunError, ShapeError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.dense import crop_and_flip, ignored_value, upsampling
-from smalti.evaluation.protocols.linear_segmentation import GRID, Head, Recipe, choose_recipe, linear_segmentation
+from smalti.evaluation.protocols.linear_segmentation import (
+    GRID,
+    Head,
+    LinearSegmentationRecipe,
+    choose_recipe,
+    linear_segmentation,
+)
 from smalti.evaluation.protocols.overclustering import overclustering
 from smalti.evaluation.protocols.segmenter import segmenter
 
@@ -60,14 +66,18 @@ def test_a_batch_without_labelled_pixels_has_no_gradient():
 
 
 def test_e16_learning_rate_falls_once():
-    recipe = Recipe(448, 100, 25, 128, True, "zero", (0.01,))
+    recipe = LinearSegmentationRecipe(448, 100, 25, 128, True, "zero", (0.01,))
     assert [0.01 * recipe.decay(epoch) for epoch in range(25)] == [0.01] * 20 + [0.001] * 5
 
 
 def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    assert choose_recipe(features, EvalConfig(preset="paper")) == Recipe(448, 100, 25, 128, True, "zero", (0.01,))
-    assert choose_recipe(features, EvalConfig()) == Recipe(32, 32, 300, 16, False, "skip", GRID)  # an epoch is one step
+    assert choose_recipe(features, EvalConfig(preset="paper")) == LinearSegmentationRecipe(
+        448, 100, 25, 128, True, "zero", (0.01,)
+    )
+    assert choose_recipe(features, EvalConfig()) == LinearSegmentationRecipe(
+        32, 32, 300, 16, False, "skip", GRID
+    )  # an epoch is one step
     changed = EvalConfig(
         preset="paper",
         image_size=64,
@@ -81,7 +91,7 @@ def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
             }
         },
     )
-    assert choose_recipe(features, changed) == Recipe(64, 50, 3, 128, False, "skip", (1.0,))
+    assert choose_recipe(features, changed) == LinearSegmentationRecipe(64, 50, 3, 128, False, "skip", (1.0,))
 
 
 def test_e18_a_perfect_encoder_segments_perfectly(perfect, scenes, features_of):
@@ -131,7 +141,7 @@ def test_e18_the_length_of_tokens_does_not_matter(perfect, scenes, features_of, 
     assert scores.metrics["miou"] == 1.0
 
 
-def test_judged_images_choose_no_learning_rate(tiny, scenes, features_of):
+def test_evaluated_images_select_no_learning_rate(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
     chosen = linear_segmentation(features, EvalConfig(own={"linear-segmentation": {"epochs": 5}})).settings
     assert chosen["learning_rates_tried"].keys() == {f"{rate:g}" for rate in GRID}
@@ -239,7 +249,7 @@ def test_masks_without_a_labelled_pixel_are_refused_or_counted(tiny, scenes, tmp
         cv2.imwrite(str(tmp_path / "masks" / f"val{number}.png"), void)
         if number == 0:
             for protocol in (linear_segmentation, overclustering, segmenter):
-                with pytest.warns(UserWarning, match="1 of 6 val images have no labelled pixel and are left out"):
+                with pytest.warns(UserWarning, match="1 of 6 val images have no labelled pixel and are skipped"):
                     scores = protocol(
                         features_of(tiny, tmp_path, "masks"),
                         EvalConfig(
@@ -282,7 +292,7 @@ def test_image_size_must_fit_the_patches(tiny, scenes, features_of):
 def test_tokens_that_are_not_numbers_or_too_great_are_named(tiny, scenes, features_of):
     with torch.no_grad():
         tiny.vit.norm.bias.fill_(1e5)
-    with pytest.raises(RunError, match=r"don't fit into torch\.float16"):
+    with pytest.raises(RunError, match=r"overflow torch\.float16"):
         linear_segmentation(features_of(tiny, scenes, "masks"), EvalConfig())
     linear_segmentation(
         features_of(tiny, scenes, "masks", cache_dtype="float32"),

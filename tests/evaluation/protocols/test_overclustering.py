@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from smalti.errors import DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.overclustering import (
-    Recipe,
+    OverclusteringRecipe,
     choose_clusters,
     choose_recipe,
     cluster,
@@ -89,13 +89,17 @@ def test_numbers_of_clusters_that_fit():
 
 def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    assert choose_recipe(features, EvalConfig()) == Recipe(32, 32, 3, 1, 20, "k-means++", "skip")
-    assert choose_recipe(features, EvalConfig(preset="paper")) == Recipe(448, 100, 5, 5, 100, "random", "zero")
-    assert choose_recipe(features, EvalConfig(preset="full")) == Recipe(448, 100, 5, 5, 100, "k-means++", "skip")
+    assert choose_recipe(features, EvalConfig()) == OverclusteringRecipe(32, 32, 3, 1, 20, "k-means++", "skip")
+    assert choose_recipe(features, EvalConfig(preset="paper")) == OverclusteringRecipe(
+        448, 100, 5, 5, 100, "random", "zero"
+    )
+    assert choose_recipe(features, EvalConfig(preset="full")) == OverclusteringRecipe(
+        448, 100, 5, 5, 100, "k-means++", "skip"
+    )
     changed = EvalConfig(
         preset="paper", image_size=64, own={"overclustering": {"repeats": 2, "mask_size": 50, "absent": "skip"}}
     )
-    assert choose_recipe(features, changed) == Recipe(64, 50, 2, 5, 100, "random", "skip")
+    assert choose_recipe(features, changed) == OverclusteringRecipe(64, 50, 2, 5, 100, "random", "skip")
 
 
 def test_e18_a_perfect_encoder_gets_all_of_it(perfect, scenes, features_of):
@@ -158,7 +162,7 @@ def test_scores_are_means_over_clusterings_with_seeds_of_their_own(tiny, scenes,
 def test_too_few_patches_are_said(tiny, scenes, features_of):
     scores = overclustering(features_of(tiny, scenes, "masks"), EvalConfig(own={"overclustering": {"repeats": 1}}))
     assert scores.settings["clusters"] == [3] and scores.settings["clusters_left_out"] == [300, 500]
-    assert scores.settings["clusters_note"] == "left out for want of patches: there are 96"
+    assert scores.settings["clusters_note"] == "skipped, since there are only 96 patches"
     assert next(iter(scores.metrics)) == "miou_k3"
     with pytest.raises(DataError, match=r"6 val images have 96 patches, too few for 97 clusters"):
         overclustering(features_of(tiny, scenes, "masks"), EvalConfig(own={"overclustering": {"clusters": (97,)}}))

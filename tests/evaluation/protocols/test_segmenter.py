@@ -14,7 +14,7 @@ from evaluation.conftest import STEP, tiny_encoder, write_image
 from smalti.errors import DataError, ShapeError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.segmenter import (
-    Augmented,
+    SegmentationExamples,
     Segmenter,
     choose_recipe,
     draw_crop,
@@ -160,7 +160,7 @@ def test_a_crop_in_which_one_class_rules_is_drawn_again():
 def test_an_image_and_its_mask_are_changed_alike(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
     recipe = choose_recipe(features, EvalConfig())
-    make = Augmented(features.data.train.samples, recipe, 3, (0.0,) * 3, (1.0,) * 3)
+    make = SegmentationExamples(features.data.train.samples, recipe, 3, (0.0,) * 3, (1.0,) * 3)
     for key in range(12):
         pixels, mask = make(key, key)
         assert pixels.shape == (3, 32, 32) and mask.shape == (32, 32)
@@ -218,7 +218,7 @@ def oblong(tmp_path):
     return tmp_path
 
 
-def test_every_mask_is_judged_in_its_own_pixels(oblong, features_of):
+def test_every_mask_is_evaluated_at_its_own_size(oblong, features_of):
     encoder = tiny_encoder(in_chans=1)
     features = features_of(encoder, oblong, "masks")
     scores = segmenter(features, EvalConfig(own={"segmenter": {"steps": 2, "batch_size": 2}}))

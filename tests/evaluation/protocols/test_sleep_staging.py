@@ -25,7 +25,7 @@ from smalti.evaluation.details import read_details
 from smalti.evaluation.evaluate import fitting_protocols
 from smalti.evaluation.metrics import cohen_kappa, macro_f1
 from smalti.evaluation.protocols.sleep_staging import (
-    Classifier,
+    StageClassifier,
     area_under_log,
     choose_recipe,
     confusions,
@@ -112,7 +112,7 @@ def test_an_interval_holds_the_kappa_and_needs_two_recordings():
 
 def test_a_classifier_of_a_constant_head_says_one_stage(nights):
     signals = open_signals(nights, SignalConfig())
-    model = Classifier(trainable_copy(encoder(), 0.0), 5).eval()
+    model = StageClassifier(trainable_copy(encoder(), 0.0), 5).eval()
     with torch.no_grad():
         model.encoder.vit.head.weight.zero_()
         model.encoder.vit.head.bias.copy_(torch.tensor([0.0, 0, 9, 0, 0]))
@@ -125,8 +125,8 @@ def test_classifiers_begin_with_fresh_positions_and_leave_the_encoder_alone(nigh
     result = evaluate(vit, "x", str(nights), EvalConfig(own={"sleep-staging": FAST}, baseline=False))[0]
     for name, tensor in vit.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert vit.position_free and "which are new" in result.settings["trained"]
-    model = Classifier(trainable_copy(vit, 0.0), 5)
+    assert vit.position_free and "new, as it was trained without" in result.settings["trained"]
+    model = StageClassifier(trainable_copy(vit, 0.0), 5)
     assert model.encoder.vit.pos_embed.requires_grad and model.encoder.vit.pos_embed.std() > 0.01
 
 
@@ -143,7 +143,7 @@ def test_loud_and_quiet_windows_are_told_apart(tmp_path):
     assert evaluate(encoder(), "x", str(tmp_path), config)[0].metrics == result.metrics
 
 
-def test_a_sweep_says_which_subjects_and_how_well_and_scratch_stands_beside(nights):
+def test_a_sweep_reports_subjects_scores_and_the_baseline_from_scratch(nights):
     config = EvalConfig(own={"sleep-staging": {**FAST, "fractions": (0.25, 1.0), "repeats": 2}})
     trained, scratch = evaluate(encoder(), "x", str(nights), config)
     sweep = trained.settings["label_sweep"]
@@ -161,7 +161,7 @@ def test_a_sweep_says_which_subjects_and_how_well_and_scratch_stands_beside(nigh
 
 
 def test_shares_of_as_many_subjects_are_tried_once_with_a_warning(nights):
-    with pytest.warns(UserWarning, match="0.01, 0.05 of 4 subjects are as many as a larger fraction"):
+    with pytest.warns(UserWarning, match="0.01, 0.05 of 4 subjects are the same number as for a larger fraction"):
         result = evaluate(
             encoder(),
             "x",
@@ -195,11 +195,11 @@ def test_the_page_shows_hypnograms_and_the_curve(nights, tmp_path):
 
 def test_signals_and_images_are_not_mixed_up(nights, tmp_path):
     assert fitting_protocols(str(nights)) == ("sleep-staging",)
-    with pytest.raises(DataError, match="protocol knn needs images, these are signals"):
+    with pytest.raises(DataError, match="protocol knn needs images, but the data are signals"):
         evaluate(encoder(), "x", str(nights), EvalConfig(protocols=("knn",)))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(b"")
-    with pytest.raises(DataError, match="protocol sleep-staging needs signals, these are images"):
+    with pytest.raises(DataError, match="protocol sleep-staging needs signals, but the data are images"):
         evaluate(encoder(), "x", str(tmp_path), EvalConfig(protocols=("sleep-staging",)))
     with pytest.raises(ConfigError, match=r"set eval.sleep-staging.fractions"):
         evaluate(encoder(), "x", str(nights), EvalConfig(train_size=0.5))
@@ -209,14 +209,14 @@ def test_encoders_that_do_not_fit_are_refused(nights):
     images = build_encoder(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=3, seed=0
     )
-    with pytest.raises(ShapeError, match="takes images of 32x32 pixels, these are signals"):
+    with pytest.raises(ShapeError, match="takes images of 32x32 pixels, but the data are signals"):
         evaluate(images, "x", str(nights), EvalConfig(own={"sleep-staging": FAST}))
     with pytest.raises(ShapeError, match=r"windows are 250 samples .* patches of 100"):
         evaluate(
             encoder(), "x", str(nights), EvalConfig(own={"sleep-staging": FAST}, signal=SignalConfig(window_s=2.5))
         )
     two = build_encoder("vit_tiny_patch16_224", img_size=(1, 3000), patch_size=[1, 100], in_chans=2, depth=1, seed=0)
-    with pytest.raises(ShapeError, match=r"takes 2 channels, the signals have 1 \(C3-M2\)"):
+    with pytest.raises(ShapeError, match=r"takes 2 channels, but the signals have 1 \(C3-M2\)"):
         evaluate(two, "x", str(nights), EvalConfig(own={"sleep-staging": FAST}))
 
 

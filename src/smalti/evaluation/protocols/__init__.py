@@ -1,4 +1,4 @@
-"""One protocol a file, with its settings. Importing this package registers all of them, in alphabetical order."""
+"""One file per protocol, with its settings. Importing this package registers all of them, in alphabetical order."""
 
 import importlib
 import pkgutil

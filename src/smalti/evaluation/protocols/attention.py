@@ -1,12 +1,12 @@
-"""Attention: how different the queries' attention is, how far it reaches, and whether the class token's shows objects.
+"""Attention: its diversity over queries, its distance, and whether the class token attends to objects.
 
 Source: normalised mutual information and distance: Park et al., "What do self-supervised vision transformers learn?",
 arXiv:2305.00729v1, in the form of their code, with one epsilon of 1e-8 for both (theirs: 1e-32 for the
 distance). Foreground: Caron et al., DINO, arXiv:2104.14294v2, Sec. 4.2.2, in the form of the code of Pariza et al.,
 NeCo, arXiv:2408.11054.
 Differs from the latter: void pixels are ignored and every class but the first is an object, unless ``parity``;
-the mean is over the processed images, where their code divides by all though its loader drops the last batch;
-register tokens are left out of the attention, which their code mistakes for patches.
+the mean is over the processed images (their code divides by all images, but its loader drops the last batch);
+register tokens are excluded (their code treats them as patches).
 Letters: n images, B of them in a batch, H heads, T tokens (prefix and patches), N = h*w patches, S side of the images.
 """
 
@@ -38,25 +38,25 @@ from smalti.models.encoder import Encoder
 
 NAME = "attention"
 EPS = 1e-8
-"""Added to each weight between patches before rows are divided by their sums again."""
-NMI_UNIT = "normalised mutual information, 0 all queries attend alike, 1 each to its own key"
+"""Added to each weight between patches before rows are renormalised."""
+NMI_UNIT = "normalised mutual information, 0: all queries attend equally, 1: each to its own key"
 DISTANCE_UNIT = "pixels of the resized image"
 
 
 def between_patches(attention: Float[Tensor, "*B T T"], num_prefix: int, eps: float = EPS) -> Float[Tensor, "*B N N"]:
-    """Attention of patches to patches: prefix tokens left out, ``eps`` added, rows that sum to 1 again."""
+    """Attention between patches: prefix tokens removed, ``eps`` added, rows renormalised to sum to 1."""
     weights = attention[..., num_prefix:, num_prefix:] + eps
     return weights / weights.sum(-1, keepdim=True)
 
 
 def mutual_information(attention: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B"]:
-    """Normalised mutual information of queries and keys: 0 where all queries attend alike, 1 each to its own key.
+    """Normalised mutual information of queries and keys: 0 if all queries attend equally, 1 if each to its own key.
 
     Args:
-        attention: ``(..., N, N)`` positive, rows sum to 1; queries are taken as equally likely.
+        attention: ``(..., N, N)`` positive, rows sum to 1; queries are assumed to be equally likely.
 
     Returns:
-        ``I(q; k) / sqrt(H(q) H(k))``, 0..1; 0 for a single patch, which has nothing to distinguish.
+        ``I(q; k) / sqrt(H(q) H(k))``, 0..1; 0 for a single patch.
 
     Source: Park et al., arXiv:2305.00729v1.
     """
@@ -65,15 +65,15 @@ def mutual_information(attention: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B"
     information = torch.xlogy(attention, attention / of_keys).sum((-2, -1)) / count
     entropy = torch.special.entr(of_keys).sum((-2, -1))
     scale = (entropy * float(np.log(count))).clamp(min=1e-12).sqrt()
-    return (information / scale).clamp(0, 1)  # rounding alone leads out of it
+    return (information / scale).clamp(0, 1)  # only rounding errors exceed this range
 
 
 def attention_distance(attention: Float[Tensor, "*B N N"], distances: Float[Tensor, "N N"]) -> Float[Tensor, "*B"]:
-    """Distance from queries to what they attend to, mean over queries, in the unit of ``distances``.
+    """Attention-weighted distance between queries and keys, mean over queries, in the unit of ``distances``.
 
     Source: Dosovitskiy et al., ViT, arXiv:2010.11929v2, Fig. 7; as :func:`mutual_information`.
     """
-    # (..., N, N) -> (..., N) first: one sum over all pairs loses four digits in float32
+    # (..., N, N) -> (..., N) first: a single sum over all pairs loses four digits in float32
     return (attention * distances.to(attention)).sum(-1).mean(-1)
 
 
@@ -85,10 +85,10 @@ def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> Float
 
 
 class AttentionObserver(Observer):
-    """Collects summary statistics of each layer's attention; storing it all takes T * T values per head and layer.
+    """Collects summary statistics of each layer's attention, since all of it has T * T values per head and layer.
 
     Args:
-        num_images: maximum number of images to measure attention between patches on, spread evenly.
+        num_images: maximum number of images for attention between patches, evenly spaced.
     """
 
     def __init__(self, num_images: int) -> None:
@@ -99,18 +99,18 @@ class AttentionObserver(Observer):
         """See :class:`~smalti.evaluation.features.Observer`.
 
         Raises:
-            ConfigError: if a block of the encoder has no attention of the usual kind.
+            ConfigError: if a block of the encoder doesn't have timm's plain attention.
         """
         modules = attention_modules(encoder.vit.blocks, encoder.name)
         self.nmi: dict[int, Float[Tensor, "layers H"]] = {}
-        """Place of a test image -> normalised mutual information."""
+        """Index of a test image -> normalised mutual information."""
         self.distance: dict[int, Float[Tensor, "layers H"]] = {}
-        """Place of a test image -> attention distance in pixels."""
+        """Index of a test image -> attention distance in pixels."""
         self.of_class_token: dict[int, Float[Tensor, "H N"]] = {}
-        """Place of a test image -> attention of the class token to the patches in the last layer; only with masks."""
-        self._first = 0  # number of the next image, of those that can be read
+        """Index of a test image -> attention of the class token to the patches in the last layer; only with masks."""
+        self._first = 0  # index of the next image among the readable ones
         self._chosen = set(spread(len(images), self._num_images))
-        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}  # row of the batch -> numbers of the layers so far
+        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}  # row of the batch -> statistics of the layers so far
         self._rows: Tensor | None = None
         self._num_prefix = encoder.num_prefix_tokens
         self._keeps_rows = encoder.has_class_token and _has_masks(images)
@@ -144,7 +144,7 @@ class AttentionObserver(Observer):
         for row in range(len(tokens)):
             if self._first + row not in self._chosen:
                 continue
-            # one image at a time: N * N numbers a head
+            # one image at a time: N * N values per head
             between = between_patches(attention_weights(module, tokens[row : row + 1])[0], self._num_prefix)
             numbers = mutual_information(between), attention_distance(between, self._distances)
             ours = tuple(one.cpu()[None] for one in numbers)
@@ -157,7 +157,7 @@ class AttentionObserver(Observer):
 
 @dataclass(frozen=True)
 class Foreground:
-    """IoU of an image's attention with its objects; NaN where the image has none."""
+    """IoU of an image's attention with its objects; NaN if it has none."""
 
     merged: float
     best_head: float
@@ -166,19 +166,19 @@ class Foreground:
 def foreground_scores(
     attention: Float[Tensor, "H N"], mask: np.ndarray, grid: tuple[int, int], *, void: int, parity: bool
 ) -> Foreground:
-    """How well the attention of one image's class token shows its objects.
+    """IoU between the class token's attention and the objects of one image.
 
-    ``merged``: heads averaged and blurred, the patches with 60 % of the mass, parts of one or two patches dropped; IoU
-    with all objects together. ``best_head``: for each object's class the best IoU among the heads' patches with 60 % of
-    the mass; mean over the classes.
+    ``merged``: heads averaged and blurred, patches with 60 % of the mass, without components of one or two patches; IoU
+    with the union of all objects. ``best_head``: for each class, the best IoU over heads of the patches with 60 % of
+    the mass; mean over classes.
 
     Args:
-        attention: ``(H, N)`` of the class token to the patches.
+        attention: ``(H, N)`` attention of the class token to the patches.
         mask: ``(S, S)`` classes; 0 is the background.
         grid: ``(h, w)``, which divides S.
         void: value of pixels without a class.
-        parity: as the published code has it: void pixels are foreground; the objects are the values in the mask without
-            the first and the last, which are taken for background and void even where there is none.
+        parity: as in the published code: void pixels are foreground; objects are the values in the mask except the
+            first and the last, which count as background and void even if there are none.
     """
     scale = (mask.shape[0] // grid[0], mask.shape[1] // grid[1])
     merged = _pixels(foreground(attention[None], grid)[0], scale)
@@ -222,7 +222,7 @@ def attention(features: Features, config: EvalConfig) -> Scores:
     encoder, images = features.encoder, features.data.test
     grid = encoder.check_size(size, size)
     note = _why_no_foreground(features)
-    seen = _few(features, size, own.num_images) if note else features.observed(NAME, size)
+    seen = _observe_subset(features, size, own.num_images) if note else features.observed(NAME, size)
     assert isinstance(seen, AttentionObserver)
     places = sorted(seen.nmi)
     if not places:
@@ -238,20 +238,20 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         if unit:
             units[name] = unit
 
-    judged: dict[int, Foreground] = {}
+    foreground: dict[int, Foreground] = {}
     if not note:
         void = ignored_value(len(features.data.classes))
         for place, rows in seen.of_class_token.items():
             mask = eval_mask(read_mask(images.samples[place], len(features.data.classes)), size)
-            judged[place] = foreground_scores(rows, mask, grid, void=void, parity=own.parity)
+            foreground[place] = foreground_scores(rows, mask, grid, void=void, parity=own.parity)
         for name, values in (
-            ("foreground_iou", {place: one.merged for place, one in judged.items()}),
-            ("foreground_iou_best_head", {place: one.best_head for place, one in judged.items()}),
+            ("foreground_iou", {place: one.merged for place, one in foreground.items()}),
+            ("foreground_iou_best_head", {place: one.best_head for place, one in foreground.items()}),
         ):
             if np.isfinite(list(values.values())).any():
                 add(name, _by_place(values, len(images)))
             else:
-                note = "left out where no judged image has an object"
+                note = "omitted: no evaluated image has an object"
     for name, layer in (("last", -1), ("mean", slice(None))):
         for quantity, numbers, unit in (("nmi", nmi, NMI_UNIT), ("distance_px", distance, DISTANCE_UNIT)):
             of_images = numbers[:, layer].flatten(1).mean(1).tolist()
@@ -264,12 +264,10 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         "chosen": f"spread evenly over the {features.evaluated}" if len(places) < len(images) else "all",
         "layers": encoder.depth,
         "num_prefix_tokens": encoder.num_prefix_tokens,
-        "prefix": "left out of the attention, rows divided by their sums again"
-        if encoder.num_prefix_tokens
-        else "none",
+        "prefix": "removed from the attention, rows renormalised" if encoder.num_prefix_tokens else "none",
         "eps": EPS,
         "foreground": note or ("void is foreground, objects as published" if own.parity else "void is ignored"),
-        **({"background": features.data.classes[0], "num_with_foreground": _count(judged)} if judged else {}),
+        **({"background": features.data.classes[0], "num_with_foreground": _count(foreground)} if foreground else {}),
     }
     return Scores(
         metrics,
@@ -285,11 +283,11 @@ def attention(features: Features, config: EvalConfig) -> Scores:
 
 
 def _why_no_foreground(features: Features) -> str:
-    """Empty where there are masks and a class token."""
+    """Why foreground scores are omitted; empty if there are masks and a class token."""
     if not features.encoder.has_class_token:
-        return "left out: the encoder has no class token"
+        return "omitted: the encoder has no class token"
     if not features.data.classes or not _has_masks(features.data.test):
-        return "left out: the images were opened without masks"
+        return "omitted: the images were opened without masks"
     return ""
 
 
@@ -297,14 +295,14 @@ def _has_masks(images: ImageSet) -> bool:
     return any(sample.mask is not None or sample.instances is not None for sample in images.samples)
 
 
-def _few(features: Features, size: int, num_images: int) -> AttentionObserver:
+def _observe_subset(features: Features, size: int, num_images: int) -> AttentionObserver:
     """Observe a subset of the images, if the others aren't needed."""
     images = features.data.test
     chosen = spread(len(images), num_images)
-    few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
+    subset = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
     observer = AttentionObserver(num_images)
-    with observer.watch(features.encoder, size, few):
-        for _, positions in features.encode(few, size, "squash", features.batch_size, "attention"):
+    with observer.watch(features.encoder, size, subset):
+        for _, positions in features.encode(subset, size, "squash", features.batch_size, "attention"):
             observer.saw([chosen[position] for position in positions])
     return observer
 
@@ -319,11 +317,11 @@ def _iou(pred: np.ndarray, truth: np.ndarray, counted: np.ndarray) -> float:
 
 
 def _by_place(values: dict[int, float], number: int) -> np.ndarray:
-    """``(n,)``; NaN for images without a value."""
+    """``(n,)`` values by image index; NaN for images without a value."""
     row = np.full(number, np.nan)
     row[list(values)] = list(values.values())
     return row
 
 
-def _count(judged: dict[int, Foreground]) -> int:
-    return sum(one.merged == one.merged for one in judged.values())
+def _count(foreground: dict[int, Foreground]) -> int:
+    return sum(one.merged == one.merged for one in foreground.values())

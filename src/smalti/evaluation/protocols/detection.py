@@ -1,11 +1,11 @@
-"""Object detection and instance segmentation: a copy of the encoder in Mask R-CNN, trained end to end on COCO's format.
+"""Object detection and instance segmentation: a copy of the encoder in Mask R-CNN, fine-tuned on data in COCO format.
 
 Source: Li et al., ViTDet, arXiv:2203.16527, Sec. 3 and App. A.2, without window attention and relative positions; the
 lengths and learning rates of Liu et al., "Self-Supervised Learning of Intertwined Content and Positional Features for
 Object Detection", ICML 2025. Region proposals, RoI align, heads and losses are torchvision's.
 Differs from them: torchvision's box loss is smooth L1 with beta 1/9 and its RoI align has no half-pixel shift; class
-token, registers and layer scale stay; biases have no weight decay; epochs run into one another; a border that is filled
-up is zero after normalisation. Strides and anchors follow the patch size: values given for 16 pixels are scaled.
+token, registers and layer scale are kept; biases have no weight decay; batches cross epochs; padding is zero after
+normalisation. Strides and anchors follow the patch size: values given for 16 pixels are scaled.
 Letters: B images, n objects, K classes, S side of the input in pixels, h x w the patch grid, D embed_dim.
 """
 
@@ -75,22 +75,22 @@ BETAS = (0.9, 0.999)
 MILESTONES = (19_667 / 22_128, 21_306 / 22_128)
 """Fractions of the steps after which the learning rate is divided by 10."""
 ANCHOR_STRIDES = 8
-"""Side of a map's anchors in its strides: 32 pixels at stride 4."""
+"""Anchor size of a map in units of its stride: 32 pixels at stride 4."""
 ASPECTS = (0.5, 1.0, 2.0)
 CANONICAL_PATCHES = 224 / 16
-"""Side, in patches, of the boxes that are looked at in the map of stride 1 patch."""
+"""Canonical size, in patches, of the boxes assigned to the map of stride 1 patch."""
 LEAST_SCORE = 0.05
 LEAST_SIDE = 1.0
-"""Pixels of the input; objects of which less is left are not learned from."""
+"""Minimum side in pixels of objects used for training, after cropping."""
 SHOWN_SCORE = 0.3
-"""Detections with a lower score are not drawn."""
+"""Minimum score of detections shown in figures."""
 _BY_PROPOSALS = ("0", "1", "2", "3", "pool")
 _FULL_STEPS, _FULL_BATCH, _FULL_SIZE = 22_128, 64, 1024
 _SMALL_WIDTH = 384  # of a ViT-S
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DetectionRecipe:
     """A preset with the settings that the user changed."""
 
     image_size: int
@@ -131,19 +131,19 @@ class DetectionConfig:
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Highest learning rate; None: the preset's."""
     masks: bool | None = None
-    """Also learn and evaluate instance masks; None: where the annotations have more than boxes."""
+    """Also train and evaluate instance masks; None: if the annotations have more than boxes."""
     frozen_blocks: CountFromZero = 0
     """Freeze this many first blocks of the encoder and everything before them; 0: train everything."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Training precision; ``auto``: bf16 on GPUs that support it."""
 
 
-def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
-    """The preset with what the user changed.
+def choose_recipe(features: Features, config: EvalConfig) -> DetectionRecipe:
+    """The preset with the user's settings.
 
     Raises:
-        ConfigError: if the encoder's patches aren't square, it has fewer blocks than shall be frozen, or its own image
-            size isn't square and none is given.
+        ConfigError: if the encoder's patches aren't square, it has fewer blocks than ``frozen_blocks``, or its own
+            image size isn't square and none is given.
         ShapeError: if the patch size does not divide the image size that was given.
     """
     own: DetectionConfig = config.of("detection")
@@ -153,11 +153,11 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         raise ConfigError(f"{encoder.name} has patches of {height}x{width} pixels; detection needs square ones")
     if own.frozen_blocks > encoder.depth:
         raise ConfigError(
-            f"eval.detection.frozen_blocks={own.frozen_blocks}: {encoder.name} has {encoder.depth} blocks"
+            f"eval.detection.frozen_blocks={own.frozen_blocks}: {encoder.name} has only {encoder.depth} blocks"
         )
     if config.preset == "small":
         size, iters = features.dense_size(config.image_size), own.steps or 400
-        recipe = Recipe(
+        recipe = DetectionRecipe(
             size, iters, 4, 2e-4, math.ceil(iters / 10), (0.6, 1.4), 128, 1, 0, (512, 512), 2, 500, 64, True
         )
     else:
@@ -165,16 +165,18 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         iters = own.steps or _FULL_STEPS
         rate = 1e-4 if encoder.embed_dim <= _SMALL_WIDTH else 3e-4
         num_warmup = min(250, math.ceil(iters / 10))
-        recipe = Recipe(size, iters, _FULL_BATCH, rate, num_warmup, (0.1, 2.0), 256, 2, 4, (1024,), 4, 2000, 512, False)
+        recipe = DetectionRecipe(
+            size, iters, _FULL_BATCH, rate, num_warmup, (0.1, 2.0), 256, 2, 4, (1024,), 4, 2000, 512, False
+        )
     changed: dict[str, Any] = {"batch_size": own.batch_size, "learning_rate": own.learning_rate}
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
 
 class PatchAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision has no types
-    """Anchors of a pyramid over patches of any size, whose strides needn't be whole pixels.
+    """Anchors of a pyramid for patches of any size, whose strides may be fractions of a pixel.
 
     Args:
-        patch_size: in pixels.
+        patch_size: patch size in pixels.
     """
 
     def __init__(self, patch_size: int) -> None:
@@ -183,7 +185,7 @@ class PatchAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision has no
         super().__init__(sizes, (ASPECTS,) * len(sizes))
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """``(A, 4)`` x0 y0 x1 y1 in pixels for each image, all alike, float32 whatever the maps are."""
+        """``(A, 4)`` x0 y0 x1 y1 in pixels, equal for each image, always float32."""
         device = feature_maps[0].device
         strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.exact]
         self.set_cell_anchors(torch.float32, device)
@@ -192,14 +194,14 @@ class PatchAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision has no
 
 
 class InFloat32(nn.Module):
-    """A head whose results are float32: bfloat16 has 3 digits, coordinates and scores need more."""
+    """A head with float32 outputs, since bfloat16 is too coarse for coordinates and scores."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, *inputs: Any) -> Any:
-        """As the head's."""
+        """The outputs of the head as float32."""
         return _as_float32(self.head(*inputs))
 
 
@@ -208,12 +210,12 @@ def _as_float32(value: Any) -> Any:
 
 
 class Backbone(nn.Module):
-    """The encoder and the pyramid on its patches.
+    """The encoder and a feature pyramid on its patches.
 
     Args:
-        encoder: a copy, which is changed.
-        channels: of the maps.
-        final_norm: whether the encoder's last norm stays.
+        encoder: a copy, modified in place.
+        channels: channels of the maps.
+        final_norm: whether the encoder's final norm is kept.
     """
 
     def __init__(self, encoder: Encoder, channels: int, final_norm: bool) -> None:
@@ -224,23 +226,23 @@ class Backbone(nn.Module):
         self.pyramid = SimpleFeaturePyramid(encoder.embed_dim, channels)
 
     def forward(self, images: Float[Tensor, "B C S S"]) -> dict[str, Tensor]:
-        """Maps by name, the finest first."""
+        """Maps by name, finest first."""
         patches, _, (h, w) = self.encoder.encode(images)
         tokens = patches.mT.reshape(len(images), -1, h, w)  # (B, N, D) -> (B, D, h, w)
         return OrderedDict(zip(_BY_PROPOSALS, self.pyramid(tokens), strict=True))
 
 
 class Detector(nn.Module):
-    """Faster or Mask R-CNN on an encoder's pyramid, for squares that are resized and normalised already.
+    """Faster or Mask R-CNN on an encoder's pyramid, for square images that are already resized and normalised.
 
     Args:
-        encoder: a copy, which is changed.
-        recipe: sizes.
+        encoder: a copy, modified in place.
+        recipe: sizes of the network.
         num_classes: K.
-        masks: whether it has the head for outlines.
+        masks: whether it has a mask head.
     """
 
-    def __init__(self, encoder: Encoder, recipe: Recipe, num_classes: int, masks: bool) -> None:
+    def __init__(self, encoder: Encoder, recipe: DetectionRecipe, num_classes: int, masks: bool) -> None:
         super().__init__()
         patch, channels = encoder.patch_size[0], recipe.channels
         anchors = PatchAnchors(patch)
@@ -269,7 +271,7 @@ class Detector(nn.Module):
             }
         backbone = Backbone(encoder, channels, recipe.final_norm)
         whole = (MaskRCNN if masks else FasterRCNN)(backbone, **parts)
-        # Its own transform is left out: images come ready, and are not resized twice.
+        # No transform: images are already preprocessed.
         self.backbone, self.rpn, self.roi_heads = backbone, whole.rpn, whole.roi_heads
 
     def forward(
@@ -281,13 +283,13 @@ class Detector(nn.Module):
         """Detections in eval mode, losses in training mode.
 
         Args:
-            images: normalised, filled up at the right and below.
-            sizes: ``(height, width)`` of what is image in them.
-            targets: boxes ``(n, 4)`` in pixels of the input, labels ``(n,)`` 1..K, and masks ``(n, S, S)`` where there
-                is a head for them.
+            images: normalised, padded on the right and at the bottom.
+            sizes: ``(height, width)`` of the images without padding.
+            targets: boxes ``(n, 4)`` in pixels of the input, labels ``(n,)`` 1..K, and masks ``(n, S, S)`` if there
+                is a mask head.
 
         Returns:
-            For each image boxes, labels 1..K, scores, and masks ``(n, 1, 28, 28)`` of their boxes; the named losses.
+            For each image boxes, labels 1..K, scores, and masks ``(n, 1, 28, 28)`` within the boxes; the named losses.
         """
         batch = ImageList(images, list(sizes))
         maps = self.backbone(images)
@@ -297,7 +299,7 @@ class Detector(nn.Module):
 
 
 def _roi_align(size: int, patch: int) -> MultiScaleRoIAlign:
-    """RoI align with exact scales; left to itself, it would round them to powers of 2."""
+    """RoI align with exact scales; by default, it would round them to powers of 2."""
     pool = MultiScaleRoIAlign(list(_BY_PROPOSALS[:4]), size, sampling_ratio=2)
     pool.scales = [scale / patch for scale in SCALES[:4]]
     pool.map_levels = initLevelMapper(2, 5, canonical_scale=CANONICAL_PATCHES * patch, canonical_level=4)
@@ -305,17 +307,17 @@ def _roi_align(size: int, patch: int) -> MultiScaleRoIAlign:
 
 
 @dataclass(frozen=True)
-class Augmented:
-    """Makes the training image at a place of the set; see :func:`~smalti.evaluation.tuning.train`."""
+class DetectionExamples:
+    """Loads and augments training images and their objects; see :func:`~smalti.evaluation.tuning.train`."""
 
     samples: tuple[ImageSample, ...]
-    recipe: Recipe
+    recipe: DetectionRecipe
     masks: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, place: int, key: int) -> Example | Skipped:
-        """``(C, S, S)`` normalised: scaled, cropped, flipped, filled up; and what to find in it. Crowds are not."""
+        """``(C, S, S)`` normalised image: scaled, cropped, flipped, padded; and its objects without crowds."""
         sample, size = self.samples[place], self.recipe.image_size
         try:
             image = sample.read(len(self.mean))
@@ -356,8 +358,8 @@ class Augmented:
         return F.pad(normalized(view, self.mean, self.std), beyond), target
 
 
-class _TestImages(Dataset[Any]):
-    """Test images whose longer side is that of the input, normalised and filled up, and the size of what is image."""
+class _PaddedImages(Dataset[Any]):
+    """Test images, resized by their longer side, normalised and padded, with their size without padding."""
 
     def __init__(self, images: ImageSet, size: int, encoder: Encoder) -> None:
         self._samples, self._size, self._mean, self._std = images.samples, size, encoder.mean, encoder.std
@@ -374,11 +376,11 @@ class _TestImages(Dataset[Any]):
         return F.pad(pixels, (0, size - width, 0, size - height)), (height, width)
 
 
-def optimizer_of(model: Detector, recipe: Recipe, encoder: Encoder) -> torch.optim.Optimizer:
-    """AdamW: the learning rate shrinks from one block down to the next, and is whole in pyramid and heads.
+def optimizer_of(model: Detector, recipe: DetectionRecipe, encoder: Encoder) -> torch.optim.Optimizer:
+    """AdamW with layer-wise decay of the learning rate in the encoder; pyramid and heads have the full rate.
 
     Args:
-        model: on its device.
+        model: detector on its device.
         recipe: rates and decays.
         encoder: the original.
     """
@@ -393,7 +395,7 @@ def optimizer_of(model: Detector, recipe: Recipe, encoder: Encoder) -> torch.opt
             betas=BETAS,
         )
         for group in optimizer.param_groups:
-            group["lr_scale"] *= recipe.layer_decay  # timm counts from the last block, ViTDet from what follows it
+            group["lr_scale"] *= recipe.layer_decay  # timm's decay starts at the last block, ViTDet's after it
         rate_fresh_positions(optimizer, encoder, model.backbone.encoder)
     else:
         optimizer = torch.optim.AdamW([{"params": []}], lr=recipe.learning_rate, betas=BETAS)
@@ -406,7 +408,7 @@ def optimizer_of(model: Detector, recipe: Recipe, encoder: Encoder) -> torch.opt
 
 
 def freeze_blocks(encoder: Encoder, count: int) -> None:
-    """Freeze the first blocks, patch embedding, prefix tokens and positions; 0 freezes nothing."""
+    """Freeze the first ``count`` blocks, patch embedding, prefix tokens and positions; 0: nothing."""
     if count:
         encoder.requires_grad_(False)
         for part in (*encoder.vit.blocks[count:], encoder.vit.norm):
@@ -441,7 +443,7 @@ def detection(features: Features, config: EvalConfig) -> Scores:
             model,
             optimizer_of(model, recipe, encoder),
             features,
-            Augmented(features.data.train.samples, recipe, masks, encoder.mean, encoder.std),
+            DetectionExamples(features.data.train.samples, recipe, masks, encoder.mean, encoder.std),
             loss_of,
             lambda step: warm_steps(
                 step,
@@ -456,7 +458,7 @@ def detection(features: Features, config: EvalConfig) -> Scores:
             what="detection",
             bf16=bf16,
         )
-        truth, found, shown = _evaluate_encoder(model, features, recipe)
+        truth, found, shown = _evaluate_detector(model, features, recipe)
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
     kinds: dict[Literal["bbox", "segm"], str] = {"bbox": "", **({"segm": "mask_"} if masks else {})}
@@ -470,32 +472,33 @@ def detection(features: Features, config: EvalConfig) -> Scores:
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
         if config.preset == "small"
-        else "ViTDet's recipe of 12 epochs of COCO without window attention and relative positions, in torchvision's "
-        "parts, as far as none of it was changed",
+        else "ViTDet's recipe for 12 epochs of COCO, without window attention and relative positions, with "
+        "torchvision's components, unless changed",
         "trained": _what_is_trained(encoder, own.frozen_blocks),
         "masks": masks,
         "image_size": recipe.image_size,
-        "resize": f"longer side to {recipe.image_size}, filled up to a square",
+        "resize": f"longer side to {recipe.image_size}, padded to a square",
         "steps": recipe.iters,
         "epochs": round(recipe.iters * recipe.batch_size / len(features.data.train), 2),
         "warmup_steps": recipe.num_warmup,
         "head_batch_size": recipe.batch_size,
         "learning_rate": recipe.learning_rate,
-        "optimiser": f"AdamW, betas {BETAS}, weight decay {recipe.weight_decay} (none on vectors and positions), a "
-        f"tenth from step {' and '.join(str(math.ceil(share * recipe.iters)) for share in MILESTONES)} on",
+        "optimiser": f"AdamW, betas {BETAS}, weight decay {recipe.weight_decay} (none on vectors and positions), "
+        f"lr / 10 at step {' and '.join(str(math.ceil(ratio * recipe.iters)) for ratio in MILESTONES)}",
         "layer_decay": recipe.layer_decay,
         "drop_path": recipe.drop_path,
         "final_norm": recipe.final_norm,
         "augmentation": f"scale {recipe.scale[0]:g}-{recipe.scale[1]:g}, crop, flip",
-        "network": f"pyramid {recipe.channels} wide at strides of {', '.join(f'{1 / s:g}' for s in SCALES)} patches; "
+        "network": f"pyramid with {recipe.channels} channels at strides of {', '.join(f'{1 / s:g}' for s in SCALES)} "
+        "patches; "
         f"{recipe.rpn_convs} convolution(s) for proposals, {recipe.box_convs} and {len(recipe.box_fc)} linear for "
-        f"boxes{f', {recipe.mask_convs} for outlines' if masks else ''}; {recipe.num_rois} regions an image",
+        f"boxes{f', {recipe.mask_convs} for masks' if masks else ''}; {recipe.num_rois} regions per image",
         "precision": "bfloat16 in training" if bf16 else "float32",
         "least_score": LEAST_SCORE,
         "detections_per_image": MOST,
         "num_objects": sum(not item.is_crowd for image in truth for item in image.objects),
         "num_crowds": sum(item.is_crowd for image in truth for item in image.objects),
-        "interval": "none: AP ranks the detections of all images together and is no sum over images",
+        "interval": "none: AP ranks the detections of all images together, so it isn't a sum over images",
         "reported": "last step",
     }
     return Scores(metrics, settings, per_class, units=dict.fromkeys(metrics, UNIT), curves={"loss": curve}, found=shown)
@@ -503,18 +506,16 @@ def detection(features: Features, config: EvalConfig) -> Scores:
 
 def _what_is_trained(encoder: Encoder, frozen_blocks: int) -> str:
     if frozen_blocks:
-        return (
-            f"a copy of the encoder from block {frozen_blocks + 1} of {encoder.depth} on; what comes before is frozen"
-        )
-    new = ", which are new: it was trained without" if encoder.position_free else ""
-    return f"a copy of the whole encoder, positions too{new}"
+        return f"a copy of the encoder from block {frozen_blocks + 1} of {encoder.depth}; the layers before are frozen"
+    new = " (new, as it was trained without)" if encoder.position_free else ""
+    return f"a copy of the whole encoder, including positions{new}"
 
 
 @torch.no_grad()
-def _evaluate_encoder(
-    model: Detector, features: Features, recipe: Recipe
+def _evaluate_detector(
+    model: Detector, features: Features, recipe: DetectionRecipe
 ) -> tuple[list[CocoImage], list[Detections], dict[int, tuple[Boxes, Boxes]]]:
-    """True objects of the test images that can be read, what was found in them, and both for those that are shown.
+    """True objects and detections of the readable test images, and both for the images in figures.
 
     Raises:
         DataError: if no image can be read.
@@ -524,7 +525,7 @@ def _evaluate_encoder(
     shown: dict[int, tuple[Boxes, Boxes]] = {}
     waiting: list[tuple[int, Tensor, tuple[int, int]]] = []
     at_once = min(features.batch_size, recipe.batch_size)
-    items = _TestImages(images, recipe.image_size, features.encoder)
+    items = _PaddedImages(images, recipe.image_size, features.encoder)
 
     def flush() -> None:
         if not waiting:
@@ -536,7 +537,7 @@ def _evaluate_encoder(
             truth.append(image)
             found.append(_in_pixels(result, size, image))
             if place in features.shown:
-                shown[place] = _to_be_shown(image, found[-1])
+                shown[place] = _shown_boxes(image, found[-1])
         waiting.clear()
 
     for place, item in enumerate(stream(items, len(images), features.num_workers)):
@@ -553,12 +554,12 @@ def _evaluate_encoder(
 
 
 def _in_pixels(result: dict[str, Tensor], size: tuple[int, int], image: CocoImage) -> Detections:
-    """Detections in the pixels of the image's file.
+    """Detections in pixel coordinates of the original image.
 
     Args:
-        result: of one image.
-        size: ``(height, width)`` that the image had in the input.
-        image: its true size.
+        result: detections of one image.
+        size: ``(height, width)`` of the image in the input.
+        image: holds its original size.
     """
     scale = torch.tensor([image.width / size[1], image.height / size[0]] * 2, device=result["boxes"].device)
     boxes = result["boxes"] * scale
@@ -569,7 +570,7 @@ def _in_pixels(result: dict[str, Tensor], size: tuple[int, int], image: CocoImag
     return Detections(boxes.cpu().numpy(), result["labels"].cpu().numpy() - 1, result["scores"].cpu().numpy(), outlines)
 
 
-def _to_be_shown(image: CocoImage, found: Detections) -> tuple[Boxes, Boxes]:
+def _shown_boxes(image: CocoImage, found: Detections) -> tuple[Boxes, Boxes]:
     """True and predicted boxes, relative to the image's width and height."""
     sides = np.array([image.width, image.height] * 2, np.float64)
     true_boxes = np.array([item.box for item in image.objects], np.float64).reshape(-1, 4)
@@ -612,13 +613,13 @@ def _check_objects(features: Features, masks: bool | None) -> bool:
         if not count:
             raise DataError(f"{images.root}: no object in the annotations of the {len(images)} {called}")
     if masks and (lacking is not None or only_boxes):
-        which = "all outlines are their boxes' rectangles"
+        which = "all outlines are the rectangles of their boxes"
         if lacking is not None:
             x0, y0, x1, y1 = lacking[1].box
             which = f"{lacking[0].path.name} has none for the object at x {x0:g}..{x1:g}, y {y0:g}..{y1:g}"
         raise DataError(
             f"{features.data.test.root}: eval.detection.masks=true needs an outline (segmentation) of each object; "
-            f"{which}; leave eval.detection.masks out for boxes alone"
+            f"{which}; leave it out to evaluate boxes only"
         )
     wanted = masks is not False and lacking is None and not only_boxes
     if wanted:
@@ -626,12 +627,12 @@ def _check_objects(features: Features, masks: bool | None) -> bool:
             for sample in images.samples:
                 image = annotated_image(sample)
                 for item in image.objects:
-                    _outline_of(sample, item, image.height, image.width)  # a damaged one is named before training
+                    _outline_of(sample, item, image.height, image.width)  # report a damaged one before training
     return wanted
 
 
 def _outline_of(sample: ImageSample, item: CocoObject, height: int, width: int) -> np.ndarray:
-    """``(H, W)`` uint8; what can't be used is named with its image."""
+    """``(H, W)`` uint8 mask of an object; errors name the image."""
     try:
         return outline_mask(item, height, width)
     except DataError as error:
@@ -641,10 +642,10 @@ def _outline_of(sample: ImageSample, item: CocoObject, height: int, width: int) 
 def _check_size(sample: ImageSample, image: CocoImage) -> None:
     try:
         size = image_size(sample.path)
-    except DataError:  # counted among the unreadable when it is read
+    except DataError:  # counted as unreadable later
         return
     if size != (image.height, image.width):
         raise DataError(
-            f"{sample.path}: {size[1]}x{size[0]} pixels, its annotations say {image.width}x{image.height}; boxes would "
-            "be in the wrong places"
+            f"{sample.path}: {size[1]}x{size[0]} pixels, but {image.width}x{image.height} in its annotations; "
+            "boxes would be misplaced"
         )

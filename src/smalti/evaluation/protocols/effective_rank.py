@@ -1,10 +1,10 @@
-"""Rank: how many dimensions patch tokens and image features fill. No labels, nothing learned.
+"""Effective rank of patch tokens and image features; needs no labels and no training.
 
 Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007; Garrido et al., RankMe, arXiv:2210.02885v3.
-A low rank shows a collapse; a high one is no proof of good features (noise has the highest), so it compares runs of one
-method, which is what RankMe was made for.
-Differs from RankMe: encoder features alone, where the paper also takes the projector's; patch tokens, which it
-doesn't use; far fewer images than its 25,600, unless ``num_images`` says so.
+A low rank indicates collapse. A high rank doesn't prove good features (noise has the highest), so only compare runs of
+one method, for which RankMe was designed.
+Differs from RankMe: only encoder features (the paper: also the projector's); also patch tokens; by default far fewer
+images than its 25,600 (``num_images``).
 Letters: n images, N = h*w patches, D embed_dim.
 """
 
@@ -42,17 +42,17 @@ def effective_rank_of_features(features: Features, config: EvalConfig) -> Scores
     encoder, images = features.encoder, features.data.test
     pool = encoder.pool if config.pool == "auto" else config.pool
     chosen = spread(len(images), own.num_images)
-    few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
+    subset = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
     all_patches, pooled = sum_moments([]), []
     within = np.full(len(images), np.nan)
-    for found, positions in features.encode(few, size, "squash", features.batch_size, "rank"):
+    for found, positions in features.encode(subset, size, "squash", features.batch_size, "rank"):
         for tokens, position in zip(found.patches, positions, strict=True):
             moments = sum_moments([tokens.float()])
             within[chosen[position]] = effective_rank(singular_values(moments, centred=True))
             all_patches = all_patches.plus(moments)
         pooled.append(encoder.pooled(found, pool).float())
     if not pooled:
-        raise DataError(f"{images.root}: none of the {len(few)} {features.evaluated} can be read")
+        raise DataError(f"{images.root}: none of the {len(subset)} {features.evaluated} can be read")
     all_images = sum_moments(pooled)
     metrics = {}
     for name, moments in (("patches", all_patches), ("images", all_images)):
@@ -67,8 +67,8 @@ def effective_rank_of_features(features: Features, config: EvalConfig) -> Scores
         "num_patches": all_patches.count,
         "embed_dim": encoder.embed_dim,
         "pool": pool,
-        "images_note": f"{all_images.count} images can't fill more than {all_images.count} dimensions; "
-        "set a greater eval.effective-rank.num_images"
+        "images_note": f"{all_images.count} images have at most rank {all_images.count}; "
+        "set a larger eval.effective-rank.num_images"
         if all_images.count < 2 * encoder.embed_dim
         else "",
         "centred": "effective_rank: yes; rankme: no",

@@ -1,12 +1,12 @@
-"""Equivariance: do patch tokens move with the image? No labels, nothing learned.
+"""Equivariance: do patch tokens move with the image? Needs no labels and no training.
 
-A view of an image is mirrored, shifted by whole patches, or a part of it is enlarged; each token of the first view is
-looked for among the tokens of the other. That a representation should follow a change of the image by a known
-rearrangement of its cells is Lenc & Vedaldi, "Understanding image representations by measuring their equivariance and
-equivalence", arXiv:1411.5908v2; the two measures here are our own, so there are no published numbers to compare with.
-What they are not: a measure of meaning. Tokens that copy the colours of their patch score high, and tokens that say
-where they are in the image score low, whatever else they know.
-Letters: B images, N = h*w patches, M of them that both views show, S side of a view.
+A view of an image is mirrored, shifted by whole patches, or enlarged; each token of the first view is matched with the
+tokens of the other. The idea that features should follow an image transformation by a known permutation of cells is
+from Lenc & Vedaldi, "Understanding image representations by measuring their equivariance and equivalence",
+arXiv:1411.5908v2; the two metrics here are our own, so there are no published numbers to compare with.
+They don't measure semantics: tokens that copy the colours of their patch score high, and tokens that encode their
+position score low, whatever else they encode.
+Letters: B images, N = h*w patches, M of them visible in both views, S side of a view.
 """
 
 import dataclasses
@@ -25,56 +25,58 @@ from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.context import spread
 from smalti.evaluation.features import Features
 from smalti.evaluation.protocol import Scores, register_protocol
-from smalti.evaluation.result import SHARE
+from smalti.evaluation.result import FRACTION
 from smalti.evaluation.tally import tally_mean
 
 VIEWS = ("flip", "shift", "zoom")
 ZOOM = 2
-"""The middle of an image, this much smaller than it, is enlarged to its size."""
+"""Factor by which the centre of an image is enlarged."""
 CONTRAST_UNIT = "difference of cosines, -2..2, higher is better"
 
 
 def match(tokens: Float[Tensor, "M D"], others: Float[Tensor, "M D"]) -> tuple[float, float]:
-    """How well each token finds the one that shows the same place.
+    """How well tokens match those of the same position in the other view.
 
     Args:
-        tokens: ``(M, D)`` of one view.
-        others: ``(M, D)`` of the other view, each in the place of its partner; with ``M >= 2``.
+        tokens: ``(M, D)`` tokens of one view.
+        others: ``(M, D)`` tokens of the other view, in the order of their partners, with ``M >= 2``.
 
     Returns:
         Fraction of tokens whose cosine with their partner is greater than with every other token, 0..1 (ties don't
         count);
-        mean cosine with the partner less mean cosine with all others.
+        mean cosine with the partner minus mean cosine with all others.
     """
     sims = F.normalize(tokens, dim=1) @ F.normalize(others, dim=1).T
     partner = sims.diagonal()
     rest = sims - torch.diag_embed(torch.full_like(partner, torch.inf))
-    found = (partner > rest.max(1).values + 1e-6).double().mean()  # rounding makes no winner of equal tokens
+    found = (
+        (partner > rest.max(1).values + 1e-6).double().mean()
+    )  # margin: rounding must not decide between equal tokens
     count = len(sims)
     between = (sims.sum() - partner.sum()) / (count * (count - 1))
     return float(found), float(partner.mean() - between)
 
 
 def shift_step(grid: tuple[int, int]) -> tuple[int, int]:
-    """A quarter of the grid, at least one patch, down and across."""
+    """A quarter of the grid in each direction, at least one patch."""
     return max(1, grid[0] // 4), max(1, grid[1] // 4)
 
 
 def flipped(grid: tuple[int, int]) -> Int[Tensor, " N"]:
-    """For each patch the number of the patch that shows it in the mirrored image."""
+    """For each patch, its index in the mirrored image."""
     return torch.arange(grid[0] * grid[1]).view(grid).flip(1).flatten()
 
 
 def shifted(grid: tuple[int, int], step: tuple[int, int]) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
-    """Numbers of the patches that both views show, in the first view and in the one ``step`` further down and right."""
+    """Indices of the patches visible in both views: in the first, and in the one shifted down and right by ``step``."""
     numbers = torch.arange(grid[0] * grid[1]).view(grid)
     rows, columns = step
     return numbers[rows:, columns:].flatten(), numbers[: grid[0] - rows, : grid[1] - columns].flatten()
 
 
 def enlarge(maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """The middle of images, or of maps of tokens, at their own size: read bilinearly at the centres of its cells."""
-    # -1..1 is the whole map; the centres of its cells, drawn together
+    """The centre of images, or of token maps, enlarged to full size by bilinear interpolation at cell centres."""
+    # cell centres in -1..1 (the whole map), contracted towards the centre
     axes = [((torch.arange(side, dtype=torch.float32) * 2 + 1) / side - 1) / ZOOM for side in maps.shape[-2:]]
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     where = torch.stack([columns, rows], dim=-1).to(maps)[None].expand(len(maps), -1, -1, -1)
@@ -87,13 +89,13 @@ def compare_views(
     grid: tuple[int, int],
     patch_size: tuple[int, int],
 ) -> list[dict[str, tuple[float, float]]]:
-    """For each image and kind of view what :func:`match` says.
+    """:func:`match` for each image and kind of view.
 
     Args:
         images: ``(B, C, S + step, S + step)`` in 0..1, ``step`` patches larger than a view: see :func:`shift_step`.
         encode: ``(B, C, S, S)`` images -> tokens.
-        grid: of a view.
-        patch_size: height and width in pixels.
+        grid: patch grid of a view.
+        patch_size: height and width of a patch in pixels.
     """
     step = shift_step(grid)
     height, width = grid[0] * patch_size[0], grid[1] * patch_size[1]
@@ -131,16 +133,16 @@ def equivariance(features: Features, config: EvalConfig) -> Scores:
     grid = encoder.check_size(size, size)
     if min(grid) < 3:
         raise ConfigError(
-            f"images of {size} pixels have {grid[0]}x{grid[1]} patches, equivariance needs 3x3 at least; "
-            "set a greater eval.image_size"
+            f"images of {size} pixels have {grid[0]}x{grid[1]} patches, but equivariance needs at least 3x3; "
+            "set a larger eval.image_size"
         )
     chosen = spread(len(images), own.num_images)
-    few = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
+    subset = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
     larger = size + max(step * side for step, side in zip(shift_step(grid), encoder.patch_size, strict=True))
     values = np.full((len(images), len(VIEWS), 2), np.nan)
     done = 0
     for pixels, positions, skipped in eval_batches(
-        few,
+        subset,
         larger,
         encoder.in_chans,
         mode="squash",
@@ -155,9 +157,9 @@ def equivariance(features: Features, config: EvalConfig) -> Scores:
                 positions, compare_views(scaled, features.patches, grid, encoder.patch_size), strict=True
             ):
                 values[chosen[position]] = [found[name] for name in VIEWS]
-        features.progress("equivariance", done, len(few))
+        features.progress("equivariance", done, len(subset))
     if not np.isfinite(values).any():
-        raise DataError(f"{images.root}: none of the {len(few)} {features.evaluated} can be read")
+        raise DataError(f"{images.root}: none of the {len(subset)} {features.evaluated} can be read")
     columns = {
         "match": values[:, :, 0].mean(1),
         **{f"match_{name}": values[:, i, 0] for i, name in enumerate(VIEWS)},
@@ -179,6 +181,6 @@ def equivariance(features: Features, config: EvalConfig) -> Scores:
         {name: tally.score() for name, tally in tallies.items()},
         settings,
         {},
-        units={name: SHARE if name.startswith("match") else CONTRAST_UNIT for name in tallies},
+        units={name: FRACTION if name.startswith("match") else CONTRAST_UNIT for name in tallies},
         tallies=tallies,
     )

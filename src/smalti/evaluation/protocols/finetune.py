@@ -1,10 +1,10 @@
-"""Fine-tuning: a copy of the encoder and a classifier on its mean patch (or what ``eval.pool`` says), trained end to
-end on class labels.
+"""Fine-tuning: a copy of the encoder and a classifier on the mean patch token (or ``eval.pool``), trained end to end on
+class labels.
 
 Source: He et al., MAE, arXiv:2111.06377v3, App. A.1 and Table 9, in the settings of their code for each size.
-Differs from it: warm-up starts at a fraction of the learning rate, where theirs starts at 0; epochs run into one
-another, so no image is dropped; the last epoch is reported, since choosing one would need the test images. The small
-preset has crops and flips only, and fewer steps.
+Differs from it: warm-up starts at a fraction of the learning rate (theirs: at 0); batches cross epochs, so no image is
+dropped; the last epoch is reported, since selecting one would need the test images. The small preset only has crops
+and flips, and fewer steps.
 Letters: n images, B of them in a batch, D embed_dim, K classes.
 """
 
@@ -47,28 +47,28 @@ from smalti.functional.precision import has_bf16
 from smalti.models.encoder import Encoder
 
 FEWEST_STEPS = 200
-"""The small preset goes through few images more often, until it has made so many steps."""
+"""Minimum number of steps of the small preset, for small data sets."""
 BETAS = (0.9, 0.999)
 _LARGE = 24  # blocks of a ViT-L; a ViT-H has 32
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FinetuneRecipe:
     """A preset with the settings that the user changed."""
 
     image_size: int
     epochs: int
     batch_size: int
     base_lr: float
-    """For 256 images a step."""
+    """Learning rate for 256 images per step."""
     layer_decay: float
-    """Factor of the learning rate from one block down to the next."""
+    """Layer-wise decay: factor of the learning rate from each block to the one before."""
     drop_path: float
     warmup_ratio: float
     """Warm-up, as a fraction of all steps."""
     crop_area: tuple[float, float]
     rand_augment: str = ""
-    """In timm's words; empty: none."""
+    """RandAugment in timm's notation; empty: none."""
     erase_prob: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -76,7 +76,7 @@ class Recipe:
     weight_decay: float = 0.05
     least_lr: float = 1e-6
     learning_rate: float | None = None
-    """The highest one as it is, in place of ``base_lr``."""
+    """Peak learning rate without scaling; replaces ``base_lr``."""
 
     @property
     def peak_lr(self) -> float:
@@ -84,7 +84,7 @@ class Recipe:
         return self.learning_rate or self.base_lr * self.batch_size / 256
 
     def num_steps(self, num_images: int) -> int:
-        """Steps in all; the last may begin another epoch."""
+        """Total number of steps; the last batch may contain images of the next epoch."""
         return math.ceil(self.epochs * num_images / self.batch_size)
 
 
@@ -100,12 +100,12 @@ class FinetuneConfig:
     """Highest learning rate; None: the preset's."""
 
 
-def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
-    """The preset with what the user changed.
+def choose_recipe(features: Features, config: EvalConfig) -> FinetuneRecipe:
+    """The preset with the user's settings.
 
     Raises:
-        ConfigError: if the encoder's own image size isn't square and none is given, or pairs of images shall be mixed
-            and a step has an odd number of them.
+        ConfigError: if the encoder's own image size isn't square and none is given, or if mixup is used with an odd
+            batch size.
         ShapeError: if the patch size does not divide the image size.
     """
     own: FinetuneConfig = config.of("finetune")
@@ -114,15 +114,17 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         size = features.image_size(config.image_size)
         batch_size = own.batch_size or min(32, num_images)
         epochs = max(10, math.ceil(FEWEST_STEPS * batch_size / num_images))
-        # The learning rate of 64 images however few there are: Adam's strides don't shrink with the noise.
-        recipe = Recipe(size, epochs, batch_size, 1e-3, 0.75, 0.0, 0.1, (0.35, 1.0), learning_rate=1e-3 * 64 / 256)
+        # The learning rate for 64 images at least: Adam's step size doesn't depend on the gradient noise.
+        recipe = FinetuneRecipe(
+            size, epochs, batch_size, 1e-3, 0.75, 0.0, 0.1, (0.35, 1.0), learning_rate=1e-3 * 64 / 256
+        )
     else:
         size = features.image_size(config.image_size or 224)
         is_large = depth >= _LARGE
         epochs = 50 if is_large else 100
         base_lr, layer_decay = (1e-3, 0.75) if is_large else (5e-4, 0.65)
         drop_path = 0.1 if not is_large else 0.2 if depth == _LARGE else 0.3
-        recipe = Recipe(
+        recipe = FinetuneRecipe(
             size,
             epochs,
             1024,
@@ -148,20 +150,20 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     return recipe
 
 
-class Classifier(nn.Module):
-    """The encoder without its final norm, the mean of its patches, a layer norm, and a linear layer.
+class FinetuneClassifier(nn.Module):
+    """The encoder without its final norm, followed by mean pooling, layer norm and a linear layer.
 
-    With another pooling the final norm stays where it is, and the linear layer reads the pooled vector. Either way
-    these are the copy's own ``fc_norm`` and ``head``, so that it is a timm classifier and timm knows its layers.
+    With another pooling, the final norm is kept and the linear layer takes the pooled vector. The layers are the copy's
+    own ``fc_norm`` and ``head``, so that it is a timm classifier for timm's layer-wise decay.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int, pool: str = "avg") -> None:
         """
         Args:
-            encoder: a copy, which is changed.
+            encoder: a copy, modified in place.
             num_classes: K.
-            pool: ``avg``, or another one of :meth:`~smalti.models.encoder.Encoder.set_pool`; one that has parameters
-                is drawn from torch's generator, unless the encoder brings it.
+            pool: ``avg``, or another pooling of :meth:`~smalti.models.encoder.Encoder.set_pool`; its parameters, if
+                any, are initialised from torch's generator unless the encoder has them.
         """
         super().__init__()
         self.encoder = encoder
@@ -181,23 +183,23 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class Augmented:
-    """Makes the training image at a place of the set; see :func:`~smalti.evaluation.tuning.train`."""
+class ClassificationExamples:
+    """Loads and augments training images; see :func:`~smalti.evaluation.tuning.train`."""
 
     samples: tuple[ImageSample, ...]
-    recipe: Recipe
+    recipe: FinetuneRecipe
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, place: int, key: int) -> Example | Skipped:
-        """``(C, S, S)`` normalised, and its class."""
+        """``(C, S, S)`` normalised image, and its class."""
         sample = self.samples[place]
         view = random_view(sample, len(self.mean), self.recipe.image_size, self.recipe.crop_area, key)
         if isinstance(view, Skipped):
             return view
         if not self.recipe.rand_augment:
             return normalized(view, self.mean, self.std), torch.tensor(sample.label)
-        with seeded(key):  # timm draws from Python's, NumPy's and torch's own generators
+        with seeded(key):  # timm uses Python's, NumPy's and torch's global generators
             pixels = normalized(self._rand_augment(view, sample), self.mean, self.std)
             pixels = RandomErasing(self.recipe.erase_prob, mode="pixel", device="cpu")(pixels)
         return pixels, torch.tensor(sample.label)
@@ -206,7 +208,7 @@ class Augmented:
         channels = view.shape[2]
         if view.dtype != np.uint8 or channels not in (1, 3):
             raise DataError(
-                f"{sample.path}: RandAugment knows 8-bit images of 1 or 3 channels, these are {view.dtype} with "
+                f"{sample.path}: RandAugment needs 8-bit images of 1 or 3 channels, got {view.dtype} with "
                 f"{channels}; use eval.preset=small"
             )
         mean = tuple(min(255, round(255 * value)) for value in self.mean)
@@ -218,11 +220,11 @@ class Augmented:
                 "interpolation": Image.Resampling.BICUBIC,
             },
         )
-        # Grey is handed over as three equal channels: timm's fill colours have three.
+        # grey images as three equal channels: timm's fill colours have three
         changed = np.asarray(augment(Image.fromarray(np.broadcast_to(view, (*view.shape[:2], 3)).copy())))
         if channels == 3:
             return changed
-        return changed.mean(2, keepdims=True).round().astype(np.uint8)  # colour operations may tint them
+        return changed.mean(2, keepdims=True).round().astype(np.uint8)  # colour operations may make channels differ
 
 
 @register_protocol(
@@ -241,7 +243,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
     encoder = features.encoder
     pool = "avg" if config.pool == "auto" else config.pool
     with seeded(config.seed, features.device):
-        model = Classifier(trainable_copy(encoder, recipe.drop_path), num_classes, pool)
+        model = FinetuneClassifier(trainable_copy(encoder, recipe.drop_path), num_classes, pool)
         optimizer = create_optimizer_v2(
             model.encoder.vit,
             "adamw",
@@ -267,7 +269,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
             model,
             optimizer,
             features,
-            Augmented(features.data.train.samples, recipe, encoder.mean, encoder.std),
+            ClassificationExamples(features.data.train.samples, recipe, encoder.mean, encoder.std),
             loss_of,
             lambda step: warm_cosine(
                 step, num_steps, peak=recipe.peak_lr, least=min(recipe.least_lr, recipe.peak_lr), num_warmup=num_warmup
@@ -282,21 +284,20 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
         if config.preset == "small"
-        else "MAE's fine-tuning recipe, as far as none of it was changed"
-        + ("" if pool == "avg" else "; its pooling is the mean patch"),
-        "trained": "a copy of the whole encoder, positions too"
-        + (", which are new: it was trained without" if encoder.position_free else ""),
-        "pool": "mean patch, then layer norm; the encoder's own final norm is left out"
+        else "MAE's fine-tuning recipe, unless changed" + ("" if pool == "avg" else "; MAE pools the mean patch token"),
+        "trained": "a copy of the whole encoder, including positions"
+        + (" (new, as it was trained without)" if encoder.position_free else ""),
+        "pool": "mean patch token, then layer norm; without the encoder's final norm"
         if pool == "avg"
-        else f"{pool}, of tokens behind the encoder's own final norm",
+        else f"{pool}, after the encoder's final norm",
         "image_size": recipe.image_size,
-        "resize": "short side, then centre crop",
+        "resize": "short side, then center crop",
         "epochs": recipe.epochs,
         "steps": num_steps,
         "warmup_steps": num_warmup,
         "head_batch_size": recipe.batch_size,
         "learning_rate": recipe.peak_lr,
-        "optimiser": f"AdamW, betas {BETAS}, weight decay {recipe.weight_decay} (none on vectors), half a cosine to "
+        "optimiser": f"AdamW, betas {BETAS}, weight decay {recipe.weight_decay} (none on vectors), cosine to "
         f"{recipe.least_lr:g}",
         "layer_decay": recipe.layer_decay,
         "drop_path": recipe.drop_path,

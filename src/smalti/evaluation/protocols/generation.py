@@ -1,11 +1,11 @@
-"""Generated images against real ones, in the features of an encoder that the user names.
+"""Compare generated images with real ones in the features of an encoder.
 
 Fréchet distance (Heusel et al., arXiv:1706.08500v6), kernel distance (Binkowski et al., arXiv:1801.01401v5), precision
 and recall by neighbours (Kynkäänniemi et al., arXiv:1904.06991v3), and a classifier score of the form of Salimans et
-al., arXiv:1606.03498v1, by a linear classifier on the same features of real images with labels.
-Differs from the papers: they use features of an Inception network. The names FID, KID and inception score are used here
-only with its weights. Each metric is reported with its value for real images in place of the generated ones, and a
-standard error from resampling both sets.
+al., arXiv:1606.03498v1, with a linear classifier trained on the same features of labelled real images.
+Differs from the papers: they use features of an Inception network; the names FID, KID and inception score are used here
+only with its weights. Each metric is also computed for real images in place of the generated ones, and has a standard
+error from resampling both sets.
 Letters: n images, D dimensions, R resamples, C classes.
 """
 
@@ -51,8 +51,8 @@ from smalti.functional.distributions import (
 from smalti.functional.neighbours import nearest
 
 DEFAULT_K = 5
-DISTANCE = "distance in these features, 0 or more, lower is better"
-KERNEL = "distance in these features, about 0 or more, lower is better"
+DISTANCE = "distance in the encoder's features, 0 or more, lower is better"
+KERNEL = "distance in the encoder's features, about 0 or more, lower is better"
 CLASSES = "1 to the number of classes, higher is better"
 INCEPTION_UNITS = {
     "fid": "FID, 0 or more, lower is better",
@@ -62,18 +62,18 @@ INCEPTION_UNITS = {
     "kid_real": "KID, about 0 or more, lower is better",
 }
 FLOOR = "_real"
-"""Behind a metric's name: what real images get in the place of the generated ones."""
+"""Suffix of a metric's name: its value for real images in place of the generated ones."""
 ERRORS = "standard_error"
 """Setting that holds the standard error of each metric that has one."""
 _MOST_CLASSIFIED = 10_000
-"""Real images that the classifier learns from, at most."""
+"""Maximum number of training images of the classifier."""
 _SHEET_PX = 64
 _NUM_NEIGHBOURS = 5
 _NUM_ROWS = 8
 
 
 class Distances(NamedTuple):
-    """Distances of one set from another."""
+    """Distances between two sets."""
 
     values: dict[str, float]
     errors: dict[str, float]
@@ -94,16 +94,16 @@ class GenerationConfig:
 
 
 def check_generated(config: EvalConfig) -> None:
-    """Find mistakes before anything is encoded.
+    """Check the settings before anything is encoded.
 
     Raises:
-        ConfigError: if no generated images are named, or there are too few resamples for an error.
-        DataError: if there are none at that place.
+        ConfigError: if no generated images are named, or there are too few resamples for a standard error.
+        DataError: if there are no images at that path.
         MissingExtraError, WeightsError: if ``eval.generation.inception`` can't be used.
     """
     own: GenerationConfig = config.of("generation")
     if own.generated is None:
-        raise ConfigError("generation evaluates generated images; give eval.generation.generated=FOLDER")
+        raise ConfigError("generation needs generated images; set eval.generation.generated=FOLDER")
     open_generated(own.generated)
     if own.inception is not None:
         Inception(Path(own.inception).expanduser())
@@ -111,7 +111,7 @@ def check_generated(config: EvalConfig) -> None:
 
 
 def open_generated(place: str) -> ImageSet:
-    """Images at a place; of what ``smalti generate --out`` wrote the samples alone, without the pictures of them.
+    """Open images at a path; of the output of ``smalti generate``, only the samples, without grid and film strip.
 
     Raises:
         DataError: if there are none.
@@ -147,35 +147,35 @@ def generation(features: Features, config: EvalConfig) -> Scores:
     note = _too_few(min(len(fake), len(real)), real.shape[1])
 
     if has_train:
-        stand_in, judged = train[_draw(len(train), min(len(fake), len(train)), seed)], real
-        floor = f"{len(stand_in)} training images, drawn by the seed, in the place of the generated ones"
+        stand_in, reference = train[_draw(len(train), min(len(fake), len(train)), seed)], real
+        floor = f"{len(stand_in)} random training images in place of the generated ones"
     else:
         halves = _draw(len(real), len(real), seed)
-        stand_in, judged = real[halves[: len(real) // 2]], real[halves[len(real) // 2 :]]
-        floor = f"{len(stand_in)} real images against {len(judged)} others: there is no train split"
-    most = min(len(fake), len(real), len(stand_in), len(judged)) - 1
+        stand_in, reference = real[halves[: len(real) // 2]], real[halves[len(real) // 2 :]]
+        floor = f"{len(stand_in)} real images against {len(reference)} others, since there is no train split"
+    most = min(len(fake), len(real), len(stand_in), len(reference)) - 1
     if most < 1:
         raise DataError(
             f"{features.data.test.root}: {len(real)} real images without a train split; at least 4 are needed"
         )
     if own.k is not None and own.k > most:
-        raise ConfigError(f"eval.generation.k={own.k}: so few images have 1..{most} neighbours; choose one of these")
-    k = min(own.k or DEFAULT_K, most)  # the same everywhere, or precision would not compare with its floor
+        raise ConfigError(f"eval.generation.k={own.k}: the images have only 1..{most} neighbours; choose one of these")
+    k = min(own.k or DEFAULT_K, most)  # the same for all, so that precision is comparable with its floor
 
     metrics, errors = dict[str, float](), dict[str, float]()
     against = distances(fake, real, repeats, seed)
     covers = within_manifold(real, fake, k)
     looks_real = within_manifold(fake, real, k)
-    metrics |= against.values | {"precision": _share(looks_real), "recall": _share(covers)}
-    errors |= against.errors | {"precision": _share_error(looks_real), "recall": _share_error(covers)}
+    metrics |= against.values | {"precision": _fraction(looks_real), "recall": _fraction(covers)}
+    errors |= against.errors | {"precision": _fraction_error(looks_real), "recall": _fraction_error(covers)}
     if has_train:
-        beside = distances(fake, train, repeats, seed)
-        metrics |= {f"{name}_train": value for name, value in beside.values.items()}
-        errors |= {f"{name}_train": value for name, value in beside.errors.items()}
-    metrics[f"frechet_distance{FLOOR}"] = frechet_distance(stand_in, judged)
-    metrics[f"kernel_distance{FLOOR}"] = float(kernel_distance(stand_in, judged))
-    metrics[f"precision{FLOOR}"] = _share(within_manifold(stand_in, judged, k))
-    metrics[f"recall{FLOOR}"] = _share(within_manifold(judged, stand_in, k))
+        against_train = distances(fake, train, repeats, seed)
+        metrics |= {f"{name}_train": value for name, value in against_train.values.items()}
+        errors |= {f"{name}_train": value for name, value in against_train.errors.items()}
+    metrics[f"frechet_distance{FLOOR}"] = frechet_distance(stand_in, reference)
+    metrics[f"kernel_distance{FLOOR}"] = float(kernel_distance(stand_in, reference))
+    metrics[f"precision{FLOOR}"] = _fraction(within_manifold(stand_in, reference, k))
+    metrics[f"recall{FLOOR}"] = _fraction(within_manifold(reference, stand_in, k))
 
     units = {name: DISTANCE if name.startswith("frechet") else KERNEL for name in metrics if "distance" in name}
     settings = {
@@ -189,7 +189,7 @@ def generation(features: Features, config: EvalConfig) -> Scores:
         "floor": floor,
         "k": k,
         "repeats": repeats,
-        "errors_note": "both sets redrawn with replacement; for precision and recall the manifolds stay",
+        "errors_note": "both sets resampled with replacement; for precision and recall with fixed manifolds",
         "pool": pool,
         "image_size": size,
         "resize": "central square, bicubic",
@@ -215,8 +215,8 @@ def generation(features: Features, config: EvalConfig) -> Scores:
             settings["classifier_accuracy"] = float((of_real.argmax(1) == truth).double().mean())
     if own.inception is not None:
         side = generated_side(drawn)
-        judged_by = _inception_distances(features, drawn, side, config.seed, own)
-        metrics, errors, units = metrics | judged_by.values, errors | judged_by.errors, units | INCEPTION_UNITS
+        inception = _inception_distances(features, drawn, side, config.seed, own)
+        metrics, errors, units = metrics | inception.values, errors | inception.errors, units | INCEPTION_UNITS
         settings["inception"] = f"{LIBRARY}, {own.inception}"
         settings["inception_image_size"] = side
     settings[ERRORS] = errors
@@ -238,16 +238,16 @@ def generation(features: Features, config: EvalConfig) -> Scores:
 
 
 def generated_side(drawn: ImageSet) -> int:
-    """Side in pixels of the central squares of the generated images (the smallest, if they differ).
+    """Side in pixels of the central squares of the generated images; the smallest, if they differ.
 
-    Inception gets generated and real images at this size, whatever the other encoder's size, and resizes them itself.
+    Inception gets generated and real images at this size, independent of the encoder's size, and resizes them.
 
     Raises:
         DataError: if none can be read.
     """
     sides = []
     for path in drawn.paths:
-        with contextlib.suppress(DataError):  # left out where images are read, and counted there
+        with contextlib.suppress(DataError):  # skipped and counted when images are read
             sides.append(min(image_size(path)))
     if not sides:
         raise DataError(f"{drawn.root}: none of the {len(drawn)} generated images can be read")
@@ -255,12 +255,12 @@ def generated_side(drawn: ImageSet) -> int:
 
 
 def _inception_distances(features: Features, drawn: ImageSet, size: int, seed: int, own: GenerationConfig) -> Distances:
-    """FID, KID and inception score; the floor is of training images, or of halves, as for the other features."""
+    """FID, KID and inception score, with the same floors as for the encoder's features."""
     network = Inception(Path(str(own.inception)).expanduser()).to(features.device)
     repeats = own.repeats
 
     def encode(images: ImageSet, what: str) -> tuple[Tensor, Tensor]:
-        pooled, shares, done = list[Tensor](), list[Tensor](), 0
+        pooled, probabilities, done = list[Tensor](), list[Tensor](), 0
         batches = eval_batches(
             images, size, 3, mode="centre", batch_size=features.batch_size, num_workers=features.num_workers
         )
@@ -270,38 +270,41 @@ def _inception_distances(features: Features, drawn: ImageSet, size: int, seed: i
                 whole = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().clamp(0, 255).byte()
                 found = network(whole.to(features.device))
                 pooled.append(found[0].cpu())
-                shares.append(found[1].cpu())
+                probabilities.append(found[1].cpu())
             features.progress(f"Inception, {what}", done, len(images))
-        return torch.cat(pooled), torch.cat(shares)
+        return torch.cat(pooled), torch.cat(probabilities)
 
-    fake, shares = encode(drawn, "generated images")
+    fake, probabilities = encode(drawn, "generated images")
     real, _ = encode(features.data.test, "real images")
     if len(features.data.train):
-        few = _draw(len(features.data.train), min(len(fake), len(features.data.train)), seed).tolist()
-        chosen = tuple(features.data.train.samples[place] for place in few)
-        stand_in, judged = encode(dataclasses.replace(features.data.train, samples=chosen), "training images")[0], real
+        chosen_rows = _draw(len(features.data.train), min(len(fake), len(features.data.train)), seed).tolist()
+        chosen = tuple(features.data.train.samples[place] for place in chosen_rows)
+        stand_in, reference = (
+            encode(dataclasses.replace(features.data.train, samples=chosen), "training images")[0],
+            real,
+        )
     else:
         halves = _draw(len(real), len(real), seed)
-        stand_in, judged = real[halves[: len(real) // 2]], real[halves[len(real) // 2 :]]
+        stand_in, reference = real[halves[: len(real) // 2]], real[halves[len(real) // 2 :]]
     against = distances(fake, real, repeats, seed)
     names = {"frechet_distance": "fid", "kernel_distance": "kid"}
     places = resamples(len(fake), repeats, seed)
     return Distances(
         {
             **{names[name]: value for name, value in against.values.items()},
-            "inception_score": classifier_score(shares),
-            f"fid{FLOOR}": frechet_distance(stand_in, judged),
-            f"kid{FLOOR}": float(kernel_distance(stand_in, judged)),
+            "inception_score": classifier_score(probabilities),
+            f"fid{FLOOR}": frechet_distance(stand_in, reference),
+            f"kid{FLOOR}": float(kernel_distance(stand_in, reference)),
         },
         {
             **{names[name]: value for name, value in against.errors.items()},
-            "inception_score": bootstrap_error(lambda rows: classifier_score(shares[rows]), places),
+            "inception_score": bootstrap_error(lambda rows: classifier_score(probabilities[rows]), places),
         },
     )
 
 
 def distances(a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], repeats: int, seed: int) -> Distances:
-    """Fréchet and kernel distance of two sets, with standard errors from redrawing both."""
+    """Fréchet and kernel distance of two sets, with standard errors from resampling both."""
     rows_a, rows_b = resamples(len(a), repeats, seed), resamples(len(b), repeats, seed + 1)
     values = {
         "frechet_distance": frechet_distance(a, b),
@@ -321,10 +324,10 @@ def distances(a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], repeats: int, se
 def fit_classifier(
     vectors: Float[Tensor, "n D"], labels: Int[Tensor, " n"], seed: int
 ) -> Callable[[Float[Tensor, "m D"]], Float[Tensor, "m C"]]:
-    """A linear classifier of features: takes others, gives class probabilities."""
-    few = _draw(len(vectors), min(len(vectors), _MOST_CLASSIFIED), seed)
+    """Fit a linear classifier; returns a function from features to class probabilities."""
+    chosen_rows = _draw(len(vectors), min(len(vectors), _MOST_CLASSIFIED), seed)
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    fitted.fit(vectors[few].cpu().double().numpy(), labels[few].numpy())
+    fitted.fit(vectors[chosen_rows].cpu().double().numpy(), labels[chosen_rows].numpy())
 
     def classify(others: Tensor) -> Tensor:
         return torch.from_numpy(fitted.predict_proba(others.cpu().double().numpy()))
@@ -333,58 +336,58 @@ def fit_classifier(
 
 
 class _Encode:
-    """Feature vectors of a set of images, and the places of those that could be read."""
+    """Computes feature vectors of a set of images, and the indices of the readable ones."""
 
     def __init__(self, features: Features, size: int, pool: str) -> None:
         self.features, self.size, self.pool = features, size, pool
 
     def __call__(self, images: ImageSet, what: str) -> tuple[Float[Tensor, "n D"], list[int]]:
-        """On the CPU, float32.
+        """Feature vectors on the CPU, float32, and indices.
 
         Raises:
-            DataError: if fewer than three can be read.
+            DataError: if fewer than three images can be read.
         """
         source, found, places = self.features, list[Tensor](), list[int]()
         for encoded, positions in source.encode(images, self.size, "centre", source.batch_size, what):
             found.append(source.encoder.pooled(encoded, self.pool).float().cpu())
             places += positions
         if len(places) < 3:
-            raise DataError(f"{images.root}: {len(places)} {what} can be read; at least 3 are needed")
+            raise DataError(f"{images.root}: only {len(places)} {what} can be read; at least 3 are needed")
         return torch.cat(found), places
 
 
 def _too_few(count: int, dim: int) -> str:
-    """One line where the covariance of so few vectors means little; it is warned of, too."""
+    """A note, which is also a warning, if there are too few vectors for their covariance; else empty."""
     if count >= 2 * dim:
         return ""
     note = (
-        f"{count} images for features of {dim} dimensions: the Fréchet distance is mostly bias; give at least "
-        f"{2 * dim}, or look at the kernel distance"
+        f"{count} images for features of {dim} dimensions: the Fréchet distance is mostly bias; use at least "
+        f"{2 * dim}, or the kernel distance"
     )
     warnings.warn(f"generation: {note}", stacklevel=2)
     return note
 
 
-def _draw(count: int, few: int, seed: int) -> Int[Tensor, " n"]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:few]
+def _draw(count: int, size: int, seed: int) -> Int[Tensor, " n"]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:size]
 
 
-def _share(hits: Bool[Tensor, " n"]) -> float:
+def _fraction(hits: Bool[Tensor, " n"]) -> float:
     return float(hits.double().mean())
 
 
-def _share_error(hits: Bool[Tensor, " n"]) -> float:
-    """Standard error of a fraction, which needs no resampling."""
-    share = _share(hits)
-    return float((share * (1 - share) / len(hits)) ** 0.5)
+def _fraction_error(hits: Bool[Tensor, " n"]) -> float:
+    """Standard error of a fraction, without resampling."""
+    fraction = _fraction(hits)
+    return float((fraction * (1 - fraction) / len(hits)) ** 0.5)
 
 
 class _Encoded(NamedTuple):
-    """Images with their vectors."""
+    """Images and their vectors."""
 
     images: ImageSet
     places: list[int]
-    """Indices of the readable images; the n of the vectors."""
+    """Indices of the readable images, one per vector."""
     vectors: Tensor
 
 
@@ -404,16 +407,14 @@ def _sheets(fake: _Encoded, real: _Encoded, train: _Encoded | None, channels: in
         chosen = [picture(of, number) for number in spread(len(of.places), 4 * wide)]
         whole = len(chosen) // wide * wide or len(chosen)
         sheets[f"{title}, evenly chosen"] = grid([chosen[first : first + wide] for first in range(0, whole, wide)])
-    few = list(spread(len(fake.places), _NUM_ROWS))
+    chosen_rows = list(spread(len(fake.places), _NUM_ROWS))
     known, what = (real, "real") if train is None else (train, "training")
     middle = known.vectors.mean(0)
     keys = known.vectors - middle
-    keys = torch.cat(
-        [keys, -keys.square().sum(1, keepdim=True) / 2], 1
-    )  # so that the nearest have the greatest product
-    queries = torch.nn.functional.pad(fake.vectors[few] - middle, (0, 1), value=1.0)
+    keys = torch.cat([keys, -keys.square().sum(1, keepdim=True) / 2], 1)  # so that the nearest have the largest product
+    queries = torch.nn.functional.pad(fake.vectors[chosen_rows] - middle, (0, 1), value=1.0)
     near = nearest(queries, keys, min(_NUM_NEIGHBOURS, len(keys)))[1].tolist()
-    sheets[f"Generated (first column) and the nearest of {len(keys)} {what} images in these features"] = grid(
-        [[picture(fake, n), *(picture(known, m) for m in found)] for n, found in zip(few, near, strict=True)]
+    sheets[f"Generated (first column) and the nearest of {len(keys)} {what} images in feature space"] = grid(
+        [[picture(fake, n), *(picture(known, m) for m in found)] for n, found in zip(chosen_rows, near, strict=True)]
     )
     return sheets

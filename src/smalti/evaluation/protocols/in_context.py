@@ -1,10 +1,10 @@
-"""In-context segmentation: classes of pixels by retrieval of labelled patches. Nothing is learned.
+"""In-context segmentation: pixel classes by retrieval of labelled patches, without training.
 
 Source: Balazevic et al., "Towards in-context scene understanding", arXiv:2306.01667, Sec. 3, in the form of the public
 code open-hummingbird-eval, which NeCo's and CrIBo's comparisons use.
-Differs from the code: search is exact, where theirs is approximate by default; which patches are kept does not depend
-on batches. In ``preset=small`` and ``full`` pixels without a label are no class (theirs: class 0) and predicted classes
-stay as they are (theirs: Hungarian matching, which can only raise the score); ``preset=paper`` does as theirs does.
+Differs from the code: search is exact (theirs: approximate by default); the choice of patches doesn't depend on
+batches. With ``preset=small`` and ``full``, pixels without a label are ignored (theirs: class 0) and predicted classes
+aren't matched (theirs: Hungarian matching, which can only raise the score); ``preset=paper`` follows their code.
 Letters: B images in a batch, N = h*w patches, K neighbours, C classes, S side of the masks.
 """
 
@@ -52,15 +52,15 @@ class InContextConfig(MemoryConfig):
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
 
-def upsampled_argmax(shares: Float[Tensor, "h w C"], size: int) -> Int[Tensor, "S S"]:
-    """Class with the greatest fraction at each pixel, after bilinear upsampling; ties go to the lowest.
+def upsampled_argmax(fractions: Float[Tensor, "h w C"], size: int) -> Int[Tensor, "S S"]:
+    """Class with the largest fraction at each pixel, after bilinear upsampling; ties go to the lowest.
 
     Args:
-        shares: ``(h, w, C)`` class fractions of the patches of one image.
+        fractions: ``(h, w, C)`` class fractions of the patches of one image.
         size: S.
     """
-    rows, columns = (upsampling(side, size).to(shares.device) for side in shares.shape[:2])
-    up = (rows @ shares.flatten(1)).view(size, *shares.shape[1:])  # (h, w, C) -> (S, w, C)
+    rows, columns = (upsampling(side, size).to(fractions.device) for side in fractions.shape[:2])
+    up = (rows @ fractions.flatten(1)).view(size, *fractions.shape[1:])  # (h, w, C) -> (S, w, C)
     return torch.matmul(columns, up).argmax(-1)
 
 
@@ -85,10 +85,10 @@ def in_context(features: Features, config: EvalConfig) -> Scores:
     for sims, found, places in neighbours(features, recipe, config.seed, k):
         weights = (sims / own.temperature).softmax(-1)
         labels = mix_labels(weights.flatten(0, 1), found.flatten(0, 1), memory.counts).view(len(places), *grid, -1)
-        for shares, place in zip(labels, places, strict=True):
+        for fractions, place in zip(labels, places, strict=True):
             if place in unlabelled and place not in features.shown:
                 continue
-            pred = upsampled_argmax(shares, size)
+            pred = upsampled_argmax(fractions, size)
             if place not in unlabelled:
                 tally.update(masks_of(images, [place], len(classes), size).to(pred.device), pred[None], [place])
             if place in features.shown:
@@ -99,7 +99,7 @@ def in_context(features: Features, config: EvalConfig) -> Scores:
     settings = {
         **memory_settings(features, recipe, memory, config),
         "comparable": comparable(
-            config, "void pixels are no class, predicted classes are not matched, absent classes skipped, one pass"
+            config, "void pixels ignored, predicted classes not matched, absent classes skipped, one pass"
         ),
         "mask_size": size,
         **about_k,

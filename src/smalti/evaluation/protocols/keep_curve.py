@@ -1,11 +1,11 @@
-"""Keep curve: classification accuracy with the first patches of an order, against the fraction of dropped patches.
+"""Keep curve: classification accuracy with only the first patches of an order, by fraction of dropped patches.
 
 Source: Guo et al., "The Collapse of Patches", 2025, arXiv:2511.22281, Table 5 and Fig. 8: area under the curve (top-1
 over the rates 0, 0.01 ... 0.98, not normalised) and knee. Differs from it: image-independent orders (one random
-permutation for all images; the mean order) are always included, as the paper lacks them; accuracy has intervals; the
+permutation for all images; the mean order), which the paper lacks, are always included; accuracy has intervals; the
 time per image is measured, including the time to rank its patches if known.
-The head is the run's own if its method trained one. Otherwise, or if the baseline has none (another run with other
-classes, an imported encoder), it is a linear layer, fitted on whole training images as in linear-probe.
+The head is the run's own if its method trained one. Otherwise, or if the baseline has none (a run with other classes,
+an imported encoder), it is a linear layer, fitted on whole training images as in linear-probe.
 Encoder and baseline always have the same kind of head. Dropped patches are never embedded.
 Letters: n images, N patches, k kept ones, K classes, S rates.
 """
@@ -35,7 +35,7 @@ from smalti.evaluation.intervals import LEVEL
 from smalti.evaluation.metrics import ConfusionMatrix, class_recall
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.protocols.linear_probe import BATCH_SIZE, LEARNING_RATES, fit_probe
-from smalti.evaluation.result import SHARE
+from smalti.evaluation.result import FRACTION
 from smalti.evaluation.tally import Tally, tally_mean
 from smalti.functional.graphs import descending
 from smalti.functional.orders import knee, num_kept, random_orders
@@ -45,13 +45,13 @@ from smalti.models.encoder import ClassHead, Encoder
 CONTROLS = ("random", "fixed_random")
 """Orders that are always included; also ``collapse_static`` if a file has ``collapse``."""
 PLAIN = ("halton", "variance")
-"""Orders that are added for an encoder that learned with none, where none is named."""
+"""Orders added by default if the encoder was trained without an order."""
 RATES = tuple(round(0.05 * step, 2) for step in range(20))
 PAPER_RATES = tuple(round(0.01 * step, 2) for step in range(99))
 TABLE = (0.3, 0.5, 0.78)
-"""Rates of the paper's Table 5: always measured, and no part of the area unless they are among the rates."""
+"""Rates of the paper's Table 5: always measured, but only part of the area if they are among the rates."""
 SPEED_BATCH, SPEED_ROUNDS = 8, 5
-OWN_HEAD = "the run's own, trained or untrained as the encoder is"
+OWN_HEAD = "the run's own, trained or untrained like the encoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Orders:
     """Orders of the patches of evaluated images, by name."""
 
     names: tuple[str, ...]
-    """The first is the headline."""
+    """Names of the orders; the first is the headline."""
     own: str
     """Order the encoder was trained with; empty: none."""
     asked: bool
-    """Whether the user named the first."""
+    """Whether the user named the first order."""
     caches: tuple[OrderCache, ...]
     encoder: Encoder
     images: tuple[str, ...]
@@ -71,12 +71,12 @@ class Orders:
     seed: int
 
     def of(self, name: str, pixels: Tensor, places: Sequence[int]) -> Int[Tensor, "B N"]:
-        """The orders of a batch.
+        """Orders of a batch.
 
         Args:
             name: one of ``names``.
-            pixels: ``(B, C, S, S)`` as they were read, on the encoder's device.
-            places: of the images in the test set.
+            pixels: ``(B, C, S, S)`` images, not normalised, on the encoder's device.
+            places: indices of the images in the test set.
         """
         grid = self.encoder.check_size(pixels.shape[-2], pixels.shape[-1])
         cache = self.cache_of(name)
@@ -95,7 +95,7 @@ class Orders:
         return descending(self.encoder.encode_with_attention(self.encoder.normalize(pixels))[1].mean(1))
 
     def cache_of(self, name: str) -> OrderCache | None:
-        """The file that has an order; None where there is none."""
+        """The file that has an order; None if no file has it."""
         return next((cache for cache in self.caches if name in cache.names), None)
 
 
@@ -123,7 +123,7 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
 
     Raises:
         ConfigError: for an unknown name.
-        DataError, ShapeError: for a file that can't be read or doesn't fit the images, or if none has an order.
+        DataError, ShapeError: for a file that can't be read or doesn't match the images, or if no file has an order.
     """
     own_settings: KeepCurveConfig = config.of("keep-curve")
     encoder, head = features.encoder, features.encoder.class_head
@@ -151,7 +151,7 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
             if not encoder.has_class_token:
                 raise ConfigError(f"eval.keep-curve.orders: attention needs a class token; {encoder.name} has none")
             continue
-        given = f"; {', '.join(map(str, files.values()))} can give {', '.join(stored)}" if files else ""
+        given = f"; {', '.join(map(str, files.values()))} has {', '.join(stored)}" if files else ""
         raise DataError(
             f"order '{name}' comes from a file of smalti rank; add it: eval.keep-curve.orders=[FILE.parquet]{given}"
         )
@@ -159,7 +159,7 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
 
 
 def fit_head(features: Features, config: EvalConfig, size: int) -> tuple[ClassHead, dict[str, Any]]:
-    """A linear layer on the vectors of whole training images, and what is to be said of it."""
+    """Fit a linear layer on the vectors of whole training images; returns it and its entries in the settings."""
     own: KeepCurveConfig = config.of("keep-curve")
     encoder, train, data = features.encoder, features.data.train, features.data
     vectors, labels = [], list[int]()
@@ -181,16 +181,16 @@ def fit_head(features: Features, config: EvalConfig, size: int) -> tuple[ClassHe
         root=train.root,
         progress=features.progress,
     )
-    weight = (probe.heads.weight / probe.std[:, None]).T  # the standardisation goes into the layer
+    weight = (probe.heads.weight / probe.std[:, None]).T  # fold the standardisation into the layer
     bias = probe.heads.bias - weight @ probe.mean
-    told = {
-        "head": "linear layer, fitted on vectors of whole training images as linear-probe does",
+    about = {
+        "head": "linear layer, fitted on vectors of whole training images as in linear-probe",
         "learning_rate": LEARNING_RATES[probe.rate] * batch_size / BATCH_SIZE,
         "held_out_top1": probe.held_out_top1,
         "epochs": probe.epochs,
         "head_batch_size": batch_size,
     }
-    return ClassHead(weight, bias, data.classes), told
+    return ClassHead(weight, bias, data.classes), about
 
 
 @register_protocol(
@@ -207,16 +207,16 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     encoder, test, classes = features.encoder, features.data.test, features.data.classes
     rates = own.rates or (PAPER_RATES if config.preset == "paper" else RATES)
     if len(rates) < 2 or any(after <= before for before, after in itertools.pairwise(rates)):
-        raise ConfigError(f"eval.keep-curve.rates={list(rates)}: at least two that rise are needed")
+        raise ConfigError(f"eval.keep-curve.rates={list(rates)}: at least two ascending rates are needed")
     orders = open_orders(features, config, size)
     head = features.class_head
-    told: dict[str, Any] = {"head": OWN_HEAD}
+    about: dict[str, Any] = {"head": OWN_HEAD}
     if head is None:
-        head, told = fit_head(features, config, size)
+        head, about = fit_head(features, config, size)
         if own_head(encoder, classes) is not None:
-            told["head_note"] = "the baseline has no head of its own: both have fitted ones"
+            about["head_note"] = "the baseline has no head of its own, so both have fitted ones"
         elif encoder.class_head is not None and len(encoder.class_head.weight):
-            told["head_note"] = "the run's own head classifies other classes"
+            about["head_note"] = "the run's own head is for other classes"
     head = head._replace(weight=head.weight.to(features.device), bias=head.bias.to(features.device))
     measured = tuple(sorted({0.0, *rates, *TABLE}))
     preds, places = _predictions(features, orders, head, measured, size)
@@ -230,7 +230,7 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     units: dict[str, str] = {}
     tallies: dict[str, Tally] = {}
 
-    def add(name: str, values: Float[Tensor, " n"], unit: str = SHARE) -> None:
+    def add(name: str, values: Float[Tensor, " n"], unit: str = FRACTION) -> None:
         numbers = np.full(len(test), np.nan)
         numbers[places] = values.double().numpy()
         tallies[name] = tally_mean(numbers)
@@ -243,7 +243,7 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     for rate in TABLE:
         add(f"top1_drop{100 * rate:.0f}", right[first][:, measured.index(rate)].double())
     metrics["knee"] = knee(right[first][:, in_area].double().mean(0), torch.tensor(rates))
-    units["knee"] = "share of dropped patches where the curve bends most"
+    units["knee"] = "fraction of dropped patches at the largest bend of the curve"
     for name in orders.names[1:]:
         add(f"mean_top1_{name}", _areas(right[name][:, in_area], rates) / span)
 
@@ -256,14 +256,14 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     settings = {
         "preset": config.preset,
         "order": first,
-        "order_note": "the first that was asked for"
+        "order_note": "the first requested order"
         if orders.asked
-        else "the one that the encoder learned with"
+        else "the encoder's training order"
         if orders.own
-        else "none was asked for",
+        else "none was requested",
         "orders": list(orders.names),
         "files": {str(cache.path): cache.source for cache in orders.caches},
-        **told,
+        **about,
         "pool": encoder.pool,
         "rates": list(rates),
         "num_patches": grid[0] * grid[1],
@@ -291,7 +291,7 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
 def _predictions(
     features: Features, orders: Orders, head: ClassHead, rates: Sequence[float], size: int
 ) -> tuple[dict[str, Int[Tensor, "n S"]], list[int]]:
-    """The predicted class at each rate for each order, and the places of the readable images."""
+    """The predicted class at each rate for each order, and the indices of the readable images."""
     encoder, test = features.encoder, features.data.test
     found: dict[str, list[Tensor]] = {name: [] for name in orders.names}
     places, done = list[int](), 0
@@ -305,14 +305,14 @@ def _predictions(
             pixels = pixels.to(features.device)
             images = encoder.normalize(pixels)
             places += positions
-            whole = _told(encoder, head, images, None)  # the same for all orders
+            whole = _predict(encoder, head, images, None)  # the same for all orders
             for name in orders.names:
                 order = orders.of(name, pixels, positions)
                 columns = []
                 for rate in rates:
                     keep = num_kept(order.shape[1], rate)
                     is_whole = keep == order.shape[1]
-                    columns.append(whole if is_whole else _told(encoder, head, images, order[:, :keep]))
+                    columns.append(whole if is_whole else _predict(encoder, head, images, order[:, :keep]))
                 found[name].append(torch.stack(columns, dim=1))
         features.progress("keep-curve", done, len(test))
     if not places:
@@ -320,17 +320,17 @@ def _predictions(
     return {name: torch.cat(parts) for name, parts in found.items()}, places
 
 
-def _told(encoder: Encoder, head: ClassHead, images: Tensor, ids_keep: Tensor | None) -> Int[Tensor, " B"]:
+def _predict(encoder: Encoder, head: ClassHead, images: Tensor, ids_keep: Tensor | None) -> Int[Tensor, " B"]:
     return (encoder.image_features(images, ids_keep) @ head.weight.T + head.bias).argmax(1).cpu()
 
 
 def _areas(right: Tensor, rates: Sequence[float]) -> Float[Tensor, " n"]:
-    """The area under each image's own curve: their mean is that under the curve of accuracy."""
+    """The area under each image's curve; the mean is the area under the curve of accuracy."""
     return torch.trapezoid(right.double(), torch.tensor(rates, dtype=torch.float64), dim=1)
 
 
 def _curve(right: Tensor, rates: Sequence[float]) -> dict[str, list[float]]:
-    """Accuracy at each rate with its interval, as figures draw it."""
+    """Accuracy at each rate with its interval, for figures."""
     known = [
         stats.binomtest(int(column.sum()), len(column)).proportion_ci(LEVEL, method="wilson") for column in right.T
     ]
@@ -369,7 +369,7 @@ def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size:
     kept = {rate: num_kept(order.shape[1], rate) for rate in rates}
 
     def passes(keep: int) -> Callable[[], object]:
-        return lambda: _told(encoder, head, images, order[:, :keep] if keep < order.shape[1] else None)
+        return lambda: _predict(encoder, head, images, order[:, :keep] if keep < order.shape[1] else None)
 
     jobs: dict[Any, Callable[[], object]] = {keep: passes(keep) for keep in dict.fromkeys(kept.values())}
     computed = [name for name in orders.names if name in ("variance", "attention") and orders.cache_of(name) is None]
@@ -379,27 +379,27 @@ def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size:
     ranking: dict[str, float | None] = {}
     for name in orders.names:
         cache = orders.cache_of(name)
-        if cache is None or name == "collapse_static":  # one for all images: ranked once
+        if cache is None or name == "collapse_static":  # one order for all images: no ranking per image
             ranking[name] = seconds.get(name, 0.0)
         else:
             ranking[name] = cache.seconds.get(_base(name))
     return {
         "speed": {"rate": list(rates), "image_s": [float(f"{seconds[keep]:.4g}") for keep in kept.values()]},
         "ranking_s": ranking,
-        "speed_note": f"seconds an image, batches of {SPEED_BATCH}, {torch.get_num_threads()} threads, {device.type}, "
+        "speed_note": f"seconds per image, batches of {SPEED_BATCH}, {torch.get_num_threads()} threads, {device.type}, "
         f"fastest of {SPEED_ROUNDS} interleaved rounds",
     }
 
 
 def _base(name: str) -> str:
-    """The stored order from which another follows."""
+    """The stored order from which an order is derived."""
     return "collapse" if name.startswith("collapse") else name
 
 
 def _fastest(jobs: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """Seconds an image of each job; all in turn, so that a busy moment meets all."""
+    """Seconds per image of each job; jobs are interleaved, so that other load affects all of them."""
     for job in jobs.values():
-        job()  # first calls also allocate
+        job()  # the first call also allocates
     taken: dict[Any, list[float]] = {name: [] for name in jobs}
     for _ in range(SPEED_ROUNDS):
         for name, job in jobs.items():

@@ -1,4 +1,4 @@
-"""k-NN classification with frozen features: nothing is learned, so nothing can be tuned.
+"""k-NN classification with frozen features; nothing is trained or tuned.
 
 Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", arXiv:1805.01978v1,
 Sec. 3.4, in the form of Caron et al., DINO, arXiv:2104.14294v2, Sec. 3.2 and their code: neighbours by cosine
@@ -21,7 +21,7 @@ from smalti.evaluation.tally import tally_labels, tally_mean
 TEMPERATURE = 0.07
 EXTRA_K = (10, 20, 100)
 """Numbers of neighbours reported in addition to the chosen one."""
-_CHUNK = 2**24  # similarities held at a time
+_CHUNK = 2**24  # similarities in memory at a time
 
 
 @settings
@@ -35,15 +35,15 @@ class KNNConfig:
 def nearest(
     queries: Float[Tensor, "Q D"], keys: Float[Tensor, "M D"], k: int
 ) -> tuple[Float[Tensor, "Q K"], Int[Tensor, "Q K"]]:
-    """The k keys that are most similar to each query, by cosine, exactly.
+    """The k keys most similar to each query by cosine similarity; exact.
 
     Args:
-        queries: ``(Q, D)``, of any length; zero vectors have similarity 0.
-        keys: ``(M, D)``, of any length, with ``M >= k``.
+        queries: ``(Q, D)``, of any norm; zero vectors have similarity 0.
+        keys: ``(M, D)``, of any norm, with ``M >= k``.
         k: K, neighbours per query.
 
     Returns:
-        ``(Q, K)`` cosine similarities in falling order, and the places of those keys.
+        ``(Q, K)`` cosine similarities in descending order, and the indices of those keys.
     """
     queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
     chunks = [(chunk @ keys.T).topk(k, dim=1) for chunk in torch.split(queries, max(1, _CHUNK // len(keys)))]
@@ -59,7 +59,7 @@ def vote(
         sims: ``(Q, K)`` cosine similarities.
         labels: ``(Q, K)`` classes of the neighbours.
         num_classes: C.
-        temperature: small: the nearest decides; large: the majority does.
+        temperature: small: the nearest decides; large: the majority.
     """
     weights = (sims / temperature).softmax(dim=1)  # exp(s / T), scaled to sum to one
     return weights.new_zeros(len(sims), num_classes).scatter_add_(1, labels, weights)
@@ -78,33 +78,35 @@ def knn(features: Features, config: EvalConfig) -> Scores:
     sims, indices = nearest(test.pool(config.pool).to(device), train.pool(config.pool).to(device), max(k, *more, 0))
     sims, neighbours = sims.cpu(), train.labels[indices.cpu()]
 
-    def judge(count: int) -> tuple[Tensor, ConfusionMatrix]:
-        shares = vote(sims[:, :count], neighbours[:, :count], num_classes)
+    def classify(count: int) -> tuple[Tensor, ConfusionMatrix]:
+        fractions = vote(sims[:, :count], neighbours[:, :count], num_classes)
         confusion = ConfusionMatrix(num_classes)
-        confusion.update(test.labels, shares.argmax(1))
-        return shares, confusion
+        confusion.update(test.labels, fractions.argmax(1))
+        return fractions, confusion
 
-    shares, confusion = judge(k)
+    fractions, confusion = classify(k)
     metrics = {"top1": accuracy(confusion.matrix), "balanced_top1": balanced_accuracy(confusion.matrix)}
     right: dict[str, Tensor] = {}
     if num_classes >= 5:
-        found = (shares.topk(5, dim=1).indices == test.labels[:, None]).any(1)
+        found = (fractions.topk(5, dim=1).indices == test.labels[:, None]).any(1)
         metrics["top5"] = float(found.double().mean())
         right["top5"] = found
     for other in more:
-        shares_of_other, matrix = judge(other)
+        other_fractions, matrix = classify(other)
         metrics[f"top1_k{other}"] = accuracy(matrix.matrix)
-        right[f"top1_k{other}"] = shares_of_other.argmax(1) == test.labels
+        right[f"top1_k{other}"] = other_fractions.argmax(1) == test.labels
     settings = {
         "k": k,
-        **({"k_wanted": own.k, "k_note": "all training images vote: there are fewer than k"} if k < own.k else {}),
+        **(
+            {"k_wanted": own.k, "k_note": "all training images vote, since there are fewer than k"} if k < own.k else {}
+        ),
         "temperature": TEMPERATURE,
         "pool": train.auto if config.pool == "auto" else config.pool,
         "image_size": size,
-        "resize": "short side, then centre crop",
+        "resize": "short side, then center crop",
     }
     num_images = len(features.data.test)
-    tallies = tally_labels(test.labels, shares.argmax(1), num_classes, test.places, num_images)
+    tallies = tally_labels(test.labels, fractions.argmax(1), num_classes, test.places, num_images)
     for name, found in right.items():
         values = np.full(num_images, np.nan)
         values[list(test.places)] = found.double().numpy()

@@ -1,6 +1,7 @@
-"""k-NN classification of patches: the class of most of a patch's pixels, by a vote of labelled training patches.
+"""k-NN classification of patches: predicts the majority class of a patch's pixels by a vote of labelled training
+patches.
 
-The image protocol ``knn`` for patches: neighbours by cosine similarity s vote with exp(s / 0.07), for their class.
+As the image protocol ``knn``, for patches: neighbours by cosine similarity s vote for their class with exp(s / 0.07).
 Letters: B images in a batch, N = h*w patches, K neighbours, C classes.
 """
 
@@ -55,8 +56,8 @@ def knn_patch(features: Features, config: EvalConfig) -> Scores:
     predictions: dict[int, np.ndarray] = {}
     for sims, found, places in neighbours(features, recipe, config.seed, k):
         labels = memory.classes[found]
-        shares = vote(sims.flatten(0, 1), labels.flatten(0, 1), len(classes), own.temperature)
-        pred = shares.argmax(1).view(len(places), *grid)
+        fractions = vote(sims.flatten(0, 1), labels.flatten(0, 1), len(classes), own.temperature)
+        pred = fractions.argmax(1).view(len(places), *grid)
         target = patch_classes(features, recipe, places).view_as(pred).to(pred.device)
         for truth, guess, place in zip(target, pred, places, strict=True):
             if place not in unlabelled:
@@ -66,11 +67,11 @@ def knn_patch(features: Features, config: EvalConfig) -> Scores:
     matrix = tally.confusion.matrix
     settings = {
         **memory_settings(features, recipe, memory, config),
-        "comparable": "not with published numbers: no protocol of theirs",
+        "comparable": "no published numbers for this protocol",
         **about_k,
         "temperature": own.temperature,
         "num_patches": int(matrix.sum()),
-        "patch_class": "that of most of its labelled pixels; of equals the first in classes.txt",
+        "patch_class": "majority of its labelled pixels; ties go to the first in classes.txt",
     }
     return Scores(
         {"top1": accuracy(matrix), "balanced_top1": balanced_accuracy(matrix)},

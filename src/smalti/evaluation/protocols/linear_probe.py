@@ -1,11 +1,11 @@
-"""Linear classification of frozen features, with a grid of learning rates trained at once.
+"""Linear classification of frozen features, with a grid of learning rates trained in parallel.
 
 Presets small and full: Oquab et al., DINOv2, arXiv:2304.07193, the linear evaluation of their code: 13 learning rates
-times choices of features, all heads on the same batches. Features are standardised as in He et al., MAE,
+times combinations of features, all heads on the same batches. Features are standardised as in He et al., MAE,
 arXiv:2111.06377v3, App. A.1 (a batch norm without affine part), here with mean and deviation of all training images.
-Differs from both: features of the last block only, as class token and as class token with mean patch; they are
-computed once, of whole images, without augmentation; and the best of the grid is chosen on a fifth of the *training*
-images, then fitted again on all of them, so the test images select nothing.
+Differs from both: features of the last block only, class token without and with mean patch; they are computed once, on
+whole images, without augmentation; the best of the grid is selected on 20 % of the *training* images and refitted on
+all of them, so nothing is selected on test images.
 Letters: n images, D features, K classes, H heads.
 """
 
@@ -35,19 +35,19 @@ from smalti.models.encoder import Encoder
 from smalti.models.pooling import PatchFeatures, check_pool, pool_features
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
-"""The grid; each is multiplied by head_batch_size / 256."""
+"""Grid of learning rates, multiplied by head_batch_size / 256."""
 MOMENTUM = 0.9
 BATCH_SIZE, EPOCHS = 256, 100
-FEWEST_STEPS, MOST_STEPS = 500, 12_500  # few images still need steps; DINOv2 stops at 12 500
+FEWEST_STEPS, MOST_STEPS = 500, 12_500  # minimum for small data sets; DINOv2 has 12 500
 HELD_OUT = 0.2
 DINO_RATE, DINO_BATCH_SIZE, DINO_CROP_AREA = 0.001, 1024, (0.08, 1.0)
-"""The learning rate is for 256 images; the batch is eight GPUs' 128."""
+"""The learning rate is for 256 images; the batch is 128 images on each of eight GPUs."""
 WIDE = 768
-"""From this width on (ViT-B) the class token of one block is used instead of four."""
+"""From this width (ViT-B), the class token of one block is used instead of four."""
 
 
 class Heads(NamedTuple):
-    """H linear classifiers side by side."""
+    """H linear classifiers in parallel."""
 
     weight: Float[Tensor, "D H*K"]
     bias: Float[Tensor, " H*K"]
@@ -58,24 +58,24 @@ class Heads(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """The head that :func:`fit_probe` chose."""
+    """The head selected by :func:`fit_probe`."""
 
     heads: Heads
-    """One, on standardised features."""
+    """One head, on standardised features."""
     mean: Float[Tensor, " D"]
     std: Float[Tensor, " D"]
     reads: Bool[Tensor, " D"]
-    """Which features it uses; ``heads`` has only these."""
+    """Mask of the features it uses; ``heads`` has only these."""
     combination: int
     """Index of its combination of features."""
     rate: int
-    """Place of its learning rate in :data:`LEARNING_RATES`."""
+    """Index of its learning rate in :data:`LEARNING_RATES`."""
     epochs: int
     num_held_out: int
     held_out_top1: float
 
     def logits(self, inputs: Float[Tensor, "n D"], num_classes: int) -> Float[Tensor, "n K"]:
-        """Class scores of features as they came."""
+        """Class scores of features that aren't standardised."""
         return self.heads.logits(((inputs - self.mean) / self.std)[:, self.reads], num_classes)[:, 0]
 
 
@@ -93,16 +93,16 @@ def train_heads(
 ) -> Heads:
     """Fit H softmax classifiers at once: SGD with momentum 0.9, cosine learning rate, no weight decay.
 
-    One matrix product a step serves all heads: their weights are the columns of one matrix.
+    One matrix product per step for all heads: their weights are the columns of one matrix.
 
     Args:
         inputs: ``(n, D)`` standardised features.
         labels: ``(n,)`` classes.
         num_classes: K.
-        learning_rates: ``(H,)`` one a head, at the first step.
-        sees: ``(H, D)`` True where a head reads a feature.
-        epochs: passes over the images; the order of each depends on (seed, epoch) only.
-        batch_size: images a step.
+        learning_rates: ``(H,)`` initial learning rate of each head.
+        sees: ``(H, D)`` True where a head uses a feature.
+        epochs: passes over the images; the order depends on (seed, epoch) only.
+        batch_size: images per step.
         seed: seed of the order and of the initial weights, N(0, 0.01), the same for all heads.
         progress: called as ``progress("linear-probe", step, steps)``.
     """
@@ -123,7 +123,7 @@ def train_heads(
         for batch in torch.split(order, batch_size):
             x = inputs[batch]
             probs = Heads(weight, bias).logits(x, num_classes).softmax(-1)
-            # cross-entropy's gradient in closed form, mean over the batch, sum over the heads: they don't meet
+            # gradient of the cross-entropy in closed form, mean over the batch; heads are independent
             error = (probs - one_hot[batch, None]).flatten(1) / len(batch)
             weight_velocity.mul_(MOMENTUM).add_(torch.mm(x.T, error))
             bias_velocity.mul_(MOMENTUM).add_(error.sum(0))
@@ -137,7 +137,7 @@ def train_heads(
 
 
 def stratified_fifth(labels: Int[Tensor, " n"], seed: int) -> Bool[Tensor, " n"]:
-    """True for about a fifth of each class, at least one of every class that has two, drawn from the seed."""
+    """True for a random 20 % of each class, at least one image of every class that has two."""
     g = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in sorted(set(labels.tolist())):
@@ -149,33 +149,33 @@ def stratified_fifth(labels: Int[Tensor, " n"], seed: int) -> Bool[Tensor, " n"]
 
 @dataclass(frozen=True)
 class LastBlocks:
-    """DINO's features of an image: class tokens of the last blocks, each through the final norm.
+    """DINO's features of an image: class tokens of the last blocks, each after the final norm.
 
-    Four blocks of a ViT-S; of wider encoders the last one, with its mean patch, which is as wide.
+    Four blocks for ViT-S; for wider encoders the last block, with its mean patch.
     """
 
     encoder: Encoder
     pool: str = "auto"
-    """``prr`` pools the tokens of each block by it, as the linear evaluation of the paper's DINO variant does
-    (arXiv:2603.04892, released code); ``avg`` takes mean patches alone."""
+    """``prr`` pools the tokens of each block by PRR, as in the linear evaluation of the paper's DINO variant
+    (arXiv:2603.04892, released code); ``avg`` uses only mean patches."""
 
     @property
     def num_blocks(self) -> int:
-        """Blocks whose class tokens are taken."""
+        """Number of blocks whose class tokens are used."""
         return min(4, self.encoder.depth) if self.encoder.embed_dim < WIDE else 1
 
     @property
     def has_mean_patch(self) -> bool:
-        """Whether the mean patch of the last block is used, too."""
+        """Whether the mean patch of the last block is also used."""
         return self.encoder.embed_dim >= WIDE and self.encoder.has_class_token and self.pool != "avg"
 
     @property
     def width(self) -> int:
-        """Features in all."""
+        """Total number of features."""
         return self.encoder.embed_dim * (self.num_blocks + self.has_mean_patch)
 
     def __str__(self) -> str:
-        token = "class token" if self.encoder.has_class_token else "mean patch (there is no class token)"
+        token = "class token" if self.encoder.has_class_token else "mean patch (no class token)"
         if self.pool in ("avg", "prr"):
             token = {"avg": "mean patch", "prr": "tokens pooled by PRR"}[self.pool]
         return f"{token} of the last {self.num_blocks} blocks" + (", mean patch" if self.has_mean_patch else "")
@@ -199,8 +199,8 @@ class LastBlocks:
 
 
 @dataclass(frozen=True)
-class _Cropped:
-    """Makes the training image at a place of the set; see :func:`~smalti.evaluation.tuning.train`."""
+class _CroppedExamples:
+    """Loads and crops training images; see :func:`~smalti.evaluation.tuning.train`."""
 
     samples: tuple[ImageSample, ...]
     size: int
@@ -234,12 +234,14 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
     num_images, peak = len(features.data.train), DINO_RATE * batch_size / BATCH_SIZE
     num_steps = math.ceil(epochs * num_images / batch_size)
     if config.pool == "map":
-        raise ConfigError("eval.pool=map: eval.preset=paper reads several blocks, whose pooling nobody trained")
+        raise ConfigError(
+            "eval.pool=map is trained for the last block only, but eval.preset=paper uses several; choose another"
+        )
     check_pool(config.pool, encoder.has_class_token)
     read = LastBlocks(encoder, config.pool)
 
     def frozen(images: Tensor) -> Tensor:
-        # float32 although the loop trains in bfloat16: nothing but a linear layer is trained
+        # float32 although the loop trains in bfloat16, since only a linear layer is trained
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             return torch.cat([read(part) for part in torch.split(images, features.batch_size)])
 
@@ -252,7 +254,7 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
         head,
         torch.optim.SGD(head.parameters(), peak, MOMENTUM),
         features,
-        _Cropped(features.data.train.samples, size, encoder.mean, encoder.std),
+        _CroppedExamples(features.data.train.samples, size, encoder.mean, encoder.std),
         lambda images, labels: F.cross_entropy(head(frozen(images)), labels),
         lambda step: peak * (1 + math.cos(math.pi * (step * batch_size // num_images) / epochs)) / 2,
         num_steps=num_steps,
@@ -263,11 +265,11 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
     metrics, per_class, tallies, confusion = evaluate_labels(lambda images: head(read(images)), features, size)
     settings = {
         "preset": config.preset,
-        "form": "DINO's: cropped and flipped images, one learning rate",
-        "comparable": "DINO's settings, as far as none was changed, but the last epoch instead of the best",
+        "form": "DINO's: random crops and flips, one learning rate",
+        "comparable": "DINO's settings, unless changed, but the last epoch instead of the best",
         "features": str(read),
         "learning_rate": peak,
-        "optimiser": f"SGD, momentum {MOMENTUM}, cosine to 0 by epochs",
+        "optimiser": f"SGD, momentum {MOMENTUM}, cosine to 0 per epoch",
         "epochs": epochs,
         "steps": num_steps,
         "head_batch_size": batch_size,
@@ -293,17 +295,17 @@ def fit_probe(
     root: Path,
     progress: Progress | None = None,
 ) -> Probe:
-    """Fit the grid of learning rates and features on four fifths, choose on the rest, and fit the chosen one on all.
+    """Fit the grid of learning rates and features on 80 %, select on the rest, and refit the best one on all images.
 
     Args:
         inputs: ``(n, D)`` features of the training images, on the device to compute on.
         labels: ``(n,)`` classes, on the CPU.
         num_classes: K.
-        sees: ``(F, D)`` which features each of the F combinations reads.
-        epochs: passes over the images; None takes as many as their number wants.
-        batch_size: images a step.
-        seed: of the held-out fifth, the order of images and the initial weights.
-        root: of the images, for the error.
+        sees: ``(F, D)`` True where one of the F combinations uses a feature.
+        epochs: passes over the images; None: depends on the number of images.
+        batch_size: images per step.
+        seed: seed of the held-out 20 %, the order of images and the initial weights.
+        root: folder of the images, for errors.
         progress: as in :func:`train_heads`.
 
     Raises:
@@ -312,8 +314,8 @@ def fit_probe(
     held_out = stratified_fifth(labels, seed)
     if not held_out.any():
         raise DataError(
-            f"{root}: {len(labels)} training images, one of each class; linear-probe chooses "
-            "its learning rate on a part of them and needs a class with two"
+            f"{root}: {len(labels)} training images, one of each class; linear-probe selects "
+            "its learning rate on held-out images, so at least one class needs two"
         )
     device = inputs.device
     labels, sees = labels.to(device), sees.to(device)
@@ -381,11 +383,11 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
     confusion.update(test.labels, preds)
     settings = {
         "preset": config.preset,
-        "form": "fast: frozen features of whole images, no augmentation",
+        "form": "fast: cached features of whole images, no augmentation",
         "features": names[probe.combination],
         "learning_rate": LEARNING_RATES[probe.rate] * batch_size / BATCH_SIZE,
         "learning_rate_is_at_edge_of_grid": probe.rate in (0, len(LEARNING_RATES) - 1),
-        "chosen_by": "top1 on a fifth of the training images that was held out; then fitted on all of them",
+        "chosen_by": "top1 on held-out 20 % of the training images; then refitted on all of them",
         "num_held_out": probe.num_held_out,
         "held_out_top1": probe.held_out_top1,
         "grid": f"{len(LEARNING_RATES)} learning rates x {' | '.join(names)}",
@@ -408,9 +410,9 @@ def linear_probe(features: Features, config: EvalConfig) -> Scores:
 
 
 def _grid(images: ImageFeatures, pool: str) -> tuple[Float[Tensor, "n D"], Bool[Tensor, "F D"], list[str]]:
-    """All features side by side, which of them each of the F combinations reads, and the combinations' names.
+    """All features concatenated, which of them each of the F combinations uses, and the combinations' names.
 
-    ``auto`` takes the class token, where there is one; ``prr`` or ``map`` where the encoder hands that on.
+    ``auto``: class token if there is one; ``prr`` or ``map`` if the encoder uses it.
     """
     avg = images.pool("avg")
     if pool == "auto":
@@ -423,7 +425,7 @@ def _grid(images: ImageFeatures, pool: str) -> tuple[Float[Tensor, "n D"], Bool[
 
 
 def _choose(logits: Float[Tensor, "n H K"], labels: Int[Tensor, " n"]) -> tuple[int, float]:
-    """The head with the greatest accuracy, among equals that with the smaller cross-entropy; and its accuracy."""
+    """The head with the highest accuracy (ties: with the lowest cross-entropy), and its accuracy."""
     top1 = (logits.argmax(-1) == labels[:, None]).double().mean(0)
     target = labels[:, None].expand(-1, logits.shape[1])
     loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(0).nan_to_num(torch.inf)
@@ -432,10 +434,10 @@ def _choose(logits: Float[Tensor, "n H K"], labels: Int[Tensor, " n"]) -> tuple[
 
 
 def _moments(inputs: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
-    """Mean, and deviation as a batch norm takes it: what doesn't vary stays 0 rather than becoming noise."""
+    """Mean and standard deviation as in batch norm: constant features become 0 instead of noise."""
     return inputs.mean(0), (inputs.var(0, correction=0) + 1e-6).sqrt()
 
 
 def _epochs(num_images: int, batch_size: int) -> int:
-    steps = math.ceil(num_images / batch_size)  # an epoch
+    steps = math.ceil(num_images / batch_size)  # per epoch
     return max(1, min(max(EPOCHS, math.ceil(FEWEST_STEPS / steps)), MOST_STEPS // steps))

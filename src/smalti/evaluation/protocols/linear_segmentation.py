@@ -1,11 +1,11 @@
-"""Linear segmentation: what a 1x1 convolution reads from frozen patch tokens.
+"""Linear segmentation: a 1x1 convolution on frozen patch tokens.
 
 Source: Ziegler & Asano, Leopart, arXiv:2204.13101, and Pariza et al., NeCo, arXiv:2408.11054, in the settings of
 their code: tokens after the final norm, SGD, masks of 100x100 pixels.
-Differs from them: the head comes before the bilinear upsampling instead of behind it, which is the same (both are
+Differs from them: the head comes before the bilinear upsampling instead of after it, which is equivalent (both are
 linear, over different axes) and upsamples K logits instead of D features; training images are shuffled; all test
-images count; the last epoch is reported, since choosing one would need the test images. The small preset also chooses
-its learning rate, on held-out training images: with their 0.01, a head on tokens of unit length underfits in few steps.
+images count; the last epoch is reported, since selecting one would need the test images. The small preset also selects
+its learning rate on held-out training images: with their 0.01, a head on tokens of unit length underfits in few steps.
 Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, K classes, M side of the masks.
 """
 
@@ -40,16 +40,16 @@ from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import PixelTally
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
-_AT_ONCE = 16  # images whose pixels' logits are in memory
+_AT_ONCE = 16  # images whose pixel logits are in memory at a time
 GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
 """Learning rates of the small preset."""
 HELD_OUT = 0.2
 FEWEST_STEPS = 300
-"""The small preset goes through few images more often, until its head has made so many steps."""
+"""Minimum number of steps of the small preset, for small data sets."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LinearSegmentationRecipe:
     """A preset with the settings that the user changed."""
 
     image_size: int
@@ -62,14 +62,14 @@ class Recipe:
     """If several, the best on held-out training images is used."""
 
     def decay(self, epoch: int) -> float:
-        """Factor of the learning rate: a tenth in the last fifth of the epochs."""
+        """Factor of the learning rate: 0.1 in the last 20 % of the epochs."""
         return 0.1 if epoch >= 0.8 * self.epochs else 1.0
 
 
 class Head:
-    """A 1x1 convolution with bias and the bilinear upsampling behind it.
+    """A 1x1 convolution with bias, followed by bilinear upsampling.
 
-    The initial weights are a convolution's default ones, from a generator of their own.
+    The initial weights are torch's default for convolutions, from a separate generator.
     """
 
     def __init__(
@@ -96,21 +96,21 @@ class Head:
         return torch.matmul(self._columns, up.view(*up.shape[:2], w, -1))  # (B, M, w, K) -> (B, M, M, K)
 
     def loss(self, tokens: Float[Tensor, "B N D"], target: Integer[Tensor, "B M M"], ignore: int) -> float:
-        """Sum of the cross-entropy over the labelled pixels; infinite where it is not a number."""
+        """Sum of the cross-entropy over the labelled pixels; infinite if NaN."""
         logits = self.logits(tokens).flatten(0, 2)
         loss = float(F.cross_entropy(logits, target.flatten().long(), ignore_index=ignore, reduction="sum"))
         return loss if loss == loss else math.inf
 
     def backward(self, tokens: Float[Tensor, "B N D"], target: Integer[Tensor, "B M M"], ignore: int) -> None:
-        """Set ``grad`` of weight and bias, for the mean cross-entropy of a batch's labelled pixels.
+        """Set ``grad`` of weight and bias for the mean cross-entropy of a batch's labelled pixels.
 
-        In closed form, since autograd would keep three tensors of ``(B, M, M, K)`` where one is enough; and in parts
-        of the batch.
+        In closed form, since autograd would store three tensors of ``(B, M, M, K)`` instead of one; and in chunks of
+        the batch.
         """
-        num_labelled = (target != ignore).sum().clamp(min=1)  # a batch may hold no labelled pixel
+        num_labelled = (target != ignore).sum().clamp(min=1)  # a batch may have no labelled pixel
         self.weight.grad, self.bias.grad = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         for part, truth in zip(torch.split(tokens, _AT_ONCE), torch.split(target, _AT_ONCE), strict=True):
-            error = self.logits(part).softmax(-1)  # softmax - one_hot is the gradient for the logits
+            error = self.logits(part).softmax(-1)  # softmax - one_hot is the gradient of the logits
             flat, classes = error.view(-1, error.shape[-1]), truth.flatten().long()
             is_ignored = classes == ignore
             flat[torch.arange(len(flat), device=flat.device), classes.masked_fill(is_ignored, 0)] -= 1
@@ -130,7 +130,7 @@ class LinearSegmentationConfig:
     batch_size: BatchSize | None = None
     """Images per training step; None: the preset's."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Highest learning rate; None: the preset's (in the small preset chosen on held-out training images)."""
+    """Highest learning rate; None: the preset's (the small preset selects it on held-out training images)."""
     augment: bool | None = None
     """Random crops and flips of the training images; None: the preset's."""
     mask_size: ImageSize | None = None
@@ -139,8 +139,8 @@ class LinearSegmentationConfig:
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
 
-def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
-    """The preset with what the user changed.
+def choose_recipe(features: Features, config: EvalConfig) -> LinearSegmentationRecipe:
+    """The preset with the user's settings.
 
     Raises:
         ConfigError: if the encoder's own image size isn't square and none is given.
@@ -150,12 +150,12 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     if config.preset != "small":
         size = features.image_size(config.image_size or 448)
         absent: Absent = "zero" if config.preset == "paper" else "skip"
-        recipe = Recipe(size, 100, 25, 128, True, absent, (LEARNING_RATE,))
+        recipe = LinearSegmentationRecipe(size, 100, 25, 128, True, absent, (LEARNING_RATE,))
     else:
         size = features.dense_size(config.image_size)
         batch_size = own.batch_size or 16
         epochs = max(20, math.ceil(FEWEST_STEPS / math.ceil(len(features.data.train) / batch_size)))
-        recipe = Recipe(size, min(100, size), epochs, batch_size, False, "skip", GRID)
+        recipe = LinearSegmentationRecipe(size, min(100, size), epochs, batch_size, False, "skip", GRID)
     changed: dict[str, Any] = {
         "mask_size": own.mask_size,
         "epochs": own.epochs,
@@ -169,23 +169,23 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
 
 def train_heads(
     features: Features,
-    recipe: Recipe,
+    recipe: LinearSegmentationRecipe,
     learning_rates: Sequence[float],
     chosen: Sequence[int],
     masks: Integer[Tensor, "n M M"],
     seed: int,
     what: str,
 ) -> list[Head]:
-    """A head for each learning rate, on the same batches: cross-entropy over all labelled pixels, SGD.
+    """Train one head per learning rate on the same batches: SGD, cross-entropy over all labelled pixels.
 
     Args:
-        features: of the training images.
-        recipe: all but the learning rates.
-        learning_rates: one a head, at the first step.
-        chosen: places of the images to train with.
-        masks: of all training images, in the size of the heads' logits.
+        features: features of the training images.
+        recipe: all settings except the learning rates.
+        learning_rates: initial learning rate of each head.
+        chosen: indices of the images to train with.
+        masks: masks of all training images, at the size of the heads' logits.
         seed: seed of the initial weights, the same for all heads, and of the order of images and their augmentation.
-        what: named in the progress.
+        what: label of the progress.
     """
     encoder, num_classes, size = features.encoder, len(features.data.classes), masks.shape[-1]
     grid = encoder.check_size(recipe.image_size, recipe.image_size)
@@ -218,12 +218,12 @@ def train_heads(
 
 
 def choose_learning_rate(
-    features: Features, recipe: Recipe, masks: Integer[Tensor, "n M M"], seed: int
+    features: Features, recipe: LinearSegmentationRecipe, masks: Integer[Tensor, "n M M"], seed: int
 ) -> tuple[float, dict[str, float]]:
-    """The learning rate with the greatest mIoU on a fifth of the training images, and what each reached there.
+    """The learning rate with the highest mIoU on 20 % of the training images, and the mIoU of each.
 
-    Ties go to the smallest cross-entropy. Masks have one pixel per patch here, which is far cheaper and prefers the
-    same learning rate.
+    Ties go to the lowest cross-entropy. Masks have one pixel per patch here, which is far cheaper and selects the same
+    learning rate.
 
     Raises:
         DataError: if there is only one training image.
@@ -231,7 +231,7 @@ def choose_learning_rate(
     images = features.data.train
     if len(images) < 2:
         raise DataError(
-            f"{images.root}: one training image, none to choose a learning rate by; set "
+            f"{images.root}: only one training image, so no learning rate can be selected; set "
             "eval.linear-segmentation.learning_rate"
         )
     ignore = ignored_value(len(features.data.classes))
@@ -242,20 +242,20 @@ def choose_learning_rate(
     held_out, rest = sorted(order[:num_held_out]), sorted(order[num_held_out:])
     heads = train_heads(features, recipe, recipe.learning_rates, rest, coarse, seed, "learning rates")
     batches = list(features.tokens("train", recipe.image_size).batches(held_out))
-    scores = [mean_iou(matrix) for matrix in _evaluate_encoder(heads, features, iter(batches), coarse)]
+    scores = [mean_iou(matrix) for matrix in _confusion_matrices(heads, features, iter(batches), coarse)]
     losses = [sum(head.loss(x, coarse[torch.tensor(at)].to(x.device), ignore) for x, at in batches) for head in heads]
     best = min(range(len(heads)), key=lambda i: (-scores[i], losses[i]))
     reached = {f"{rate:g}": score for rate, score in zip(recipe.learning_rates, scores, strict=True)}
     return recipe.learning_rates[best], reached
 
 
-def _evaluate_encoder(
+def _confusion_matrices(
     heads: Sequence[Head],
     features: Features,
     batches: Iterator[tuple[Tensor, list[int]]],
     masks: Integer[Tensor, "n M M"],
 ) -> list[Tensor]:
-    """The confusion matrix of each head."""
+    """The confusion matrix of each head on images."""
     num_classes = len(features.data.classes)
     counts = [ConfusionMatrix(num_classes, ignore=ignored_value(num_classes), device=features.device) for _ in heads]
     for tokens, positions in batches:
@@ -302,7 +302,7 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
         if config.preset == "small"
-        else "Leopart's and NeCo's settings, as far as none was changed"
+        else "Leopart's and NeCo's settings, unless changed"
         + ("" if config.preset == "paper" else "; absent classes skipped"),
         "image_size": recipe.image_size,
         "resize": "to a square, aspect ratio ignored",
@@ -311,12 +311,13 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
         "epochs": recipe.epochs,
         "head_batch_size": recipe.batch_size,
         "learning_rate": rate,
-        "learning_rate_chosen_by": "mIoU at one pixel a patch on a fifth of the training images; then fitted on all"
+        "learning_rate_chosen_by": "mIoU at one pixel per patch on held-out 20 % of the training images; then "
+        "refitted on all"
         if reached
         else "preset or eval.linear-segmentation.learning_rate",
         "learning_rates_tried": reached,
         "learning_rate_is_at_edge_of_grid": len(reached) > 1 and rate in (min(GRID), max(GRID)),
-        "optimiser": f"SGD, momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, a tenth of the lr in the last fifth",
+        "optimiser": f"SGD, momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, lr / 10 in the last 20 %",
         "reported": "last epoch",
         "absent": recipe.absent,
         "matching": "direct",

@@ -1,10 +1,9 @@
-"""Overclustering: do patches that lie together in feature space belong to one class? Nothing is learned from labels.
+"""Overclustering: do patches that are close in feature space belong to one class? Labels are not used for training.
 
 Source: Ziegler & Asano, Leopart, arXiv:2204.13101, Sec. 4.1, and Pariza et al., NeCo, arXiv:2408.11054, in the settings
-of their code: standardised tokens of the test images, PCA, k-means, clusters named by the masks afterwards.
-Differs from them: all test images count, where their loader drops the last incomplete batch; k-means is
-scikit-learn's, which moves an empty cluster to the points that are farthest from their centres, where theirs splits the
-largest cluster.
+of their code: standardised tokens of the test images, PCA, k-means; then clusters are mapped to classes by the masks.
+Differs from them: all test images count (their loader drops the last incomplete batch); k-means is scikit-learn's,
+which moves an empty cluster to the points farthest from their centres (theirs splits the largest cluster).
 Letters: n images, N = h*w patches, D embed_dim, d dimensions after PCA, K clusters, C classes, M side of the masks.
 """
 
@@ -37,12 +36,12 @@ PATCHES_PER_CLUSTER = 39
 """Minimum number of patches per cluster if ``clusters`` is empty: with fewer, each patch could be its own cluster and a
 high score would mean nothing. It is the number below which faiss warns about its training set."""
 POINTS_PER_CLUSTER = 256
-"""Points that k-means is fitted on, at most: the library's default in the published code."""
+"""Maximum number of points to fit k-means on: the default of faiss, which the published code uses."""
 NUM_DIMS = 50
 
 
 @dataclass(frozen=True)
-class Recipe:
+class OverclusteringRecipe:
     """A preset with the settings that the user changed."""
 
     image_size: int
@@ -60,19 +59,19 @@ def fit_projection(
     """Standardisation and PCA as one affine map: ``(tokens - mean) @ basis``.
 
     Args:
-        batches: ``(..., D)`` tokens, in one pass; their order changes nothing but rounding.
+        batches: ``(..., D)`` tokens, in one pass; their order only affects rounding.
         num_dims: d, at most D.
 
     Returns:
-        float64, on the CPU: ``(D,)`` mean, and ``(D, d)`` principal axes of the tokens that were divided by their
-        standard deviation (population; a dimension that never changes is left alone). No whitening.
+        float64, on the CPU: ``(D,)`` mean, and ``(D, d)`` principal axes of the tokens divided by their standard
+        deviation (population; constant dimensions are not divided). No whitening.
     """
     moments = sum_moments(batches)
     covariance = moments.covariance
     variance, mean_square = covariance.diagonal(), moments.square.diagonal() / moments.count
-    # what is left of a constant dimension is rounding of its square
+    # the variance of a constant dimension is only rounding error
     sigma = torch.where(variance > 1e-12 * mean_square, variance, 1.0).sqrt()
-    axes = torch.linalg.eigh(covariance / (sigma[:, None] * sigma)).eigenvectors  # eigenvalues rise
+    axes = torch.linalg.eigh(covariance / (sigma[:, None] * sigma)).eigenvectors  # ascending eigenvalues
     return moments.mean, axes.flip(1)[:, :num_dims] / sigma[:, None]
 
 
@@ -85,15 +84,15 @@ def cluster(
     restarts: int = 1,
     init: Literal["k-means++", "random"] = "k-means++",
 ) -> Int[np.ndarray, " n"]:
-    """Euclidean k-means (Lloyd), fitted on at most 256 points a cluster; all points are assigned.
+    """Euclidean k-means (Lloyd), fitted on at most 256 points per cluster; all points are assigned.
 
     Args:
         points: ``(n, d)`` float32, with ``n >= num_clusters``.
-        num_clusters: K; fewer are used where there are fewer different points.
-        seed: of the points that are drawn and of the first centres.
-        iters: at most so many; fewer where nothing moves any more.
-        restarts: fits, of which that with the smallest sum of squared distances is taken.
-        init: ``k-means++``, or ``random`` points as first centres.
+        num_clusters: K; fewer if there are fewer distinct points.
+        seed: seed of the sampled points and the initial centres.
+        iters: maximum number of iterations.
+        restarts: number of fits; the one with the smallest sum of squared distances is used.
+        init: initial centres: ``k-means++`` or ``random`` points.
 
     Returns:
         ``(n,)`` int64 clusters, 0..K-1.
@@ -104,7 +103,9 @@ def cluster(
         fitted = points[np.sort(chosen)]
     kmeans = KMeans(num_clusters, init=init, n_init=restarts, max_iter=iters, tol=0, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than clusters: said in settings
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # fewer distinct points than clusters: reported in the settings
         kmeans.fit(fitted)
     return kmeans.predict(points).astype(np.int64)
 
@@ -123,8 +124,8 @@ class OverclusteringConfig:
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
 
-def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
-    """The preset with what the user changed.
+def choose_recipe(features: Features, config: EvalConfig) -> OverclusteringRecipe:
+    """The preset with the user's settings.
 
     Raises:
         ConfigError: if the encoder's own image size isn't square and none is given.
@@ -133,23 +134,25 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     own: OverclusteringConfig = config.of("overclustering")
     if config.preset == "small":
         size = features.dense_size(config.image_size)
-        recipe = Recipe(size, min(100, size), 3, 1, 20, "k-means++", "skip")
+        recipe = OverclusteringRecipe(size, min(100, size), 3, 1, 20, "k-means++", "skip")
     else:
         size = features.image_size(config.image_size or 448)
         paper = config.preset == "paper"
-        recipe = Recipe(size, 100, 5, 5, 100, "random" if paper else "k-means++", "zero" if paper else "skip")
+        recipe = OverclusteringRecipe(
+            size, 100, 5, 5, 100, "random" if paper else "k-means++", "zero" if paper else "skip"
+        )
     changed: dict[str, Any] = {"mask_size": own.mask_size, "repeats": own.repeats, "absent": own.absent}
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
 
 def choose_clusters(wanted: Sequence[int], num_classes: int, num_patches: int) -> tuple[list[int], list[int]]:
-    """Numbers of clusters in rising order, and those that were left out for want of patches.
+    """Numbers of clusters in ascending order, and those with too few patches, which are skipped.
 
     Args:
-        wanted: by the user; empty: the number of classes, 300 and 500, of which the last two ask for
-            :data:`PATCHES_PER_CLUSTER` patches a cluster.
+        wanted: numbers from the user; empty: the number of classes, 300 and 500, of which the last two need
+            :data:`PATCHES_PER_CLUSTER` patches per cluster.
         num_classes: C.
-        num_patches: of all images together.
+        num_patches: number of patches of all images.
     """
     needed = {k: k for k in wanted} or {
         **{k: k * PATCHES_PER_CLUSTER for k in MORE_CLUSTERS},
@@ -184,7 +187,7 @@ def overclustering(features: Features, config: EvalConfig) -> Scores:
             f"{min(left_out)} clusters; lower eval.overclustering.clusters, or evaluate on more or larger images"
         )
     grid = features.encoder.check_size(recipe.image_size, recipe.image_size)
-    # (M, M): the patch that each pixel of a mask takes
+    # (M, M): index of the patch at each pixel of a mask
     patch_of = torch.from_numpy(eval_mask(np.arange(points.shape[1]).reshape(grid), recipe.mask_size))
     targets = masks[torch.tensor(places)]
 
@@ -193,7 +196,7 @@ def overclustering(features: Features, config: EvalConfig) -> Scores:
     shown: list[PixelTally] = []
     predictions: dict[int, np.ndarray] = {}
     done = 0
-    for k in reversed(chosen):  # the largest first: it has the headline
+    for k in reversed(chosen):  # the largest first: it is the headline
         matchings: dict[str, Matching] = (
             {"": "hungarian"} if k == len(classes) else {"": "many-to-one-precision", "_iou": "many-to-one-iou"}
         )
@@ -229,24 +232,24 @@ def overclustering(features: Features, config: EvalConfig) -> Scores:
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
         if config.preset == "small"
-        else "Leopart's and NeCo's settings, as far as none was changed"
-        + ("" if config.preset == "paper" else "; absent classes skipped, first centres by k-means++"),
+        else "Leopart's and NeCo's settings, unless changed"
+        + ("" if config.preset == "paper" else "; absent classes skipped, k-means++ initialisation"),
         "image_size": recipe.image_size,
         "resize": "to a square, aspect ratio ignored",
         "mask_size": recipe.mask_size,
         "clusters": chosen,
         "clusters_left_out": left_out,
         "clusters_used": used,
-        "clusters_note": f"left out for want of patches: there are {num_patches}" if left_out else "",
+        "clusters_note": f"skipped, since there are only {num_patches} patches" if left_out else "",
         "num_patches": num_patches,
         "pca_dims": points.shape[2],
-        "kmeans": f"first centres {recipe.init}, at most {recipe.iters} iterations, best of {recipe.restarts}, "
-        f"fitted on at most {POINTS_PER_CLUSTER} patches a cluster",
+        "kmeans": f"initialisation {recipe.init}, at most {recipe.iters} iterations, best of {recipe.restarts}, "
+        f"fitted on at most {POINTS_PER_CLUSTER} patches per cluster",
         "repeats": recipe.repeats,
         "scores_of_repeats": per_repeat,
-        "matching": f"hungarian for {len(classes)} clusters; else many-to-one by precision, and by IoU where a name "
-        "ends in _iou",
-        "shown": "the first clustering: predictions and confusion",
+        "matching": f"hungarian for {len(classes)} clusters; else many-to-one by precision, and by IoU for names "
+        "that end in _iou",
+        "shown": "predictions and confusion matrix of the first clustering",
         "absent": recipe.absent,
         "ignored_value": ignore if ignore >= 0 else None,
         "num_unlabelled": len(unlabelled),
@@ -264,12 +267,12 @@ def overclustering(features: Features, config: EvalConfig) -> Scores:
 
 
 def _project(features: Features, size: int) -> tuple[Float[np.ndarray, "n N d"], list[int]]:
-    """Standardised and reduced tokens of the test images that can be read, and the places of these images.
+    """Standardised and projected tokens of the readable test images, and the indices of these images.
 
-    In the order of their names: k-means draws points by number, and how images are listed shall change nothing.
+    Images are sorted by name, since k-means samples points by index, and the order of the listing must not matter.
 
     Raises:
-        DataError: if none can be read.
+        DataError: if no image can be read.
     """
     tokens = features.tokens("test", size)
     images = features.data.test
@@ -293,7 +296,7 @@ def _contingency(
     num_clusters: int,
     ignore: int,
 ) -> Int[Tensor, "C K"]:
-    """Pixels of each class in each cluster."""
+    """Number of pixels of each class in each cluster."""
     confusion = ConfusionMatrix(num_classes, num_clusters, ignore=ignore)
     for target, patches in zip(targets, assigned, strict=True):
         confusion.update(target, patches[patch_of])

@@ -1,7 +1,7 @@
-"""Patch retrieval: how many of a patch's nearest training patches are of its class, and how early they come.
+"""Patch retrieval: how many of a patch's nearest training patches have its class, and at which ranks.
 
-No vote and no temperature: neighbours by cosine similarity, in falling order. Queries are patches of test images, the
-memory has patches of training images, so a patch never finds itself or its own image.
+No vote and no temperature: neighbours by cosine similarity, in descending order. Queries are patches of test images,
+the memory has patches of training images, so a patch never retrieves its own image.
 Letters: B images in a batch, N = h*w patches, K neighbours.
 """
 
@@ -38,15 +38,15 @@ def precision_at(relevant: Bool[Tensor, "Q K"], k: int) -> Float[Tensor, " Q"]:
 
 
 def average_precision_at(relevant: Bool[Tensor, "Q K"], num_relevant: Int[Tensor, " Q"]) -> Float[Tensor, " Q"]:
-    """Mean of the precision at each relevant neighbour's rank, over as many as there could be among the K.
+    """Average precision at K: precision at each relevant neighbour's rank, summed, over the largest possible number.
 
     Args:
-        relevant: ``(Q, K)``, the nearest first.
-        num_relevant: ``(Q,)`` relevant ones in the whole memory; a query without any gets 0.
+        relevant: ``(Q, K)``, nearest first.
+        num_relevant: ``(Q,)`` relevant keys in the whole memory; 0 gives a score of 0.
 
     Returns:
-        ``sum over ranks r of [relevant at r] * precision_at(r) / min(K, num_relevant)``, 1 where all relevant ones that
-        fit come first.
+        ``sum over ranks r of [relevant at r] * precision_at(r) / min(K, num_relevant)``, 1 if the first ranks are all
+        relevant.
     """
     ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
     precision = relevant.double().cumsum(1) / ranks
@@ -96,10 +96,10 @@ def retrieval(features: Features, config: EvalConfig) -> Scores:
         per_class = {name: (part.sum(0) / wholes.sum(0)).tolist() for name, part in parts.items()}
     settings = {
         **memory_settings(features, recipe, memory, config),
-        "comparable": "not with published numbers: no protocol of theirs",
+        "comparable": "no published numbers for this protocol",
         **about_k,
         "num_patches": int(wholes.sum()),
-        "patch_class": "that of most of its labelled pixels; of equals the first in classes.txt",
+        "patch_class": "majority of its labelled pixels; ties go to the first in classes.txt",
         "chance": float((wholes.sum(0) @ num_of_class.cpu().numpy()) / max(1.0, wholes.sum()) / len(memory.keys)),
     }
     return Scores(

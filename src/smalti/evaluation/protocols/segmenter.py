@@ -1,10 +1,10 @@
 """Segmenter with its linear decoder: a copy of the encoder and a linear layer on its patches, trained end to end.
 
-Source: Strudel et al., Segmenter, arXiv:2105.05633, Sec. 3.2 and 4.1, and its code (preset paper). Preset full is ours:
-AdamW at 3e-5 with weight decay 0.01, warm-up and a tenth of the learning rate at the end, batches of 16, windows that
+Source: Strudel et al., Segmenter, arXiv:2105.05633, Sec. 3.2 and 4.1, and its code (preset paper). Preset full is our
+own: AdamW at 3e-5 with weight decay 0.01, warm-up, decay to 10 % of the learning rate, batches of 16, windows that
 overlap by a third.
-Differs from the code: masks are shrunk by the nearest pixel and images by antialiased bilinear interpolation; hue and
-saturation are changed in floating point; epochs run into one another; one scale, last step.
+Differs from the code: masks are downsampled by nearest pixel and images by antialiased bilinear interpolation; hue and
+saturation are changed in floating point; batches cross epochs; one scale, last step.
 Letters: B images, C channels, h x w the patch grid, D embed_dim, K classes, S side of a crop in pixels.
 """
 
@@ -53,15 +53,15 @@ CROP_TRIES = 10
 LONGEST_TEST = 64
 """Maximum aspect ratio of test images; each is resized so that its short side fills the crop."""
 LONGEST = 4
-"""Long side over crop side, at most, before the random scale: 2048 to 512."""
+"""Maximum ratio of long side to crop side before the random scale: 2048 to 512."""
 MOMENTUM = 0.9
 SHOWN_PX = 256
 """Predictions stored for figures are downsampled to this size (nearest)."""
-_AT_ONCE = 2**26  # numbers of upsampled logits that are in memory
+_AT_ONCE = 2**26  # upsampled logits in memory at a time
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SegmenterRecipe:
     """A preset with the settings that the user changed."""
 
     crop: int
@@ -100,8 +100,8 @@ class SegmenterConfig:
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
 
-def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
-    """The preset with what the user changed.
+def choose_recipe(features: Features, config: EvalConfig) -> SegmenterRecipe:
+    """The preset with the user's settings.
 
     Raises:
         ConfigError: if the encoder's own image size isn't square and none is given.
@@ -116,8 +116,8 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
     given = {name: value for name, value in changed.items() if value is not None}
     if config.preset == "small":
         crop, iters = features.dense_size(config.image_size), own.steps or 300
-        # Two thirds of the crop apart, as 341 is of 512. Few steps need a higher learning rate.
-        recipe = Recipe(
+        # A stride of two thirds of the crop, as 341 of 512. Few steps need a higher learning rate.
+        recipe = SegmenterRecipe(
             crop, max(1, crop * 2 // 3), iters, 8, "adamw", 1e-4, 0.0, 0.01, iters // 10, 0.1, 1.0, False, "skip"
         )
     else:
@@ -125,11 +125,11 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
         iters = own.steps or 160_000
         if config.preset == "full":
             num_warmup = min(1500, iters // 10)
-            recipe = Recipe(
+            recipe = SegmenterRecipe(
                 crop, max(1, crop * 2 // 3), iters, 16, "adamw", 3e-5, 0.0, 0.01, num_warmup, 0.1, 0.75, True, "skip"
             )
         else:
-            recipe = Recipe(crop, crop, iters, 8, "sgd", 1e-3, 1e-5, 0.0, 0, 0.1, 0.75, True, "skip")
+            recipe = SegmenterRecipe(crop, crop, iters, 8, "sgd", 1e-3, 1e-5, 0.0, 0, 0.1, 0.75, True, "skip")
     recipe = replace(recipe, **given)
     if config.preset != "paper":
         return replace(recipe, least_lr=0.1 * recipe.learning_rate)
@@ -137,12 +137,12 @@ def choose_recipe(features: Features, config: EvalConfig) -> Recipe:
 
 
 class Segmenter(nn.Module):
-    """The encoder and a linear layer, the copy's own ``head``; logits are upsampled to the pixels."""
+    """The encoder and a linear layer, the copy's own ``head``; logits are upsampled to pixels."""
 
     def __init__(self, encoder: Encoder, num_classes: int) -> None:
         """
         Args:
-            encoder: a copy, which is changed.
+            encoder: a copy, modified in place.
             num_classes: K.
         """
         super().__init__()
@@ -152,7 +152,7 @@ class Segmenter(nn.Module):
         """Class scores of each pixel, float32.
 
         Args:
-            images: normalised; zeros are added on the right and below where the patch size does not divide them.
+            images: normalised; zero-padded on the right and at the bottom if the patch size does not divide them.
         """
         height, width = images.shape[-2:]
         ph, pw = self.encoder.patch_size
@@ -160,7 +160,7 @@ class Segmenter(nn.Module):
         tokens, _, (h, w) = self.encoder.encode(padded)
         scores = self.encoder.vit.head(tokens).float().view(len(images), h, w, -1)
         with torch.autocast(images.device.type, enabled=False):
-            # As matrices: the gradient of torch's own upsampling is not repeatable on a GPU.
+            # as matrices, since the gradient of torch's upsampling is not deterministic on GPUs
             rows = upsampling(h, padded.shape[-2])[:height].to(scores.device)
             columns = upsampling(w, padded.shape[-1])[:width].to(scores.device)
             scores = torch.matmul(rows, scores.flatten(2))  # (B, h, w*K) -> (B, H, w*K)
@@ -168,13 +168,13 @@ class Segmenter(nn.Module):
 
 
 def pixel_loss(logits: Float[Tensor, "B H W K"], target: Int[Tensor, "B H W"], ignore: int) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the labelled pixels of a batch; 0 where there is none."""
+    """Mean cross-entropy of the labelled pixels of a batch; 0 if there are none."""
     loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=ignore, reduction="sum")
     return loss / (target != ignore).sum().clamp(min=1)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin that cover a side; the last is flush with the border."""
+    """Start positions of windows that cover a side; the last window ends at the border."""
     last = max(length - window, 0)
     return [*range(0, last, stride), last]
 
@@ -182,14 +182,14 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 def sliding_logits(
     model: Callable[[Tensor], Tensor], image: Float[Tensor, "C H W"], window: int, stride: int, batch_size: int
 ) -> Float[Tensor, "K H W"]:
-    """Class scores of each pixel of a normalised image: the mean over the square windows that hold it.
+    """Class scores of each pixel of a normalised image: the mean over the square windows that contain it.
 
     Args:
         model: ``(B, C, S, S)`` -> ``(B, S, S, K)``.
-        image: no side shorter than ``window``.
+        image: both sides at least ``window``.
         window: S.
-        stride: from one window to the next, at most S.
-        batch_size: windows at a time.
+        stride: stride of the windows, at most S.
+        batch_size: windows per batch.
     """
     _, height, width = image.shape
     corners = [
@@ -207,7 +207,7 @@ def sliding_logits(
 
 
 def label_map(logits: Float[Tensor, "K h w"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
-    """The class of each pixel of an image of that size, from bilinearly resized scores; a few classes at a time."""
+    """The class of each pixel of an image of ``size``, from bilinearly resized scores; in chunks of classes."""
     best = logits.new_full(size, -math.inf)
     labels = torch.zeros(size, dtype=torch.int64, device=logits.device)
     at_once = max(1, _AT_ONCE // math.prod(size))
@@ -220,7 +220,7 @@ def label_map(logits: Float[Tensor, "K h w"], size: tuple[int, int]) -> Int[Tens
 
 
 def resize_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """``(height, width, C)`` bilinear, antialiased where it shrinks; uint8 stays uint8."""
+    """``(height, width, C)`` by bilinear interpolation, antialiased for downsampling; uint8 stays uint8."""
     if image.shape[:2] == (height, width):
         return image
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
@@ -239,8 +239,9 @@ def draw_crop(mask: np.ndarray, size: int, cat_max_ratio: float, ignore: int, rn
     Args:
         mask: ``(H, W)``.
         size: side in pixels.
-        cat_max_ratio: maximum fraction of the labelled pixels; 1 takes the first crop, as do ten failed tries.
-        ignore: value that is no class.
+        cat_max_ratio: maximum fraction of the labelled pixels; after ten failed tries the first crop is used, and with
+            1.
+        ignore: ignored value.
         rng: source of randomness.
     """
     height, width = (min(size, side) for side in mask.shape)
@@ -258,16 +259,16 @@ def draw_crop(mask: np.ndarray, size: int, cat_max_ratio: float, ignore: int, rn
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue, each changed half of the time.
+    """Brightness, contrast, saturation and hue, each changed with probability 0.5.
 
     Args:
-        image: ``(H, W, C)`` uint8, or float32 in 0..1; saturation and hue where there are three channels.
+        image: ``(H, W, C)`` uint8, or float32 in 0..1; saturation and hue only with three channels.
         rng: source of randomness.
 
     Returns:
         ``(H, W, C)`` float32 in 0..1.
 
-    Source: PhotoMetricDistortion of mmsegmentation, which Segmenter trains with, with its strengths; after Liu et al.,
+    Source: PhotoMetricDistortion of mmsegmentation, with the strengths used by Segmenter; after Liu et al.,
     SSD, arXiv:1512.02325.
     """
     pixels = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
@@ -295,17 +296,17 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 @dataclass(frozen=True)
-class Augmented:
-    """Makes the training image at a place of the set; see :func:`~smalti.evaluation.tuning.train`."""
+class SegmentationExamples:
+    """Loads and augments training images and masks; see :func:`~smalti.evaluation.tuning.train`."""
 
     samples: tuple[ImageSample, ...]
-    recipe: Recipe
+    recipe: SegmenterRecipe
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, place: int, key: int) -> Example | Skipped:
-        """``(C, S, S)`` normalised, and its ``(S, S)`` mask: scaled, cropped, flipped, distorted, padded."""
+        """``(C, S, S)`` normalised image and its ``(S, S)`` mask: scaled, cropped, flipped, distorted, padded."""
         sample, crop, ignore = self.samples[place], self.recipe.crop, ignored_value(self.num_classes)
         try:
             image = sample.read(len(self.mean))
@@ -330,8 +331,8 @@ class Augmented:
         return pixels, target
 
 
-class _TestImages(Dataset[Any]):
-    """Test images with their short side resized to the crop's, normalised, and their masks as they are."""
+class _ResizedImages(Dataset[Any]):
+    """Test images, resized by their short side to the crop size and normalised, and their original masks."""
 
     def __init__(self, images: ImageSet, crop: int, num_classes: int, encoder: Encoder) -> None:
         self._samples, self._crop, self._num_classes = images.samples, crop, num_classes
@@ -382,7 +383,7 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
             model,
             optimizer,
             features,
-            Augmented(features.data.train.samples, recipe, len(classes), encoder.mean, encoder.std),
+            SegmentationExamples(features.data.train.samples, recipe, len(classes), encoder.mean, encoder.std),
             lambda images, target: pixel_loss(model(images), target, ignore),
             lambda step: warm_poly(
                 step,
@@ -396,22 +397,22 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
             seed=config.seed,
             what="segmenter",
         )
-        tally, predictions, unlabelled = _evaluate_encoder(model, features, recipe)
+        tally, predictions, unlabelled = _evaluate_segmenter(model, features, recipe)
     warn_unlabelled(features.data.test, unlabelled, features.evaluated)
     matrix = tally.confusion.matrix
     settings = {
         "preset": config.preset,
         "comparable": {
             "small": "small preset: not comparable with published numbers",
-            "full": "ours: comparable with itself, as far as none of it was changed",
-            "paper": "Segmenter's settings at one scale, as far as none of them was changed",
+            "full": "our own settings: not comparable with published numbers",
+            "paper": "Segmenter's settings at one scale, unless changed",
         }[config.preset],
-        "trained": "a copy of the whole encoder, positions too",
+        "trained": "a copy of the whole encoder, including positions",
         "image_size": recipe.crop,
         "resize": f"short side to {recipe.crop}, then windows of {recipe.crop} every {recipe.stride} pixels, whose "
         "logits are averaged",
-        "mask_size": "each mask's own",
-        "predictions_shown": f"shrunk to {SHOWN_PX} pixels by nearest pixel, where larger",
+        "mask_size": "original size of each mask",
+        "predictions_shown": f"downsampled to at most {SHOWN_PX} pixels by nearest pixel",
         "steps": recipe.iters,
         "warmup_steps": recipe.num_warmup,
         "head_batch_size": recipe.batch_size,
@@ -442,10 +443,10 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
 
 
 @torch.no_grad()
-def _evaluate_encoder(
-    model: Segmenter, features: Features, recipe: Recipe
+def _evaluate_segmenter(
+    model: Segmenter, features: Features, recipe: SegmenterRecipe
 ) -> tuple[PixelTally, dict[int, np.ndarray], list[int]]:
-    """What the test images contribute, in the pixels of their own masks; predictions shown; places without a label.
+    """Tally of the test images at the size of their masks; predictions for figures; indices of images without labels.
 
     Raises:
         DataError: if no image can be read.
@@ -454,7 +455,7 @@ def _evaluate_encoder(
     tally = PixelTally(num_classes, len(images), ignored_value(num_classes))
     predictions: dict[int, np.ndarray] = {}
     num_read, unlabelled = 0, list[int]()
-    items = _TestImages(images, recipe.crop, num_classes, features.encoder)
+    items = _ResizedImages(images, recipe.crop, num_classes, features.encoder)
     for place, item in enumerate(stream(items, len(images), features.num_workers)):
         features.progress(f"segmenter: {features.evaluated}", place + 1, len(images))
         if isinstance(item, Skipped):
@@ -478,7 +479,7 @@ def _evaluate_encoder(
 
 
 def _check_labelled(images: ImageSet, called: str, num_classes: int) -> None:
-    """Check before training that both splits have labels; stops at the first labelled mask."""
+    """Check before training that a split has labels; stops at the first labelled mask."""
     ignore = ignored_value(num_classes)
     for sample in images.samples:
         try:

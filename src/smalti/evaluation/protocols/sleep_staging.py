@@ -1,13 +1,13 @@
-"""Sleep staging: a copy of the encoder, fine-tuned to classify the stage of each window, with many labels and with few.
+"""Sleep staging: a copy of the encoder, fine-tuned to classify the sleep stage of each window, with many or few labels.
 
 Position embeddings are reinitialised, a linear layer classifies the class token, and everything is trained. Fractions
 of labels are fractions of the training subjects, the same for every encoder; a smaller fraction is a subset of a larger
 one with the same seed. An untrained encoder gives the baseline: training from scratch.
-Differs from a run over the whole cohort: with few labels there are more passes over them, so that no fit is cut short.
+With few labels there are more passes over them, so that every fit has enough steps.
 Letters: n windows, B of them in a batch, D embed_dim, K stages, R recordings, S seeds.
 
 Source: the protocol of PART, arXiv:2506.03682 (fine-tuning with fresh positions, fewer labels); its settings for EEG
-could not be found, so all numbers here are ours. Cohen, "A coefficient of agreement for nominal scales", 1960.
+could not be found, so all settings here are our own. Cohen, "A coefficient of agreement for nominal scales", 1960.
 """
 
 import math
@@ -56,18 +56,18 @@ from smalti.models.encoder import Encoder
 AGREEMENT = "agreement beyond chance, at most 1, higher is better"
 """Unit of kappa; it may be negative."""
 UNDEFINED_SHOWN = 255
-"""Stage of what nobody scored, in the hypnograms that are kept."""
+"""Value of unscored windows in stored hypnograms."""
 BETAS = (0.9, 0.999)
-_SHOWN = 4  # recordings whose hypnograms are kept
+_SHOWN = 4  # recordings whose hypnograms are stored
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How one classifier is trained; all ours."""
+class StagingRecipe:
+    """Settings of one fine-tuning; all our own."""
 
     epochs: int
     fewest_steps: int
-    """However few windows there are."""
+    """Minimum number of steps."""
     batch_size: int
     learning_rate: float
     layer_decay: float = 0.75
@@ -76,10 +76,10 @@ class Recipe:
     drop_path: float = 0.0
     warmup_ratio: float = 0.05
     num_steps: int | None = None
-    """In place of epochs."""
+    """Number of steps; replaces ``epochs``."""
 
     def steps(self, num_windows: int) -> int:
-        """Steps in all; the last may begin another epoch."""
+        """Total number of steps; the last batch may contain windows of the next epoch."""
         if self.num_steps is not None:
             return self.num_steps
         return max(self.fewest_steps, math.ceil(self.epochs * num_windows / self.batch_size))
@@ -103,11 +103,11 @@ class SleepStagingConfig:
     """Highest learning rate; None: the preset's."""
 
 
-def choose_recipe(config: EvalConfig) -> Recipe:
-    """The preset with what the user changed."""
+def choose_recipe(config: EvalConfig) -> StagingRecipe:
+    """The preset with the user's settings."""
     own: SleepStagingConfig = config.of("sleep-staging")
-    small = Recipe(epochs=5, fewest_steps=200, batch_size=32, learning_rate=1e-3)
-    full = Recipe(epochs=50, fewest_steps=1000, batch_size=64, learning_rate=2.5e-4, drop_path=0.1)
+    small = StagingRecipe(epochs=5, fewest_steps=200, batch_size=32, learning_rate=1e-3)
+    full = StagingRecipe(epochs=50, fewest_steps=1000, batch_size=64, learning_rate=2.5e-4, drop_path=0.1)
     changed: dict[str, Any] = {
         "epochs": own.epochs,
         "batch_size": own.batch_size,
@@ -120,16 +120,16 @@ def choose_recipe(config: EvalConfig) -> Recipe:
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
 
-class Classifier(nn.Module):
+class StageClassifier(nn.Module):
     """The encoder and a linear layer on the window's vector: the class token if there is one.
 
-    The layer is the copy's own ``head``, so that it is a timm classifier and timm knows its layers.
+    The layer is the copy's own ``head``, so that it is a timm classifier for timm's layer-wise decay.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int) -> None:
         """
         Args:
-            encoder: a copy, which is changed.
+            encoder: a copy, modified in place.
             num_classes: K.
         """
         super().__init__()
@@ -142,7 +142,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class LabelledWindows:
-    """Makes the training window at a place of the scored ones; see :func:`~smalti.evaluation.tuning.train`."""
+    """Loads scored training windows; see :func:`~smalti.evaluation.tuning.train`."""
 
     signals: SignalSet
     places: tuple[int, ...]
@@ -152,7 +152,7 @@ class LabelledWindows:
         return len(self.places)
 
     def __call__(self, place: int, key: int) -> Example:
-        """``(C, 1, T)``, and its stage; nothing is random."""
+        """``(C, 1, T)`` window and its stage; not augmented."""
         index = self.places[place]
         return _window(self.signals, index), torch.tensor(int(self.signals.stages[index]))
 
@@ -161,7 +161,7 @@ def scored_windows(signals: SignalSet) -> LabelledWindows:
     """The windows that have a stage.
 
     Raises:
-        DataError: if there is none.
+        DataError: if there are none.
     """
     places = np.flatnonzero(signals.stages != UNDEFINED)
     if not len(places):
@@ -180,7 +180,7 @@ def predict(model: nn.Module, signals: SignalSet, batch_size: int, device: torch
 
 
 def confusions(signals: SignalSet, predicted: Int[np.ndarray, " n"], num_classes: int) -> Int[np.ndarray, "R K K"]:
-    """Counts for each recording: scored stage down, prediction across; what nobody scored counts nowhere."""
+    """Confusion matrix of each recording (rows: scored stage, columns: prediction); unscored windows are ignored."""
     counts = np.zeros((len(signals.recordings), num_classes, num_classes), np.int64)
     numbers = np.array([signals.locate(i)[0] for i in range(len(signals))], dtype=np.int64)
     is_scored = signals.stages != UNDEFINED
@@ -189,9 +189,9 @@ def confusions(signals: SignalSet, predicted: Int[np.ndarray, " n"], num_classes
 
 
 def kappa_interval(counts: Int[np.ndarray, "S R K K"], seed: int = 0) -> tuple[float, float]:
-    """Interval of the mean kappa of S fits: recordings resampled with replacement, the same for all fits.
+    """Interval of the mean kappa of S fits by resampling recordings with replacement, the same for all fits.
 
-    NaN for one recording, which says nothing of others.
+    NaN for a single recording.
 
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13.
     """
@@ -206,9 +206,9 @@ def kappa_interval(counts: Int[np.ndarray, "S R K K"], seed: int = 0) -> tuple[f
     return float(low), float(high)
 
 
-def area_under_log(shares: list[float], values: list[float]) -> float:
+def area_under_log(fractions: list[float], values: list[float]) -> float:
     """Mean height of a curve over the logarithm of the label fraction: trapezoidal area divided by width."""
-    x = np.log(np.array(shares))
+    x = np.log(np.array(fractions))
     return float(np.trapezoid(values, x) / (x[-1] - x[0]))
 
 
@@ -223,16 +223,16 @@ def sleep_staging(context: EvaluationContext[SignalSet], config: EvalConfig) -> 
     data = context.data
     recipe, encoder, num_classes = choose_recipe(config), context.encoder, len(data.classes)
     _check_fit(encoder, data.train)
-    shares = _shares(own.fractions, len(data.train.subjects))
+    fractions = _distinct_fractions(own.fractions, len(data.train.subjects))
     seeds = [config.seed + number for number in range(own.repeats)]
     sweep, curve = list[dict[str, Any]](), list[float]()
     counts, predicted = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for share in shares:
+    for fraction in fractions:
         found, windows, subjects = [], [], 0
         for seed in seeds:
-            part = draw_subjects(data.train, share, seed)
+            part = draw_subjects(data.train, fraction, seed)
             learned = scored_windows(part)
-            model, losses = fine_tune(context, learned, recipe, num_classes, seed, f"sleep-staging {share:g}")
+            model, losses = fine_tune(context, learned, recipe, num_classes, seed, f"sleep-staging {fraction:g}")
             guesses = predict(model, data.test, context.batch_size, context.device)
             found.append(confusions(data.test, guesses, num_classes))
             windows.append(len(learned))
@@ -244,7 +244,7 @@ def sleep_staging(context: EvaluationContext[SignalSet], config: EvalConfig) -> 
         kappas = [float(cohen_kappa(torch.from_numpy(one.sum(0)))) for one in counts]
         sweep.append(
             {
-                "share": share,
+                "share": fraction,
                 "subjects": subjects,
                 "windows": windows,
                 "kappa": kappas,
@@ -262,7 +262,7 @@ def sleep_staging(context: EvaluationContext[SignalSet], config: EvalConfig) -> 
     }
     if len(sweep) > 1:
         means = [one["mean"] for one in sweep]
-        metrics["kappa_area"] = area_under_log(shares, means)
+        metrics["kappa_area"] = area_under_log(fractions, means)
         metrics |= {f"kappa_at_{one['share']:g}": one["mean"] for one in sweep[:-1]}
     total = torch.stack(matrices).sum(0)
     per_class = {
@@ -270,17 +270,17 @@ def sleep_staging(context: EvaluationContext[SignalSet], config: EvalConfig) -> 
         for name, values in (("recall", class_recall(total)), ("f1", class_f1(total)))
     }
     settings = {
-        "comparable": "recipe of our own; compare encoders in this table, not with published numbers",
-        "judged": f"{len(data.test.recordings)} recordings of {len(data.test.subjects)} subjects, "
+        "comparable": "our own recipe; compare encoders in this table, not with published numbers",
+        "test_set": f"{len(data.test.recordings)} recordings of {len(data.test.subjects)} subjects, "
         f"{int((data.test.stages != UNDEFINED).sum())} scored windows",
         "train_subjects": len(data.train.subjects),
         "channels": list(data.train.channels),
         "signal": asdict(data.train.config),
-        "trained": "a copy of the whole encoder, positions too"
-        + (", which are new: it was trained without" if encoder.position_free else ""),
+        "trained": "a copy of the whole encoder, including positions"
+        + (" (new, as it was trained without)" if encoder.position_free else ""),
         "pool": encoder.pool,
         "recipe": asdict(recipe),
-        "optimiser": f"AdamW, betas {BETAS}, none of the weight decay on vectors, half a cosine to 0",
+        "optimiser": f"AdamW, betas {BETAS}, no weight decay on vectors, cosine to 0",
         "seeds": seeds,
         "label_sweep": sweep,
         "interval": "95 %, bootstrap over the test recordings",
@@ -300,26 +300,26 @@ def sleep_staging(context: EvaluationContext[SignalSet], config: EvalConfig) -> 
 def fine_tune(
     context: EvaluationContext[SignalSet],
     learned: LabelledWindows,
-    recipe: Recipe,
+    recipe: StagingRecipe,
     num_classes: int,
     seed: int,
     what: str,
-) -> tuple[Classifier, list[float]]:
-    """A classifier of windows, in eval mode, and its loss over training.
+) -> tuple[StageClassifier, list[float]]:
+    """Fine-tune a classifier of windows; returns it in eval mode, and its loss during training.
 
     Args:
-        context: the encoder, which is not changed, and the progress callback.
+        context: the encoder, which isn't modified, and the progress callback.
         learned: training windows.
         recipe: number of steps, learning rate and batch size.
         num_classes: K.
-        seed: of positions, head and order.
-        what: named in the progress.
+        seed: seed of positions, head and order.
+        what: label of the progress.
     """
     encoder, num_steps = context.encoder, recipe.steps(len(learned))
     with seeded(seed, context.device):
         copy = clone_encoder(encoder)
-        copy.vit.set_input_size((1, learned.signals.config.window))  # trained on windows of another length, perhaps
-        model = Classifier(trainable_copy(copy, recipe.drop_path), num_classes)
+        copy.vit.set_input_size((1, learned.signals.config.window))  # pretraining may have used another window length
+        model = StageClassifier(trainable_copy(copy, recipe.drop_path), num_classes)
         optimizer = create_optimizer_v2(
             model.encoder.vit,
             "adamw",
@@ -356,42 +356,43 @@ def _window(signals: SignalSet, index: int) -> Float[Tensor, "C 1 T"]:
 
 
 def _check_fit(encoder: Encoder, signals: SignalSet) -> None:
-    """Refuse signals that are not what an encoder takes.
+    """Check that signals match an encoder's input.
 
     Raises:
-        ShapeError: naming both.
+        ShapeError: if they don't.
     """
     if not encoder.takes_signals:
         height, width = encoder.img_size
         raise ShapeError(
-            f"{encoder.name} takes images of {height}x{width} pixels, these are signals; smalti train part --data "
-            f"{signals.root} makes an encoder for them"
+            f"{encoder.name} takes images of {height}x{width} pixels, but the data are signals; train an encoder for "
+            f"them with smalti train part --data {signals.root}"
         )
     if encoder.in_chans != len(signals.channels):
         raise ShapeError(
-            f"the encoder takes {encoder.in_chans} channels, the signals have {len(signals.channels)} "
+            f"the encoder takes {encoder.in_chans} channels, but the signals have {len(signals.channels)} "
             f"({', '.join(signals.channels)}); choose as many with eval.signal.channels=A,B"
         )
     check_window(signals.config, encoder.patch_size[1])
 
 
-def _shares(fractions: tuple[float, ...], num_subjects: int) -> list[float]:
+def _distinct_fractions(fractions: tuple[float, ...], num_subjects: int) -> list[float]:
     """Fractions in ascending order; merges those with the same number of subjects into the largest, with a warning."""
     of_count: dict[int, float] = {}
-    for share in sorted(set(fractions)):
-        of_count[max(1, round(share * num_subjects))] = share
-    shares = list(of_count.values())
-    if len(shares) < len(set(fractions)):
-        left = ", ".join(f"{share:g}" for share in sorted(set(fractions) - set(shares)))
+    for fraction in sorted(set(fractions)):
+        of_count[max(1, round(fraction * num_subjects))] = fraction
+    distinct = list(of_count.values())
+    if len(distinct) < len(set(fractions)):
+        left = ", ".join(f"{fraction:g}" for fraction in sorted(set(fractions) - set(distinct)))
         warnings.warn(
-            f"eval.sleep-staging.fractions: {left} of {num_subjects} subjects are as many as a larger fraction",
+            f"eval.sleep-staging.fractions: {left} of {num_subjects} subjects are the same number as for a larger "
+            "fraction",
             stacklevel=3,
         )
-    return shares
+    return distinct
 
 
 def _tallies(counts: Int[np.ndarray, "R K K"]) -> dict[str, Tally]:
-    """Contribution of each recording to the accuracies, for the first seed."""
+    """Tally of each recording for the accuracies, for the first seed."""
     right, whole = (values.astype(np.float64) for values in (counts.diagonal(axis1=1, axis2=2), counts.sum(2)))
     return {
         "top1": Tally(right.sum(1, keepdims=True), whole.sum(1, keepdims=True)),
@@ -400,7 +401,7 @@ def _tallies(counts: Int[np.ndarray, "R K K"]) -> dict[str, Tally]:
 
 
 def _hypnograms(signals: SignalSet, predicted: Int[np.ndarray, " n"]) -> dict[int, np.ndarray]:
-    """Place of a recording -> ``(2, windows)``: scored stages, predicted ones."""
+    """Index of a recording -> ``(2, windows)``: scored and predicted stages."""
     numbers = np.array([signals.locate(i)[0] for i in range(len(signals))], dtype=np.int64)
     scored = np.where(signals.stages == UNDEFINED, UNDEFINED_SHOWN, signals.stages)
     return {
