@@ -227,18 +227,31 @@ class ClassificationExamples:
         return changed.mean(2, keepdims=True).round().astype(np.uint8)  # colour operations may make channels differ
 
 
-@register_protocol(
-    "finetune",
-    need="labels",
-    settings=FinetuneConfig,
-    takes_pool=True,
-    by_default=False,
-)
-def finetune(features: Features, config: EvalConfig) -> Scores:
-    """Image classification, fine-tuned end to end; needs class folders."""
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned classifier."""
+
+    model: FinetuneClassifier
+    recipe: FinetuneRecipe
+    pool: str
+    losses: list[float]
+    """Of each step."""
+
+
+def fine_tune(features: Features, config: EvalConfig) -> FineTuned:
+    """Fine-tune a copy of the encoder with a classifier on the training images.
+
+    Args:
+        features: encoder and data; the encoder isn't modified.
+        config: preset, pooling, seed and the settings of ``finetune``.
+
+    Raises:
+        ConfigError, ShapeError: as :func:`choose_recipe`.
+        DataError: if an image can't be augmented as the recipe asks.
+    """
     recipe = choose_recipe(features, config)
-    num_classes, num_images = len(features.data.classes), len(features.data.train)
-    num_steps = recipe.num_steps(num_images)
+    num_classes = len(features.data.classes)
+    num_steps = recipe.num_steps(len(features.data.train))
     num_warmup = math.ceil(recipe.warmup_ratio * num_steps)
     encoder = features.encoder
     pool = "avg" if config.pool == "auto" else config.pool
@@ -265,7 +278,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
             mixed, targets = mix(images, labels)
             return SoftTargetCrossEntropy()(model(mixed), targets)
 
-        curve = train(
+        losses = train(
             model,
             optimizer,
             features,
@@ -279,7 +292,22 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
             seed=config.seed,
             what="finetune",
         )
-        metrics, per_class, tallies, confusion = evaluate_labels(model, features, recipe.image_size)
+    return FineTuned(model, recipe, pool, losses)
+
+
+@register_protocol(
+    "finetune",
+    need="labels",
+    settings=FinetuneConfig,
+    takes_pool=True,
+    by_default=False,
+)
+def finetune(features: Features, config: EvalConfig) -> Scores:
+    """Image classification, fine-tuned end to end; needs class folders."""
+    tuned = fine_tune(features, config)
+    encoder, recipe, pool = features.encoder, tuned.recipe, tuned.pool
+    num_steps = recipe.num_steps(len(features.data.train))
+    metrics, per_class, tallies, confusion = evaluate_labels(tuned.model, features, recipe.image_size)
     settings = {
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
@@ -294,7 +322,7 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
         "resize": "short side, then center crop",
         "epochs": recipe.epochs,
         "steps": num_steps,
-        "warmup_steps": num_warmup,
+        "warmup_steps": math.ceil(recipe.warmup_ratio * num_steps),
         "head_batch_size": recipe.batch_size,
         "learning_rate": recipe.peak_lr,
         "optimiser": f"AdamW, betas {BETAS}, weight decay {recipe.weight_decay} (none on vectors), cosine to "
@@ -310,5 +338,5 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
         "reported": "last epoch",
     }
     return Scores(
-        metrics, settings, per_class, tallies=tallies, confusion=confusion.matrix.numpy(), curves={"loss": curve}
+        metrics, settings, per_class, tallies=tallies, confusion=confusion.matrix.numpy(), curves={"loss": tuned.losses}
     )
