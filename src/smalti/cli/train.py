@@ -107,7 +107,7 @@ def _print_next_steps(run: Path) -> None:
         print(f"trained: {run}")
     config = read_yaml(run / "config.yaml")
     method = get_method(config["method"]["name"])
-    if not method.has_encoder:  # it has no encoder to export
+    if method.next_command:
         print(f"next:    {method.next_command.format(run=run)}")
         print(f"         smalti report {run}")
         return

@@ -62,7 +62,7 @@ class DistilledRanker(EncoderMethod):
     Config = RankerConfig
     title = "a small network that predicts a patch order in one pass; requires a file of orders"
     paper = "ours, after Guo et al. 2025, arXiv:2511.22281"
-    next_command = "smalti rank {run} --data DIR --out ORDERS"
+    next_command = "smalti rank {run} --data IMAGES --out ORDERS"
     defaults: ClassVar[dict[str, Any]] = {
         "encoder": {"name": "vit_tiny_patch16_224", "embed_dim": 96, "depth": 2, "num_heads": 3},
         "optim": {"lr": 1e-3, "weight_decay": 0.05, "warmup_ratio": 0.05},

@@ -570,7 +570,7 @@ class Encoder(nn.Module):
         Source: Huang et al., arXiv:1603.09382v3, Sec. 3 (linear decay rule).
         """
         if not 0 <= rate < 1:
-            raise ConfigError(f"drop_path={rate}: a share in 0..1 (1 excluded) is needed")
+            raise ConfigError(f"drop_path={rate}: a fraction in [0, 1) is needed")
         for number, block in enumerate(self.vit.blocks):
             share = rate * number / max(self.depth - 1, 1)
             block.drop_path1, block.drop_path2 = (DropPath(share) if share else nn.Identity() for _ in range(2))

@@ -333,9 +333,7 @@ def test_coco_with_both_kinds_of_masks_asks_which(photo, write, write_list, tmp_
     coco(photo, write, "images/{}", "annotations/{}", 1)
     panoptic(write_list, "annotations/panoptic_annotations/panoptic_val2017.json")
     assert open_images(tmp_path).describe() == "coco: 3 images (train 2, val 1)"
-    with pytest.raises(
-        DataError, match=f"found layout 'coco', .*; COCO's come as coco-stuff={tmp_path} or coco-things="
-    ):
+    with pytest.raises(DataError, match=f"has layout 'coco', .*; COCO's come as coco-stuff={tmp_path} or coco-things="):
         open_labelled(tmp_path, need="masks")
 
 

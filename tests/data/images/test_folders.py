@@ -185,7 +185,7 @@ def test_masks_win_over_instances(write, tmp_path):
         (lambda p: (p / "val.txt").write_text("a\n"), "'a' is in both train.txt and val.txt"),
         (lambda p: (p / "validation.txt").write_text("c\n"), "the same split twice: val.txt, validation.txt"),
         (lambda p: (p / "images/a.jpg").rename(p / "images/b.png"), "b.jpg and b.png have the same stem"),
-        (lambda p: (p / "classes.txt").write_text("sky\nsky\n"), "class 'sky' stands in several lines"),
+        (lambda p: (p / "classes.txt").write_text("sky\nsky\n"), "class 'sky' is listed more than once"),
     ],
 )
 def test_masks_that_dont_fit_are_one_line(write, tmp_path, change, line):

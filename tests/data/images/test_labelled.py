@@ -86,9 +86,9 @@ def test_an_empty_class_folder_is_a_class(write, tmp_path):
 
 def test_what_is_needed_and_what_came_stand_in_one_line(write, tmp_path):
     write("flat/1.png")
-    with pytest.raises(DataError, match=r"found layout 'folder', this needs class folders \(CLASS/image or SPLIT"):
+    with pytest.raises(DataError, match=r"has layout 'folder', but this needs class folders \(CLASS/image or SPLIT"):
         open_labelled(tmp_path / "flat", need="labels")
-    with pytest.raises(DataError, match=r"found layout 'folder', this needs masks \(images/ with masks/"):
+    with pytest.raises(DataError, match=r"has layout 'folder', but this needs masks \(images/ with masks/"):
         open_labelled(tmp_path / "flat", need="masks")
 
 

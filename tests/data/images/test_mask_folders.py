@@ -53,7 +53,7 @@ def test_several_masks_of_an_image_are_counted_and_never_trained_on(write, tmp_p
     with pytest.warns(LeftOut, match="6 masks, because they are several for an image"):
         images = open_images(tmp_path)
     assert [path.parent.name for path in images.training().paths] == ["images"] * 3
-    with pytest.warns(LeftOut), pytest.raises(DataError, match="found layout 'masks', this needs masks"):
+    with pytest.warns(LeftOut), pytest.raises(DataError, match="has layout 'masks', but this needs masks"):
         open_labelled(tmp_path, need="masks")
 
 

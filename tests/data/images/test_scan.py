@@ -62,7 +62,7 @@ def test_channels_that_no_setting_reads_together_are_named(write, tmp_path):
 def test_images_with_numbers_that_are_not_finite_are_unreadable(tmp_path, value):
     cv2.imwrite(str(tmp_path / "a.tif"), np.full((6, 8), value, np.float32))
     report = summarise(scan(tmp_path))
-    assert [reason for _, reason in report.unreadable] == ["pixels that are no finite numbers"]
+    assert [reason for _, reason in report.unreadable] == ["pixels that are not finite"]
     assert report.values == {} and report.scale_hint == ""
 
 

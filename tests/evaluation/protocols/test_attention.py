@@ -148,8 +148,8 @@ def _pixels(features):
 
 def test_e12_patches_with_most_of_the_mass_against_a_mask():
     mask = np.kron([[0, 1, 0], [1, 1, 0], [0, 0, 0]], np.ones((4, 4))).astype(np.uint8)
-    judged = foreground_scores(E12[None], mask, (3, 3), void=255, parity=False)
-    assert judged.best_head == 0.5
+    evaluated = foreground_scores(E12[None], mask, (3, 3), void=255, parity=False)
+    assert evaluated.best_head == 0.5
 
 
 def test_the_best_head_is_chosen_for_each_object():
@@ -167,12 +167,12 @@ def test_merged_is_the_jaccard_score_of_attention_on_a_square():
     weights[1:4, 1:4] = 1
     weights[0, 0] = 1
     rows = torch.from_numpy(weights).float().flatten()[None]
-    judged = foreground_scores(rows / rows.sum(), mask, (6, 6), void=255, parity=False)
+    evaluated = foreground_scores(rows / rows.sum(), mask, (6, 6), void=255, parity=False)
     from smalti.functional.attention import foreground
 
     pred = foreground(rows[None], (6, 6))[0].numpy().repeat(8, 0).repeat(8, 1)
     counted = mask != 255
-    assert judged.merged == pytest.approx(jaccard_score((mask == 3)[counted], pred[counted]))
+    assert evaluated.merged == pytest.approx(jaccard_score((mask == 3)[counted], pred[counted]))
     parity = foreground_scores(rows / rows.sum(), mask, (6, 6), void=255, parity=True)
     assert parity.merged == pytest.approx(jaccard_score((mask != 0).ravel(), pred.ravel()))
 
@@ -187,8 +187,8 @@ def test_parity_takes_the_first_and_last_values_for_background_and_void():
 
 
 def test_an_image_without_objects_says_nothing():
-    judged = foreground_scores(E12[None], np.zeros((3, 3), dtype=np.uint8), (3, 3), void=255, parity=False)
-    assert math.isnan(judged.merged) and math.isnan(judged.best_head)
+    evaluated = foreground_scores(E12[None], np.zeros((3, 3), dtype=np.uint8), (3, 3), void=255, parity=False)
+    assert math.isnan(evaluated.merged) and math.isnan(evaluated.best_head)
     assert foreground_scores(E12[None], np.zeros((3, 3), dtype=np.uint8), (3, 3), void=255, parity=True).merged == 0
 
 

@@ -72,7 +72,7 @@ def rewritten(root, table, split="train"):
 def test_it_learns_boxes_and_outlines_and_leaves_the_encoder_alone(quick, encoder64, tmp_path, features_of):
     root = write_shapes(tmp_path, {"train": 3}, seed=3)
     table = listed(root)
-    for row in table["images"]:  # judged on what was learned from: it is to be learned by heart
+    for row in table["images"]:  # evaluated on the training images, to overfit them
         shutil.copy(root / "images" / row["file_name"], root / "images" / f"v{row['file_name']}")
         row["file_name"] = f"v{row['file_name']}"
     rewritten(root, table, "val")
@@ -285,7 +285,7 @@ def test_what_cannot_be_used_gets_one_line_before_anything_is_trained(mistake, l
 
 
 def test_other_layouts_splits_and_a_missing_library(tiny, shapes, scenes, greys, features_of, monkeypatch):
-    with pytest.raises(DataError, match="found layout 'masks', this needs boxes"):
+    with pytest.raises(DataError, match="has layout 'masks', but this needs boxes"):
         open_labelled(scenes, need="boxes")
     with pytest.raises(DataError, match="no split 'test'; it has: train, val"):
         open_labelled(shapes, need="boxes", split="test")

@@ -1,4 +1,4 @@
-"""The linear probe: many heads at once equal many heads apart, and nothing is chosen on the judged images."""
+"""The linear probe: many heads at once equal many heads apart, and nothing is chosen on the evaluated images."""
 
 import dataclasses
 

@@ -317,5 +317,7 @@ def read_class_names(root: Path) -> tuple[str, ...] | None:
         raise DataError(f"{as_text(path)}: line 1 is blank; it needs the name of value 0, or to be removed")
     names = tuple(match[1] if (match := _CVAT_CLASS.fullmatch(line)) else line for _, line in lines)
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{as_text(path)}: class '{repeated[0]}' stands in several lines; each needs a name of its own")
+        raise DataError(
+            f"{as_text(path)}: class '{repeated[0]}' is listed more than once; each needs a name of its own"
+        )
     return names or None

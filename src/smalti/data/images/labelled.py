@@ -79,7 +79,7 @@ def open_labelled(
     found["boxes"] = any(sample.annotations is not None for sample in images.samples)
     if not found[need]:
         raise DataError(
-            f"{as_text(images.root)}: found layout '{images.layout}', this needs {_NEEDED[need]}{_hint(images, need)}"
+            f"{as_text(images.root)}: has layout '{images.layout}', but this needs {_NEEDED[need]}{_hint(images, need)}"
         )
     if need == "boxes":
         images = with_objects(images)

@@ -114,7 +114,7 @@ def _scan_file(path: Path, max_pixels: int) -> ScannedImage:
         with reading(path, "an image"):
             facts, image = inspect_image(data, max_pixels)
             if facts.values is not None and not all(map(math.isfinite, facts.values)):
-                raise DataError("pixels that are no finite numbers")
+                raise DataError("pixels that are not finite")
             return ScannedImage(path, digest, len(data), facts, reduce_picture(image))
     except DataError as error:
         return ScannedImage(path, digest, len(data), str(error).removeprefix(f"{path}: "), None)

@@ -42,7 +42,7 @@ def _scaled(image: Num[np.ndarray, "H W C"], scale: Range | tuple[Range, ...]) -
         raise DataError(f"data.scale has {len(ends)} ranges, the image has {image.shape[2]} channels")
     values = image.astype(np.float32)
     if not np.isfinite(values).all():
-        raise DataError("pixels that are no finite numbers")
+        raise DataError("pixels that are not finite")
     low, high = ends[:, 0], ends[:, 1]
     return np.clip((values - low) / (high - low), 0, 1)
 

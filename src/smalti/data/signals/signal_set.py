@@ -307,24 +307,27 @@ def open_labelled_signals(
     missing = len(signals.recordings) - len(scored.recordings)
     rest = f"; {missing} recordings without stages are left out" if missing else ""
     if scored.splits:
-        judged = split or next((name for name in ("test", "val") if name in scored.splits), "test")
-        train, test = scored.subset("train"), scored.subset(judged)
-        note = f"train ({len(train.recordings)} recordings) and {judged} ({len(test.recordings)}){rest}"
+        evaluated = split or next((name for name in ("test", "val") if name in scored.splits), "test")
+        train, test = scored.subset("train"), scored.subset(evaluated)
+        note = f"train ({len(train.recordings)} recordings) and {evaluated} ({len(test.recordings)}){rest}"
         if both := set(train.subjects) & set(test.subjects):
             raise DataError(
-                f"{signals.root}: subject {min(both)} is in train and in {judged}; a split is by subject; "
+                f"{signals.root}: subject {min(both)} is in train and in {evaluated}; a split is by subject; "
                 f"if these are two people, say so in {TABLE} (columns file, subject, split)"
             )
-        return Labelled(train, test, STAGES, note, split=judged)
+        return Labelled(train, test, STAGES, note, split=evaluated)
     parts = split_subjects(scored.subjects, seed)
-    judged = SPLITS.get(split or "test", split or "test")
-    if judged not in parts or not parts[judged] or not parts["train"]:
+    evaluated = SPLITS.get(split or "test", split or "test")
+    if evaluated not in parts or not parts[evaluated] or not parts["train"]:
         raise DataError(
-            f"{signals.root}: {len(scored.subjects)} scored subjects can't be split into train and {judged} by subject"
+            f"{signals.root}: {len(scored.subjects)} scored subjects can't be split by subject into train and "
+            f"{evaluated}"
         )
     counts = ", ".join(f"{name} {len(names)}" for name, names in parts.items())
-    note = f"no splits found: subjects split by seed {seed} ({counts}), judged on {judged}{rest}"
-    return Labelled(scored.of_subjects(parts["train"]), scored.of_subjects(parts[judged]), STAGES, note, split=judged)
+    note = f"no splits found: subjects split by seed {seed} ({counts}), evaluated on {evaluated}{rest}"
+    return Labelled(
+        scored.of_subjects(parts["train"]), scored.of_subjects(parts[evaluated]), STAGES, note, split=evaluated
+    )
 
 
 def _refuse_doubtful_subjects(signals: SignalSet) -> None:
@@ -357,7 +360,7 @@ def draw_subjects(signals: SignalSet, share: float, seed: int) -> SignalSet:
         ConfigError: if the fraction is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"{share:g} of the subjects: a share above 0 and at most 1 is needed")
+        raise ConfigError(f"{share:g} of the subjects: a fraction above 0 and at most 1 is needed")
     subjects = signals.subjects
     order = epoch_order(seed, 1, len(subjects))
     return signals.of_subjects(subjects[i] for i in order[: max(1, round(share * len(subjects)))])

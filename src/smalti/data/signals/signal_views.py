@@ -21,7 +21,7 @@ class SignalViews:
             ConfigError: for numbers outside their range.
         """
         if not 0 <= channel_dropout < 1:
-            raise ConfigError(f"channel_dropout={channel_dropout:g}: a share in 0..1 (1 excluded) is needed")
+            raise ConfigError(f"channel_dropout={channel_dropout:g}: a fraction in [0, 1) is needed")
         if not 0 < amplitude[0] <= amplitude[1]:
             raise ConfigError(f"amplitude={list(amplitude)}: 0 < smallest <= largest is needed")
         self.channel_dropout, self.amplitude, self.count = channel_dropout, amplitude, count
