@@ -15,9 +15,10 @@ from command import smalti
 from smalti.errors import ConfigError, MissingExtraError, ShapeError, WeightsError
 from smalti.exporters import onnx as export
 from smalti.exporters.card import CARD
-from smalti.exporters.onnx import CONFIG, KEEP, WHOLE, export_onnx
+from smalti.exporters.onnx import CONFIG, KEEP, RANKED, WHOLE, export_onnx
 from smalti.exporters.timm import export_timm
 from smalti.functional.orders import random_orders
+from smalti.methods.ranker import DistilledRanker, RankerConfig
 from smalti.models.build import build_encoder
 from smalti.models.encoder import ClassHead, Encoder
 
@@ -156,4 +157,39 @@ def test_the_command_names_mistakes_in_one_line(tmp_path):
     ):
         done = smalti("export", "random:vit_tiny_patch16_224", "--out", tmp_path / "o", *words, code=2)
         assert line in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def small_ranker(seed: int = 1) -> DistilledRanker:
+    torch.manual_seed(seed)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, seed=seed, depth=1, embed_dim=24, num_heads=2
+    )
+    encoder.set_normalization((0.2,), (0.7,))  # another than that of the exported encoder
+    method = DistilledRanker(encoder, RankerConfig(order="halton"))
+    torch.nn.init.normal_(method.head.weight)
+    return method.eval()
+
+
+@pytest.mark.parametrize("input", ["normalized", "unit"])
+@torch.no_grad()
+def test_a_ranker_chooses_the_patches_inside_the_file(input, tmp_path):
+    encoder, ranker = tiny(), small_ranker()
+    made = export_onnx(encoder, tmp_path / "out", keep=5, input=input, ranker=ranker)
+    assert made.difference < 1e-4 and (made.path / RANKED).is_file()
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = encoder.normalize(pixels) if input == "normalized" else pixels
+    tokens, vector, ids = run(made.path / RANKED, images)
+    scores = ranker.scores(ranker.encoder.normalize(pixels))
+    assert (ids == scores.topk(5, dim=1).indices).all()
+    expected = encoder.encode(encoder.normalize(pixels), ids_keep=ids)
+    assert_close(tokens, expected.patches, atol=1e-4, rtol=0)
+    assert_close(vector, encoder.pooled(expected), atol=1e-4, rtol=0)
+
+
+def test_a_ranker_of_other_patches_or_without_keep_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="ranker needs keep=K"):
+        export_onnx(tiny(), tmp_path / "out", ranker=small_ranker())
+    with pytest.raises(ConfigError, match=r"scores 4x4 patches of 32x32 px .* takes 8x8 of 64x64 px"):
+        export_onnx(tiny(), tmp_path / "out", image_size=64, keep=3, ranker=small_ranker())
     assert not list(tmp_path.iterdir())

@@ -1,14 +1,18 @@
 """``smalti export``: write an encoder as a timm model or as ONNX."""
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import PositiveInt
 
 from smalti.cli.options import Debug, EncoderSpec, Out, Partial, needed, take
 from smalti.cli.setting_docs import Setting, describe
-from smalti.config import ImageSize, settings
+from smalti.config import ImageSize, PathText, settings
 from smalti.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smalti.methods.ranker import DistilledRanker
 
 NAME = "export"
 Input = Literal["normalized", "unit"]
@@ -31,6 +35,9 @@ class ExportConfig:
     """onnx: side of the images in pixels; None: the encoder's own."""
     keep: PositiveInt | None = None
     """onnx: fixed number of patches that ``keep.onnx`` takes; None: any number."""
+    ranker: PathText | None = None
+    """onnx: a run of ``ranker``; ``ranked.onnx`` then takes images alone and looks at the ``keep`` patches that rank
+    first."""
     load: dict[str, Any] | None = None
     """Group: how imported weights are adapted, such as ``load.img_size=384``."""
 
@@ -61,20 +68,22 @@ def command(
     With `to=onnx`, `encoder.onnx` takes whole images; `keep.onnx` also takes the patches to look at (`ids_keep`, the
     first patches of an order). The batch size is free. Both also output class scores if the run trained a classifier.
 
-    Settings: `to` `weights` `pool` `load.*`, and of ONNX `input` `image_size` `keep`. `smalti settings export` explains
-    them.
+    With `ranker=RUN keep=K`, `ranked.onnx` takes images alone, ranks their patches and looks at the best K.
+
+    Settings: `to` `weights` `pool` `load.*`, and of ONNX `input` `image_size` `keep` `ranker`. `smalti settings export`
+    explains them.
     """
     out = needed(out, "--out", "exported")
     given = take(words, ExportConfig)
     if given.to != "onnx":
         if given.input == "unit":
             raise ConfigError("input=unit only applies to to=onnx; timm models take normalized images")
-        if given.image_size or given.keep:
-            raise ConfigError("image_size and keep only apply to to=onnx; leave them out")
+        if given.image_size or given.keep or given.ranker:
+            raise ConfigError("image_size, keep and ranker only apply to to=onnx; leave them out")
 
     from smalti.cli.options import load_encoder
     from smalti.exporters.card import input_words
-    from smalti.exporters.onnx import KEEP, WHOLE, check_onnx, export_onnx
+    from smalti.exporters.onnx import KEEP, RANKED, WHOLE, check_onnx, export_onnx
     from smalti.exporters.timm import check_target, export_timm
 
     if given.to == "onnx":
@@ -82,15 +91,34 @@ def command(
         check_target(out)
     model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug)
     if given.to == "onnx":
-        made = export_onnx(model, out, image_size=given.image_size, keep=given.keep, input=given.input)
+        ranker = None if given.ranker is None else _open_ranker(given.ranker)
+        made = export_onnx(model, out, image_size=given.image_size, keep=given.keep, input=given.input, ranker=ranker)
         print(
             f"written: {made.path}  (largest difference in ONNX Runtime: {made.difference:.1e} of the largest number)"
         )
         print(f'use it:  onnxruntime.InferenceSession("{made.path / WHOLE}"): images -> {", ".join(made.outputs)}')
         print(f'         onnxruntime.InferenceSession("{made.path / KEEP}"): images, ids_keep -> the same')
+        if ranker is not None:
+            print(f'         onnxruntime.InferenceSession("{made.path / RANKED}"): images -> the same, ids_keep')
         print(f"images:  {input_words(model, given.input)}")
         return
     written = export_timm(model, out)
     print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
     print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')
     print(f"images:  {input_words(model, 'normalized')}")
+
+
+def _open_ranker(run: str) -> "DistilledRanker":
+    """The network of a run of ranker.
+
+    Raises:
+        ConfigError: for a run of another method.
+        RunError: if it is no run.
+    """
+    from smalti.methods.ranker import DistilledRanker
+    from smalti.runs.build import load_method
+
+    method = load_method(Path(run).expanduser())
+    if not isinstance(method, DistilledRanker):
+        raise ConfigError(f"ranker={run}: is a run of {method.name}; a run of ranker is needed (smalti train ranker)")
+    return method

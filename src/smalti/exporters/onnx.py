@@ -1,10 +1,12 @@
 """Export an encoder to ONNX; the files are checked in ONNX Runtime for equal outputs.
 
-``encoder.onnx`` takes whole images; ``keep.onnx`` also takes the patches to use, and its cost is that of these patches.
+``encoder.onnx`` takes whole images; ``keep.onnx`` also takes the patches to use, and its cost is that of these patches;
+``ranked.onnx`` holds a ranker that chooses them.
 Letters: B images, N patches, L kept ones, D embed_dim, K classes.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import warnings
@@ -21,12 +23,13 @@ from smalti.exporters.card import CARD, Input, input_metadata, model_card
 from smalti.exporters.timm import check_target
 from smalti.files import folder_beside, write_atomically
 from smalti.functional.orders import random_orders
+from smalti.methods.ranker import DistilledRanker
 from smalti.models.build import clone_encoder
 from smalti.models.encoder import ClassHead, Encoder
 
 TOLERANCE = 1e-4
 """Largest allowed difference of an output, relative to the largest value of that output (at least 1)."""
-WHOLE, KEEP, CONFIG = "encoder.onnx", "keep.onnx", "config.json"
+WHOLE, KEEP, RANKED, CONFIG = "encoder.onnx", "keep.onnx", "ranked.onnx", "config.json"
 OPSET = 20
 _ONE_FILE_BYTES = 1.8 * 2**30  # protobuf's limit is 2 GiB
 _TRIED = (1, 3)
@@ -72,6 +75,31 @@ class Exported(nn.Module):
         return (features.patches, vector) if self.head is None else (features.patches, vector, self.head(vector))
 
 
+class Ranked(nn.Module):
+    """A ranker, the choice of its best patches, and the model that looks at these.
+
+    Args:
+        model: looks at the chosen patches.
+        ranker: scores the patches; its normalisation may differ from the model's.
+        keep: L, number of patches.
+    """
+
+    def __init__(self, model: Exported, ranker: DistilledRanker, keep: int) -> None:
+        super().__init__()
+        self.model, self.ranker, self.keep = model, ranker, keep
+
+    def choose(self, images: Tensor) -> Tensor:
+        """``(B, L)`` raster indices of the patches with the highest scores, the best first."""
+        if self.model.input == "normalized":  # back to 0..1, since the ranker has a normalisation of its own
+            images = images * self.model.encoder._std + self.model.encoder._mean
+        return self.ranker.scores(self.ranker.encoder.normalize(images)).topk(self.keep, dim=1).indices
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The model's outputs for the chosen patches, and their indices."""
+        ids_keep = self.choose(images)
+        return (*self.model(images, ids_keep), ids_keep)
+
+
 def export_onnx(
     encoder: Encoder,
     out: Path,
@@ -79,14 +107,16 @@ def export_onnx(
     image_size: int | None = None,
     keep: int | None = None,
     input: Input = "normalized",
+    ranker: DistilledRanker | None = None,
 ) -> OnnxExport:
     """Write a folder with ``encoder.onnx``, ``keep.onnx``, ``config.json`` and a model card.
 
     Both models take ``images`` ``(B, C, H, W)`` float32 with any B, normalised as for the exported timm model, or with
     ``input="unit"`` pixels in 0..1. ``keep.onnx`` also takes ``ids_keep`` ``(B, L)`` int64: the first L patches of an
-    order, as raster indices; the others are not embedded. Dynamic axes are named ``batch`` (B) and ``kept`` (L). The
-    files' metadata contains range, mean and std. The files are run in ONNX Runtime, compared with torch for several B
-    and L, and only then renamed to ``out``.
+    order, as raster indices; the others are not embedded. With a ranker, ``ranked.onnx`` takes images alone, looks at
+    the ``keep`` best patches and also returns their ``ids_keep``. Dynamic axes are named ``batch`` (B) and ``kept``
+    (L). The files' metadata contains range, mean and std. The files are run in ONNX Runtime, compared with torch for
+    several B and L, and only then renamed to ``out``.
 
     Args:
         encoder: on any device; the logits of ``encoder.class_head`` are an output, too.
@@ -94,10 +124,11 @@ def export_onnx(
         image_size: side of the images in pixels; None: the encoder's own.
         keep: fixed L; None: dynamic.
         input: ``normalized`` images, or pixels in 0..1 (``unit``), which the model normalises itself.
+        ranker: chooses the patches of ``ranked.onnx``; needs ``keep``.
 
     Raises:
         MissingExtraError: without onnx, onnxscript or onnxruntime.
-        ConfigError: if ``out`` isn't empty or can't be written, or ``keep`` isn't in 1..N.
+        ConfigError: if ``out`` isn't empty or can't be written, or ``keep`` isn't in 1..N or is missing for a ranker.
         ShapeError: if the patch size does not divide ``image_size``.
         WeightsError: if ONNX Runtime's outputs differ; nothing is written.
     """
@@ -110,6 +141,8 @@ def export_onnx(
         raise ConfigError(
             f"keep={keep}: an image of {height}x{width} pixels has {num_patches} patches; 1..{num_patches} is needed"
         )
+    if ranker is not None:
+        _check_ranker(ranker, encoder, (height, width), grid, keep)
     head = encoder.class_head
     model = Exported(clone_encoder(encoder).cpu().float().eval(), head, input).eval()
     outputs = ("tokens", "vector", "logits")[: 2 if head is None else 3]
@@ -129,6 +162,16 @@ def export_onnx(
                     f"ONNX Runtime's outputs differ from torch's by {difference:.3g} of the largest, at most "
                     f"{TOLERANCE:g} is allowed; {out} was not written"
                 )
+            if ranker is not None and keep is not None:
+                ranked = Ranked(model, copy.deepcopy(ranker).cpu().float(), keep).eval()
+                names = (*outputs, "ids_keep")
+                _write(ranked, (images,), temporary / RANKED, ("images",), names, {"images": {0: "batch"}}, metadata)
+                difference = max(difference, compare_ranked(ranked, temporary, (height, width)))
+                if not difference <= TOLERANCE:
+                    raise WeightsError(
+                        f"{RANKED} differs from torch by {difference:.3g} of the largest output, at most {TOLERANCE:g} "
+                        f"is allowed; {out} was not written"
+                    )
             described = {
                 "images": {"shape": ["B", encoder.in_chans, height, width], **metadata},
                 "ids_keep": {"shape": ["B", keep or "L"], "range": f"0..{num_patches - 1}, int64, raster order"},
@@ -151,6 +194,54 @@ session = onnxruntime.InferenceSession("{WHOLE}")
     except OSError as error:
         raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
     return OnnxExport(out, outputs, difference)
+
+
+def _check_ranker(
+    ranker: DistilledRanker, encoder: Encoder, size: tuple[int, int], grid: tuple[int, int], keep: int | None
+) -> None:
+    """Check that a ranker scores the patches that an encoder takes.
+
+    Raises:
+        ConfigError: if ``keep`` is missing, or the ranker takes other images or patches.
+    """
+    if keep is None:
+        raise ConfigError("ranker needs keep=K, the number of patches to look at")
+    own = ranker.encoder
+    if own.in_chans != encoder.in_chans or own.img_size != size or own.check_size(*size) != grid:
+        theirs = own.check_size(*own.img_size)
+        raise ConfigError(
+            f"the ranker scores {theirs[0]}x{theirs[1]} patches of {own.img_size[0]}x{own.img_size[1]} px images with "
+            f"{own.in_chans} channels, the encoder takes {grid[0]}x{grid[1]} of {size[0]}x{size[1]} px with "
+            f"{encoder.in_chans}; train the ranker at that size and patch size"
+        )
+
+
+@torch.inference_mode()
+def compare_ranked(model: Ranked, folder: Path, size: tuple[int, int]) -> float:
+    """Largest difference between a model and its ``ranked.onnx``, as :func:`compare` measures it.
+
+    Outputs are compared for the patches that the file has chosen; a choice counts as equal if the scores of its patches
+    are those of the model's own choice, since patches with equal scores may be exchanged.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / RANKED, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch in _TRIED:
+        pixels = _images(batch, model.model.encoder.in_chans, *size)
+        images = model.model.encoder.normalize(pixels) if model.model.input == "normalized" else pixels
+        *outputs, chosen = session.run(None, {"images": images.numpy()})
+        ids = torch.from_numpy(chosen)
+        scores = model.ranker.scores(model.ranker.encoder.normalize(pixels))
+        best = scores.topk(model.keep, dim=1).values
+        pairs = [(best, scores.gather(1, ids).sort(dim=1, descending=True).values.numpy())]
+        pairs += list(zip(model.model(images, ids), outputs, strict=True))
+        for mine, other in pairs:
+            gap = float(np.abs(mine.numpy() - other).max() / max(1.0, float(mine.abs().max())))
+            worst = max(worst, gap) if np.isfinite(gap) else float("nan")
+            if worst != worst:
+                return worst
+    return worst
 
 
 def check_onnx() -> None:
