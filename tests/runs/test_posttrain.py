@@ -24,7 +24,7 @@ from smalti.evaluation.result import SHARE, Result, read_results
 from smalti.models.build import build_encoder
 from smalti.models.encoder import Encoder, PatchFeatures
 from smalti.models.loading import latest_checkpoint
-from smalti.report.page import write_report
+from smalti.report.run_page import write_report
 from smalti.runs import train as runs
 from smalti.runs.baseline import evaluate
 from smalti.runs.config import posttrain_note, resolve

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import settings, unknown_key
 from smalti.data.images.image_set import ImageSet
 from smalti.data.signals.signal_set import SignalSet
@@ -165,6 +166,10 @@ class Method(nn.Module, ABC):
     """Whether a run must start from another (``init``)."""
     next_command: ClassVar[str] = ""
     """What a user types next, where it is not evaluation; ``{run}`` stands for the run."""
+
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {}
+    """Names of :attr:`observations` and of numbers of :meth:`diagnose` -> title and meaning. Pages draw the columns
+    that are explained here, and list the last values of the others."""
 
     fit_images: ClassVar[int] = 0
     """Number of images for :meth:`fit`; 0: nothing to fit."""

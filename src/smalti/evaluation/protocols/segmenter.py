@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from smalti.charts import loss_chart
 from smalti.config import BatchSize, Count, settings
 from smalti.data.images.folders import ImageSample, ImageSet
 from smalti.data.images.labelled import read_mask
@@ -360,6 +361,7 @@ class _TestImages(Dataset[Any]):
     need="masks",
     settings=SegmenterConfig,
     by_default=False,
+    priority=50,
 )
 def segmenter(features: Features, config: EvalConfig) -> Scores:
     """Semantic segmentation with a linear decoder, fine-tuned end to end; needs masks."""
@@ -436,7 +438,7 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
         tallies={"miou": tally.iou(recipe.absent), "pixel_accuracy": tally.pixel_accuracy()},
         confusion=matrix.numpy(),
         predictions=predictions,
-        curves={"loss": curve},
+        charts={"loss": loss_chart(curve)},
     )
 
 
