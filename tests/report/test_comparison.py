@@ -1,17 +1,13 @@
 """The page of a comparison: verdict first, everything inside, and what is gone is said to be."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 
 from htmlpage import check_page
-from smalti.comparison.outcome import Cell, Comparison, Cost
-from smalti.comparison.plan import Plan
-from smalti.comparison.run import Row, compare, read_comparison
+from smalti.comparison.run import compare, read_comparison
 from smalti.errors import RunError
-from smalti.evaluation.intervals import Interval
-from smalti.report.comparison import sentences, write_comparison
+from smalti.report.comparison import write_comparison
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
 EVIL = "<img src=x onerror=alert(1)>"
@@ -92,31 +88,3 @@ def test_a_folder_of_something_else_is_named(tmp_path):
     (tmp_path / "compare.json").write_text("[]")
     with pytest.raises(RunError, match=r"compare.json: can't be read as the summary of a comparison"):
         write_comparison(tmp_path)
-
-
-def said(*gaps: Interval | None, unit: str = "share of 1, higher is better", failures=()) -> tuple[str, list[str]]:
-    score = Interval(0.5, 0.4, 0.6, "images and seeds")
-    arms = {"first": {"load": "random"}, **{f"arm{n}": {"load": "random"} for n in range(len(gaps))}}
-    rows = [Row("d", "knn", "top1", unit, "first", score, {0: 0.5}, None, True)]
-    rows += [Row("d", "knn", "top1", unit, f"arm{n}", score, {0: 0.5}, gap, True) for n, gap in enumerate(gaps)]
-    cells = [Cell(row.arm, 0, Path(), ()) for row in rows]
-    plan = Plan(arms=arms, evaluate=({"data": "d"},))
-    return sentences(Comparison(Path(), plan, tuple(rows), tuple(cells), dict(failures), {"first": Cost()}, {}))
-
-
-def test_the_sentences_follow_the_intervals():
-    up, down, none = (Interval((a + b) / 2, a, b, "images") for a, b in ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)))
-    nothing = Interval(0.1, float("nan"), float("nan"), "nothing")
-    assert said(up) == ("better", ["arm0 is better than first in knn top1 on d (+0.200 [+0.100, +0.300])."])
-    assert (
-        said(down)[0] == "worse" and said(up, down)[0] == "better" and said(down, unit="lower is better")[0] == "better"
-    )
-    assert said(none) == (
-        "same",
-        ["No difference found between arm0 and first in knn top1 on d (+0.050 [-0.100, +0.200])."],
-    )
-    assert said(nothing)[0] == "unknown" and "nothing can be said" in said(nothing)[1][0]
-    kind, lines = said(None, failures={"arm0": "seed 1: out of memory"})
-    assert (
-        kind == "unknown" and lines[0].startswith("arm0 failed at some of its seeds") and "can be compared" in lines[1]
-    )

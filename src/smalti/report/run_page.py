@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smalti.charts import Line, LineChart, LogColumn, floats
+from smalti.charts import Line, LineChart, floats
 from smalti.config import flatten
 from smalti.data.images.folders import ImageSet
 from smalti.errors import ConfigError, DataError, SmaltiError
@@ -24,28 +24,17 @@ from smalti.report.parts import Fact, Figure, Summary, Table, TableCell, text_ta
 from smalti.report.patch_pictures import crop_images
 from smalti.report.render import render
 from smalti.report.rundir import RunFiles, read_run
+from smalti.report.training_curves import TrainingCurves, training_curves
 from smalti.report.verdict import TRAINED, Pair, conclude, label_of, pair_results, results_lead, results_table, value_of
 from smalti.runs.baseline import baseline_of
 from smalti.runs.posttrain import VERDICT_COLUMNS, verdict_cells
-from smalti.training.logs import LOG_COLUMNS, UNDRAWN_COLUMNS, log_facts
+from smalti.training.logs import log_facts
 
 NUM_IMAGES = 12
 """Images whose patch tokens are shown."""
 VIEW_PX = 256
 """Longer side of a picture on the page, in pixels."""
 _MAX_LISTED = 500
-
-
-@dataclass(frozen=True)
-class Curves:
-    """The log of training."""
-
-    figures: Sequence[Figure]
-    has_events: bool
-    constants: str
-    """Logged values that did not change, as a sentence; empty if there are none."""
-    others: Mapping[str, str]
-    """Columns that nobody explains -> last value."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeSection:
     """Results of ``smalti probe``."""
 
     uri: str
@@ -89,12 +78,12 @@ class RunPage:
     before_and_after_lead: str
     facts: Sequence[Fact]
     results: Results
-    curves: Curves | None
+    curves: TrainingCurves | None
     details: DetailSections
     features: FeatureMaps | None
     no_features: str
     """Why there are no feature maps; empty if the page shall not mention them."""
-    probe: Probe | None
+    probe: ProbeSection | None
     drawn: Drawn | None
     events: Table | None
     unreadable: Table | None
@@ -187,7 +176,7 @@ def run_page(files: RunFiles, features: FeatureMaps | None = None, no_features: 
         before_and_after_lead=_before_and_after_lead(files) if is_posttraining else "",
         facts=_facts(files),
         results=_results(files, pairs),
-        curves=_curves(files) if files.log else None,
+        curves=training_curves(files, _method(files)) if files.log else None,
         details=details,
         features=features,
         no_features="" if features else no_features,
@@ -303,63 +292,7 @@ def _during(files: RunFiles) -> list[Figure]:
     return figures
 
 
-def _curves(files: RunFiles) -> Curves:
-    steps = floats(files.log["step"])
-    marks = floats(float(e["step"]) for e in files.events if e.get("step", "").isdecimal())
-    method = _method(files)
-    explained = {**LOG_COLUMNS, **(method.log_columns if method else {})}
-    figures = [_loss_figure(files.log, steps, marks)] if "loss" in files.log else []
-    constants, others = [], {}
-    for name, values in files.log.items():
-        finite = [value for value in values if math.isfinite(value)]
-        if name in UNDRAWN_COLUMNS or name.startswith("loss/") or not finite:
-            continue
-        column = explained.get(name)
-        if column is None:
-            others[name] = decimals(finite[-1])
-        elif len(set(finite)) == 1:
-            constants.append(f"{column.title} {finite[0]:.4g}")
-        else:
-            figures.append(_column_figure(column, steps, floats(values), marks))
-    figures = [figure for figure in figures if not _is_constant(figure)]
-    said = f"Constant in all logged steps: {', '.join(constants)}." if constants else ""
-    return Curves(figures, bool(marks), said, others)
-
-
-def _is_constant(figure: Figure) -> bool:
-    return isinstance(figure.chart, LineChart) and figure.chart.is_constant
-
-
-def _loss_figure(log: Mapping[str, Sequence[float]], steps: tuple[float, ...], marks: tuple[float, ...]) -> Figure:
-    terms = {key.removeprefix("loss/"): floats(values) for key, values in log.items() if key.startswith("loss/")}
-    lines = [Line(floats(log["loss"]), steps, "loss" if len(terms) > 1 else "")]
-    if len(terms) > 1:
-        lines += [Line(values, steps, name) for name, values in terms.items()]
-        explanation = f"The training loss and the terms that it is the sum of ({', '.join(terms)}); lower is better."
-    else:
-        only = f", its only term is {next(iter(terms))}" if terms else ""
-        explanation = f"The training loss{only}; lower is better."
-    chart = LineChart(
-        "Loss against the step", explanation, tuple(lines), x_label="step", smooth=True, marks=marks, is_wide=True
-    )
-    return Figure("Loss", explanation, chart, is_wide=True)
-
-
-def _column_figure(
-    column: LogColumn, steps: tuple[float, ...], values: tuple[float, ...], marks: tuple[float, ...]
-) -> Figure:
-    chart = LineChart(
-        f"{column.title} against the step",
-        column.meaning,
-        (Line(values, steps),),
-        x_label="step",
-        smooth=column.smooth,
-        marks=marks,
-    )
-    return Figure(column.title, column.meaning, chart)
-
-
-def _probe(folder: Path) -> Probe | None:
+def _probe(folder: Path) -> ProbeSection | None:
     """Results of ``smalti probe --what positions``; None if it did not run."""
     try:
         probe = read_mapping(folder / "positions.json")
@@ -371,7 +304,7 @@ def _probe(folder: Path) -> Probe | None:
         uri = _png_uri(picture) if picture.is_file() else ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Probe(uri, Table(("probe", TableCell("value", "number"), "meaning"), rows))
+    return ProbeSection(uri, Table(("probe", TableCell("value", "number"), "meaning"), rows))
 
 
 def _drawn(folder: Path) -> Drawn | None:
