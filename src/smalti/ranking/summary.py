@@ -129,7 +129,7 @@ def _curve_chart(
     title: str, explanation: str, curves: Mapping[str, tuple[PrefixCurve, Float[np.ndarray, " K"]]]
 ) -> LineChart:
     lines = tuple(
-        Line(floats(values), floats(curve.counts), name, is_baseline=name == _RANDOM)
+        Line(floats(values.tolist()), floats(curve.counts.tolist()), name, is_baseline=name == _RANDOM)
         for name, (curve, values) in curves.items()
     )
     return LineChart(title, explanation, lines, x_label="patches seen", is_wide=True)
