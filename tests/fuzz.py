@@ -38,7 +38,7 @@ from smalti.exporters.timm import export_timm, timm_model
 from smalti.models.build import build_encoder
 from smalti.models.loading import load
 from smalti.preflight.dataset import look_at_data
-from smalti.report.page import write_report
+from smalti.report.run_page import write_report
 from smalti.report.rundir import read_run
 from smalti.runs import folder as run_folder
 from smalti.runs import train as runs

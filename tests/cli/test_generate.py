@@ -18,7 +18,7 @@ from smalti.data.order_files import write_orders
 from smalti.errors import SmaltiError
 from smalti.functional.orders import fixed_random, halton, raster
 from smalti.methods.mar import MAR
-from smalti.report.page import write_report
+from smalti.report.run_page import write_report
 from smalti.runs.train import train
 
 TINY = (

@@ -130,6 +130,7 @@ def test_loss_terms_are_named_finite_scalars(name: str, photos: Path) -> None:
     losses = method(batch(method, photos), 0.5)
     assert losses and all(value.shape == () and math.isfinite(value.item()) for value in losses.values())
     assert all(value.shape == () and not value.requires_grad for value in method.observations.values())
+    assert set(method.observations) <= set(method.log_columns), "pages explain what a method logs"
 
 
 WITHOUT_REFERENCE = {"autoencoder", "cmar", "comae", "mar", "neco", "prefix", "ranker"}

@@ -22,7 +22,7 @@ def test_details_survive_their_folder(tiny, scenes, greys, tmp_path):
     write_details(tmp_path, results)
     for before, after in zip(results, read_details(tmp_path, results), strict=True):
         old, new = before.details, after.details
-        assert (old.images, old.classes, dict(old.curves)) == (new.images, new.classes, dict(new.curves))
+        assert (old.images, old.classes, dict(old.charts)) == (new.images, new.classes, dict(new.charts))
         assert old.tallies.keys() == new.tallies.keys()
         for metric, tally in old.tallies.items():
             assert_array_equal(tally.part, new.tallies[metric].part)

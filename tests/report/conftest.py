@@ -8,13 +8,24 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
+from htmlpage import Page, check_page
+from smalti.charts import layer_chart, loss_chart
 from smalti.config import write_yaml
-from smalti.evaluation.result import Result, write_results
+from smalti.evaluation.result import Details, Result, write_results
+from smalti.evaluation.shown import Shown
+from smalti.evaluation.tally import tally_mean
 from smalti.models.build import build_encoder
 from smalti.models.encoder import Encoder
+from smalti.report.details import DetailSections
+from smalti.report.evaluated import Evaluated
+from smalti.report.evaluation import EvaluationPage
+from smalti.report.parts import Summary, Table
+from smalti.report.render import render
 
 DATA = "scenes"
+EVIL = "<script>alert(1)</script>"
 UNITS = {"miou": "share, higher is better", "error": "share, lower is better", "top1": "share, higher is better"}
 
 
@@ -126,7 +137,69 @@ def build_run(
     return run
 
 
+@pytest.fixture
+def page_of(tmp_path: Path) -> Callable[[DetailSections], Page]:
+    """A page with these details and nothing else, checked as every page is."""
+
+    def make(details: DetailSections) -> Page:
+        page = EvaluationPage("x", "y", Summary("same", ("z",)), "", Table((), ()), details, {}, ())
+        (tmp_path / "page.html").write_text(render("evaluation", page))
+        return check_page(tmp_path / "page.html")
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
     """Thirty dimensions: fewer than the page keeps, so nothing but the rounding is lost."""
     return build_encoder("vit_tiny_patch16_224", img_size=64, seed=3, depth=2, embed_dim=30, num_heads=3).eval()
+
+
+def shown_images(seed: int, grid: tuple[int, int] = (4, 4), places: tuple[int, ...] = (0, 2)) -> Shown:
+    rng = np.random.default_rng(seed)
+    return Shown(
+        places,
+        tuple(1.5 for _ in places),
+        {place: rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for place in places},
+        {place: rng.integers(-1, 3, (224, 224)).astype(np.int32) for place in places},
+        torch.from_numpy(rng.standard_normal((len(places), grid[0] * grid[1], 5)).astype(np.float16)),
+        0.9,
+        grid,
+        64,
+    )
+
+
+def detailed_result(seed: int, classes=("sky", EVIL, "road"), keep=True, **shape) -> Result:
+    """A result with everything that details can hold."""
+    rng = np.random.default_rng(seed)
+    details = Details(
+        images=("a.png", "b.png", "c <b>.png"),
+        classes=classes,
+        tallies={"miou": tally_mean(rng.random(3))},
+        confusion=rng.integers(0, 50, (3, 3)),
+        predictions={place: rng.integers(0, 3, (16, 16)).astype(np.int32) for place in (0, 2)},
+        charts={
+            "nmi": layer_chart("mutual information", "What it is.", rng.random(6).tolist()),
+            "loss": loss_chart(rng.random(80).tolist()),
+        },
+        shown=shown_images(seed, **shape) if keep else None,
+    )
+    per_class = {"iou": {classes[0]: 0.9, classes[1]: 0.2 + 0.1 * seed, classes[2]: float("nan")}}
+    return Result("linear-segmentation", "x", "d", {"miou": 0.5}, {}, {"seed": seed}, per_class, details)
+
+
+@pytest.fixture
+def make_result() -> Callable[..., Result]:
+    """Makes a result with everything that details can hold: ``make_result(seed, keep=True, grid=(4, 4))``."""
+    return detailed_result
+
+
+@pytest.fixture
+def evaluated() -> Evaluated:
+    """Three arms of two seeds; patches of another size in the second, a hostile name for the third."""
+    arms = {
+        "one": [detailed_result(0), detailed_result(1)],
+        "two": [detailed_result(2, grid=(2, 3))],
+        EVIL: [detailed_result(3)],
+    }
+    return Evaluated("d", "linear-segmentation", arms)

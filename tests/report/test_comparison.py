@@ -1,21 +1,13 @@
-"""The page of a comparison and of an evaluation: verdict first, everything inside, and what is gone is said to be."""
+"""The page of a comparison: verdict first, everything inside, and what is gone is said to be."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 from htmlpage import check_page
-from smalti.comparison.outcome import Cell, Comparison, Cost
-from smalti.comparison.plan import Plan
-from smalti.comparison.run import Row, compare, read_comparison
-from smalti.errors import ConfigError, RunError
-from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.intervals import Interval
-from smalti.report.comparison import sentences, write_comparison
-from smalti.report.evaluation import save_evaluation, write_evaluation
-from smalti.runs.baseline import evaluate
+from smalti.comparison.run import compare, read_comparison
+from smalti.errors import RunError
+from smalti.report.comparison import write_comparison
 
 ENCODER = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
 EVIL = "<img src=x onerror=alert(1)>"
@@ -60,6 +52,8 @@ def test_the_page_tells_the_comparison(folder):
         f"{EVIL} and start in knn top1",
         "typo failed and has no results: there is no method 'maee'; did you mean 'mae'?",
         "Every method has a loss of its own",
+        "trained with mae, started from random weights",
+        "not trained: random weights",
         "Scores in training, mean over seeds",
         "recall of each class (2)",
         "images seen",
@@ -81,7 +75,7 @@ def test_a_cell_that_was_removed_leaves_the_rest(folder, tmp_path):
     before = read_comparison(tmp_path / "out")
     shutil.rmtree(next(cell.folder for cell in before.cells if cell.arm == EVIL and cell.seed == 1))
     page = check_page(write_comparison(tmp_path / "out"))
-    assert f"Removed since, so numbers stand in the tables and figures are without: {EVIL}, seed 1." in page.text
+    assert f"Removed since, so numbers are in the tables but not in the figures: {EVIL}, seed 1." in page.text
     assert f"{before.rows[-1].score.mean:.3f}" in page.text
     shutil.rmtree(tmp_path / "out" / "cells")
     page = check_page(write_comparison(tmp_path / "out", tmp_path / "bare.html"))
@@ -94,58 +88,3 @@ def test_a_folder_of_something_else_is_named(tmp_path):
     (tmp_path / "compare.json").write_text("[]")
     with pytest.raises(RunError, match=r"compare.json: can't be read as the summary of a comparison"):
         write_comparison(tmp_path)
-
-
-def said(*gaps: Interval | None, unit: str = "0 to 1, higher is better", failures=()) -> tuple[str, list[str]]:
-    score = Interval(0.5, 0.4, 0.6, "images and seeds")
-    arms = {"first": {"load": "random"}, **{f"arm{n}": {"load": "random"} for n in range(len(gaps))}}
-    rows = [Row("d", "knn", "top1", unit, "first", score, {0: 0.5}, None, True)]
-    rows += [Row("d", "knn", "top1", unit, f"arm{n}", score, {0: 0.5}, gap, True) for n, gap in enumerate(gaps)]
-    cells = [Cell(row.arm, 0, Path(), ()) for row in rows]
-    plan = Plan(arms=arms, evaluate=({"data": "d"},))
-    return sentences(Comparison(Path(), plan, tuple(rows), tuple(cells), dict(failures), {"first": Cost()}, {}))
-
-
-def test_the_sentences_follow_the_intervals():
-    up, down, none = (Interval((a + b) / 2, a, b, "images") for a, b in ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)))
-    nothing = Interval(0.1, float("nan"), float("nan"), "nothing")
-    assert said(up) == ("better", ["arm0 is better than first in knn top1 on d (+0.200 [+0.100, +0.300])."])
-    assert (
-        said(down)[0] == "worse" and said(up, down)[0] == "better" and said(down, unit="lower is better")[0] == "better"
-    )
-    assert said(none) == (
-        "same",
-        ["No difference found between arm0 and first in knn top1 on d (+0.050 [-0.100, +0.200])."],
-    )
-    assert said(nothing)[0] == "unknown" and "nothing can be said" in said(nothing)[1][0]
-    kind, lines = said(None, failures={"arm0": "seed 1: out of memory"})
-    assert (
-        kind == "unknown" and lines[0].startswith("arm0 failed at some of its seeds") and "can be compared" in lines[1]
-    )
-
-
-def test_an_evaluation_has_a_page_with_figures(encoder, class_folders, tmp_path):
-    config = EvalConfig(protocols=("knn",), image_size=64)
-    results = evaluate(encoder, EVIL, str(class_folders), config, figures=True)
-    page = check_page(save_evaluation(tmp_path / "ev", results, "smalti evaluate <x>"))
-    for words in (
-        "random initialisation of its architecture: knn top1",
-        "recall of each class (2)",
-        "smalti evaluate <x>",
-        EVIL,
-    ):
-        assert words in page.text, words
-    assert any(alt.startswith("PCA map") for alt in page.attributes("alt")) and not page.attributes("onerror")
-    assert json.loads((tmp_path / "ev" / "results.json").read_text())["results"]
-    check_page(save_evaluation(tmp_path / "ev", results[:1]))
-    assert len(list((tmp_path / "ev" / "details").glob("*_knn"))) == 1
-    (tmp_path / "ev" / "details" / "details.json").write_text("{")
-    assert "No figures" in check_page(write_evaluation(tmp_path / "ev", tmp_path / "x.html")).text
-
-
-def test_an_evaluation_leaves_other_folders_alone(tmp_path):
-    (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(ConfigError, match="is not empty and holds no evaluation"):
-        save_evaluation(tmp_path, [])
-    with pytest.raises(RunError, match="holds no evaluation"):
-        write_evaluation(tmp_path)

@@ -25,7 +25,7 @@ from smalti.models.build import build_encoder
 from smalti.models.encoder import Encoder
 from smalti.models.loading import latest_checkpoint
 from smalti.models.pooling import PatchFeatures
-from smalti.report.page import write_report
+from smalti.report.run_page import write_report
 from smalti.runs import train as runs
 from smalti.runs.baseline import evaluate
 from smalti.runs.config import posttrain_note, resolve

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from smalti.errors import ConfigError, RunError
 from smalti.methods.part import PART, PARTConfig
 from smalti.models.build import build_encoder
-from smalti.report.page import write_report
 from smalti.report.positions import draw_positions
+from smalti.report.run_page import write_report
 from smalti.runs.probe import (
     UNITS,
     antisymmetry,

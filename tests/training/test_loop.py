@@ -25,7 +25,7 @@ from smalti.methods.base import get_method
 from smalti.methods.mae import MAE
 from smalti.models.loading import latest_checkpoint, load
 from smalti.reading import read_csv
-from smalti.report.page import write_report
+from smalti.report.run_page import write_report
 from smalti.runs import train as runs
 from smalti.runs.build import build_method, open_training
 from smalti.runs.config import absolute, resolve

@@ -33,8 +33,8 @@ def command(
     from smalti.cli.options import print_results
     from smalti.data.images.folders import open_images, read_image
     from smalti.models.loading import load
-    from smalti.report.figures import hero_figure
-    from smalti.report.page import write_report
+    from smalti.report.hero import hero_figure
+    from smalti.report.run_page import write_report
     from smalti.runs.demo import run_demo
 
     done = run_demo(out, overrides, quiet=quiet)

@@ -32,7 +32,7 @@ def command(
     from smalti.data.images.folders import open_images
     from smalti.report.comparison import write_comparison
     from smalti.report.evaluation import RESULTS_FILE, write_evaluation
-    from smalti.report.page import NUM_IMAGES, write_report
+    from smalti.report.run_page import NUM_IMAGES, write_report
 
     is_comparison, is_evaluation = (run / SUMMARY).is_file(), (run / RESULTS_FILE).is_file()
     if (is_comparison or is_evaluation) and (data or images is not None):

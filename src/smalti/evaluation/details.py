@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 from PIL import Image
 
+from smalti.charts import chart_tree, read_chart
 from smalti.evaluation.result import Boxes, Details, Result
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
@@ -63,7 +64,7 @@ def write_details(folder: Path, results: Sequence[Result]) -> None:
                 "images": list(details.images),
                 "groups": list(details.groups),
                 "pictures": list(details.pictures),
-                "curves": {key: list(map(float, values)) for key, values in details.curves.items()},
+                "charts": {name: chart_tree(chart) for name, chart in details.charts.items()},
                 "found": {place: [_plain(true), _plain(found)] for place, (true, found) in details.found.items()},
                 "tallies": {
                     metric: {"shape": list(tally.part.shape[1:]), "absent": tally.absent}
@@ -184,7 +185,7 @@ def _read_one(folder: Path, entry: dict[str, Any]) -> Details:
         tallies=tallies,
         confusion=confusion,
         predictions=predictions,
-        curves=entry["curves"],
+        charts={name: read_chart(tree) for name, tree in entry.get("charts", {}).items()},
         pictures=pictures,
         found={int(place): (_boxes(true), _boxes(found)) for place, (true, found) in entry.get("found", {}).items()},
     )

@@ -250,7 +250,7 @@ def _evaluate_encoder(
                         confusion=scores.confusion,
                         predictions=scores.predictions,
                         found=scores.found,
-                        curves=scores.curves,
+                        charts=scores.charts,
                         pictures=scores.pictures,
                         shown=source.once("shown", partial(show, source, config.image_size))
                         if figures and isinstance(source, Features)
@@ -310,6 +310,7 @@ def _common_settings(
         "num_classes": len(source.data.classes),
         "layout": source.data.test.layout,
         "seed": config.seed,
+        **_imported(encoder),
     }
     if encoder.position_field is not None:
         settings["position_field"] = encoder.position_field.config()
@@ -324,6 +325,13 @@ def _common_settings(
     if config.groups is not None:
         settings["groups"] = config.groups
     return settings
+
+
+def _imported(encoder: Encoder) -> dict[str, str]:
+    """What is known of weights that come from a file or from timm rather than from a run; empty for all others."""
+    report = encoder.report
+    is_imported = encoder.pretrained and encoder.origin is None and report is not None
+    return {"imported": str(report)} if is_imported and report and encoder.source == report.source else {}
 
 
 def _warn_unused(protocols: Sequence[Protocol], config: EvalConfig) -> None:

@@ -4,12 +4,13 @@ A protocol is a function in its own file, with its settings class, registered by
 data it needs. :func:`smalti.evaluation.evaluate.evaluate` opens the data and computes features once for all protocols.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from smalti.charts import LineChart
 from smalti.config import settings as settings_class
 from smalti.config import (
     unknown_key,
@@ -51,7 +52,7 @@ class Scores(NamedTuple):
     """See :class:`Details`."""
     predictions: Mapping[int, np.ndarray] = {}
     """See :class:`Details`; for the places in ``features.shown``."""
-    curves: Mapping[str, Sequence[float]] = {}
+    charts: Mapping[str, LineChart] = {}
     """See :class:`Details`."""
     found: Mapping[int, tuple[Boxes, Boxes]] = {}
     """See :class:`Details`; for the places in ``features.shown``."""
@@ -87,6 +88,8 @@ class Protocol:
     """Whether it depends on ``eval.norm``."""
     takes_pool: bool = False
     """Whether it depends on ``eval.pool``."""
+    priority: int = 0
+    """Pages show protocols of higher priority first, and state the first one's result as the verdict."""
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -110,6 +113,7 @@ def register_protocol(
     has_presets: bool = True,
     takes_norm: bool = False,
     takes_pool: bool = False,
+    priority: int = 0,
 ) -> Callable[[F], F]:
     """Decorator that registers a function as a protocol; the first line of its docstring is the summary.
 
@@ -125,6 +129,7 @@ def register_protocol(
         has_presets: whether it depends on ``eval.preset``.
         takes_norm: whether it depends on ``eval.norm``.
         takes_pool: whether it depends on ``eval.pool``.
+        priority: pages show protocols of higher priority first.
 
     Raises:
         ConfigError: if the name is taken.
@@ -149,6 +154,7 @@ def register_protocol(
             has_presets=has_presets,
             takes_norm=takes_norm,
             takes_pool=takes_pool,
+            priority=priority,
         )
         return run
 
@@ -164,6 +170,12 @@ def _registry() -> Mapping[str, Protocol]:
 def protocol_names() -> tuple[str, ...]:
     """Names of the registered protocols, in alphabetical order."""
     return tuple(sorted(_registry()))
+
+
+def priority_of(name: str) -> int:
+    """See :attr:`Protocol.priority`; 0 for a protocol that is not installed."""
+    known = _registry()
+    return known[name].priority if name in known else 0
 
 
 def find_protocol(name: str) -> Protocol:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from smalti.charts import LineChart
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
 from smalti.files import write_atomically
@@ -81,6 +82,29 @@ class Result:
         """Whether this is the result of a baseline."""
         return self.baseline is not None
 
+    @property
+    def subject(self) -> str:
+        """What was evaluated: generated images where the settings name them, else the encoder."""
+        return str(self.settings.get("generated") or self.encoder)
+
+    @property
+    def imported(self) -> str:
+        """What is known of weights that come from a file or from timm rather than from a run; empty for all others."""
+        return str(self.settings.get("imported") or "")
+
+    @property
+    def variant(self) -> str:
+        """What per-class scores and pictures depend on besides protocol and data, such as the number of clusters; only
+        results of one variant share a figure. Empty: nothing."""
+        clusters = self.settings.get("clusters") or ()
+        return f"K = {max(clusters)}" if clusters else ""
+
+    @property
+    def reference(self) -> tuple[str, float] | None:
+        """Name and headline score of what the evaluated images stand beside, such as real images; None: nothing."""
+        known = self.settings.get("reference")
+        return (str(known["name"]), float(known["score"])) if isinstance(known, Mapping) else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None, as JSON has no NaN."""
         plain = dataclasses.asdict(dataclasses.replace(self, details=None))
@@ -115,8 +139,8 @@ class Details:
     """Index of a test image -> ``(M, M)`` class of each pixel, for the few example images."""
     found: Mapping[int, tuple[Boxes, Boxes]] = field(default_factory=dict)
     """Index of a test image -> true and predicted objects, for the few example images."""
-    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Name -> values for figures: per step if the name starts with ``loss``, else per layer, from first to last."""
+    charts: Mapping[str, LineChart] = field(default_factory=dict)
+    """Name -> chart, as pages show it. Charts of one name from several encoders are merged into one."""
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Caption -> ``(H, W, 3)`` uint8 figure."""
     shown: Shown | None = None

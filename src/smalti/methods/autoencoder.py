@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smalti.charts import LogColumn
 from smalti.config import DepthFromZero, Width, settings
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.views import ViewMaker, Views
@@ -83,6 +84,17 @@ class Autoencoder(TokenMethod):
     paper = "Kingma and Welling 2013, arXiv:1312.6114v11; Rombach et al. 2022, arXiv:2112.10752v2"
     next_command = "smalti train mar --data IMAGES --out RUN tokens.kind=autoencoder tokens.path={run}"
     fit_images = 0
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "psnr": LogColumn("PSNR", "Peak signal-to-noise ratio of the reconstructed images in dB; higher is better."),
+        "psnr_pca": LogColumn(
+            "PSNR of principal components",
+            "What as many principal components per patch reach on the same batch, in dB; aim for more.",
+        ),
+        "kl_per_value": LogColumn(
+            "KL divergence", "Nats per value of the code, to a standard normal; a code at 0 holds no information."
+        ),
+        "code_std": LogColumn("Standard deviation of codes", "Over all values of a batch; near 0 they have collapsed."),
+    }
     defaults: ClassVar[Mapping[str, Any]] = {
         "tokens": {"kind": "autoencoder"},
         "optim": {

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import settings, unknown_key
 from smalti.data.dataset import Dataset
 from smalti.data.views import ViewMaker, Views
@@ -164,6 +165,10 @@ class Method(nn.Module, ABC):
     """Whether a run must start from another run (``init``)."""
     next_command: ClassVar[str] = ""
     """Next command for the user, if it isn't evaluation; ``{run}`` is replaced by the run."""
+
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {}
+    """Names of :attr:`observations` and of numbers of :meth:`diagnose` -> title and meaning. Pages draw the columns
+    that are explained here, and list the last values of the others."""
 
     fit_images: ClassVar[int] = 0
     """Number of images for :meth:`fit`; 0: nothing to fit."""

@@ -9,6 +9,7 @@ temperature, which otherwise diverges; T targets per step, as all N at its size 
 is selected (``budget_weight``; 0 is the paper's), since nothing else prevents a target from selecting everything.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import Depth, DepthFromZero, Few, NumHeads, Width, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.views import Views
@@ -249,6 +251,29 @@ class CoMAE(TokenMethod):
     title = "learns which other patches each patch depends on; smalti rank orders patches by it"
     paper = "Guo et al. 2025, arXiv:2511.22281v2"
     next_command = "smalti rank {run} --data IMAGES --out ORDERS"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "temperature": LogColumn("Temperature", "Of the selector's sigmoid; a low one gives weights near 0 and 1."),
+        "mean_weight": LogColumn("Mean weight", "Mean weight of a token in a selection; the budget lowers it."),
+        "share_above_0.9": LogColumn("Weights above 0.9", "Fraction of tokens that are selected almost fully."),
+        "share_below_0.1": LogColumn("Weights below 0.1", "Fraction of tokens that are almost ignored."),
+        "mask_entropy_raw": LogColumn(
+            "Mask entropy", "Eq. (7) of the paper, in nats; lower means a clearer selection."
+        ),
+        "mask_effective_count": LogColumn("Tokens selected", "Effective number of tokens selected for a target."),
+        "row_cosine": LogColumn(
+            "Similarity of selections", "Mean cosine of the selections for different targets; at 1 all are the same."
+        ),
+        "score_spread": LogColumn(
+            "Spread of scores", "Range of PageRank scores relative to their mean; near 0 they define no order."
+        ),
+        "static_correlation": LogColumn(
+            "Static correlation", "Correlation of an image's ranks with the mean ranks of others; at 1 all are alike."
+        ),
+        "position_variance_ratio": LogColumn(
+            "Position variance ratio",
+            "Fraction of the variance of ranks that position explains; chance is 1 / images, 1 is one order for all.",
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "lr": 1e-4,

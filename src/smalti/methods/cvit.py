@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import PathText, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.dataset import Dataset
@@ -95,6 +96,12 @@ class CViT(EncoderMethod):
     pools_images = True
     needs_labels = True
     export_network = "teacher"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "train_top1": LogColumn(
+            "Training accuracy", "Fraction of training images classified correctly from kept patches; higher is better."
+        ),
+        "kept": LogColumn("Kept patches", "Fraction of the patches that the encoder sees in a step, drawn at random."),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 2.5e-4,

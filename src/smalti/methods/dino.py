@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import Count, Few, settings
 from smalti.data.crops import MultiCrop
 from smalti.data.views import Views
@@ -103,6 +104,15 @@ class DINO(EncoderMethod):
     paper = "Caron et al. 2021, arXiv:2104.14294v2"
     pools_images = True
     export_network = "teacher"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "target_entropy": LogColumn(
+            "Entropy of targets", "Mean entropy of the teacher's outputs in nats; at 0 each picks one prototype."
+        ),
+        "prototype_usage_entropy": LogColumn(
+            "Entropy of prototype usage",
+            "Entropy of the mean teacher output in nats; at ln(prototypes) all are used equally, near 0 one is.",
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 5e-4,

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import DepthFromZero, NumHeads, Width, settings
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.views import Views
@@ -184,6 +185,11 @@ class DropPos(EncoderMethod):
     Config = DropPosConfig
     title = "predicts the positions of visible patches whose positional embeddings were dropped"
     paper = "Wang et al. 2023, arXiv:2309.03576"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "position_accuracy": LogColumn(
+            "Position accuracy", "Fraction of dropped positions that are predicted correctly; higher is better."
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 1.5e-4,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from smalti.charts import LogColumn
 from smalti.config import settings
 from smalti.data.crops import MultiCrop
 from smalti.data.views import Views
@@ -44,6 +45,7 @@ from smalti.methods.masked_tokens import (
 from smalti.methods.self_distillation import (
     STUDENT_TEMP,
     SelfDistillationConfig,
+    entropy_columns,
     init_weights,
     multi_crop,
     resample_as_released,
@@ -95,6 +97,9 @@ class IBOT(EncoderMethod):
     paper = "Zhou et al. 2021, arXiv:2111.07832v3"
     pools_images = True
     export_network = "teacher"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        f"{head}_{name}": column for head in (IMAGE, PATCH) for name, column in entropy_columns(head).items()
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 5e-4,

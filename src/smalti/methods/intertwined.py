@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import settings
 from smalti.data.crops import MultiCrop
 from smalti.data.views import Views
@@ -29,8 +30,8 @@ from smalti.layers.position_field import PositionField
 from smalti.methods.base import register
 from smalti.methods.dinov2 import DINOv2, DINOv2Config
 from smalti.methods.ibot import RATIO_STREAM
-from smalti.methods.masked_tokens import MaskedNetwork, crop_keys
-from smalti.methods.self_distillation import NUM_GLOBAL
+from smalti.methods.masked_tokens import IMAGE, MaskedNetwork, crop_keys
+from smalti.methods.self_distillation import NUM_GLOBAL, entropy_columns
 from smalti.models.encoder import Encoder
 
 CONTENT, POSITION = "content", "position"
@@ -125,6 +126,11 @@ class Intertwined(DINOv2):
     title = "DINOv2 with image-level positional embeddings; masks a patch's content or its position"
     paper = "Liu et al. 2025, ICML (PMLR 267)"
     reads_field = True
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        f"{head}_{name}": column
+        for head in (IMAGE, CONTENT, POSITION)
+        for name, column in entropy_columns(head).items()
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 2e-3,

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import Count, Few, ImageSize, Width, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
@@ -193,6 +194,21 @@ class LOCA(EncoderMethod):
     title = "predicts positions and cluster assignments of query patches in a reference view"
     paper = "Caron et al. 2022, arXiv:2212.02400"
     export_network = "student"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "position_accuracy": LogColumn(
+            "Position accuracy", "Fraction of query patches whose position is predicted correctly; higher is better."
+        ),
+        "labelled_ratio": LogColumn(
+            "Labelled queries", "Fraction of query patches inside the reference view, which have a position there."
+        ),
+        "target_entropy": LogColumn(
+            "Entropy of targets", "Mean entropy of the cluster targets in nats; at 0 each patch belongs to one cluster."
+        ),
+        "prototype_usage_entropy": LogColumn(
+            "Entropy of prototype usage",
+            "Entropy of the mean assignment in nats; at ln(prototypes) all are used equally, near 0 it has collapsed.",
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 2.5e-4,

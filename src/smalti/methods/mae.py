@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import DepthFromZero, NumHeads, Width, settings
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.signals.signal_views import SignalViews
@@ -95,6 +96,11 @@ class MAE(EncoderMethod):
     title = "masked autoencoder: reconstructs the pixels of masked patches"
     paper = "He et al. 2021, arXiv:2111.06377v3"
     takes_signals: ClassVar[bool] = True
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "mean_predictor_mse": LogColumn(
+            "Error of the mean patch", "Loss of always predicting the mean patch; the method must get below it."
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 1.5e-4,

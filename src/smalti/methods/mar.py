@@ -12,7 +12,7 @@ does not see; weights are averaged over the last tenth of a run, where momentum 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal
@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import Count, Depth, DepthFromZero, Few, NumHeads, Width, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.views import Views
@@ -254,6 +255,9 @@ class MAR(TokenMethod):
     paper = "Li et al. 2024, arXiv:2406.11838v3"
     next_command = "smalti generate {run} num=64 --out SAMPLES"
     takes_labels: ClassVar[bool] = True
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "hidden_ratio": LogColumn("Hidden tokens", "Fraction of the tokens of an image that are predicted in a step."),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 1e-4,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
@@ -57,6 +58,11 @@ class MP3(EncoderMethod):
     Config = MP3Config
     title = "predicts the grid position of each patch, without positional embeddings"
     paper = "Zhai et al. 2022, arXiv:2207.07611"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "position_accuracy": LogColumn(
+            "Position accuracy", "Fraction of patches whose position is predicted correctly; higher is better."
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 2.5e-4,

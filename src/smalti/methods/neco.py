@@ -13,7 +13,7 @@ Differs from the paper: as in the code, references are sampled per image, and ma
 (``exclude_self`` excludes it).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import Few, ImageSize, Width, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import Box, MultiCrop, ViewSpec, random_resized_crop
@@ -205,6 +206,15 @@ class NeCo(EncoderMethod):
     paper = "Pariza et al. 2025, arXiv:2408.11054v3"
     export_network = "student"
     is_posttraining = True
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "teacher_agreement": LogColumn(
+            "Agreement with the teacher", "Mean cosine between features of student and teacher; 1 is equal."
+        ),
+        "similarity_spread": LogColumn(
+            "Spread of similarities",
+            "Standard deviation of the teacher's similarities to the references; near 0 they define no order.",
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "lr": 1e-5,

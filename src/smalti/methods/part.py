@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import NumHeads, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
@@ -59,6 +60,7 @@ VARIANCE_MOMENTUM = 0.99
 CONTRASTIVE_TEMP = 0.2
 CONTRASTIVE_DIM = 128
 _MASK = 32  # random stream of a sample
+_OFFSETS, _SIZES, _ANGLES = ("x", "y", "time"), ("width", "height", "duration"), ("cos", "sin")
 
 
 @settings
@@ -176,6 +178,28 @@ class PART(EncoderMethod):
     Config = PARTConfig
     title = "predicts relative offsets between off-grid patches, without positional embeddings"
     paper = "Ayoughi et al. 2025, arXiv:2506.03682"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "r2": LogColumn(
+            "R² of offsets", "Fraction of the variance of offsets that is explained; 0 is chance, 1 is exact."
+        ),
+        "mean_predictor_mse": LogColumn(
+            "Error of the mean offset",
+            "Mean squared error of always predicting the mean offset; the method must get below it.",
+        ),
+        **{
+            f"r2_{name}": LogColumn(
+                f"R² of {name}", f"Fraction of the variance of {name} that is explained; 0 is chance, 1 is exact."
+            )
+            for name in (*_OFFSETS, *_SIZES, *_ANGLES)
+        },
+        **{
+            f"r2_{pair}": LogColumn(
+                f"R² of {text} pairs",
+                f"Fraction of the variance of offsets that is explained in {text} pairs; 0 is chance, 1 is exact.",
+            )
+            for pair, text in (("whole_whole", "whole-whole"), ("part_whole", "part-whole"), ("part_part", "part-part"))
+        },
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 5e-4,
@@ -424,9 +448,6 @@ class PART(EncoderMethod):
             code = sincos_positions(encoder.embed_dim, encoder.vit.patch_embed.grid_size)
             table[:, -len(code) :] = code
             encoder.position_free, encoder.fixed_positions = False, True
-
-
-_OFFSETS, _SIZES, _ANGLES = ("x", "y", "time"), ("width", "height", "duration"), ("cos", "sin")
 
 
 def _channels(has_sizes: bool, has_angles: bool, is_signal: bool = False) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Letters: B images, N tokens, d values per token, k of them seen, D width of the 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import Depth, NumHeads, Width, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.views import ViewMaker, Views
@@ -86,6 +88,11 @@ class Prefix(TokenMethod):
     title = "predicts unseen patch tokens from the first k; used to score patch orders"
     paper = "none; estimates a quantity defined by Guo et al. 2025, arXiv:2511.22281v2"
     next_command = "smalti rank COMAE_RUN --data IMAGES --out ORDERS --predictor {run}"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "squared_error": LogColumn(
+            "Squared error", "Mean squared error of the predicted unseen tokens; lower is better."
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {"lr": 5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_ratio": 0.05, "clip_norm": 1.0}
     }

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from smalti.charts import LogColumn
 from smalti.config import Count, Few, ImageSize, Width, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
@@ -20,6 +21,24 @@ from smalti.models.encoder import Encoder
 NUM_GLOBAL = 2
 STUDENT_TEMP = 0.1
 """Temperature of the student's softmax, the same in all these papers."""
+
+
+def entropy_columns(tokens: str) -> dict[str, LogColumn]:
+    """Columns of the log that show how a head uses its prototypes.
+
+    Args:
+        tokens: name of the head, such as ``patch``.
+    """
+    return {
+        "target_entropy": LogColumn(
+            f"Entropy of {tokens} targets",
+            f"Mean entropy of the teacher's outputs for {tokens} tokens in nats; at 0 each picks one prototype.",
+        ),
+        "usage_entropy": LogColumn(
+            f"Entropy of {tokens} prototypes",
+            f"Entropy of the mean {tokens} target in nats; at ln(prototypes) all are used equally, near 0 one is.",
+        ),
+    }
 
 
 @settings

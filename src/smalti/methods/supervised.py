@@ -18,6 +18,7 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from smalti.charts import LogColumn
 from smalti.config import settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
@@ -70,6 +71,11 @@ class Supervised(EncoderMethod):
     paper = "Touvron et al. 2020, arXiv:2012.12877v2"
     pools_images = True
     needs_labels = True
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "train_top1": LogColumn(
+            "Training accuracy", "Fraction of augmented training images classified correctly; higher is better."
+        ),
+    }
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 2.5e-4,

@@ -2,20 +2,38 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError
 from smalti.evaluation.details import INDEX, read_details, write_details
 from smalti.evaluation.result import Result, read_results, write_results
 from smalti.files import is_free, write_atomically
 from smalti.reading import read_mapping
-from smalti.report.details import detail_sections
-from smalti.report.html import Html, settings_table, tag, verdict_box, whole_page
-from smalti.report.page import compare, judged, results_table, verdict
+from smalti.report.details import DetailSections, detail_sections
+from smalti.report.parts import Summary, Table
+from smalti.report.render import render
+from smalti.report.verdict import conclude, pair_results, results_lead, results_table
 from smalti.runs.machine import describe_machine
 
 RESULTS_FILE, DETAILS, INFO, PAGE = "results.json", "details", "info.json", "report.html"
+
+
+@dataclass(frozen=True)
+class EvaluationPage:
+    """All that the page shows."""
+
+    title: str
+    subtitle: str
+    summary: Summary
+    lead: str
+    table: Table
+    details: DetailSections
+    info: Mapping[str, Any]
+    settings: Sequence[tuple[str, Mapping[str, Any]]]
+    """Protocol, data and encoder, and the settings of that result."""
 
 
 def check_free(folder: Path) -> None:
@@ -54,7 +72,7 @@ def save_evaluation(folder: Path, results: Sequence[Result], command: str = "") 
 
 
 def write_evaluation(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of an evaluation's folder as one HTML file that needs nothing beside it, network included.
+    """Write the page of an evaluation's folder as one HTML file that loads nothing.
 
     Raises:
         RunError: if the folder holds no evaluation.
@@ -70,34 +88,32 @@ def write_evaluation(folder: Path, out: Path | None = None) -> Path:
     except SmaltiError as error:
         problem = f"No figures: {error}."
     out = out or folder / PAGE
-    write_atomically(out, _page(folder, results, problem))
+    write_atomically(out, render("evaluation", evaluation_page(folder, results, problem)))
     return out
 
 
-def _page(folder: Path, results: Sequence[Result], problem: str) -> str:
-    comparisons = compare(results)
-    kind, sentence = verdict(comparisons)
-    pairs = [judged(pair) for pair in comparisons]
-    details = detail_sections(pairs)
-    said = [sentence, problem] if problem else [sentence]
-    caution = "One seed of what is fitted, and of the baseline: a small difference may be chance."
-    sections = {"results": ("Results", results_table(comparisons)), **details}
-    sections["settings"] = ("What was run", _settings(folder, results))
-    names = ", ".join(
-        dict.fromkeys(str(pair.trained.settings.get("generated") or pair.trained.encoder) for pair in comparisons)
-    )
-    sets = ", ".join(dict.fromkeys(pair.trained.data for pair in comparisons))
-    return whole_page(names, f"evaluated on {sets}", verdict_box(kind, said, caution), sections)
+def evaluation_page(folder: Path, results: Sequence[Result], problem: str = "") -> EvaluationPage:
+    """The data of the page.
 
-
-def _settings(folder: Path, results: Sequence[Result]) -> Html:
+    Args:
+        folder: of the evaluation.
+        results: with their details, if these could be read.
+        problem: why there are no figures.
+    """
+    pairs = pair_results(results)
+    kind, sentence = conclude(pairs)
+    note = "One seed of what is fitted, and of the baseline: a small difference may be chance."
     try:
         info = read_mapping(folder / INFO)
     except DataError:
         info = {}
-    parts = [settings_table(info)] if info else []
-    parts += [
-        tag("details", tag("summary", f"{r.protocol} on {r.data}, {r.encoder}"), settings_table(r.settings))
-        for r in results
-    ]
-    return tag("div", *parts)
+    return EvaluationPage(
+        title=", ".join(dict.fromkeys(pair.result.subject for pair in pairs)),
+        subtitle=f"evaluated on {', '.join(dict.fromkeys(pair.result.data for pair in pairs))}",
+        summary=Summary(kind, tuple(filter(None, (sentence, problem))), note),
+        lead=results_lead(pairs),
+        table=results_table(pairs),
+        details=detail_sections([pair.evaluated for pair in pairs]),
+        info=info,
+        settings=[(f"{one.protocol} on {one.data}, {one.encoder}", one.settings) for one in results],
+    )

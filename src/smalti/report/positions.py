@@ -1,4 +1,4 @@
-"""The picture of a probe of positions: offsets predicted and true, patches put where they are said to be."""
+"""The picture of a probe of positions: offsets predicted and true, patches at their predicted places."""
 
 import math
 from io import BytesIO
@@ -36,8 +36,8 @@ def draw_positions(probe: PositionProbe, path: Path) -> None:
             axes[row, place].set(title=f"x offset, {name} (px)", xticks=[], yticks=[])
         flat = np.linspace(0, truth[..., 0].numel() - 1, _POINTS).astype(int)
         for axis, colour in enumerate(("#2a6f97", "#b9472a")):
-            true, said = truth[..., axis].flatten().numpy()[flat], predicted[..., axis].flatten().numpy()[flat]
-            axes[row, 2].plot(true, said, ".", color=colour, markersize=2, label="xy"[axis])
+            true, guess = truth[..., axis].flatten().numpy()[flat], predicted[..., axis].flatten().numpy()[flat]
+            axes[row, 2].plot(true, guess, ".", color=colour, markersize=2, label="xy"[axis])
         axes[row, 2].plot([-limit, limit], [-limit, limit], color="0.6", linewidth=0.8)
         axes[row, 2].set(title="offset: predicted against true (px)", aspect="equal")
         axes[row, 2].legend(loc="upper left", frameon=False, markerscale=4)
@@ -71,7 +71,7 @@ def _draw_leaks(ax: Axes, probe: PositionProbe) -> None:
             ax.plot([gate, gate], [place - 0.45, place + 0.45], color="0.1", linewidth=1.5)
         ax.text(1.2, place, f"{value:.2g}", va="center", fontsize=8)
     ax.set_yticks(range(len(names)), [name.removeprefix("leak_") for name in names])
-    ax.set(xscale="log", xlim=(_LEAST, 1), title="leaks; the line is the most there may be, red is above it")
+    ax.set(xscale="log", xlim=(_LEAST, 1), title="leaks; the line is the upper limit, red is above it")
     ax.invert_yaxis()
 
 

@@ -37,8 +37,8 @@ class RunFiles:
     """Of post-training: before against after."""
 
     @property
-    def judged(self) -> list[Result]:
-        """The final evaluations; without any, those in training at the last step, and the baselines."""
+    def newest_results(self) -> list[Result]:
+        """The final evaluations; if there are none, those of the last step during training, and the baselines."""
         last = self.during[-1][0] if self.during else 0
         return self.results or [result for step, result in self.during if step == last or result.is_baseline]
 

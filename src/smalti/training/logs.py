@@ -3,18 +3,37 @@
 import csv
 import io
 import math
+import statistics
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from smalti.charts import LogColumn
 from smalti.errors import DataError
 from smalti.files import set_aside, write_atomically
 from smalti.reading import read_csv
 
 LOG_FILE, EVENTS_FILE = "log.csv", "events.csv"
+LOG_COLUMNS: Mapping[str, LogColumn] = {
+    "lr": LogColumn("Learning rate", "Step size of the optimiser for parameters without a scale of their own."),
+    "weight_decay": LogColumn("Weight decay", "Strength with which the optimiser pulls weights towards zero."),
+    "grad_norm": LogColumn("Gradient norm", "Length of the gradient before clipping; spikes mean instability.", True),
+    "feature_std": LogColumn(
+        "Feature standard deviation", "Mean over the dimensions of patch tokens; near 0 the features have collapsed."
+    ),
+    "effective_rank": LogColumn(
+        "Effective rank", "Number of directions that the patch tokens use; near 1 the features have collapsed."
+    ),
+    "images_per_s": LogColumn("Throughput", "Images per second.", True),
+    "memory_mib": LogColumn("Memory", "MiB: the highest use of a GPU so far, or what the process uses on a CPU."),
+}
+"""Columns that every run logs, as pages show them; those of a method are :attr:`Method.log_columns`."""
+UNDRAWN_COLUMNS = ("step", "progress", "elapsed_s", "loss")
+"""Columns that need no chart of their own."""
 
 
 class CSVLog:
@@ -145,6 +164,31 @@ class Trackers:
 
     def event(self, step: int, event: str, detail: str) -> None:
         """Nothing to do: trackers accept numbers only."""
+
+
+def log_facts(log: Mapping[str, Sequence[float]]) -> list[tuple[str, str]]:
+    """The most important numbers of a log, each as text with what it is.
+
+    Args:
+        log: column -> values; columns may be missing.
+    """
+    described: tuple[tuple[str, str, Callable[[Sequence[float]], str]], ...] = (
+        ("loss", "loss at the end", lambda values: _short(values[-1])),
+        ("effective_rank", "effective rank at the end", lambda values: _short(values[-1])),
+        ("images_per_s", "images per second, median", lambda values: _rate(statistics.median(values))),
+        ("elapsed_s", "training time", lambda values: _duration(values[-1])),
+        ("memory_mib", "highest memory use", lambda values: f"{max(values) / 1024:.1f} GiB"),
+    )
+    finite = {name: [value for value in values if math.isfinite(value)] for name, values in log.items()}
+    return [(text(finite[name]), label) for name, label, text in described if finite.get(name)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _cell(value: float | None) -> str:

@@ -209,9 +209,9 @@ def test_scores_with_masks(scenes, features_of):
         "nmi_mean",
         "distance_px_mean",
     ]
-    assert len(scores.curves["nmi"]) == len(scores.curves["distance_px"]) == 3
-    assert scores.metrics["nmi_last"] == pytest.approx(scores.curves["nmi"][-1])
-    assert scores.metrics["distance_px_mean"] == pytest.approx(np.mean(scores.curves["distance_px"]))
+    assert len(scores.charts["nmi"].lines[0].y) == len(scores.charts["distance_px"].lines[0].y) == 3
+    assert scores.metrics["nmi_last"] == pytest.approx(scores.charts["nmi"].lines[0].y[-1])
+    assert scores.metrics["distance_px_mean"] == pytest.approx(np.mean(scores.charts["distance_px"].lines[0].y))
     assert scores.settings["background"] == "ground" and scores.settings["num_with_foreground"] == 6
     assert run(small_vit(), scenes, features_of, parity=True).metrics != scores.metrics
 
@@ -234,9 +234,9 @@ def test_attention_that_does_not_depend_on_the_query_has_no_information(scenes, 
             block.attn.qkv.weight[:192] = 0
             block.attn.qkv.bias[:192] = 0
     scores = run(encoder, scenes, features_of)
-    assert max(scores.curves["nmi"]) < 1e-6
+    assert max(scores.charts["nmi"].lines[0].y) < 1e-6
     uniform = attention_distance(torch.full((16, 16), 1 / 16), patch_distances((4, 4), (8, 8)))
-    assert_close(scores.curves["distance_px"], [float(uniform)] * 3, rtol=1e-5, atol=0)
+    assert_close(scores.charts["distance_px"].lines[0].y, [float(uniform)] * 3, rtol=1e-5, atol=0)
 
 
 def test_order_of_images_and_batch_size_do_not_matter(scenes, features_of):

@@ -81,7 +81,7 @@ def test_it_learns_boxes_and_outlines_and_leaves_the_encoder_alone(quick, encode
         features_of(encoder64, root, "boxes"), EvalConfig(own={"detection": {"steps": 120, "learning_rate": 1e-3}})
     )
     assert scores.metrics["ap50"] > 0.8 and scores.metrics["mask_ap50"] > 0.8
-    assert scores.curves["loss"][-1] < 0.5 * scores.curves["loss"][0]
+    assert scores.charts["loss"].lines[0].y[-1] < 0.5 * scores.charts["loss"].lines[0].y[0]
     assert scores.settings["num_crowds"] == 1 and scores.settings["masks"]
     after = encoder64.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
@@ -95,9 +95,9 @@ def test_the_same_seed_gives_the_same_numbers_with_any_number_of_workers(quick, 
     first = detection(features_of(tiny, shapes, "boxes"), config)
     again = detection(features_of(tiny, shapes, "boxes", num_workers=1, batch_size=3), config)
     other = detection(features_of(tiny, shapes, "boxes"), EvalConfig(**{**vars(config), "seed": 6}))
-    assert first.curves == again.curves and list(first.metrics) == list(again.metrics)
+    assert first.charts == again.charts and list(first.metrics) == list(again.metrics)
     assert list(first.metrics.values()) == pytest.approx(list(again.metrics.values()), abs=1e-6, nan_ok=True)
-    assert first.curves != other.curves
+    assert first.charts != other.charts
     assert "block 2 of 1" in first.settings["trained"]
 
 

@@ -23,7 +23,7 @@ def test_it_learns_classes_that_can_be_told_apart_and_leaves_the_encoder_alone(t
     scores = finetune(features_of(tiny, greys, "labels"), EvalConfig(own={"finetune": {"batch_size": 8}}))
     assert scores.metrics["top1"] > 0.9 and scores.metrics["balanced_top1"] > 0.9
     assert scores.metrics["top5"] == 1.0  # of five classes
-    assert scores.curves["loss"][-1] < 0.5 * scores.curves["loss"][0]
+    assert scores.charts["loss"].lines[0].y[-1] < 0.5 * scores.charts["loss"].lines[0].y[0]
     assert scores.settings["steps"] >= 200
     after = tiny.state_dict()
     assert before.keys() == after.keys()
@@ -37,8 +37,8 @@ def test_the_same_seed_gives_the_same_numbers_with_any_number_of_workers(preset,
     first = finetune(features_of(tiny, greys, "labels"), config)
     again = finetune(features_of(tiny, greys, "labels", num_workers=1, batch_size=3), config)
     other = finetune(features_of(tiny, greys, "labels"), EvalConfig(**{**vars(config), "seed": 6}))
-    assert first.curves == again.curves and first.metrics == again.metrics
-    assert first.curves != other.curves
+    assert first.charts == again.charts and first.metrics == again.metrics
+    assert first.charts != other.charts
     json.dumps(first.settings, allow_nan=False)
 
 
@@ -155,7 +155,7 @@ def test_pooling_is_chosen_and_reported(tiny, greys, features_of):
         scores = finetune(
             features_of(tiny, greys, "labels"), EvalConfig(pool=pool, own={"finetune": {"epochs": 2, "batch_size": 8}})
         )
-        found[pool] = scores.curves["loss"]
+        found[pool] = scores.charts["loss"].lines[0].y
         assert scores.settings["pool"].startswith("mean patch" if pool in ("auto", "avg") else pool)
     assert found["auto"] == found["avg"]
     assert len({tuple(curve) for curve in found.values()}) == 4

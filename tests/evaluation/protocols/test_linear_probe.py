@@ -170,13 +170,17 @@ def test_dinos_form_learns_and_leaves_the_encoder_alone(tiny, greys, features_of
     features = features_of(tiny, greys, "labels")
     scores = linear_probe(features, config)
     frequencies = torch.tensor([1 / 2, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
-    assert scores.curves["loss"][-1] < float(torch.special.entr(frequencies).sum()) < scores.curves["loss"][0]
+    assert (
+        scores.charts["loss"].lines[0].y[-1]
+        < float(torch.special.entr(frequencies).sum())
+        < scores.charts["loss"].lines[0].y[0]
+    )
     assert scores.metrics["top1"] >= 0.5 and scores.metrics["top5"] == 1.0
     assert scores.settings["learning_rate"] == 0.001 * 8 / 256 and scores.settings["steps"] == 320
     assert all(torch.equal(value, before[key]) for key, value in tiny.state_dict().items())
     again = linear_probe(features_of(tiny, greys, "labels", batch_size=3, num_workers=1), config)
     assert again.metrics == scores.metrics
-    assert again.curves["loss"] == pytest.approx(scores.curves["loss"], rel=1e-5)
+    assert again.charts["loss"].lines[0].y == pytest.approx(scores.charts["loss"].lines[0].y, rel=1e-5)
 
 
 def test_dinos_form_for_an_encoder_without_a_class_token(features_of, greys):

@@ -39,7 +39,7 @@ def test_it_learns_and_leaves_the_encoder_alone(tiny, scenes, features_of):
         features_of(tiny, scenes, "masks"), EvalConfig(own={"segmenter": {"steps": 120, "learning_rate": 1e-3}})
     )
     assert scores.metrics["miou"] > 0.8 > untrained.metrics["miou"] + 0.3
-    assert scores.curves["loss"][-1] < 0.5 * scores.curves["loss"][0]
+    assert scores.charts["loss"].lines[0].y[-1] < 0.5 * scores.charts["loss"].lines[0].y[0]
     after = tiny.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
@@ -52,8 +52,8 @@ def test_the_same_seed_gives_the_same_numbers_with_any_number_of_workers(preset,
     first = segmenter(features_of(tiny, scenes, "masks"), config)
     again = segmenter(features_of(tiny, scenes, "masks", num_workers=1, batch_size=3), config)
     other = segmenter(features_of(tiny, scenes, "masks"), EvalConfig(**{**vars(config), "seed": 6}))
-    assert first.curves == again.curves and first.metrics == again.metrics
-    assert first.curves != other.curves
+    assert first.charts == again.charts and first.metrics == again.metrics
+    assert first.charts != other.charts
     json.dumps(first.settings, allow_nan=False)
     assert first.confusion.sum() == 6 * (32 * 32 - 4)  # void pixels count nowhere
 

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from smalti.charts import layer_chart
 from smalti.config import Count, settings
 from smalti.data.images.folders import ImageSet
 from smalti.data.images.labelled import eval_mask, read_mask
@@ -275,9 +276,19 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         {},
         units=units,
         tallies=tallies,
-        curves={
-            "nmi": nmi.mean((0, 2)).tolist(),
-            "distance_px": distance.mean((0, 2)).tolist(),
+        charts={
+            "nmi": layer_chart(
+                "Mutual information of attention",
+                "Normalised mutual information of queries and keys in each block, the first on the left: at 0 all "
+                "patches attend to the same places, at 1 each to a place of its own.",
+                nmi.mean((0, 2)).tolist(),
+            ),
+            "distance_px": layer_chart(
+                "Attention distance",
+                "Mean distance in pixels between a patch and the patches it attends to in each block, the first on "
+                "the left: small values mean local attention.",
+                distance.mean((0, 2)).tolist(),
+            ),
         },
     )
 

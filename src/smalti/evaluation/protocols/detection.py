@@ -34,6 +34,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from smalti.charts import loss_chart
 from smalti.config import BatchSize, Count, CountFromZero, settings
 from smalti.data.images.coco import CocoImage, CocoObject, annotated_image
 from smalti.data.images.decode import image_size
@@ -420,6 +421,7 @@ def freeze_blocks(encoder: Encoder, count: int) -> None:
     need="boxes",
     settings=DetectionConfig,
     by_default=False,
+    priority=10,
 )
 def detection(features: Features, config: EvalConfig) -> Scores:
     """Object detection and instance segmentation with Mask R-CNN, fine-tuned; needs data in COCO format."""
@@ -501,7 +503,14 @@ def detection(features: Features, config: EvalConfig) -> Scores:
         "interval": "none: AP ranks the detections of all images together, so it isn't a sum over images",
         "reported": "last step",
     }
-    return Scores(metrics, settings, per_class, units=dict.fromkeys(metrics, UNIT), curves={"loss": curve}, found=shown)
+    return Scores(
+        metrics,
+        settings,
+        per_class,
+        units=dict.fromkeys(metrics, UNIT),
+        charts={"loss": loss_chart(curve)},
+        found=shown,
+    )
 
 
 def _what_is_trained(encoder: Encoder, frozen_blocks: int) -> str:

@@ -25,6 +25,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.charts import loss_chart
 from smalti.config import BatchSize, Count, settings
 from smalti.data.images.folders import ImageSample
 from smalti.data.views import Skipped
@@ -338,5 +339,10 @@ def finetune(features: Features, config: EvalConfig) -> Scores:
         "reported": "last epoch",
     }
     return Scores(
-        metrics, settings, per_class, tallies=tallies, confusion=confusion.matrix.numpy(), curves={"loss": tuned.losses}
+        metrics,
+        settings,
+        per_class,
+        tallies=tallies,
+        confusion=confusion.matrix.numpy(),
+        charts={"loss": loss_chart(tuned.losses)},
     )

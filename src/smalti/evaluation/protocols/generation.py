@@ -220,6 +220,8 @@ def generation(features: Features, config: EvalConfig) -> Scores:
         settings["inception"] = f"{LIBRARY}, {own.inception}"
         settings["inception_image_size"] = side
     settings[ERRORS] = errors
+    headline = next(iter(metrics))
+    settings["reference"] = {"name": "real images", "score": metrics[f"{headline}{FLOOR}"]}
     recall = np.full(len(features.data.test), np.nan)
     recall[real_places] = covers.cpu().double().numpy()
     return Scores(

@@ -64,7 +64,7 @@ def upsampled_argmax(fractions: Float[Tensor, "h w C"], size: int) -> Int[Tensor
     return torch.matmul(columns, up).argmax(-1)
 
 
-@register_protocol("in-context", need="masks", settings=InContextConfig, takes_norm=True)
+@register_protocol("in-context", need="masks", settings=InContextConfig, takes_norm=True, priority=40)
 @torch.no_grad()
 def in_context(features: Features, config: EvalConfig) -> Scores:
     """Semantic segmentation by retrieving the labels of the nearest training patches; needs masks."""

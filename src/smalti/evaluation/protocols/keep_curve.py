@@ -24,6 +24,7 @@ from pydantic import Field
 from scipy import stats
 from torch import Tensor
 
+from smalti.charts import Line, LineChart, floats
 from smalti.config import BatchSize, Count, PathText, settings
 from smalti.data.images.labelled import eval_batches
 from smalti.data.order_files import OrderCache, check_fits, check_order, grid_order, read_orders
@@ -44,6 +45,10 @@ from smalti.models.encoder import ClassHead, Encoder
 
 CONTROLS = ("random", "fixed_random")
 """Orders that are always included; also ``collapse_static`` if a file has ``collapse``."""
+ALL_CONTROLS = (*CONTROLS, "collapse_static")
+"""Orders that look at no image."""
+SECTION = "Patches dropped"
+"""Heading of the charts on pages."""
 PLAIN = ("halton", "variance")
 """Orders added by default if the encoder was trained without an order."""
 RATES = tuple(round(0.05 * step, 2) for step in range(20))
@@ -275,6 +280,7 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     }
     if own.speed:
         settings |= measure_speed(orders, head, measured, size)
+    charts = accuracy_charts(settings["keep_curve"]) | (speed_chart(settings) if own.speed else {})
     return Scores(
         metrics,
         settings,
@@ -285,7 +291,80 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
         units=units,
         tallies=tallies,
         confusion=confusion.matrix.numpy(),
+        charts=charts,
     )
+
+
+def accuracy_charts(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, LineChart]:
+    """Accuracy against the fraction of dropped patches: of all encoders by their own orders, and of each by all orders.
+
+    Args:
+        curves: order -> rates, accuracy and its interval; the encoder's own order first.
+    """
+    lines = {
+        name: Line(floats(curve["top1"]), floats(curve["rate"]), name, floats(curve["low"]), floats(curve["high"]))
+        for name, curve in curves.items()
+    }
+    first, *others = lines.values()
+    controls = [dataclasses.replace(line, role="control") for line in others if line.name in ALL_CONTROLS]
+    about_controls = f"{', '.join(ALL_CONTROLS[:-1])} and {ALL_CONTROLS[-1]} do not look at the image"
+    together = LineChart(
+        "Encoders compared",
+        f"Top-1 accuracy of each encoder by its own order against the fraction of dropped patches, beside orders that "
+        f"are the same for all images ({about_controls}); higher is better.",
+        (first, *controls),
+        SECTION,
+        x_axis="fraction",
+        x_label="dropped patches",
+        is_wide=True,
+        has_points=True,
+        needs_several=True,
+    )
+    each = LineChart(
+        "Accuracy by order of the patches",
+        "Top-1 accuracy against the fraction of dropped patches, for each order of the patches that are kept (bands: "
+        f"95 % over the evaluated images); {about_controls}, so an order that depends on it must lie above them.",
+        (first, *others),
+        SECTION,
+        x_axis="fraction",
+        x_label="dropped patches",
+        is_wide=True,
+        has_points=True,
+        per_encoder=True,
+    )
+    return {"together": together, "orders": each}
+
+
+def speed_chart(settings: Mapping[str, Any]) -> dict[str, LineChart]:
+    """Accuracy against images per second, for the orders whose ranking time is known; empty if none is.
+
+    Args:
+        settings: ``keep_curve`` and what :func:`measure_speed` gives.
+    """
+    lines = []
+    for name, ranking in settings["ranking_s"].items():
+        if ranking is not None:
+            curve = settings["keep_curve"][name]
+            rates = floats(1 / (seconds + ranking) for seconds in settings["speed"]["image_s"])
+            lines.append(Line(floats(curve["top1"]), rates, name, floats(curve["low"]), floats(curve["high"])))
+    unknown = [name for name, ranking in settings["ranking_s"].items() if ranking is None]
+    left_out = f" (not known, so left out: {', '.join(unknown)})" if unknown else ""
+    explanation = (
+        f"Top-1 accuracy against images per second ({settings['speed_note']}), including the time to rank the "
+        f"patches{left_out}; the upper right is better."
+    )
+    chart = LineChart(
+        "Accuracy against images per second",
+        explanation,
+        tuple(lines),
+        SECTION,
+        x_axis="log",
+        x_label="images per second",
+        is_wide=True,
+        has_points=True,
+        per_encoder=True,
+    )
+    return {"speed": chart} if lines else {}
 
 
 def _predictions(

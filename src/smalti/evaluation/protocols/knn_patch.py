@@ -40,7 +40,7 @@ class KNNPatchConfig(MemoryConfig):
     """Neighbours vote with exp(similarity / temperature)."""
 
 
-@register_protocol("knn-patch", need="masks", settings=KNNPatchConfig, takes_norm=True)
+@register_protocol("knn-patch", need="masks", settings=KNNPatchConfig, takes_norm=True, priority=30)
 @torch.no_grad()
 def knn_patch(features: Features, config: EvalConfig) -> Scores:
     """Patch classification by k nearest neighbours; needs masks."""

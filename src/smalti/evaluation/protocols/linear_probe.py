@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.charts import loss_chart
 from smalti.config import BatchSize, Count, settings
 from smalti.data.images.folders import ImageSample
 from smalti.data.loader import epoch_order
@@ -279,7 +280,12 @@ def dino_probe(features: Features, config: EvalConfig) -> Scores:
         "reported": "last epoch",
     }
     return Scores(
-        metrics, settings, per_class, tallies=tallies, confusion=confusion.matrix.numpy(), curves={"loss": curve}
+        metrics,
+        settings,
+        per_class,
+        tallies=tallies,
+        confusion=confusion.matrix.numpy(),
+        charts={"loss": loss_chart(curve)},
     )
 
 

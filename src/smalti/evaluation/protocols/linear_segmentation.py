@@ -271,6 +271,7 @@ def _confusion_matrices(
     need="masks",
     settings=LinearSegmentationConfig,
     takes_norm=True,
+    priority=60,
 )
 @torch.no_grad()
 def linear_segmentation(features: Features, config: EvalConfig) -> Scores:

@@ -168,6 +168,7 @@ def choose_clusters(wanted: Sequence[int], num_classes: int, num_patches: int) -
     need="masks",
     settings=OverclusteringConfig,
     takes_norm=True,
+    priority=20,
 )
 @torch.no_grad()
 def overclustering(features: Features, config: EvalConfig) -> Scores:

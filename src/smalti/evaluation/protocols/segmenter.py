@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from smalti.charts import loss_chart
 from smalti.config import BatchSize, Count, settings
 from smalti.data.crops import Box
 from smalti.data.images.folders import ImageSample, ImageSet
@@ -362,6 +363,7 @@ class _ResizedImages(Dataset[Any]):
     need="masks",
     settings=SegmenterConfig,
     by_default=False,
+    priority=50,
 )
 def segmenter(features: Features, config: EvalConfig) -> Scores:
     """Semantic segmentation with a linear decoder, fine-tuned end to end; needs masks."""
@@ -438,7 +440,7 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
         tallies={"miou": tally.iou(recipe.absent), "pixel_accuracy": tally.pixel_accuracy()},
         confusion=matrix.numpy(),
         predictions=predictions,
-        curves={"loss": curve},
+        charts={"loss": loss_chart(curve)},
     )
 
 

@@ -23,6 +23,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.charts import Line, LineChart, floats, loss_chart
 from smalti.config import BatchSize, Count, settings
 from smalti.data.signals.hypnograms import UNDEFINED
 from smalti.data.signals.signal_config import check_window
@@ -55,8 +56,6 @@ from smalti.models.encoder import Encoder
 
 AGREEMENT = "agreement beyond chance, at most 1, higher is better"
 """Unit of kappa; it may be negative."""
-UNDEFINED_SHOWN = 255
-"""Value of unscored windows in stored hypnograms."""
 BETAS = (0.9, 0.999)
 _SHOWN = 4  # recordings whose hypnograms are stored
 
@@ -292,8 +291,11 @@ def sleep_staging(context: EvaluationContext[SignalSet], config: EvalConfig) -> 
         units={name: AGREEMENT for name in metrics if name.startswith("kappa")},
         tallies=_tallies(counts[0]),
         confusion=total.numpy(),
-        predictions=_hypnograms(data.test, predicted),
-        curves={"loss": curve},
+        charts={
+            **_label_charts(sweep),
+            **_hypnograms(data.test, predicted, data.classes),
+            "loss": loss_chart(curve),
+        },
     )
 
 
@@ -400,11 +402,50 @@ def _tallies(counts: Int[np.ndarray, "R K K"]) -> dict[str, Tally]:
     }
 
 
-def _hypnograms(signals: SignalSet, predicted: Int[np.ndarray, " n"]) -> dict[int, np.ndarray]:
-    """Index of a recording -> ``(2, windows)``: scored and predicted stages."""
+def _label_charts(sweep: list[dict[str, Any]]) -> dict[str, LineChart]:
+    """Kappa against the fraction of labelled subjects; empty for a single fraction."""
+    if len(sweep) < 2:
+        return {}
+    x, mean, low, high = (floats(one[key] for one in sweep) for key in ("share", "mean", "low", "high"))
+    explanation = (
+        "Kappa against the fraction of the training subjects whose labels are used (bands: 95 % over the test "
+        "recordings); higher is better, and the grey line is the same network trained from its state before training."
+    )
+    line = Line(mean, x, low=low, high=high)
+    chart = LineChart(
+        "Kappa with fewer labels",
+        explanation,
+        (line,),
+        "Fewer labels",
+        x_axis="log fraction",
+        is_wide=True,
+        has_points=True,
+    )
+    return {"labels": chart}
+
+
+def _hypnograms(signals: SignalSet, predicted: Int[np.ndarray, " n"], classes: tuple[str, ...]) -> dict[str, LineChart]:
+    """Scored and predicted stages of a few recordings; windows without a stage are gaps.
+
+    Stages are drawn as sleep laboratories do: the first (W) at the top, the last (REM) below it, then the others.
+    """
     numbers = np.array([signals.locate(i)[0] for i in range(len(signals))], dtype=np.int64)
-    scored = np.where(signals.stages == UNDEFINED, UNDEFINED_SHOWN, signals.stages)
-    return {
-        place: np.stack([scored[numbers == place], predicted[numbers == place]])
-        for place in spread(len(signals.recordings), _SHOWN)
-    }
+    downwards = [0, len(classes) - 1, *range(1, len(classes) - 1)]
+    height = np.array([len(classes) - 1 - downwards.index(stage) for stage in range(len(classes))], dtype=np.float64)
+    scored = np.where(
+        signals.stages == UNDEFINED, np.nan, height[np.where(signals.stages == UNDEFINED, 0, signals.stages)]
+    )
+    charts = {}
+    for place in spread(len(signals.recordings), _SHOWN):
+        chosen, name = numbers == place, signals.names[place]
+        charts[f"stages {place}"] = LineChart(
+            f"Stages of {name}",
+            "Sleep stage of each window of the recording as scored, and as each encoder predicts it; the closer to the "
+            "scored one, the better.",
+            (Line(floats(scored[chosen]), name="scored", role="truth"), Line(floats(height[predicted[chosen]]))),
+            "Hypnograms",
+            x_label="window",
+            levels=tuple(classes[stage] for stage in reversed(downwards)),
+            is_wide=True,
+        )
+    return charts

@@ -1,7 +1,7 @@
+"""The page of a run, from all that its directory holds, or from what is left of it."""
+
 import base64
 import json
-import math
-import re
 
 import cv2
 import numpy as np
@@ -13,9 +13,10 @@ from smalti.config import write_yaml
 from smalti.data.images.folders import open_images
 from smalti.errors import ConfigError, RunError, ShapeError
 from smalti.evaluation.result import Result, write_results
+from smalti.methods.mae import MAE
 from smalti.models.build import build_encoder
-from smalti.report.figures import crop_images, patch_tokens
-from smalti.report.page import compare, verdict, write_report
+from smalti.report.patch_pictures import crop_images, patch_tokens
+from smalti.report.run_page import write_report
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_run_without_an_encoder_is_not_asked_for_features(tmp_path):
     tokens = {"kind": "pca", "patch_size": 4}
     write_yaml(tmp_path / "config.yaml", {"method": {"name": "mar"}, "tokens": tokens, "data": {"path": "gone"}})
     page = Page(write_report(tmp_path))
-    for words in ("mar on tokens of 4 px patches (pca)", "hands on no encoder", f"smalti generate {tmp_path} num=64"):
+    for words in ("mar on tokens of 4 px patches (pca)", "exports no encoder", f"smalti generate {tmp_path} num=64"):
         assert words in page.text
     assert "random ones" not in page.text and "Feature maps" not in page.text and not page.data
 
@@ -138,7 +139,7 @@ def test_evaluations_in_training_alone_are_compared_with_the_baseline_at_the_sta
     run = make_run()
     (run / "results" / "evaluate_scenes.json").unlink()
     text = Page(write_report(run, num_images=0)).text
-    assert "miou on scenes is 0.320, against 0.200 (+0.120)" in text and "in training, at step 200" in text
+    assert "miou on scenes is 0.320, against 0.200 (+0.120)" in text and "during training, at step 200" in text
 
 
 def test_one_channel_of_sixteen_bits_and_an_oblong_grid_are_shown(make_run, tmp_path):
@@ -169,60 +170,12 @@ def test_what_can_not_be_used_is_one_line(make_run, encoder, tmp_path):
         write_report(run, encoder=encoder, image_size=70)
 
 
-def scores(protocol: str, values: dict[str, float], baseline: bool = False, unit: str = "higher is better") -> Result:
-    kind = "untrained" if baseline else None
-    return Result(protocol, "run", "d", values, {key: unit for key in values}, {}, baseline=kind)
-
-
-@pytest.mark.parametrize(
-    ("trained", "random", "unit", "kind", "words"),
-    [
-        (0.5, 0.4, "higher is better", "better", "Better than the same network untrained: knn top1 on d is 0.500"),
-        (0.41, 0.4, "higher is better", "better", "Slightly better than the same network untrained"),
-        (0.402, 0.4, "higher is better", "same", "Not better than the same network untrained"),
-        (0.3, 0.4, "higher is better", "worse", r"Worse than the same network untrained: .* \(-0.100\)"),
-        (0.3, 0.4, "lower is better", "better", r"Better than the same network untrained: .* \(-0.100\)"),
-        (0.5, math.nan, "higher is better", "unknown", "No comparison with a baseline"),
-    ],
-)
-def test_the_verdict_is_plain(trained, random, unit, kind, words):
-    results = [scores("knn", {"top1": trained}, unit=unit), scores("knn", {"top1": random}, True, unit)]
-    found, sentence = verdict(compare(results))
-    assert found == kind and re.search(words, sentence)
-
-
-def test_without_results_nothing_is_claimed():
-    assert verdict([])[0] == "unknown"
-
-
-def test_dense_protocols_come_first_in_the_verdict():
-    results = [
-        scores(name, {"x": value}, base)
-        for name in ("knn", "linear-segmentation")
-        for value, base in ((0.5, False), (0.6, True))
-    ]
-    assert verdict(compare(results))[1].startswith("Worse than the same network untrained: linear-segmentation")
-
-
 def test_a_result_without_a_baseline_is_shown_and_not_judged(make_run):
     run = make_run(results=False)
     result = Result("knn", "run", "d", {"top1": 0.5}, {}, {}, {"accuracy": {"a": 0.9, "b": 0.1}})
     write_results(run / "results" / "evaluate_d.json", [result])
     text = Page(write_report(run, num_images=0)).text
     assert "No comparison with a baseline" in text and "accuracy of each class (2)" in text
-
-
-@pytest.mark.parametrize(
-    ("low", "kind", "words"), [(-0.01, "same", "Not better than"), (0.02, "better", "Better than")]
-)
-def test_an_interval_that_holds_zero_is_not_called_better(low: float, kind: str, words: str) -> None:
-    ends = {"difference": 0.05, "difference_low": low, "difference_high": 0.11}
-    units = {"top1": "0 to 1, higher is better"}
-    trained = Result("knn", "a", "d", {"top1": 0.5}, units, {}, intervals={"top1": ends})
-    before = Result("knn", "a", "d", {"top1": 0.45}, units, {}, baseline="untrained")
-    said, sentence = verdict(compare([trained, before]))
-    assert said == kind and sentence.startswith(f"{words} the same network untrained")
-    assert f"(+0.050, 95 % interval {low:+.3f} to +0.110)" in sentence
 
 
 def test_a_run_that_has_learned_nothing_says_so_first(make_run):
@@ -236,3 +189,34 @@ def test_a_run_that_has_learned_nothing_says_so_first(make_run):
     (run / "run.json").write_text(json.dumps({**info, "reference": {"sentence": learned}}))
     text = Page(write_report(run, num_images=0)).text
     assert text.index("Better than the same network untrained") < text.index("The position loss is 1 at the end")
+
+
+def test_a_constant_curve_is_left_out_and_its_value_is_said(make_run):
+    run = make_run()
+    rows = (run / "log.csv").read_text().splitlines()
+    names = rows[0].split(",")
+    place = names.index("weight_decay")
+    changed = [[*cells[:place], "0.05", *cells[place + 1 :]] for cells in (row.split(",") for row in rows[1:])]
+    (run / "log.csv").write_text("\n".join([rows[0], *(",".join(cells) for cells in changed)]) + "\n")
+    page = Page(write_report(run, num_images=0))
+    labels = page.attributes("aria-label")
+    assert "Weight decay against the step" not in labels and "Learning rate against the step" in labels
+    assert "Constant in all logged steps: Weight decay 0.05, Memory 1830." in page.text
+
+
+def test_a_logged_value_is_drawn_with_its_meaning_and_listed_without_one(make_run):
+    run = make_run()
+    rows = (run / "log.csv").read_text().splitlines()
+    added = [f"{row},{n / 7:.3f},{n}.25" for n, row in enumerate(rows[1:])]
+    (run / "log.csv").write_text("\n".join([f"{rows[0]},mean_predictor_mse,<odd>", *added]) + "\n")
+    page = Page(write_report(run, num_images=0))
+    assert "Error of the mean patch against the step" in page.attributes("aria-label")
+    assert MAE.log_columns["mean_predictor_mse"].meaning in page.text
+    assert "Other logged values" in page.text and "<odd>" in page.text and "99.2" in page.text
+
+
+def test_a_run_that_started_from_weights_says_so(tmp_path):
+    write_yaml(
+        tmp_path / "config.yaml", {"method": {"name": "mae"}, "init": "timm:vit@w.pth", "data": {"path": "gone"}}
+    )
+    assert "started from the weights of timm:vit@w.pth" in Page(write_report(tmp_path)).text

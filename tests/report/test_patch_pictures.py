@@ -1,22 +1,19 @@
-import math
-import re
+import base64
 
 import cv2
 import numpy as np
-import pytest
 import torch
 
-from smalti.errors import ConfigError
+from smalti.functional.colours import palette
 from smalti.functional.components import reduce_patches
-from smalti.report.figures import (
+from smalti.report.patch_pictures import (
+    boxes_picture,
     crop_images,
-    hero_figure,
     image_uri,
-    line_chart,
+    overlay,
     patch_tokens,
     pca_maps,
-    quantise,
-    telling_patch,
+    similarity_picture,
 )
 
 
@@ -30,32 +27,8 @@ def test_two_materials_get_two_colours():
 
 
 def test_equal_patches_are_grey_and_give_no_nan():
-    coordinates, share = reduce_patches(torch.ones(2, 4, 3), 3)
-    assert share == 1.0 and (pca_maps(coordinates, (2, 2)) == 128).all()
-    assert not quantise(coordinates).any()
-
-
-def test_rounding_to_bytes_keeps_cosines():
-    coordinates = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(0))
-    unit = torch.nn.functional.normalize(coordinates.flatten(0, 1), dim=-1)
-    rounded = torch.nn.functional.normalize(quantise(coordinates).flatten(0, 1).float(), dim=-1)
-    assert (rounded @ rounded.T - unit @ unit.T).abs().max() < 0.02
-
-
-def test_the_telling_patch_lies_in_the_middle():
-    codes = quantise(torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0)))
-    image, patch = telling_patch(codes, (8, 8))
-    assert 0 <= image < 3 and 2 <= patch // 8 < 6 and 2 <= patch % 8 < 6
-
-
-def test_a_chart_takes_its_colours_from_the_page():
-    lines = {"a <b>": ([1.0, 2.0, 3.0], [1.0, math.nan, 3.0]), "c": ([1.0, 2.0, 1.0], [2.0, 1.0, 0.5])}
-    svg = line_chart('Loss "&" more', lines, marks=(2.0,), levels={"c": 1.5})
-    assert svg.startswith('<svg role="img" aria-label="Loss &quot;&amp;&quot; more"')
-    assert "currentColor" in svg and "var(--c1)" in svg and "var(--c2)" in svg
-    assert "a &lt;b&gt;" in svg and "http" not in svg and "nan" not in svg.lower()
-    colours = set(re.findall(r"#[0-9a-f]{6}\b", svg))
-    assert not colours
+    coordinates, explained = reduce_patches(torch.ones(2, 4, 3), 3)
+    assert explained == 1.0 and (pca_maps(coordinates, (2, 2)) == 128).all()
 
 
 def test_crops_have_the_encoders_shape_and_the_pictures_more_pixels():
@@ -75,8 +48,6 @@ def test_any_channels_become_a_picture():
 
 
 def test_an_image_address_keeps_its_pixels():
-    import base64
-
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     uri = image_uri(image, ".png")
     data = np.frombuffer(base64.b64decode(uri.removeprefix("data:image/png;base64,")), np.uint8)
@@ -94,10 +65,29 @@ def test_patch_tokens_are_those_of_the_encoder_in_eval_mode(encoder):
     torch.testing.assert_close(tokens, features.patches, atol=1e-5, rtol=1e-5)
 
 
-def test_the_hero_is_a_picture_of_three_columns(encoder, tmp_path):
-    images = list(np.random.default_rng(0).integers(0, 256, (2, 80, 70, 3), dtype=np.uint8))
-    path = hero_figure(encoder, images, tmp_path / "hero.png")
-    height, width = cv2.imread(str(path)).shape[:2]
-    assert width > height > 300
-    with pytest.raises(ConfigError, match="can't be written"):
-        hero_figure(encoder, images, tmp_path / "hero.png" / "below.png")
+def test_an_overlay_shows_the_colours_of_its_classes_and_void_stays_grey():
+    classes = np.array([[0, 1], [2, -1]])
+    picture = overlay(np.full((40, 40, 3), 120, np.uint8), classes)
+    for (row, column), value in np.ndenumerate(classes):
+        colour = picture[row * 20 + 10, column * 20 + 10].astype(int)
+        wanted = 0.3 * 120 + 0.7 * palette(3)[value].astype(float) if value >= 0 else np.full(3, 0.6 * 120 + 100)
+        assert np.abs(colour - wanted).max() <= 1
+
+
+def test_frames_lie_around_their_objects_in_the_colours_of_their_classes():
+    boxes = np.array([[0.1, 0.2, 0.5, 0.6], [0.6, 0.6, 1.0, 1.0]])
+    picture = boxes_picture(np.full((50, 100, 3), 120, np.uint8), boxes, np.array([0, 2]))
+    assert picture.shape == (100, 200, 3)
+    for (x0, y0, x1, y1), label in zip(boxes * np.array([199, 99, 199, 99]), (0, 2), strict=True):
+        for row, column in ((y0, (x0 + x1) / 2), (y1, (x0 + x1) / 2), ((y0 + y1) / 2, x0), ((y0 + y1) / 2, x1)):
+            assert picture[round(row), round(column)].tolist() == palette(4)[label + 1].tolist()
+        assert len(set(picture[round((y0 + y1) / 2), round((x0 + x1) / 2)].tolist())) == 1
+    empty = boxes_picture(np.zeros((8, 8, 3), np.uint8), np.zeros((0, 4)), np.zeros(0, np.int64))
+    assert empty.shape == (16, 16, 3) and np.ptp(empty) == 0
+
+
+def test_the_framed_patch_is_most_similar_to_itself():
+    coordinates = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    picture = similarity_picture(np.zeros((160, 160, 3), np.uint8), coordinates, (4, 4), 5)
+    centres = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[20::40, 20::40]
+    assert centres.argmax() == 5 and picture[40, 60].tolist() == [255, 255, 255]
