@@ -9,7 +9,7 @@ from smalti.evaluation.paired import Row
 from smalti.report.comparison_verdict import sentences
 
 
-def conclude(*gaps: Interval | None, unit: str = "share of 1, higher is better", failures=()) -> tuple[str, list[str]]:
+def conclude(*gaps: Interval | None, unit: str = "0 to 1, higher is better", failures=()) -> tuple[str, list[str]]:
     score = Interval(0.5, 0.4, 0.6, "images and seeds")
     arms = {"first": {"load": "random"}, **{f"arm{n}": {"load": "random"} for n in range(len(gaps))}}
     rows = [Row("d", "knn", "top1", unit, "first", score, {0: 0.5}, None, True)]

@@ -49,7 +49,7 @@ def test_dense_protocols_come_first_in_the_verdict():
 )
 def test_an_interval_that_holds_zero_is_not_called_better(low: float, kind: str, words: str) -> None:
     ends = {"difference": 0.05, "difference_low": low, "difference_high": 0.11}
-    units = {"top1": "share of 1, higher is better"}
+    units = {"top1": "0 to 1, higher is better"}
     trained = Result("knn", "a", "d", {"top1": 0.5}, units, {}, intervals={"top1": ends})
     before = Result("knn", "a", "d", {"top1": 0.45}, units, {}, baseline="untrained")
     said, sentence = conclude(pair_results([trained, before]))

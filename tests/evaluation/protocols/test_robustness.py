@@ -81,7 +81,7 @@ def test_scores_follow_from_the_curves_and_each_head_has_its_own(tiny, greys, fe
             assert curve["top1"][unchanged] == pytest.approx(scores.metrics[f"{prefix}top1"])
     # flat grey images: hiding most of one changes its mean, moving it hardly does
     assert scores.metrics["finetune_auc_rotation"] > scores.metrics["finetune_auc_random_drop"]
-    assert scores.settings["num_images"] == 12
+    assert scores.settings["num_images"] == 12 and len(scores.charts) == 14
     assert np.isfinite(scores.tallies["auc"].part).sum() == scores.tallies["auc"].part.size
 
 

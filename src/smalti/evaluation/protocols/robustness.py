@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from smalti.charts import Line, LineChart, XAxis, floats
 from smalti.config import Count, settings
 from smalti.data.images.labelled import eval_batches
 from smalti.errors import ConfigError, DataError
@@ -223,6 +224,7 @@ def robustness(features: Features, config: EvalConfig) -> Scores:
     tallies: dict[str, Tally] = {}
     levels: dict[str, Any] = {}
     heads: dict[str, str] = {}
+    charts: dict[str, LineChart] = {}
     network: nn.Module
     for head in own.heads:
         if head == "linear":
@@ -246,6 +248,7 @@ def robustness(features: Features, config: EvalConfig) -> Scores:
             numbers[places] = column.numpy()
             tallies[prefix + name] = tally_mean(numbers)
             metrics[prefix + name] = tallies[prefix + name].score()
+        charts |= {f"{head}-{family}": _chart(head, family, curve, right[family]) for family, curve in curves.items()}
         levels[head] = {
             family: {"level": list(curve.levels), "top1": right[family].double().mean(0).tolist()}
             for family, curve in curves.items()
@@ -263,4 +266,28 @@ def robustness(features: Features, config: EvalConfig) -> Scores:
         },
         {},
         tallies=tallies,
+        charts=charts,
+    )
+
+
+_AXES: Mapping[str, tuple[XAxis, str]] = {
+    **dict.fromkeys(OCCLUSIONS, ("fraction", "hidden patches")),
+    "rotation": ("count", "degrees"),
+    "shear": ("count", "degrees"),
+    "translation": ("fraction", "of the side"),
+    "scale": ("log", "factor"),
+}
+
+
+def _chart(head: Head, family: str, curve: Curve, right: Bool[Tensor, "n L"]) -> LineChart:
+    axis, label = _AXES[family]
+    words = {"linear": "linear classifier on the frozen encoder", "finetune": "fine-tuned encoder"}[head]
+    return LineChart(
+        title=f"{family.replace('_', ' ')}, {head}",
+        explanation=f"Top-1 of a {words} against the change of the test images; higher is better.",
+        lines=(Line(floats(right.double().mean(0).tolist()), curve.levels),),
+        section="Robustness",
+        x_axis=axis,
+        x_label=label,
+        has_points=True,
     )
