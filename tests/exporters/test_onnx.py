@@ -151,7 +151,7 @@ def test_the_command_names_mistakes_in_one_line(tmp_path):
         (["to=jax"], "to='jax': input should be 'timm' or 'onnx'"),
         (["input=unit"], "input=unit only applies to to=onnx; timm models take normalized images"),
         (["to=onnx", "input=raw"], "input='raw': input should be 'normalized' or 'unit'"),
-        (["keep=4"], "image_size and keep only apply to to=onnx"),
+        (["keep=4"], "image_size, keep and ranker only apply to to=onnx"),
         (["to=onnx", "keep=400"], "has 196 patches; 1..196"),
         (["too=onnx"], "did you mean 'to'?"),
     ):

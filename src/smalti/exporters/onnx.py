@@ -75,7 +75,7 @@ class Exported(nn.Module):
         return (features.patches, vector) if self.head is None else (features.patches, vector, self.head(vector))
 
 
-class Ranked(nn.Module):
+class RankedModel(nn.Module):
     """A ranker, the choice of its best patches, and the model that looks at these.
 
     Args:
@@ -163,7 +163,7 @@ def export_onnx(
                     f"{TOLERANCE:g} is allowed; {out} was not written"
                 )
             if ranker is not None and keep is not None:
-                ranked = Ranked(model, copy.deepcopy(ranker).cpu().float(), keep).eval()
+                ranked = RankedModel(model, copy.deepcopy(ranker).cpu().float(), keep).eval()
                 names = (*outputs, "ids_keep")
                 _write(ranked, (images,), temporary / RANKED, ("images",), names, {"images": {0: "batch"}}, metadata)
                 difference = max(difference, compare_ranked(ranked, temporary, (height, width)))
@@ -172,16 +172,7 @@ def export_onnx(
                         f"{RANKED} differs from torch by {difference:.3g} of the largest output, at most {TOLERANCE:g} "
                         f"is allowed; {out} was not written"
                     )
-            described = {
-                "images": {"shape": ["B", encoder.in_chans, height, width], **metadata},
-                "ids_keep": {"shape": ["B", keep or "L"], "range": f"0..{num_patches - 1}, int64, raster order"},
-                "outputs": list(outputs),
-                "grid": list(grid),
-                "classes": list(head.classes) if head else [],
-                "order": head.order if head else "",
-                "opset": OPSET,
-                "smalti": encoder.config(),
-            }
+            described = _description(encoder, (height, width), keep, outputs, metadata)
             write_atomically(temporary / CONFIG, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
             usage = f"""import onnxruntime
 
@@ -194,6 +185,23 @@ session = onnxruntime.InferenceSession("{WHOLE}")
     except OSError as error:
         raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
     return OnnxExport(out, outputs, difference)
+
+
+def _description(
+    encoder: Encoder, size: tuple[int, int], keep: int | None, outputs: tuple[str, ...], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Content of ``config.json``."""
+    grid, head = encoder.check_size(*size), encoder.class_head
+    return {
+        "images": {"shape": ["B", encoder.in_chans, *size], **metadata},
+        "ids_keep": {"shape": ["B", keep or "L"], "range": f"0..{grid[0] * grid[1] - 1}, int64, raster order"},
+        "outputs": list(outputs),
+        "grid": list(grid),
+        "classes": list(head.classes) if head else [],
+        "order": head.order if head else "",
+        "opset": OPSET,
+        "smalti": encoder.config(),
+    }
 
 
 def _check_ranker(
@@ -217,7 +225,7 @@ def _check_ranker(
 
 
 @torch.inference_mode()
-def compare_ranked(model: Ranked, folder: Path, size: tuple[int, int]) -> float:
+def compare_ranked(model: RankedModel, folder: Path, size: tuple[int, int]) -> float:
     """Largest difference between a model and its ``ranked.onnx``, as :func:`compare` measures it.
 
     Outputs are compared for the patches that the file has chosen; a choice counts as equal if the scores of its patches
