@@ -6,6 +6,7 @@ reads as text, are converted by the field's type.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -44,7 +45,15 @@ NumHeads = Annotated[int, Field(ge=1, le=1024)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 """Data-loading worker processes; 0: load in the main process."""
 Ratio = Annotated[float, Field(ge=0, le=1)]
-"""A fraction or probability."""
+"""A fraction or probability, in 0..1."""
+RatioBelowOne = Annotated[float, Field(ge=0, lt=1)]
+"""A fraction in [0, 1)."""
+PositiveRatio = Annotated[float, Field(gt=0, le=1)]
+"""A fraction in (0, 1]."""
+Positive = Annotated[float, Field(gt=0)]
+"""A number above 0."""
+NonNegative = Annotated[float, Field(ge=0)]
+"""A number of at least 0."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A seed in the range that torch, NumPy and scikit-learn accept."""
 
@@ -67,11 +76,22 @@ _MOST_VALUES = 100_000  # in a YAML file, aliases expanded
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that rejects unknown keys and non-finite numbers, and
-    keeps field docs."""
+    keeps field docs. Its constructor raises :class:`ConfigError` with one line."""
     config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False, allow_inf_nan=False
     )
-    return pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
+    made: Any = pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)
+    construct = made.__init__
+
+    @functools.wraps(construct)
+    def checked(self: Any, **values: Any) -> None:
+        try:
+            construct(self, **values)
+        except ValidationError as error:
+            raise ConfigError(_first_problem(made, error, cls.__name__, values)) from None
+
+    made.__init__ = checked
+    return made
 
 
 class _Loader(yaml.SafeLoader):

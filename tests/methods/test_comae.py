@@ -320,11 +320,11 @@ def test_it_learns_who_can_tell_a_target_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sigma": 0.0}, "method.sigma=0.0: a number above 0"),
-        ({"budget": 1.5}, "method.budget=1.5: it must lie in 0..1"),
+        ({"sigma": 0.0}, "sigma=0.0: more than 0 is needed"),
+        ({"budget": 1.5}, "CoMAEConfig.budget=1.5: at most 1 is needed"),
         ({"num_targets": 0}, "method.num_targets=0: at least 1"),
         ({"encoder_num_heads": 3}, "a multiple of 4 times the heads"),
-        ({"contrast_weight": -1.0}, "method.contrast_weight=-1.0"),
+        ({"contrast_weight": -1.0}, "contrast_weight=-1.0: at least 0 is needed"),
     ],
 )
 def test_settings_that_make_no_sense(config: dict[str, object], message: str) -> None:

@@ -127,7 +127,7 @@ def test_the_published_recipe_builds_the_published_parts() -> None:
 
 @pytest.mark.parametrize("name", ["layer_decay", "patch_embed_lr_scale"])
 def test_a_rate_of_zero_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"method.{name}=0.0"):
+    with pytest.raises(ConfigError, match=f"{name}=0.0: more than 0 is needed"):
         tiny(DINOv2, **{name: 0.0})
 
 

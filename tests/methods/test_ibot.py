@@ -217,7 +217,7 @@ def test_views_are_two_global_and_some_local_ones() -> None:
     ("config", "text"),
     [
         ({"teacher_temp": 0.0}, "must be above 0"),
-        ({"mask_sample_prob": 1.5}, "method.mask_sample_prob=1.5"),
+        ({"mask_sample_prob": 1.5}, "mask_sample_prob=1.5: at most 1 is needed"),
         ({"mask_ratio": (0.5, 0.1)}, r"mask_ratio=\(0.5, 0.1\)"),
     ],
 )

@@ -412,7 +412,7 @@ def test_settings_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"position_mask_ratio=\(0.6, 0.5\)"):
         tiny(position_mask_ratio=(0.6, 0.5))
     bare = build_encoder("vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=3, pos_embed="none")
-    with pytest.raises(ConfigError, match="no position embedding"):
+    with pytest.raises(ConfigError, match="no positional embeddings"):
         Intertwined(bare, IntertwinedConfig(**SMALL))
 
 

@@ -255,9 +255,9 @@ def test_mistakes_are_one_clear_line() -> None:
     for settings, words in (
         ({"embed_dim": 15}, "must be a multiple of num_heads=2"),
         ({"buffer_size": 0}, "method.buffer_size=0: at least 1"),
-        ({"mask_ratio_min": 1.0}, "method.mask_ratio_min=1.0: it must lie in"),
-        ({"clip": 0.0}, "method.clip=0.0"),
-        ({"ema_momentum": 2.0}, "method.ema_momentum=2.0"),
+        ({"mask_ratio_min": 1.0}, "MARConfig.mask_ratio_min=1.0: less than 1 is needed"),
+        ({"clip": 0.0}, "clip=0.0: more than 0 is needed"),
+        ({"ema_momentum": 2.0}, "ema_momentum=2.0: at most 1 is needed"),
     ):
         with pytest.raises(ConfigError, match=words):
             make(**settings)

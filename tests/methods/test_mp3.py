@@ -160,9 +160,9 @@ def test_a_short_run_finds_positions(graded_photos: Path, tmp_path: Path) -> Non
 
 
 def test_mistakes_are_one_line_each() -> None:
-    with pytest.raises(ConfigError, match=r"method.key_mask_ratio=1.0: it must lie in"):
+    with pytest.raises(ConfigError, match=r"MP3Config.key_mask_ratio=1.0: less than 1 is needed"):
         tiny(key_mask_ratio=1.0)
     with pytest.raises(ConfigError, match=r"method.loss_patches=hidden needs method.key_mask_ratio"):
         tiny(loss_patches="hidden", key_mask_ratio=0.0)
-    with pytest.raises(ConfigError, match=r"method.color_jitter=-1.0"):
+    with pytest.raises(ConfigError, match=r"color_jitter=-1.0: at least 0"):
         tiny(color_jitter=-1.0)

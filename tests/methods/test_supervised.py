@@ -143,8 +143,8 @@ def test_a_resumed_run_goes_on_to_the_bit(class_folders: Path, tmp_path: Path) -
     ("more", "line"),
     [
         ({"num_classes": 1}, "has 2 classes, but method.num_classes=1; leave it out"),
-        ({"label_smoothing": 1.0}, "label_smoothing=1.0: it must lie in"),
-        ({"mixup": -1.0}, "method.mixup=-1.0: a number of at least 0"),
+        ({"label_smoothing": 1.0}, "method.label_smoothing=1.0: less than 1 is needed"),
+        ({"mixup": -1.0}, "method.mixup=-1.0: at least 0 is needed"),
     ],
 )
 def test_mistakes_are_one_line_each(more: dict[str, Any], line: str, class_folders: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from smalti.config import PathText, settings
+from smalti.config import PathText, Ratio, settings
 from smalti.data.dataset import Dataset
 from smalti.data.order_files import TrainingOrders
 from smalti.data.views import Views
@@ -42,7 +42,7 @@ class CMARConfig(MARConfig):
     in_strength or attention from a file; random, fixed_random, halton, raster, spiral, centre_out or border_in."""
     orders: PathText | None = None
     """File from ``smalti rank`` with the orders of the training images."""
-    random_order_prob: float = 0.1
+    random_order_prob: Ratio = 0.1
     """Fraction of images that are trained in a random order instead."""
     ratio: Literal["sampler", "paper"] = "sampler"
     """Distribution of the fraction of masked tokens: that of sampling, or MAR's (the paper's;
@@ -73,8 +73,6 @@ class CMAR(MAR):
 
     def __init__(self, tokens: TokenSource, config: CMARConfig) -> None:
         super().__init__(tokens, config)
-        if not 0 <= config.random_order_prob <= 1:
-            raise ConfigError(f"method.random_order_prob={config.random_order_prob}: it must lie in 0..1")
         self.source = TrainingOrders(config.order, config.orders)
         if self.source.name == "variance":
             raise ConfigError("method.order=variance needs pixels, but cmar trains on tokens; choose another order")

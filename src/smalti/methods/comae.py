@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import Depth, DepthFromZero, Few, NumHeads, Width, settings
+from smalti.config import Depth, DepthFromZero, Few, NonNegative, NumHeads, Positive, Ratio, Width, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.views import Views
 from smalti.errors import ConfigError
@@ -62,25 +62,25 @@ class CoMAEConfig(MethodConfig):
     cheaper)."""
     activation: Literal["half", "relu", "abs"] = "half"
     """From z to w: ``(1 + tanh z) / 2``, ``tanh(max(z, 0))`` or ``|tanh z|``."""
-    sigma: float = 0.3
+    sigma: Positive = 0.3
     """sigma of the noise in Eq. (3); the paper gives no value."""
     num_targets: Few = 16
     """T: targets per image and step, at most N."""
-    contrast_weight: float = 0.01
+    contrast_weight: NonNegative = 0.01
     """Weight of L_c in the loss; 0: none."""
     contrast_over: Literal["image", "batch"] = "image"
     """Selections that L_c separates: those of the same image, or of the whole batch."""
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     """Temperature of L_c at the start; it is learned."""
-    temperature_floor: float = 0.05
+    temperature_floor: Positive = 0.05
     """Lower bound of the temperature."""
-    budget: float = 0.15
+    budget: Ratio = 0.15
     """kappa: mean selection above which the budget loss applies."""
-    budget_weight: float = 0.25
+    budget_weight: NonNegative = 0.25
     """lambda_b / d: weight of the budget loss, per value of a token; 0: none (the paper's)."""
     alternate: bool = True
     """Even steps update the selecting network, odd ones the reconstructing one; False: both at every step."""
-    flip_prob: float = 0.5
+    flip_prob: Ratio = 0.5
     """Probability of a horizontal flip, in 0..1."""
     num_diagnosed: Few = 16
     """Images of a batch whose graphs are computed when the log is written, N forward passes each; 0: none."""
@@ -461,14 +461,5 @@ def _init(module: nn.Module) -> None:
 def _check(config: CoMAEConfig, tokens: TokenSource) -> None:
     if tokens.num_tokens < 2:
         raise ConfigError(f"comae needs at least 2 tokens per image, got {tokens.num_tokens}; lower tokens.patch_size")
-    for name in ("sigma", "temperature", "temperature_floor"):
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"method.{name}={getattr(config, name)}: a number above 0 is needed")
-    for name in ("contrast_weight", "budget_weight", "num_diagnosed"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"method.{name}={getattr(config, name)}: a number of at least 0 is needed")
-    for name in ("budget", "flip_prob"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in 0..1")
     if config.num_targets < 1:
         raise ConfigError(f"method.num_targets={config.num_targets}: at least 1 is needed")

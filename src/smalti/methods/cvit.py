@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import PathText, settings
+from smalti.config import PathText, Ratio, RatioBelowOne, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.dataset import Dataset
 from smalti.data.order_files import TrainingOrders, check_order
@@ -49,13 +49,13 @@ class CViTConfig(MethodConfig):
     variance ..."""
     orders: PathText | None = None
     """File from ``smalti rank`` with the orders of the training images, for orders that a network computes."""
-    max_rate: float = 0.99
+    max_rate: RatioBelowOne = 0.99
     """Largest fraction of dropped patches, below 1; 0: a plain ViT on whole images."""
-    label_smoothing: float = 0.1
+    label_smoothing: RatioBelowOne = 0.1
     """Label smoothing: fraction of the target that is spread evenly over all classes, in [0, 1)."""
-    flip_prob: float = 0.5
+    flip_prob: Ratio = 0.5
     """Probability of a horizontal flip, in 0..1; above 0, orders of flipped images are needed."""
-    ema: float = 0.9999
+    ema: RatioBelowOne = 0.9999
     """Largest momentum of the weight average, which is exported."""
 
 
@@ -122,11 +122,6 @@ class CViT(EncoderMethod):
         super().__init__(encoder, config)
         if config.num_classes is None or config.num_classes < 2:
             raise ConfigError(f"method.num_classes={config.num_classes}: cvit needs at least 2 classes")
-        for name in ("max_rate", "label_smoothing"):
-            if not 0 <= getattr(config, name) < 1:
-                raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in [0, 1)")
-        if not 0 <= config.flip_prob <= 1:
-            raise ConfigError(f"method.flip_prob={config.flip_prob}: it must lie in 0..1")
         check_order(config.order)
         # a plain ViT keeps all patches and needs no file
         self.orders = TrainingOrders(config.order, config.orders) if config.max_rate > 0 else None

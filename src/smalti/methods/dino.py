@@ -136,8 +136,6 @@ class DINO(EncoderMethod):
         super().__init__(encoder, config)
         if min(config.teacher_temp, config.warmup_teacher_temp) <= 0:
             raise ConfigError("method.teacher_temp and method.warmup_teacher_temp must be above 0")
-        if not 0 <= config.momentum <= 1 or not 0 <= config.center_momentum <= 1:
-            raise ConfigError("method.momentum and method.center_momentum must lie in 0..1")
         resample_as_released(encoder)
         self.student = EncoderWithHead(encoder, config)
         encoder.draw_class_token()

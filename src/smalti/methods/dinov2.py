@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from smalti.config import Count, Few, settings
+from smalti.config import Count, Few, PositiveRatio, Ratio, settings
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.masking import block_mask, stratified_counts
 from smalti.functional.precision import at_least_float32
@@ -25,7 +25,6 @@ from smalti.methods.base import register
 from smalti.methods.ibot import BLOCK_STREAM, IBOT, RATIO_STREAM, IBOTConfig
 from smalti.methods.masked_tokens import PATCH, crop_keys
 from smalti.methods.self_distillation import NUM_GLOBAL
-from smalti.models.encoder import Encoder
 
 SMALLEST_BLOCK = 4
 
@@ -41,7 +40,7 @@ class DINOv2Config(IBOTConfig):
     """Use a separate head for patches (the paper's large models); otherwise image and patches share one."""
     targets: Literal["centering", "sinkhorn"] = "sinkhorn"
     """Collapse prevention: DINO's centering, or Sinkhorn-Knopp over the batch of all processes."""
-    momentum: float = 0.992
+    momentum: Ratio = 0.992
     """Teacher momentum at the start; it rises to 1 along a half cosine."""
     koleo_weight: float = 0.1
     """Weight of the KoLeo term, which is summed over both global views."""
@@ -61,9 +60,9 @@ class DINOv2Config(IBOTConfig):
     dinov2_compat_blocks: bool = False
     """Official code's largest block, ``(h // 2) * w`` patches: less than half of a grid with an odd number of rows;
     kept for parity."""
-    layer_decay: float = 1.0
+    layer_decay: PositiveRatio = 1.0
     """Factor on the learning rate from each block to the one below; the published value is 0.9."""
-    patch_embed_lr_scale: float = 1.0
+    patch_embed_lr_scale: PositiveRatio = 1.0
     """Further factor on the patch embedding's learning rate; the published value is 0.2."""
 
 
@@ -113,12 +112,6 @@ class DINOv2(IBOT):
         },
         "drop_path": 0.1,
     }
-
-    def __init__(self, encoder: Encoder, config: DINOv2Config) -> None:
-        super().__init__(encoder, config)
-        for name in ("layer_decay", "patch_embed_lr_scale"):
-            if not 0 < getattr(config, name) <= 1:
-                raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in (0, 1]")
 
     def check_batch(self, micro_batch: int) -> None:
         """KoLeo needs at least two images."""

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import DepthFromZero, NumHeads, Width, settings
+from smalti.config import DepthFromZero, NonNegative, NumHeads, Positive, PositiveRatio, RatioBelowOne, Width, settings
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.views import Views
 from smalti.errors import ConfigError
@@ -47,14 +47,14 @@ class DropPosConfig(MethodConfig):
     """Settings of DropPos; the published values for ViT-B, except that the decoder's width depends on the encoder's."""
 
     name: str = "droppos"
-    mask_ratio: float = 0.75
+    mask_ratio: RatioBelowOne = 0.75
     """Fraction of masked patches, in [0, 1); ``int(N * (1 - mask_ratio))`` stay visible."""
-    pos_mask_ratio: float = 0.75
+    pos_mask_ratio: PositiveRatio = 0.75
     """Fraction of visible patches without position, in (0, 1]; ``int(L * (1 - pos_mask_ratio))`` keep theirs."""
     pos_token: Literal["learned", "zeros", "shuffled"] = "learned"
     """Replacement of a dropped position: a learned vector, zeros, or the position of another such patch. The code
     offers all three."""
-    sigma: float = 1.0
+    sigma: NonNegative = 1.0
     """Width of label smoothing in cells at the start; 0: one-hot labels."""
     sigma_decay: bool = True
     """Shrink the width of smoothing linearly to 0."""
@@ -68,7 +68,7 @@ class DropPosConfig(MethodConfig):
     off there; kept for parity."""
     reconstruct: bool = False
     """Add MAE's reconstruction of the masked patches. Official code's option, off there; kept for parity."""
-    pos_weight: float = 0.05
+    pos_weight: Positive = 0.05
     """Weight of the position loss with ``reconstruct`` (0.1 for ViT-L)."""
     norm_pix_loss: bool = True
     """``reconstruct``: standardise the pixels of each target patch."""
@@ -334,14 +334,8 @@ class DropPos(EncoderMethod):
 
 def _check(config: DropPosConfig, encoder: Encoder) -> None:
     """Refuse settings that cannot be used."""
-    if not 0 <= config.mask_ratio < 1:
-        raise ConfigError(f"method.mask_ratio={config.mask_ratio}: it must lie in [0, 1)")
     if config.reconstruct and not config.mask_ratio:
         raise ConfigError("method.reconstruct needs masked patches; raise method.mask_ratio above 0")
-    if not 0 < config.pos_mask_ratio <= 1:
-        raise ConfigError(f"method.pos_mask_ratio={config.pos_mask_ratio}: it must lie in (0, 1]")
-    if config.sigma < 0 or config.pos_weight <= 0:
-        raise ConfigError("method.sigma must not be negative, and method.pos_weight must be above 0")
     if encoder.vit.pos_embed is None:
         raise ConfigError(f"{encoder.name} has no positional embeddings to drop; use another encoder")
     if config.attentive and not encoder.has_class_token:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from smalti.charts import LogColumn
-from smalti.config import settings
+from smalti.config import Ratio, settings
 from smalti.data.crops import MultiCrop
 from smalti.data.views import Views
 from smalti.errors import ConfigError
@@ -71,15 +71,15 @@ class IBOTConfig(SelfDistillationConfig):
     """Temperature of the teacher's softmax on patches, after warm-up."""
     warmup_patch_teacher_temp: float = 0.04
     """Teacher temperature on patches at the start."""
-    mask_sample_prob: float = 0.5
+    mask_sample_prob: Ratio = 0.5
     """Probability that a global crop is masked."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     """Smallest and largest fraction of masked patches in a masked crop; the sampler may mask fewer."""
-    gray_prob: float = 0.2
+    gray_prob: Ratio = 0.2
     """Probability that a view is greyscale."""
-    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_prob: tuple[Ratio, Ratio, Ratio] = (1.0, 0.1, 0.5)
     """Probabilities of blur: first global view, second, local views."""
-    solarize_prob: float = 0.2
+    solarize_prob: Ratio = 0.2
     """Probability that the second global view is solarised."""
 
 
@@ -327,12 +327,6 @@ def _check(config: IBOTConfig, encoder: Encoder) -> None:
     temps = (config.teacher_temp, config.warmup_teacher_temp)
     if min(*temps, config.patch_teacher_temp, config.warmup_patch_teacher_temp) <= 0:
         raise ConfigError("all teacher temperatures (method.*teacher_temp) must be above 0")
-    ratios = ("momentum", "center_momentum", "mask_sample_prob", "warmup_teacher_temp_ratio")
-    for name in (*ratios, "freeze_last_layer_ratio", "gray_prob", "solarize_prob"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in 0..1")
-    if not all(0 <= probability <= 1 for probability in config.blur_prob):
-        raise ConfigError(f"method.blur_prob={config.blur_prob}: all must lie in 0..1")
     low, high = config.mask_ratio
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"method.mask_ratio=({low:g}, {high:g}): 0 <= smallest <= largest <= 1 is needed")

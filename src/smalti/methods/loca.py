@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import Count, Few, ImageSize, Width, settings
+from smalti.config import Count, Few, ImageSize, PositiveRatio, Ratio, Width, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.views import Views
@@ -62,7 +62,7 @@ class LOCAConfig(MethodConfig):
     blur: Literal["released", "intended"] = "released"
     """``released``: no blur, because the preset's blur has a kernel of one pixel (parity). ``intended``: probability 1
     for the reference, 0.5 for small queries, 0.1 for the large one, sigma 0.1 to 2 pixels."""
-    reference_keep_ratio: float = 0.2
+    reference_keep_ratio: PositiveRatio = 0.2
     """Fraction of the reference's patches that queries can attend to: ``int(N * ratio)`` consecutive ones in raster
     order."""
     cluster: bool = True
@@ -74,7 +74,7 @@ class LOCAConfig(MethodConfig):
     """Width of the projection head's hidden layers."""
     bottleneck_dim: Width = 256
     """Width of the unit vectors before the prototypes."""
-    momentum: float = 0.996
+    momentum: Ratio = 0.996
     """Teacher momentum at the start; it rises to 1 along a half cosine."""
 
 
@@ -380,10 +380,6 @@ class LOCA(EncoderMethod):
 
 def _check(config: LOCAConfig, encoder: Encoder) -> None:
     """Refuse settings that cannot be used."""
-    if not 0 < config.reference_keep_ratio <= 1:
-        raise ConfigError(f"method.reference_keep_ratio={config.reference_keep_ratio}: it must lie in (0, 1]")
-    if not 0 <= config.momentum <= 1:
-        raise ConfigError(f"method.momentum={config.momentum}: it must lie in 0..1")
     if encoder.vit.pos_embed is None:
         raise ConfigError(
             f"{encoder.name} has no positional embeddings, which LOCA needs for the reference; use another encoder"

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import Count, Depth, DepthFromZero, Few, NumHeads, Width, settings
+from smalti.config import Count, Depth, DepthFromZero, Few, NumHeads, Positive, Ratio, RatioBelowOne, Width, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.views import Views
 from smalti.errors import ConfigError, ShapeError
@@ -58,7 +58,7 @@ class MARConfig(MethodConfig):
     """Attention heads of encoder and decoder."""
     buffer_size: int = 64
     """Class tokens in front of the image tokens."""
-    dropout: float = 0.1
+    dropout: RatioBelowOne = 0.1
     """Dropout of attention and of the blocks' outputs, in training."""
     head: Literal["diffusion", "mixture"] = "diffusion"
     """Distribution of a token: a diffusion model (the paper's), or a mixture of Gaussians, whose likelihood is exact
@@ -71,25 +71,25 @@ class MARConfig(MethodConfig):
     """Diffusion steps in training."""
     diffusion_repeats: Few = 4
     """Noise levels per token and training step."""
-    clip: float | None = None
+    clip: Positive | None = None
     """Largest absolute value of token estimates in sampling; None: no limit (the paper's). Short runs need one: at the
     noisiest step, the estimate amplifies errors of the head 20,000 times."""
     num_components: Few = 8
     """Components of the mixture."""
     min_std: float = 0.01
     """Smallest standard deviation of a component."""
-    dequantization: float = 0.0
+    dequantization: Ratio = 0.0
     """Width of uniform noise added to pixels in 0..1. With the width of one grey level, the mixture's likelihood bounds
     that of discrete images; 0: none."""
-    label_drop: float = 0.1
+    label_drop: RatioBelowOne = 0.1
     """Fraction of images trained without their class, for classifier-free guidance."""
-    mask_ratio_min: float = 0.7
+    mask_ratio_min: RatioBelowOne = 0.7
     """Smallest fraction of masked tokens: a normal distribution around 1, truncated to between this and 1."""
-    mask_ratio_std: float = 0.25
+    mask_ratio_std: Positive = 0.25
     """Standard deviation of that distribution."""
-    ema_momentum: float | None = None
+    ema_momentum: Ratio | None = None
     """Momentum of the averaged weights, which generate; None: 1 - 10 / steps, at most 0.9999."""
-    flip_prob: float = 0.5
+    flip_prob: Ratio = 0.5
     """Probability of a horizontal flip, in 0..1."""
 
 
@@ -527,18 +527,5 @@ def _check(config: MARConfig) -> None:
             raise ConfigError(f"method.{name}={getattr(config, name)}: at least 1 is needed")
     if config.embed_dim % config.num_heads:
         raise ConfigError(f"method.embed_dim={config.embed_dim}: must be a multiple of num_heads={config.num_heads}")
-    for name in ("dropout", "label_drop", "mask_ratio_min"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(f"method.{name}={getattr(config, name)}: it must lie in [0, 1)")
-    if not 0 <= config.flip_prob <= 1 or not 0 <= config.dequantization <= 1:
-        raise ConfigError(
-            f"method.flip_prob={config.flip_prob}, method.dequantization={config.dequantization}: both must lie in 0..1"
-        )
-    if not config.mask_ratio_std > 0:
-        raise ConfigError(f"method.mask_ratio_std={config.mask_ratio_std}: a number above 0 is needed")
-    if config.clip is not None and not config.clip > 0:
-        raise ConfigError(f"method.clip={config.clip}: a number above 0, or none, is needed")
-    if config.ema_momentum is not None and not 0 <= config.ema_momentum <= 1:
-        raise ConfigError(f"method.ema_momentum={config.ema_momentum}: a number in 0..1 is needed")
     if config.num_classes is not None and config.num_classes < 0:
         raise ConfigError(f"method.num_classes={config.num_classes}: a number of at least 0 is needed")

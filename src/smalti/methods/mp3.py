@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import settings
+from smalti.config import NonNegative, RatioBelowOne, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.views import Views
@@ -35,14 +35,14 @@ class MP3Config(MethodConfig):
     """Settings of MP3; the released values for CIFAR."""
 
     name: str = "mp3"
-    key_mask_ratio: float = 0.5
+    key_mask_ratio: RatioBelowOne = 0.5
     """eta: fraction of patches, in [0, 1), that no patch can attend to in training; ``int(N * (1 - eta))``
     remain keys."""
     loss_patches: Literal["all", "hidden"] = "all"
     """Patches in the loss: all (the code's), or those masked from keys and values (a variant in the code)."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, as a fraction of the image."""
-    color_jitter: float = 0.4
+    color_jitter: NonNegative = 0.4
     """Strength of brightness, contrast and saturation jitter; 0: none."""
 
 
@@ -79,12 +79,8 @@ class MP3(EncoderMethod):
 
     def __init__(self, encoder: Encoder, config: MP3Config) -> None:
         super().__init__(encoder, config)
-        if not 0 <= config.key_mask_ratio < 1:
-            raise ConfigError(f"method.key_mask_ratio={config.key_mask_ratio}: it must lie in [0, 1)")
         if config.loss_patches == "hidden" and not config.key_mask_ratio:
             raise ConfigError("method.loss_patches=hidden needs method.key_mask_ratio above 0")
-        if config.color_jitter < 0:
-            raise ConfigError(f"method.color_jitter={config.color_jitter}: a strength of at least 0 is needed")
         self.encoder = encoder
         self.head_grid = encoder.check_size(*encoder.img_size)
         """Grid of the position classes: the encoder's native one."""

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import Few, ImageSize, Width, settings
+from smalti.config import Few, ImageSize, Ratio, Width, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import Box, MultiCrop, ViewSpec, random_resized_crop
 from smalti.data.views import Views
@@ -89,7 +89,7 @@ class NeCoConfig(MethodConfig):
     """E."""
     head_init: Literal["copied", "independent"] = "copied"
     """Initial teacher head: the student's weights, or its own random ones (the released code's; kept for parity)."""
-    momentum: float = 0.9995
+    momentum: Ratio = 0.9995
     """Teacher momentum at the start; it rises to 1 along a half cosine."""
     head_lr_scale: float = 10.0
     """Learning rate of the head relative to the encoder's."""
@@ -413,8 +413,6 @@ def _check(config: NeCoConfig, encoder: Encoder) -> None:
     check_backend(config.sorter, config.network, size, device)
     if min(config.steepness_student, config.steepness_teacher) <= 0:
         raise ConfigError("method.steepness_student and steepness_teacher must be above 0")
-    if not 0 <= config.momentum <= 1:
-        raise ConfigError(f"method.momentum={config.momentum}: it must lie in 0..1")
     if config.references == "queue":
         if size > QUEUE_SIZE:
             raise ConfigError(

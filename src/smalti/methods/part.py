@@ -13,16 +13,17 @@ channels together, and there is one offset.
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import NumHeads, settings
+from smalti.config import NumHeads, Ratio, RatioBelowOne, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.signals.signal_views import SignalViews
@@ -85,7 +86,7 @@ class PARTConfig(MethodConfig):
     resample: Literal["bilinear", "nearest"] = "bilinear"
     """Interpolation where patches are resized. ``nearest``, without antialiasing, measures how much the interpolation
     itself reveals of a patch's size (``smalti probe``)."""
-    max_angle: float = 0.0
+    max_angle: Annotated[float, Field(ge=0, le=180)] = 0.0
     """``offgrid``: largest rotation of a patch in degrees, 0..180. An open question: can rotation be learned, too?"""
     angles: Literal["continuous", "quad"] = "continuous"
     """``quad`` rotates by multiples of 90 degrees, whatever ``max_angle``, so that no pixel is interpolated."""
@@ -97,7 +98,7 @@ class PARTConfig(MethodConfig):
     positions: Literal["none", "sincos"] = "none"
     """``sincos`` gives the encoder the position of each patch, which makes the task trivial: a control for the leak
     probes of ``smalti probe``."""
-    key_mask_ratio: float = 0.0
+    key_mask_ratio: RatioBelowOne = 0.0
     """Fraction of patches, in [0, 1), that no patch can attend to; the loss covers all. Official code's option (0.5 in
     its early grid runs, after MP3); kept for parity."""
     head: Literal["cross_attention", "pairwise_linear", "difference"] = "cross_attention"
@@ -132,7 +133,7 @@ class PARTConfig(MethodConfig):
     trains the class token only through attention."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, as a fraction of the image."""
-    flip_prob: float = 0.5
+    flip_prob: Ratio = 0.5
     """Probability of a horizontal flip, in 0..1."""
 
 
@@ -479,14 +480,8 @@ def _check(config: PARTConfig, encoder: Encoder) -> None:
     """
     if encoder.takes_signals:
         refuse_changed(config, ("crop_scale", "flip_prob"), "applies to images, but the data are signals")
-    if not 0 <= config.key_mask_ratio < 1:
-        raise ConfigError(f"method.key_mask_ratio={config.key_mask_ratio}: it must lie in [0, 1)")
-    if not 0 <= config.flip_prob <= 1:
-        raise ConfigError(f"method.flip_prob={config.flip_prob}: it must lie in 0..1")
     if config.angles == "quad" and config.max_angle:
         raise ConfigError("method.angles=quad rotates by multiples of 90 degrees; leave max_angle out")
-    if not 0 <= config.max_angle <= 180:
-        raise ConfigError(f"method.max_angle={config.max_angle:g}: degrees in 0..180 are needed")
     if config.weighting == "schedule" and config.sampling not in ("offgrid_scale", "hierarchical"):
         raise ConfigError(
             "method.weighting=schedule delays the size loss, which only sampling=offgrid_scale and hierarchical have"

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import Depth, NumHeads, Width, settings
+from smalti.config import Depth, NumHeads, Ratio, Width, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
@@ -42,7 +42,7 @@ class PrefixConfig(MethodConfig):
     """Transformer blocks."""
     num_heads: NumHeads = 3
     """Attention heads."""
-    flip_prob: float = 0.5
+    flip_prob: Ratio = 0.5
     """Probability of a horizontal flip, in 0..1."""
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from smalti.charts import LogColumn
-from smalti.config import Count, Few, ImageSize, Width, settings
+from smalti.config import Count, Few, ImageSize, Ratio, Width, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.errors import ConfigError
@@ -57,13 +57,13 @@ class SelfDistillationConfig(MethodConfig):
     """Temperature of the teacher's softmax (for iBOT, on image tokens) after warm-up."""
     warmup_teacher_temp: float = 0.04
     """Teacher temperature at the start; it changes linearly to ``teacher_temp``."""
-    warmup_teacher_temp_ratio: float = 0.3
+    warmup_teacher_temp_ratio: Ratio = 0.3
     """Fraction of training that the warm-up of the teacher's temperature takes."""
-    momentum: float = 0.996
+    momentum: Ratio = 0.996
     """Teacher momentum at the start; it rises to 1 along a half cosine."""
-    center_momentum: float = 0.9
+    center_momentum: Ratio = 0.9
     """Momentum of the centers."""
-    freeze_last_layer_ratio: float = 0.01
+    freeze_last_layer_ratio: Ratio = 0.01
     """Fraction of training during which the prototypes are frozen (one epoch of a hundred)."""
     num_local_views: Few = 10
     """Local views per image."""

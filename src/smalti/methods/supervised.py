@@ -19,7 +19,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import settings
+from smalti.config import NonNegative, Ratio, RatioBelowOne, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.dataset import Dataset
@@ -37,17 +37,17 @@ class SupervisedConfig(MethodConfig):
     name: str = "supervised"
     num_classes: int | None = None
     """K; None: as many as the data has."""
-    label_smoothing: float = 0.1
+    label_smoothing: RatioBelowOne = 0.1
     """Label smoothing: fraction of the target that is spread evenly over all classes, in [0, 1)."""
-    mixup: float = 0.0
+    mixup: NonNegative = 0.0
     """Parameter of mixup's Beta distribution, 0.8 in the papers; 0: none."""
-    cutmix: float = 0.0
+    cutmix: NonNegative = 0.0
     """Parameter of CutMix's Beta distribution, 1.0 in the papers; with mixup, each gets half of the batches."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, as a fraction of the image."""
-    flip_prob: float = 0.5
+    flip_prob: Ratio = 0.5
     """Probability of a horizontal flip, in 0..1."""
-    color_jitter: float = 0.4
+    color_jitter: NonNegative = 0.4
     """Strength of brightness, contrast and saturation jitter; 0: none."""
 
 
@@ -92,11 +92,6 @@ class Supervised(EncoderMethod):
         super().__init__(encoder, config)
         if config.num_classes is None or config.num_classes < 2:
             raise ConfigError(f"method.num_classes={config.num_classes}: supervised needs at least 2 classes")
-        if not 0 <= config.label_smoothing < 1:
-            raise ConfigError(f"method.label_smoothing={config.label_smoothing}: it must lie in [0, 1)")
-        for name in ("mixup", "cutmix", "color_jitter"):
-            if getattr(config, name) < 0:
-                raise ConfigError(f"method.{name}={getattr(config, name)}: a number of at least 0 is needed")
         self.encoder = encoder
         self.head = nn.Linear(encoder.embed_dim, config.num_classes)
         self.classes: tuple[str, ...] = ()
