@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 import smalti
 from command import smalti as command
+from smalti.evaluation.evaluate import open_unlabelled
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SPEC = "random:vit_tiny_patch16_224"
@@ -63,6 +64,19 @@ def test_an_exported_encoder_gives_the_same_features_without_smalti(tmp_path: Pa
         assert_close(torch.from_numpy(saved["image"]), encoder.pooled(tokens), atol=1e-4, rtol=1e-4)
     source = (FOLDER / "exported_features.py").read_text(encoding="utf-8")
     assert re.findall(r"^(?:import|from) (\w+)", source, re.M) == ["argparse", "numpy", "timm", "torch", "PIL"]
+
+
+def test_a_protocol_of_ones_own_is_evaluated_beside_others(class_folders: Path, tmp_path: Path) -> None:
+    text = run("own_protocol.py", SPEC, class_folders, "--size", 64, folder=tmp_path)
+    found = dict(re.findall(r"^(\S+ \S+): (-?[\d.]+) \(encoder\)$", text, re.M))
+    assert set(found) == {"uniformity uniformity", "knn top1"}
+    encoder = smalti.load(SPEC, quiet=True)
+    paths = open_unlabelled(str(class_folders)).test.paths
+    with torch.inference_mode():
+        vectors = encoder.image_features(smalti.load_images(paths, size=64))
+    unit = (vectors / vectors.norm(dim=1, keepdim=True)).double().numpy()
+    squares = ((unit[:, None] - unit[None]) ** 2).sum(-1)[np.triu_indices(len(unit), 1)]
+    assert float(found["uniformity uniformity"]) == pytest.approx(np.log(np.exp(-2 * squares).mean()), abs=1e-3)
 
 
 def test_a_method_of_ones_own_is_trained_and_compared(class_folders: Path, tmp_path: Path) -> None:
