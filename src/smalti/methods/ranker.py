@@ -18,6 +18,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smalti.charts import LogColumn
 from smalti.config import PathText, Ratio, settings
 from smalti.data.crops import CentreCrop
 from smalti.data.dataset import Dataset
@@ -62,6 +63,20 @@ class DistilledRanker(EncoderMethod):
     Config = RankerConfig
     title = "a small network that predicts a patch order in one pass; requires a file of orders"
     paper = "ours, after Guo et al. 2025, arXiv:2511.22281"
+    log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        "spearman": LogColumn(
+            "Agreement with the teacher",
+            "Mean Spearman correlation of the predicted and the teacher's orders; at most 1.",
+        ),
+        "static_spearman": LogColumn(
+            "Agreement of the static order",
+            "The same for one order for all images, by the mean rank of each position; a ranker should exceed it.",
+        ),
+        "static_error": LogColumn(
+            "Error of the static order",
+            "Squared error of the mean rank of each position; the loss should fall below it.",
+        ),
+    }
     next_command = "smalti rank {run} --data IMAGES --out ORDERS"
     defaults: ClassVar[dict[str, Any]] = {
         "encoder": {"name": "vit_tiny_patch16_224", "embed_dim": 96, "depth": 2, "num_heads": 3},
