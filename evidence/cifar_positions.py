@@ -53,7 +53,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 ALL_IMAGES = 5000
 PROBED = ("r2", "rmse_px", "antisymmetry", "composition", "identity_px", "spread_x", "shortcut", "reconstruction")
-PROBES = "probes.json"
+PROBES, PROBE, FIGURE = "probes.json", "probe.json", "offsets.png"
 
 
 def unpack(cifar: Path, out: Path, per_class: int) -> Path:
@@ -122,15 +122,19 @@ def plan(images: Path, form: dict[str, Any], seeds: list[int]) -> dict[str, Any]
 
 
 def probe(comparison: Comparison, images: Path, figure: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """Probe every trained PART on 32 test images, and draw the offsets of the first one."""
+    """Probe every trained PART on 32 test images, and draw the offsets of the first one; kept in the cell's folder."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for cell in comparison.cells:
         if not cell.arm.startswith("part"):
             continue
-        probed = probe_positions(cell.folder / RUN, str(images))
-        found.setdefault(cell.arm, {})[cell.seed] = probed.metrics
+        kept = cell.folder / PROBE
+        if not kept.is_file():
+            probed = probe_positions(cell.folder / RUN, str(images))
+            write_atomically(kept, json.dumps(dict(probed.metrics)))
+            draw_positions(probed, cell.folder / FIGURE)
         if cell.arm == "part" and cell.seed == comparison.plan.seeds[0]:
-            draw_positions(probed, figure)
+            shutil.copy(cell.folder / FIGURE, figure)
+        found.setdefault(cell.arm, {})[cell.seed] = json.loads(kept.read_text())
     return found
 
 
@@ -156,7 +160,7 @@ def main() -> None:
     images = unpack(options.cifar, options.out.resolve(), min(form["per_class"], ALL_IMAGES))
     comparison = smalti.compare(plan(images, form, options.seeds), options.out / "compare")
     print((options.out / "compare" / "comparison.md").read_text(encoding="utf-8"))
-    found = probe(comparison, images, options.out / "offsets.png")
+    found = probe(comparison, images, options.out / FIGURE)
     print(probe_table(found))
     plain = {
         arm: {
