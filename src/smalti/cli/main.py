@@ -28,7 +28,7 @@ from smalti.cli import (
 )
 from smalti.errors import Interrupted, SmaltiError, exit_code, machine_error
 
-RESUMING = (compare.NAME, generate.NAME)
+RESUMING = (compare.NAME, generate.NAME, rank.NAME)
 """Commands that resume when they are run again."""
 app = typer.Typer(
     name="smalti",

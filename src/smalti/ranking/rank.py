@@ -1,11 +1,13 @@
 """Rank the patches of a folder of images: write the orders, describe them, and compare them with controls."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from smalti.config import ImageSize, Workers, read_yaml, settings
+from smalti.config import ImageSize, Workers, read_yaml, settings, to_tree
 from smalti.data.images.folders import open_images
 from smalti.data.images.image_set import ImageSet
 from smalti.data.images.labelled import eval_batches
@@ -27,7 +29,7 @@ from smalti.methods.base import get_method
 from smalti.methods.comae import CoMAE
 from smalti.methods.prefix import Prefix
 from smalti.methods.ranker import DistilledRanker
-from smalti.models.loading import open_encoder
+from smalti.models.loading import WEIGHTS_FILE, file_digest, latest_checkpoint, open_encoder, weights_digest
 from smalti.models.weights import LoadConfig
 from smalti.preflight.devices import free_bytes
 from smalti.ranking.curves import UNITS as CURVE_UNITS
@@ -45,6 +47,7 @@ from smalti.ranking.rankers import (
     look_up,
     rank_images,
 )
+from smalti.ranking.unfinished import Unfinished
 from smalti.runs.build import load_method
 from smalti.runs.config import resolve
 from smalti.runs.folder import CONFIG_FILE
@@ -55,6 +58,8 @@ CONTROLS = ("random", "fixed_random", "collapse_static", "collapse_shuffled", "h
 RANDOM_DRAWS, FIXED_DRAWS = 3, 5
 """Draws of ``random`` and permutations of ``fixed_random`` per curve."""
 ORDERS_FILE = "orders.parquet"
+_COSTLESS = ("chunk", "num_workers", "num_scored", "num_shown", "max_pixels")
+"""Settings that don't change the orders."""
 _COMPARED = 512  # images for statistics whose cost is quadratic in the number of patches
 
 Progress = Callable[[str, int, int], None]
@@ -163,7 +168,9 @@ def rank(
     check_memory(ranker, config.batch_size, len(images) * states, len(asked), free_bytes(device), device.type)
     workers = default_workers(device.type) if config.num_workers is None else config.num_workers
 
-    def rank_with(one: Ranker, of: ImageSet, names: Sequence[str], flips: bool) -> RankedImages:
+    def rank_with(
+        one: Ranker, of: ImageSet, names: Sequence[str], flips: bool, unfinished: Unfinished | None = None
+    ) -> RankedImages:
         return rank_images(
             one,
             of,
@@ -173,17 +180,20 @@ def rank(
             num_workers=workers,
             device=device,
             progress=progress,
+            unfinished=unfinished,
         )
 
     began = time.monotonic()
     if not asked:  # orders that need no image
         asked = ("variance",)
-    ranked = rank_with(ranker, images, asked, both_flips)
+    unfinished = Unfinished(out, _key(spec, images, config, asked, both_flips))
+    ranked = rank_with(ranker, images, asked, both_flips, unfinished)
     seconds = time.monotonic() - began
     readable = _readable(images, ranked)
     if isinstance(other, OrderCache):
         check_fits(other, readable, ranker.grid, flips_needed=False)
     ranked.write(out, ranker)
+    unfinished.remove()
     cache = read_orders(out)
     named = _possible(cache, readable, named, given=bool(orders))
     described = {name: _describe(cache, name, readable, ranked, both_flips) for name in named}
@@ -221,6 +231,17 @@ def rank(
         },
         seconds=seconds,
     )
+
+
+def _key(spec: str, images: ImageSet, config: RankConfig, names: Sequence[str], both_flips: bool) -> str:
+    """Changes with everything that determines the orders, and with the boundaries of the batches."""
+    run = Path(spec).expanduser()
+    checkpoint = latest_checkpoint(run) if (run / CONFIG_FILE).is_file() else None
+    weights = weights_digest(spec) if checkpoint is None else file_digest(checkpoint / WEIGHTS_FILE)
+    own = {name: value for name, value in to_tree(config).items() if name not in _COSTLESS}
+    sizes = [sample.path.stat().st_size if sample.path.exists() else -1 for sample in images.samples]
+    parts = [spec, weights, images.fingerprint(), sizes, own, list(names), both_flips, version("smalti")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def open_ranker(spec: str, config: RankConfig, orders: Sequence[str], device: torch.device) -> Ranker:

@@ -7,7 +7,7 @@ mirrored ones counted separately), D width of the network that computes dependen
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +26,7 @@ from smalti.functional.graphs import coverage_order, descending, in_strength, is
 from smalti.functional.orders import random_orders
 from smalti.layers.attention import attention_modules, attention_weights
 from smalti.models.encoder import Encoder
+from smalti.ranking.unfinished import Rows, Unfinished, join
 
 FOLLOWING = OF_COLLAPSE
 """Orders derived from the stored order ``collapse``."""
@@ -269,6 +270,7 @@ def rank_images(
     num_workers: int = 0,
     device: torch.device | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> RankedImages:
     """Orders of all images, from their largest central squares, resized to the ranker's size.
 
@@ -281,49 +283,78 @@ def rank_images(
         num_workers: data-loading worker processes; 0: load in the main process.
         device: None: the CPU.
         progress: called as ``progress(what, done, total)``, counting images.
+        unfinished: keeps the orders found so far, also after an interruption, and brings those of an earlier call.
 
     Raises:
         DataError: if no image can be read.
     """
-    batches = eval_batches(images, ranker.image_size, ranker.in_chans, "centre", batch_size, num_workers)
+    parts = [] if unfinished is None else list(unfinished.parts)
+    start = sum(part.done for part in parts)
+    rest = replace(images, samples=images.samples[start:])
     states = (False, True) if both_flips else (False,)
-    skipped: list[Skipped] = []
-    places: list[int] = []
-    flips: list[bool] = []
-    orders: dict[str, list[Tensor]] = {name: [] for name in names}
-    scores: dict[str, list[Tensor]] = {}
-    degenerate: dict[str, list[Tensor]] = {}
-    seconds = dict.fromkeys(names, 0.0)
-    done = 0
-    for pixels, found, unreadable in batches:
-        skipped += unreadable
-        done += len(found) + len(unreadable)
-        for flip in states if found else ():
-            batch = (pixels.flip(-1) if flip else pixels).to(device or "cpu")
-            for name, ranked in ranker.rank(batch, names).items():
-                seconds[name] += ranked.seconds
-                orders[name].append(ranked.order.to("cpu", torch.int16))
-                if ranked.score is not None:
-                    scores.setdefault(name, []).append(ranked.score.to("cpu", torch.float32))
-                    degenerate.setdefault(name, []).append(is_degenerate(ranked.score).cpu())
-            places += found
-            flips += [flip] * len(found)
-        if progress is not None:
-            progress("images ranked", done, len(images))
-    if not places:
-        first = f"; the first: {skipped[0].path}: {skipped[0].reason}" if skipped else ""
+    done, device = start, device or torch.device("cpu")
+    if progress is not None:
+        progress("images ranked", done, len(images))
+    try:
+        for rows in _rank_batches(ranker, rest, start, names, states, batch_size, num_workers, device):
+            parts.append(rows)
+            done += rows.done
+            if unfinished is not None:
+                unfinished.add(rows)
+            if progress is not None:
+                progress("images ranked", done, len(images))
+    finally:
+        if unfinished is not None:
+            unfinished.flush()
+    found = join(parts)
+    if not found.places:
+        first = f"; the first: {found.skipped[0][0]}: {found.skipped[0][1]}" if found.skipped else ""
         raise DataError(f"{images.root}: none of {len(images):,} images can be read{first}")
-    join = {name: torch.cat(parts) for name, parts in orders.items()}
     return RankedImages(
         images,
-        tuple(places),
-        tuple(flips),
-        join,
-        {name: torch.cat(parts) for name, parts in scores.items()},
-        {name: torch.cat(parts) for name, parts in degenerate.items()},
-        {name: total / len(places) for name, total in seconds.items()},
-        tuple(skipped),
+        tuple(found.places),
+        tuple(found.flips),
+        found.orders,
+        found.scores,
+        found.degenerate,
+        {name: total / len(found.places) for name, total in found.seconds.items()},
+        tuple(Skipped(Path(path), reason) for path, reason in found.skipped),
     )
+
+
+def _rank_batches(
+    ranker: Ranker,
+    images: ImageSet,
+    start: int,
+    names: Sequence[str],
+    states: Sequence[bool],
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[Rows]:
+    """Orders of each batch of images, which begin at index ``start`` of their set."""
+    if not len(images):
+        return
+    batches = eval_batches(images, ranker.image_size, ranker.in_chans, "centre", batch_size, num_workers)
+    for pixels, found, unreadable in batches:
+        of_states = []
+        for flip in states if found else ():
+            batch = (pixels.flip(-1) if flip else pixels).to(device)
+            ranked = ranker.rank(batch, names)
+            scored = {name: one.score for name, one in ranked.items() if one.score is not None}
+            of_states.append(
+                Rows(
+                    done=0,
+                    places=[start + place for place in found],
+                    flips=[flip] * len(found),
+                    orders={name: one.order.to("cpu", torch.int16) for name, one in ranked.items()},
+                    scores={name: score.to("cpu", torch.float32) for name, score in scored.items()},
+                    degenerate={name: is_degenerate(score).cpu() for name, score in scored.items()},
+                    seconds={name: one.seconds for name, one in ranked.items()},
+                )
+            )
+        skipped = [(str(one.path), one.reason) for one in unreadable]
+        yield join([*of_states, Rows(done=len(found) + len(unreadable), skipped=skipped)])
 
 
 def choose_names(ranker: Ranker, wanted: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
