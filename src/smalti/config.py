@@ -174,7 +174,7 @@ def parse_overrides(words: Iterable[str]) -> Tree:
     for word in words:
         key, separator, text = word.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(f"'{shorten(word)}' is not a setting; write key=value, for example steps=1000")
+            raise ConfigError(f"'{shorten(word)}' is not of the form key=value; write for example steps=1000")
         try:
             flat[key.strip()] = yaml.load(text, Loader=_Loader) if text else ""
         except (
@@ -279,6 +279,9 @@ def _first_problem(cls: type, error: ValidationError, group: str, tree: Mapping[
         elsewhere = [f"{group}.{key}" if group else key for key in (*all_keys(cls), *given)]
         return unknown_key(name, key_names(parent), ".".join(groups), elsewhere=elsewhere)
     message = problem["msg"].removeprefix("Value error, ")
+    message = message.partition(", unable to parse")[0]  # pydantic says it twice
+    if problem["type"] in ("list_type", "tuple_type"):
+        message = "a list is needed, such as [a,b]"
     limits = problem.get("ctx", {})
     for limit, words in _LIMITS.items():
         if limit in limits:

@@ -212,7 +212,7 @@ def test_damaged_steps_of_a_cell_are_one_line(tmp_path, content):
         ({"budget": {"steps": 2, "minutes": 1}}, "exactly one of steps, images, minutes"),
         ({"budget": {"epochs": 2}}, "exactly one of steps, images, minutes"),
         ({"budget": {"steps": 0}}, "a number above 0"),
-        ({"data": None}, "arm 'mae' is trained, but no training images are named"),
+        ({"data": None}, "arm 'mae' is trained, but no training images are given"),
         ({"arm": {}}, "no field 'arm'; did you mean 'arms'"),
     ],
 )

@@ -135,7 +135,7 @@ def test_the_default_decoder_of_a_vit_base_is_the_papers() -> None:
 
 
 def test_mistakes_are_one_line_each() -> None:
-    with pytest.raises(ConfigError, match=r"method.mask_ratio=1.0: it must lie strictly between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"method.mask_ratio=1.0: must be strictly between 0 and 1"):
         tiny(mask_ratio=1.0)
     with pytest.raises(ValueError, match="'sincos' or 'learned'"):
         tiny(positions="rope")

@@ -145,9 +145,9 @@ def test_pickled_objects_are_refused_and_never_run(how: str, tmp_path: Path) -> 
 
 
 def test_other_mistakes_are_one_line_each(tmp_path: Path, file: Path) -> None:
-    with pytest.raises(WeightsError, match="no such run or file; an encoder is named by RUN"):
+    with pytest.raises(WeightsError, match="no such run or file; an encoder is one of RUN"):
         load(tmp_path / "nothing")
-    with pytest.raises(WeightsError, match="holds no finished checkpoint"):
+    with pytest.raises(WeightsError, match="contains no complete checkpoint"):
         load(tmp_path)
     with pytest.raises(WeightsError, match=r"without a config.json beside them.*try timm:vit_tiny_patch16_224@"):
         load(file)

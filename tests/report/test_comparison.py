@@ -83,7 +83,7 @@ def test_a_cell_that_was_removed_leaves_the_rest(folder, tmp_path):
 
 
 def test_a_folder_of_something_else_is_named(tmp_path):
-    with pytest.raises(RunError, match="holds no finished comparison"):
+    with pytest.raises(RunError, match="contains no complete comparison"):
         write_comparison(tmp_path)
     (tmp_path / "compare.json").write_text("[]")
     with pytest.raises(RunError, match=r"compare.json: can't be read as the summary of a comparison"):

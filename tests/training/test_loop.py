@@ -492,7 +492,7 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     fails("leave encoder= out", init="runs/x")
     (tmp_path / "empty").mkdir()
     fails("empty", data=tmp_path / "empty")
-    fails("no images are named", data=None)
+    fails("no images are given", data=None)
     (tmp_path / "file").write_text("x")
     fails("is a file; --out needs a folder", out=tmp_path / "file")
     with pytest.raises(ConfigError, match="there is no method 'maee'; did you mean 'mae'"):
@@ -500,6 +500,10 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     run = train(tmp_path / "a", photos)
     with pytest.raises(ConfigError, match="is not empty; choose another --out, or resume it with"):
         train(run, photos)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"other: is not empty; choose another --out$"):
+        train(tmp_path / "other", photos)
     with pytest.raises(ConfigError, match="batch_size can't change when a run is resumed"):
         runs.resume(run, {"batch_size": 8})
     with pytest.raises(ConfigError, match="is not a run directory"):

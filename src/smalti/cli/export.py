@@ -23,7 +23,7 @@ class ExportConfig:
     """Settings of ``smalti export``."""
 
     to: Literal["timm", "onnx"] = "timm"
-    """Format: ``timm`` writes safetensors and config.json, ``onnx`` two models."""
+    """Format: ``timm`` writes safetensors and config.json, ``onnx`` two models, or three with ``ranker``."""
     weights: str | None = None
     """Which network of a run or a file: student or teacher; None: the one that the method exports."""
     pool: str | None = None
@@ -36,7 +36,7 @@ class ExportConfig:
     keep: PositiveInt | None = None
     """onnx: fixed number of patches that ``keep.onnx`` takes; None: any number."""
     ranker: PathText | None = None
-    """onnx: a run of ``ranker``; ``ranked.onnx`` then takes images alone and looks at the ``keep`` patches that rank
+    """onnx: a run of ``ranker``; ``ranked.onnx`` then takes images alone and encodes the ``keep`` patches that rank
     first."""
     load: dict[str, Any] | None = None
     """Group: how imported weights are adapted, such as ``load.img_size=384``."""
@@ -65,10 +65,10 @@ def command(
     normalised images, unless `input=unit` says otherwise for ONNX; the printed summary and the README.md beside the
     files name range, mean and std.
 
-    With `to=onnx`, `encoder.onnx` takes whole images; `keep.onnx` also takes the patches to look at (`ids_keep`, the
+    With `to=onnx`, `encoder.onnx` takes whole images; `keep.onnx` also takes the patches to encode (`ids_keep`, the
     first patches of an order). The batch size is free. Both also output class scores if the run trained a classifier.
 
-    With `ranker=RUN keep=K`, `ranked.onnx` takes images alone, ranks their patches and looks at the best K.
+    With `ranker=RUN keep=K`, `ranked.onnx` takes images alone, ranks their patches and encodes the first K.
 
     Settings: `to` `weights` `pool` `load.*`, and of ONNX `input` `image_size` `keep` `ranker`. `smalti settings export`
     explains them.

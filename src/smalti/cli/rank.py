@@ -25,7 +25,8 @@ def command(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A run of `comae`, or an encoder: `RUN`, `FILE.safetensors`, `timm:NAME[@FILE]`, `random:NAME`.",
+            help="A run of `comae` or `ranker`, or an encoder: `RUN`, `FILE.safetensors`, `timm:NAME[@FILE]`, "
+            "`random:NAME`.",
             show_default=False,
         ),
     ],
@@ -39,7 +40,7 @@ def command(
     out: Out = None,
     orders: Annotated[
         str | None,
-        typer.Option("--orders", metavar="A,B", help="Names of orders; default: all that RUN has."),
+        typer.Option("--orders", metavar="A,B", help="Names of orders; default: all that RUN provides."),
     ] = None,
     against: Annotated[
         str | None,

@@ -88,7 +88,7 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
         raise ConfigError(f"{where}: seeds={list(plan.seeds)}: at least one seed is needed, and no seed twice")
     trained = [name for name, arm in plan.arms.items() if taken(arm) is None]
     if trained and not plan.data:
-        raise ConfigError(f"{where}: arm '{trained[0]}' is trained, but no training images are named; give data: DIR")
+        raise ConfigError(f"{where}: arm '{trained[0]}' is trained, but no training images are given; set data: DIR")
     if trained and (len(plan.budget) != 1 or next(iter(plan.budget)) not in BUDGETS):
         raise ConfigError(f"{where}: budget={dict(plan.budget)}: exactly one of {', '.join(BUDGETS)} is needed")
     if trained and not next(iter(plan.budget.values())) > 0:

@@ -142,7 +142,7 @@ def read_comparison(out: str | Path) -> Comparison:
     """
     folder = Path(out).expanduser()
     if not (folder / SUMMARY).is_file():
-        raise RunError(f"{folder}: holds no finished comparison; smalti compare PLAN --out writes one")
+        raise RunError(f"{folder}: contains no complete comparison; smalti compare PLAN --out writes one")
     with reading(folder / SUMMARY, "the summary of a comparison", RunError):
         summary = json.loads((folder / SUMMARY).read_bytes())
         rows = tuple(read_row(row) for row in summary["rows"])

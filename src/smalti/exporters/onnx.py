@@ -76,10 +76,10 @@ class Exported(nn.Module):
 
 
 class RankedModel(nn.Module):
-    """A ranker, the choice of its best patches, and the model that looks at these.
+    """A ranker, the choice of its best patches, and the model that encodes these.
 
     Args:
-        model: looks at the chosen patches.
+        model: encodes the chosen patches.
         ranker: scores the patches; its normalisation may differ from the model's.
         keep: L, number of patches.
     """
@@ -113,7 +113,7 @@ def export_onnx(
 
     Both models take ``images`` ``(B, C, H, W)`` float32 with any B, normalised as for the exported timm model, or with
     ``input="unit"`` pixels in 0..1. ``keep.onnx`` also takes ``ids_keep`` ``(B, L)`` int64: the first L patches of an
-    order, as raster indices; the others are not embedded. With a ranker, ``ranked.onnx`` takes images alone, looks at
+    order, as raster indices; the others are not embedded. With a ranker, ``ranked.onnx`` takes images alone, encodes
     the ``keep`` best patches and also returns their ``ids_keep``. Dynamic axes are named ``batch`` (B) and ``kept``
     (L). The files' metadata contains range, mean and std. The files are run in ONNX Runtime, compared with torch for
     several B and L, and only then renamed to ``out``.
@@ -213,7 +213,7 @@ def _check_ranker(
         ConfigError: if ``keep`` is missing, or the ranker takes other images or patches.
     """
     if keep is None:
-        raise ConfigError("ranker needs keep=K, the number of patches to look at")
+        raise ConfigError("ranker needs keep=K, the number of patches to encode")
     own = ranker.encoder
     if own.in_chans != encoder.in_chans or own.img_size != size or own.check_size(*size) != grid:
         theirs = own.check_size(*own.img_size)

@@ -115,7 +115,7 @@ class MAE(EncoderMethod):
     def __init__(self, encoder: Encoder, config: MAEConfig) -> None:
         super().__init__(encoder, config)
         if not 0 < config.mask_ratio < 1:
-            raise ConfigError(f"method.mask_ratio={config.mask_ratio}: it must lie strictly between 0 and 1")
+            raise ConfigError(f"method.mask_ratio={config.mask_ratio}: must be strictly between 0 and 1")
         if encoder.takes_signals:
             refuse_changed(config, ("crop_scale",), "applies to images, but the data are signals")
         self.encoder = encoder

@@ -367,9 +367,9 @@ def _in_run(path: Path, network: str | None) -> tuple[dict[str, Any], Tensors, P
                 f"{path}: no evaluation in training has chosen a best step (it needs eval.data=LABELLED eval.every=N); "
                 f"take {path.parent}, the newest"
             )
-        raise WeightsError(f"{path}: no such run or file; an encoder is named by {FORMS}")
+        raise WeightsError(f"{path}: no such run or file; an encoder is one of {FORMS}")
     if folder is None:
-        raise WeightsError(f"{path}: holds no finished checkpoint; an encoder is named by {FORMS}")
+        raise WeightsError(f"{path}: contains no complete checkpoint; an encoder is one of {FORMS}")
     state = _read_json(folder / STATE_FILE, f"{folder}: the checkpoint lacks its {STATE_FILE}")
     networks = state.get("networks") or {}
     if not networks:

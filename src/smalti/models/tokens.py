@@ -72,7 +72,7 @@ def fill_tokens(source: TokenSource, config: TokenConfig) -> None:
     if config.kind == "autoencoder":
         checkpoint = latest_checkpoint(place)
         if checkpoint is None:
-            raise WeightsError(f"{place}: holds no finished checkpoint; give a run of smalti train autoencoder")
+            raise WeightsError(f"{place}: contains no complete checkpoint; give a run of smalti train autoencoder")
         file, tensors = checkpoint / WEIGHTS_FILE, read_tensors(checkpoint / WEIGHTS_FILE, _RUN_PREFIX)
         own: nn.Module = source.network
     else:
@@ -112,7 +112,7 @@ def with_network(config: TokenConfig, given: dict[str, Any], channels: int) -> T
 
 def _run_settings(run: Path) -> dict[str, Any]:
     if not (run / "config.yaml").is_file():
-        raise WeightsError(f"tokens.path={run}: is not a run directory; give what --out of smalti train {METHOD} named")
+        raise WeightsError(f"tokens.path={run}: is not a run directory; give the --out of smalti train {METHOD}")
     known = read_yaml(run / "config.yaml")
     if known["method"]["name"] != METHOD:
         raise ConfigError(f"tokens.path={run}: is a run of {known['method']['name']}; one of {METHOD} is needed")

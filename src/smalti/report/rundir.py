@@ -65,7 +65,7 @@ def read_run(path: Path) -> RunFiles:
         RunError: if there is no ``config.yaml`` in it.
     """
     if not (path / "config.yaml").is_file():
-        raise RunError(f"{path}: not a run directory (it has no config.yaml); give what --out of smalti train named")
+        raise RunError(f"{path}: is not a run directory (it has no config.yaml); give the --out of smalti train")
     notes: list[str] = []
     results, during = _read_all_results(path / "results", notes)
     log = _read_log(path / "log.csv", notes)

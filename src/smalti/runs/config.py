@@ -150,7 +150,7 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
         raise ConfigError(f"{where}: method={shorten(repr(chosen))}: one name is needed; write 'method: NAME'")
     chosen = dict(chosen)
     if "name" not in chosen:
-        raise ConfigError(f"{where}: no method is named; write smalti train METHOD, or 'method: NAME' in the recipe")
+        raise ConfigError(f"{where}: no method is given; write smalti train METHOD, or 'method: NAME' in the recipe")
     method = get_method(str(chosen.pop("name")))
     data = tree.get("data")
     of_signals = isinstance(data, Mapping) and data.get("signal") is not None

@@ -124,9 +124,9 @@ def train(
     config = resolve(tree, str(recipe) if recipe else "settings")
     check_start(config)
     if not config.data.path:
-        raise ConfigError("no images are named; give --data DIR")
+        raise ConfigError("no images are given; use --data DIR")
     if out is None:
-        raise ConfigError("no run directory is named; give --out DIR")
+        raise ConfigError("no run directory is given; use --out DIR")
     run = Path(out).expanduser()
     if run.is_file():
         raise ConfigError(f"{run}: is a file; --out needs a folder that is new or empty")
@@ -205,10 +205,11 @@ def _check_free(run: Path) -> None:
     """Check that a folder is missing or empty.
 
     Raises:
-        ConfigError: if it isn't; names the command that resumes it.
+        ConfigError: if it isn't; for a run, names the command that resumes it.
     """
     if not is_free(run):
-        raise ConfigError(f"{run}: is not empty; choose another --out, or resume it with: smalti train --resume {run}")
+        resume = f", or resume it with: smalti train --resume {run}" if (run / CONFIG_FILE).is_file() else ""
+        raise ConfigError(f"{run}: is not empty; choose another --out{resume}")
 
 
 def _written_by_this_process(run: Path) -> contextlib.AbstractContextManager[None]:

@@ -302,7 +302,7 @@ def read_state(run: Path) -> TrainingState:
     """
     path = latest_checkpoint(run)
     if path is None:
-        raise WeightsError(f"{run}: holds no finished checkpoint")
+        raise WeightsError(f"{run}: contains no complete checkpoint")
     return _read_state(path)
 
 
