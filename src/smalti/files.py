@@ -209,3 +209,8 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def unfinished_folder(file: Path) -> Path:
+    """Where the parts of a file are kept until it is complete."""
+    return file.with_name(f".{file.name}.unfinished")

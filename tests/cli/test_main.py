@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from command import smalti
-from smalti.cli import embed, evaluate, samples
+from smalti.cli import embed, evaluate, main, samples
 from smalti.cli.main import app
 from smalti.config import build, parse_overrides
 from smalti.evaluation.config import EvalConfig
@@ -108,3 +108,14 @@ def test_a_shell_is_given_its_completion(shell: str) -> None:
         env={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "PYTHONPATH": ":".join(sys.path)},
     )
     assert "_SMALTI_COMPLETE" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("verb", "ending"), [("rank", "; the same command resumes"), ("embed", "")])
+def test_ctrl_c_says_whether_the_same_command_resumes(verb, ending, monkeypatch, capsys):
+    def stop(*words, **options):
+        raise KeyboardInterrupt
+
+    for code in (stop, lambda *words, **options: 130):  # typer returns the code where it has caught the interrupt
+        monkeypatch.setattr(main, "app", code)
+        assert main._run([verb]) == 130
+        assert capsys.readouterr().err == f"smalti: interrupted{ending}\n"

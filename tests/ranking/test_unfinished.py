@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from smalti.cli.rank import _file_of
 from smalti.data.images.folders import open_images
 from smalti.data.order_files import read_orders
 from smalti.ranking import rank as ranking
@@ -106,3 +107,10 @@ def test_other_settings_do_not_use_the_parts(pictures: Path, tmp_path: Path) -> 
     assert len(keys) == 8
     same = RankConfig(batch_size=2, image_size=32, num_shown=0, num_workers=1)
     assert ranking._key(SPEC, images, same, ("variance",), True) in keys
+
+
+def test_the_command_accepts_a_folder_with_an_unfinished_ranking(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Stop):
+        rank(SPEC, str(pictures), tmp_path / "out" / "orders.parquet", CONFIG, progress=stop_after(2))
+    assert _file_of(tmp_path / "out", "orders.parquet") == tmp_path / "out" / "orders.parquet"

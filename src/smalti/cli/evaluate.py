@@ -60,7 +60,7 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate an encoder on labelled images and compare it with a baseline.
+    """Evaluate an encoder, and compare it with its baseline.
 
     The baseline of a run is the same network untrained, or before training if it started from weights; the baseline of
     an imported encoder is its random initialisation. `eval.baseline=false` skips it.

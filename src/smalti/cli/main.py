@@ -99,6 +99,8 @@ def run(arguments: list[str] | None = None) -> None:
 def _run(words: list[str]) -> int:
     try:
         code = int(app(words, prog_name="smalti", standalone_mode=False) or 0)
+        if code == exit_code(signal.SIGINT):  # typer has caught the KeyboardInterrupt
+            raise KeyboardInterrupt
         if (error := streams.lost_output()) is not None:
             print(f"smalti: the output can't be printed ({error.strerror}); all files were written", file=sys.stderr)
             return code or 2

@@ -12,7 +12,7 @@ from smalti.cli.options import Data, Debug, Json, Out, Quiet, needed, pixels_of_
 from smalti.cli.setting_docs import Setting, describe
 from smalti.config import build, parse_overrides
 from smalti.errors import ConfigError
-from smalti.files import check_writable, is_free
+from smalti.files import check_writable, is_free, unfinished_folder
 
 if TYPE_CHECKING:
     from smalti.ranking.rank import Ranking
@@ -128,7 +128,7 @@ def _file_of(out: Path, name: str) -> Path:
         return out
     if out.suffix and not out.is_dir():
         raise ConfigError(f"{out}: is neither a folder nor a .parquet file; choose another --out")
-    if not is_free(out) and not (out / name).is_file():
+    if not is_free(out) and not (out / name).is_file() and not unfinished_folder(out / name).is_dir():
         raise ConfigError(f"{out}: is not empty and holds no {name}; choose another --out")
     return out / name
 

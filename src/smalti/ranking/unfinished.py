@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from smalti.files import write_atomically
+from smalti.files import unfinished_folder, write_atomically
 
 KEY_FILE = "key.txt"
 FLUSH_S = 30.0
@@ -75,7 +75,7 @@ class Unfinished:
     """
 
     def __init__(self, orders: Path, key: str) -> None:
-        self.folder = orders.with_name(f".{orders.name}.unfinished")
+        self.folder = unfinished_folder(orders)
         self._key = key
         self._waiting: list[Rows] = []
         self._written = time.monotonic()
