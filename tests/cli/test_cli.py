@@ -339,9 +339,9 @@ def test_a_run_resumed_on_another_number_of_devices_is_the_same_run(photos: Path
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["batch_size=10", "micro_batch=4"], "micro_batch=2 and micro_batch=5"),
+        (["batch_size=10", "micro_batch=4"], "micro_batch=2 or micro_batch=5"),
         (["micro_batch=0"], "micro_batch=0: at least 1"),
-        (["devices=3", "batch_size=64"], "batch_size=63 and batch_size=66"),
+        (["devices=3", "batch_size=64"], "batch_size=63 or batch_size=66"),
     ],
 )
 def test_a_batch_that_cannot_be_divided_is_one_line(words: list[str], line: str, photos: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_what_can_not_be_used_is_said_in_one_line(tmp_path):
     refused("channel ch1 is flat", values=np.zeros((1, 6000)))
     refused("no recording has sleep stages")
     refused("no recording has sleep stages", stages=["?", "?"])
-    refused("can't be split into train and test by subject", stages=["W", "W"])
+    refused("can't be split by subject into train and test", stages=["W", "W"])
     refused("has no channel C4; it has: ch1", config=SignalConfig(channels=("C4",)))
     refused("says 100 Hz, eval.signal.rate_hz=200", config=SignalConfig(rate_hz=200))
     refused("its stages 120 s; do they belong", stages=["W"] * 4, stage_s=30.0)

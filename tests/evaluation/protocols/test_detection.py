@@ -181,7 +181,7 @@ def test_published_recipes(encoder64, shapes, features_of):
     changed = EvalConfig(image_size=32, own={"detection": {"steps": 10, "learning_rate": 1e-3, "batch_size": 2}})
     recipe = choose_recipe(features, changed)
     assert (recipe.iters, recipe.batch_size, recipe.learning_rate, recipe.image_size) == (10, 2, 1e-3, 32)
-    with pytest.raises(ConfigError, match=r"eval.detection.frozen_blocks=3: vit_tiny_patch16_224 has 2 blocks"):
+    with pytest.raises(ConfigError, match=r"eval.detection.frozen_blocks=3: vit_tiny_patch16_224 has only 2 blocks"):
         choose_recipe(features, EvalConfig(own={"detection": {"frozen_blocks": 3}}))
 
 
