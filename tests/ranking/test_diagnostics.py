@@ -103,6 +103,8 @@ def test_the_spread_of_scores_is_told_of_their_mean():
     scores = torch.tensor([[0.2, 0.3, 0.25, 0.25]])
     found = describe_orders(random_orders(1, 4), (2, 2), scores=10 * scores, degenerate=0)
     assert found["score_spread"] == pytest.approx(4 * 0.1) and found["num_degenerate"] == 0
+    signed = describe_orders(random_orders(1, 4), (2, 2), scores=scores - 0.25)
+    assert "score_spread" not in signed
 
 
 def test_what_is_said():

@@ -48,7 +48,11 @@ def test_fractions_are_ticks_in_percent_and_intervals_are_bands():
     line = Line((0.5, 0.6, 0.7), (0.05, 0.2, 1.0), "a", low=(0.4, 0.5, 0.6), high=(0.6, 0.7, 0.8))
     svg = draw(LineChart("x", "y", (line,), x_axis="log fraction"))
     assert ">5 %<" in svg and ">20 %<" in svg and ">100 %<" in svg and "opacity: 0.15" in svg
-    assert ">50 %<" in draw(LineChart("x", "y", (line,), x_axis="fraction"))
+    assert ">50 %<" in draw(LineChart("x", "y", (line,), x_axis="fraction", is_wide=True))
+    svg = draw(LineChart("x", "y", (line,), x_axis="fraction"))  # narrow: labels must not overlap
+    assert ">40 %<" in svg and ">50 %<" not in svg and ">100 %<" in svg
+    short = draw(LineChart("x", "y", (Line((0.1, 0.2), (0.0, 0.4)),), x_axis="fraction"))
+    assert ">10 %<" in short and ">40 %<" in short and ">60 %<" not in short
     svg = draw(LineChart("x", "y", (line,), x_axis="log"))
     assert ">50 %<" not in svg and ">0.2<" in svg and "mathdefault" not in svg
 

@@ -35,7 +35,7 @@ UNITS = {
     "nearest_distance_random": "nearest_distance of 500 random sets",
     "nearest_distance_random_sd": "standard deviation of nearest_distance over these sets",
     "flip_agreement": "rank correlation of the mirrored image's order with the mirrored order; 1: follows the content",
-    "score_spread": "N times the standard deviation of the scores, mean; below 0.02 the graph is degenerate",
+    "score_spread": "largest less smallest score over the mean score, mean; below 0.02 the graph is degenerate",
     "num_degenerate": "images whose patches all have the same score",
 }
 """Statistics of :func:`describe_orders` -> their meaning."""
@@ -81,7 +81,7 @@ def describe_orders(
         }
     if mirrored is not None:
         found["flip_agreement"] = float(rank_correlation(orders, mirror(mirrored, grid)).mean())
-    if scores is not None:
+    if scores is not None and bool((scores >= 0).all()):  # of scores with a sign, the mean means nothing
         # as fractions of their sum
         normalized = scores.double() / scores.double().sum(-1, keepdim=True).clamp(min=1e-12)
         found["score_spread"] = float((num * (normalized.amax(-1) - normalized.amin(-1))).mean())

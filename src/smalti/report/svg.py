@@ -97,7 +97,9 @@ def _scale_x(axes: Axes, chart: LineChart) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         return
     is_log = chart.x_axis == "log fraction"
-    ticks = sorted({x for line in chart.lines for x in line.steps}) if is_log else [n / 10 for n in range(11)]
+    places = sorted({x for line in chart.lines for x in line.steps})
+    step = 0.1 if chart.is_wide or places[-1] <= 0.5 else 0.2
+    ticks = places if is_log else [n * step for n in range(round(places[-1] / step + 0.49) + 1)]
     axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
 
