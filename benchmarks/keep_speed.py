@@ -4,8 +4,8 @@ Ours: ViT-S/16 at 224 px on the first 43 of 196 patches, normalisation, embeddin
 Peer: the same network on all patches. Eager, and exported by ``smalti export to=onnx`` to ONNX Runtime; batches of 2,
 4 and 8; one thread, CPU time, interleaved. Goals: eager <= 0.31, ONNX Runtime <= 0.23.
 
-Then with ranking included: a ``ranker`` of two blocks of width 96 (random weights: the cost is the same) reads the image
-once and chooses the patches for the encoder; eager, and exported as one ONNX model. Goals: 0.30 and 0.26.
+Then with ranking included: a ``ranker`` of two blocks of width 96 (random weights: the cost is the same) reads an
+image once and chooses its patches for the encoder; eager, and exported as one ONNX model. Goals: 0.30 and 0.26.
 
 Then the same with ranking counted: by the variance of the pixels, and by CoMAE's graph (encoder of width 64 and depth
 12, a pass for each of the 196 patches, and PageRank). What a pass costs is measured on some of them, for one image; the
