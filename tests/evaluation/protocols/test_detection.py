@@ -35,7 +35,7 @@ from smalti.models.build import build_encoder, clone_encoder
 
 
 def small_recipe(**changed):
-    values = {"image_size": 64, "iters": 1, "batch_size": 2, "learning_rate": 1e-3, "num_warmup": 1, "channels": 16}
+    values = {"image_size": 64, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "num_warmup": 1, "channels": 16}
     values |= {"scale": (1.0, 1.0), "rpn_convs": 1, "box_convs": 1, "box_fc": (32,), "mask_convs": 1}
     values |= {"num_proposals": 50, "num_rois": 16, "final_norm": True}
     return DetectionRecipe(**{**values, **changed})
@@ -56,7 +56,7 @@ def quick(monkeypatch):
         size = config.image_size or 64
         own = config.of("detection")
         rate = own.learning_rate or 1e-3
-        return small_recipe(image_size=size, iters=own.steps, learning_rate=rate, num_warmup=own.steps // 10)
+        return small_recipe(image_size=size, steps=own.steps, learning_rate=rate, num_warmup=own.steps // 10)
 
     monkeypatch.setattr(module, "choose_recipe", choose)
 
@@ -171,7 +171,7 @@ def test_frozen_blocks_stay_and_the_others_learn(encoder64):
 def test_published_recipes(encoder64, shapes, features_of):
     features = features_of(encoder64, shapes, "boxes")
     recipe = choose_recipe(features, EvalConfig(preset="paper"))
-    assert (recipe.image_size, recipe.iters, recipe.batch_size, recipe.num_warmup) == (1024, 22_128, 64, 250)
+    assert (recipe.image_size, recipe.steps, recipe.batch_size, recipe.num_warmup) == (1024, 22_128, 64, 250)
     assert (recipe.learning_rate, recipe.layer_decay, recipe.weight_decay, recipe.drop_path) == (1e-4, 0.7, 0.1, 0.1)
     assert (recipe.channels, recipe.rpn_convs, recipe.box_convs, recipe.box_fc) == (256, 2, 4, (1024,))
     assert (recipe.scale, recipe.final_norm, recipe.mask_convs) == ((0.1, 2.0), False, 4)
@@ -180,7 +180,7 @@ def test_published_recipes(encoder64, shapes, features_of):
     assert rates[19_667] == rates[21_305] == pytest.approx(1e-5) and rates[21_306] == pytest.approx(1e-6)
     changed = EvalConfig(image_size=32, own={"detection": {"steps": 10, "learning_rate": 1e-3, "batch_size": 2}})
     recipe = choose_recipe(features, changed)
-    assert (recipe.iters, recipe.batch_size, recipe.learning_rate, recipe.image_size) == (10, 2, 1e-3, 32)
+    assert (recipe.steps, recipe.batch_size, recipe.learning_rate, recipe.image_size) == (10, 2, 1e-3, 32)
     with pytest.raises(ConfigError, match=r"eval.detection.frozen_blocks=3: vit_tiny_patch16_224 has only 2 blocks"):
         choose_recipe(features, EvalConfig(own={"detection": {"frozen_blocks": 3}}))
 

@@ -61,21 +61,21 @@ def test_the_same_seed_gives_the_same_numbers_with_any_number_of_workers(preset,
 def test_published_recipes(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
     ours, paper = (choose_recipe(features, EvalConfig(preset=preset)) for preset in ("full", "paper"))
-    assert (ours.crop, ours.stride, ours.iters, ours.batch_size) == (512, 341, 160_000, 16)
+    assert (ours.crop, ours.stride, ours.steps, ours.batch_size) == (512, 341, 160_000, 16)
     assert (ours.optimizer, ours.learning_rate, ours.weight_decay, ours.num_warmup) == ("adamw", 3e-5, 0.01, 1500)
     assert ours.least_lr == pytest.approx(3e-6)
-    assert (paper.crop, paper.stride, paper.iters, paper.batch_size) == (512, 512, 160_000, 8)
+    assert (paper.crop, paper.stride, paper.steps, paper.batch_size) == (512, 512, 160_000, 8)
     assert (paper.optimizer, paper.learning_rate, paper.least_lr, paper.weight_decay) == ("sgd", 1e-3, 1e-5, 0.0)
     for recipe in (ours, paper):
         assert (recipe.cat_max_ratio, recipe.drop_path, recipe.distort, recipe.scale) == (0.75, 0.1, True, (0.5, 2.0))
     changed = EvalConfig(
         preset="full",
         image_size=64,
-        own={"segmenter": {"steps": 10, "learning_rate": 1e-3, "batch_size": 2, "absent": "zero"}},
+        own={"segmenter": {"steps": 10, "learning_rate": 1e-3, "weight_decay": 0.3, "batch_size": 2, "absent": "zero"}},
     )
     recipe = choose_recipe(features, changed)
-    assert (recipe.iters, recipe.batch_size, recipe.absent, recipe.crop, recipe.stride) == (10, 2, "zero", 64, 42)
-    assert (recipe.learning_rate, recipe.least_lr) == (1e-3, 1e-4)
+    assert (recipe.steps, recipe.batch_size, recipe.absent, recipe.crop, recipe.stride) == (10, 2, "zero", 64, 42)
+    assert (recipe.learning_rate, recipe.least_lr, recipe.weight_decay) == (1e-3, 1e-4, 0.3)
 
 
 def test_e17_windows_end_flush_with_the_border():

@@ -96,7 +96,7 @@ class DetectionRecipe:
 
     image_size: int
     """S in pixels."""
-    iters: int
+    steps: int
     batch_size: int
     learning_rate: float
     num_warmup: int
@@ -157,17 +157,17 @@ def choose_recipe(features: Features, config: EvalConfig) -> DetectionRecipe:
             f"eval.detection.frozen_blocks={own.frozen_blocks}: {encoder.name} has only {encoder.depth} blocks"
         )
     if config.preset == "small":
-        size, iters = features.dense_size(config.image_size), own.steps or 400
+        size, steps = features.dense_size(config.image_size), own.steps or 400
         recipe = DetectionRecipe(
-            size, iters, 4, 2e-4, math.ceil(iters / 10), (0.6, 1.4), 128, 1, 0, (512, 512), 2, 500, 64, True
+            size, steps, 4, 2e-4, math.ceil(steps / 10), (0.6, 1.4), 128, 1, 0, (512, 512), 2, 500, 64, True
         )
     else:
         size = _FULL_SIZE // height * height if config.image_size is None else features.image_size(config.image_size)
-        iters = own.steps or _FULL_STEPS
+        steps = own.steps or _FULL_STEPS
         rate = 1e-4 if encoder.embed_dim <= _SMALL_WIDTH else 3e-4
-        num_warmup = min(250, math.ceil(iters / 10))
+        num_warmup = min(250, math.ceil(steps / 10))
         recipe = DetectionRecipe(
-            size, iters, _FULL_BATCH, rate, num_warmup, (0.1, 2.0), 256, 2, 4, (1024,), 4, 2000, 512, False
+            size, steps, _FULL_BATCH, rate, num_warmup, (0.1, 2.0), 256, 2, 4, (1024,), 4, 2000, 512, False
         )
     changed: dict[str, Any] = {"batch_size": own.batch_size, "learning_rate": own.learning_rate}
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
@@ -449,12 +449,12 @@ def detection(features: Features, config: EvalConfig) -> Scores:
             loss_of,
             lambda step: warm_steps(
                 step,
-                recipe.iters,
+                recipe.steps,
                 peak=recipe.learning_rate,
                 num_warmup=recipe.num_warmup,
                 milestones=MILESTONES,
             ),
-            num_steps=recipe.iters,
+            num_steps=recipe.steps,
             batch_size=recipe.batch_size,
             seed=config.seed,
             what="detection",
@@ -480,13 +480,13 @@ def detection(features: Features, config: EvalConfig) -> Scores:
         "masks": masks,
         "image_size": recipe.image_size,
         "resize": f"longer side to {recipe.image_size}, padded to a square",
-        "steps": recipe.iters,
-        "epochs": round(recipe.iters * recipe.batch_size / len(features.data.train), 2),
+        "steps": recipe.steps,
+        "epochs": round(recipe.steps * recipe.batch_size / len(features.data.train), 2),
         "warmup_steps": recipe.num_warmup,
         "head_batch_size": recipe.batch_size,
         "learning_rate": recipe.learning_rate,
         "optimiser": f"AdamW, betas {BETAS}, weight decay {recipe.weight_decay} (none on vectors and positions), "
-        f"lr / 10 at step {' and '.join(str(math.ceil(ratio * recipe.iters)) for ratio in MILESTONES)}",
+        f"lr / 10 at step {' and '.join(str(math.ceil(ratio * recipe.steps)) for ratio in MILESTONES)}",
         "layer_decay": recipe.layer_decay,
         "drop_path": recipe.drop_path,
         "final_norm": recipe.final_norm,

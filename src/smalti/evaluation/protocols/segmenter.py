@@ -69,7 +69,7 @@ class SegmenterRecipe:
     """S in pixels; also the short side of test images, and the side of their windows."""
     stride: int
     """Stride of the sliding windows in pixels."""
-    iters: int
+    steps: int
     batch_size: int
     optimizer: Literal["adamw", "sgd"]
     learning_rate: float
@@ -97,6 +97,8 @@ class SegmenterConfig:
     """Images per training step; None: the preset's."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Highest learning rate; None: the preset's."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of matrices; None: the preset's."""
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
@@ -112,25 +114,26 @@ def choose_recipe(features: Features, config: EvalConfig) -> SegmenterRecipe:
     changed: dict[str, Any] = {
         "batch_size": own.batch_size,
         "learning_rate": own.learning_rate,
+        "weight_decay": own.weight_decay,
         "absent": own.absent,
     }
     given = {name: value for name, value in changed.items() if value is not None}
     if config.preset == "small":
-        crop, iters = features.dense_size(config.image_size), own.steps or 300
+        crop, steps = features.dense_size(config.image_size), own.steps or 300
         # A stride of two thirds of the crop, as 341 of 512. Few steps need a higher learning rate.
         recipe = SegmenterRecipe(
-            crop, max(1, crop * 2 // 3), iters, 8, "adamw", 1e-4, 0.0, 0.01, iters // 10, 0.1, 1.0, False, "skip"
+            crop, max(1, crop * 2 // 3), steps, 8, "adamw", 1e-4, 0.0, 0.01, steps // 10, 0.1, 1.0, False, "skip"
         )
     else:
         crop = 512 if config.image_size is None else features.image_size(config.image_size)
-        iters = own.steps or 160_000
+        steps = own.steps or 160_000
         if config.preset == "full":
-            num_warmup = min(1500, iters // 10)
+            num_warmup = min(1500, steps // 10)
             recipe = SegmenterRecipe(
-                crop, max(1, crop * 2 // 3), iters, 16, "adamw", 3e-5, 0.0, 0.01, num_warmup, 0.1, 0.75, True, "skip"
+                crop, max(1, crop * 2 // 3), steps, 16, "adamw", 3e-5, 0.0, 0.01, num_warmup, 0.1, 0.75, True, "skip"
             )
         else:
-            recipe = SegmenterRecipe(crop, crop, iters, 8, "sgd", 1e-3, 1e-5, 0.0, 0, 0.1, 0.75, True, "skip")
+            recipe = SegmenterRecipe(crop, crop, steps, 8, "sgd", 1e-3, 1e-5, 0.0, 0, 0.1, 0.75, True, "skip")
     recipe = replace(recipe, **given)
     if config.preset != "paper":
         return replace(recipe, least_lr=0.1 * recipe.learning_rate)
@@ -389,12 +392,12 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
             lambda images, target: pixel_loss(model(images), target, ignore),
             lambda step: warm_poly(
                 step,
-                recipe.iters,
+                recipe.steps,
                 peak=recipe.learning_rate,
                 least=recipe.least_lr,
                 num_warmup=recipe.num_warmup,
             ),
-            num_steps=recipe.iters,
+            num_steps=recipe.steps,
             batch_size=recipe.batch_size,
             seed=config.seed,
             what="segmenter",
@@ -415,7 +418,7 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
         "logits are averaged",
         "mask_size": "original size of each mask",
         "predictions_shown": f"downsampled to at most {SHOWN_PX} pixels by nearest pixel",
-        "steps": recipe.iters,
+        "steps": recipe.steps,
         "warmup_steps": recipe.num_warmup,
         "head_batch_size": recipe.batch_size,
         "learning_rate": recipe.learning_rate,
