@@ -65,9 +65,18 @@ def test_derived_orders_follow_from_collapse(tmp_path):
     assert torch.equal(static, static_order(table[:8]).expand(6, -1))  # four images of train, both flip states
 
 
+def test_every_order_of_images_has_a_static_one(tmp_path):
+    path, table = written(tmp_path / "orders.parquet")
+    cache = read_orders(path)
+    assert {"collapse_static", "in_strength_static"} <= set(cache.names)
+    assert not {name for name in cache.names if name.startswith("variance") and name.endswith("_static")}
+    static = cache.orders("in_strength_static", ["c/0.png", "c/5.png"], [False, True])
+    assert torch.equal(static, static_order(table.flip(1)[:8]).expand(2, -1))
+
+
 def test_static_order_is_over_all_images_where_nothing_is_called_train(tmp_path):
     path, table = written(tmp_path / "orders.parquet", splits=[None] * 12)
-    assert torch.equal(read_orders(path).static, static_order(table))
+    assert torch.equal(read_orders(path).static_of("collapse"), static_order(table))
 
 
 def test_shuffled_order_is_another_images_of_the_same_split_and_flip_state(tmp_path):

@@ -39,15 +39,25 @@ OF_COLLAPSE = ("collapse_reversed", "collapse_static", "collapse_shuffled")
 """Orders that follow from those of ``collapse`` in a file."""
 DISTILLED = "distilled"
 """Order that a run of ``ranker`` predicts."""
-CACHED = ("collapse", *OF_COLLAPSE, "in_strength", "coverage", "attention", DISTILLED)
-"""Orders that only a file can give: a trained network found them."""
+FOUND = ("collapse", "in_strength", "coverage", "attention", DISTILLED)
+"""Orders of each image that a trained network found."""
+STATIC = tuple(f"{name}_static" for name in FOUND)
+"""One order for all images: by the mean rank of each patch position in an order of :data:`FOUND`."""
+CACHED = tuple(dict.fromkeys((*FOUND, *OF_COLLAPSE, *STATIC)))
+"""Orders that need a file."""
 ORDERS = (*CACHED, "random", "fixed_random", *GEOMETRIC, "variance")
 """Names of orders, the same everywhere; ``fixed_random:3`` is ``fixed_random`` from another seed. ``random`` is drawn
 again for each image and step, ``variance`` depends on the pixels."""
+_STATIC = "_static"
 _VERSION = 1
 _CHUNK = 4096  # images at a time
 _SHUFFLE_SEED = 0
 _RESERVED = ("image", "split", "flip")
+
+
+def static_name(name: str) -> str:
+    """Name of the static order of an order."""
+    return name + _STATIC
 
 
 def check_order(name: str) -> str:
@@ -109,7 +119,8 @@ class OrderCache:
     @property
     def names(self) -> tuple[str, ...]:
         """Available orders: those in the file and those derived from them."""
-        return (*self.stored, *(OF_COLLAPSE if "collapse" in self.stored else ()))
+        derived = (*(OF_COLLAPSE if "collapse" in self.stored else ()), *map(static_name, self.stored))
+        return tuple(dict.fromkeys((*self.stored, *(name for name in derived if name in CACHED))))
 
     @property
     def num_patches(self) -> int:
@@ -132,8 +143,8 @@ class OrderCache:
         """
         self._check_name(name)
         rows = self._rows_of(images, flips)
-        if name == "collapse_static":
-            return self.static.expand(len(rows), -1).clone()
+        if name in STATIC:
+            return self.static_of(name.removesuffix(_STATIC)).expand(len(rows), -1).clone()
         if name == "collapse_shuffled":
             rows = self._others[rows]
         base = "collapse" if name in OF_COLLAPSE else name
@@ -166,14 +177,23 @@ class OrderCache:
         self._check_name(name)
         return self.scores[name][torch.from_numpy(self._rows_of(images, flips))]
 
+    def static_of(self, name: str) -> Int[Tensor, " N"]:
+        """Patches by their mean rank in a stored order over the images of the train split, in all flip states; over all
+        images if there is no train split.
+
+        Raises:
+            DataError: if the file lacks the order.
+        """
+        self._check_name(name)
+        if name not in self._statics:
+            is_train = np.array([split == "train" for split in self.splits])
+            rows = np.flatnonzero(is_train) if is_train.any() else np.arange(len(self.images))
+            self._statics[name] = geometry.static_order(self.stored[name][torch.from_numpy(rows)].long())
+        return self._statics[name]
+
     @cached_property
-    def static(self) -> Int[Tensor, " N"]:
-        """``collapse_static``: patches by their mean rank in ``collapse`` over the images of the train split, in all
-        flip states; over all images where nothing is called train."""
-        self._check_name("collapse_static")
-        is_train = np.array([split == "train" for split in self.splits])
-        rows = np.flatnonzero(is_train) if is_train.any() else np.arange(len(self.images))
-        return geometry.static_order(self.stored["collapse"][torch.from_numpy(rows)].long())
+    def _statics(self) -> dict[str, Tensor]:
+        return {}
 
     @cached_property
     def _place(self) -> dict[tuple[str, bool], int]:

@@ -1,6 +1,7 @@
 """Keep curve: areas and knees by hand and by the paper's figure, known heads, orders from a file, mistakes."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +139,14 @@ def test_the_own_order_comes_first_from_its_file_with_the_static_one(
     features = features_of(encoder, greys, "labels")
     scores = keep_curve(features, EvalConfig())
     assert scores.settings["orders"] == ["collapse", "random", "fixed_random", "collapse_static"]
+    means = {name: scores.metrics[f"mean_top1_{name}"] for name in ("random", "collapse_static")}
+    gain = scores.metrics["mean_top1"] - means["random"]
+    ratio = scores.metrics["static_ratio_collapse"]
+    assert (
+        math.isnan(ratio)
+        if gain < 0.005
+        else ratio == pytest.approx((means["collapse_static"] - means["random"]) / gain)
+    )
     assert scores.settings["ranking_s"] == {
         "collapse": 0.25, "random": 0.0, "fixed_random": 0.0, "collapse_static": 0.0,
     }  # fmt: skip

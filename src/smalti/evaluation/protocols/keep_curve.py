@@ -12,6 +12,7 @@ Letters: n images, N patches, k kept ones, K classes, S rates.
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,16 @@ from torch import Tensor
 from smalti.charts import Line, LineChart, floats
 from smalti.config import BatchSize, Count, PathText, settings
 from smalti.data.images.labelled import eval_batches
-from smalti.data.order_files import OrderCache, check_fits, check_order, grid_order, read_orders
+from smalti.data.order_files import (
+    FOUND,
+    STATIC,
+    OrderCache,
+    check_fits,
+    check_order,
+    grid_order,
+    read_orders,
+    static_name,
+)
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.context import own_head
@@ -44,9 +54,11 @@ from smalti.functional.patches import patch_variance
 from smalti.models.encoder import ClassHead, Encoder
 
 CONTROLS = ("random", "fixed_random")
-"""Orders that are always included; also ``collapse_static`` if a file has ``collapse``."""
-ALL_CONTROLS = (*CONTROLS, "collapse_static")
+"""Orders that are always included; also the static order of each order from a file."""
+ALL_CONTROLS = (*CONTROLS, *STATIC)
 """Orders that look at no image."""
+LEAST_GAIN = 0.005
+"""Gain over random below which a fraction of it says nothing."""
 SECTION = "Patches dropped"
 """Heading of the charts on pages."""
 PLAIN = ("halton", "variance")
@@ -145,7 +157,7 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
     stored = [name for cache in caches for name in cache.stored]
     asked = [name for order in named for name in (read[order].stored if order in files else (order,))]
     wanted = [*asked, *([own] if own else [] if asked else PLAIN), *([] if asked else stored), *CONTROLS]
-    wanted += ["collapse_static"] if "collapse" in stored else []
+    wanted += [static_name(name) for name in wanted if name in FOUND and name in stored]
     names = tuple(dict.fromkeys(wanted))
     orders = Orders(names, own, bool(asked), caches, encoder, features.names, config.seed)
     for name in names:
@@ -252,6 +264,12 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     for name in orders.names[1:]:
         add(f"mean_top1_{name}", _areas(right[name][:, in_area], rates) / span)
 
+    means = {name: float(_areas(right[name][:, in_area], rates).mean() / span) for name in orders.names}
+    for name in orders.names:
+        if static_name(name) in means:
+            metrics[f"static_ratio_{name}"] = static_ratio(means[name], means[static_name(name)], means["random"])
+            units[f"static_ratio_{name}"] = "fraction of the gain over random that one order for all images reaches"
+
     confusion = ConfusionMatrix(len(classes))
     confusion.update(labels, preds[first][:, 0])
     of_class = {rate: ConfusionMatrix(len(classes)) for rate in rates}
@@ -293,6 +311,21 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
         confusion=confusion.matrix.numpy(),
         charts=charts,
     )
+
+
+def static_ratio(own: float, static: float, random: float) -> float:
+    """Fraction of an order's gain over random orders that its static order reaches; NaN without a gain.
+
+    Args:
+        own: mean accuracy with the order of each image.
+        static: the same with one order for all images.
+        random: the same with random orders.
+
+    Example:
+        >>> round(static_ratio(0.5, 0.4, 0.3), 3)
+        0.5
+    """
+    return (static - random) / (own - random) if own - random >= LEAST_GAIN else math.nan
 
 
 def accuracy_charts(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, LineChart]:
@@ -458,7 +491,7 @@ def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size:
     ranking: dict[str, float | None] = {}
     for name in orders.names:
         cache = orders.cache_of(name)
-        if cache is None or name == "collapse_static":  # one order for all images: no ranking per image
+        if cache is None or name in STATIC:  # one order for all images: no ranking per image
             ranking[name] = seconds.get(name, 0.0)
         else:
             ranking[name] = cache.seconds.get(_base(name))
@@ -472,7 +505,7 @@ def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size:
 
 def _base(name: str) -> str:
     """The stored order from which an order is derived."""
-    return "collapse" if name.startswith("collapse") else name
+    return "collapse" if name.startswith("collapse") else name.removesuffix(static_name(""))
 
 
 def _fastest(jobs: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
