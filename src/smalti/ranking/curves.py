@@ -227,7 +227,7 @@ def conclude_curves(
         curve_scores: result of :func:`compare_curves`.
         control: name of the control order.
         at_start: unexplained fraction of the variance before any patch is seen; a predictor worse than the mean image
-        is reported first.
+            is reported first.
     """
     sentences = []
     if at_start > UNSURE:
