@@ -71,7 +71,7 @@ def test_saturation_leaves_each_pixels_luminance_and_hue_the_grey_axis():
 
 
 def test_hue_turns_the_way_hsv_does():
-    """A small turn of a soft colour moves its hue by the same share of the circle."""
+    """A small turn of a soft colour moves its hue by the same fraction of the circle."""
     from smalti.data.color import _turn_hue
 
     np.testing.assert_allclose(_turn_hue(1 / 3) @ [1, 0, 0], [0, 1, 0], atol=1e-12)

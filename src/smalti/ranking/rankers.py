@@ -289,7 +289,7 @@ def rank_images(
         DataError: if no image can be read.
     """
     parts = [] if unfinished is None else list(unfinished.parts)
-    start = sum(part.done for part in parts)
+    start = 0 if unfinished is None else unfinished.done
     rest = replace(images, samples=images.samples[start:])
     states = (False, True) if both_flips else (False,)
     done, device = start, device or torch.device("cpu")

@@ -340,7 +340,8 @@ def accuracy_charts(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict
     }
     first, *others = lines.values()
     controls = [dataclasses.replace(line, role="control") for line in others if line.name in ALL_CONTROLS]
-    about_controls = f"{', '.join(ALL_CONTROLS[:-1])} and {ALL_CONTROLS[-1]} do not look at the image"
+    *names, last = (name for name in ALL_CONTROLS if name in lines)
+    about_controls = f"{', '.join(names)} and {last} do not look at the image"
     together = LineChart(
         "Encoders compared",
         f"Top-1 accuracy of each encoder by its own order against the fraction of dropped patches, beside orders that "
