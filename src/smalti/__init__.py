@@ -25,7 +25,7 @@ _LAZY = {
     "train": "smalti.runs.train",
     "resume": "smalti.runs.train",
     "compare": "smalti.comparison.run",
-    **dict.fromkeys(("doctor", "embed", "evaluate", "export", "generate", "rank"), "smalti.api"),
+    **dict.fromkeys(("doctor", "embed", "evaluate", "export", "generate", "load_ranked", "rank"), "smalti.api"),
 }
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "generate",
     "load",
     "load_images",
+    "load_ranked",
     "open_images",
     "rank",
     "resume",

@@ -21,15 +21,18 @@ from smalti.evaluation.result import Result
 from smalti.exporters.embeddings import Embedded
 from smalti.exporters.embeddings import embed as write_embeddings
 from smalti.exporters.onnx import export_onnx
+from smalti.exporters.ranked import RankedModel
 from smalti.exporters.timm import export_timm
 from smalti.models.encoder import Encoder
 from smalti.models.loading import load
+from smalti.preflight.keep import KeepReport, measure_keep
 from smalti.preflight.report import DoctorReport, measure_step
 from smalti.preflight.report import doctor as look
 from smalti.preflight.step import shared_by_workers, step_maker
 from smalti.ranking.rank import RankConfig, Ranking
 from smalti.ranking.rank import rank as rank_patches
 from smalti.runs import baseline
+from smalti.runs.build import load_ranker
 from smalti.runs.config import DataConfig, resolve, with_signals, with_start
 from smalti.runs.generate import (
     GenerateConfig,
@@ -209,6 +212,9 @@ def doctor(
     method: str | None = None,
     recipe: str | Path | None = None,
     against: str | Path | None = None,
+    encoder: Spec | None = None,
+    keep: int | None = None,
+    ranker: str | Path | None = None,
     out: str | Path = ".",
     overrides: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -220,6 +226,9 @@ def doctor(
         method: measure a step of this method.
         recipe: measure a step of this recipe.
         against: a second set, to evaluate on; its images that are also trained on are reported.
+        encoder: with ``keep``: the encoder that is measured, with all patches and with ``keep``.
+        keep: number of patches to keep.
+        ranker: a run of ``ranker`` that chooses them; None: one of the default size.
         out: where a run would be written; need not exist.
         overrides: settings of the run, as in :func:`smalti.train`; a step is measured if any besides ``data`` is given.
         progress: called as ``progress(done, total)``, counting files.
@@ -228,8 +237,13 @@ def doctor(
         ``report.lines()`` is what the command prints.
 
     Raises:
-        ConfigError, DataError, WeightsError: as :func:`smalti.train`.
+        ConfigError, DataError, WeightsError: as :func:`smalti.train`; also for ``encoder`` or ``ranker`` without
+            ``keep``, or ``keep`` without ``encoder``.
     """
+    if keep is None and (encoder is not None or ranker is not None):
+        raise ConfigError("--encoder and --ranker need --keep K, the number of patches to keep")
+    if keep is not None and encoder is None:
+        raise ConfigError(f"--keep {keep} needs --encoder, the encoder to measure: RUN, timm:NAME@FILE or random:NAME")
     tree: Tree = merge(unfold(overrides or {}), {"data": {"path": str(data)}} if data else {})
     if method or recipe or tree.keys() - {"data"}:
         given = read_yaml(find_recipe(recipe)) if recipe else {}
@@ -256,8 +270,32 @@ def doctor(
         against=None if against is None else str(against),
         out=Path(out),
         step=step,
+        keep=None if encoder is None or keep is None else _measure_keep(encoder, keep, ranker),
         progress=progress,
     )
+
+
+def load_ranked(encoder: Spec, ranker: str | Path, keep: int) -> RankedModel:
+    """One module that ranks an image's patches and encodes the best of them, with the interface of a timm model.
+
+    Args:
+        encoder: an encoder, or the name of one.
+        ranker: a run of ``ranker``.
+        keep: number of patches to encode.
+
+    Returns:
+        In eval mode on the CPU; takes normalised images.
+
+    Raises:
+        ConfigError: for a run of another method, another grid of patches, or ``keep`` outside 1..N.
+        RunError, WeightsError: for an encoder or run that can't be loaded.
+    """
+    model = encoder if isinstance(encoder, Encoder) else load(encoder, quiet=True)
+    return RankedModel(model, load_ranker(ranker), keep).cpu().eval()
+
+
+def _measure_keep(encoder: Spec, keep: int, ranker: str | Path | None) -> KeepReport:
+    return measure_keep(_encoder(encoder), keep, None if ranker is None else load_ranker(ranker), str(ranker or ""))
 
 
 def _encoder(spec: Spec) -> Encoder:

@@ -19,6 +19,7 @@ from smalti.layers.tokens import PatchTokenSource
 from smalti.methods.comae import (
     CoMAE,
     CoMAEConfig,
+    CrossReconstructor,
     contrast,
     corrupt,
     mask_entropy,
@@ -71,8 +72,9 @@ def test_nothing_of_a_target_reaches_its_own_row(readout: str) -> None:
     assert not any(torch.equal(again[0, n], rows[0, n]) for n in range(9) if n != 3)
 
 
-def test_nothing_of_a_target_reaches_its_own_reconstruction() -> None:
-    method = comae()
+@pytest.mark.parametrize("readout", ["removed", "cross"])
+def test_nothing_of_a_target_reaches_its_own_reconstruction(readout: str) -> None:
+    method = comae(readout=readout)
     tokens = torch.randn(2, 9, 4, requires_grad=True)
     keys = torch.arange(2)
     selection = method.select(tokens, keys)
@@ -84,6 +86,49 @@ def test_nothing_of_a_target_reaches_its_own_reconstruction() -> None:
         (grad,) = torch.autograd.grad(seen[0][0, place].sum(), tokens, retain_graph=True)
         assert torch.equal(grad[0, n], torch.zeros(4)) and torch.equal(grad[1], torch.zeros(9, 4))
         assert (grad[0].abs().sum(-1) > 0).sum() == 8
+
+
+def test_all_reconstructions_in_one_pass_are_those_of_one_target_at_a_time() -> None:
+    method = comae(readout="cross", num_targets=9).eval()
+    network, sigma = method.reconstructor, method.config.sigma
+    assert isinstance(network, CrossReconstructor)
+    generator = torch.Generator().manual_seed(0)
+    tokens, noise = (torch.randn(2, 9, 4, generator=generator) for _ in range(2))
+    targets = torch.stack([torch.randperm(9, generator=generator) for _ in range(2)])
+    weights = torch.rand(2, 9, 9, generator=generator)
+    made = network(tokens, noise, signal_ratio(weights, sigma), targets)
+    for b in range(2):
+        for t, n in enumerate(targets[b].tolist()):
+            others = [j for j in range(9) if j != n]
+            corrupted = corrupt(tokens[b], weights[b, t], noise[b], sigma)
+            keys = (network.embed(corrupted) + network.places)[others]  # the target is not among them
+            query = (network.tgt_token + network.targets[n])[None]
+            for block in network.blocks:
+                q = block.query(block.norm(query)).view(1, 2, 8).transpose(0, 1)
+                k, v = (part.view(8, 2, 8).transpose(0, 1) for part in block.key_value(keys).chunk(2, -1))
+                read = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                query = query + block.out(read.transpose(0, 1).flatten(1))
+                query = query + block.mlp(block.mlp_norm(query))
+            assert_close(made[b, t], network.head(network.norm(query))[0], atol=1e-5, rtol=1e-4)
+
+
+def test_one_pass_gives_the_rows_of_one_target_at_a_time() -> None:
+    method = comae(readout="cross").eval()
+    tokens = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    every = torch.arange(9).expand(2, -1)
+    whole = method.selector(tokens, every)
+    for n in range(9):
+        assert_close(method.selector(tokens, every[:, n : n + 1])[:, 0], whole[:, n])
+
+
+def test_selections_are_priced_after_the_budget_has_fallen() -> None:
+    method = comae(budget=0.0, budget_ramp=(0.5, 1.0), budget_weight=1.0)
+    views = batch(3)
+    mean = method.select(method.tokens.encode(views.global_crops), views.keys).weights.sum(-1) / 8
+    for progress, budget in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)):
+        assert_close(method(views, progress)["budget"], 4 * (mean - budget).clamp(min=0).mean())
+    with pytest.raises(ConfigError, match=r"budget_ramp=\[0.8, 0.4\]: the first number must not exceed the second"):
+        comae(budget_ramp=(0.8, 0.4))
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.2, 0.3, 0.5])

@@ -46,6 +46,18 @@ def command(
             autocompletion=completion.recipes,
         ),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", metavar="ENCODER", help="With --keep: the encoder that is measured."),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", metavar="K", help="Measure what encoding only K patches of an image saves."),
+    ] = None,
+    ranker: Annotated[
+        str | None,
+        typer.Option("--ranker", metavar="RUN", help="With --keep: a run of ranker that chooses the patches."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run will be written.")] = Path(),
     json: Json = None,
     debug: Debug = False,
@@ -65,7 +77,16 @@ def command(
             print(f"reading images: {done} of {total}", file=sys.stderr, end="\n" if done == total else "\r")
 
     report = doctor(
-        data, method=method, recipe=recipe, against=against, out=out, overrides=parse_overrides(words), progress=show
+        data,
+        method=method,
+        recipe=recipe,
+        against=against,
+        encoder=encoder,
+        keep=keep,
+        ranker=ranker,
+        out=out,
+        overrides=parse_overrides(words),
+        progress=show,
     )
     if json:
         write_json(json, report.to_json())

@@ -1,7 +1,6 @@
 """``smalti export``: write an encoder as a timm model or as ONNX."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import PositiveInt
@@ -10,9 +9,6 @@ from smalti.cli.options import Debug, EncoderSpec, Out, Partial, needed, take
 from smalti.cli.setting_docs import Setting, describe
 from smalti.config import ImageSize, PathText, settings
 from smalti.errors import ConfigError
-
-if TYPE_CHECKING:
-    from smalti.methods.ranker import DistilledRanker
 
 NAME = "export"
 Input = Literal["normalized", "unit"]
@@ -85,13 +81,14 @@ def command(
     from smalti.exporters.card import input_words
     from smalti.exporters.onnx import KEEP, RANKED, WHOLE, check_onnx, export_onnx
     from smalti.exporters.timm import check_target, export_timm
+    from smalti.runs.build import load_ranker
 
     if given.to == "onnx":
         check_onnx()
         check_target(out)
     model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug)
     if given.to == "onnx":
-        ranker = None if given.ranker is None else _open_ranker(given.ranker)
+        ranker = None if given.ranker is None else load_ranker(given.ranker)
         made = export_onnx(model, out, image_size=given.image_size, keep=given.keep, input=given.input, ranker=ranker)
         print(
             f"written: {made.path}  (largest difference in ONNX Runtime: {made.difference:.1e} of the largest number)"
@@ -106,19 +103,3 @@ def command(
     print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
     print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')
     print(f"images:  {input_words(model, 'normalized')}")
-
-
-def _open_ranker(run: str) -> "DistilledRanker":
-    """The network of a run of ranker.
-
-    Raises:
-        ConfigError: for a run of another method.
-        RunError: if it is no run.
-    """
-    from smalti.methods.ranker import DistilledRanker
-    from smalti.runs.build import load_method
-
-    method = load_method(Path(run).expanduser())
-    if not isinstance(method, DistilledRanker):
-        raise ConfigError(f"ranker={run}: is a run of {method.name}; a run of ranker is needed (smalti train ranker)")
-    return method

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from smalti.errors import ConfigError, MissingExtraError, WeightsError
 from smalti.exporters.card import CARD, Input, input_metadata, model_card
+from smalti.exporters.ranked import best_patches, check_keep, check_ranker
 from smalti.exporters.timm import check_target
 from smalti.files import folder_beside, write_atomically
 from smalti.functional.orders import random_orders
@@ -75,7 +76,7 @@ class Exported(nn.Module):
         return (features.patches, vector) if self.head is None else (features.patches, vector, self.head(vector))
 
 
-class RankedModel(nn.Module):
+class ExportedRanked(nn.Module):
     """A ranker, the choice of its best patches, and the model that encodes these.
 
     Args:
@@ -92,7 +93,7 @@ class RankedModel(nn.Module):
         """``(B, L)`` raster indices of the patches with the highest scores, the best first."""
         if self.model.input == "normalized":  # back to 0..1, since the ranker has a normalisation of its own
             images = images * self.model.encoder._std + self.model.encoder._mean
-        return self.ranker.scores(self.ranker.encoder.normalize(images)).topk(self.keep, dim=1).indices
+        return best_patches(self.ranker, images, self.keep)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The model's outputs for the chosen patches, and their indices."""
@@ -137,12 +138,10 @@ def export_onnx(
     height, width = encoder.img_size if image_size is None else (image_size, image_size)
     grid = encoder.check_size(height, width)
     num_patches = grid[0] * grid[1]
-    if keep is not None and not 1 <= keep <= num_patches:
-        raise ConfigError(
-            f"keep={keep}: an image of {height}x{width} pixels has {num_patches} patches; 1..{num_patches} is needed"
-        )
+    if keep is not None:
+        check_keep(keep, grid, (height, width))
     if ranker is not None:
-        _check_ranker(ranker, encoder, (height, width), grid, keep)
+        check_ranker(ranker, encoder, (height, width), keep)
     head = encoder.class_head
     model = Exported(clone_encoder(encoder).cpu().float().eval(), head, input).eval()
     outputs = ("tokens", "vector", "logits")[: 2 if head is None else 3]
@@ -163,7 +162,7 @@ def export_onnx(
                     f"{TOLERANCE:g} is allowed; {out} was not written"
                 )
             if ranker is not None and keep is not None:
-                ranked = RankedModel(model, copy.deepcopy(ranker).cpu().float(), keep).eval()
+                ranked = ExportedRanked(model, copy.deepcopy(ranker).cpu().float(), keep).eval()
                 names = (*outputs, "ids_keep")
                 _write(ranked, (images,), temporary / RANKED, ("images",), names, {"images": {0: "batch"}}, metadata)
                 difference = max(difference, compare_ranked(ranked, temporary, (height, width)))
@@ -204,28 +203,8 @@ def _description(
     }
 
 
-def _check_ranker(
-    ranker: DistilledRanker, encoder: Encoder, size: tuple[int, int], grid: tuple[int, int], keep: int | None
-) -> None:
-    """Check that a ranker scores the patches that an encoder takes.
-
-    Raises:
-        ConfigError: if ``keep`` is missing, or the ranker takes other images or patches.
-    """
-    if keep is None:
-        raise ConfigError("ranker needs keep=K, the number of patches to encode")
-    own = ranker.encoder
-    if own.in_chans != encoder.in_chans or own.img_size != size or own.check_size(*size) != grid:
-        theirs = own.check_size(*own.img_size)
-        raise ConfigError(
-            f"the ranker scores {theirs[0]}x{theirs[1]} patches of {own.img_size[0]}x{own.img_size[1]} px images with "
-            f"{own.in_chans} channels, the encoder takes {grid[0]}x{grid[1]} of {size[0]}x{size[1]} px with "
-            f"{encoder.in_chans}; train the ranker at that size and patch size"
-        )
-
-
 @torch.inference_mode()
-def compare_ranked(model: RankedModel, folder: Path, size: tuple[int, int]) -> float:
+def compare_ranked(model: ExportedRanked, folder: Path, size: tuple[int, int]) -> float:
     """Largest difference between a model and its ``ranked.onnx``, as :func:`compare` measures it.
 
     Outputs are compared for the patches that the file has chosen; a choice counts as equal if the scores of its patches

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
@@ -57,9 +58,9 @@ class CoMAEConfig(MethodConfig):
     decoder_num_heads: NumHeads = 8
     """Attention heads of the reconstructing network."""
     readout: Literal["removed", "cross"] = "removed"
-    """``removed``: one forward pass per target, with that token removed (the paper's); ``cross``: all targets in one
-    pass, as queries that attend to all tokens but their own, while tokens don't attend to each other (ours, N times
-    cheaper)."""
+    """``removed``: one forward pass of both networks per target, with that token removed (the paper's); ``cross``: all
+    targets in one pass, as queries that attend to all tokens but their own, while tokens don't attend to each other
+    (ours, cheaper by the number of targets)."""
     activation: Literal["half", "relu", "abs"] = "half"
     """From z to w: ``(1 + tanh z) / 2``, ``tanh(max(z, 0))`` or ``|tanh z|``."""
     sigma: Positive = 0.3
@@ -76,6 +77,9 @@ class CoMAEConfig(MethodConfig):
     """Lower bound of the temperature."""
     budget: Ratio = 0.15
     """kappa: mean selection above which the budget loss applies."""
+    budget_ramp: tuple[Ratio, Ratio] = (0.0, 0.0)
+    """Progress of training at which the budget starts to fall from 1, and at which it reaches ``budget``, so that the
+    reconstructor learns before selections are priced; (0, 0): ``budget`` from the first step."""
     budget_weight: NonNegative = 0.25
     """lambda_b / d: weight of the budget loss, per value of a token; 0: none (the paper's)."""
     alternate: bool = True
@@ -126,6 +130,19 @@ def contrast(weights: Float[Tensor, "G T N"], log_temperature: Float[Tensor, ""]
     with torch.autocast(rows.device.type, enabled=False):  # cosines are divided by a small temperature
         logits = rows @ rows.mT / log_temperature.exp().clamp(min=floor)
     return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+
+
+def budget_at(progress: float, config: CoMAEConfig) -> float:
+    """kappa at some progress of training: 1, then falling linearly to ``budget``.
+
+    Example:
+        >>> config = CoMAEConfig(budget=0.2, budget_ramp=(0.4, 0.8))
+        >>> [round(budget_at(progress, config), 3) for progress in (0.0, 0.4, 0.6, 0.8, 1.0)]
+        [1.0, 1.0, 0.6, 0.2, 0.2]
+    """
+    start, end = config.budget_ramp
+    fallen = 1.0 if progress >= end else max(0.0, progress - start) / (end - start)
+    return 1 - (1 - config.budget) * fallen
 
 
 def mask_entropy(weights: Float[Tensor, "*B N"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -213,9 +230,7 @@ class Reconstructor(nn.Module):
         self.targets = nn.Parameter(torch.empty(source.num_tokens, dim))
         self.blocks = RotaryBlocks(dim, config.decoder_depth, config.decoder_num_heads, source.grid)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Sequential(
-            *(ResidualPerceptron(dim) for _ in range(4)), nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, source.token_dim)
-        )
+        self.head = reconstruction_head(dim, source.token_dim)
         _init(self)
 
     def forward(self, corrupted: Float[Tensor, "B T M d"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T d"]:
@@ -231,6 +246,92 @@ class Reconstructor(nn.Module):
         return self.head(self.norm(sequence[:, 0])).view(*targets.shape, -1)
 
 
+class MixedBlock(nn.Module):
+    """Pre-norm block of queries, one per target, that attend to tokens which are corrupted differently for each target.
+
+    Keys and values are linear in the corrupted token ``alpha_nj e_j + (1 - alpha_nj) eps_j``, so those of tokens and of
+    noise are computed once and mixed in the logits and in the sum: N^2 numbers per head instead of N^2 tokens.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ConfigError(f"method.decoder_num_heads={num_heads}: must divide method.decoder_dim={dim}")
+        self.num_heads = num_heads
+        self.norm, self.mlp_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.query, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "B T D"],
+        parts: tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"], Float[Tensor, "N D"]],
+        alpha: Float[Tensor, "B T N"],
+        hidden: Bool[Tensor, "B T N"],
+    ) -> Float[Tensor, "B T D"]:
+        """The queries after the block.
+
+        Args:
+            queries: one per target.
+            parts: embeddings of the tokens, of their noise, and of their positions, which are never corrupted.
+            alpha: mixing weight of each token for each target, Eq. (3).
+            hidden: True where a target must not look: at itself.
+        """
+        query = self._heads(self.query(self.norm(queries))) * (queries.shape[-1] // self.num_heads) ** -0.5
+        token, noise, place = (tuple(map(self._heads, self.key_value(part).chunk(2, -1))) for part in parts)
+        kept = alpha[:, None]  # the same for all heads
+        logits = kept * (query @ token[0].mT) + (1 - kept) * (query @ noise[0].mT) + query @ place[0].mT
+        weights = logits.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+        read = (weights * kept) @ token[1] + (weights * (1 - kept)) @ noise[1] + weights @ place[1]
+        queries = queries + self.out(read.transpose(1, 2).flatten(2))
+        return queries + self.mlp(self.mlp_norm(queries))
+
+    def _heads(self, x: Float[Tensor, "*B S D"]) -> Float[Tensor, "*B H S E"]:
+        return x.view(*x.shape[:-1], self.num_heads, -1).transpose(-2, -3)
+
+
+class CrossReconstructor(nn.Module):
+    """Variant of g for all targets in one pass: a query per target attends to corrupted tokens, which are not mixed.
+
+    A token's noise is the same for all targets of a pass: each target's loss has the same expectation as with noise of
+    its own.
+    """
+
+    def __init__(self, source: TokenSource, config: CoMAEConfig) -> None:
+        super().__init__()
+        dim = config.decoder_dim
+        self.embed = nn.Linear(source.token_dim, dim, bias=False)
+        self.places = nn.Parameter(torch.empty(source.num_tokens, dim))
+        self.tgt_token = nn.Parameter(torch.empty(dim))
+        self.targets = nn.Parameter(torch.empty(source.num_tokens, dim))
+        self.blocks = nn.ModuleList(MixedBlock(dim, config.decoder_num_heads) for _ in range(config.decoder_depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = reconstruction_head(dim, source.token_dim)
+        _init(self)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B N d"],
+        noise: Float[Tensor, "B N d"],
+        alpha: Float[Tensor, "B T N"],
+        targets: Int[Tensor, "B T"],
+    ) -> Float[Tensor, "B T d"]:
+        """The targets' tokens, from all others mixed with noise by ``alpha``."""
+        parts = self.embed(tokens), self.embed(noise), self.places
+        own = F.one_hot(targets, tokens.shape[1]).bool()
+        queries = self.tgt_token + self.targets[targets]
+        for block in self.blocks:
+            queries = block(queries, parts, alpha, own)
+        return self.head(self.norm(queries))
+
+
+def reconstruction_head(dim: int, token_dim: int) -> nn.Sequential:
+    """The "four-layer residual MLP", a norm, and a linear layer to the values of a token."""
+    layers = (ResidualPerceptron(dim) for _ in range(4))
+    return nn.Sequential(*layers, nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, token_dim))
+
+
 class ResidualPerceptron(nn.Module):
     """One layer of the reconstructor's head: norm, linear, SiLU, linear, added to its input."""
 
@@ -238,7 +339,7 @@ class ResidualPerceptron(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """The input plus its transform."""
         return x + self.inner(x)
 
@@ -290,7 +391,7 @@ class CoMAE(TokenMethod):
         _check(config, tokens)
         self.selector = (Selector if config.readout == "removed" else CrossSelector)(tokens, config)
         self.log_temperature = nn.Parameter(torch.tensor(config.temperature).log())
-        self.reconstructor = Reconstructor(tokens, config)
+        self.reconstructor = (Reconstructor if config.readout == "removed" else CrossReconstructor)(tokens, config)
         self.register_buffer("steps_made", torch.zeros((), dtype=torch.int64))
         self.steps_made: Tensor
         self._steps_made = 0
@@ -314,7 +415,7 @@ class CoMAE(TokenMethod):
         if config.budget_weight:
             mean = rows.sum(-1) / (rows.shape[-1] - 1)
             weight = config.budget_weight * self.tokens.token_dim
-            losses["budget"] = weight * (mean - config.budget).clamp(min=0).mean()
+            losses["budget"] = weight * (mean - budget_at(progress, config)).clamp(min=0).mean()
         self.observations = self._observe(selection)
         return losses
 
@@ -334,14 +435,18 @@ class CoMAE(TokenMethod):
     ) -> Float[Tensor, ""]:
         """L_r of Eq. (6): L1 between the targets' tokens and their reconstructions; sum over values, mean over targets
         and images."""
-        targets, (num_targets, num) = selection.targets, selection.weights.shape[1:]
-        others = _others(num, tokens.device)[targets]
-        around = _take(tokens, others.flatten(0, 1), num_targets).view(*others.shape, -1)  # (B, T, N-1, d)
-        noise = sample_normal(keys, around[0].numel(), _NOISE).view_as(around)
-        corrupted = corrupt(around, selection.weights.gather(-1, others), noise, self.config.sigma)
+        targets, sigma = selection.targets, self.config.sigma
+        if isinstance(self.reconstructor, CrossReconstructor):
+            noise = sample_normal(keys, tokens[0].numel(), _NOISE).view_as(tokens)
+            made = self.reconstructor(tokens, noise, signal_ratio(selection.weights, sigma), targets)
+        else:
+            num_targets, num = selection.weights.shape[1:]
+            others = _others(num, tokens.device)[targets]
+            around = _take(tokens, others.flatten(0, 1), num_targets).view(*others.shape, -1)  # (B, T, N-1, d)
+            noise = sample_normal(keys, around[0].numel(), _NOISE).view_as(around)
+            made = self.reconstructor(corrupt(around, selection.weights.gather(-1, others), noise, sigma), targets)
         truth = tokens.gather(1, targets[..., None].expand(-1, -1, tokens.shape[-1]))
-        made = at_least_float32(self.reconstructor(corrupted, targets))
-        return (made - truth).abs().sum(-1).mean()
+        return (at_least_float32(made) - truth).abs().sum(-1).mean()
 
     @torch.no_grad()
     def dependency(self, images: Num[Tensor, "B C S S"], chunk: int | None = None) -> Float[Tensor, "B N N"]:
@@ -461,5 +566,8 @@ def _init(module: nn.Module) -> None:
 def _check(config: CoMAEConfig, tokens: TokenSource) -> None:
     if tokens.num_tokens < 2:
         raise ConfigError(f"comae needs at least 2 tokens per image, got {tokens.num_tokens}; lower tokens.patch_size")
+    start, end = config.budget_ramp
+    if start > end:
+        raise ConfigError(f"method.budget_ramp={[start, end]}: the first number must not exceed the second")
     if config.num_targets < 1:
         raise ConfigError(f"method.num_targets={config.num_targets}: at least 1 is needed")

@@ -22,6 +22,7 @@ from smalti.data.workers import SHARED_MEMORY, shared_memory_mib
 from smalti.errors import ConfigError
 from smalti.preflight.dataset import DataReport, Progress, fact_line, look_at_data
 from smalti.preflight.devices import MARGIN, Hardware, find_devices, main_memory
+from smalti.preflight.keep import KeepReport
 from smalti.runs.config import DataConfig
 from smalti.runs.machine import describe_machine, package_version
 from smalti.training.launch import split_batch
@@ -165,6 +166,7 @@ class DoctorReport:
     """Folder whose disk was checked."""
     data: DataReport | None
     step: StepEstimate | None
+    keep: KeepReport | None = None
     shared_mib: float | None = None
     """Free shared memory, through which data workers pass batches; None if the system has none."""
 
@@ -194,6 +196,8 @@ class DoctorReport:
             parts.append(self.data.lines())
         if self.step is not None:
             parts.append(self.step.lines())
+        if self.keep is not None:
+            parts.append(self.keep.lines())
         problems = self.problems
         parts.append([f"! {problem}" for problem in problems] or ["no problems found"])
         return [line for number, part in enumerate(parts) for line in ([""] if number else []) + part]
@@ -205,6 +209,8 @@ class DoctorReport:
             sizes = ("largest_micro_batch", "proposed_micro_batch", "fits")
             worked_out = ("seconds", "memory_mib", *sizes, "hours", "disk_mib")
             plain["step"] |= {name: getattr(self.step, name) for name in worked_out}
+        if self.keep is not None:
+            plain["keep"] |= {"pays": self.keep.pays}
         return plain | {"problems": self.problems}
 
     def _step_problems(self, step: StepEstimate) -> list[str]:
@@ -238,6 +244,7 @@ def doctor(
     against: str | None = None,
     out: Path = Path(),
     step: StepEstimate | None = None,
+    keep: KeepReport | None = None,
     progress: Progress | None = None,
 ) -> DoctorReport:
     """Check this machine and, if given, the data.
@@ -248,6 +255,7 @@ def doctor(
         against: a second set, to evaluate on; its images that are also trained on are reported.
         out: where a run would be written; need not exist.
         step: result of :func:`measure_step`.
+        keep: result of :func:`~smalti.preflight.keep.measure_keep`.
         progress: called as ``progress(done, total)`` while files are read.
 
     Raises:
@@ -264,6 +272,7 @@ def doctor(
         out=out,
         data=None if data is None else look_at_data(data, settings, against=against, progress=progress),
         step=step,
+        keep=keep,
         shared_mib=shared_memory_mib(),
     )
 

@@ -27,6 +27,7 @@ from smalti.data.workers import default_workers
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError, WeightsError
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import EncoderMethod, Method, TokenMethod, get_method
+from smalti.methods.ranker import DistilledRanker
 from smalti.models.build import build_encoder, encoder_from_config
 from smalti.models.encoder import Encoder
 from smalti.models.loading import (
@@ -148,6 +149,19 @@ def load_method(run: Path) -> Method:
         method = build_method(config, encoder_description(checkpoint))
         method.load_state_dict(read_tensors(checkpoint / WEIGHTS_FILE))
         return method.eval()
+
+
+def load_ranker(run: str | Path) -> DistilledRanker:
+    """The network of a run of ``ranker``, in eval mode on the CPU.
+
+    Raises:
+        ConfigError: for a run of another method.
+        RunError, WeightsError: as :func:`load_method`.
+    """
+    method = load_method(Path(run).expanduser())
+    if not isinstance(method, DistilledRanker):
+        raise ConfigError(f"ranker={run}: is a run of {method.name}; a run of ranker is needed (smalti train ranker)")
+    return method
 
 
 def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = None, quiet: bool = True) -> Encoder:
