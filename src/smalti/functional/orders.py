@@ -132,6 +132,17 @@ def rank_correlation(first: Int[Tensor, "*B N"], second: Int[Tensor, "*C N"]) ->
     return _correlation(ranks_of(first).double(), ranks_of(second).double())
 
 
+def residual_correlation(first: Int[Tensor, "M N"], second: Int[Tensor, "M N"]) -> Float[Tensor, " M"]:
+    """Correlation of the ranks of two orders after subtracting each one's mean rank of every position over the images.
+
+    What two rankings share beyond one order for all images. NaN for an image with no deviation from the mean.
+    """
+    ranks = [ranks_of(orders).double() for orders in (first, second)]
+    deviations = [each - each.mean(0) for each in ranks]
+    flat = torch.stack([each.abs().amax(-1) < 1e-9 for each in deviations]).any(0)
+    return _correlation(*deviations).masked_fill(flat, torch.nan)
+
+
 def neighbour_correlation(orders: Int[Tensor, "*B N"], grid: tuple[int, int]) -> Float[Tensor, "*B"]:
     """Correlation of the ranks of patches that share an edge; near 0 without spatial structure."""
     if orders.shape[-1] != grid[0] * grid[1]:

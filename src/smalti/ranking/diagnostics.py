@@ -14,7 +14,13 @@ from torch import Tensor
 
 from smalti.errors import ShapeError
 from smalti.functional.graphs import ranks_of
-from smalti.functional.orders import image_dependence, neighbour_correlation, rank_correlation, top_overlap
+from smalti.functional.orders import (
+    image_dependence,
+    neighbour_correlation,
+    rank_correlation,
+    residual_correlation,
+    top_overlap,
+)
 
 TOP = 0.22
 """Fraction of patches kept by the paper's classifier."""
@@ -133,14 +139,19 @@ def kendall(first: Int[Tensor, "M N"], second: Int[Tensor, "M N"]) -> Float[Tens
 
 
 def agreement(first: Int[Tensor, "M N"], second: Int[Tensor, "M N"]) -> dict[str, float]:
-    """Agreement of two orders of the same images: means over images of Spearman's and Kendall's correlation and of the
-    Jaccard index of the first 22 %; ``spearman_sd``: standard deviation over images."""
+    """Agreement of two orders of the same images, as means over images.
+
+    Returns:
+        ``spearman`` with its standard deviation ``spearman_sd``, ``spearman_residual`` (after subtracting each one's
+        mean rank of every position; NaN for one image), ``kendall``, and ``jaccard``, the index of the first 22 %.
+    """
     num = first.shape[-1]
     spearman = rank_correlation(first, second)
     both = top_overlap(first, second, num_top(num))
     return {
         "spearman": float(spearman.mean()),
         "spearman_sd": float(spearman.std(correction=0)),
+        "spearman_residual": float(residual_correlation(first, second).nanmean()),
         "kendall": float(kendall(first, second).mean()),
         "jaccard": float((both / (2 - both)).mean()),
     }
@@ -194,7 +205,9 @@ def conclude(
             if rho > REPRODUCED
             else f"not above {REPRODUCED}, the order is not a property of the data"
         )
-        sentences.append(f"{name} of the other run has rank correlation {rho:.2f}: {verdict}.")
+        residual = numbers["spearman_residual"]
+        beyond = "" if math.isnan(residual) else f"; {residual:.2f} with the mean order of each run subtracted"
+        sentences.append(f"{name} of the other run has rank correlation {rho:.2f}{beyond}: {verdict}.")
     return sentences
 
 

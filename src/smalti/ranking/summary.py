@@ -92,8 +92,9 @@ def order_table(ranking: Ranking) -> NumberTable:
 
 def agreement_tables(ranking: Ranking) -> dict[str, NumberTable]:
     """Heading -> agreement between orders, and with those of another training; empty where there is none."""
-    columns = ("first", "second", "Spearman", "sd over images", "Kendall", f"Jaccard of the first {100 * TOP:.0f} %")
-    keys = ("spearman", "spearman_sd", "kendall", "jaccard")
+    top = f"Jaccard of the first {100 * TOP:.0f} %"
+    columns = ("first", "second", "Spearman", "sd over images", "mean orders subtracted", "Kendall", top)
+    keys = ("spearman", "spearman_sd", "spearman_residual", "kendall", "jaccard")
     tables = {}
     if ranking.agreements:
         rows = tuple((*pair, *(_text(numbers[key]) for key in keys)) for pair, numbers in ranking.agreements.items())
