@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Num
+from timm.models.vision_transformer import Attention
 from torch import Tensor
 
 from smalti.functional.attention import to_patches
@@ -14,7 +15,6 @@ from smalti.layers.attention import attention_modules, attention_weights
 from smalti.models.encoder import Encoder
 
 
-@torch.no_grad()
 def block_attention(
     encoder: Encoder, image: Num[Tensor, "1 C H W"], blocks: Sequence[int] | None = None
 ) -> Iterator[Float[Tensor, "heads Q N"]]:
@@ -45,12 +45,18 @@ def block_attention(
         modules[number].register_forward_pre_hook(lambda module, args, n=number: keep(n, args[0])) for number in chosen
     ]
     try:
-        encoder.encode(image)
+        with torch.no_grad():
+            encoder.encode(image)
     finally:
         for hook in hooks:
             hook.remove()
-    num_prefix = encoder.num_prefix_tokens
     for number in chosen:
-        weights = to_patches(attention_weights(modules[number], inputs.pop(number))[0], num_prefix)
-        prefix = weights[:, : int(encoder.has_class_token)]  # the class token comes before registers
-        yield torch.cat([prefix, weights[:, num_prefix:]], dim=1)
+        yield _of_block(modules[number], inputs.pop(number), encoder)
+
+
+@torch.no_grad()
+def _of_block(module: Attention, tokens: Float[Tensor, "1 T D"], encoder: Encoder) -> Float[Tensor, "heads Q N"]:
+    num_prefix = encoder.num_prefix_tokens
+    weights = to_patches(attention_weights(module, tokens)[0], num_prefix)
+    prefix = weights[:, : int(encoder.has_class_token)]  # the class token comes before registers
+    return torch.cat([prefix, weights[:, num_prefix:]], dim=1)
