@@ -7,6 +7,7 @@ import torch
 
 from smalti.data.images.folders import open_images
 from smalti.data.order_files import OrderCache
+from smalti.ranking.classes import orders_by_class
 from smalti.ranking.curves import PrefixCurve, compare_curves
 from smalti.ranking.diagnostics import agreement, describe_orders
 from smalti.ranking.rank import Ranking
@@ -14,8 +15,8 @@ from smalti.ranking.rank import Ranking
 GRID = (4, 4)
 
 
-def small_ranking(folder: Path, with_curves: bool = True) -> Ranking:
-    """Orders ``collapse`` (with scores) and ``variance`` of all images of a folder."""
+def small_ranking(folder: Path, with_curves: bool = True, num_classes: int = 0) -> Ranking:
+    """Orders ``collapse`` (with scores) and ``variance`` of all images of a folder, which are of classes in turn."""
     images = open_images(folder)
     rng = np.random.default_rng(0)
     count, num = len(images), GRID[0] * GRID[1]
@@ -52,4 +53,13 @@ def small_ranking(folder: Path, with_curves: bool = True) -> Ranking:
         sentences=("Nothing is known.",),
         settings={"seed": 0},
         seconds=61.0,
+        by_class={
+            "collapse": orders_by_class(
+                orders["collapse"].long(),
+                [number % num_classes for number in range(count)],
+                [f"<class> {number}" for number in range(num_classes)],
+            )
+        }
+        if num_classes
+        else {},
     )

@@ -35,9 +35,9 @@ def fit(method: str, data: Path, out: Path, *words: str, init: Path | None = Non
 
 
 def draw(run: Path, out: Path, **options: Any) -> None:
-    orders = options.pop("orders", None)
+    orders, classifier = options.pop("orders", None), options.pop("classifier", None)
     words = [f"{key}={value}" for key, value in {"steps": 3, "iterations": 4, **options}.items()]
-    generate(run=run, words=words, orders=orders, out=out, quiet=True)
+    generate(run=run, words=words, orders=orders, classifier=classifier, out=out, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,52 @@ def test_a_cmar_learns_from_a_mar_and_draws_in_the_orders_of_each_class(
     assert [(int(y) // 16, int(x) // 16) for y, x in first[::2]] == [(0, 0), (0, 0)]  # blue: dark, so first
     cell = int(halton((4, 4))[0])
     assert [(int(y) // 16, int(x) // 16) for y, x in first[1::2]] == [divmod(cell, 4)] * 2  # red
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory, class_folders: Path) -> str:
+    """A run of one step on the same classes."""
+    words = "encoder=vit_tiny_patch16_224 encoder.embed_dim=24 encoder.depth=1 encoder.num_heads=3 encoder.patch_size=8"
+    more = "data.image_size=32 steps=1 batch_size=4 devices=cpu"
+    out = tmp_path_factory.mktemp("runs") / "supervised"
+    return str(fit("supervised", class_folders, out, *words.split(), *more.split()))
+
+
+def test_a_classifiers_certainty_is_measured_while_drawing(
+    mar: Path, classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(mar, tmp_path / "out", num=10, classifier=classifier)
+    assert f"certainty of {classifier} while drawing, mean of 10 images (chance: 50%): " in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "certainty.json").read_text())
+    assert found["drawn"][0] == 0 and found["drawn"][-1] == 1 and len(found["drawn"]) == 1 + 4  # iterations
+    assert [one["label"] for one in found["images"]] == ["blue", "red"] * 5
+    assert all((tmp_path / "out" / one["file"]).is_file() for one in found["images"])
+    values = np.array([one["certainty"] for one in found["images"]])
+    assert values.mean(0) == pytest.approx(found["mean"], abs=1e-4)
+    assert values[::2, 0] + values[1::2, 0] == pytest.approx(np.ones(5), abs=1e-4)  # an empty image: either class
+    assert cv2.imread(str(tmp_path / "out" / "film.png")).shape[0] == 8 * (68 + 18) + 4
+    assert cv2.imread(str(tmp_path / "out" / "certainty.png")).shape[2] == 3
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["classifier"] == classifier
+    page = write_report(mar, num_images=0).read_text()
+    assert "Certainty while drawing" in page and "Below a frame: the certainty of the classifier." in page
+    draw(mar, tmp_path / "without", num=2)
+    assert not (tmp_path / "without" / "certainty.json").exists()
+    assert "Certainty while drawing" not in write_report(mar, num_images=0).read_text()
+
+
+def test_a_classifier_that_does_not_fit_is_one_line_and_nothing_is_written(
+    mar: Path, classifier: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for expected, given in (
+        ("has no classification head", {"classifier": "random:vit_tiny_patch16_224"}),
+        ("no such run or file", {"classifier": str(tmp_path / "nothing")}),
+        ("needs images of classes, but these are drawn without", {"classifier": classifier, "labels": "none"}),
+    ):
+        with pytest.raises(SmaltiError) as raised:
+            draw(mar, out, num=2, **given)
+        assert expected in str(raised.value) and "\n" not in str(raised.value), str(raised.value)
+        assert not out.exists()
 
 
 def test_a_run_without_classes_draws_without_labels(photos: Path, tmp_path: Path) -> None:

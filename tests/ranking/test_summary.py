@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 
 from small_ranking import small_ranking
-from smalti.ranking.summary import agreement_tables, curve_charts, curve_table, order_table, pictured_images
+from smalti.ranking.summary import (
+    agreement_tables,
+    class_ranks,
+    class_table,
+    curve_charts,
+    curve_table,
+    order_table,
+    pictured_images,
+)
 
 
 def test_tables_have_a_row_for_each_order_and_explain_their_columns(photos: Path):
@@ -34,3 +42,19 @@ def test_pictured_images_have_their_own_order_and_a_random_one(photos: Path):
     assert len(others) == 2 and first.main == "collapse" and first.has_scores
     assert list(first.orders) == ["collapse", "collapse_static", "random"]
     assert np.argmax(first.values) == first.orders["collapse"][0]
+
+
+def test_classes_have_a_row_each_and_colours_of_one_scale(photos: Path):
+    classes = small_ranking(photos, num_classes=3).by_class["collapse"]
+    table = class_table(classes)
+    assert [row[0] for row in table.rows] == ["<class> 0", "<class> 1", "<class> 2"]
+    assert table.columns == ("class", "num images", "static ratio", "same class", "other classes")
+    assert set(table.meanings) == set(table.columns[1:]) and table.rows[0][1] == str(classes[0].num_images)
+    everything, *each = class_ranks(classes)
+    assert everything.name == "all images" and [one.name for one in each] == [row[0] for row in table.rows]
+    values = np.stack([everything.values, *(one.values for one in each)])
+    assert (values.min(), values.max()) == (0, 1)
+    assert np.argmax(each[1].values) == int(classes[1].mean_rank.argmin())  # pale: first
+    sizes = np.array([one.num_images for one in classes])
+    assert np.allclose(sizes / sizes.sum() @ values[1:], everything.values)
+    assert everything.static_ratio < min(one.static_ratio for one in each)  # chance: 1 / images

@@ -28,3 +28,11 @@ def test_the_page_has_orders_agreement_curves_and_pictures(photos: Path, tmp_pat
 def test_without_a_predictor_and_pictures_these_sections_are_missing(photos: Path, tmp_path: Path):
     page = check_page(write_page(tmp_path / "orders.html", small_ranking(photos, with_curves=False), 0))
     assert not {"curves", "pictures"} & set(page.attributes("id")) and not (tmp_path / "orders.png").exists()
+
+
+def test_images_of_classes_have_a_map_of_each_class(photos: Path, tmp_path: Path):
+    page = check_page(write_page(tmp_path / "orders.html", small_ranking(photos, num_classes=2), 0))
+    assert "classes" in page.attributes("id") and "<class> 1 · 0." in page.text and "static ratio" in page.text
+    assert sum(alt.startswith("mean ranks of collapse: ") for alt in page.attributes("alt")) == 3
+    without = check_page(write_page(tmp_path / "orders.html", small_ranking(photos), 0))
+    assert "classes" not in without.attributes("id")

@@ -12,7 +12,7 @@ from htmlpage import Page, check_page
 from smalti.config import write_yaml
 from smalti.data.images.folders import open_images
 from smalti.errors import ConfigError, RunError, ShapeError
-from smalti.evaluation.result import Result, write_results
+from smalti.evaluation.result import Baseline, Result, write_results
 from smalti.methods.mae import MAE
 from smalti.models.build import build_encoder
 from smalti.report.patch_pictures import crop_images, patch_tokens
@@ -64,6 +64,28 @@ def test_the_data_of_the_page_gives_the_cosine_similarities(page, encoder):
     torch.testing.assert_close(codes @ codes.T, flat @ flat.T, atol=0.01, rtol=0)
     image, patch = data["start"]
     assert image < 4 and patch < grid[0] * grid[1]
+
+
+def test_the_explorer_offers_attention_in_any_block(page, make_run, tmp_path):
+    data = json.loads(page.data)["weights"]
+    trained, baseline = data["encoders"]
+    assert data["images"] == [0, 1, 2, 3] and (data["query_step"], data["key_step"]) == (1, 1)
+    assert (trained["blocks"], trained["heads"], trained["class_token"]) == (2, 3, True) and baseline["blocks"] == 2
+    assert "block" in page.attributes("id") and "class-token" in page.attributes("id")
+    assert "Attention is that of the same patch" in page.text and "To keep the page small" not in page.text
+    other = build_encoder("vit_tiny_patch16_224", img_size=64, seed=3, depth=2, embed_dim=30, num_heads=3).eval()
+    other.vit.blocks[0].attn = _MeanMixer()
+    path = write_report(make_run(), encoder=other, baseline=Baseline("untrained", lambda: other), num_images=2)
+    without = check_page(path)
+    assert json.loads(without.data)["weights"] is None and "block" not in without.attributes("id")
+    assert "No attention: " in without.text and "Attention is that of" not in without.text
+
+
+class _MeanMixer(torch.nn.Module):
+    """Mixes tokens without attention."""
+
+    def forward(self, tokens, **arguments):
+        return tokens.mean(1, keepdim=True).expand_as(tokens)
 
 
 def test_names_from_outside_stay_text(make_run, tmp_path, encoder):

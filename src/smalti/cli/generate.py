@@ -1,6 +1,7 @@
 """``smalti generate``: generate images with a run of MAR or CMAR."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ from smalti.reading import reading
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from smalti.runs.certainty import Certainty
     from smalti.runs.generate import Film
 
 NAME = "generate"
 FILM_IMAGES, GRID_IMAGES = 8, 64
 SETTINGS, GRID, FILM = "samples.json", "grid.png", "film.png"
 """Written first (and again at the end, with the rate), and the pictures of the first images."""
+CERTAINTY, CURVE = "certainty.json", "certainty.png"
+"""With a classifier: its numbers, and their curve."""
 
 
 def command(
@@ -37,13 +41,22 @@ def command(
     orders: Annotated[
         Path | None, typer.Option("--orders", metavar="FILE", help="File of `smalti rank`, for orders found there.")
     ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            "--classifier",
+            metavar="RUN",
+            help="A run of `supervised` or `cvit` with the same classes: how certain it is while images are drawn.",
+        ),
+    ] = None,
     out: Out = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Generate images with a run of MAR or CMAR.
 
-    Writes PNG files, a grid of them, and a film strip of the steps.
+    Writes PNG files, a grid of them, and a film strip of the steps; with `--classifier` also the probability of each
+    image's class after each step (certainty.json, certainty.png, and below the frames of the strip).
 
     The run's report (`smalti report RUN`) shows the grid and the strip. The same command resumes an interrupted run:
     images that exist are kept.
@@ -64,6 +77,7 @@ def command(
     from smalti.data.order_files import CACHED
     from smalti.models.loading import weights_digest
     from smalti.report.samples import as_pixels, write_png
+    from smalti.runs.certainty import CERTAIN_IMAGES, measure_certainty, open_classifier
     from smalti.runs.generate import (
         GenerateConfig,
         choose_classes,
@@ -96,8 +110,11 @@ def command(
         method.tokens.grid,
         classes,
     )
-    method = method.to(best_device())
+    device = best_device()
     names = [classes[number] if number < len(classes) else "" for number in numbers]
+    judge = None if classifier is None else open_classifier(classifier, names, method.tokens.in_chans)
+    num_filmed = FILM_IMAGES if judge is None else CERTAIN_IMAGES
+    method = method.to(device)
     files = [out / "images" / name / f"{place:05d}.png" for place, name in enumerate(names)]
     settings = {
         "run": str(run),
@@ -108,6 +125,7 @@ def command(
         "order": name,
         "orders": None if file is None else str(file),
         "order_source": config.order_source,
+        **({} if classifier is None else {"classifier": classifier}),
         **to_tree(sampler),
     }
 
@@ -121,7 +139,8 @@ def command(
             write_png(files[place], pixels)
 
     def is_kept(place: int) -> bool:
-        return files[place].is_file() and (place >= FILM_IMAGES or (out / FILM).is_file())
+        is_filmed = (out / FILM).is_file() and (judge is None or (out / CERTAINTY).is_file())
+        return files[place].is_file() and (place >= num_filmed or is_filmed)
 
     with (
         locked(out),
@@ -149,11 +168,23 @@ def command(
             keep=keep,
             is_kept=is_kept,
             progress=progress,
-            film_images=FILM_IMAGES,
+            film_images=num_filmed,
         )
-        _write_pictures(run, out, files[:GRID_IMAGES], film, 1 if method.tokens.in_chans == 1 else 3)
+        certainty = None
+        if judge is not None and film is not None:
+            judge.encoder.to(device)
+            certainty = measure_certainty(judge, film, names)
+            shown = [file.relative_to(out).as_posix() for file in files[: len(certainty.values)]]
+            write_json(out / CERTAINTY, certainty.to_json(shown))
+        _write_pictures(run, out, files[:GRID_IMAGES], film, certainty, 1 if method.tokens.in_chans == 1 else 3)
         write_json(out / SETTINGS, {**settings, "images_per_s": round(rate, 3)})
     print(f"written: {config.num} images in {out / 'images'}, {out / GRID} and {FILM}; {rate:.3g} images/s")
+    if certainty is not None:
+        drawn, mean = certainty.fractions, certainty.values.mean(0).tolist()
+        steps = ", ".join(f"{value:.0%} at {fraction:.0%}" for fraction, value in zip(drawn, mean, strict=True))
+        chance = f"chance: {1 / certainty.num_classes:.0%}"
+        print(f"certainty of {classifier} while drawing, mean of {len(certainty.values)} images ({chance}): {steps}")
+        print(f"numbers: {out / CERTAINTY}, curve: {out / CURVE}")
 
 
 def own_settings() -> list[Setting]:
@@ -163,20 +194,30 @@ def own_settings() -> list[Setting]:
     return list(describe(GenerateConfig))
 
 
-def _write_pictures(run: Path, out: Path, files: Sequence[Path], film: "Film | None", channels: int) -> None:
-    """Write the grid of ``files`` and the film strip, and copy both into the run directory for its report."""
+def _write_pictures(
+    run: Path, out: Path, files: Sequence[Path], film: "Film | None", certainty: "Certainty | None", channels: int
+) -> None:
+    """Write the grid of ``files``, the film strip and the curve, and copy them into the run directory for its page."""
     import torch
 
     from smalti.data.images.folders import read_image
-    from smalti.report.samples import FOLDER, film_strip, picture_grid, write_png
+    from smalti.report.samples import FOLDER, certainty_picture, film_strip, picture_grid, write_png
 
     if film is not None:
-        write_png(out / FILM, film_strip(film))
+        first = dataclasses.replace(film, frames=film.frames[:FILM_IMAGES], ranks=film.ranks[:FILM_IMAGES])
+        write_png(out / FILM, film_strip(first, None if certainty is None else certainty.values[:FILM_IMAGES, 1:]))
+    if certainty is not None:
+        write_png(out / CURVE, certainty_picture(certainty))
     shown = [torch.from_numpy(read_image(path, channels)) for path in files]
     write_png(out / GRID, picture_grid(torch.stack(shown).permute(0, 3, 1, 2) / 255))
     for picture in (FILM, GRID):
         with contextlib.suppress(ConfigError):  # the run directory may be read-only
             write_atomically(run / FOLDER / picture, (out / picture).read_bytes())
+    with contextlib.suppress(ConfigError, OSError):
+        if (out / CERTAINTY).is_file():
+            write_atomically(run / FOLDER / CERTAINTY, (out / CERTAINTY).read_bytes())
+        else:  # of older images
+            (run / FOLDER / CERTAINTY).unlink(missing_ok=True)
 
 
 def _begin(out: Path, settings: Mapping[str, Any]) -> None:

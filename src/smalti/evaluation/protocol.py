@@ -77,7 +77,7 @@ class Protocol:
     observer: Callable[[Any], Observer] | None = None
     """Creates the observer of the encoder during the pass over test images, from the protocol's settings."""
     prefers: tuple[Need, ...] = ()
-    """Kinds of data it uses in addition to ``need`` if present, for more metrics or to reuse a pass."""
+    """Kinds of data it uses instead of ``need``, the first that is present: for more metrics or to reuse a pass."""
     has_baseline: bool = True
     """Whether the baseline is evaluated, too; false if the encoder is the measure, not the thing measured."""
     check: Callable[[EvalConfig], None] | None = None
@@ -123,7 +123,7 @@ def register_protocol(
         settings: its settings class, decorated with :func:`smalti.config.settings`; all settings have defaults.
         by_default: whether it runs by default if the data supports it.
         observer: creates the observer of the encoder, returned by ``features.observed(name, size)``.
-        prefers: kinds of data it uses in addition to ``need`` if present.
+        prefers: kinds of data it uses instead of ``need``, the first that is present.
         has_baseline: whether the baseline is evaluated, too.
         check: validates the settings before the encoder is loaded.
         has_presets: whether it depends on ``eval.preset``.

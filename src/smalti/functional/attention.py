@@ -1,6 +1,6 @@
-"""Foreground detection from the class token's attention.
+"""Attention between patches, and foreground detection from the class token's attention.
 
-Letters: B images, H heads, h w the patch grid, N = h * w patches.
+Letters: B images, H heads, T tokens (prefix and patches), Q queries, h w the patch grid, N = h * w patches.
 """
 
 import math
@@ -15,6 +15,19 @@ from smalti.functional.transfer import move
 MASS = 0.6
 _SIGMA, _RADIUS = 0.6, 3  # patches
 _ROUNDING = 1e-6
+EPS = 1e-8
+"""Added to each weight to a patch before rows are renormalised."""
+
+
+def to_patches(attention: Float[Tensor, "*B Q T"], num_prefix: int, eps: float = EPS) -> Float[Tensor, "*B Q N"]:
+    """Attention of any queries to the patches: prefix keys removed, ``eps`` added, rows renormalised to sum to 1."""
+    weights = attention[..., num_prefix:] + eps
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def between_patches(attention: Float[Tensor, "*B T T"], num_prefix: int, eps: float = EPS) -> Float[Tensor, "*B N N"]:
+    """Attention between patches: :func:`to_patches` without the queries of prefix tokens."""
+    return to_patches(attention[..., num_prefix:, :], num_prefix, eps)
 
 
 def keep_mass(attention: Float[Tensor, "*B N"], ratio: float = MASS) -> Bool[Tensor, "*B N"]:

@@ -32,6 +32,7 @@ from smalti.methods.ranker import DistilledRanker
 from smalti.models.loading import WEIGHTS_FILE, file_digest, latest_checkpoint, open_encoder, weights_digest
 from smalti.models.weights import LoadConfig
 from smalti.preflight.devices import free_bytes
+from smalti.ranking.classes import CLASS_UNITS, ClassOrders, conclude_classes, orders_by_class
 from smalti.ranking.curves import UNITS as CURVE_UNITS
 from smalti.ranking.curves import CurveScore, PrefixCurve, compare_curves, conclude_curves, evaluate_orders
 from smalti.ranking.diagnostics import UNITS, agreement, conclude, describe_orders, spread_evenly
@@ -121,6 +122,8 @@ class Ranking:
     settings: Mapping[str, Any]
     seconds: float
     """Time to compute the orders."""
+    by_class: Mapping[str, tuple[ClassOrders, ...]] = field(default_factory=dict)
+    """Order found in images -> its statistics in each class; empty without classes."""
 
 
 def rank(
@@ -204,6 +207,8 @@ def rank(
     sentences = conclude(described, agreements, compared, len(readable))
     taught = agree_with_teacher(ranker, cache, readable) if isinstance(ranker, NetworkRanker) else None
     sentences += [] if taught is None else [taught.sentence]
+    by_class = _by_class(cache, own, readable)
+    sentences += conclude_classes(by_class)
     return Ranking(
         source=ranker.source,
         data=data,
@@ -230,6 +235,7 @@ def rank(
             "device": device.type,
         },
         seconds=seconds,
+        by_class=by_class,
     )
 
 
@@ -337,6 +343,7 @@ def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
             {"first": first, "second": second, **_finite(numbers)}
             for (first, second), numbers in ranking.agreements.items()
         ],
+        "classes": {name: [one.to_json() for one in classes] for name, classes in ranking.by_class.items()},
         "against": {"source": ranking.against_source, "orders": {n: _finite(v) for n, v in ranking.against.items()}}
         if ranking.against_source
         else None,
@@ -356,7 +363,7 @@ def ranking_content(ranking: Ranking, command: str = "") -> dict[str, Any]:
         }
         if ranking.curves
         else None,
-        "units": {**UNITS, **CURVE_UNITS},
+        "units": {**UNITS, **CURVE_UNITS, **CLASS_UNITS},
         "command": command,
         **describe_machine(),
     }
@@ -434,6 +441,16 @@ def _compare(
         found = rank_with(other, chosen, shared, False)
         theirs = {name: found.orders[name].long() for name in shared}
     return {name: agreement(look_up(cache, name, some, False), theirs[name]) for name in shared}
+
+
+def _by_class(cache: OrderCache, names: Sequence[str], images: ImageSet) -> dict[str, tuple[ClassOrders, ...]]:
+    """Statistics of the orders that are found in images, class by class; empty without classes."""
+    labels, listed = [sample.label for sample in images.samples], images.names
+    found = {
+        name: orders_by_class(look_up(cache, name, listed, False).long(), labels, images.classes or ())
+        for name in names
+    }
+    return {name: classes for name, classes in found.items() if classes}
 
 
 def _possible(cache: OrderCache, images: ImageSet, names: Sequence[str], given: bool) -> tuple[str, ...]:

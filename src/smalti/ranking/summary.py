@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from smalti.charts import Line, LineChart, floats
+from smalti.ranking.classes import CLASS_UNITS, ClassOrders
 from smalti.ranking.curves import UNITS as CURVE_UNITS
 from smalti.ranking.curves import PrefixCurve
 from smalti.ranking.diagnostics import TOP, UNITS, num_top, spread_evenly
@@ -16,6 +17,8 @@ from smalti.ranking.rankers import look_up
 
 FRACTIONS = (0.10, TOP, 0.50)
 """Fractions of the patches that are revealed in pictures."""
+MOST_CLASSES = 60
+"""Maximum number of classes on a page."""
 _COLUMNS = (
     "position_variance_ratio",
     "static_correlation",
@@ -49,6 +52,16 @@ class NumberTable:
     rows: tuple[tuple[str, ...], ...]
     meanings: Mapping[str, str]
     """Column -> what it is; empty where the names suffice."""
+
+
+@dataclass(frozen=True)
+class ClassRanks:
+    """Mean ranks of the patches in the images of one class, or in all of them."""
+
+    name: str
+    static_ratio: float
+    values: Float[np.ndarray, " N"]
+    """1 where patches come first in most images, 0 where they come last; the ends are those of all classes."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,38 @@ def agreement_tables(ranking: Ranking) -> dict[str, NumberTable]:
         lead = f"The same orders by {ranking.against_source}: what two trainings agree on is a property of the data."
         tables["Another training"] = NumberTable(lead, columns, rows, {})
     return tables
+
+
+def class_table(classes: Sequence[ClassOrders]) -> NumberTable:
+    """The statistics of one order, class by class."""
+    titles = {name: name.replace("_", " ") for name in CLASS_UNITS}
+    named = "" if len(classes) <= MOST_CLASSES else f" The first {MOST_CLASSES} of {len(classes)} classes."
+    return NumberTable(
+        "An order that depends on the class is more alike within a class than across classes; the chance level of the "
+        f"static ratio is 1 / images of the class.{named}",
+        ("class", *titles.values()),
+        tuple(
+            (one.name, *(_text(getattr(one, name), name.startswith("num_")) for name in titles))
+            for one in classes[:MOST_CLASSES]
+        ),
+        {title: CLASS_UNITS[name] for name, title in titles.items()},
+    )
+
+
+def class_ranks(classes: Sequence[ClassOrders]) -> list[ClassRanks]:
+    """Mean ranks of one order for pictures: of all images, then of each class."""
+    shown = classes[:MOST_CLASSES]
+    total = sum(one.num_images for one in classes)
+    overall = np.sum([one.num_images * one.mean_rank.numpy() for one in classes], axis=0) / total
+    ranks = [overall, *(one.mean_rank.numpy() for one in shown)]
+    low, high = (float(end(ranks)) for end in (np.min, np.max))
+    num = len(overall)
+    ratio = float(overall.var() / np.arange(num).var())
+    names = [("all images", ratio), *((one.name, one.static_ratio) for one in shown)]
+    return [
+        ClassRanks(name, ratio, 1 - (one - low) / max(high - low, 1e-12))
+        for (name, ratio), one in zip(names, ranks, strict=True)
+    ]
 
 
 def curve_charts(ranking: Ranking) -> list[LineChart]:

@@ -8,10 +8,11 @@ import numpy as np
 
 from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.pixels import trained_pixels
-from smalti.errors import DataError
+from smalti.errors import ConfigError, DataError
 from smalti.evaluation.result import Baseline
 from smalti.functional.components import reduce_patches
 from smalti.models.encoder import Encoder
+from smalti.report.attention_data import attention_data
 from smalti.report.explorer import EXPLORER_DIMS, explorer_data, quantise
 from smalti.report.parts import Picture, PictureBlock
 from smalti.report.patch_pictures import ShownImages, image_uri, patch_tokens, pca_maps
@@ -32,12 +33,21 @@ class FeatureMaps:
     uris: Mapping[str, str]
     """Name of an image -> ``data:`` URI."""
     explorer: Mapping[str, Any]
-    """See :func:`smalti.report.explorer.explorer_data`."""
+    """See :func:`smalti.report.explorer.explorer_data`; ``weights``: see
+    :func:`smalti.report.attention_data.attention_data`, None without attention."""
+    no_attention: str
+    """Why there is no attention; empty if there is."""
 
     @property
     def aspect(self) -> str:
         """Width over height of the images, as CSS writes it."""
         return f"{self.grid[1] * self.patch_size[1]}/{self.grid[0] * self.patch_size[0]}"
+
+    @property
+    def query_note(self) -> str:
+        """What a query of the attention maps is, if not a patch."""
+        step = (self.explorer["weights"] or {}).get("query_step", 1)
+        return f" To keep the page small, it is the mean over a cell of {step} × {step} patches." if step > 1 else ""
 
     @property
     def explained(self) -> str:
@@ -97,8 +107,14 @@ def compute_maps(shown: ShownImages, where: str, encoder: Encoder, name: str, ba
         codes[one] = quantise(coordinates), explained
     uris = [image_uri(picture) for picture in shown.pictures]
     blocks = tuple(_block(number, shown.names[number], uri, maps, grid, encoder) for number, uri in enumerate(uris))
-    data = explorer_data(codes, grid, shown.names)
-    return FeatureMaps(where, grid, encoder.patch_size, blocks, dict(zip(shown.names, uris, strict=True)), data)
+    data, problem = explorer_data(codes, grid, shown.names), ""
+    data["weights"] = None
+    try:
+        data["weights"] = attention_data(encoders, shown.inputs, grid, data["start"][0])
+    except ConfigError as error:
+        problem = f"No attention: {error}."
+    pictures = dict(zip(shown.names, uris, strict=True))
+    return FeatureMaps(where, grid, encoder.patch_size, blocks, pictures, data, problem)
 
 
 def _block(

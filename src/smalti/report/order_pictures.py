@@ -44,6 +44,12 @@ def heat_picture(
     return (0.35 * grey + 0.65 * heat).clip(0, 255).astype(np.uint8)
 
 
+def rank_map(values: Float[np.ndarray, " N"], grid: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """One pixel a patch, from dark (0) to pale (1)."""
+    colours = matplotlib.colormaps["magma"](values.reshape(grid))[..., :3]
+    return (colours * 255).round().astype(np.uint8)
+
+
 def order_picture(
     picture: UInt8[np.ndarray, "H W 3"], order: Int[np.ndarray, " N"], grid: tuple[int, int], top: int
 ) -> UInt8[np.ndarray, "H W 3"]:

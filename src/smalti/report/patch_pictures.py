@@ -65,11 +65,17 @@ def patch_tokens(encoder: Encoder, inputs: Sequence[np.ndarray], batch_size: int
     tokens, grid = [], (0, 0)
     with eval_mode(encoder):
         for start in range(0, len(inputs), batch_size):
-            batch = [_to_float(image).transpose(2, 0, 1) for image in inputs[start : start + batch_size]]
-            features = encoder.encode(encoder.normalize(torch.from_numpy(np.stack(batch)).to(device)))
+            batch = torch.stack([to_input(image) for image in inputs[start : start + batch_size]])
+            features = encoder.encode(encoder.normalize(batch.to(device)))
             tokens.append(features.patches.float().cpu())
             grid = features.grid
     return torch.cat(tokens), grid
+
+
+def to_input(image: np.ndarray) -> Float[Tensor, "C H W"]:
+    """An image ``(H, W, C)``, uint8 or float32 in 0..1, as a tensor in 0..1."""
+    pixels = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def pca_maps(coordinates: Float[Tensor, "B N K"], grid: tuple[int, int]) -> np.ndarray:
@@ -188,7 +194,3 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     ]  # any number
     resized = np.stack(planes, axis=-1)
     return resized if resized.dtype == np.uint8 else resized.clip(0, 1)
-
-
-def _to_float(image: np.ndarray) -> np.ndarray:
-    return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)

@@ -11,19 +11,22 @@ from smalti.data.images.decode import as_picture
 from smalti.data.images.image_set import as_text
 from smalti.data.images.labelled import eval_image
 from smalti.files import write_atomically
+from smalti.ranking.classes import ClassOrders
 from smalti.ranking.rank import Ranking
 from smalti.ranking.summary import (
     FRACTIONS,
     NumberTable,
     PicturedImage,
     agreement_tables,
+    class_ranks,
+    class_table,
     curve_charts,
     curve_table,
     order_table,
     pictured_images,
 )
 from smalti.report.formats import duration
-from smalti.report.order_pictures import draw_sheet, enlarge, heat_picture, order_picture, revealed_picture
+from smalti.report.order_pictures import draw_sheet, enlarge, heat_picture, order_picture, rank_map, revealed_picture
 from smalti.report.parts import Fact, Figure, Picture, PictureBlock, Summary, Table, TableCell
 from smalti.report.patch_pictures import image_uri
 from smalti.report.render import render
@@ -42,6 +45,15 @@ class ExplainedTable:
 
 
 @dataclass(frozen=True)
+class ClassSection:
+    """One order, class by class."""
+
+    order: str
+    maps: Sequence[PictureBlock]
+    table: ExplainedTable
+
+
+@dataclass(frozen=True)
 class RankingPage:
     """All that the page shows."""
 
@@ -52,6 +64,8 @@ class RankingPage:
     orders: ExplainedTable
     agreements: Mapping[str, ExplainedTable]
     """Heading -> table."""
+    classes: Sequence[ClassSection]
+    """Empty if the images have no classes."""
     figures: Sequence[Figure]
     curves: ExplainedTable | None
     """Scores of the curves; None if there is no predictor."""
@@ -103,11 +117,21 @@ def ranking_page(ranking: Ranking, pictures: Mapping[str, Mapping[str, np.ndarra
         ],
         orders=_explained(order_table(ranking)),
         agreements={heading: _explained(table) for heading, table in agreement_tables(ranking).items()},
+        classes=[_class_section(name, classes, grid) for name, classes in ranking.by_class.items()],
         figures=[Figure(chart.title, chart.explanation, chart, chart.is_wide) for chart in charts],
         curves=_explained(curve_table(ranking)) if ranking.curves else None,
         pictures=[_blocks(name, found) for name, found in pictures.items()],
         info={"command": command, **ranking.settings},
     )
+
+
+def _class_section(order: str, classes: Sequence[ClassOrders], grid: tuple[int, int]) -> ClassSection:
+    maps = []
+    for one in class_ranks(classes):
+        heading, alt = f"{one.name} · {one.static_ratio:.2f}", f"mean ranks of {order}: {one.name}"
+        picture = Picture(heading, image_uri(rank_map(one.values, grid), ".png"), alt)
+        maps.append(PictureBlock("", (picture,), grid[1] / grid[0]))
+    return ClassSection(order, maps, _explained(class_table(classes)))
 
 
 def _explained(data: NumberTable) -> ExplainedTable:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smalti.charts import Line, LineChart, floats
+from smalti.charts import Line, LineChart, floats, read_chart
 from smalti.config import flatten
 from smalti.data.images.folders import ImageSet
 from smalti.errors import ConfigError, DataError, SmaltiError
@@ -64,6 +64,8 @@ class Drawn:
 
     grid: str
     film: str
+    certainty: Figure | None
+    """A classifier's certainty while they were drawn; None if it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -310,9 +312,18 @@ def _probe(folder: Path) -> ProbeSection | None:
 def _drawn(folder: Path) -> Drawn | None:
     """Newest images of ``smalti generate``; None if it did not run."""
     try:
-        return Drawn(_png_uri(folder / "grid.png"), _png_uri(folder / "film.png"))
+        pictures = _png_uri(folder / "grid.png"), _png_uri(folder / "film.png")
     except OSError:
         return None
+    return Drawn(*pictures, _certainty(folder / "certainty.json"))
+
+
+def _certainty(path: Path) -> Figure | None:
+    try:
+        chart = read_chart(read_mapping(path)["chart"])
+    except (SmaltiError, KeyError, TypeError, ValueError):
+        return None
+    return Figure(chart.title, chart.explanation, chart)
 
 
 def _png_uri(path: Path) -> str:

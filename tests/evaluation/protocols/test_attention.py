@@ -16,19 +16,20 @@ from torch.testing import assert_close
 
 from smalti.data.images.folders import LeftOut
 from smalti.errors import ConfigError, DataError
+from smalti.evaluation.attention_pictures import GAP_PX, TILE_PX
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.context import spread
 from smalti.evaluation.protocols.attention import (
-    EPS,
     AttentionObserver,
     attention,
     attention_distance,
-    between_patches,
     foreground_scores,
     mutual_information,
     patch_distances,
+    query_patch,
 )
 from smalti.evaluation.protocols.linear_segmentation import linear_segmentation
+from smalti.functional.attention import EPS, between_patches
 from smalti.layers.attention import attention_weights
 from smalti.models.build import build_encoder
 from smalti.runs.baseline import evaluate
@@ -193,7 +194,7 @@ def test_an_image_without_objects_says_nothing():
 
 
 def run(encoder, data, features_of, need="masks", **settings):
-    own = {name: settings.pop(name) for name in ("num_images", "parity") if name in settings}
+    own = {name: settings.pop(name) for name in ("num_images", "parity", "num_shown", "queries") if name in settings}
     config = EvalConfig(own={"attention": own})
     observers = {"attention": AttentionObserver(config.of("attention").num_images)}
     return attention(features_of(encoder, data, need, observers=observers, **settings), config)
@@ -267,6 +268,31 @@ def test_masks_without_a_train_split_are_not_asked_for(tiny, scenes, tmp_path):
     with pytest.warns(LeftOut, match="in no split"):
         (result,) = evaluate(tiny, "mine", str(tmp_path), EvalConfig(protocols=("attention",), baseline=False))
     assert result.settings["foreground"] == "omitted: the images were opened without masks"
+
+
+def test_attention_of_the_class_token_and_of_chosen_patches_is_drawn(scenes, features_of):
+    scores = run(small_vit(), scenes, features_of, num_shown=2, queries=((0.0, 1.0), (0.5, 0.5), (0.99, 0.0)))
+    assert len(scores.pictures) == 2 and scores.settings["queries"] == [[0.0, 1.0], [0.5, 0.5], [0.99, 0.0]]
+    caption, picture = next(iter(scores.pictures.items()))
+    rows = "class token; patch in row 1, column 4; patch in row 3, column 3; patch in row 4, column 1"
+    assert f"Rows: {rows}. Columns: the image, the mean over heads, heads 1 to 3." in caption
+    assert caption.startswith("images/val0.png: ")
+    side = TILE_PX + GAP_PX
+    assert picture.shape == (4 * side - GAP_PX, 5 * side - GAP_PX, 3)
+    without = run(small_vit(class_token=False, global_pool="avg"), scenes, features_of)
+    assert len(without.pictures) == 4 and "Rows: patch in row 3, column 3; patch" in next(iter(without.pictures))
+    assert not run(small_vit(), scenes, features_of, num_shown=0).pictures
+    assert not run(small_vit(class_token=False, global_pool="avg"), scenes, features_of, queries=()).pictures
+
+
+def test_a_query_lies_where_its_fractions_say():
+    assert [query_patch(place, (2, 4)) for place in ((0, 0), (0.49, 0.26), (0.5, 0.75), (1, 1))] == [0, 1, 7, 7]
+
+
+@pytest.mark.parametrize("wrong", [((1.5, 0.0),), ((0.5,),)])
+def test_queries_outside_of_the_image_are_refused(wrong):
+    with pytest.raises(ConfigError, match="queries"):
+        EvalConfig(own={"attention": {"queries": wrong}}).of("attention")
 
 
 def test_blocks_of_another_kind_are_named(tiny, scenes, features_of):

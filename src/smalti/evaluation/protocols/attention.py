@@ -1,4 +1,4 @@
-"""Attention: its diversity over queries, its distance, and whether the class token attends to objects.
+"""Attention: its diversity over queries, its distance, whether the class token attends to objects, and pictures of it.
 
 Source: normalised mutual information and distance: Park et al., "What do self-supervised vision transformers learn?",
 arXiv:2305.00729v1, in the form of their code, with one epsilon of 1e-8 for both (theirs: 1e-32 for the
@@ -23,31 +23,26 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from smalti.charts import layer_chart
-from smalti.config import Count, settings
+from smalti.config import Count, CountFromZero, Ratio, settings
+from smalti.data.images.decode import as_picture, image_size
 from smalti.data.images.folders import ImageSet
-from smalti.data.images.labelled import eval_mask, read_mask
+from smalti.data.images.labelled import eval_batches, eval_image, eval_mask, read_mask
 from smalti.errors import DataError
+from smalti.evaluation.attention_pictures import attention_picture
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.context import spread
 from smalti.evaluation.dense import ignored_value
 from smalti.evaluation.features import Features, Observer
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_mean
-from smalti.functional.attention import foreground, keep_mass
+from smalti.functional.attention import EPS, between_patches, foreground, keep_mass
 from smalti.layers.attention import attention_modules, attention_weights
+from smalti.models.block_attention import block_attention
 from smalti.models.encoder import Encoder
 
 NAME = "attention"
-EPS = 1e-8
-"""Added to each weight between patches before rows are renormalised."""
 NMI_UNIT = "normalised mutual information, 0: all queries attend equally, 1: each to its own key"
 DISTANCE_UNIT = "pixels of the resized image"
-
-
-def between_patches(attention: Float[Tensor, "*B T T"], num_prefix: int, eps: float = EPS) -> Float[Tensor, "*B N N"]:
-    """Attention between patches: prefix tokens removed, ``eps`` added, rows renormalised to sum to 1."""
-    weights = attention[..., num_prefix:, num_prefix:] + eps
-    return weights / weights.sum(-1, keepdim=True)
 
 
 def mutual_information(attention: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B"]:
@@ -206,6 +201,11 @@ class AttentionConfig:
     """Number of images to measure, spread evenly over the set."""
     parity: bool = False
     """Treat void pixels and objects as the published code does."""
+    num_shown: CountFromZero = 4
+    """Evaluated images whose attention in the last block is drawn."""
+    queries: tuple[tuple[Ratio, Ratio], ...] = ((0.5, 0.5), (0.2, 0.2))
+    """Patches whose attention is drawn, each by its place in the image: fractions of height and width. The same places
+    for all encoders, so that their pictures can be compared."""
 
 
 @register_protocol(
@@ -267,6 +267,7 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         "num_prefix_tokens": encoder.num_prefix_tokens,
         "prefix": "removed from the attention, rows renormalised" if encoder.num_prefix_tokens else "none",
         "eps": EPS,
+        "queries": [list(place) for place in own.queries],
         "foreground": note or ("void is foreground, objects as published" if own.parity else "void is ignored"),
         **({"background": features.data.classes[0], "num_with_foreground": _count(foreground)} if foreground else {}),
     }
@@ -276,6 +277,7 @@ def attention(features: Features, config: EvalConfig) -> Scores:
         {},
         units=units,
         tallies=tallies,
+        pictures=_pictures(features, size, own),
         charts={
             "nmi": layer_chart(
                 "Mutual information of attention",
@@ -291,6 +293,48 @@ def attention(features: Features, config: EvalConfig) -> Scores:
             ),
         },
     )
+
+
+def _pictures(features: Features, size: int, own: AttentionConfig) -> dict[str, np.ndarray]:
+    """Caption -> attention of the class token and of the chosen patches in the last block, for a few images."""
+    encoder, images = features.encoder, features.data.test
+    grid = encoder.check_size(size, size)
+    patches = [query_patch(place, grid) for place in own.queries]
+    if not patches and not encoder.has_class_token:
+        return {}
+    chosen = spread(len(images), own.num_shown) if own.num_shown else ()
+    subset = dataclasses.replace(images, samples=tuple(images.samples[place] for place in chosen))
+    # one by one: all weights of a block
+    batches = eval_batches(subset, size, encoder.in_chans, mode="squash", batch_size=1, num_workers=0)
+    has_class = encoder.has_class_token
+    rows = ["class token"] if has_class else []
+    rows += [f"patch in row {patch // grid[1] + 1}, column {patch % grid[1] + 1}" for patch in patches]
+    pictures = {}
+    for pixels, positions, _ in batches:
+        for position in positions:
+            image = encoder.normalize(pixels.to(features.device))
+            block = next(block_attention(encoder, image, [encoder.depth - 1]))
+            queries = [0] * has_class + [has_class + patch for patch in patches]
+            path = subset.samples[position].path
+            caption = (
+                f"{subset.names[position]}: attention in the last block. Rows: {'; '.join(rows)}. Columns: the image, "
+                f"the mean over heads, heads 1 to {len(block)}. From dark (0) to pale (a map's largest weight), by the "
+                "square root."
+            )
+            pictures[caption] = attention_picture(
+                as_picture(eval_image(path, size, encoder.in_chans, "squash", subset.samples[position].pixels)),
+                block[:, queries].cpu(),
+                grid,
+                [None] * has_class + list(patches),
+                aspect=np.divide(*image_size(path)[::-1]),
+            )
+    return pictures
+
+
+def query_patch(place: tuple[float, float], grid: tuple[int, int]) -> int:
+    """Number of the patch at a place given as fractions of height and width."""
+    row, column = (min(int(fraction * side), side - 1) for fraction, side in zip(place, grid, strict=True))
+    return row * grid[1] + column
 
 
 def _why_no_foreground(features: Features) -> str:
