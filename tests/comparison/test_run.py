@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 import smalti
@@ -187,19 +188,28 @@ def test_a_budget_of_images_becomes_steps_by_the_batch(plan, tmp_path):
     assert result.costs["mae"].steps == 3 and result.costs["mae"].images_seen == 12
 
 
-def test_a_budget_of_minutes_is_measured_once_a_cell(plan, tmp_path):
-    plan["budget"], plan["seeds"] = {"minutes": 0.002}, [0]
+@pytest.mark.parametrize("kind", ["minutes", "cpu_minutes"])
+def test_a_budget_of_minutes_is_measured_once_a_cell(kind, plan, tmp_path):
+    plan["budget"], plan["seeds"] = {kind: 0.002}, [0]
+    threads = torch.get_num_threads()
     result = run(plan, tmp_path / "out")
     (cell,) = (cell for cell in result.cells if cell.arm == "mae")
     kept = json.loads((cell.folder / "steps.json").read_text())
     assert result.costs["mae"].steps == kept["steps"] == max(1, math.floor(0.12 / kept["step_s"]))
+    assert torch.get_num_threads() == threads
+
+
+def test_processor_time_is_that_of_one_process(plan, tmp_path):
+    plan["budget"], plan["arms"]["mae"]["devices"] = {"cpu_minutes": 1}, 2
+    plan["arms"]["mae"]["batch_size"] = 4
+    assert "devices=2: a budget of cpu_minutes needs devices: cpu" in run(plan, tmp_path / "out").failures["mae"]
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{}", "", '{"steps": "many"}'])
 def test_damaged_steps_of_a_cell_are_one_line(tmp_path, content):
     (tmp_path / "steps.json").write_text(content)
     with pytest.raises(RunError, match=r"steps\.json: can't be read as the steps of a cell .*; remove it to measure"):
-        _steps_within({}, 1.0, tmp_path)
+        _steps_within({}, 1.0, tmp_path, time.perf_counter)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +219,7 @@ def test_damaged_steps_of_a_cell_are_one_line(tmp_path, content):
         ({"evaluate": []}, "evaluate is empty"),
         ({"evaluate": [{"protocols": ["knn"]}]}, r"evaluate\[0\] names no data"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: at least one seed is needed, and no seed twice"),
-        ({"budget": {"steps": 2, "minutes": 1}}, "exactly one of steps, images, minutes"),
+        ({"budget": {"steps": 2, "minutes": 1}}, "exactly one of steps, images, minutes, cpu_minutes"),
         ({"budget": {"epochs": 2}}, "exactly one of steps, images, minutes"),
         ({"budget": {"steps": 0}}, "a number above 0"),
         ({"data": None}, "arm 'mae' is trained, but no training images are given"),

@@ -5,6 +5,7 @@ digest of its settings and data. Finished work is never repeated; interrupted tr
 ``python -m smalti.comparison.cell JOB.json PARENT`` runs one; :mod:`smalti.comparison.run` writes the jobs.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class Job:
     """Evaluate the network that ``train`` describes before its first step."""
     minutes: float | None = None
     """Wall-clock budget of training in minutes, converted to steps; None: ``train`` sets the steps."""
+    cpu_minutes: float | None = None
+    """Budget of processor time on one thread, converted to steps."""
     evaluations: tuple[dict[str, Any], ...] = ()
     """``key``, ``data`` and ``settings`` of each evaluation."""
     quiet: bool = False
@@ -171,13 +174,17 @@ def _train(job: Job, folder: Path) -> None:
     if run.exists() and not was_begun:
         shutil.rmtree(run)
     tree = dict(job.train)
-    if job.minutes is not None:
-        tree["steps"] = _steps_within(tree, job.minutes, folder)
-    started, cpu = time.perf_counter(), cpu_seconds()
-    if was_begun:
-        resume(run, quiet=job.quiet)
-    else:
-        train(out=run, overrides=tree, quiet=job.quiet)
+    with contextlib.ExitStack() as stack:
+        if job.cpu_minutes is not None:
+            stack.enter_context(_one_thread())
+            tree["steps"] = _steps_within(tree, job.cpu_minutes, folder, time.process_time)
+        elif job.minutes is not None:
+            tree["steps"] = _steps_within(tree, job.minutes, folder, time.perf_counter)
+        started, cpu = time.perf_counter(), cpu_seconds()
+        if was_begun:
+            resume(run, quiet=job.quiet)
+        else:
+            train(out=run, overrides=tree, quiet=job.quiet)
     config = resolve(merge(tree, {}))
     wall = time.perf_counter() - started
     devices = resolve_devices(config.devices)
@@ -195,7 +202,18 @@ def _train(job: Job, folder: Path) -> None:
     write_atomically(folder / TRAINED, json.dumps(cost, indent=1))
 
 
-def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path) -> int:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path, clock: Callable[[], float]) -> int:
     """Steps that fit into the time; measured once per cell and stored, so that a resumed cell uses the same number."""
     kept = folder / "steps.json"
     if kept.is_file():
@@ -211,6 +229,7 @@ def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path) -> int:
         processes=num_processes(config.devices),
         steps=1000,
         device=device,
+        clock=clock,
     )
     if not estimate.seconds > 0:
         raise RunError("the time of a step could not be measured; give the budget in steps or images")

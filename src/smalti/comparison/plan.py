@@ -34,13 +34,13 @@ from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig
 from smalti.runs.config import absolute, absolute_paths, check_start, resolve
 from smalti.runs.recipes import find_recipe
-from smalti.training.launch import num_processes, split_batch
+from smalti.training.launch import Devices, num_processes, resolve_devices, split_batch
 
 CELLS = "cells"
 """Folder of the cells, inside the folder of the comparison."""
 UNTRAINED, BEFORE = "untrained", "before"
 """Name prefixes of the folders of cells before training: with random weights, or with those of ``init``."""
-BUDGETS = ("steps", "images", "minutes")
+BUDGETS = ("steps", "images", "minutes", "cpu_minutes")
 LOAD_KEYS = ("load", "weights", "pool", "eval")
 """Keys allowed in an arm that is not trained."""
 
@@ -59,7 +59,8 @@ class Plan:
     data: str | None = None
     """Training images; not needed if no arm is trained."""
     budget: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Training budget of every arm: ``steps``, ``images`` seen, or ``minutes`` of wall-clock time."""
+    """Training budget of every arm: ``steps``, ``images`` seen, ``minutes`` of wall-clock time, or ``cpu_minutes`` of
+    processor time on one thread."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of weights, data order, augmentation and evaluation heads; one run per arm and seed."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -169,16 +170,23 @@ def train_job(
         )
     if kind == "images":
         tree["steps"] = math.ceil(amount / config.batch_size)
+    if kind == "cpu_minutes":
+        if resolve_devices(config.devices) != Devices("cpu", 1):
+            raise ConfigError(f"devices={config.devices}: a budget of cpu_minutes needs devices: cpu")
+        tree = merge(tree, {"data": {"num_workers": 0}})
     budget = {kind: amount}
     folder = out / CELLS / f"{config.method.name}-{training_key(tree, budget, images)}"
-    return Job(folder=str(folder), train=tree, minutes=amount if kind == "minutes" else None, **what)
+    timed: dict[str, Any] = {kind: amount} if kind in ("minutes", "cpu_minutes") else {}
+    return Job(folder=str(folder), train=tree, **timed, **what)
 
 
 def baseline_job(job: Job, out: Path) -> Job:
     """The cell of a job's network before training; arms with the same initial network use the same cell."""
     kind = BEFORE if job.train.get("init") else UNTRAINED
     folder = out / CELLS / f"{kind}-{untrained_key(job.train)}"
-    return dataclasses.replace(job, folder=str(folder), name=f"{job.name}, {kind}", untrained=True, minutes=None)
+    return dataclasses.replace(
+        job, folder=str(folder), name=f"{job.name}, {kind}", untrained=True, minutes=None, cpu_minutes=None
+    )
 
 
 def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:

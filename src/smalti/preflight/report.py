@@ -289,6 +289,7 @@ def measure_step(
     keep: int = 2,
     batch_sizes: tuple[int, int] | None = None,
     shared_mib: float = 0.0,
+    clock: Callable[[], float] | None = None,
 ) -> StepEstimate:
     """Run a few steps at two batch sizes and estimate what a run needs.
 
@@ -308,21 +309,22 @@ def measure_step(
         keep: number of checkpoints kept.
         batch_sizes: the two sizes to measure, ascending; None: chosen automatically.
         shared_mib: shared memory that data workers of the run need.
+        clock: seconds, such as ``time.process_time``; None: real time.
 
     Raises:
         ConfigError: if not even one image fits, or the batch sizes aren't ascending.
     """
-    device = torch.device(device)
+    device, clock = torch.device(device), clock or time.perf_counter
     micro_batch, accumulate = split_batch(batch_size, micro_batch, processes)
     if batch_sizes is not None and not 1 <= batch_sizes[0] < batch_sizes[1]:
         raise ConfigError(
             f"batch_sizes={batch_sizes[0]},{batch_sizes[1]}: two ascending numbers of at least 1 are needed"
         )
     if batch_sizes is None and device.type == "cpu":
-        measured = _measure_on_cpu(make_step, micro_batch)
+        measured = _measure_on_cpu(make_step, micro_batch, clock)
     else:
         low, high = batch_sizes or (_even(micro_batch // 2), max(_even(micro_batch), _even(micro_batch // 2) + 2))
-        measured = _measure_two(make_step, low, high, device)
+        measured = _measure_two(make_step, low, high, device, clock)
     return StepEstimate(
         device=_name(device),
         batch_size=batch_size,
@@ -342,15 +344,17 @@ def _even(batch_size: int) -> int:
     return max(batch_size - batch_size % 2, 2)
 
 
-def _measure_two(make_step: MakeStep, low: int, high: int, device: torch.device) -> tuple[Measured, Measured]:
+def _measure_two(
+    make_step: MakeStep, low: int, high: int, device: torch.device, clock: Callable[[], float]
+) -> tuple[Measured, Measured]:
     """Measure both sizes, halved until they fit; if 2 images don't fit, 1 image counts for both."""
     while high > 1:
         try:
-            return _measure(make_step, low, device), _measure(make_step, high, device)
+            return _measure(make_step, low, device, clock), _measure(make_step, high, device, clock)
         except torch.OutOfMemoryError:
             low, high = max(low // 2, 1), high // 2
     try:
-        one = _measure(make_step, 1, device)
+        one = _measure(make_step, 1, device, clock)
     except torch.OutOfMemoryError:
         raise ConfigError(
             f"not even a batch of 1 image fits into the memory of {_name(device)}; use a smaller encoder or image_size"
@@ -358,22 +362,22 @@ def _measure_two(make_step: MakeStep, low: int, high: int, device: torch.device)
     return one, one
 
 
-def _measure_on_cpu(make_step: MakeStep, batch_size: int) -> tuple[Measured, Measured]:
+def _measure_on_cpu(make_step: MakeStep, batch_size: int, clock: Callable[[], float]) -> tuple[Measured, Measured]:
     """Measure a small batch, and the largest up to ``batch_size`` that is quick and fits, estimated from the small
     one."""
     device = torch.device("cpu")
     _free(device)
     before_mib = psutil.Process().memory_info().rss / _MIB
     low = _even(min(_CPU_FIRST_BATCH, batch_size // 2))
-    first = _measure(make_step, low, device)
+    first = _measure(make_step, low, device, clock)
     quick = low * _CPU_STEP_S / max(first.seconds, 1e-9)
     at_most_mib = max(first.memory_mib - before_mib, 1.0) / low  # per image, including its part of the fixed memory
     safe = (_free_mib(device) / 2 - before_mib) / at_most_mib
     high = max(_even(min(batch_size, int(quick), int(safe))), 3 * low if batch_size >= 3 * low else low + 2)
-    return first, _measure(make_step, high, device)
+    return first, _measure(make_step, high, device, clock)
 
 
-def _measure(make_step: MakeStep, batch_size: int, device: torch.device) -> Measured:
+def _measure(make_step: MakeStep, batch_size: int, device: torch.device, clock: Callable[[], float]) -> Measured:
     """Time and peak memory of a step; the first step, which allocates buffers, counts for memory only."""
     _free(device)
     seconds: list[float] = []
@@ -382,10 +386,10 @@ def _measure(make_step: MakeStep, batch_size: int, device: torch.device) -> Meas
         step()
         _wait(device)
         while len(seconds) < _MAX_MEASURED_STEPS and (len(seconds) < 2 or sum(seconds) < _MIN_MEASURED_S):
-            start = time.perf_counter()
+            start = clock()
             step()
             _wait(device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     return Measured(batch_size, min(seconds), peak_mib())
 
 
