@@ -92,7 +92,13 @@ WITH_ENCODER = [name for name in NAMES if not issubclass(get_method(name), Token
 
 
 def build(
-    name: str, img_size: int = 32, seed: int = 0, pool: str = "auto", prr: PRRConfig | None = None, **config: object
+    name: str,
+    img_size: int = 32,
+    seed: int = 0,
+    pool: str = "auto",
+    prr: PRRConfig | None = None,
+    gaug: bool = False,
+    **config: object,
 ) -> Method:
     torch.manual_seed(seed)
     cls = get_method(name)
@@ -105,6 +111,8 @@ def build(
         "vit_tiny_patch16_224", img_size=img_size, patch_size=8, embed_dim=24, depth=2, num_heads=3, seed=seed
     )
     encoder.set_pool(pool, prr, fresh=True)
+    if gaug:
+        encoder.attach_gaug(encoder.check_size(img_size, img_size), seed)
     return cls(encoder, cls.Config(**{**SMALL.get(name, {}), **config})).train()
 
 

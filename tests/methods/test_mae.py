@@ -71,7 +71,7 @@ def test_a_vit_keeps_49_of_196_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     mae = MAE(encoder, MAEConfig(decoder_depth=1))
     seen = []
     original = encoder.forward_tokens
-    monkeypatch.setattr(encoder, "forward_tokens", lambda sequence: seen.append(sequence.shape) or original(sequence))
+    monkeypatch.setattr(encoder, "forward_tokens", lambda x, **more: seen.append(x.shape) or original(x, **more))
     mae(views(torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)), 0.0)
     assert seen == [(2, 1 + 49, 24)]
 

@@ -119,7 +119,7 @@ def _print_next_steps(run: Path) -> None:
     )  # else the commands would use another network than the evaluated one
     print(f"next:    smalti evaluate {chosen} --data LABELLED{also}")
     print(f"         smalti report {run}")
-    print(f"         smalti export {chosen} to=timm --out DIR{also}")
+    print(f"         smalti export {chosen} to={'onnx' if config.get('gaug') else 'timm'} --out DIR{also}")
 
 
 def _print_verdict(verdict: "Verdict") -> None:

@@ -104,8 +104,9 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
     """Cache key of a cell's weights: settings, budget, images, initial weights and Smalti's version."""
     config = resolve(tree)
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
-    if plain["prr"] is None:
-        del plain["prr"]  # cells written before this setting existed keep their digest
+    for name, default in (("prr", None), ("gaug", False)):
+        if plain[name] == default:
+            del plain[name]  # cells written before these settings existed keep their digest
     if plain["method"].get("orders"):
         plain["method"] = {**plain["method"], "orders": _with_digest(plain["method"]["orders"])}
     plain["data"] = {name: value for name, value in plain["data"].items() if name not in ("path", "num_workers")}
@@ -118,6 +119,7 @@ def untrained_key(tree: Mapping[str, Any]) -> str:
     config = resolve(tree)
     data = {name: getattr(config.data, name) for name in ("image_size", "channels", "mean", "std", "signal")}
     parts = {name: getattr(config, name) for name in ("method", "encoder", "load", "seed", "pool", "prr")}
+    parts |= {"gaug": True} if config.gaug else {}
     start = weights_digest(config.init) if config.init else None
     return digest(to_tree(data), to_tree(parts), start, smalti.__version__)
 

@@ -24,6 +24,7 @@ from smalti.exporters.ranked import best_patches, check_keep, check_ranker
 from smalti.exporters.timm import check_target
 from smalti.files import folder_beside, write_atomically
 from smalti.functional.orders import random_orders
+from smalti.layers.attention import attention_modules
 from smalti.methods.ranker import DistilledRanker
 from smalti.models.build import clone_encoder
 from smalti.models.encoder import ClassHead, Encoder
@@ -52,7 +53,7 @@ class Exported(nn.Module):
     """The exported model: images in, tokens, vector and class scores out.
 
     Args:
-        encoder: with ``input="unit"``, its normalisation is part of the model.
+        encoder: a copy, modified in place; with ``input="unit"``, its normalisation is part of the model.
         head: linear classification head, or None.
         input: format of the images.
     """
@@ -61,6 +62,9 @@ class Exported(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.input = input
+        if encoder.gaug is not None:  # torch's exporter can't decompose fused attention with a bias
+            for module in attention_modules(encoder.vit.blocks, encoder.name):
+                module.fused_attn = False
         self.head: nn.Linear | None = None
         if head is not None:
             self.head = nn.Linear(head.weight.shape[1], len(head.weight))

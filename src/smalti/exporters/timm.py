@@ -96,6 +96,11 @@ def timm_arguments(encoder: Encoder) -> dict[str, Any]:
     Raises:
         ConfigError: as :func:`timm_model`.
     """
+    if encoder.gaug is not None:
+        raise ConfigError(
+            "gaug=true adds a Gaussian bias to the attention logits, which timm's models don't have; export it with "
+            "to=onnx, or load the run with smalti.load"
+        )
     prr = encoder.prr
     if encoder.pool == "prr" and replace(prr, num_heads=prr.num_heads or encoder.num_heads) != PRRConfig(
         num_heads=encoder.num_heads

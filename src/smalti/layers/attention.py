@@ -14,7 +14,10 @@ from smalti.functional.precision import at_least_float32
 
 
 def attention_weights(
-    module: Attention, tokens: Float[Tensor, "B T D"], num_queries: int | None = None
+    module: Attention,
+    tokens: Float[Tensor, "B T D"],
+    num_queries: int | None = None,
+    bias: Float[Tensor, "B #H T T"] | None = None,
 ) -> Float[Tensor, "B H Q T"]:
     """Attention weights of a timm attention module.
 
@@ -22,6 +25,7 @@ def attention_weights(
         module: in eval mode; its queries and keys may be normalised.
         tokens: input of the module, after the block's norm.
         num_queries: Q, the first tokens only; None: all T.
+        bias: added to the logits, as ``attn_mask`` of the module; None: nothing.
 
     Returns:
         Weights over the keys, rows sum to 1, at least float32.
@@ -29,7 +33,8 @@ def attention_weights(
     batch, length, _ = tokens.shape
     qkv = module.qkv(tokens).reshape(batch, length, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
     queries, keys = module.q_norm(qkv[0, :, :, :num_queries]), module.k_norm(qkv[1])
-    return at_least_float32(queries * module.scale @ keys.mT).softmax(-1)
+    logits = at_least_float32(queries * module.scale @ keys.mT)
+    return (logits if bias is None else logits + bias[:, :, :num_queries]).softmax(-1)
 
 
 def attention_modules(blocks: Iterable[nn.Module], name: str) -> list[Attention]:

@@ -7,11 +7,12 @@ Differs from the code: grids of at least 32 are not averaged over 2x2 patches, s
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -19,6 +20,15 @@ from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
 
 _FIRST_EPS, _MOST_EXPONENT, _MOST_DIST = 0.1, 32_500.0, 6_550.0  # limits of float16
+
+
+class Places(NamedTuple):
+    """Where the patches of a sequence are."""
+
+    grid: tuple[int, int]
+    """``(h, w)`` of the whole image."""
+    ids_keep: Tensor | None = None
+    """``(B, L)`` raster indices of the patches; None: all, in raster order."""
 
 
 class GaussianBias(nn.Module):
@@ -52,45 +62,78 @@ class GaussianBias(nn.Module):
         while farthest / self.eps**2 > _MOST_EXPONENT:
             self.eps *= 2
 
-    def forward(self, queries: Float[Tensor, "B H N d"], grid: tuple[int, int]) -> Float[Tensor, "B H N N"]:
+    def forward(self, queries: Float[Tensor, "B H N d"], places: Places) -> Float[Tensor, "B H N N"]:
         """``(B, H, N, N)`` float32 bias of the logits of query patch (row) and key patch (column), at least 0.
 
         Args:
             queries: queries of the patches, before scaling and rotary embedding.
-            grid: ``(h, w)`` of these patches, N = h * w.
+            places: where they are.
         """
-        queries = at_least_float32(queries)
+        queries, grid = at_least_float32(queries), places.grid
         widest = max(self.grid) ** 2
         with torch.autocast(queries.device.type, enabled=False):  # as in the code
             says, height = self.var(queries), F.softplus(self.height(queries))
         var = widest * torch.sigmoid(says - math.log(widest - 1))  # 1 if the layer's output is 0
         if grid != self.grid:
             var = var * (min(grid) / min(self.grid))
-        rows, columns = (torch.arange(side, device=queries.device, dtype=queries.dtype) for side in grid)
-        places = torch.cartesian_prod(rows, columns)  # (N, 2), raster order
-        half_dist = ((places[:, None] - places[None]) ** 2 / 2).clamp(max=self.most)  # (N, N, 2)
-        exponent = torch.einsum("bhnm,ntm->bhnt", 1 / (var + self.eps), half_dist)
-        return height * torch.exp(-exponent)
+        row, column = self._half_dists(places, queries)  # (1 or B, 1, N, N) each
+        narrow = 1 / (var + self.eps)  # (B, H, N, 2)
+        return height * torch.exp(-narrow[..., :1] * row - narrow[..., 1:] * column)
+
+    def _half_dists(self, places: Places, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Half squared distances of rows and of columns, ``(1 or B, 1, N, N)``."""
+        height, width = places.grid
+        ids = torch.arange(height * width, device=like.device)[None] if places.ids_keep is None else places.ids_keep
+        parts = (ids // width, ids % width)
+        apart = ((part[:, None, :, None] - part[:, None, None, :]).to(like.dtype) for part in parts)
+        row, column = ((dist**2 / 2).clamp(max=self.most) for dist in apart)
+        return row, column
 
 
-def block_with_bias(
-    block: Block, bias: GaussianBias, x: Float[Tensor, "B T D"], grid: tuple[int, int], num_prefix: int
-) -> Float[Tensor, "B T D"]:
-    """Run timm's plain block with the bias between patches, but not from or to prefix tokens.
-
-    The block isn't modified: the bias is passed as ``attn_mask``. Queries are computed twice, which adds ``N D^2``
-    multiplications to the block's ``12 T D^2``.
+def attach_bias(block: nn.Module, grid: tuple[int, int]) -> None:
+    """Add a bias to a block, as its part ``gaug``, which :func:`biased_block` reads.
 
     Args:
-        block: block with timm's plain attention.
-        bias: bias of this block.
-        x: input of the block, prefix tokens first.
-        grid: ``(h, w)`` of the patches.
-        num_prefix: R.
+        block: timm's plain block.
+        grid: ``(h, w)`` in training.
+
+    Raises:
+        ConfigError: for another kind of block, or a grid of a single patch.
     """
-    attn: Any = block.attn
+    attn: Any = getattr(block, "attn", None)
+    if type(block) is not Block or type(attn) is not Attention:
+        raise ConfigError(
+            f"gaug=true: {type(block).__name__} is not timm's plain block and attention; use another encoder"
+        )
+    block.gaug = GaussianBias(attn.head_dim, grid)
+
+
+def biased_block(
+    block: nn.Module,
+    x: Float[Tensor, "B T D"],
+    places: Places,
+    num_prefix: int,
+    is_key: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T D"]:
+    """Run a block with its bias between patches, but not from or to prefix tokens.
+
+    The bias is passed as ``attn_mask``. Queries are computed twice, which adds ``N D^2`` multiplications to the
+    block's ``12 T D^2``.
+
+    Args:
+        block: with a bias, see :func:`attach_bias`.
+        x: input of the block, prefix tokens first.
+        places: where the patches are.
+        num_prefix: R.
+        is_key: True for tokens used as keys; None: all.
+    """
+    part: Any = block  # nn.Module doesn't type its parts
+    attn = part.attn
     width = attn.qkv.weight.shape[0] // 3
-    at_patches = block.norm1(x[:, num_prefix:])
+    at_patches = part.norm1(x[:, num_prefix:])
     queries = F.linear(at_patches, attn.qkv.weight[:width], None if attn.qkv.bias is None else attn.qkv.bias[:width])
     queries = attn.q_norm(queries.reshape(*queries.shape[:2], attn.num_heads, -1).transpose(1, 2))
-    return block(x, attn_mask=F.pad(bias(queries, grid), (num_prefix, 0, num_prefix, 0)).to(x.dtype))
+    bias = F.pad(part.gaug(queries, places), (num_prefix, 0, num_prefix, 0))
+    if is_key is not None:
+        bias = bias.masked_fill(~is_key[:, None, None], -math.inf)
+    return block(x, attn_mask=bias.to(x.dtype))

@@ -156,6 +156,8 @@ class Method(nn.Module, ABC):
     """Last parts of the names of parameters without weight decay, in addition to biases and one-dimensional ones."""
     is_posttraining: ClassVar[bool] = False
     """Whether the method needs trained weights: a run without ``init`` needs the setting ``from_scratch``."""
+    hides_positions: ClassVar[bool] = False
+    """Whether the loss predicts positions that the network isn't given; such methods refuse ``gaug=true``."""
     reads_field: ClassVar[bool] = False
     """Whether crops read positions from a field. For other methods, a field in the initial weights becomes a table."""
 

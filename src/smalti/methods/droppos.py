@@ -185,6 +185,7 @@ class DropPos(EncoderMethod):
     Config = DropPosConfig
     title = "predicts the positions of visible patches whose positional embeddings were dropped"
     paper = "Wang et al. 2023, arXiv:2309.03576"
+    hides_positions = True
     log_columns: ClassVar[Mapping[str, LogColumn]] = {
         "position_accuracy": LogColumn(
             "Position accuracy", "Fraction of dropped positions that are predicted correctly; higher is better."

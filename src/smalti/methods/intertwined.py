@@ -125,6 +125,7 @@ class Intertwined(DINOv2):
     Config = IntertwinedConfig
     title = "DINOv2 with image-level positional embeddings; masks a patch's content or its position"
     paper = "Liu et al. 2025, ICML (PMLR 267)"
+    hides_positions = True
     reads_field = True
     log_columns: ClassVar[Mapping[str, LogColumn]] = {
         f"{head}_{name}": column

@@ -193,6 +193,7 @@ class LOCA(EncoderMethod):
     Config = LOCAConfig
     title = "predicts positions and cluster assignments of query patches in a reference view"
     paper = "Caron et al. 2022, arXiv:2212.02400"
+    hides_positions = True
     export_network = "student"
     log_columns: ClassVar[Mapping[str, LogColumn]] = {
         "position_accuracy": LogColumn(

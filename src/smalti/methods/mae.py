@@ -26,6 +26,7 @@ from smalti.functional.positions import sincos_positions
 from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
+from smalti.layers.gaussian_bias import Places
 from smalti.methods.base import EncoderMethod, MethodConfig, Reference, refuse_changed, register
 from smalti.models.encoder import Encoder
 
@@ -168,7 +169,8 @@ class MAE(EncoderMethod):
         """Step 2: encode the visible patches, and decode the pixels of the masked ones."""
         tokens, grid = self.encoder.embed_patches(images, visible.ids_keep)
         sequence = self.encoder.assemble(tokens, self.encoder.positions(grid), visible.ids_keep)
-        return self.decoder(self.encoder.forward_tokens(sequence), visible.ids_masked, visible.ids_restore, grid)
+        sequence = self.encoder.forward_tokens(sequence, places=Places(grid, visible.ids_keep))
+        return self.decoder(sequence, visible.ids_masked, visible.ids_restore, grid)
 
     def target(self, images: Float[Tensor, "B C H W"], visible: Visible) -> Float[Tensor, "B M P"]:
         """Step 3: the pixels of the masked patches."""

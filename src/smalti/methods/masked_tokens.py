@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smalti.functional.random import fork_keys
 from smalti.functional.transfer import move
+from smalti.layers.gaussian_bias import Places
 from smalti.layers.heads import PrototypeHead
 from smalti.layers.last_block import Chosen, place_of
 from smalti.methods.self_distillation import NUM_GLOBAL, SelfDistillationConfig
@@ -72,7 +73,8 @@ class MaskedNetwork(nn.Module):
         chosen: Chosen,
     ) -> Float[Tensor, "S D"]:
         """Output of the chosen tokens, for crops of one size."""
-        return self.encoder.forward_chosen(self.embed(images, masks, boxes), chosen)
+        places = Places(self.encoder.check_size(*images.shape[-2:]))
+        return self.encoder.forward_chosen(self.embed(images, masks, boxes), chosen, places)
 
     def project(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bottleneck vectors of tokens by name; one call per head."""

@@ -58,6 +58,7 @@ class MP3(EncoderMethod):
     Config = MP3Config
     title = "predicts the grid position of each patch, without positional embeddings"
     paper = "Zhai et al. 2022, arXiv:2207.07611"
+    hides_positions = True
     log_columns: ClassVar[Mapping[str, LogColumn]] = {
         "position_accuracy": LogColumn(
             "Position accuracy", "Fraction of patches whose position is predicted correctly; higher is better."

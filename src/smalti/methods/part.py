@@ -179,6 +179,7 @@ class PART(EncoderMethod):
     Config = PARTConfig
     title = "predicts relative offsets between off-grid patches, without positional embeddings"
     paper = "Ayoughi et al. 2025, arXiv:2506.03682"
+    hides_positions = True
     log_columns: ClassVar[Mapping[str, LogColumn]] = {
         "r2": LogColumn(
             "R² of offsets", "Fraction of the variance of offsets that is explained; 0 is chance, 1 is exact."

@@ -134,12 +134,21 @@ def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:
     with torch.random.fork_rng(devices=[]):  # a pooling with parameters is drawn from the seed, too
         torch.default_generator.manual_seed(seed % 2**63)
         encoder.set_pool(config.get("pool", "auto"), build(PRRConfig, config.get("prr", {}), group="prr"), fresh=True)
+    if config.get("gaug"):
+        encoder.attach_gaug(_gaug_grid(config["gaug"]), seed)
     encoder.fixed_positions = bool(config.get("fixed_positions", False))
     if config.get("position_free", False):
         encoder.drop_positions()
     if config.get("position_field"):
         encoder.attach_field(_field_from_config(config["position_field"], encoder))
     return encoder
+
+
+def _gaug_grid(given: Any) -> tuple[int, int]:
+    """The training grid of the Gaussian bias."""
+    if isinstance(given, (list, tuple)) and len(given) == 2 and all(type(side) is int for side in given):
+        return int(given[0]), int(given[1])
+    raise ConfigError(f"the encoder's description has gaug={shorten(repr(given))}; two numbers of patches are needed")
 
 
 def _field_from_config(config: Any, encoder: Encoder) -> PositionField:

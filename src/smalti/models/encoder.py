@@ -21,6 +21,7 @@ from smalti.config import to_tree
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
 from smalti.functional.positions import Resampling
+from smalti.layers.gaussian_bias import Places, attach_bias, biased_block
 from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
@@ -106,6 +107,8 @@ class Encoder(nn.Module):
         """Whether positions are a fixed table; a method that starts from these weights may keep it fixed."""
         self.position_free = False
         """Whether the weights were trained without positions: the table is zero; further training initialises one."""
+        self.gaug: tuple[int, int] | None = None
+        """Training grid of the Gaussian bias of attention logits; None: no bias. See :meth:`attach_gaug`."""
         self.position_field: PositionField | None = None
         """Continuous positions, evaluated at any grid, instead of a table; see :meth:`attach_field`."""
         self.class_head: ClassHead | None = None
@@ -216,6 +219,7 @@ class Encoder(nn.Module):
             "pool": self.pool,
             **({"prr": to_tree(self.prr)} if self.prr != PRRConfig() else {}),
             "fixed_positions": self.fixed_positions,
+            **({"gaug": list(self.gaug)} if self.gaug else {}),
             **({"position_free": True} if self.position_free else {}),
             **({"position_field": self.position_field.config()} if self.position_field is not None else {}),
         }
@@ -280,14 +284,15 @@ class Encoder(nn.Module):
         if images.dtype == torch.uint8:
             images = self.normalize(images)
         tokens, grid = self.embed_patches(images, ids_keep)
-        sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid), ids_keep), norm=norm)
+        sequence = self.assemble(tokens, self.positions(grid), ids_keep)
+        sequence = self.forward_tokens(sequence, norm=norm, places=Places(grid, ids_keep))
         return PatchFeatures(sequence[:, self.num_prefix_tokens :], sequence[:, : self.num_prefix_tokens], grid)
 
     def encode_with_attention(self, images: Num[Tensor, "B C H W"]) -> tuple[PatchFeatures, Float[Tensor, "B heads N"]]:
         """As :meth:`encode`, with the class token's attention to the patches in the last block.
 
         Recomputed from queries and keys, since fused attention returns no weights; a head's row sums to 1 minus the
-        attention to prefix tokens.
+        attention to prefix tokens. Gaussian biases don't change this row.
 
         Raises:
             ConfigError: without a class token, or for blocks that aren't timm's plain ones.
@@ -299,14 +304,14 @@ class Encoder(nn.Module):
         tokens, grid = self.embed_patches(images)
         sequence = self.vit.norm_pre(self.assemble(tokens, self.positions(grid)))
         for block in self.vit.blocks[:-1]:
-            sequence = block(sequence)
+            sequence = self._run(block, sequence, Places(grid))
         last, num_prefix = self.vit.blocks[-1], self.num_prefix_tokens
         attn = last.attn
         qkv = attn.qkv(last.norm1(sequence)).reshape(*sequence.shape[:2], 3, attn.num_heads, -1)
         queries, keys, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
         logits = attn.q_norm(queries[:, :, :1]) * attn.scale @ attn.k_norm(keys).mT
         attention = logits.float().softmax(-1)[:, :, 0, num_prefix:]
-        sequence = self.vit.norm(last(sequence))
+        sequence = self.vit.norm(self._run(last, sequence, Places(grid)))
         return PatchFeatures(sequence[:, num_prefix:], sequence[:, :num_prefix], grid), attention
 
     def set_pool(self, pool: str, prr: PRRConfig | None = None, fresh: bool = False) -> None:
@@ -434,6 +439,29 @@ class Encoder(nn.Module):
         if self.vit.cls_token is not None and not self.pretrained:
             nn.init.trunc_normal_(self.vit.cls_token, std=0.02)
 
+    def attach_gaug(self, grid: tuple[int, int], seed: int) -> None:
+        """Add a learned Gaussian bias to the attention logits of every block (GAug), unless there is one.
+
+        Biases are parts of the blocks: teacher, optimiser, layer decay and checkpoints include them.
+
+        Args:
+            grid: ``(h, w)`` in training.
+            seed: of the new weights; torch's global random state is unchanged.
+
+        Raises:
+            ConfigError: for blocks other than timm's plain ones, or a grid of a single patch.
+
+        Source: Hajimiri et al., LocAtViT, arXiv:2603.04892.
+        """
+        if self.gaug is not None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed % 2**63)
+            for block in self.vit.blocks:
+                attach_bias(block, grid)
+        self.vit.blocks.to(self._mean.device)
+        self.gaug = grid
+
     def attach_field(self, field: PositionField) -> None:
         """Read positions from a field from now on, and remove the model's own table.
 
@@ -507,8 +535,33 @@ class Encoder(nn.Module):
             prefix = prefix + prefix_pos
         return self.vit.pos_drop(torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1))
 
+    def _run(
+        self,
+        block: nn.Module,
+        sequence: Float[Tensor, "B T D"],
+        places: Places | None,
+        is_key: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """One block, with its Gaussian bias if it has one.
+
+        Raises:
+            ConfigError: if the bias needs places that aren't given.
+        """
+        if self.gaug is None:
+            return block(sequence) if is_key is None else block(sequence, attn_mask=is_key[:, None, None])
+        if places is None:
+            raise ConfigError(
+                f"{self.name} was built with gaug=true, which needs the places of the patches; the method that runs it "
+                "passes none (places=Places(grid)); set gaug=false"
+            )
+        return biased_block(block, sequence, places, self.num_prefix_tokens, is_key)
+
     def forward_tokens(
-        self, sequence: Float[Tensor, "B T D"], is_key: Bool[Tensor, "B T"] | None = None, norm: bool = True
+        self,
+        sequence: Float[Tensor, "B T D"],
+        is_key: Bool[Tensor, "B T"] | None = None,
+        norm: bool = True,
+        places: Places | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run the blocks and the final norm over an assembled sequence of any length T.
 
@@ -516,34 +569,47 @@ class Encoder(nn.Module):
             sequence: from :meth:`assemble`.
             is_key: ``(B, T)`` attention mask of all blocks, True for tokens used as keys; None: all. All are queries.
             norm: whether to apply the final norm.
+            places: where the patches are; needed with ``gaug=true``.
+
+        Raises:
+            ConfigError: if ``places`` are needed and not given.
         """
         sequence = self.vit.norm_pre(sequence)
         for block in self.vit.blocks:
-            sequence = block(sequence) if is_key is None else block(sequence, attn_mask=is_key[:, None, None])
+            sequence = self._run(block, sequence, places, is_key)
         return self.vit.norm(sequence) if norm else sequence
 
-    def forward_chosen(self, sequence: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:
+    def forward_chosen(
+        self, sequence: Float[Tensor, "B T D"], chosen: Chosen, places: Places | None = None
+    ) -> Float[Tensor, "S D"]:
         """Output of :meth:`forward_tokens` at some tokens; last block and final norm are computed only for these.
 
         With another pooling than the class token (:meth:`set_pool`), the pooled vector replaces that token, and the
-        last block is computed for all tokens.
+        last block is computed for all tokens; so it is with a Gaussian bias.
 
         Args:
             sequence: from :meth:`assemble`, with a class token if it is pooled.
             chosen: which tokens, prefix tokens counted.
+            places: as in :meth:`forward_tokens`.
         """
         if self.pool not in ("auto", "cls"):
             first = self.num_prefix_tokens
-            tokens = self.forward_tokens(sequence)
+            tokens = self.forward_tokens(sequence, places=places)
             features = PatchFeatures(tokens[:, first:], tokens[:, :first], (1, tokens.shape[1] - first))
             return chosen.pick(torch.cat([self.pooled(features)[:, None], tokens[:, 1:]], dim=1))
+        if self.gaug is not None:
+            return chosen.pick(self.forward_tokens(sequence, places=places))
         sequence = self.vit.norm_pre(sequence)
         for block in self.vit.blocks[:-1]:
             sequence = block(sequence)
         return self.vit.norm(block_at(self.vit.blocks[-1], sequence, chosen))
 
     def forward_layers(
-        self, sequence: Float[Tensor, "B T D"], layers: Sequence[int], norm: bool = True
+        self,
+        sequence: Float[Tensor, "B T D"],
+        layers: Sequence[int],
+        norm: bool = True,
+        places: Places | None = None,
     ) -> list[Float[Tensor, "B T D"]]:
         """Outputs of chosen blocks (0 the first, negative from the end), each through the final norm if ``norm``.
 
@@ -556,7 +622,7 @@ class Encoder(nn.Module):
         outputs: dict[int, Tensor] = {}
         sequence = self.vit.norm_pre(sequence)
         for number, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            sequence = block(sequence)
+            sequence = self._run(block, sequence, places)
             if number in wanted:
                 outputs[number] = self.vit.norm(sequence) if norm else sequence
         return [outputs[number] for number in wanted]

@@ -112,6 +112,11 @@ def build_method(config: RunConfig, description: Mapping[str, Any] | None = None
             return built
         assert issubclass(method, EncoderMethod), method
         encoder = starting_encoder(config, description, quiet)
+        if encoder.gaug is not None and method.hides_positions:
+            raise ConfigError(
+                f"gaug=true: {method.name} hides positions from the network and predicts them, and the Gaussian bias "
+                "reveals them; train another method, or without gaug"
+            )
         encoder.draw_positions()  # methods without positions remove them later
         encoder.set_drop_path(config.drop_path)
         return method(encoder, config.method)
@@ -196,6 +201,8 @@ def starting_encoder(config: RunConfig, description: Mapping[str, Any] | None = 
         )
     _set_normalization(encoder, data)
     encoder.set_pool(config.pool, config.prr, fresh=True)
+    if config.gaug:
+        encoder.attach_gaug(encoder.check_size(*encoder.img_size), config.seed)
     return encoder
 
 

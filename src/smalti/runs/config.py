@@ -122,6 +122,10 @@ class RunConfig:
     ``auto``, after parameter-free attention over all tokens; ``map``: timm's trainable attention pooling."""
     prr: PRRConfig | None = None
     """Settings of ``pool=prr``: ``num_heads pre_norm post_norm include_prefix``; None: those of the paper."""
+    gaug: bool = False
+    """Add a learned Gaussian around each patch to its attention logits (GAug of LocAtViT), in all networks, saved with
+    them; refused by methods whose loss predicts positions, which it would reveal. Weights of ``init`` that have it keep
+    it."""
     drop_path: float = 0.0
     """Maximum stochastic depth rate of the trained network; the rate grows linearly with depth."""
     optim: OptimConfig = OptimConfig()
@@ -197,7 +201,8 @@ def _check_no_encoder(config: RunConfig, where: str) -> None:
         ConfigError: for the first such setting.
     """
     name = config.method.name
-    without = dict.fromkeys(("encoder", "weights", "prr")) | {"pool": "auto", "drop_path": 0.0, "load": LoadConfig()}
+    without: dict[str, Any] = dict.fromkeys(("encoder", "weights", "prr"))
+    without |= {"pool": "auto", "gaug": False, "drop_path": 0.0, "load": LoadConfig()}
     for setting, unset in without.items():
         if getattr(config, setting) != unset:
             raise ConfigError(f"{where}: {setting}: {name} trains no encoder, only tokens.* applies; leave it out")

@@ -22,6 +22,7 @@ from smalti.evaluation.protocols.linear_segmentation import (
     LinearSegmentationRecipe,
     choose_recipe,
     linear_segmentation,
+    one_cycle,
 )
 from smalti.evaluation.protocols.overclustering import overclustering
 from smalti.evaluation.protocols.segmenter import segmenter
@@ -59,6 +60,53 @@ def test_gradient_equals_autograd_of_upsampled_features(batch):
     assert_close(head.bias.grad, bias.grad)
 
 
+@pytest.mark.parametrize("batch", [2, 20])
+def test_gradient_with_a_hidden_layer_equals_autograd_of_convolutions(batch):
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randn(batch, 6, 5, generator=g)
+    target = torch.randint(0, 4, (batch, 7, 7), generator=g)
+    target[:, :2] = 255
+    head = Head(5, 4, (2, 3), 7, hidden_dim=8)
+    head.backward(tokens, target, ignore=255)
+    conv, norm, out = torch.nn.Conv2d(5, 8, 1), torch.nn.GroupNorm(1, 8), torch.nn.Conv2d(8, 4, 1)
+    with torch.no_grad():
+        conv.weight.copy_(head.hidden.conv.weight[:, :, None, None])
+        conv.bias.copy_(head.hidden.conv.bias)
+        out.weight.copy_(head.weight[:, :, None, None])
+        out.bias.copy_(head.bias)
+    net = torch.nn.Sequential(conv, norm, torch.nn.GELU(), out)
+    logits = F.interpolate(net(tokens.mT.reshape(batch, 5, 2, 3)), (7, 7), mode="bilinear", align_corners=False)
+    assert_close(head.logits(tokens).permute(0, 3, 1, 2), logits, atol=2e-6, rtol=0)
+    F.cross_entropy(logits, target, ignore_index=255).backward()
+    expected = [out.weight, out.bias, conv.weight, conv.bias, norm.weight, norm.bias]
+    for parameter, other in zip(head.parameters, expected, strict=True):
+        assert_close(parameter.grad, other.grad.reshape(parameter.shape))
+
+
+def test_one_cycle_rises_in_a_quarter_and_falls():
+    found = [one_cycle(step / 8) for step in range(9)]
+    assert found == pytest.approx([1e-4, 0.50005, 1, *(1e-4 + (1 - 1e-4) * left / 6 for left in range(5, -1, -1))])
+
+
+def test_locatvits_head_segments_what_no_linear_head_can(perfect, scenes, features_of):
+    encode = perfect.encode
+
+    def entangled(images):
+        patches = encode(images).patches.clone()
+        signs = torch.where(torch.arange(patches.shape[1]) % 2 == 0, 1.0, -1.0)
+        return encode(images)._replace(patches=patches * signs[:, None])  # a class lies on both sides of the origin
+
+    perfect.encode = entangled
+    own = {"mask_size": 4, "epochs": 100, "hidden_dim": 32, "learning_rate": 0.01}
+    scores = linear_segmentation(features_of(perfect, scenes, "masks"), EvalConfig(own={"linear-segmentation": own}))
+    linear = linear_segmentation(
+        features_of(perfect, scenes, "masks"), EvalConfig(own={"linear-segmentation": {**own, "hidden_dim": None}})
+    )
+    assert scores.metrics["miou"] > 0.95 > 0.7 > linear.metrics["miou"]
+    assert scores.settings["hidden_dim"] == 32 and scores.settings["optimiser"].startswith("AdamW")
+    assert "hidden_dim" not in linear.settings
+
+
 def test_a_batch_without_labelled_pixels_has_no_gradient():
     head = Head(5, 4, (2, 2), 3)
     head.backward(torch.randn(1, 4, 5), torch.full((1, 3, 3), 255), ignore=255)
@@ -92,6 +140,8 @@ def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
         },
     )
     assert choose_recipe(features, changed) == LinearSegmentationRecipe(64, 50, 3, 128, False, "skip", (1.0,))
+    locat = EvalConfig(own={"linear-segmentation": {"hidden_dim": 512}})
+    assert choose_recipe(features, locat) == LinearSegmentationRecipe(32, 32, 300, 16, False, "skip", (1e-3,), 512)
 
 
 def test_e18_a_perfect_encoder_segments_perfectly(perfect, scenes, features_of):

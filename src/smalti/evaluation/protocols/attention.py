@@ -113,7 +113,10 @@ class AttentionObserver(Observer):
         self._distances = patch_distances(encoder.check_size(size, size), encoder.patch_size)
         hooks = [
             module.register_forward_pre_hook(
-                lambda module, args, i=i: self._look(module, args[0], i == len(modules) - 1)
+                lambda module, args, given, i=i: self._look(
+                    module, args[0], given.get("attn_mask"), i == len(modules) - 1
+                ),
+                with_kwargs=True,
             )
             for i, module in enumerate(modules)
         ]
@@ -135,13 +138,15 @@ class AttentionObserver(Observer):
         self._waiting, self._rows = {}, None
 
     @torch.no_grad()
-    def _look(self, module: nn.Module, tokens: Tensor, is_last: bool) -> None:
+    def _look(self, module: nn.Module, tokens: Tensor, bias: Tensor | None, is_last: bool) -> None:
         assert isinstance(module, Attention)
         for row in range(len(tokens)):
             if self._first + row not in self._chosen:
                 continue
             # one image at a time: N * N values per head
-            between = between_patches(attention_weights(module, tokens[row : row + 1])[0], self._num_prefix)
+            own = None if bias is None else bias[row : row + 1]
+            weights = attention_weights(module, tokens[row : row + 1], bias=own)[0]
+            between = between_patches(weights, self._num_prefix)
             numbers = mutual_information(between), attention_distance(between, self._distances)
             ours = tuple(one.cpu()[None] for one in numbers)
             before = self._waiting.get(row)

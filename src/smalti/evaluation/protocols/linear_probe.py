@@ -32,6 +32,7 @@ from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accura
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_labels
 from smalti.evaluation.tuning import Example, evaluate_labels, normalized, random_view, seeded, train
+from smalti.layers.gaussian_bias import Places
 from smalti.models.encoder import Encoder
 from smalti.models.pooling import PatchFeatures, check_pool, pool_features
 
@@ -186,7 +187,7 @@ class LastBlocks:
         encoder, first = self.encoder, self.encoder.num_prefix_tokens
         tokens, grid = encoder.embed_patches(images)
         sequence = encoder.assemble(tokens, encoder.positions(grid))
-        layers = encoder.forward_layers(sequence, range(-self.num_blocks, 0))
+        layers = encoder.forward_layers(sequence, range(-self.num_blocks, 0), places=Places(grid))
         pool = "auto" if self.pool == "cls" else self.pool
         parts = [
             pool_features(PatchFeatures(layer[:, first:], layer[:, :first], grid), pool, encoder.has_class_token)

@@ -6,7 +6,9 @@ Differs from them: the head comes before the bilinear upsampling instead of afte
 linear, over different axes) and upsamples K logits instead of D features; training images are shuffled; all test
 images count; the last epoch is reported, since selecting one would need the test images. The small preset also selects
 its learning rate on held-out training images: with their 0.01, a head on tokens of unit length underfits in few steps.
-Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, K classes, M side of the masks.
+With ``hidden_dim``: the head and optimiser of Hajimiri et al., LocAtViT, arXiv:2603.04892, as in their code.
+Letters: n images, B of them in a batch, N = h*w patches, D embed_dim, K classes, M side of the masks,
+F width of a hidden layer.
 """
 
 import math
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smalti.config import BatchSize, Count, ImageSize, settings
@@ -44,6 +46,8 @@ _AT_ONCE = 16  # images whose pixel logits are in memory at a time
 GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
 """Learning rates of the small preset."""
 HELD_OUT = 0.2
+HIDDEN_LEARNING_RATE, HIDDEN_WEIGHT_DECAY = 1e-3, 0.01
+WARMUP_RATIO, FLOOR = 0.25, 1e-4
 FEWEST_STEPS = 300
 """Minimum number of steps of the small preset, for small data sets."""
 
@@ -60,14 +64,43 @@ class LinearSegmentationRecipe:
     absent: Absent
     learning_rates: tuple[float, ...]
     """If several, the best on held-out training images is used."""
+    hidden_dim: int | None = None
 
     def decay(self, epoch: int) -> float:
         """Factor of the learning rate: 0.1 in the last 20 % of the epochs."""
         return 0.1 if epoch >= 0.8 * self.epochs else 1.0
 
+    def optimizer(self, head: "Head", rate: float) -> torch.optim.Optimizer:
+        """SGD; AdamW for a head with a hidden layer."""
+        if self.hidden_dim is None:
+            return torch.optim.SGD(head.parameters, rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        return torch.optim.AdamW(head.parameters, rate, weight_decay=HIDDEN_WEIGHT_DECAY)
+
+
+def one_cycle(progress: float) -> float:
+    """Factor of the learning rate of heads with a hidden layer: linear up to 1 in the first quarter, then linear down.
+
+    Args:
+        progress: 0 in the first step, 1 in the last; there the factor is 1e-4.
+    """
+    rise = progress / WARMUP_RATIO if progress < WARMUP_RATIO else (1 - progress) / (1 - WARMUP_RATIO)
+    return FLOOR + (1 - FLOOR) * rise
+
+
+class HiddenLayer(nn.Module):
+    """A 1x1 convolution, normalisation over the tokens and channels of an image, and GELU."""
+
+    def __init__(self, embed_dim: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Linear(embed_dim, width), nn.GroupNorm(1, width)
+
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N F"]:
+        """Inputs of the classifier."""
+        return F.gelu(self.norm(self.conv(tokens).mT).mT)
+
 
 class Head:
-    """A 1x1 convolution with bias, followed by bilinear upsampling.
+    """A 1x1 convolution with bias, followed by bilinear upsampling; with ``hidden_dim`` after a :class:`HiddenLayer`.
 
     The initial weights are torch's default for convolutions, from a separate generator.
     """
@@ -80,16 +113,32 @@ class Head:
         mask_size: int,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        hidden_dim: int | None = None,
     ) -> None:
         g = torch.Generator().manual_seed(seed)
+        self.hidden: HiddenLayer | None = None
+        if hidden_dim is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                self.hidden = HiddenLayer(embed_dim, hidden_dim).to(device)
+            embed_dim = hidden_dim
         bound = embed_dim**-0.5
         self.weight = torch.empty(num_classes, embed_dim).uniform_(-bound, bound, generator=g).to(device)
         self.bias = torch.empty(num_classes).uniform_(-bound, bound, generator=g).to(device)
         self._grid = grid
         self._rows, self._columns = (upsampling(side, mask_size).to(device) for side in grid)
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters."""
+        return [self.weight, self.bias, *([] if self.hidden is None else self.hidden.parameters())]
+
     def logits(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B M M K"]:
         """Class scores of each pixel of the masks."""
+        return self._classified(tokens if self.hidden is None else self.hidden(tokens))
+
+    def _classified(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B M M K"]:
+        """Class scores of each pixel from the classifier's inputs."""
         h, w = self._grid
         scores = F.linear(tokens, self.weight, self.bias)
         up = torch.matmul(self._rows, scores.view(len(tokens), h, -1))  # (B, h, w*K) -> (B, M, w*K)
@@ -101,24 +150,33 @@ class Head:
         loss = float(F.cross_entropy(logits, target.flatten().long(), ignore_index=ignore, reduction="sum"))
         return loss if loss == loss else math.inf
 
+    @torch.no_grad()
     def backward(self, tokens: Float[Tensor, "B N D"], target: Integer[Tensor, "B M M"], ignore: int) -> None:
-        """Set ``grad`` of weight and bias for the mean cross-entropy of a batch's labelled pixels.
+        """Set ``grad`` of all parameters for the mean cross-entropy of a batch's labelled pixels.
 
-        In closed form, since autograd would store three tensors of ``(B, M, M, K)`` instead of one; and in chunks of
-        the batch.
+        For the classifier in closed form, since autograd would store three tensors of ``(B, M, M, K)`` instead of one;
+        and in chunks of the batch.
         """
         num_labelled = (target != ignore).sum().clamp(min=1)  # a batch may have no labelled pixel
-        self.weight.grad, self.bias.grad = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        assert self.weight.grad is not None and self.bias.grad is not None, "set above"
         for part, truth in zip(torch.split(tokens, _AT_ONCE), torch.split(target, _AT_ONCE), strict=True):
-            error = self.logits(part).softmax(-1)  # softmax - one_hot is the gradient of the logits
+            inputs = part
+            if self.hidden is not None:
+                with torch.enable_grad():
+                    inputs = self.hidden(part)
+            error = self._classified(inputs).softmax(-1)  # softmax - one_hot is the gradient of the logits
             flat, classes = error.view(-1, error.shape[-1]), truth.flatten().long()
             is_ignored = classes == ignore
             flat[torch.arange(len(flat), device=flat.device), classes.masked_fill(is_ignored, 0)] -= 1
             flat[is_ignored] = 0
             down = torch.matmul(self._columns.T, error).flatten(2)  # (B, M, M, K) -> (B, M, w*K)
             down = torch.matmul(self._rows.T, down).view(-1, error.shape[-1]) / num_labelled  # -> (B*N, K)
-            self.weight.grad += down.T @ part.flatten(0, 1)
+            self.weight.grad += down.T @ inputs.flatten(0, 1)
             self.bias.grad += down.sum(0)
+            if self.hidden is not None:
+                torch.autograd.backward(inputs, (down @ self.weight).view_as(inputs))
 
 
 @settings
@@ -137,6 +195,9 @@ class LinearSegmentationConfig:
     """Side of the masks in pixels; None: the preset's."""
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
+    hidden_dim: Count | None = None
+    """Width of a hidden layer before the classifier (1x1 convolution, group norm, GELU), trained with AdamW and one
+    cycle of the learning rate; 512 is LocAtViT's head. None: a linear head."""
 
 
 def choose_recipe(features: Features, config: EvalConfig) -> LinearSegmentationRecipe:
@@ -162,7 +223,12 @@ def choose_recipe(features: Features, config: EvalConfig) -> LinearSegmentationR
         "batch_size": own.batch_size,
         "augment": own.augment,
         "absent": own.absent,
-        "learning_rates": (own.learning_rate,) if own.learning_rate else None,
+        "learning_rates": (own.learning_rate,)
+        if own.learning_rate
+        else (HIDDEN_LEARNING_RATE,)
+        if own.hidden_dim
+        else None,
+        "hidden_dim": own.hidden_dim,
     }
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
@@ -189,11 +255,11 @@ def train_heads(
     """
     encoder, num_classes, size = features.encoder, len(features.data.classes), masks.shape[-1]
     grid = encoder.check_size(recipe.image_size, recipe.image_size)
-    heads = [Head(encoder.embed_dim, num_classes, grid, size, seed, features.device) for _ in learning_rates]
-    optimizers = [
-        torch.optim.SGD([head.weight, head.bias], rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
-        for head, rate in zip(heads, learning_rates, strict=True)
+    heads = [
+        Head(encoder.embed_dim, num_classes, grid, size, seed, features.device, recipe.hidden_dim)
+        for _ in learning_rates
     ]
+    optimizers = [recipe.optimizer(head, rate) for head, rate in zip(heads, learning_rates, strict=True)]
     tokens = None if recipe.augment else features.tokens("train", recipe.image_size)
     num_steps = recipe.epochs * math.ceil(len(chosen) / recipe.batch_size)
     step = 0
@@ -209,7 +275,9 @@ def train_heads(
         else:
             batches = ((x, masks[torch.tensor(at)]) for x, at in tokens.batches(order, recipe.batch_size))
         for inputs, target in batches:
-            for head, optimizer in zip(heads, optimizers, strict=True):
+            for head, optimizer, rate in zip(heads, optimizers, learning_rates, strict=True):
+                if recipe.hidden_dim is not None:
+                    optimizer.param_groups[0]["lr"] = rate * one_cycle(step / max(num_steps - 1, 1))
                 head.backward(inputs, target.to(inputs.device), ignored_value(num_classes))
                 optimizer.step()
             step += 1
@@ -303,6 +371,8 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
         "preset": config.preset,
         "comparable": "small preset: not comparable with published numbers"
         if config.preset == "small"
+        else "LocAtViT's head; all else Leopart's and NeCo's settings, unless changed"
+        if recipe.hidden_dim
         else "Leopart's and NeCo's settings, unless changed"
         + ("" if config.preset == "paper" else "; absent classes skipped"),
         "image_size": recipe.image_size,
@@ -318,7 +388,10 @@ def linear_segmentation(features: Features, config: EvalConfig) -> Scores:
         else "preset or eval.linear-segmentation.learning_rate",
         "learning_rates_tried": reached,
         "learning_rate_is_at_edge_of_grid": len(reached) > 1 and rate in (min(GRID), max(GRID)),
-        "optimiser": f"SGD, momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, lr / 10 in the last 20 %",
+        **({"hidden_dim": recipe.hidden_dim} if recipe.hidden_dim else {}),
+        "optimiser": f"AdamW, weight decay {HIDDEN_WEIGHT_DECAY}, lr linear up in the first quarter, then down"
+        if recipe.hidden_dim
+        else f"SGD, momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}, lr / 10 in the last 20 %",
         "reported": "last epoch",
         "absent": recipe.absent,
         "matching": "direct",
