@@ -15,6 +15,7 @@ from smalti.exporters.timm import export_timm
 from smalti.layers.gaussian_bias import Places
 from smalti.layers.last_block import Chosen
 from smalti.methods.base import get_method, method_names
+from smalti.models.block_attention import block_attention
 from smalti.models.build import build_encoder, clone_encoder, encoder_from_config
 from smalti.models.encoder import Encoder
 from smalti.models.loading import as_loaded
@@ -132,6 +133,15 @@ def test_every_way_through_the_blocks_has_the_bias(encoder: Encoder) -> None:
         with pytest.raises(ConfigError, match="needs the places of the patches"):
             run(sequence)
     assert inspect.signature(encoder.forward_tokens).parameters["places"].default is None
+
+
+def test_pictures_of_attention_have_the_bias(encoder: Encoder) -> None:
+    with torch.no_grad():
+        for block in encoder.vit.blocks:
+            block.gaug.height.weight.zero_()
+            block.gaug.height.bias.fill_(30.0)  # each patch attends to itself
+    rows = torch.stack(list(block_attention(encoder, images()[:1])))[:, :, 1:]
+    assert rows.diagonal(dim1=-2, dim2=-1).min() > 0.99
 
 
 def test_timm_refuses_and_onnx_is_equal(encoder: Encoder, tmp_path: Path) -> None:

@@ -36,13 +36,16 @@ def block_attention(
     """
     modules = attention_modules(encoder.vit.blocks, encoder.name)
     chosen = range(len(modules)) if blocks is None else blocks
-    inputs: dict[int, Tensor] = {}
+    inputs: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def keep(number: int, tokens: Tensor) -> None:
-        inputs[number] = tokens
+    def keep(number: int, tokens: Tensor, bias: Tensor | None) -> None:
+        inputs[number] = tokens, bias
 
     hooks = [
-        modules[number].register_forward_pre_hook(lambda module, args, n=number: keep(n, args[0])) for number in chosen
+        modules[number].register_forward_pre_hook(
+            lambda module, args, given, n=number: keep(n, args[0], given.get("attn_mask")), with_kwargs=True
+        )
+        for number in chosen
     ]
     try:
         with torch.no_grad():
@@ -51,12 +54,14 @@ def block_attention(
         for hook in hooks:
             hook.remove()
     for number in chosen:
-        yield _of_block(modules[number], inputs.pop(number), encoder)
+        yield _of_block(modules[number], *inputs.pop(number), encoder)
 
 
 @torch.no_grad()
-def _of_block(module: Attention, tokens: Float[Tensor, "1 T D"], encoder: Encoder) -> Float[Tensor, "heads Q N"]:
+def _of_block(
+    module: Attention, tokens: Float[Tensor, "1 T D"], bias: Float[Tensor, "1 #heads T T"] | None, encoder: Encoder
+) -> Float[Tensor, "heads Q N"]:
     num_prefix = encoder.num_prefix_tokens
-    weights = to_patches(attention_weights(module, tokens)[0], num_prefix)
+    weights = to_patches(attention_weights(module, tokens, bias=bias)[0], num_prefix)
     prefix = weights[:, : int(encoder.has_class_token)]  # the class token comes before registers
     return torch.cat([prefix, weights[:, num_prefix:]], dim=1)
