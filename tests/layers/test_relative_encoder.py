@@ -41,6 +41,15 @@ def test_the_relative_encoder_is_attention_of_concatenated_pairs(num_heads: int,
     assert_close(head(TOKENS, PAIRS), head.output_project(found), rtol=1e-4, atol=1e-4)
 
 
+def test_a_width_of_its_own_is_a_projection_of_the_tokens() -> None:
+    head = louder(RelativeEncoder(16, 2, width=8))
+    narrow = louder(RelativeEncoder(8, 2))
+    narrow.load_state_dict({name: value for name, value in head.state_dict().items() if "token_project" not in name})
+    assert_close(head(TOKENS, PAIRS), narrow(head.token_project(TOKENS), PAIRS))
+    with pytest.raises(ConfigError, match=r"head_num_heads=3 does not divide method\.head_dim 8"):
+        RelativeEncoder(16, 2, 3, width=8)
+
+
 def test_positional_queries_are_codes_of_the_numbers_of_a_pair() -> None:
     head = louder(RelativeEncoder(16, 2, query="positional"))
     tokens = TOKENS + sincos_at(torch.arange(6.0)[:, None], 16)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smalti.cli import completion
 from smalti.cli.options import Debug, Imports, Out, Quiet, needed
 from smalti.errors import RunError
 
@@ -15,7 +16,15 @@ NAME = "compare"
 
 
 def command(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="The plan.", show_default=False)],
+    plan: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PLAN.yaml",
+            help="The plan: a file, or the name of one that comes with Smalti.",
+            show_default=False,
+            autocompletion=completion.plans,
+        ),
+    ],
     out: Out = None,
     imports: Imports = None,
     quiet: Quiet = False,

@@ -29,5 +29,12 @@ def recipes(incomplete: str) -> Iterator[str]:
     yield from (path.name for path in recipe_files() if path.name.startswith(incomplete))
 
 
+def plans(incomplete: str) -> Iterator[str]:
+    """Plans that come with Smalti."""
+    from smalti.runs.recipes import plan_files
+
+    yield from (path.name for path in plan_files() if path.name.startswith(incomplete))
+
+
 def _starting(text: str, names: dict[str, str]) -> Iterator[tuple[str, str]]:
     yield from ((name, meaning) for name, meaning in names.items() if name.startswith(text))

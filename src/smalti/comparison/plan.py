@@ -33,7 +33,7 @@ from smalti.evaluation.protocol import find_protocol
 from smalti.models.loading import weights_digest
 from smalti.models.weights import LoadConfig
 from smalti.runs.config import absolute, absolute_paths, check_start, resolve
-from smalti.runs.recipes import find_recipe
+from smalti.runs.recipes import find_plan, find_recipe
 from smalti.training.launch import Devices, num_processes, resolve_devices, split_batch
 
 CELLS = "cells"
@@ -70,7 +70,8 @@ class Plan:
 
 
 def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
-    """Read a plan from a YAML file or a dict; missing relative paths are resolved against the file's folder.
+    """Read a plan from a YAML file, the name of one that comes with Smalti, or a dict; missing relative paths are
+    resolved against the file's folder.
 
     Raises:
         ConfigError: if the plan is invalid.
@@ -78,7 +79,7 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     if isinstance(source, Mapping):
         tree, where, folder = dict(source), "plan", Path()
     else:
-        path = Path(source).expanduser()
+        path = find_plan(source)
         tree, where, folder = read_yaml(path), str(path), path.parent
     plan = build(Plan, tree, where)
     if not plan.arms:

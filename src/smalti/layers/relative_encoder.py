@@ -30,6 +30,7 @@ class RelativeEncoder(nn.Module):
         residual: add the query to the output of attention.
         norm: layer norms before attention, of queries and of tokens.
         mlp: a norm and a two-layer MLP after attention, with a residual connection.
+        width: width to which tokens are projected first; None: D, without a projection.
 
     Raises:
         ConfigError: if the number of heads does not divide the width.
@@ -47,10 +48,13 @@ class RelativeEncoder(nn.Module):
         residual: bool = False,
         norm: bool = False,
         mlp: bool = False,
+        width: int | None = None,
     ) -> None:
         super().__init__()
+        self.token_project = nn.Identity() if width is None else nn.Linear(dim, width)
+        whose, dim = ("the encoder's width", dim) if width is None else ("method.head_dim", width)
         if num_heads < 1 or dim % num_heads:
-            raise ConfigError(f"method.head_num_heads={num_heads} does not divide the encoder's width {dim}")
+            raise ConfigError(f"method.head_num_heads={num_heads} does not divide {whose} {dim}")
         self.residual = residual
         self.input_project = nn.Linear(2 * dim, dim) if query == "patch_cat" else None
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
@@ -69,7 +73,7 @@ class RelativeEncoder(nn.Module):
         attention = self.multihead_attn
         q_weight, k_weight, v_weight = attention.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = attention.in_proj_bias.chunk(3)
-        keys = tokens
+        keys = tokens = self.token_project(tokens)
         if self.input_project is None:
             slots = torch.arange(tokens.shape[1], device=tokens.device).double()[:, None]
             keys = tokens + sincos_at(slots, tokens.shape[-1]).to(tokens.dtype)

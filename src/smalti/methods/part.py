@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.charts import LogColumn
-from smalti.config import NumHeads, Ratio, RatioBelowOne, settings
+from smalti.config import NumHeads, Ratio, RatioBelowOne, Width, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.data.signals.signal_views import SignalViews
@@ -109,6 +109,9 @@ class PARTConfig(MethodConfig):
     released code's default; kept for parity)."""
     head_num_heads: NumHeads = 1
     """``cross_attention``: number of attention heads; the released code has 1."""
+    head_dim: Width | None = None
+    """``cross_attention``: width to which the head projects the tokens first; None: the encoder's, without a
+    projection."""
     head_residual: bool = False
     """``cross_attention``: add the query to the output of attention; short runs need it (docs/evidence/part.md)."""
     head_norm: bool = False
@@ -468,6 +471,7 @@ def _make_head(config: PARTConfig, dim: int, num_outputs: int) -> nn.Module:
             config.head_residual,
             config.head_norm,
             config.head_mlp,
+            config.head_dim,
         )
     heads = {"pairwise_linear": PairwiseLinear, "difference": DifferenceHead}
     return heads[config.head](dim, num_outputs)

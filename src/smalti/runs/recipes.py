@@ -13,11 +13,12 @@ NOT_MEASURED = "*not yet measured*"
 
 def recipe_files() -> list[Path]:
     """Files of the recipes that come with Smalti, in the package or in the checkout."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "recipes", package.parents[1] / "recipes"):
-        if folder.is_dir():
-            return sorted(folder.glob("*.yaml"))
-    return []
+    return _shipped("*.yaml")
+
+
+def plan_files() -> list[Path]:
+    """Files of the plans of ``smalti compare`` that come with Smalti."""
+    return _shipped("plans/*.yaml")
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -26,13 +27,34 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         ConfigError: if it doesn't exist; the closest name is suggested.
     """
+    return _find(name, recipe_files(), "recipe")
+
+
+def find_plan(name: str | Path) -> Path:
+    """Path of a plan, given as for :func:`find_recipe`.
+
+    Raises:
+        ConfigError: if it doesn't exist; the closest name is suggested.
+    """
+    return _find(name, plan_files(), "plan")
+
+
+def _shipped(pattern: str) -> list[Path]:
+    package = Path(__file__).parents[1]
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if folder.is_dir():
+            return sorted(folder.glob(pattern))
+    return []
+
+
+def _find(name: str | Path, files: list[Path], kind: str) -> Path:
     path = Path(name).expanduser()
-    shipped = {recipe.name: recipe for recipe in recipe_files()}
+    shipped = {file.name: file for file in files}
     if path.is_file() or path.parent != Path():
         return path
     found = shipped.get(path.name) or shipped.get(f"{path.name}.yaml")
     if found is None:
-        raise ConfigError(unknown_key(str(name), shipped, kind="recipe"))
+        raise ConfigError(unknown_key(str(name), shipped, kind=kind))
     return found
 
 
