@@ -10,8 +10,9 @@ from smalti.data.dataset import Labelled
 from smalti.data.images.decode import NO_PIXELS, PixelConfig
 from smalti.data.images.folders import ClassDepth, ImageSet, open_images
 from smalti.data.images.labelled import LabelKind, check_headers, draw_training, open_labelled
+from smalti.data.signals.labelled_signals import open_labelled_signals
 from smalti.data.signals.signal_config import SignalConfig
-from smalti.data.signals.signal_set import is_signals, open_labelled_signals
+from smalti.data.signals.signal_set import is_signals
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.context import EvaluationContext, Progress, own_head

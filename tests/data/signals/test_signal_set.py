@@ -13,15 +13,10 @@ from numpy.testing import assert_array_equal
 from edf import write_edf
 from signal_files import noise, save
 from smalti.data.loader import TrainLoader
+from smalti.data.signals.labelled_signals import draw_subjects, open_labelled_signals, split_subjects
 from smalti.data.signals.recordings import read_signal
 from smalti.data.signals.signal_config import SignalConfig
-from smalti.data.signals.signal_set import (
-    draw_subjects,
-    is_signals,
-    open_labelled_signals,
-    open_signals,
-    split_subjects,
-)
+from smalti.data.signals.signal_set import is_signals, open_signals
 from smalti.data.signals.signal_views import SignalViews
 from smalti.errors import ConfigError, DataError
 

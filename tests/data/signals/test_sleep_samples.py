@@ -5,8 +5,9 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from smalti.data.signals.hypnograms import STAGES
+from smalti.data.signals.labelled_signals import open_labelled_signals
 from smalti.data.signals.signal_config import SignalConfig
-from smalti.data.signals.signal_set import open_labelled_signals, open_signals
+from smalti.data.signals.signal_set import open_signals
 from smalti.data.signals.sleep_samples import CHANNELS, RATE_HZ, draw_night, write_nights
 from smalti.errors import DataError
 

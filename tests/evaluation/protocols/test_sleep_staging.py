@@ -16,8 +16,9 @@ from torch.testing import assert_close
 from smalti.cli.evaluate import as_trained
 from smalti.config import build, read_yaml, write_yaml
 from smalti.data.signals.hypnograms import STAGES
+from smalti.data.signals.labelled_signals import open_labelled_signals
 from smalti.data.signals.signal_config import SignalConfig
-from smalti.data.signals.signal_set import open_labelled_signals, open_signals
+from smalti.data.signals.signal_set import open_signals
 from smalti.data.signals.sleep_samples import write_nights
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.config import EvalConfig

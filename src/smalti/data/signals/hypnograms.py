@@ -55,6 +55,7 @@ class Scoring:
     """``(n,)`` places in :data:`STAGES`, or :data:`UNDEFINED`."""
     start: datetime.datetime | None = None
     """When onset 0 is, as a file of its own says."""
+    num_classes: int = len(STAGES)
 
     @property
     def end_s(self) -> float:
@@ -72,13 +73,13 @@ class Scoring:
         return replace(self, onsets=self.onsets + seconds)
 
     def windows(self, starts_s: Float[np.ndarray, " W"], window_s: float) -> Int[np.ndarray, " W"]:
-        """The stage that covers most of each window; a tie goes to the first in :data:`STAGES`.
+        """The stage that covers most of each window; a tie goes to the first of them.
 
         Args:
             starts_s: where windows begin, in seconds as ``onsets``.
             window_s: their length.
         """
-        covered = np.zeros((len(starts_s), len(STAGES)))
+        covered = np.zeros((len(starts_s), self.num_classes))
         for onset, duration, stage in zip(self.onsets, self.durations, self.stages, strict=True):
             if stage != UNDEFINED:
                 shared = np.minimum(starts_s + window_s, onset + duration) - np.maximum(starts_s, onset)

@@ -20,6 +20,8 @@ from smalti.data.signals.hypnograms import Labels, Scoring, align, read_hypnogra
 from smalti.data.signals.recording_list import TABLE, ListedRecording
 from smalti.data.signals.recordings import Piece, RawSignal, read_signal
 from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.signal_file import StoredSignal
+from smalti.data.signals.window_labels import scoring_of
 from smalti.errors import DataError
 
 _HIGHEST_BAND = 0.45
@@ -42,12 +44,14 @@ class Recording:
     path: Path
     subject: str
     split: str | None
-    signal: np.ndarray = field(repr=False)
+    signal: np.ndarray | StoredSignal = field(repr=False)
     """``(C, R)`` float32, whole windows one after the other; between two there may be a gap."""
     starts_s: np.ndarray = field(repr=False)
     """``(W,)`` seconds from the start of the recording to each window."""
     stages: np.ndarray | None = field(repr=False)
     """``(W,)`` places in :data:`~smalti.data.signals.hypnograms.STAGES` or UNDEFINED; None if it wasn't scored."""
+    labels: np.ndarray | None = field(default=None, repr=False)
+    """``(W,)`` places in the classes of the set or UNDEFINED; None if it has no class labels."""
     rates_hz: tuple[float, ...] = ()
     """As recorded, of each channel."""
     recorded_s: float = 0.0
@@ -60,7 +64,13 @@ class Recording:
     """See :class:`~smalti.data.signals.recordings.RawSignal`."""
 
 
-def prepare_recording(root: Path, listed: ListedRecording, channels: Sequence[str], config: SignalConfig) -> Recording:
+def prepare_recording(
+    root: Path,
+    listed: ListedRecording,
+    channels: Sequence[str],
+    config: SignalConfig,
+    classes: Sequence[str] = (),
+) -> Recording:
     """A recording, read and made ready.
 
     Args:
@@ -68,9 +78,10 @@ def prepare_recording(root: Path, listed: ListedRecording, channels: Sequence[st
         listed: the recording.
         channels: by name, in the order of the encoder.
         config: how it is read.
+        classes: of the labelled parts of all recordings.
 
     Raises:
-        DataError: if it can't be read or used, or its stages contradict it; one line.
+        DataError: if it can't be read or used, or its stages or labels contradict it; one line.
     """
     path = listed.path
     raw = read_signal(path, channels, config.codes, config.stage_s, with_stages=listed.hypnogram is None)
@@ -91,6 +102,7 @@ def prepare_recording(root: Path, listed: ListedRecording, channels: Sequence[st
     if scoring is not None:
         scoring = align(scoring, path, raw.start, full_s or max(ends_s[-1], scoring.end_s))
         _check_length(path, scoring, full_s, raw, config)
+    labelled = scoring_of(path, listed.parts, classes, full_s or ends_s[-1], config.window_s) if listed.parts else None
     kept = [piece for piece in raw.pieces if _seconds(piece, rates_hz) + 1e-9 >= config.window_s]
     ready = [
         condition_channel(
@@ -99,7 +111,7 @@ def prepare_recording(root: Path, listed: ListedRecording, channels: Sequence[st
         for number, (channel, rate_hz) in enumerate(zip(channels, rates_hz, strict=True))
     ]
     cut = [
-        _cut([channel[number] for channel in ready], piece.start_s, scoring, config)
+        _cut([channel[number] for channel in ready], piece.start_s, scoring or labelled, config)
         for number, piece in enumerate(kept)
     ]
     starts = np.concatenate([windows for _, windows in cut]) if cut else np.zeros(0)
@@ -117,6 +129,7 @@ def prepare_recording(root: Path, listed: ListedRecording, channels: Sequence[st
         np.ascontiguousarray(np.concatenate([signal for signal, _ in cut], axis=1)),
         starts,
         None if scoring is None else scoring.windows(starts, config.window_s),
+        None if labelled is None else labelled.windows(starts, config.window_s),
         rates_hz,
         recorded_s,
         gaps_s,

@@ -1,20 +1,22 @@
-"""Which recordings a folder holds, and of each its hypnogram, subject and split: from a table, or from names."""
+"""Which recordings a folder holds, and of each its hypnogram, labels, subject and split: from tables, or from names."""
 
 import csv
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smalti.data.images.image_set import SPLITS
 from smalti.data.images.splits import split_of
 from smalti.data.signals.hypnograms import table_rows
 from smalti.data.signals.recordings import ENDINGS, TEXT
+from smalti.data.signals.signal_config import LabelSource
+from smalti.data.signals.window_labels import LABELS, LabelledPart, class_names, folder_label, read_labels, whole
 from smalti.errors import DataError
 
 TABLE = "recordings.csv"
-_COLUMNS = ("file", "subject", "split", "rate_hz", "stages")
+_COLUMNS = ("file", "subject", "split", "rate_hz", "stages", "label")
 _HYPNOGRAM = re.compile(r"hypno|stages", re.IGNORECASE)
 _HYPNOGRAM_NAMES = ("{}.stages", "{}_stages", "{}-stages", "{}_hypnogram", "{}-hypnogram", "hypnogram_{}")
 _HYPNOGRAM_ENDINGS = (".csv", ".txt", ".edf")
@@ -34,6 +36,8 @@ class ListedRecording:
     rate_hz: float | None = None
     """From the table."""
     hypnogram: Path | None = None
+    parts: tuple[LabelledPart, ...] = ()
+    """Its labelled parts."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,64 @@ class RecordingList:
     recordings: tuple[ListedRecording, ...]
     left_out: tuple[str, ...] = ()
     """What lies there and isn't read, such as ``2 copies in another format (a.npy)``."""
+    classes: tuple[str, ...] | None = None
+    """Classes of all labelled parts; None without labels."""
 
 
-def list_recordings(root: Path) -> RecordingList:
-    """The recordings that ``recordings.csv`` lists, else those below the folder.
+def list_recordings(root: Path, labels: LabelSource | None = None) -> RecordingList:
+    """The recordings that ``recordings.csv`` lists, else those below the folder, with their labels.
+
+    Args:
+        root: the folder.
+        labels: ``folders`` takes the name of a recording's folder as its class.
 
     Raises:
-        DataError: if there is none, the table can't be read or names a file that is missing, or a recording has several
-            hypnograms.
+        DataError: if there is none, a table can't be read or names a file that is missing, a recording has several
+            hypnograms, or there are several sources of labels.
     """
-    return _listed(root) if (root / TABLE).is_file() else _found(root)
+    found = _listed(root) if (root / TABLE).is_file() else _found(root)
+    sources = [
+        *([LABELS] if (root / LABELS).is_file() else []),
+        *([f"the column label of {TABLE}"] if any(one.parts for one in found.recordings) else []),
+        *(["data.signal.labels=folders"] if labels == "folders" else []),
+    ]
+    if len(sources) > 1:
+        raise DataError(f"{root}: has labels from {' and from '.join(sources)}; keep one of them")
+    if not sources:
+        return found
+    recordings = found.recordings
+    if labels == "folders":
+        recordings = tuple(_labelled_by_folder(root, one) for one in recordings)
+    elif sources == [LABELS]:
+        recordings = _labelled_by_table(root, recordings)
+    names = class_names(root, (part.label for one in recordings for part in one.parts))
+    return replace(found, recordings=recordings, classes=names)
+
+
+def has_labels(root: Path, labels: LabelSource | None = None) -> bool:
+    """Whether recordings have class labels, from what can be seen without reading them."""
+    if labels is not None or (root / LABELS).is_file():
+        return True
+    try:
+        with (root / TABLE).open(encoding="utf-8-sig", newline="") as file:
+            return "label" in [name.strip() for name in next(csv.reader(file), [])]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+
+
+def _labelled_by_folder(root: Path, recording: ListedRecording) -> ListedRecording:
+    parts, split = folder_label(root, recording.path)
+    return replace(recording, parts=parts, split=recording.split or split)
+
+
+def _labelled_by_table(root: Path, recordings: tuple[ListedRecording, ...]) -> tuple[ListedRecording, ...]:
+    parts = read_labels(root)
+    if unknown := parts.keys() - {one.path for one in recordings}:
+        name = min(unknown).relative_to(root)
+        raise DataError(
+            f"{root / LABELS}: {name} is no recording of this folder" + "; no such file" * (not min(unknown).is_file())
+        )
+    return tuple(replace(one, parts=parts.get(one.path, ())) for one in recordings)
 
 
 def is_hypnogram(path: Path) -> bool:
@@ -110,7 +162,7 @@ def _found(root: Path) -> RecordingList:
     formats, hypnograms = defaultdict[Path, list[Path]](list), list[Path]()
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if hidden or path.suffix.lower() not in ENDINGS or not path.is_file():
+        if hidden or path.suffix.lower() not in ENDINGS or path == root / LABELS or not path.is_file():
             continue
         if is_hypnogram(path):
             hypnograms.append(path)
@@ -206,4 +258,5 @@ def _row(root: Path, number: int, row: dict[str, str]) -> ListedRecording:
         SPLITS[split] if split else None,
         rate_hz,
         root / stages if stages else find_hypnogram(path),
+        whole(row["label"]) if row.get("label") else (),
     )

@@ -1,4 +1,4 @@
-"""Signals of recordings as they lie on disk: EDF, arrays and text.
+"""Signals of recordings as they lie on disk: EDF, arrays, sound and text.
 
 Nothing is filtered or resampled here; see :mod:`smalti.data.signals.preparation`.
 Letters: C channels, S samples of one channel.
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from smalti.data.signals import edf
+from smalti.data.signals import edf, sound
 from smalti.data.signals.hypnograms import STAGES as STAGES
 from smalti.data.signals.hypnograms import Codes, Labels, Scoring, parse_stages, stages_of
 from smalti.errors import DataError
 
 ARRAYS, TEXT = (".npz", ".npy"), (".csv", ".txt")
-ENDINGS = (*edf.ENDINGS, *ARRAYS, *TEXT)
+ENDINGS = (*edf.ENDINGS, *ARRAYS, *sound.ENDINGS, *TEXT)
 """Endings of recordings, the richer format first: it is taken where a recording lies there in several."""
 _ELECTRODE = re.compile(r"(FP|AF|FT|FC|CP|TP|PO|F|C|T|P|O)(\d{1,2}|Z)(-.*)?")
 _NO_VOLTS = ("%", "percent")
@@ -66,13 +66,16 @@ def looks_like_eeg(channel: str) -> bool:
 
 
 def common_channels(paths: Sequence[Path]) -> tuple[str, ...]:
-    """Channels that look like EEG and that all files have, in the order of the first.
+    """Channels that look like EEG and that all files have, in the order of the first; all that they have if they are
+    sound, or arrays in which no channel is named after an electrode.
 
     Raises:
         DataError: if there is none, or a file has two of one name.
     """
     names = channel_names(paths[0])
     common = [name for name in _eeg_channels(paths[0]) if looks_like_eeg(name)]
+    if not common and all(path.suffix.lower() in (*ARRAYS, *sound.ENDINGS) for path in paths):
+        common = list(names)
     for path in paths[1:]:
         have = {plain_name(name) for name in _eeg_channels(path)}
         left = [name for name in common if plain_name(name) in have]
@@ -105,6 +108,8 @@ def channel_names(path: Path) -> tuple[str, ...]:
                 f"STEM_hypnogram{path.suffix}"
             )
         return _numbered(labels)
+    if path.suffix.lower() in sound.ENDINGS:
+        return tuple(f"ch{i + 1}" for i in range(sound.open_sound(path).num_channels))
     if path.suffix.lower() in ARRAYS:
         array = _read_array(path)
         return _numbered(array.names or tuple(f"ch{i + 1}" for i in range(len(array.values))))
@@ -123,7 +128,7 @@ def read_signal(
 
     Args:
         path: EDF or BDF, ``.npy`` (``(C, S)`` or ``(S,)``), ``.npz`` (``signal``, and ``rate_hz``, ``channels``,
-            ``stages``, ``stage_s`` where they are known), or ``.csv`` or ``.txt`` with a column a channel.
+            ``stages``, ``stage_s`` where they are known), WAV or FLAC, or ``.csv`` or ``.txt`` with a column a channel.
         channels: names, compared by :func:`plain_name`.
         codes: what bare numbers of stages mean in an ``.npz``; see :data:`~smalti.data.signals.hypnograms.CODES`.
         stage_s: seconds of a label where the file doesn't say.
@@ -147,12 +152,17 @@ def read_signal(
     places = [known[plain_name(channel)] for channel in channels]
     if path.suffix.lower() in edf.ENDINGS:
         return _read_edf(path, places, stage_s, with_stages)
+    if path.suffix.lower() in sound.ENDINGS:
+        rate_hz = sound.open_sound(path).rate_hz
+        return RawSignal((Piece(0.0, sound.read_sound(path, places)),), (rate_hz,) * len(places), None)
     if path.suffix.lower() in ARRAYS:
         array = _read_array(path)
         rates_hz = None if array.rate_hz is None else (array.rate_hz,) * len(places)
         stages = None if array.stages is None or not with_stages else parse_stages(path, array.stages, codes)
         labels = None if stages is None else Labels(path, stages, array.stage_s or stage_s)
-        return RawSignal((Piece(0.0, tuple(array.values[places])),), rates_hz, labels)
+        return RawSignal(
+            (Piece(0.0, tuple(array.values[place].astype(np.float64) for place in places)),), rates_hz, labels
+        )
     _, delimiter, skipped = _text_header(path)
     try:
         table = np.loadtxt(path, delimiter=delimiter, skiprows=skipped, ndmin=2, encoding="utf-8-sig")
@@ -250,7 +260,7 @@ class _Array:
     """What an array file holds; whatever isn't there is empty or None."""
 
     values: np.ndarray
-    """``(C, S)``."""
+    """``(C, S)`` of any type of numbers; of an npy file mapped into memory."""
     names: tuple[str, ...] = ()
     rate_hz: float | None = None
     stages: list[tuple[int, str]] | None = None
@@ -273,7 +283,7 @@ def _read_array(path: Path) -> _Array:
                     stages = [(number, str(stage)) for number, stage in enumerate(loaded["stages"].ravel(), 1)]
                     stage_s = float(loaded["stage_s"]) if "stage_s" in loaded else None
         else:
-            values = np.load(path, allow_pickle=False)
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
     except DataError:
         raise
     except Exception as error:  # a damaged archive raises many kinds
@@ -285,7 +295,7 @@ def _read_array(path: Path) -> _Array:
         raise DataError(f"{path}: has {len(names)} names for {len(values)} channels")
     if stage_s is not None and not 0 < stage_s < np.inf:
         raise DataError(f"{path}: has stage_s={stage_s:g}; seconds above 0 are needed")
-    return _Array(values.astype(np.float64), names, rate_hz, stages, stage_s)
+    return _Array(values, names, rate_hz, stages, stage_s)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Sets of signals: recordings cut into windows, such as nights of EEG in epochs of 30 s.
 
 A window is an image of one row: ``(1, T, C)`` here, ``(C, 1, T)`` in a batch, so that encoder, loop and checkpoints are
-those of images. Recordings are split by subject.
+those of images. Prepared recordings lie in a temporary file and are read by window. Recordings are split by subject.
 Letters: C channels, T samples of a window.
 """
 
@@ -14,25 +14,27 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from smalti.data.dataset import Kind, Labelled, names_fingerprint
+from smalti.data.dataset import Kind, names_fingerprint
 from smalti.data.images.decode import ENDINGS as IMAGE_ENDINGS
 from smalti.data.images.image_set import SPLIT_ORDER, SPLITS
-from smalti.data.loader import epoch_order
+from smalti.data.signals import edf, sound
 from smalti.data.signals.hypnograms import STAGES, UNDEFINED
 from smalti.data.signals.preparation import Recording, prepare_recording
-from smalti.data.signals.recording_list import TABLE, RecordingList, list_recordings
-from smalti.data.signals.recordings import common_channels, plain_name
+from smalti.data.signals.recording_list import TABLE, RecordingList, has_labels, list_recordings
+from smalti.data.signals.recordings import ARRAYS, common_channels, plain_name
 from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.signal_file import SignalFile
 from smalti.errors import ConfigError, DataError
 
 READER = "signals"
 """As in ``--data signals=PATH``."""
-_SHARES = {"test": 0.2, "val": 0.1}
+Target = Literal["stages", "classes"]
+"""What a protocol predicts: sleep stages, or the user's classes."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class SignalSet:
     layout: str = READER
     left_out: tuple[str, ...] = ()
     """What lies there and isn't read, for :meth:`describe`."""
+    classes: tuple[str, ...] | None = None
+    """Classes of windows, apart from sleep stages; None without class labels."""
+    target: Target = "stages"
+    """What :attr:`targets` are."""
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.recordings else 0
@@ -78,17 +84,30 @@ class SignalSet:
 
     @property
     def label_note(self) -> str:
-        """What the stages are, one line."""
-        return f"{', '.join(STAGES)}; S3 and S4 are N3; a window has the stage of most of its time"
+        """What the targets are, one line."""
+        if self.target == "stages":
+            return f"{', '.join(STAGES)}; S3 and S4 are N3; a window has the stage of most of its time"
+        return f"{', '.join(self.classes or ())}; a window has the class of most of its time"
 
     @functools.cached_property
     def stages(self) -> np.ndarray:
         """``(windows,)`` stage of each window, :data:`UNDEFINED` if there is none."""
-        ends = np.concatenate([[0], self._ends])
-        parts = [
-            np.full(ends[i + 1] - ends[i], UNDEFINED) if recording.stages is None else recording.stages
-            for i, recording in enumerate(self.recordings)
-        ]
+        return self._of_windows([recording.stages for recording in self.recordings])
+
+    @functools.cached_property
+    def window_classes(self) -> np.ndarray:
+        """``(windows,)`` place of each window's class in :attr:`classes`, :data:`UNDEFINED` if there is none."""
+        return self._of_windows([recording.labels for recording in self.recordings])
+
+    @property
+    def targets(self) -> np.ndarray:
+        """``(windows,)`` stages or classes."""
+        return self.stages if self.target == "stages" else self.window_classes
+
+    def _of_windows(self, values: Sequence[np.ndarray | None]) -> np.ndarray:
+        """Values of the recordings one after the other, UNDEFINED where there are none."""
+        counts = np.diff(self._ends, prepend=0)
+        parts = [np.full(n, UNDEFINED) if one is None else one for n, one in zip(counts, values, strict=True)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     @property
@@ -97,12 +116,10 @@ class SignalSet:
         return "signals"
 
     @property
-    def classes(self) -> None:
-        """None: windows have sleep stages, no class labels."""
-
-    @property
-    def labels(self) -> None:
-        """None: windows have sleep stages, no class labels."""
+    def labels(self) -> np.ndarray | None:
+        """``(windows,)`` class of each window; None unless every window has one."""
+        found = self.window_classes
+        return found if self.classes is not None and (found != UNDEFINED).all() else None
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -139,7 +156,12 @@ class SignalSet:
         number, window = self.locate(index)
         samples = self.config.window
         cut = self.recordings[number].signal[:, window * samples : (window + 1) * samples]
-        return np.ascontiguousarray(cut.T)[None]
+        return np.array(cut.T, order="C")[None]  # a copy: what is mapped into memory can't be written to
+
+    def is_scored(self, recording: Recording) -> bool:
+        """Whether a recording has targets."""
+        found = recording.stages if self.target == "stages" else recording.labels
+        return found is not None and bool((found != UNDEFINED).any())
 
     def subset(self, split: str) -> "SignalSet":
         """The recordings of one split.
@@ -166,6 +188,7 @@ class SignalSet:
         recorded_h = sum(recording.recorded_s for recording in self.recordings) / 3600
         gapped = [recording for recording in self.recordings if recording.gaps_s]
         gaps_s = sum(recording.gaps_s for recording in gapped)
+        has_stages = any(recording.hypnogram is not None for recording in self.recordings)
         return "; ".join(
             [
                 f"{self.layout}: {_counted(len(self.recordings), 'recording')} of "
@@ -175,13 +198,25 @@ class SignalSet:
                 f"from {recorded_h:.1f} h recorded at {', '.join(f'{rate:g}' for rate in rates)} Hz",
                 f"channels {', '.join(self.channels)}",
                 *([f"{len(gapped):,} with gaps ({gaps_s:g} s in all)"] if gapped else []),
-                self._stage_sources(),
+                *([] if self.classes is not None and not has_stages else [self._stage_sources()]),
+                *([self._class_counts()] if self.classes is not None else []),
             ]
         )
 
     def account(self) -> str:
         """:meth:`describe`, and what was left out."""
         return "; ".join([self.describe(), *([f"left out: {', '.join(self.left_out)}"] if self.left_out else [])])
+
+    def _class_counts(self) -> str:
+        """Classes with their numbers of windows."""
+        counts = self.count_classes()
+        without = len(self) - sum(counts.values())
+        named = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        return f"classes {named}{f'; {without:,} windows without a class' if without else ''}"
+
+    def count_classes(self) -> dict[str, int]:
+        """Windows of each class."""
+        return {name: int((self.window_classes == place).sum()) for place, name in enumerate(self.classes or ())}
 
     def _stage_sources(self) -> str:
         """How many recordings have stages, and where these are from."""
@@ -197,8 +232,8 @@ class SignalSet:
 
 
 def is_signals(data: str | Path) -> bool:
-    """Whether a path holds signals: it is named ``signals=PATH``, has a recordings.csv, or EDF files or arrays come
-    before any image when its folders are walked in order."""
+    """Whether a path holds signals: it is named ``signals=PATH``, has a recordings.csv, or EDF files, arrays or sound
+    come before any image when its folders are walked in order."""
     path, forced = _split_name(data)
     if forced or not path.is_dir():
         return forced
@@ -209,23 +244,30 @@ def is_signals(data: str | Path) -> bool:
         endings = {file.rpartition(".")[2].lower() for file in files}
         if endings & set(IMAGE_ENDINGS):
             return False
-        if {f".{ending}" for ending in endings} & {".edf", ".bdf", ".npy", ".npz"}:
+        if {f".{ending}" for ending in endings} & {*edf.ENDINGS, *ARRAYS, *sound.ENDINGS}:
             return True
     return False
+
+
+def target_of(data: str | Path, config: SignalConfig | None = None) -> Target:
+    """What is predicted of recordings unless a protocol is named: their classes if they have class labels, else sleep
+    stages."""
+    return "classes" if has_labels(_split_name(data)[0], config.labels if config else None) else "stages"
 
 
 def open_signals(data: str | Path, config: SignalConfig) -> SignalSet:
     """The recordings at a path, read, filtered, resampled and scaled; kept while files and settings stay as they are.
 
     Args:
-        data: a folder of recordings (EDF, BDF, npy, npz, csv, txt) with stages beside them, or with a
-            ``recordings.csv`` (columns file, and subject, split, rate_hz, stages where they are known);
-            ``signals=PATH`` says so.
+        data: a folder of recordings (EDF, BDF, npy, npz, WAV, FLAC, csv, txt) with stages beside them, with a
+            ``labels.csv`` (file, start_s, end_s, label), or with a ``recordings.csv`` (columns file, and subject,
+            split, rate_hz, stages, label where they are known); ``signals=PATH`` says so.
         config: how they are read.
 
     Raises:
         DataError: if the path is missing, holds no recordings, or one of them can't be used; one line.
         ConfigError: for settings that don't fit together.
+        MissingExtraError: for sound without soundfile.
     """
     root, _ = _split_name(data)
     if not root.exists():
@@ -237,7 +279,8 @@ def open_signals(data: str | Path, config: SignalConfig) -> SignalSet:
             f"data.signal.window_s={config.window_s:g} at {config.resample_hz:g} Hz is no whole number of samples "
             f"({config.window_s * config.resample_hz:g}); stages would drift against windows"
         )
-    listing = list_recordings(root)
+    listing = list_recordings(root, config.labels)
+    _refuse_sound_as_eeg(listing, config)
     stamps = tuple(
         (path, (stat := path.stat()).st_size, stat.st_mtime_ns)
         for one in listing.recordings
@@ -253,7 +296,11 @@ def _opened(root: Path, listing: RecordingList, config: SignalConfig, stamps: tu
     names = [plain_name(channel) for channel in channels]
     if len(set(names)) < len(names):
         raise ConfigError(f"data.signal.channels={', '.join(channels)}: names a channel twice")
-    recordings = tuple(prepare_recording(root, one, channels, config) for one in listing.recordings)
+    file, recordings = SignalFile(), list[Recording]()
+    for one in listing.recordings:
+        prepared = prepare_recording(root, one, channels, config, listing.classes or ())
+        assert isinstance(prepared.signal, np.ndarray)
+        recordings.append(replace(prepared, signal=file.append(prepared.signal)))
     _warn_of_faults(recordings)
     without = [recording.name for recording in recordings if recording.split is None]
     if without and len(without) < len(recordings):
@@ -262,7 +309,21 @@ def _opened(root: Path, listing: RecordingList, config: SignalConfig, stamps: tu
             f"out; the first: {without[0]}",
             stacklevel=2,
         )
-    return SignalSet(root, recordings, tuple(channels), config, left_out=listing.left_out)
+    return SignalSet(
+        root, tuple(recordings), tuple(channels), config, left_out=listing.left_out, classes=listing.classes
+    )
+
+
+def _refuse_sound_as_eeg(listing: RecordingList, config: SignalConfig) -> None:
+    """The default band is that of EEG, of which sound has next to nothing."""
+    default = SignalConfig()
+    heard = next((one.path for one in listing.recordings if one.path.suffix.lower() in sound.ENDINGS), None)
+    if heard is not None and (config.resample_hz, config.high_hz) == (default.resample_hz, default.high_hz):
+        raise ConfigError(
+            f"{heard}: is sound, but {config.low_hz:g} to {config.high_hz:g} Hz at {config.resample_hz:g} Hz are kept, "
+            "as for EEG; set data.signal.resample_hz, low_hz, high_hz and window_s, such as "
+            "data.signal.resample_hz=16000 data.signal.low_hz=50 data.signal.high_hz=7000 data.signal.window_s=1"
+        )
 
 
 def _warn_of_faults(recordings: Sequence[Recording]) -> None:
@@ -274,96 +335,6 @@ def _warn_of_faults(recordings: Sequence[Recording]) -> None:
     for texts in found.values():
         more = f" (the same in {_counted(len(texts) - 1, 'more recording')})" if len(texts) > 1 else ""
         warnings.warn(f"{texts[0]}{more}", stacklevel=3)
-
-
-def open_labelled_signals(
-    data: str | Path, config: SignalConfig, *, split: str | None = None, seed: int = 0
-) -> Labelled[SignalSet]:
-    """Scored recordings in two parts, by subject.
-
-    Args:
-        data: as for :func:`open_signals`.
-        config: how they are read.
-        split: split to evaluate on; None: test, else val, else a random 20 % of the subjects (seeded).
-        seed: of that choice.
-
-    Raises:
-        DataError: if no recording has stages, or there are too few subjects; and as :func:`open_signals`.
-    """
-    try:
-        signals = open_signals(data, config)
-    except (ConfigError, DataError) as error:  # their settings are those of training
-        raise type(error)(str(error).replace("data.signal.", "eval.signal.")) from None
-    scored = replace(
-        signals,
-        recordings=tuple(r for r in signals.recordings if r.stages is not None and (r.stages != UNDEFINED).any()),
-    )
-    if not scored.recordings:
-        raise DataError(
-            f"{signals.root}: no recording has sleep stages; they stand in STEM.stages.csv, Hypnogram_STEM.txt, "
-            "STEM-Hypnogram.edf or in the EDF+ file itself"
-        )
-    _refuse_doubtful_subjects(scored)
-    missing = len(signals.recordings) - len(scored.recordings)
-    rest = f"; {missing} recordings without stages are left out" if missing else ""
-    if scored.splits:
-        evaluated = split or next((name for name in ("test", "val") if name in scored.splits), "test")
-        train, test = scored.subset("train"), scored.subset(evaluated)
-        note = f"train ({len(train.recordings)} recordings) and {evaluated} ({len(test.recordings)}){rest}"
-        if both := set(train.subjects) & set(test.subjects):
-            raise DataError(
-                f"{signals.root}: subject {min(both)} is in train and in {evaluated}; a split is by subject; "
-                f"if these are two people, say so in {TABLE} (columns file, subject, split)"
-            )
-        return Labelled(train, test, STAGES, note, split=evaluated)
-    parts = split_subjects(scored.subjects, seed)
-    evaluated = SPLITS.get(split or "test", split or "test")
-    if evaluated not in parts or not parts[evaluated] or not parts["train"]:
-        raise DataError(
-            f"{signals.root}: {len(scored.subjects)} scored subjects can't be split by subject into train and "
-            f"{evaluated}"
-        )
-    counts = ", ".join(f"{name} {len(names)}" for name, names in parts.items())
-    note = f"no splits found: subjects split by seed {seed} ({counts}), evaluated on {evaluated}{rest}"
-    return Labelled(
-        scored.of_subjects(parts["train"]), scored.of_subjects(parts[evaluated]), STAGES, note, split=evaluated
-    )
-
-
-def _refuse_doubtful_subjects(signals: SignalSet) -> None:
-    """Files of one name in several folders: one person, or several? A split by subject must know."""
-    places: dict[str, set[Path]] = {}
-    for recording in signals.recordings:
-        if recording.subject == recording.path.stem:  # the subject is unknown
-            places.setdefault(recording.subject, set()).add(recording.path.parent)
-    for subject, folders in sorted(places.items()):
-        if len(folders) > 1:
-            raise DataError(
-                f"{signals.root}: {subject} lies in {len(folders)} folders, {min(folders).name} and others; is that "
-                f"one person? Name subjects in {TABLE} (columns file, subject), or folders sub-NAME"
-            )
-
-
-def split_subjects(subjects: Sequence[str], seed: int) -> dict[str, tuple[str, ...]]:
-    """Subjects for train, val and test, 70, 10 and 20 in a hundred; of few, one at least is for test and for train."""
-    order = [subjects[i] for i in epoch_order(seed, 0, len(subjects))]
-    num_test = min(max(1, round(_SHARES["test"] * len(order))), len(order) - 1)
-    num_val = min(round(_SHARES["val"] * len(order)), len(order) - num_test - 1)
-    train = order[num_test + num_val :]
-    return {"train": tuple(train), "val": tuple(order[num_test : num_test + num_val]), "test": tuple(order[:num_test])}
-
-
-def draw_subjects(signals: SignalSet, share: float, seed: int) -> SignalSet:
-    """The recordings of a fraction of the subjects, at least one; for a seed, smaller fractions are subsets of larger.
-
-    Raises:
-        ConfigError: if the fraction is not above 0 and at most 1.
-    """
-    if not 0 < share <= 1:
-        raise ConfigError(f"{share:g} of the subjects: a fraction above 0 and at most 1 is needed")
-    subjects = signals.subjects
-    order = epoch_order(seed, 1, len(subjects))
-    return signals.of_subjects(subjects[i] for i in order[: max(1, round(share * len(subjects)))])
 
 
 def _counted(count: int, thing: str) -> str:

@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from smalti.charts import Line, LineChart, floats, loss_chart
 from smalti.config import BatchSize, Count, settings
 from smalti.data.signals.hypnograms import UNDEFINED
+from smalti.data.signals.labelled_signals import draw_subjects
 from smalti.data.signals.signal_config import check_window
-from smalti.data.signals.signal_set import SignalSet, draw_subjects
+from smalti.data.signals.signal_set import SignalSet
 from smalti.errors import DataError, ShapeError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.context import EvaluationContext, spread
