@@ -34,7 +34,7 @@ from smalti.data.signals.signal_config import SignalConfig
 from smalti.data.signals.sleep_samples import write_nights
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.evaluate import evaluate, random_init
-from smalti.evaluation.protocols.sleep_staging import area_under_log
+from smalti.evaluation.window_tuning import area_under_log
 from smalti.models.encoder import Encoder
 from smalti.runs.machine import describe_machine
 from smalti.runs.train import resume

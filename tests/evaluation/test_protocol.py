@@ -14,7 +14,7 @@ import torch
 from smalti.config import build, field_docs, field_names
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.config import EvalConfig
-from smalti.evaluation.evaluate import fitting_protocols, random_init
+from smalti.evaluation.evaluate import TARGETS, fitting_protocols, random_init
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import class_iou
 from smalti.evaluation.protocol import find_protocol, protocol_names
@@ -23,9 +23,10 @@ from smalti.evaluation.result import FRACTION, Result, describe_result, read_res
 from smalti.runs.baseline import evaluate
 
 NAMES = tuple(
-    name for name in protocol_names() if find_protocol(name).need != "stages" and find_protocol(name).has_baseline
+    name for name in protocol_names() if find_protocol(name).need not in TARGETS and find_protocol(name).has_baseline
 )
-"""Those that judge an encoder on images; of signals: test_sleep_staging.py, generated images: test_generation.py."""
+"""Those that judge an encoder on images; of signals: test_sleep_staging.py and
+test_window_classification.py, generated images: test_generation.py."""
 QUICK: dict[str, object] = {"epochs": 2, "steps": 2, "speed": False}
 """Settings that make any protocol end in a moment, given to those that have them."""
 

@@ -84,7 +84,7 @@ def command(
     from smalti.data.signals.signal_set import open_signals
     from smalti.evaluation.config import EvalConfig
     from smalti.evaluation.details import write_details
-    from smalti.evaluation.evaluate import open_sets
+    from smalti.evaluation.evaluate import TARGETS, open_sets
     from smalti.evaluation.result import write_results
     from smalti.files import check_folder, check_writable
     from smalti.report.evaluation import RESULTS_FILE, check_free, save_evaluation
@@ -102,7 +102,7 @@ def command(
     if is_run:
         check_folder(run / RESULTS)
     sets = open_sets(str(data), config)
-    if not quiet and "stages" in sets:
+    if not quiet and sets.keys() & TARGETS:
         print(f"data: {open_signals(str(data), config.signal or SignalConfig()).account()}", file=sys.stderr)
     elif not quiet:
         print_data(str(data), config.class_depth)
@@ -158,13 +158,15 @@ def own_settings() -> list[Setting]:
 
 
 def as_trained(encoder: str, data: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read data as the run did, except for the window of signals and for the user's settings."""
-    from smalti.data.signals.signal_config import as_read
-    from smalti.data.signals.signal_set import is_signals
+    """Read data as the run did, except for the window of sleep stages and for the user's settings."""
+    from smalti.data.signals.signal_set import as_read, is_signals
 
     tree = settings_of_run(encoder)
     if not is_signals(data):
         return {**pixels_of_run(tree), **settings}
     of_run = tree.get("data")
     known = of_run.get("signal") if isinstance(of_run, dict) else None
-    return merge({"signal": as_read(known)} if isinstance(known, dict) else {}, settings)
+    if not isinstance(known, dict):
+        return settings
+    own = settings.get("signal")
+    return merge({"signal": as_read(known, data, own.get("labels") if isinstance(own, dict) else None)}, settings)

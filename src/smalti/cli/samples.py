@@ -13,6 +13,8 @@ from smalti.config import Seed, parse_overrides, settings
 NAME = "samples"
 SCENES = ("num_train", "num_val", "num_objects_train", "num_objects_val", "size", "seed")
 """Settings of ``kind=scenes``."""
+SLEEP = ("num_nights_train", "num_nights_val", "epochs", "num_channels")
+MOTION = ("num_people_train", "num_people_val", "minutes")
 
 
 @settings
@@ -29,8 +31,9 @@ class SamplesConfig:
     """The same for evaluation."""
     size: Annotated[int, Field(ge=16, le=4096)] = 96
     """Side of the images in pixels."""
-    kind: Literal["scenes", "sleep"] = "scenes"
-    """What to write: scenes, or synthetic nights of EEG with sleep stages (``sleep``)."""
+    kind: Literal["scenes", "sleep", "motion"] = "scenes"
+    """What to write: scenes, synthetic nights of EEG with sleep stages (``sleep``), or synthetic recordings of an
+    accelerometer with activities (``motion``)."""
     num_nights_train: PositiveInt = 24
     """``sleep``: nights for training, one per subject."""
     num_nights_val: PositiveInt = 8
@@ -39,6 +42,12 @@ class SamplesConfig:
     """``sleep``: windows of 30 s in a night."""
     num_channels: Annotated[int, Field(ge=1, le=6)] = 1
     """``sleep``: EEG channels."""
+    num_people_train: PositiveInt = 24
+    """``motion``: recordings for training, one per person."""
+    num_people_val: PositiveInt = 8
+    """``motion``: recordings for evaluation."""
+    minutes: Annotated[float, Field(ge=1, le=1440)] = 10
+    """``motion``: length of a recording."""
     seed: Seed = 0
     """Of everything."""
 
@@ -57,17 +66,18 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write sample data: scenes with masks, or synthetic EEG.
+    """Write sample data: scenes with masks, synthetic EEG or synthetic motion.
 
     Scenes are composed on real photographs, with exact masks, instances, boxes and classes.
 
     Settings: `num_train` `num_val` `num_objects_train` `num_objects_val` `size` `seed`; `kind=sleep` writes nights of
-    EEG with `num_nights_train` `num_nights_val` `epochs` `num_channels`. `smalti settings samples` explains them.
+    EEG with `num_nights_train` `num_nights_val` `epochs` `num_channels`; `kind=motion` recordings of an accelerometer
+    with `num_people_train` `num_people_val` `minutes`. `smalti settings samples` explains them.
     """
     out = needed(out, "--out", "samples")
     given = take(words, SamplesConfig)
     named = set(parse_overrides(words or [])) - {"kind", "seed"}
-    if idle := sorted(named - set(SCENES) if given.kind == "scenes" else named & set(SCENES)):
+    if idle := sorted(named - set({"scenes": SCENES, "sleep": SLEEP, "motion": MOTION}[given.kind])):
         warnings.warn(f"{', '.join(idle)}: no effect on kind={given.kind}", stacklevel=2)
     if given.kind == "sleep":
         from smalti.data.signals.sleep_samples import write_nights
@@ -78,6 +88,16 @@ def command(
             num_test=given.num_nights_val,
             epochs=given.epochs,
             num_channels=given.num_channels,
+            seed=given.seed,
+        )
+    elif given.kind == "motion":
+        from smalti.data.signals.motion_samples import write_motion
+
+        written = write_motion(
+            out,
+            num_train=given.num_people_train,
+            num_test=given.num_people_val,
+            minutes=given.minutes,
             seed=given.seed,
         )
     else:

@@ -8,11 +8,11 @@ from typing import Any
 
 from smalti.data.dataset import Labelled
 from smalti.data.images.decode import NO_PIXELS, PixelConfig
-from smalti.data.images.folders import ClassDepth, ImageSet, open_images
+from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.labelled import LabelKind, check_headers, draw_training, open_labelled
 from smalti.data.signals.labelled_signals import open_labelled_signals
 from smalti.data.signals.signal_config import SignalConfig
-from smalti.data.signals.signal_set import is_signals
+from smalti.data.signals.signal_set import Target, is_signals, target_of
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.context import EvaluationContext, Progress, own_head
@@ -25,17 +25,26 @@ from smalti.models.build import encoder_from_config
 from smalti.models.encoder import Encoder, eval_mode
 
 _KINDS: Mapping[Need, LabelKind] = {"labels": "labels", "masks": "masks", "boxes": "boxes"}
+TARGETS: Mapping[Need, Target] = {"stages": "stages", "windows": "classes"}
+"""Needs of protocols for signals, and what these predict."""
 
 
-def fitting_protocols(data: str, class_depth: ClassDepth | None = None) -> tuple[str, ...]:
+def fitting_protocols(data: str, config: EvalConfig | None = None) -> tuple[str, ...]:
     """Names of the default protocols that the layout of the data supports, in alphabetical order.
 
-    Data without labels and masks get the protocols that need none.
+    Data without labels and masks get the protocols that need none, recordings without class labels those for sleep
+    stages.
+
+    Args:
+        data: path, or ``NAME=PATH``.
+        config: how the data are read; None: the defaults.
     """
+    config = config or EvalConfig()
     protocols = [_registry()[name] for name in protocol_names()]
     if is_signals(data):
-        return tuple(protocol.name for protocol in protocols if protocol.need == "stages")
-    has = _has(open_images(data, class_depth=class_depth)) or {"images"}
+        target = target_of(data, config.signal)
+        return tuple(protocol.name for protocol in protocols if TARGETS.get(protocol.need) == target)
+    has = _has(open_images(data, class_depth=config.class_depth)) or {"images"}
     return tuple(protocol.name for protocol in protocols if protocol.need in has and protocol.by_default)
 
 
@@ -72,9 +81,7 @@ def evaluate(
         DataError: if the data lacks what a protocol needs.
         ShapeError: if the patch size does not divide the image size, or the encoder needs other channels.
     """
-    protocols = [
-        find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config.class_depth)
-    ]
+    protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config)]
     _warn_unused(protocols, config)
     sets = open_sets(data, config)
     for need, labelled in sets.items():
@@ -101,28 +108,32 @@ def open_sets(data: str, config: EvalConfig) -> dict[Need, Labelled[Any]]:
         ConfigError: for an unknown protocol.
         DataError: if the data lacks what a protocol needs.
     """
-    protocols = [
-        find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config.class_depth)
-    ]
+    protocols = [find_protocol(protocol) for protocol in config.protocols or fitting_protocols(data, config)]
     of_signals = is_signals(data)
     for protocol in protocols:
         if protocol.check is not None:
             protocol.check(config)
-        if (protocol.need == "stages") != of_signals:
-            wanted, there = ("signals", "images") if protocol.need == "stages" else ("images", "signals")
+        if (protocol.need in TARGETS) != of_signals:
+            wanted, there = ("images", "signals") if of_signals else ("signals", "images")
             raise DataError(
                 f"{data}: protocol {protocol.name} needs {wanted}, but the data are {there}"
                 + ("; write signals=PATH to read them as signals" if not of_signals else "")
             )
     if of_signals:
         if config.train_size is not None:
-            raise ConfigError("eval.train_size only applies to images; for recordings set eval.sleep-staging.fractions")
+            raise ConfigError(
+                f"eval.train_size only applies to images; for recordings set eval.{protocols[0].name}.fractions"
+            )
         split_seed = config.seed if config.split_seed is None else config.split_seed
         signal = config.signal or SignalConfig()
-        signals = open_labelled_signals(data, signal, split=config.split, seed=split_seed)
+        found: dict[Need, Labelled[Any]] = {
+            need: open_labelled_signals(data, signal, target=TARGETS[need], split=config.split, seed=split_seed)
+            for need in dict.fromkeys(protocol.need for protocol in protocols)
+        }
         if config.groups is not None:
-            group_images(signals.test.names, config.groups)
-        return {"stages": signals}
+            for one in found.values():
+                group_images(one.test.names, config.groups)
+        return found
     images = (
         open_images(data, class_depth=config.class_depth) if any(protocol.prefers for protocol in protocols) else None
     )
@@ -345,7 +356,7 @@ def _warn_unused(protocols: Sequence[Protocol], config: EvalConfig) -> None:
         "class_depth": "labels" in needs,
         "mask_values": "masks" in needs,
         "ignore": "masks" in needs,
-        "signal": "stages" in needs,
+        "signal": bool(needs & TARGETS.keys()),
     }
     unused = [name for name, is_used in used.items() if not is_used and getattr(config, name) != getattr(default, name)]
     unused += sorted(config.own.keys() - {protocol.name for protocol in protocols})

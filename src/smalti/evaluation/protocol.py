@@ -22,8 +22,9 @@ from smalti.evaluation.result import Boxes
 from smalti.evaluation.tally import Tally
 from smalti.registry import clash, import_outside
 
-Need = Literal["labels", "masks", "boxes", "images", "stages"]
-"""Kind of data a protocol needs; ``images``: no labels, ``stages``: sleep stages of signals."""
+Need = Literal["labels", "masks", "boxes", "images", "stages", "windows"]
+"""Kind of data a protocol needs; ``images``: no labels, ``stages``: sleep stages of signals, ``windows``: class labels
+of windows of signals."""
 Run = Callable[[Any, EvalConfig], "Scores"]
 """Maps an :class:`EvaluationContext` (of images: :class:`Features`) and settings to scores; ``config.of(NAME)`` returns
 the protocol's own settings."""

@@ -25,8 +25,8 @@ from smalti.config import (
     to_tree,
 )
 from smalti.data.images.pixels import NO_PIXELS, PixelConfig, Range
-from smalti.data.signals.signal_config import SignalConfig, as_read
-from smalti.data.signals.signal_set import is_signals, open_signals
+from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.signal_set import as_read, is_signals, open_signals
 from smalti.errors import ConfigError, RunError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocol import find_protocol
@@ -302,7 +302,7 @@ def as_trained(config: RunConfig) -> RunConfig:
 
 def with_signals(tree: Tree) -> Tree:
     """Add what follows from the data if they are signals: names and number of channels. Evaluation reads recordings as
-    training does, except for the window, which is one stage long.
+    training does, except for the window of sleep stages, which is one stage long.
 
     Raises:
         ConfigError, DataError: if the recordings can't be read, or ``data.signal`` is given for images.
@@ -320,7 +320,9 @@ def with_signals(tree: Tree) -> Tree:
     tree = merge({"data": {"channels": len(channels)}}, merge(tree, {"data": {"signal": known}}))
     evaluated = tree.get("eval")
     if isinstance(evaluated, Mapping) and evaluated.get("data"):
-        tree = merge({"eval": {"signal": as_read(known)}}, tree)
+        own = evaluated.get("signal")
+        labels = own.get("labels") if isinstance(own, Mapping) else None
+        tree = merge({"eval": {"signal": as_read(known, str(evaluated["data"]), labels)}}, tree)
     return tree
 
 

@@ -94,7 +94,7 @@ class EvaluationHook:
         encoder.source = f"step {step} ({network})"
         encoder.class_head = method.class_head(network)
         data = str(self.config.eval.data)
-        protocols = self.config.eval.protocols or fitting_protocols(data)
+        protocols = self.config.eval.protocols or fitting_protocols(data, self.config.eval)
         config = dataclasses.replace(self.config.eval, protocols=protocols)
         results = evaluate(encoder, f"{self.run} (step {step})", data, config, progress=self.progress)
         kind: BaselineKind | None = None

@@ -116,7 +116,7 @@ class BeforeAfter:
         self.chosen_on, self.is_apart = _splits(data, config)
         self.config = dataclasses.replace(
             config,
-            protocols=config.protocols or fitting_protocols(data),
+            protocols=config.protocols or fitting_protocols(data, config),
             split="test" if self.is_apart else config.split,
         )
 

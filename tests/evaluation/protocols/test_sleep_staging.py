@@ -1,4 +1,5 @@
-"""Sleep staging: kappa as defined, shares of subjects, the classifier, and the whole way to a page."""
+"""Sleep staging, and fine-tuning on windows (window_tuning.py): kappa as defined, shares of subjects, the classifier,
+and the whole way to a page."""
 
 import dataclasses
 import math
@@ -25,17 +26,18 @@ from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.details import read_details
 from smalti.evaluation.evaluate import fitting_protocols
 from smalti.evaluation.metrics import cohen_kappa, macro_f1
-from smalti.evaluation.protocols.sleep_staging import (
-    StageClassifier,
-    area_under_log,
-    choose_recipe,
-    confusions,
-    kappa_interval,
-    predict,
-    scored_windows,
-)
 from smalti.evaluation.result import read_results
 from smalti.evaluation.tuning import trainable_copy
+from smalti.evaluation.window_tuning import (
+    WindowClassifier,
+    WindowRecipe,
+    area_under_log,
+    bootstrap_interval,
+    confusions,
+    labelled_windows,
+    predict,
+)
+from smalti.evaluation.window_tuning import choose_recipe as choose
 from smalti.models.build import build_encoder
 from smalti.models.encoder import Encoder
 from smalti.report.evaluation import save_evaluation
@@ -58,6 +60,10 @@ def encoder(window: int = 3000, **arguments: object) -> Encoder:
 @pytest.fixture(scope="module")
 def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_nights(tmp_path_factory.mktemp("staging") / "nights", num_train=4, num_test=3, epochs=4)
+
+
+def choose_recipe(config: EvalConfig) -> WindowRecipe:
+    return choose(config, config.of("sleep-staging"))
 
 
 def random_labels(seed: int, classes: int = 5, count: int = 60) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
@@ -99,21 +105,21 @@ def test_unscored_windows_count_nowhere_and_recordings_stand_apart(nights):
     counts = confusions(signals, np.where(signals.stages < 0, 4, signals.stages), 5)
     assert counts.shape == (3, 5, 5) and counts.sum((1, 2)).tolist() == [3, 4, 4]
     assert (counts == counts * np.eye(5, dtype=np.int64)).all()
-    assert len(scored_windows(signals)) == 11
+    assert len(labelled_windows(signals)) == 11
 
 
 def test_an_interval_holds_the_kappa_and_needs_two_recordings():
     parts = np.stack([random_labels(seed)[2].numpy() for seed in range(12)])
-    low, high = kappa_interval(parts[None])
+    low, high = bootstrap_interval(parts[None], cohen_kappa)
     assert low < float(cohen_kappa(torch.from_numpy(parts.sum(0)))) < high and high - low < 0.3
     same = np.repeat(parts[:1], 5, axis=0)[None]
-    assert kappa_interval(same) == pytest.approx((float(cohen_kappa(torch.from_numpy(parts[0]))),) * 2)
-    assert all(math.isnan(value) for value in kappa_interval(parts[None, :1]))
+    assert bootstrap_interval(same, cohen_kappa) == pytest.approx((float(cohen_kappa(torch.from_numpy(parts[0]))),) * 2)
+    assert all(math.isnan(value) for value in bootstrap_interval(parts[None, :1], cohen_kappa))
 
 
 def test_a_classifier_of_a_constant_head_says_one_stage(nights):
     signals = open_signals(nights, SignalConfig())
-    model = StageClassifier(trainable_copy(encoder(), 0.0), 5).eval()
+    model = WindowClassifier(trainable_copy(encoder(), 0.0), 5).eval()
     with torch.no_grad():
         model.encoder.vit.head.weight.zero_()
         model.encoder.vit.head.bias.copy_(torch.tensor([0.0, 0, 9, 0, 0]))
@@ -127,7 +133,7 @@ def test_classifiers_begin_with_fresh_positions_and_leave_the_encoder_alone(nigh
     for name, tensor in vit.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert vit.position_free and "new, as it was trained without" in result.settings["trained"]
-    model = StageClassifier(trainable_copy(vit, 0.0), 5)
+    model = WindowClassifier(trainable_copy(vit, 0.0), 5)
     assert model.encoder.vit.pos_embed.requires_grad and model.encoder.vit.pos_embed.std() > 0.01
 
 

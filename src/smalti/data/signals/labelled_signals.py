@@ -139,8 +139,17 @@ def draw_subjects(signals: SignalSet, share: float, seed: int) -> SignalSet:
     chosen = list[str]()
     for subjects in strata(signals):
         order = epoch_order(seed, 1, len(subjects))
-        chosen += [subjects[i] for i in order[: max(1, round(share * len(subjects)))]]
+        chosen += [subjects[i] for i in order[: _share_of(subjects, share)]]
     return signals.of_subjects(chosen)
+
+
+def count_drawn(signals: SignalSet, share: float) -> int:
+    """Number of subjects that :func:`draw_subjects` takes."""
+    return sum(_share_of(subjects, share) for subjects in strata(signals))
+
+
+def _share_of(subjects: Sequence[str], share: float) -> int:
+    return max(1, round(share * len(subjects)))
 
 
 def _no_labels(signals: SignalSet) -> str:

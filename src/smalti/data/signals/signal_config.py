@@ -1,7 +1,6 @@
 """How recordings are read and preprocessed: the settings ``data.signal.*`` and ``eval.signal.*``."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat
 
@@ -49,11 +48,6 @@ class SignalConfig:
     def window(self) -> int:
         """Samples of a window."""
         return round(self.window_s * self.resample_hz)
-
-
-def as_read(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Training settings for reading other recordings: all but the window, which is one stage long there."""
-    return {name: value for name, value in known.items() if name != "window_s"}
 
 
 def check_window(config: SignalConfig, patch: int) -> None:

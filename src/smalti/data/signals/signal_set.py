@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from smalti.data.signals.hypnograms import STAGES, UNDEFINED
 from smalti.data.signals.preparation import Recording, prepare_recording
 from smalti.data.signals.recording_list import TABLE, RecordingList, has_labels, list_recordings
 from smalti.data.signals.recordings import ARRAYS, common_channels, plain_name
-from smalti.data.signals.signal_config import SignalConfig
+from smalti.data.signals.signal_config import LabelSource, SignalConfig
 from smalti.data.signals.signal_file import SignalFile
 from smalti.errors import ConfigError, DataError
 
@@ -123,8 +123,10 @@ class SignalSet:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Empty: results are resampled by recording."""
-        return ()
+        """Subject of each recording, if classes are predicted and some have several; else empty: results are resampled
+        by recording."""
+        has_several = self.target == "classes" and len(self.subjects) < len(self.recordings)
+        return tuple(recording.subject for recording in self.recordings) if has_several else ()
 
     def training(self) -> "SignalSet":
         """The train split if there are splits, else all.
@@ -253,6 +255,20 @@ def target_of(data: str | Path, config: SignalConfig | None = None) -> Target:
     """What is predicted of recordings unless a protocol is named: their classes if they have class labels, else sleep
     stages."""
     return "classes" if has_labels(_split_name(data)[0], config.labels if config else None) else "stages"
+
+
+def as_read(known: Mapping[str, Any], data: str | Path, labels: LabelSource | None = None) -> dict[str, Any]:
+    """Training settings for evaluating on recordings: all of them for class labels; for sleep stages all but the
+    window, which is one stage long there.
+
+    Args:
+        known: ``data.signal`` of the training run.
+        data: recordings to evaluate on.
+        labels: ``eval.signal.labels``, if it is set.
+    """
+    config = SignalConfig(labels=labels or known.get("labels"))
+    kept = target_of(data, config) == "classes"
+    return {name: value for name, value in known.items() if kept or name != "window_s"}
 
 
 def open_signals(data: str | Path, config: SignalConfig) -> SignalSet:

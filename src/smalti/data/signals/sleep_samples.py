@@ -8,8 +8,7 @@ on (seed, number) alone.
 Source: the textbook signs of the AASM's stages (Iber et al., 2007); every number is ours.
 """
 
-import csv
-import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from jaxtyping import Float
 
 from smalti.data.loader import sample_key
 from smalti.data.signals.hypnograms import STAGES
-from smalti.data.signals.recording_list import TABLE
-from smalti.errors import ConfigError, DataError
-from smalti.files import folder_beside, is_free
+from smalti.data.signals.sample_files import SampleRecording, write_recordings
 
 RATE_HZ, EPOCH_S = 100.0, 30.0
 CHANNELS = ("C3-M2", "O1-M2", "F3-M2", "C4-M1", "O2-M1", "F4-M1")
@@ -110,36 +107,21 @@ def write_nights(
         DataError: if ``out`` holds something already.
         ConfigError: if it can't be written.
     """
-    if not is_free(out):
-        raise DataError(f"{out}: is not empty; choose another --out")
-    try:
-        with folder_beside(out, durable=False) as draft:
-            _write_all(draft, num_train, num_test, epochs, num_channels, seed)
-    except OSError as error:
-        raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
-    return out
+    return write_recordings(out, _all(num_train, num_test, epochs, num_channels, seed))
 
 
-def _write_all(out: Path, num_train: int, num_test: int, epochs: int, num_channels: int, seed: int) -> None:
-    rows = [("file", "subject", "split")]
+def _all(num_train: int, num_test: int, epochs: int, num_channels: int, seed: int) -> Iterator[SampleRecording]:
     for split, count, first in (("train", num_train, 0), ("test", num_test, _VAL_FIRST)):
         for number in range(count):
             night = draw_night(seed, first + number, epochs, num_channels)
-            name = f"{split}_{number:05d}"
-            content = io.BytesIO()
-            np.savez_compressed(
-                content,
-                signal=night.signal,
-                rate_hz=RATE_HZ,
-                channels=np.array(CHANNELS[:num_channels]),
-                stages=np.array([STAGES[stage] for stage in night.stages]),
-                stage_s=EPOCH_S,
-            )
-            (out / f"{name}.npz").write_bytes(content.getvalue())
-            rows.append((f"{name}.npz", name, split))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    (out / TABLE).write_text(text.getvalue(), encoding="utf-8")
+            arrays = {
+                "signal": night.signal,
+                "rate_hz": RATE_HZ,
+                "channels": np.array(CHANNELS[:num_channels]),
+                "stages": np.array([STAGES[stage] for stage in night.stages]),
+                "stage_s": EPOCH_S,
+            }
+            yield SampleRecording(f"{split}_{number:05d}", split, arrays)
 
 
 class _Subject:
