@@ -226,7 +226,7 @@ def main() -> None:
             print(f"| {preset} | {seed} | " + " | ".join(f"{row.get(name, math.nan):.3f}" for name in names) + " |")
         if "budget" in PRESETS[preset]:
             recall, gap = mean["in_strength_own"], mean["in_strength_own"] - mean["in_strength_other"]
-            seeds = f"{len(rows)} seeds"
+            seeds = f"seeds {', '.join(map(str, rows))}"
             verdicts.append((f"H1.1 {preset}", recall >= RECALL, f"recall {recall:.3f}, {RECALL} needed; {seeds}"))
             verdicts.append((f"H1.2 {preset}", gap >= GAP, f"own minus other {gap:+.3f}, {GAP} needed; {seeds}"))
     for name, met, text in verdicts:
