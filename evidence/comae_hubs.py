@@ -258,7 +258,7 @@ def draw(out: Path, data: Path, figures: Path) -> None:
         figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4), layout="constrained")
         for family, cell_axes in enumerate(axes):
             cell_axes.imshow(graph[families == family].mean(0), vmin=0, vmax=1, cmap="viridis")
-            cell_axes.set_xticks(hubs[family], [f"hub {place}" for place in hubs[family]], fontsize=7)
+            cell_axes.set_xticks(hubs[family], [f"hub {place}" for place in hubs[family]], fontsize=7, rotation=90)
             cell_axes.set_title(f"{preset}, family {family}", fontsize=9)
             cell_axes.set_ylabel("target", fontsize=8)
         figure.savefig(figures / f"comae-hubs-{name}.png", dpi=110)
