@@ -112,8 +112,8 @@ def command(
     )
     device = best_device()
     names = [classes[number] if number < len(classes) else "" for number in numbers]
-    judge = None if classifier is None else open_classifier(classifier, names, method.tokens.in_chans)
-    num_filmed = FILM_IMAGES if judge is None else CERTAIN_IMAGES
+    scorer = None if classifier is None else open_classifier(classifier, names, method.tokens.in_chans)
+    num_filmed = FILM_IMAGES if scorer is None else CERTAIN_IMAGES
     method = method.to(device)
     files = [out / "images" / name / f"{place:05d}.png" for place, name in enumerate(names)]
     settings = {
@@ -139,7 +139,7 @@ def command(
             write_png(files[place], pixels)
 
     def is_kept(place: int) -> bool:
-        is_filmed = (out / FILM).is_file() and (judge is None or (out / CERTAINTY).is_file())
+        is_filmed = (out / FILM).is_file() and (scorer is None or (out / CERTAINTY).is_file())
         return files[place].is_file() and (place >= num_filmed or is_filmed)
 
     with (
@@ -171,9 +171,9 @@ def command(
             film_images=num_filmed,
         )
         certainty = None
-        if judge is not None and film is not None:
-            judge.encoder.to(device)
-            certainty = measure_certainty(judge, film, names)
+        if scorer is not None and film is not None:
+            scorer.encoder.to(device)
+            certainty = measure_certainty(scorer, film, names)
             shown = [file.relative_to(out).as_posix() for file in files[: len(certainty.values)]]
             write_json(out / CERTAINTY, certainty.to_json(shown))
         _write_pictures(run, out, files[:GRID_IMAGES], film, certainty, 1 if method.tokens.in_chans == 1 else 3)

@@ -14,7 +14,7 @@ from smalti.data.signals.signal_config import SignalConfig
 from smalti.data.signals.signal_set import SignalSet, Target, open_signals
 from smalti.errors import ConfigError, DataError
 
-_SHARES = {"test": 0.2, "val": 0.1}
+_FRACTIONS = {"test": 0.2, "val": 0.1}
 _SEARCHED = {
     "stages": "no recording has sleep stages; they stand in STEM.stages.csv, Hypnogram_STEM.txt, STEM-Hypnogram.edf or "
     "in the EDF+ file itself",
@@ -96,8 +96,8 @@ def _refuse_doubtful_subjects(signals: SignalSet) -> None:
 def split_subjects(subjects: Sequence[str], seed: int) -> dict[str, tuple[str, ...]]:
     """Subjects for train, val and test, 70, 10 and 20 in a hundred; of few, one at least is for test and for train."""
     order = [subjects[i] for i in epoch_order(seed, 0, len(subjects))]
-    num_test = min(max(1, round(_SHARES["test"] * len(order))), len(order) - 1)
-    num_val = min(round(_SHARES["val"] * len(order)), len(order) - num_test - 1)
+    num_test = min(max(1, round(_FRACTIONS["test"] * len(order))), len(order) - 1)
+    num_val = min(round(_FRACTIONS["val"] * len(order)), len(order) - num_test - 1)
     train = order[num_test + num_val :]
     return {"train": tuple(train), "val": tuple(order[num_test : num_test + num_val]), "test": tuple(order[:num_test])}
 
@@ -127,29 +127,29 @@ def strata(signals: SignalSet) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(subjects) for _, subjects in sorted(found.items()))
 
 
-def draw_subjects(signals: SignalSet, share: float, seed: int) -> SignalSet:
+def draw_subjects(signals: SignalSet, fraction: float, seed: int) -> SignalSet:
     """The recordings of a fraction of the subjects, at least one of each stratum; for a seed, smaller fractions are
     subsets of larger.
 
     Raises:
         ConfigError: if the fraction is not above 0 and at most 1.
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"{share:g} of the subjects: a fraction above 0 and at most 1 is needed")
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"{fraction:g} of the subjects: a fraction above 0 and at most 1 is needed")
     chosen = list[str]()
     for subjects in strata(signals):
         order = epoch_order(seed, 1, len(subjects))
-        chosen += [subjects[i] for i in order[: _share_of(subjects, share)]]
+        chosen += [subjects[i] for i in order[: _count_of(subjects, fraction)]]
     return signals.of_subjects(chosen)
 
 
-def count_drawn(signals: SignalSet, share: float) -> int:
+def count_drawn(signals: SignalSet, fraction: float) -> int:
     """Number of subjects that :func:`draw_subjects` takes."""
-    return sum(_share_of(subjects, share) for subjects in strata(signals))
+    return sum(_count_of(subjects, fraction) for subjects in strata(signals))
 
 
-def _share_of(subjects: Sequence[str], share: float) -> int:
-    return max(1, round(share * len(subjects)))
+def _count_of(subjects: Sequence[str], fraction: float) -> int:
+    return max(1, round(fraction * len(subjects)))
 
 
 def _no_labels(signals: SignalSet) -> str:

@@ -2,7 +2,7 @@
 
 Source: Ziegler & Asano, Leopart, arXiv:2204.13101 (cluster-based foreground extraction, CBFE, and community detection),
 and Pariza et al., NeCo, arXiv:2408.11054, in the settings of their code: clusters of all patches are foreground if the
-class token attends to them; the foreground is clustered anew, and its clusters are joined where they are neighbours.
+class token attends to them; the foreground is clustered again, and its clusters are joined where they are neighbours.
 Labels are used twice: the fraction of background clusters is chosen on the training masks, as in the code, unless it is
 given; and predictions are matched to classes by the evaluated masks, as in every clustering score.
 Differs from them: communities minimise Infomap's map equation, but without its refinement, and its settings aren't
