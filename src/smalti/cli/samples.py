@@ -66,7 +66,7 @@ def command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write sample data: scenes with masks, synthetic EEG or synthetic motion.
+    """Write sample data: scenes with masks, EEG or motion.
 
     Scenes are composed on real photographs, with exact masks, instances, boxes and classes.
 
