@@ -427,13 +427,13 @@ def timelines(
     """
     numbers = _recording_numbers(signals)
     height = np.array([len(classes) - 1 - list(downwards).index(one) for one in range(len(classes))], np.float64)
-    is_scored = signals.targets != UNDEFINED
+    is_scored, done = signals.targets != UNDEFINED, {"stages": "scored", "classes": "labelled"}[signals.target]
     scored = np.where(is_scored, height[np.where(is_scored, signals.targets, 0)], np.nan)
     levels = tuple(classes[one] for one in reversed(downwards))
     return {
         place: (
             (
-                Line(floats(scored[numbers == place]), name="scored", role="truth"),
+                Line(floats(scored[numbers == place]), name=done, role="truth"),
                 Line(floats(height[predicted[numbers == place]])),
             ),
             levels,
