@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from smalti.errors import DataError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols.overclustering import (
-    OverclusteringRecipe,
+    ClusteringRecipe,
     choose_clusters,
     choose_recipe,
     cluster,
@@ -89,17 +89,17 @@ def test_numbers_of_clusters_that_fit():
 
 def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    assert choose_recipe(features, EvalConfig()) == OverclusteringRecipe(32, 32, 3, 1, 20, "k-means++", "skip")
-    assert choose_recipe(features, EvalConfig(preset="paper")) == OverclusteringRecipe(
+    assert choose_recipe(features, EvalConfig()) == ClusteringRecipe(32, 32, 3, 1, 20, "k-means++", "skip")
+    assert choose_recipe(features, EvalConfig(preset="paper")) == ClusteringRecipe(
         448, 100, 5, 5, 100, "random", "zero"
     )
-    assert choose_recipe(features, EvalConfig(preset="full")) == OverclusteringRecipe(
+    assert choose_recipe(features, EvalConfig(preset="full")) == ClusteringRecipe(
         448, 100, 5, 5, 100, "k-means++", "skip"
     )
     changed = EvalConfig(
         preset="paper", image_size=64, own={"overclustering": {"repeats": 2, "mask_size": 50, "absent": "skip"}}
     )
-    assert choose_recipe(features, changed) == OverclusteringRecipe(64, 50, 2, 5, 100, "random", "skip")
+    assert choose_recipe(features, changed) == ClusteringRecipe(64, 50, 2, 5, 100, "random", "skip")
 
 
 def test_e18_a_perfect_encoder_gets_all_of_it(perfect, scenes, features_of):

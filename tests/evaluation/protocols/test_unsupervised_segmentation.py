@@ -10,11 +10,10 @@ import torch
 from smalti.errors import ConfigError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocols import unsupervised_segmentation as protocol
+from smalti.evaluation.protocols.overclustering import ClusteringRecipe, choose_recipe
 from smalti.evaluation.protocols.unsupervised_segmentation import (
     OFFSETS,
-    UnsupervisedRecipe,
     choose_ratio,
-    choose_recipe,
     cluster_precision,
     foreground_clusters,
     joined,
@@ -103,12 +102,16 @@ def test_parts_that_lie_together_are_one_object_as_components_of_networkx():
 
 def test_presets_are_what_their_sources_say(tiny, scenes, features_of):
     features = features_of(tiny, scenes, "masks")
-    assert choose_recipe(features, EvalConfig(preset="paper")) == UnsupervisedRecipe(
+    assert choose_recipe(features, EvalConfig(preset="paper"), "unsupervised-segmentation") == ClusteringRecipe(
         448, 100, 5, 5, 100, "random", "zero"
     )
-    assert choose_recipe(features, EvalConfig()) == UnsupervisedRecipe(32, 32, 3, 1, 20, "k-means++", "skip")
+    assert choose_recipe(features, EvalConfig(), "unsupervised-segmentation") == ClusteringRecipe(
+        32, 32, 3, 1, 20, "k-means++", "skip"
+    )
     changed = EvalConfig(own={"unsupervised-segmentation": {"repeats": 2, "mask_size": 8, "absent": "zero"}})
-    assert choose_recipe(features, changed) == UnsupervisedRecipe(32, 8, 2, 1, 20, "k-means++", "zero")
+    assert choose_recipe(features, changed, "unsupervised-segmentation") == ClusteringRecipe(
+        32, 8, 2, 1, 20, "k-means++", "zero"
+    )
 
 
 def test_perfect_tokens_and_attention_segment_perfectly(attentive, scenes, features_of):

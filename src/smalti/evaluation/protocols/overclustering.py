@@ -41,7 +41,7 @@ NUM_DIMS = 50
 
 
 @dataclass(frozen=True)
-class OverclusteringRecipe:
+class ClusteringRecipe:
     """A preset with the settings that the user changed."""
 
     image_size: int
@@ -124,23 +124,26 @@ class OverclusteringConfig:
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
 
-def choose_recipe(features: Features, config: EvalConfig) -> OverclusteringRecipe:
+def choose_recipe(features: Features, config: EvalConfig, protocol: str = "overclustering") -> ClusteringRecipe:
     """The preset with the user's settings.
+
+    Args:
+        features: encoder and data.
+        config: preset and image size.
+        protocol: whose ``mask_size``, ``repeats`` and ``absent`` apply.
 
     Raises:
         ConfigError: if the encoder's own image size isn't square and none is given.
         ShapeError: if the patch size does not divide the image size.
     """
-    own: OverclusteringConfig = config.of("overclustering")
+    own: Any = config.of(protocol)
     if config.preset == "small":
         size = features.dense_size(config.image_size)
-        recipe = OverclusteringRecipe(size, min(100, size), 3, 1, 20, "k-means++", "skip")
+        recipe = ClusteringRecipe(size, min(100, size), 3, 1, 20, "k-means++", "skip")
     else:
         size = features.image_size(config.image_size or 448)
         paper = config.preset == "paper"
-        recipe = OverclusteringRecipe(
-            size, 100, 5, 5, 100, "random" if paper else "k-means++", "zero" if paper else "skip"
-        )
+        recipe = ClusteringRecipe(size, 100, 5, 5, 100, "random" if paper else "k-means++", "zero" if paper else "skip")
     changed: dict[str, Any] = {"mask_size": own.mask_size, "repeats": own.repeats, "absent": own.absent}
     return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 

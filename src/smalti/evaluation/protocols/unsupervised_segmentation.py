@@ -15,8 +15,8 @@ masks.
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from smalti.evaluation.protocols.overclustering import (
     NUM_DIMS,
     PATCHES_PER_CLUSTER,
     POINTS_PER_CLUSTER,
+    ClusteringRecipe,
+    choose_recipe,
     cluster,
     fit_projection,
 )
@@ -55,19 +57,6 @@ OFFSETS = tuple(
     if (down, right) != (0, 0)
 )
 """Neighbours of a patch: eight directions, at distances 1 and 2."""
-
-
-@dataclass(frozen=True)
-class UnsupervisedRecipe:
-    """A preset with the settings that the user changed."""
-
-    image_size: int
-    mask_size: int
-    repeats: int
-    restarts: int
-    iters: int
-    init: Literal["k-means++", "random"]
-    absent: Absent
 
 
 @settings
@@ -91,27 +80,6 @@ class UnsupervisedSegmentationConfig:
     """Side of the masks in pixels; None: the preset's."""
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
-
-
-def choose_recipe(features: Features, config: EvalConfig) -> UnsupervisedRecipe:
-    """The preset with the user's settings.
-
-    Raises:
-        ConfigError: if the encoder's own image size isn't square and none is given.
-        ShapeError: if the patch size does not divide the image size.
-    """
-    own: UnsupervisedSegmentationConfig = config.of("unsupervised-segmentation")
-    if config.preset == "small":
-        size = features.dense_size(config.image_size)
-        recipe = UnsupervisedRecipe(size, min(100, size), 3, 1, 20, "k-means++", "skip")
-    else:
-        size = features.image_size(config.image_size or 448)
-        paper = config.preset == "paper"
-        recipe = UnsupervisedRecipe(
-            size, 100, 5, 5, 100, "random" if paper else "k-means++", "zero" if paper else "skip"
-        )
-    changed: dict[str, Any] = {"mask_size": own.mask_size, "repeats": own.repeats, "absent": own.absent}
-    return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
 
 
 def cluster_precision(
@@ -198,7 +166,7 @@ class Segmentation:
 
 def segment(
     patches: Patches,
-    recipe: UnsupervisedRecipe,
+    recipe: ClusteringRecipe,
     own: "UnsupervisedSegmentationConfig",
     num_classes: int,
     seed: int,
@@ -244,7 +212,7 @@ def segment(
 def unsupervised_segmentation(features: Features, config: EvalConfig) -> Scores:
     """Segmentation without training: foreground from attention and clusters, objects from communities of clusters."""
     own: UnsupervisedSegmentationConfig = config.of("unsupervised-segmentation")
-    recipe = choose_recipe(features, config)
+    recipe = choose_recipe(features, config, "unsupervised-segmentation")
     images, classes = features.data.test, features.data.classes
     if not features.encoder.has_class_token:
         raise ConfigError(
@@ -427,7 +395,7 @@ def _count(given: int | None, default: int, num_patches: int) -> int:
 
 
 def _cluster(
-    points: Float[np.ndarray, "m d"], num_clusters: int, seed: int, recipe: UnsupervisedRecipe
+    points: Float[np.ndarray, "m d"], num_clusters: int, seed: int, recipe: ClusteringRecipe
 ) -> Int[np.ndarray, " m"]:
     """Clusters of any number of points, also fewer than ``num_clusters``, and none."""
     if not len(points):
