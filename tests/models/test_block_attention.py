@@ -39,5 +39,5 @@ def test_rows_are_of_the_class_token_and_then_of_patches(options):
 def test_other_attention_is_refused():
     encoder = small()
     encoder.vit.blocks[1].attn = nn.Identity()
-    with pytest.raises(ConfigError, match="attention weights need timm's plain Attention"):
+    with pytest.raises(ConfigError, match="Identity, whose attention weights can't be computed"):
         next(block_attention(encoder, torch.zeros(1, 3, 32, 32)))

@@ -156,7 +156,7 @@ def test_mistakes_are_one_line_each() -> None:
         small("vit_medium_patch16_reg4_gap_256").encode_with_attention(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ConfigError, match="did you mean 'vit_small_patch16_224'"):
         build_encoder("vit_smal_patch16_224")
-    with pytest.raises(ConfigError, match="timm's 'resnet18' is not a VisionTransformer"):
+    with pytest.raises(ConfigError, match="timm's 'resnet18' is neither a VisionTransformer nor an Eva"):
         build_encoder("resnet18")
     with pytest.raises(ConfigError, match="encoder has no field 'depht'; did you mean 'depth'"):
         build_encoder("vit_tiny_patch16_224", depht=3)

@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from smalti.config import to_tree
@@ -72,7 +73,7 @@ features = model.forward_features(images)"""
     return TimmExport(out, difference)
 
 
-def timm_model(encoder: Encoder) -> VisionTransformer:
+def timm_model(encoder: Encoder) -> VisionTransformer | Eva:
     """A plain timm model with the weights of an encoder, on the CPU, in eval mode.
 
     ``forward_features`` equals the tokens of :meth:`Encoder.encode` (prefix first) at the native size, ``forward``
@@ -101,6 +102,13 @@ def timm_arguments(encoder: Encoder) -> dict[str, Any]:
             "gaug=true adds a Gaussian bias to the attention logits, which timm's models don't have; export it with "
             "to=onnx, or load the run with smalti.load"
         )
+    if encoder.is_rotary and encoder.position_free:
+        raise ConfigError(
+            f"these weights were trained without positions, and timm's {encoder.name} always rotates by them; load the "
+            "run with smalti.load, or fine-tune it first"
+        )
+    if encoder.is_rotary and encoder.pool == "prr":
+        raise ConfigError("timm's Eva models have no PRR pooling; export the same tokens with pool=auto")
     prr = encoder.prr
     if encoder.pool == "prr" and replace(prr, num_heads=prr.num_heads or encoder.num_heads) != PRRConfig(
         num_heads=encoder.num_heads
@@ -136,7 +144,8 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
         "num_classes": 0,
         "num_features": encoder.embed_dim,
         "global_pool": arguments["global_pool"],
-        "model_args": arguments,
+        # transformers' AutoModel passes num_classes itself
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": [encoder.in_chans, height, width],

@@ -51,15 +51,25 @@ class Chosen:
         return x.flatten(0, 1)[(first + self.ids).flatten()[self.places]]
 
 
-def block_at(block: nn.Module, x: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S D"]:
+def block_at(
+    block: nn.Module, x: Float[Tensor, "B T D"], chosen: Chosen, rope: Tensor | None = None
+) -> Float[Tensor, "S D"]:
     """``chosen.pick(block(x))``, equal up to rounding, at a lower cost.
 
     Keys and values are computed for all tokens; queries, output projection and MLP only for the selected ones.
-    Stochastic depth samples once per sequence, as in the full block. Blocks other than timm's plain one are run in
-    full.
+    Stochastic depth samples once per sequence, as in the full block. Blocks other than timm's plain one, also those
+    with adapters on their layers, are run in full.
+
+    Args:
+        block: of a timm model.
+        x: its input.
+        chosen: which tokens.
+        rope: rotary positions, for blocks that take them.
     """
     plain: Any = block  # nn.Module doesn't type its parts
-    if type(block) is not Block or type(plain.attn) is not Attention or plain.attn.gate is not None:
+    if rope is not None:
+        return chosen.pick(block(x, rope=rope))
+    if type(block) is not Block or not _is_plain(plain.attn):
         return chosen.pick(block(x))
     attn = plain.attn
     batch, length, width = x.shape
@@ -77,6 +87,16 @@ def block_at(block: nn.Module, x: Float[Tensor, "B T D"], chosen: Chosen) -> Flo
     out = out.transpose(1, 2).reshape(-1, inner)[chosen.places]  # (B, heads, Q, D / heads) -> (S, D)
     tokens = chosen.pick(x) + _kept(plain.drop_path1, x, chosen) * plain.ls1(attn.proj_drop(attn.proj(attn.norm(out))))
     return tokens + _kept(plain.drop_path2, x, chosen) * plain.ls2(plain.mlp(plain.norm2(tokens)))
+
+
+def _is_plain(attn: Any) -> bool:
+    """Whether it is timm's attention without a gate, and its layers are linear layers without adapters."""
+    return (
+        type(attn) is Attention
+        and getattr(attn, "gate", None) is None  # timm 1.0.26 has no gates
+        and type(attn.qkv) is nn.Linear
+        and type(attn.proj) is nn.Linear
+    )
 
 
 def _kept(drop_path: nn.Module, x: Float[Tensor, "B T D"], chosen: Chosen) -> Float[Tensor, "S 1"] | float:

@@ -265,7 +265,7 @@ class Method(nn.Module, ABC):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 last = name.rpartition(".")[2]
-                is_plain = parameter.ndim < 2 or last in ("bias", *self.no_weight_decay)
+                is_plain = parameter.ndim < 2 or last in ("bias", *self.no_weight_decay) or name.endswith("rope.freqs")
                 (plain if is_plain else decayed).append(parameter)
         return [
             {"params": decayed, "lr_scale": 1.0, "weight_decay_scale": 1.0},

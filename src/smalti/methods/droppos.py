@@ -337,6 +337,11 @@ def _check(config: DropPosConfig, encoder: Encoder) -> None:
     """Refuse settings that cannot be used."""
     if config.reconstruct and not config.mask_ratio:
         raise ConfigError("method.reconstruct needs masked patches; raise method.mask_ratio above 0")
+    if encoder.is_rotary:
+        raise ConfigError(
+            f"{encoder.name} has rotary positions, which can't be dropped for some patches of an image; use another "
+            "encoder, such as vit_small_patch16_224"
+        )
     if encoder.vit.pos_embed is None:
         raise ConfigError(f"{encoder.name} has no positional embeddings to drop; use another encoder")
     if config.attentive and not encoder.has_class_token:

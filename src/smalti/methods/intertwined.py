@@ -265,6 +265,11 @@ class Intertwined(DINOv2):
 
 def _check(config: IntertwinedConfig, encoder: Encoder) -> None:
     """Refuse settings that cannot be used."""
+    if encoder.is_rotary:
+        raise ConfigError(
+            f"{encoder.name} has rotary positions, and this method masks and replaces a table of positions; use "
+            "another encoder, such as vit_small_patch16_224"
+        )
     if encoder.vit.pos_embed is None and encoder.position_field is None:
         raise ConfigError(f"{encoder.name} has no positional embeddings, which this method needs; use another encoder")
     low, high = config.position_mask_ratio

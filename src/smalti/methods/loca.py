@@ -33,6 +33,7 @@ from smalti.functional.processes import mean_over_processes, weighted_mean
 from smalti.functional.random import sample_uniform, step_key
 from smalti.functional.transport import sinkhorn
 from smalti.layers.cross_attention import CrossAttentionBlock
+from smalti.layers.gaussian_bias import Places
 from smalti.layers.heads import ProjectionHead, Prototypes
 from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, uniform_guess
 from smalti.methods.teacher import Teacher, cosine_momentum
@@ -173,12 +174,13 @@ class EncoderWithClusters(nn.Module):
         Args:
             images: of views, not normalised.
             ids_keep: which patches; None: all.
-            positions: add positional embeddings.
+            positions: use positional embeddings and rotary positions.
         """
         encoder = self.encoder
         tokens, grid = encoder.embed_patches(encoder.normalize(images), ids_keep)
         sequence = encoder.assemble(tokens, encoder.positions(grid) if positions else None, ids_keep)
-        return encoder.forward_tokens(sequence)[:, encoder.num_prefix_tokens :]
+        places = Places(grid, ids_keep) if positions else None
+        return encoder.forward_tokens(sequence, places=places)[:, encoder.num_prefix_tokens :]
 
     def logits(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B L K"]:
         """Cosine similarities to the prototypes."""
@@ -228,7 +230,8 @@ class LOCA(EncoderMethod):
         _check(config, encoder)
         if not encoder.pretrained:
             encoder.set_pos_resampling(mode="bilinear")
-            nn.init.normal_(encoder.vit.pos_embed, std=encoder.embed_dim**-0.5)
+            if encoder.vit.pos_embed is not None:
+                nn.init.normal_(encoder.vit.pos_embed, std=encoder.embed_dim**-0.5)
             init_transformer(encoder.vit)
             lecun_normal_(encoder.vit.patch_embed.proj.weight)
             if encoder.vit.patch_embed.proj.bias is not None:
@@ -381,7 +384,7 @@ class LOCA(EncoderMethod):
 
 def _check(config: LOCAConfig, encoder: Encoder) -> None:
     """Refuse settings that cannot be used."""
-    if encoder.vit.pos_embed is None:
+    if encoder.vit.pos_embed is None and not encoder.is_rotary:
         raise ConfigError(
             f"{encoder.name} has no positional embeddings, which LOCA needs for the reference; use another encoder"
         )

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Num
-from timm.models.vision_transformer import Attention
 from torch import Tensor
 
 from smalti.functional.attention import to_patches
-from smalti.layers.attention import attention_modules, attention_weights
+from smalti.layers.attention import AnyAttention, attention_modules, attention_weights
 from smalti.models.encoder import Encoder
 
 
@@ -30,20 +29,21 @@ def block_attention(
         left out and rows sum to 1.
 
     Raises:
-        ConfigError: if a block does not have timm's plain attention.
+        ConfigError: if the attention weights of a block can't be computed.
 
     Cost: a forward pass, and heads * N * N weights for each block.
     """
     modules = attention_modules(encoder.vit.blocks, encoder.name)
     chosen = range(len(modules)) if blocks is None else blocks
-    inputs: dict[int, tuple[Tensor, Tensor | None]] = {}
+    inputs: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
-    def keep(number: int, tokens: Tensor, bias: Tensor | None) -> None:
-        inputs[number] = tokens, bias
+    def keep(number: int, tokens: Tensor, bias: Tensor | None, rope: Tensor | None) -> None:
+        inputs[number] = tokens, bias, rope
 
     hooks = [
         modules[number].register_forward_pre_hook(
-            lambda module, args, given, n=number: keep(n, args[0], given.get("attn_mask")), with_kwargs=True
+            lambda module, args, given, n=number: keep(n, args[0], given.get("attn_mask"), given.get("rope")),
+            with_kwargs=True,
         )
         for number in chosen
     ]
@@ -59,9 +59,13 @@ def block_attention(
 
 @torch.no_grad()
 def _of_block(
-    module: Attention, tokens: Float[Tensor, "1 T D"], bias: Float[Tensor, "1 #heads T T"] | None, encoder: Encoder
+    module: AnyAttention,
+    tokens: Float[Tensor, "1 T D"],
+    bias: Float[Tensor, "1 #heads T T"] | None,
+    rope: Tensor | None,
+    encoder: Encoder,
 ) -> Float[Tensor, "heads Q N"]:
     num_prefix = encoder.num_prefix_tokens
-    weights = to_patches(attention_weights(module, tokens, bias=bias)[0], num_prefix)
+    weights = to_patches(attention_weights(module, tokens, bias=bias, rope=rope)[0], num_prefix)
     prefix = weights[:, : int(encoder.has_class_token)]  # the class token comes before registers
     return torch.cat([prefix, weights[:, num_prefix:]], dim=1)

@@ -8,14 +8,16 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import is_model_in_modules
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from smalti.config import build, unknown_key
 from smalti.errors import ConfigError
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
-from smalti.models.encoder import IMAGENET_MEAN, IMAGENET_STD, TIMM_MODULES, Encoder
+from smalti.models.encoder import IMAGENET_MEAN, IMAGENET_STD, TIMM_MODULES, Encoder, no_pooled_norm
 from smalti.reading import reason, shorten
 
 _SIZES: Mapping[str, tuple[float, float]] = {
@@ -27,8 +29,13 @@ _SIZES: Mapping[str, tuple[float, float]] = {
     "num_heads": (1, 1024),
     "mlp_ratio": (0.01, 64),
     "reg_tokens": (0, 4096),
+    "num_reg_tokens": (0, 4096),
 }
-"""Arguments of timm's ``VisionTransformer``, and what is far below and above any that was ever trained."""
+"""Arguments of timm's ``VisionTransformer`` and ``Eva``, and what is far below and above any that was ever trained."""
+
+
+AUGMENTATIONS = ("shift_coords", "jitter_coords", "rescale_coords")
+"""Random changes of rotary coordinates in training mode; ``encoder.rope_rescale_coords=2.0`` asks for one."""
 
 
 def build_encoder(
@@ -50,10 +57,11 @@ def build_encoder(
         seed: of the weights; torch's global random state is unchanged.
         mean: mean per channel for normalisation; None: ImageNet's for three channels, else 0.5.
         std: standard deviation per channel; None: ImageNet's for three channels, else 0.25.
-        model_args: further arguments of timm's ``VisionTransformer``, such as ``reg_tokens`` or ``drop_path_rate``.
+        model_args: further arguments of timm's class, such as ``reg_tokens`` (``VisionTransformer``),
+            ``num_reg_tokens`` (``Eva``) or ``drop_path_rate``.
 
     Raises:
-        ConfigError: if timm has no such model, or it is not a ``VisionTransformer``.
+        ConfigError: if timm has no such model, or it is neither a ``VisionTransformer`` nor an ``Eva``.
         ShapeError: if the patch size does not divide ``img_size``.
     """
     architecture = name.split(".")[0]
@@ -63,10 +71,9 @@ def build_encoder(
         hint = f"did you mean '{near[0]}'?" if near else "for example vit_small_patch16_224"
         raise ConfigError(f"timm has no model '{architecture}'; {hint}")
     if not any(is_model_in_modules(architecture, [module]) for module in TIMM_MODULES) or "distilled" in architecture:
-        raise ConfigError(
-            f"timm's '{architecture}' is not a VisionTransformer, which Smalti needs; for example vit_small_patch16_224"
-        )
-    known_args = set(inspect.signature(VisionTransformer.__init__).parameters)
+        raise ConfigError(_other_kind(architecture))
+    model = timm_class(architecture)
+    known_args = set(inspect.signature(model.__init__).parameters)
     for argument in model_args:
         if argument not in known_args:
             raise ConfigError(unknown_key(argument, known_args - {"self"}, "encoder"))
@@ -82,12 +89,25 @@ def build_encoder(
                 torch.manual_seed(seed)
             vit = timm.create_model(
                 architecture,
-                **{**arguments, "num_classes": 0, "global_pool": "", "fc_norm": False, "dynamic_img_size": True},
+                **{
+                    **arguments,
+                    "num_classes": 0,
+                    "global_pool": "",
+                    **no_pooled_norm(model),
+                    "dynamic_img_size": True,
+                },
             )
     except Exception as error:  # timm checks little: zero divides, widths that don't fit, memory that isn't there
         raise ConfigError(
             f"timm can't build '{architecture}' with {shorten(str(arguments))} as a vision transformer: {reason(error)}"
         ) from error
+    if type(vit) is not model or type(vit.patch_embed) is not PatchEmbed:
+        raise ConfigError(_other_kind(architecture))
+    if model is Eva and vit.rope is not None:
+        for name in AUGMENTATIONS:  # some architectures have them by default
+            if model_args.get(f"rope_{name}") is None:
+                setattr(vit.rope, name, None)
+        vit.rope.aug_active = any(getattr(vit.rope, name) is not None for name in AUGMENTATIONS)
     known = in_chans == 3
     encoder = Encoder(
         vit,
@@ -98,6 +118,19 @@ def build_encoder(
     )
     encoder.check_size(*encoder.img_size)
     return encoder
+
+
+def timm_class(architecture: str) -> type[VisionTransformer] | type[Eva]:
+    """The class of a timm architecture from :data:`~smalti.models.encoder.TIMM_MODULES`."""
+    return Eva if is_model_in_modules(architecture, ["eva"]) else VisionTransformer
+
+
+def _other_kind(architecture: str) -> str:
+    """Error message for an architecture that can't be wrapped."""
+    return (
+        f"timm's '{architecture}' is neither a VisionTransformer nor an Eva with plain patch embedding, which Smalti "
+        "needs; for example vit_small_patch16_224 or vit_small_patch16_dinov3"
+    )
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Encoder: an adapter for timm's vision transformers, used by all of Smalti.
+"""Encoder: an adapter for timm's ``VisionTransformer`` and ``Eva``, used by all of Smalti.
 
 Letters: B images, C channels, H W pixels, h w the patch grid, N = h*w patches, R prefix tokens (class token first,
 then registers), D embed_dim, L visible patches.
@@ -14,23 +14,26 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from timm.layers import DropPath
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smalti.config import to_tree
 from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
 from smalti.functional.positions import Resampling
+from smalti.layers.attention import attention_modules, attention_weights, num_heads_of
 from smalti.layers.gaussian_bias import Places, attach_bias, biased_block
 from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
 from smalti.models.pooling import MODULES, PatchFeatures, make_pool, pool_features
 from smalti.models.positions import Positions, field_positions, field_table, table_positions
+from smalti.models.rotary import Rotation, is_rotary, rotation
 from smalti.models.weights import LoadConfig, LoadReport
 
-TIMM_MODULES = ("vision_transformer", "deit")
-"""timm modules whose models are plain ``VisionTransformer``s."""
+TIMM_MODULES = ("vision_transformer", "deit", "eva")
+"""timm modules whose models can be wrapped."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -61,10 +64,10 @@ class ClassHead(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A timm ``VisionTransformer`` with patches as input and patch tokens as output.
+    """A timm ``VisionTransformer`` or ``Eva`` with patches as input and patch tokens as output.
 
     Supports models with or without class token, registers, LayerScale and pre-norm, 1..N input channels, and any image
-    size divisible by the patch size: position embeddings are resampled to the grid.
+    size divisible by the patch size: position embeddings are resampled to the grid, rotary positions computed for it.
 
     Args:
         vit: built by :func:`build_encoder`, that is with ``dynamic_img_size=True`` and no classification head.
@@ -84,7 +87,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: VisionTransformer | Eva,
         name: str,
         model_args: Mapping[str, Any],
         mean: Sequence[float] = IMAGENET_MEAN,
@@ -172,7 +175,7 @@ class Encoder(nn.Module):
     @property
     def num_heads(self) -> int:
         """Attention heads of the first block."""
-        return self.vit.blocks[0].attn.num_heads
+        return num_heads_of(self.vit.blocks[0])
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -200,6 +203,11 @@ class Encoder(nn.Module):
     def has_class_token(self) -> bool:
         """Whether the first prefix token is a class token."""
         return self.vit.cls_token is not None
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether queries and keys are rotated by the positions of their patches (RoPE)."""
+        return is_rotary(self.vit)
 
     @property
     def takes_signals(self) -> bool:
@@ -231,7 +239,7 @@ class Encoder(nn.Module):
             "img_size": list(self.img_size),
             "in_chans": self.in_chans,
             "num_classes": 0,
-            "fc_norm": False,
+            **no_pooled_norm(type(self.vit)),
             "global_pool": "token" if self.has_class_token and self.pool != "avg" else "avg",
         }
         return {key: value for key, value in arguments.items() if key != "drop_path_rate"}
@@ -295,23 +303,25 @@ class Encoder(nn.Module):
         attention to prefix tokens. Gaussian biases don't change this row.
 
         Raises:
-            ConfigError: without a class token, or for blocks that aren't timm's plain ones.
+            ConfigError: without a class token, or for blocks whose attention can't be recomputed.
         """
-        if not self.has_class_token or type(self.vit.blocks[-1]) is not Block:
-            raise ConfigError(f"{self.name} has no class token, or no plain last block, whose attention could be read")
+        if not self.has_class_token:
+            raise ConfigError(f"{self.name} has no class token, whose attention could be read")
+        (attn,) = attention_modules(self.vit.blocks[-1:], self.name)
         if images.dtype == torch.uint8:
             images = self.normalize(images)
         tokens, grid = self.embed_patches(images)
-        sequence = self.vit.norm_pre(self.assemble(tokens, self.positions(grid)))
-        for block in self.vit.blocks[:-1]:
-            sequence = self._run(block, sequence, Places(grid))
-        last, num_prefix = self.vit.blocks[-1], self.num_prefix_tokens
-        attn = last.attn
-        qkv = attn.qkv(last.norm1(sequence)).reshape(*sequence.shape[:2], 3, attn.num_heads, -1)
-        queries, keys, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
-        logits = attn.q_norm(queries[:, :, :1]) * attn.scale @ attn.k_norm(keys).mT
-        attention = logits.float().softmax(-1)[:, :, 0, num_prefix:]
-        sequence = self.vit.norm(self._run(last, sequence, Places(grid)))
+        seen: list[tuple[Tensor, Tensor | None]] = []
+        hook = attn.register_forward_pre_hook(
+            lambda _, args, given: seen.append((args[0], given.get("rope"))), with_kwargs=True
+        )
+        try:
+            sequence = self.forward_tokens(self.assemble(tokens, self.positions(grid)), places=Places(grid))
+        finally:
+            hook.remove()
+        ((inputs, rope),) = seen
+        num_prefix = self.num_prefix_tokens
+        attention = attention_weights(attn, inputs, num_queries=1, rope=rope)[:, :, 0, num_prefix:].float()
         return PatchFeatures(sequence[:, num_prefix:], sequence[:, :num_prefix], grid), attention
 
     def set_pool(self, pool: str, prr: PRRConfig | None = None, fresh: bool = False) -> None:
@@ -341,11 +351,13 @@ class Encoder(nn.Module):
         self.pool, self.prr = pool, prr
 
     def _pool_module(self, pool: str, prr: PRRConfig, fresh: bool = False) -> nn.Module | None:
+        attn: Any = getattr(self.vit.blocks[0], "attn", None)
+        shared = {"num_kv_heads": attn.num_kv_heads} if hasattr(attn, "num_kv_heads") else {}  # else one per block
         made = make_pool(
             pool,
             prr,
             name=self.name,
-            timm_args=self.timm_args(),
+            timm_args={**self.timm_args(), **shared},
             embed_dim=self.embed_dim,
             num_heads=self.num_heads,
             num_prefix_tokens=self.num_prefix_tokens,
@@ -368,7 +380,7 @@ class Encoder(nn.Module):
         if pool not in MODULES:
             return pool_features(features, pool, self.has_class_token)
         module: Any = self.vit.attn_pool if pool == self.pool else self._pool_module(pool, PRRConfig())
-        if pool == "map":  # timm's way: no prefix tokens
+        if pool == "map" and isinstance(self.vit, VisionTransformer):  # timm's way: no prefix tokens; Eva has them
             return module(features.patches)
         return module(torch.cat([features.prefix, features.patches], dim=1))
 
@@ -535,20 +547,43 @@ class Encoder(nn.Module):
             prefix = prefix + prefix_pos
         return self.vit.pos_drop(torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1))
 
+    def rotation(self, places: Places | None) -> Rotation | None:
+        """Rotary positions of a sequence; None without them, without places, and for weights that were trained without
+        positions."""
+        return None if self.position_free else rotation(self.vit, places)
+
+    def _outputs(
+        self,
+        sequence: Float[Tensor, "B T D"],
+        places: Places | None,
+        is_key: Bool[Tensor, "B T"] | None = None,
+        count: int | None = None,
+    ) -> Iterator[Float[Tensor, "B T D"]]:
+        """The normed input of the blocks (of models with a norm before them), then the output of each of the first
+        ``count`` blocks; None: all."""
+        sequence = self.vit.norm_pre(sequence)
+        yield sequence
+        turn = self.rotation(places)
+        for number, block in enumerate(self.vit.blocks[:count]):
+            sequence = self._run(block, sequence, places, is_key, None if turn is None else turn.of_block(number))
+            yield sequence
+
     def _run(
         self,
         block: nn.Module,
         sequence: Float[Tensor, "B T D"],
         places: Places | None,
         is_key: Bool[Tensor, "B T"] | None = None,
+        rope: Tensor | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """One block, with its Gaussian bias if it has one.
+        """One block, with its rotary positions, and with its Gaussian bias if it has one.
 
         Raises:
             ConfigError: if the bias needs places that aren't given.
         """
         if self.gaug is None:
-            return block(sequence) if is_key is None else block(sequence, attn_mask=is_key[:, None, None])
+            given = {} if rope is None else {"rope": rope}
+            return block(sequence, **given, **({} if is_key is None else {"attn_mask": is_key[:, None, None]}))
         if places is None:
             raise ConfigError(
                 f"{self.name} was built with gaug=true, which needs the places of the patches; the method that runs it "
@@ -569,14 +604,13 @@ class Encoder(nn.Module):
             sequence: from :meth:`assemble`.
             is_key: ``(B, T)`` attention mask of all blocks, True for tokens used as keys; None: all. All are queries.
             norm: whether to apply the final norm.
-            places: where the patches are; needed with ``gaug=true``.
+            places: where the patches are; needed with ``gaug=true``. With None, rotary positions are left out.
 
         Raises:
             ConfigError: if ``places`` are needed and not given.
         """
-        sequence = self.vit.norm_pre(sequence)
-        for block in self.vit.blocks:
-            sequence = self._run(block, sequence, places, is_key)
+        for output in self._outputs(sequence, places, is_key):
+            sequence = output
         return self.vit.norm(sequence) if norm else sequence
 
     def forward_chosen(
@@ -599,10 +633,11 @@ class Encoder(nn.Module):
             return chosen.pick(torch.cat([self.pooled(features)[:, None], tokens[:, 1:]], dim=1))
         if self.gaug is not None:
             return chosen.pick(self.forward_tokens(sequence, places=places))
-        sequence = self.vit.norm_pre(sequence)
-        for block in self.vit.blocks[:-1]:
-            sequence = block(sequence)
-        return self.vit.norm(block_at(self.vit.blocks[-1], sequence, chosen))
+        for output in self._outputs(sequence, places, count=self.depth - 1):
+            sequence = output
+        turn = self.rotation(places)
+        rope = None if turn is None else turn.of_block(self.depth - 1)
+        return self.vit.norm(block_at(self.vit.blocks[-1], sequence, chosen, rope))
 
     def forward_layers(
         self,
@@ -619,13 +654,11 @@ class Encoder(nn.Module):
         wanted = [layer % self.depth for layer in layers if -self.depth <= layer < self.depth]
         if len(wanted) != len(layers) or not wanted:
             raise ConfigError(f"layers={list(layers)}: {self.name} has {self.depth} blocks, 0..{self.depth - 1}")
-        outputs: dict[int, Tensor] = {}
-        sequence = self.vit.norm_pre(sequence)
-        for number, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            sequence = self._run(block, sequence, places)
+        found: dict[int, Tensor] = {}
+        for number, output in enumerate(self._outputs(sequence, places, count=max(wanted) + 1), start=-1):
             if number in wanted:
-                outputs[number] = self.vit.norm(sequence) if norm else sequence
-        return [outputs[number] for number in wanted]
+                found[number] = self.vit.norm(output) if norm else output
+        return [found[number] for number in wanted]
 
     def set_drop_path(self, rate: float) -> None:
         """Stochastic depth: the rate grows linearly from 0 in the first block to ``rate`` in the last.
@@ -640,6 +673,11 @@ class Encoder(nn.Module):
         for number, block in enumerate(self.vit.blocks):
             share = rate * number / max(self.depth - 1, 1)
             block.drop_path1, block.drop_path2 = (DropPath(share) if share else nn.Identity() for _ in range(2))
+
+
+def no_pooled_norm(model: type[nn.Module]) -> dict[str, bool]:
+    """Argument of a timm model for its final norm on tokens, not on pooled vectors."""
+    return {"use_fc_norm": False} if issubclass(model, Eva) else {"fc_norm": False}
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ FLSL, Leopart, TimeT, NeCo, PART and LOCA have published.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,16 @@ FLAX_DROPPED = re.compile(r"^(projection_head|cross_attention_block|final_norm|p
 TEACHER = re.compile(r"(^|[._])(teacher|ema)([._]|$)")
 OPTIMIZER = re.compile(r"^(opt_state|optimizer)\.")
 SPLIT = re.compile(r"^(blocks\.\d+\.attn)\.(q|q_proj|query)\.(weight|bias)$")
+UNUSED_IN_EVA = re.compile(r"(\.bias_mask$|^rope_embed\.|^local_cls_norm\.)")
+"""Tensors of official DINOv3 files that timm computes, or that only training used."""
+_RENAMED = {
+    "mlp.w12.": "mlp.fc1.",
+    "mlp.w1.": "mlp.fc1_g.",
+    "mlp.w2.": "mlp.fc1_x.",
+    "mlp.w3.": "mlp.fc2.",
+    "register_tokens": "reg_token",
+    "storage_tokens": "reg_token",
+}
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 """``(width, depth)`` of the vision transformers that have a name."""
 
@@ -125,7 +135,9 @@ def _timm_name(name: str) -> str:
     name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # chunked DINOv2: the inner number is global
     name = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
     name = re.sub(r"^fc_norm\.", "norm.", name)
-    return name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2.").replace("register_tokens", "reg_token")
+    for theirs, ours in _RENAMED.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _from_torch(
@@ -203,14 +215,57 @@ def fuse_part_attention(tensors: Mapping[str, Tensor], num_heads: int) -> Tensor
     return result
 
 
+def to_eva_names(foreign: ForeignViT, own: Mapping[str, Tensor]) -> ForeignViT:
+    """Rename and split tensors for timm's ``Eva``, whose LayerScale and attention have other names.
+
+    Args:
+        foreign: a network with the names of timm's ``VisionTransformer``, or with those of ``Eva``.
+        own: state of the model that is to be filled.
+
+    Raises:
+        WeightsError: if the file has biases of queries or values that are not zero, and the model has none.
+    """
+    tensors: Tensors = {}
+    dropped, notes = [*foreign.dropped], [*foreign.notes]
+    for name, tensor in foreign.tensors.items():
+        new = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)
+        if UNUSED_IN_EVA.search(new):
+            dropped.append(name)
+        else:
+            tensors[new] = tensor
+    for name in [name for name in tensors if name.endswith((".attn.qkv.weight", ".attn.qkv.bias"))]:
+        attn, _, kind = name.rpartition(".qkv.")
+        if name in own:
+            continue
+        split = [f"{attn}.{part}_proj.{kind}" for part in "qkv"]
+        if split[0] in own:
+            rows = [own[part].shape[0] if part in own else own[split[0]].shape[0] for part in split]
+            if sum(rows) == tensors[name].shape[0]:
+                parts = torch.split(tensors.pop(name), rows)
+                tensors |= {part: value for part, value in zip(split, parts, strict=True) if part in own}
+        elif kind == "bias":  # Eva's keys have no bias; DINOv3 masks theirs
+            queries, _, values = tensors.pop(name).chunk(3)
+            tensors |= {f"{attn}.q_bias": queries, f"{attn}.v_bias": values}
+    lost = [name for name in tensors if name.endswith((".q_bias", ".v_bias")) and name not in own]
+    if any(bool(tensors[name].any()) for name in lost):
+        raise WeightsError(
+            "the file has biases of queries and values, which this architecture lacks; name the one with them "
+            "(vit_..._dinov3_qkvb)"
+        )
+    for name in lost:
+        del tensors[name]
+    notes += ["biases of queries and values, all zero, left out"] if lost else []
+    return replace(foreign, tensors=tensors, dropped=tuple(dropped), notes=tuple(notes))
+
+
 def fold_layer_scale(tensors: Mapping[str, Tensor]) -> Tensors:
     """LayerScale multiplied into the linear layer before it: ``diag(gamma) W`` and ``gamma * b``, the same function."""
     result = dict(tensors)
     for name in tensors:
-        match = re.match(r"^(blocks\.\d+)\.ls([12])\.gamma$", name)
+        match = re.match(r"^(blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))$", name)
         if match:
             gamma = result.pop(name)
-            layer = f"{match.group(1)}.{'attn.proj' if match.group(2) == '1' else 'mlp.fc2'}"
+            layer = f"{match.group(1)}.{'attn.proj' if '1' in match.groups() else 'mlp.fc2'}"
             for kind in ("weight", "bias"):
                 if f"{layer}.{kind}" in result:
                     tensor = result[f"{layer}.{kind}"]
@@ -274,7 +329,7 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
     if kernel is None or kernel.ndim != 4:
         return f"a network of {depth} blocks"
     extras = [f"{tensors['reg_token'].shape[1]} registers"] if "reg_token" in tensors else []
-    extras += ["LayerScale"] if "blocks.0.ls1.gamma" in tensors else []
+    extras += ["LayerScale"] if {"blocks.0.ls1.gamma", "blocks.0.gamma_1"} & tensors.keys() else []
     extras += [] if "cls_token" in tensors else ["no class token"]
     return (
         f"a ViT {kernel.shape[0]} wide, {depth} deep, patch {kernel.shape[-1]}, {kernel.shape[1]} channels"
@@ -299,6 +354,8 @@ def likely_names(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
         return ()
     stem = f"vit_{size}_patch{kernel.shape[-1]}"
     registers = f"_reg{tensors['reg_token'].shape[1]}" if "reg_token" in tensors else ""
+    if "pos_embed" not in tensors and registers and kernel.shape[-1] == 16:
+        return (f"{stem}_dinov3",)
     if "blocks.0.ls1.gamma" in tensors:
         return (f"{stem}{registers}_dinov2", f"{stem}_dinov2", f"{stem}_224")
     return (f"{stem}{registers}_224", f"{stem}_224", f"{stem}_dinov2")

@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.constants
 import timm
+from timm.models import is_model_in_modules
 
 from smalti.config import build
 from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
@@ -110,7 +111,7 @@ def open_encoder(
         for name in ("weights", "patch_size", "registers", "fold_layer_scale"):
             if getattr(config, name) != getattr(LoadConfig(), name):
                 raise ConfigError(f"load.{name}: {text} has no weights that it could apply to; leave it out")
-        arguments = _arguments(config)
+        arguments = _arguments(config, rest.split(".")[0])
         encoder = build_encoder(rest, seed=seed, img_size=config.img_size, in_chans=in_chans or 3, **arguments)
         encoder.set_pos_resampling(config.pos_mode, config.pos_antialias, config.pos_offset)
         return encoder.eval()
@@ -177,10 +178,14 @@ def _from_run(
     return encoder
 
 
-def _arguments(config: LoadConfig) -> dict[str, Any]:
+def _arguments(config: LoadConfig, architecture: str) -> dict[str, Any]:
     """Arguments of the architecture that the settings change."""
-    arguments: dict[str, Any] = {"reg_tokens": 0} if config.registers == "drop" else {}
-    arguments |= {"init_values": 0.0} if config.fold_layer_scale else {}  # timm treats None as not given
+    is_eva = is_model_in_modules(architecture, ["eva"])
+    arguments: dict[str, Any] = {}
+    if config.registers == "drop":
+        arguments["num_reg_tokens" if is_eva else "reg_tokens"] = 0
+    if config.fold_layer_scale and not is_eva:
+        arguments["init_values"] = 0.0  # timm treats None as not given
     return arguments | ({"patch_size": config.patch_size} if config.patch_size else {})
 
 
@@ -204,7 +209,8 @@ def _fill(
         partial: allow weights that fill only a part.
         where: the file with the description, for error messages.
     """
-    arguments = {**(description.get("model_args") or {}), **foreign.model_args, **_arguments(config)}
+    arguments = {**(description.get("model_args") or {}), **foreign.model_args}
+    arguments |= _arguments(config, str(description.get("architecture", "")))
     arguments |= {"img_size": config.img_size} if config.img_size else {}
     whole = {**description, "model_args": arguments} if "model_args" in description else description
     try:
@@ -344,7 +350,7 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {
         key: value
         for key, value in dict(config.get("model_args") or {}).items()
-        if key not in ("num_classes", "global_pool", "fc_norm", "dynamic_img_size")
+        if key not in ("num_classes", "global_pool", "fc_norm", "use_fc_norm", "dynamic_img_size")
     }
     normalization = config.get("pretrained_cfg") or {}
     pool = (config.get("model_args") or {}).get("global_pool") or config.get("global_pool")

@@ -5,6 +5,7 @@ Letters: B images, N = h*w patches, R prefix tokens (class token first, then reg
 
 import torch
 from jaxtyping import Float
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -15,7 +16,7 @@ Positions = tuple[Float[Tensor, "#B N D"], Float[Tensor, "1 R D"] | None]
 """What is added to the patch tokens, and to the prefix tokens (None: nothing)."""
 
 
-def table_positions(vit: VisionTransformer, grid: tuple[int, int], resampling: Resampling) -> Positions | None:
+def table_positions(vit: VisionTransformer | Eva, grid: tuple[int, int], resampling: Resampling) -> Positions | None:
     """Positions from timm's table, resampled to a grid; None for a model without positions."""
     if vit.pos_embed is None:
         return None
@@ -43,7 +44,9 @@ def field_positions(
 
 
 @torch.no_grad()
-def field_table(vit: VisionTransformer, field: PositionField, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def field_table(
+    vit: VisionTransformer | Eva, field: PositionField, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
     """A field as timm's ``pos_embed`` at a grid, and the class token that belongs to it."""
     patches, prefix = field_positions(field, grid, vit.num_prefix_tokens)
     token = None if vit.cls_token is None else vit.cls_token.detach().clone()

@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import safe_open
 from timm.layers import resample_patch_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from smalti.config import ImageSize, settings
 from smalti.errors import WeightsError
 from smalti.functional.positions import Resampling, resample_positions
-from smalti.models.layouts import ForeignViT, Tensors, describe, fuse_part_attention, some
+from smalti.layers.attention import num_heads_of
+from smalti.models.layouts import ForeignViT, Tensors, describe, fuse_part_attention, some, to_eva_names
 from smalti.reading import reading
 
 CONTAINERS = ("state_dict", "model", "ema_state_dict", "module")
@@ -264,7 +266,7 @@ def _leaves(content: Mapping[Any, Any]) -> Tensors:
 
 
 def load_vit(
-    vit: VisionTransformer,
+    vit: VisionTransformer | Eva,
     foreign: ForeignViT | Mapping[str, Tensor],
     source: str,
     partial: bool = False,
@@ -290,10 +292,18 @@ def load_vit(
     foreign = foreign if isinstance(foreign, ForeignViT) else ForeignViT(dict(foreign))
     config = config or LoadConfig()
     own = vit.state_dict()
-    num_heads = vit.blocks[0].attn.num_heads
+    num_heads = num_heads_of(vit.blocks[0])
     if foreign.num_heads not in (None, num_heads):
         raise WeightsError(f"{source}: was made with {foreign.num_heads} attention heads, the model has {num_heads}")
     foreign = replace(foreign, tensors=fuse_part_attention(foreign.tensors, num_heads))
+    if isinstance(vit, Eva):
+        try:
+            foreign = to_eva_names(foreign, own)
+        except WeightsError as error:
+            raise WeightsError(f"{source}: {error}") from error
+        if config.fold_layer_scale:  # Eva keeps its LayerScale, as factors of one
+            ones = {name: torch.ones_like(value) for name, value in own.items() if re.search(r"\.gamma_[12]$", name)}
+            foreign = replace(foreign, tensors={**foreign.tensors, **ones})
     foreign, resampled = _fit_positions(vit, foreign, resampling)
     found, notes, dropped = dict(foreign.tensors), foreign.notes, foreign.dropped
     if config.registers == "drop":
@@ -345,7 +355,7 @@ def resample_patches(
 
 
 def _fit_positions(
-    vit: VisionTransformer, foreign: ForeignViT, resampling: Resampling
+    vit: VisionTransformer | Eva, foreign: ForeignViT, resampling: Resampling
 ) -> tuple[ForeignViT, tuple[str, ...]]:
     """The position table with the model's rows and grid, where the file's can be understood; and what to say of it.
 
@@ -397,6 +407,8 @@ def _remedy(missing: tuple[str, ...], unused: tuple[str, ...]) -> str:
         return "name an architecture with registers (vit_..._reg4_...), or load.registers=drop leaves them out"
     if any(name.endswith(".ls1.gamma") for name in unused):
         return "name an architecture with LayerScale (vit_..._dinov2), or load.fold_layer_scale=true folds it in"
+    if any(name.endswith(".gamma_1") for name in missing):
+        return "the file has no LayerScale; name an architecture without it"
     if any(".rpe_" in name for name in unused):
         return "its attention has relative position tables (LoMaR, iRPE), which timm's VisionTransformer can't compute"
     return "name the fitting architecture, or allow a partial match (--partial, partial=True)"

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
-from torch import Tensor, nn
+from torch import Tensor
 
 from smalti.data.images.folders import ImageSet
 from smalti.data.images.labelled import eval_batches
@@ -24,7 +24,7 @@ from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.functional import patches
 from smalti.functional.graphs import coverage_order, descending, in_strength, is_degenerate, pagerank
 from smalti.functional.orders import random_orders
-from smalti.layers.attention import attention_modules, attention_weights
+from smalti.layers.attention import attention_modules
 from smalti.models.encoder import Encoder
 from smalti.ranking.unfinished import Rows, Unfinished, join
 
@@ -195,24 +195,15 @@ class AttentionRanker(Ranker):
                 f"{source} has no class token, whose attention ranks the patches; choose another encoder or other "
                 "--orders"
             )
+        attention_modules(encoder.vit.blocks[-1:], source)
         self.encoder = encoder
-        self.module = attention_modules(encoder.vit.blocks, source)[-1]
 
     def _rank(self, images: Num[Tensor, "B C S S"], names: Sequence[str]) -> dict[str, Ranked]:
         if not names:
             return {}
-        watch, seen = Stopwatch(), list[Tensor]()
-
-        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0])
-
-        hook = self.module.register_forward_pre_hook(look)
-        try:
-            self.encoder.encode(self.encoder.normalize(images))
-        finally:
-            hook.remove()
-        weights = attention_weights(self.module, seen[0], num_queries=1)  # (B, H, 1, T)
-        ranked = rank_by_score(weights[:, :, 0, self.encoder.num_prefix_tokens :].mean(1))
+        watch = Stopwatch()
+        _, weights = self.encoder.encode_with_attention(self.encoder.normalize(images))
+        ranked = rank_by_score(weights.mean(1))
         return {"attention": watch.stop(ranked)}
 
     def bytes_needed(self, batch_size: int) -> int:

@@ -107,7 +107,7 @@ def attention_data(
         first: image that is shown first.
 
     Raises:
-        ConfigError: if an encoder has blocks without timm's plain attention.
+        ConfigError: if the attention weights of an encoder can't be computed.
     """
     num_maps = sum(
         module.num_heads

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from smalti.charts import layer_chart
@@ -36,7 +35,7 @@ from smalti.evaluation.features import Features, Observer
 from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import tally_mean
 from smalti.functional.attention import EPS, between_patches, foreground, keep_mass
-from smalti.layers.attention import attention_modules, attention_weights
+from smalti.layers.attention import AnyAttention, attention_modules, attention_weights
 from smalti.models.block_attention import block_attention
 from smalti.models.encoder import Encoder
 
@@ -95,7 +94,7 @@ class AttentionObserver(Observer):
         """See :class:`~smalti.evaluation.features.Observer`.
 
         Raises:
-            ConfigError: if a block of the encoder doesn't have timm's plain attention.
+            ConfigError: if the attention weights of a block can't be computed.
         """
         modules = attention_modules(encoder.vit.blocks, encoder.name)
         self.nmi: dict[int, Float[Tensor, "layers H"]] = {}
@@ -114,7 +113,7 @@ class AttentionObserver(Observer):
         hooks = [
             module.register_forward_pre_hook(
                 lambda module, args, given, i=i: self._look(
-                    module, args[0], given.get("attn_mask"), i == len(modules) - 1
+                    module, args[0], given.get("attn_mask"), given.get("rope"), i == len(modules) - 1
                 ),
                 with_kwargs=True,
             )
@@ -138,14 +137,14 @@ class AttentionObserver(Observer):
         self._waiting, self._rows = {}, None
 
     @torch.no_grad()
-    def _look(self, module: nn.Module, tokens: Tensor, bias: Tensor | None, is_last: bool) -> None:
-        assert isinstance(module, Attention)
+    def _look(self, module: nn.Module, tokens: Tensor, bias: Tensor | None, rope: Tensor | None, is_last: bool) -> None:
+        assert isinstance(module, AnyAttention)
         for row in range(len(tokens)):
             if self._first + row not in self._chosen:
                 continue
             # one image at a time: N * N values per head
             own = None if bias is None else bias[row : row + 1]
-            weights = attention_weights(module, tokens[row : row + 1], bias=own)[0]
+            weights = attention_weights(module, tokens[row : row + 1], bias=own, rope=rope)[0]
             between = between_patches(weights, self._num_prefix)
             numbers = mutual_information(between), attention_distance(between, self._distances)
             ours = tuple(one.cpu()[None] for one in numbers)
@@ -153,7 +152,8 @@ class AttentionObserver(Observer):
             nmi, distance = ours if before is None else (torch.cat(pair) for pair in zip(before, ours, strict=True))
             self._waiting[row] = nmi, distance
         if is_last and self._keeps_rows:
-            self._rows = attention_weights(module, tokens, num_queries=1)[:, :, 0, self._num_prefix :].cpu()
+            rows = attention_weights(module, tokens, num_queries=1, rope=rope)
+            self._rows = rows[:, :, 0, self._num_prefix :].cpu()
 
 
 @dataclass(frozen=True)

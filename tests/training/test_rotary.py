@@ -1,0 +1,97 @@
+"""Methods on encoders with rotary positions: who trains them, who leaves the rotation out, who refuses them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_methods import SMALL, batch
+
+import smalti
+from smalti.errors import ConfigError
+from smalti.exporters.onnx import export_onnx
+from smalti.layers.gaussian_bias import Places
+from smalti.methods.base import Method, get_method, method_names
+from smalti.models.build import build_encoder
+from smalti.models.encoder import Encoder
+from training.test_loop import train
+
+DINOV3 = {"name": "vit_small_patch16_dinov3", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+MIXED = {**DINOV3, "name": "vit_small_patch16_rope_mixed_224"}
+REFUSE = ("droppos", "intertwined")
+WITHOUT = ("mp3", "part")
+ROTATE = [
+    name
+    for name in method_names()
+    if get_method(name).has_encoder and name not in (*REFUSE, *WITHOUT, "ranker", "cvit")
+]
+
+
+def encoder_of(arguments: dict) -> Encoder:
+    return build_encoder(arguments["name"], img_size=32, seed=0, **{k: v for k, v in arguments.items() if k != "name"})
+
+
+def method_of(name: str, arguments: dict) -> Method:
+    cls = get_method(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method = cls(encoder_of(arguments), cls.Config(**SMALL.get(name, {}))).train()
+        with torch.no_grad():  # away from the initialisation, where attention is nearly uniform
+            for parameter in method.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return method
+
+
+def loss_of(method: Method, photos: Path) -> torch.Tensor:
+    return torch.stack(list(method(batch(method, photos), 0.5).values())).sum()
+
+
+def trained(method: Method) -> Encoder:
+    """The encoder that learns; a teacher follows it."""
+    return next(
+        part for part in method.modules() if isinstance(part, Encoder) and next(part.parameters()).requires_grad
+    )
+
+
+@pytest.mark.parametrize("name", ROTATE)
+def test_methods_train_it_and_their_loss_sees_the_rotation(name: str, photos: Path) -> None:
+    method, still = method_of(name, MIXED), method_of(name, MIXED)
+    loss = loss_of(method, photos)
+    loss.backward()
+    freqs = trained(method).vit.rope.freqs
+    assert freqs.grad is not None and freqs.grad.abs().max() > 0
+    plain = {id(p) for group in method.param_groups() if not group["weight_decay_scale"] for p in group["params"]}
+    assert id(freqs) in plain
+    with torch.no_grad():
+        for part in still.modules():
+            if isinstance(part, Encoder):
+                part.vit.rope.freqs.zero_()  # rotates by nothing
+    assert loss_of(still, photos).item() != loss.item()
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_methods_without_positions_leave_the_rotation_out_and_fine_tuning_turns_it_on(name: str, photos: Path) -> None:
+    method = method_of(name, MIXED)
+    loss_of(method, photos).backward()
+    encoder = trained(method)
+    assert encoder.vit.rope.freqs.grad is None or not encoder.vit.rope.freqs.grad.any()
+    assert encoder.rotation(Places((4, 4))) is None
+    encoder.draw_positions()
+    assert encoder.rotation(Places((4, 4))) is not None
+
+
+@pytest.mark.parametrize("name", REFUSE)
+def test_methods_that_replace_positions_refuse_it(name: str, photos: Path, tmp_path: Path) -> None:
+    settings = {"encoder": DINOV3, "data": {"image_size": 32}, "steps": 1, "batch_size": 2}
+    with pytest.raises(ConfigError, match="has rotary positions"):
+        smalti.train(name, photos, tmp_path / "run", overrides=settings, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_trained_resumed_loaded_and_exported(photos: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", photos, "mae", encoder=DINOV3, steps=2)
+    encoder = smalti.load(run, quiet=True)
+    assert encoder.is_rotary and encoder.name == DINOV3["name"]
+    made = export_onnx(encoder, tmp_path / "onnx")
+    assert made.difference < 1e-4
+    again = train(tmp_path / "again", photos, "dino", init=str(run), encoder=None, steps=1)
+    assert smalti.load(again, quiet=True).num_prefix_tokens == encoder.num_prefix_tokens
