@@ -16,6 +16,7 @@ from smalti.layers.gaussian_bias import Places
 from smalti.layers.last_block import Chosen
 from smalti.models.build import build_encoder, clone_encoder, encoder_from_config
 from smalti.models.layouts import ForeignViT
+from smalti.models.loading import _fill as fill
 from smalti.models.loading import as_loaded
 from smalti.models.weights import LoadConfig, load_vit
 
@@ -304,3 +305,25 @@ def test_every_eva_of_timm_gives_timm_s_tokens():
         images = images_for(encoder, (3, 6))
         with torch.no_grad():
             assert torch.equal(tokens_of(encoder, images), encoder.vit.forward_features(images)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        ("vit_base_patch16_siglip_224", "map"),
+        ("vit_pe_core_tiny_patch16_384", "map"),
+        ("vit_small_patch16_224", "auto"),
+    ],
+)
+@torch.no_grad()
+def test_weights_with_attention_pooling_bring_it_along(name, pool, tmp_path):
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+    theirs = timm.create_model(name, num_classes=0, **small).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, tmp_path / "weights.safetensors")
+    described = {"architecture": name, "model_args": small, "mean": None, "std": None}
+    encoder = fill(described, as_read(tmp_path / "weights.safetensors"), "file", LoadConfig()).eval()
+    assert encoder.pool == pool
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert (encoder.image_features(images) - theirs(images)).abs().max() < 1e-5

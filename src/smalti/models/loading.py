@@ -213,6 +213,8 @@ def _fill(
     arguments |= _arguments(config, str(description.get("architecture", "")))
     arguments |= {"img_size": config.img_size} if config.img_size else {}
     whole = {**description, "model_args": arguments} if "model_args" in description else description
+    if any(name.startswith("attn_pool.") for name in foreign.tensors) and "pool" not in description:
+        whole = {**whole, "pool": "map"}  # weights with attention pooling, such as SigLIP's
     try:
         encoder = encoder_from_config(whole, seed)
     except SmaltiError as error:
