@@ -148,8 +148,8 @@ def test_mistakes_are_found_before_the_work(tmp_path, monkeypatch):
 
 def test_the_command_names_mistakes_in_one_line(tmp_path):
     for words, line in (
-        (["to=jax"], "to='jax': input should be 'timm' or 'onnx'"),
-        (["input=unit"], "input=unit only applies to to=onnx; timm models take normalized images"),
+        (["to=jax"], "to='jax': input should be 'timm', 'hf' or 'onnx'"),
+        (["input=unit"], "input=unit only applies to to=onnx; to=timm takes normalized images"),
         (["to=onnx", "input=raw"], "input='raw': input should be 'normalized' or 'unit'"),
         (["keep=4"], "image_size, keep and ranker only apply to to=onnx"),
         (["to=onnx", "keep=400"], "has 196 patches; 1..196"),

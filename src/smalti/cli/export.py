@@ -1,4 +1,4 @@
-"""``smalti export``: write an encoder as a timm model or as ONNX."""
+"""``smalti export``: write an encoder as a timm model, as a model of transformers, or as ONNX."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,8 +18,9 @@ Input = Literal["normalized", "unit"]
 class ExportConfig:
     """Settings of ``smalti export``."""
 
-    to: Literal["timm", "onnx"] = "timm"
-    """Format: ``timm`` writes safetensors and config.json, ``onnx`` two models, or three with ``ranker``."""
+    to: Literal["timm", "hf", "onnx"] = "timm"
+    """Format: ``timm`` and ``hf`` (Hugging Face transformers) write safetensors and config.json, ``onnx`` two models,
+    or three with ``ranker``."""
     weights: str | None = None
     """Which network of a run or a file: student or teacher; None: the one that the method exports."""
     pool: str | None = None
@@ -55,9 +56,9 @@ def command(
     partial: Partial = False,
     debug: Debug = False,
 ) -> None:
-    """Write an encoder as a plain timm model, or as ONNX.
+    """Write an encoder as a plain timm model, as a model of Hugging Face transformers, or as ONNX.
 
-    The files are loaded again and compared with the encoder before they are renamed into place. Both formats take
+    The files are loaded again and compared with the encoder before they are renamed into place. All formats take
     normalised images, unless `input=unit` says otherwise for ONNX; the printed summary and the README.md beside the
     files name range, mean and std.
 
@@ -73,18 +74,22 @@ def command(
     given = take(words, ExportConfig)
     if given.to != "onnx":
         if given.input == "unit":
-            raise ConfigError("input=unit only applies to to=onnx; timm models take normalized images")
+            raise ConfigError(f"input=unit only applies to to=onnx; to={given.to} takes normalized images")
         if given.image_size or given.keep or given.ranker:
             raise ConfigError("image_size, keep and ranker only apply to to=onnx; leave them out")
 
     from smalti.cli.options import load_encoder
     from smalti.exporters.card import input_words
+    from smalti.exporters.hf import check_transformers, export_hf
     from smalti.exporters.onnx import KEEP, RANKED, WHOLE, check_onnx, export_onnx
     from smalti.exporters.timm import check_target, export_timm
     from smalti.runs.build import load_ranker
 
     if given.to == "onnx":
         check_onnx()
+        check_target(out)
+    if given.to == "hf":
+        check_transformers()
         check_target(out)
     model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug)
     if given.to == "onnx":
@@ -98,6 +103,12 @@ def command(
         if ranker is not None:
             print(f'         onnxruntime.InferenceSession("{made.path / RANKED}"): images -> the same, ids_keep')
         print(f"images:  {input_words(model, given.input)}")
+        return
+    if given.to == "hf":
+        saved = export_hf(model, out)
+        print(f"written: {saved.path}  (largest difference after reloading by transformers: {saved.difference:.1e})")
+        print(f'use it:  transformers.AutoModel.from_pretrained("{saved.path}")  # {saved.kind}')
+        print(f"images:  {input_words(model, 'normalized')}")
         return
     written = export_timm(model, out)
     print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")

@@ -24,7 +24,7 @@ EncoderSpec = Annotated[
     str,
     typer.Argument(
         metavar="ENCODER",
-        help="`RUN`, `FILE.safetensors`, `timm:NAME`, `timm:NAME@FILE` or `random:NAME`.",
+        help="`RUN`, `FILE.safetensors`, `timm:NAME[@FILE]`, `hf:FOLDER`, `hf:NAME` or `random:NAME`.",
         show_default=False,
     ),
 ]

@@ -35,7 +35,7 @@ def command(
         typer.Option(
             "--init",
             metavar="ENCODER",
-            help="Start from weights: `RUN`, `FILE.safetensors`, `timm:NAME` or `timm:NAME@FILE`.",
+            help="Start from weights: `RUN`, `FILE.safetensors`, `timm:NAME[@FILE]`, `hf:FOLDER` or `hf:NAME`.",
         ),
     ] = None,
     recipe: Annotated[

@@ -102,6 +102,11 @@ def timm_arguments(encoder: Encoder) -> dict[str, Any]:
             "gaug=true adds a Gaussian bias to the attention logits, which timm's models don't have; export it with "
             "to=onnx, or load the run with smalti.load"
         )
+    if encoder.norm_eps is not None:
+        raise ConfigError(
+            f"the layer norms of these weights have eps={encoder.norm_eps:g}, which timm's {encoder.name} can't be "
+            "told; export to=onnx or to=hf"
+        )
     if encoder.is_rotary and encoder.position_free:
         raise ConfigError(
             f"these weights were trained without positions, and timm's {encoder.name} always rotates by them; load the "

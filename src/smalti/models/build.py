@@ -167,6 +167,8 @@ def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:
     with torch.random.fork_rng(devices=[]):  # a pooling with parameters is drawn from the seed, too
         torch.default_generator.manual_seed(seed % 2**63)
         encoder.set_pool(config.get("pool", "auto"), build(PRRConfig, config.get("prr", {}), group="prr"), fresh=True)
+    if config.get("norm_eps") is not None:
+        encoder.set_norm_eps(float(config["norm_eps"]))
     if config.get("gaug"):
         encoder.attach_gaug(_gaug_grid(config["gaug"]), seed)
     encoder.fixed_positions = bool(config.get("fixed_positions", False))

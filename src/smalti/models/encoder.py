@@ -112,6 +112,8 @@ class Encoder(nn.Module):
         """Whether the weights were trained without positions: the table is zero; further training initialises one."""
         self.gaug: tuple[int, int] | None = None
         """Training grid of the Gaussian bias of attention logits; None: no bias. See :meth:`attach_gaug`."""
+        self.norm_eps: float | None = None
+        """Epsilon of all layer norms, if it is not the architecture's; see :meth:`set_norm_eps`."""
         self.position_field: PositionField | None = None
         """Continuous positions, evaluated at any grid, instead of a table; see :meth:`attach_field`."""
         self.class_head: ClassHead | None = None
@@ -141,6 +143,21 @@ class Encoder(nn.Module):
             raise ConfigError(f"mean={list(self.mean)}, std={list(self.std)}: finite numbers are needed")
         self._mean.copy_(torch.tensor(self.mean).view(1, -1, 1, 1))
         self._std.copy_(torch.tensor(self.std).view(1, -1, 1, 1))
+
+    def set_norm_eps(self, eps: float) -> None:
+        """Set epsilon of all layer norms of the transformer, for weights that were trained with another one.
+
+        Raises:
+            ConfigError: if it isn't a small number above 0.
+        """
+        if not 0 < eps < 1:
+            raise ConfigError(f"norm_eps={eps}: a small number above 0 is needed")
+        norms = [module for module in self.vit.modules() if isinstance(module, nn.LayerNorm)]
+        if all(norm.eps == eps for norm in norms):
+            return
+        for norm in norms:
+            norm.eps = eps
+        self.norm_eps = eps
 
     def set_pos_resampling(
         self, mode: str | None = None, antialias: bool | None = None, offset: float | None = None
@@ -228,6 +245,7 @@ class Encoder(nn.Module):
             **({"prr": to_tree(self.prr)} if self.prr != PRRConfig() else {}),
             "fixed_positions": self.fixed_positions,
             **({"gaug": list(self.gaug)} if self.gaug else {}),
+            **({"norm_eps": self.norm_eps} if self.norm_eps is not None else {}),
             **({"position_free": True} if self.position_free else {}),
             **({"position_field": self.position_field.config()} if self.position_field is not None else {}),
         }

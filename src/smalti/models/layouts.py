@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import WeightsError
+from smalti.models.huggingface_names import from_huggingface, is_huggingface
 
 Tensors = dict[str, Tensor]
 WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -76,6 +77,9 @@ def to_timm_names(tensors: Mapping[str, Tensor], network: str | None = None, bes
     Raises:
         WeightsError: if there is no vision transformer, several and none selected, or not the selected one.
     """
+    if is_huggingface(tensors):
+        found, left_out = from_huggingface(tensors)
+        return _from_torch({name: _plain(tensor) for name, tensor in found.items()}, {}, left_out, set(beside))
     names = {key: WRAPPERS.sub("", key.replace("/", ".")) for key in tensors}
     anchors = [name for name in names.values() if not OPTIMIZER.match(name)]
     prefixes = {_before(name, anchor) for name in anchors for anchor in (ANCHOR, FLAX_ANCHOR)} - {None}
@@ -246,6 +250,8 @@ def to_eva_names(foreign: ForeignViT, own: Mapping[str, Tensor]) -> ForeignViT:
         elif kind == "bias":  # Eva's keys have no bias; DINOv3 masks theirs
             queries, _, values = tensors.pop(name).chunk(3)
             tensors |= {f"{attn}.q_bias": queries, f"{attn}.v_bias": values}
+    for name in [name for name in tensors if re.search(r"\.attn\.[qv]_proj\.bias$", name) and name not in own]:
+        tensors[name.replace("_proj.bias", "_bias")] = tensors.pop(name)
     lost = [name for name in tensors if name.endswith((".q_bias", ".v_bias")) and name not in own]
     if any(bool(tensors[name].any()) for name in lost):
         raise WeightsError(

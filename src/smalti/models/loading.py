@@ -1,4 +1,4 @@
-"""Load encoders by name: ``RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME``.
+"""Load encoders by name: ``RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | hf:FOLDER | hf:NAME | random:NAME``.
 
 ``RUN`` is the newest checkpoint of a run, ``RUN/best`` the best one according to evaluation during training.
 """
@@ -22,11 +22,12 @@ from smalti.config import build
 from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
 from smalti.models.build import build_encoder, encoder_from_config
 from smalti.models.encoder import ClassHead, Encoder, Origin
+from smalti.models.huggingface import read_folder
 from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
 from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
 from smalti.reading import read_mapping, reading
 
-FORMS = "RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | random:NAME"
+FORMS = "RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | hf:FOLDER | hf:NAME | random:NAME"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE, STATE_FILE = "weights.safetensors", "state.json"
 BEST = "best"
@@ -56,8 +57,9 @@ def load(
     Args:
         spec: ``RUN`` (a run directory, one of its checkpoints, or ``RUN/best``: the best one according to
             evaluation during training), ``FILE.safetensors`` (an export, with config.json in the same folder),
-            ``timm:NAME`` (pretrained weights from the hub), ``timm:NAME@FILE`` (local weights, also of other projects)
-            or ``random:NAME`` (seeded random weights).
+            ``timm:NAME`` (pretrained weights from the hub), ``timm:NAME@FILE`` (local weights, also of other projects),
+            ``hf:FOLDER`` or ``hf:NAME`` (a model of Hugging Face transformers, in a folder or from the hub) or
+            ``random:NAME`` (seeded random weights).
         seed: for ``random:``.
         network: which network of a run or a file: ``student`` or ``teacher``; None: the one that its method
             exports.
@@ -134,6 +136,14 @@ def _open_weights(text: str, config: LoadConfig, seed: int, in_chans: int | None
         encoder = _fill(description, foreign, source, config, seed, partial)
         if not at or "." in name:  # a tag (vit_..._224.augreg_in21k) selects the normalisation of these weights
             _normalize_as_published(encoder, name)
+    elif kind == "hf" and rest:
+        if config.weights is not None:
+            raise ConfigError(f"weights={config.weights}: {text} has one network; leave it out")
+        folder = _hf_folder(rest)
+        found, tensors = read_folder(folder)
+        if in_chans is not None and in_chans != found["model_args"]["in_chans"]:
+            raise ConfigError(f"{text} takes {found['model_args']['in_chans']} channels, not {in_chans}")
+        encoder = _fill(found, to_timm_names(tensors), text, config, seed, partial, folder / "config.json")
     else:
         path = Path(text).expanduser()
         if path.suffix in SUFFIXES and not path.is_dir():
@@ -292,6 +302,24 @@ def _from_hub(name: str, config: LoadConfig) -> tuple[ForeignViT, str]:
     return to_timm_names(source.state_dict()), f"timm:{name}"
 
 
+def _hf_folder(name: str) -> Path:
+    """The folder of a transformers model: a local one, or one of the hub, downloaded because the user named it."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if not folder.is_dir():
+            raise WeightsError(f"hf:{name}: no such folder; hf:OWNER/NAME names a model of the hub")
+        return folder
+    try:
+        with _hub_cache_only_when_unreachable():
+            kinds = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=kinds))
+    except Exception as error:  # hub clients raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"hf:{name}: could not be fetched ({reason[:200]}); give a local folder as hf:FOLDER"
+        ) from error
+
+
 @contextlib.contextmanager
 def _hub_cache_only_when_unreachable() -> Iterator[None]:
     """Use only the hub's cache if its host name can't be resolved: its client would retry for a minute."""
@@ -429,6 +457,9 @@ def weights_digest(spec: str) -> str:
     if kind == "timm":
         name, at, file = rest.partition("@")
         return f"timm:{name}@{file_digest(Path(file).expanduser())}" if at else spec
+    if kind == "hf":
+        files = sorted(Path(rest).expanduser().glob("*.safetensors"))
+        return f"hf:{','.join(map(file_digest, files))}" if files else spec
     path = Path(spec).expanduser()
     checkpoint = find_checkpoint(path)
     return file_digest(path if checkpoint is None else checkpoint / WEIGHTS_FILE)

@@ -95,7 +95,8 @@ class RunConfig:
     tokens: TokenConfig | None = None
     """Tokens of methods without an encoder; None: the defaults."""
     init: PathText | None = None
-    """Initial weights: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE; None: random initialisation."""
+    """Initial weights: RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | hf:FOLDER | hf:NAME; None: random
+    initialisation."""
     load: LoadConfig = LoadConfig()
     """How the weights of ``init`` are loaded."""
     steps: Count = 10_000
@@ -340,12 +341,14 @@ def absolute_paths(tree: Mapping[str, Any], beside: Path | None = None) -> Tree:
 
 
 def absolute(text: str, beside: Path | None = None) -> str:
-    """``PATH``, ``NAME=PATH`` or ``timm:NAME@PATH`` with the path made absolute, if it exists.
+    """``PATH``, ``NAME=PATH``, ``timm:NAME@PATH`` or ``hf:PATH`` with the path made absolute, if it exists.
 
     Args:
         text: value given by the user.
         beside: another folder to search for relative paths.
     """
+    if text.startswith("hf:"):
+        return f"hf:{absolute(text.removeprefix('hf:'), beside)}"
     for mark in ("", "@" if text.startswith("timm:") else "="):
         head, found, path = text.rpartition(mark) if mark else ("", "", text)
         for folder in (Path(), *([beside] if beside is not None else [])):
