@@ -29,7 +29,7 @@ def test_facts_and_a_table_of_classes(tmp_path):
         "channels     x: 2, y: 2; read: x, y",
         "rate         50 Hz: 2",
         "length       60 to 100 s (median 100)",
-        "kept         windows of 30 s, 0.3 to 35 Hz at 100 Hz",
+        "kept         windows of 30 s, 0.3 to 22.5 Hz at 100 Hz",
     ]
     assert text[7:] == [
         "classes      2; windows of train, test:",

@@ -1,5 +1,6 @@
 """The data section of ``smalti doctor``: how a folder is read, what is in it, and which problems it has."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from smalti.data.images.mask_values import MaskValues, count_values
 from smalti.data.images.pixels import PixelConfig
 from smalti.data.images.scan import ScannedImage, ScanReport, scan_files, summarise
 from smalti.data.loader import MAX_UNREADABLE
+from smalti.data.signals.preparation import highest_hz
 from smalti.data.signals.signal_config import SignalConfig
 from smalti.data.signals.signal_set import is_signals
 from smalti.errors import ConfigError, DataError
@@ -277,7 +279,8 @@ def _recording_lines(scan: RecordingScan) -> list[str]:
         middle = lengths[len(lengths) // 2]
         spread = f"{lengths[0]:g}" if lengths[0] == lengths[-1] else f"{lengths[0]:g} to {lengths[-1]:g}"
         result.append(fact_line("length", f"{spread} s (median {middle:g})"))
-    kept = f"windows of {config.window_s:g} s, {config.low_hz:g} to {config.high_hz:g} Hz at {config.resample_hz:g} Hz"
+    high_hz = highest_hz(min(scan.rates_hz, default=math.inf), config)
+    kept = f"windows of {config.window_s:g} s, {config.low_hz:g} to {high_hz:g} Hz at {config.resample_hz:g} Hz"
     result.append(fact_line("kept", kept))
     if scan.classes is not None:
         result += _class_lines(scan.classes, "windows")
