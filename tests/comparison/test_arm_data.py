@@ -83,9 +83,9 @@ def test_four_methods_are_compared_each_with_its_untrained_network(plan, tmp_pat
     assert "Classes over time" in page
 
 
-def test_cells_read_recordings_as_they_were_trained(plan, tmp_path):
+def test_cells_read_recordings_as_they_were_trained(plan, motion, tmp_path):
     plan["seeds"] = [0]
-    windows = {"short": {"data.signal.window_s": 2}, "long": {"data.signal.window_s": 400}}
+    windows = {"short": {"data.signal.window_s": 2, "data.path": str(motion)}, "long": {"data.signal.window_s": 400}}
     plan["arms"] = {**{arm: {"method": "mp3", **own} for arm, own in windows.items()}, "start": {"load": "random"}}
     result = run(plan, tmp_path / "out")
     assert result.arms == ("short", "start") and "a window is 400 s" in result.failures["long"]
@@ -117,6 +117,9 @@ def test_what_can_not_be_compared_is_one_line_and_writes_nothing(plan, photos, m
     mixed = {**plan, "data": str(photos)}
     with pytest.raises(ConfigError, match=f"{motion} holds recordings, {photos} holds images; a plan"):
         run(mixed, tmp_path / "out")
+    own = {"mp3": {"method": "mp3", "data.path": str(photos)}}
+    with pytest.raises(ConfigError, match=f"{motion} holds recordings, {photos} holds images; a plan"):
+        run({**plan, "arms": own}, tmp_path / "out")
     with pytest.raises(DataError, match="no such file or folder"):
         run({**plan, "data": str(tmp_path / "none")}, tmp_path / "out")
     with pytest.raises(DataError, match="protocol knn needs images, but the data are signals"):

@@ -18,7 +18,7 @@ import yaml
 
 import smalti
 from smalti.comparison import run as module
-from smalti.comparison.cell import TRAINED, _steps_within, digest, images_digest
+from smalti.comparison.cell import TRAINED, Job, _steps_within, digest, images_digest
 from smalti.comparison.plan import read_plan
 from smalti.comparison.run import compare, read_comparison
 from smalti.errors import ConfigError, DataError, RunError
@@ -189,14 +189,79 @@ def test_a_budget_of_images_becomes_steps_by_the_batch(plan, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["minutes", "cpu_minutes"])
-def test_a_budget_of_minutes_is_measured_once_a_cell(kind, plan, tmp_path):
-    plan["budget"], plan["seeds"] = {kind: 0.002}, [0]
+def test_a_budget_of_minutes_is_measured_once_per_arm(kind, plan, tmp_path):
+    plan["budget"] = {kind: 0.002}
     threads = torch.get_num_threads()
     result = run(plan, tmp_path / "out")
-    (cell,) = (cell for cell in result.cells if cell.arm == "mae")
-    kept = json.loads((cell.folder / "steps.json").read_text())
-    assert result.costs["mae"].steps == kept["steps"] == max(1, math.floor(0.12 / kept["step_s"]))
+    (file,) = (tmp_path / "out" / "steps").iterdir()
+    kept = json.loads(file.read_text())
+    trained = [json.loads((cell.folder / TRAINED).read_text()) for cell in result.cells if cell.arm == "mae"]
+    assert [cost["steps"] for cost in trained] == 2 * [kept["steps"]]  # both seeds
+    assert kept["steps"] == max(1, math.floor(0.12 / kept["step_s"])) and kept["machine"]
     assert torch.get_num_threads() == threads
+
+
+def test_steps_are_measured_before_the_first_arm_is_trained(plan, tmp_path, monkeypatch):
+    plan["budget"], plan["seeds"] = {"minutes": 0.002}, [0]
+    plan["arms"]["other"] = {"method": "mae", "method.decoder_depth": 1, "method.mask_ratio": 0.5}
+    seen = []
+    monkeypatch.setattr(module, "_run", lambda job, isolate, old=module._run: seen.append(job) or old(job, isolate))
+    run(plan, tmp_path / "out")
+    assert [job.measures for job in seen].index(False) == 2 and sum(job.measures for job in seen) == 2
+
+
+def test_an_arm_starts_from_the_trained_weights_of_another_arm(plan, tmp_path, monkeypatch):
+    plan["arms"]["longer"] = {"method": "mae", "method.decoder_depth": 1, "init": "arm:mae"}
+    result = run(plan, tmp_path / "out")
+    assert not result.failures
+    rows = {row.arm: row for row in result.rows if row.is_headline}
+    assert rows["longer"].gain_over == "before" and rows["mae"].gain_over == "untrained"
+    cells = {(cell.arm, cell.seed): cell for cell in result.cells}
+    for seed in (0, 1):
+        source, cell = cells["mae", seed], cells["longer", seed]
+        (before,) = cell.baseline_of(0)
+        (trained,) = source.results_of(0)
+        assert before.metrics["top1"] == trained.metrics["top1"]  # before its first step it is the other arm
+        config = yaml.safe_load((cell.folder / "run" / "config.yaml").read_text())
+        assert config["init"] == str(source.folder / "run") and config["encoder"] is None
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    monkeypatch.setattr(module, "_run", lambda job, isolate: pytest.fail(f"{job.name} was done again"))
+    assert not run(plan, tmp_path / "moved").failures  # keys don't depend on the folder
+
+
+def test_an_arm_trains_on_its_own_images(plan, class_folders, tmp_path):
+    plan["seeds"] = [0]
+    plan["arms"]["supervised"] = {"method": "supervised", "data.path": str(class_folders)}
+    result = run(plan, tmp_path / "out")
+    assert not result.failures
+    cell = next(cell for cell in result.cells if cell.arm == "supervised")
+    config = yaml.safe_load((cell.folder / "run" / "config.yaml").read_text())
+    assert config["data"]["path"] == str(class_folders)
+
+
+def test_an_arm_whose_start_is_gone_says_so(plan, tmp_path):
+    plan["arms"]["longer"] = {"method": "mae", "method.decoder_depth": 1, "init": "arm:mae"}
+    plan["seeds"] = [0]
+    (cell,) = (cell for cell in run(plan, tmp_path / "out").cells if cell.arm == "mae")
+    shutil.rmtree(cell.folder / "run")
+    plan["arms"]["longer"]["method.mask_ratio"] = 0.5
+    line = run(plan, tmp_path / "out").failures["longer"]
+    assert "the weights that this arm starts from are gone; remove this folder to train them" in line
+
+
+@pytest.mark.parametrize(
+    ("init", "line"),
+    [
+        ("arm:maee", "there is no arm 'maee'; did you mean 'mae'"),
+        ("arm:longer", "init=arm:longer: list arm 'longer' above arm 'longer'"),
+        ("arm:start", "init=arm:start: arm 'start' is not trained; write init: random"),
+        ("arm:typo", "arm 'typo', whose weights it starts from, can't run"),
+    ],
+)
+def test_a_wrong_start_is_one_line(plan, tmp_path, init, line):
+    plan["seeds"] = [0]
+    plan["arms"] |= {"typo": {"method": "maee"}, "longer": {"method": "mae", "init": init}}
+    assert line in run(plan, tmp_path / "out").failures["longer"]
 
 
 def test_processor_time_is_that_of_one_process(plan, tmp_path):
@@ -206,10 +271,11 @@ def test_processor_time_is_that_of_one_process(plan, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{}", "", '{"steps": "many"}'])
-def test_damaged_steps_of_a_cell_are_one_line(tmp_path, content):
+def test_damaged_steps_of_an_arm_are_one_line(tmp_path, content):
     (tmp_path / "steps.json").write_text(content)
-    with pytest.raises(RunError, match=r"steps\.json: can't be read as the steps of a cell .*; remove it to measure"):
-        _steps_within({}, 1.0, tmp_path, time.perf_counter)
+    job = Job(folder=str(tmp_path), name="mae", seed=0, minutes=1.0, steps_file=str(tmp_path / "steps.json"))
+    with pytest.raises(RunError, match=r"steps\.json: can't be read as the steps of an arm .*; remove it to measure"):
+        _steps_within(job)
 
 
 @pytest.mark.parametrize(

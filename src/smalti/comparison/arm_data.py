@@ -29,8 +29,14 @@ class ArmData:
     entries: tuple[Tree, ...]
     """The evaluations of the plan with ``signal``."""
     training: SignalSet | None
-    """All recordings to train on; None if the plan names none."""
+    """All recordings to train on; None if neither arm nor plan names any."""
     evaluated: tuple[SignalSet, ...]
+
+
+def own_path(arm: Mapping[str, Any]) -> str | None:
+    """``data.path`` of an arm that is trained on data of its own."""
+    data = arm.get("data")
+    return str(data["path"]) if isinstance(data, Mapping) and data.get("path") else None
 
 
 def has_recordings(plan: Plan) -> bool:
@@ -40,7 +46,8 @@ def has_recordings(plan: Plan) -> bool:
         ConfigError: if some are and some are images.
         DataError: if these images can't be read.
     """
-    paths = [*([plan.data] if plan.data else []), *(str(entry["data"]) for entry in plan.evaluate)]
+    trained = (plan.data, *map(own_path, plan.arms.values()))
+    paths = [path for path in trained if path] + [str(entry["data"]) for entry in plan.evaluate]
     kinds = {path: is_signals(path) for path in paths}
     if len(set(kinds.values())) < 2:
         return kinds[paths[0]]
@@ -62,7 +69,8 @@ def read_recordings(arm: Mapping[str, Any], plan: Plan, entries: Sequence[Mappin
     Raises:
         ConfigError, DataError: if the recordings can't be read.
     """
-    data = _data_settings(arm, plan)
+    path = own_path(arm) or plan.data
+    data = _data_settings(arm, plan, path or str(plan.evaluate[0]["data"]))
     known = data["signal"]
     completed = list[Tree]()
     for entry in entries:
@@ -71,7 +79,7 @@ def read_recordings(arm: Mapping[str, Any], plan: Plan, entries: Sequence[Mappin
     return ArmData(
         data,
         tuple(completed),
-        open_signals(plan.data, build(SignalConfig, known, group="data.signal")) if plan.data else None,
+        open_signals(path, build(SignalConfig, known, group="data.signal")) if path else None,
         tuple(
             open_signals(str(entry["data"]), build(SignalConfig, entry["signal"], group="eval.signal"))
             for entry in completed
@@ -107,9 +115,10 @@ def with_data(arm: Mapping[str, Any], plan: Plan, read: ArmData) -> tuple[Tree, 
     return merge(arm, {"data": read.data}), plan
 
 
-def _data_settings(arm: Mapping[str, Any], plan: Plan) -> Tree:
-    """``channels`` and ``signal`` of an arm: of its training, of the run that it loads, or of the plan."""
-    spec, path = taken(arm), plan.data or str(plan.evaluate[0]["data"])
+def _data_settings(arm: Mapping[str, Any], plan: Plan, path: str) -> Tree:
+    """``channels`` and ``signal`` of an arm: of its training, of the run that it loads, or of the plan; where they name
+    no channels, those of the recordings at a path."""
+    spec = taken(arm)
     parts: list[Any] = [plan.settings.get("data")]
     if spec is None:
         recipe = read_yaml(find_recipe(arm["recipe"])) if arm.get("recipe") else {}

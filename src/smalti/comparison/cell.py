@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from smalti.evaluation.result import write_results
 from smalti.files import remove_leftovers, write_atomically
 from smalti.methods.base import get_method
 from smalti.models.encoder import Encoder
-from smalti.models.loading import as_loaded, file_digest, load, weights_digest
+from smalti.models.loading import as_loaded, file_digest, find_checkpoint, load, weights_digest
 from smalti.preflight.report import measure_step
 from smalti.preflight.step import step_maker
 from smalti.reading import reading
@@ -42,6 +42,7 @@ from smalti.runs.baseline import untrained_network
 from smalti.runs.build import count_classes, new_encoder, open_training
 from smalti.runs.config import DataConfig, resolve
 from smalti.runs.folder import CONFIG_FILE
+from smalti.runs.machine import describe_machine
 from smalti.runs.train import resume, train
 from smalti.streams import protect_streams, warn_in_one_line
 from smalti.training.launch import num_processes, resolve_devices
@@ -77,6 +78,12 @@ class Job:
     """Wall-clock budget of training in minutes, converted to steps; None: ``train`` sets the steps."""
     cpu_minutes: float | None = None
     """Budget of processor time on one thread, converted to steps."""
+    steps_file: str = ""
+    """JSON file of the steps that fit into a budget of time, shared by all seeds of the arm."""
+    start: str | None = None
+    """Folder of the cell whose trained weights this one starts from; None: ``init`` of ``train``, or random weights."""
+    measures: bool = False
+    """Only measure the steps that fit into the budget."""
     evaluations: tuple[dict[str, Any], ...] = ()
     """``key``, ``data`` and ``settings`` of each evaluation."""
     quiet: bool = False
@@ -112,8 +119,17 @@ def _recording_parts(recording: Recording) -> list[Any]:
     return [recording.name, *map(_name_and_size, files), recording.subject, recording.split, *labels]
 
 
-def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet | SignalSet) -> str:
-    """Cache key of a cell's weights: settings, budget, images, initial weights and Smalti's version."""
+def training_key(
+    tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet | SignalSet, start: str | None = None
+) -> str:
+    """Cache key of a cell's weights: settings, budget, images, initial weights and Smalti's version.
+
+    Args:
+        tree: settings of the run.
+        budget: the plan's budget.
+        images: training images.
+        start: identifies the initial weights; None: computed from the files that ``init`` names.
+    """
     config = resolve(tree)
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
     for name, default in (("prr", None), ("gaug", False)):
@@ -122,18 +138,23 @@ def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: Ima
     if plain["method"].get("orders"):
         plain["method"] = {**plain["method"], "orders": _with_digest(plain["method"]["orders"])}
     plain["data"] = {name: value for name, value in plain["data"].items() if name not in ("path", "num_workers")}
-    start = weights_digest(config.init) if config.init else None
-    return digest(plain, dict(budget), images_digest(images), start, smalti.__version__)
+    if start is not None:
+        del plain["init"]
+    return digest(plain, dict(budget), images_digest(images), _start(config.init, start), smalti.__version__)
 
 
-def untrained_key(tree: Mapping[str, Any]) -> str:
+def untrained_key(tree: Mapping[str, Any], start: str | None = None) -> str:
     """Cache key of an initial network: architecture, the method's settings, seed and initial weights."""
     config = resolve(tree)
     data = {name: getattr(config.data, name) for name in ("image_size", "channels", "mean", "std", "signal")}
     parts = {name: getattr(config, name) for name in ("method", "encoder", "load", "seed", "pool", "prr")}
     parts |= {"gaug": True} if config.gaug else {}
-    start = weights_digest(config.init) if config.init else None
-    return digest(to_tree(data), to_tree(parts), start, smalti.__version__)
+    return digest(to_tree(data), to_tree(parts), _start(config.init, start), smalti.__version__)
+
+
+def _start(init: str | None, start: str | None) -> str | None:
+    """What identifies the initial weights."""
+    return start or (weights_digest(init) if init else None)
 
 
 def evaluation_key(settings: Mapping[str, Any], images: ImageSet | SignalSet, seed: int) -> str:
@@ -159,6 +180,11 @@ def run_cell(job: Job) -> None:
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    if job.measures:
+        _steps_within(job)
+        return
+    if job.start and find_checkpoint(Path(job.start) / RUN) is None:
+        raise RunError(f"{job.start}: the weights that this arm starts from are gone; remove this folder to train them")
     if is_trained(job) and not (folder / TRAINED).is_file():
         _train(job, folder)
     if all((folder / entry["key"] / RESULTS_FILE).is_file() for entry in job.evaluations):
@@ -191,9 +217,8 @@ def _train(job: Job, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         if job.cpu_minutes is not None:
             stack.enter_context(_one_thread())
-            tree["steps"] = _steps_within(tree, job.cpu_minutes, folder, time.process_time)
-        elif job.minutes is not None:
-            tree["steps"] = _steps_within(tree, job.minutes, folder, time.perf_counter)
+        if job.steps_file:
+            tree["steps"] = _steps_within(job)
         started, cpu = time.perf_counter(), cpu_seconds()
         if was_begun:
             resume(run, quiet=job.quiet)
@@ -227,28 +252,33 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _steps_within(tree: Mapping[str, Any], minutes: float, folder: Path, clock: Callable[[], float]) -> int:
-    """Steps that fit into the time; measured once per cell and stored, so that a resumed cell uses the same number."""
-    kept = folder / "steps.json"
+def _steps_within(job: Job) -> int:
+    """Steps that fit into the budget; measured once per arm and stored, so that all seeds train as many, also when they
+    are resumed."""
+    kept = Path(job.steps_file)
     if kept.is_file():
-        with reading(kept, "the steps of a cell", RunError, "remove it to measure them again"):
+        with reading(kept, "the steps of an arm", RunError, "remove it to measure them again"):
             return int(json.loads(kept.read_bytes())["steps"])
-    config = resolve(merge(tree, {"steps": 1000}))
+    config = resolve(merge(job.train, {"steps": 1000}))
     device = torch.device(resolve_devices(config.devices).kind)
     make_step, _ = step_maker(config, device)
-    estimate = measure_step(
-        make_step,
-        batch_size=config.batch_size,
-        micro_batch=config.micro_batch,
-        processes=num_processes(config.devices),
-        steps=1000,
-        device=device,
-        clock=clock,
-    )
+    with _one_thread() if job.cpu_minutes is not None else contextlib.nullcontext():
+        estimate = measure_step(
+            make_step,
+            batch_size=config.batch_size,
+            micro_batch=config.micro_batch,
+            processes=num_processes(config.devices),
+            steps=1000,
+            device=device,
+            clock=time.perf_counter if job.cpu_minutes is None else time.process_time,
+        )
     if not estimate.seconds > 0:
         raise RunError("the time of a step could not be measured; give the budget in steps or images")
+    minutes = job.cpu_minutes or job.minutes or 0.0
     steps = max(1, math.floor(minutes * 60 / estimate.seconds))
-    write_atomically(kept, json.dumps({"steps": steps, "step_s": estimate.seconds, "minutes": minutes}))
+    measured = {"steps": steps, "step_s": estimate.seconds, "minutes": minutes, **describe_machine()}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(kept, json.dumps(measured, indent=1))
     return steps
 
 

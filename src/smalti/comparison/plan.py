@@ -9,6 +9,7 @@ from typing import Any
 import smalti
 from smalti.comparison.cell import (
     RANDOM,
+    RUN,
     Job,
     RandomEncoder,
     digest,
@@ -41,6 +42,10 @@ CELLS = "cells"
 """Folder of the cells, inside the folder of the comparison."""
 UNTRAINED, BEFORE = "untrained", "before"
 """Name prefixes of the folders of cells before training: with random weights, or with those of ``init``."""
+STEPS = "steps"
+"""Folder of the numbers of steps that fit into a budget of time, one file per arm."""
+OF_ARM = "arm:"
+"""Prefix of ``init``: the trained weights of another arm."""
 BUDGETS = ("steps", "images", "minutes", "cpu_minutes")
 LOAD_KEYS = ("load", "weights", "pool", "eval")
 """Keys allowed in an arm that is not trained."""
@@ -53,8 +58,10 @@ class Plan:
     arms: dict[str, dict[str, Any]]
     """Name -> ``{method: NAME, KEY: VALUE ...}`` or ``{recipe: FILE, ...}``, which are trained, or ``{load: ENCODER}``,
     which is evaluated without training; ``{load: random}`` is the plan's own encoder at random initialisation.
-    Differences are relative to the first arm. ``eval.KEY`` applies to the evaluations of this arm, ``load.KEY`` to
-    loading its weights."""
+    Differences are relative to the first arm. ``init: arm:NAME`` starts from the trained weights of an arm above, of
+    the same seed; ``encoder`` of ``settings`` applies only to arms without ``init``. ``data.path`` trains an arm on
+    other images, such as class folders. ``eval.KEY`` applies to the evaluations of this arm, ``load.KEY`` to loading
+    its weights."""
     evaluate: tuple[dict[str, Any], ...]
     """One ``{data: PATH, protocols: [...]}`` per data set, plus any evaluation setting, such as ``image_size``."""
     data: str | None = None
@@ -147,20 +154,61 @@ def load_job(arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, what: Map
     return Job(folder=str(folder), load=spec, load_options=options, train=tree, **what)
 
 
+def source_arm(name: str, plan: Plan) -> str | None:
+    """The arm whose trained weights an arm starts from; None: it starts from none.
+
+    Raises:
+        ConfigError: if there is no such arm above it, or that arm is not trained.
+    """
+    init = str(plan.arms[name].get("init") or plan.settings.get("init") or "")
+    if not init.startswith(OF_ARM):
+        return None
+    source, above = init.removeprefix(OF_ARM), list(plan.arms)[: list(plan.arms).index(name)]
+    if source not in plan.arms:
+        raise ConfigError(unknown_key(source, plan.arms, kind="arm"))
+    if source not in above:
+        raise ConfigError(f"init={init}: list arm '{source}' above arm '{name}'")
+    if (weights := taken(plan.arms[source])) is not None:
+        raise ConfigError(f"init={init}: arm '{source}' is not trained; write init: {weights}")
+    return source
+
+
 def train_job(
-    arm: Mapping[str, Any], seed: int, out: Path, plan: Plan, images: ImageSet | SignalSet, what: Mapping[str, Any]
+    arm: Mapping[str, Any],
+    seed: int,
+    out: Path,
+    plan: Plan,
+    images: ImageSet | SignalSet,
+    what: Mapping[str, Any],
+    source: Job | None = None,
 ) -> Job:
+    """The cell that trains an arm.
+
+    Args:
+        arm: the arm's settings.
+        seed: seed of the cell.
+        out: folder of the comparison.
+        plan: the plan.
+        images: training images of the arm.
+        what: name, evaluations and other fields of the job.
+        source: the cell whose weights it starts from.
+    """
     own = dict(arm)
+    if source is not None:
+        own["init"] = str(Path(source.folder) / RUN)
     recipe = own.pop("recipe", None)
     own = {**own, "method": {"name": own["method"]}} if isinstance(own.get("method"), str) else own
-    tree = merge(merge(read_yaml(find_recipe(recipe)) if recipe else {}, plan.settings), own)
+    shared = merge(read_yaml(find_recipe(recipe)) if recipe else {}, plan.settings)
+    if own.get("init"):
+        shared.pop("encoder", None)  # weights have their own architecture
+    tree = merge(shared, own)
     for key in ("steps", "seed"):
         if key in own or key in plan.settings:
             raise ConfigError(
                 f"{key}={own.get(key, plan.settings.get(key))}: is set by the plan's budget and seeds; leave it out"
             )
     (kind, amount) = next(iter(plan.budget.items()))
-    tree = merge(tree, {"seed": seed, "data": {"path": plan.data}})
+    tree = merge({"data": {"path": plan.data}}, merge(tree, {"seed": seed}))
     if kind == "steps":
         tree["steps"] = int(amount)
     config = resolve(tree)
@@ -177,18 +225,21 @@ def train_job(
             raise ConfigError(f"devices={config.devices}: a budget of cpu_minutes needs devices: cpu")
         tree = merge(tree, {"data": {"num_workers": 0}})
     budget = {kind: amount}
-    folder = out / CELLS / f"{config.method.name}-{training_key(tree, budget, images)}"
-    timed: dict[str, Any] = {kind: amount} if kind in ("minutes", "cpu_minutes") else {}
-    return Job(folder=str(folder), train=tree, **timed, **what)
+    start = Path(source.folder).name if source else None
+    folder = out / CELLS / f"{config.method.name}-{training_key(tree, budget, images, start)}"
+    timed: dict[str, Any] = {}
+    if kind in ("minutes", "cpu_minutes"):
+        any_seed = training_key(merge(tree, {"seed": 0}), budget, images, OF_ARM if source else None)
+        timed = {kind: amount, "steps_file": str(out / STEPS / f"{config.method.name}-{any_seed}.json")}
+    return Job(folder=str(folder), train=tree, start=source.folder if source else None, **timed, **what)
 
 
 def baseline_job(job: Job, out: Path) -> Job:
     """The cell of a job's network before training; arms with the same initial network use the same cell."""
     kind = BEFORE if job.train.get("init") else UNTRAINED
-    folder = out / CELLS / f"{kind}-{untrained_key(job.train)}"
-    return dataclasses.replace(
-        job, folder=str(folder), name=f"{job.name}, {kind}", untrained=True, minutes=None, cpu_minutes=None
-    )
+    folder = out / CELLS / f"{kind}-{untrained_key(job.train, Path(job.start).name if job.start else None)}"
+    untimed: dict[str, Any] = {"minutes": None, "cpu_minutes": None, "steps_file": ""}
+    return dataclasses.replace(job, folder=str(folder), name=f"{job.name}, {kind}", untrained=True, **untimed)
 
 
 def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smalti.comparison.arm_data import first_data, has_recordings, read_recordings, with_data
+from smalti.comparison.arm_data import first_data, has_recordings, own_path, read_recordings, with_data
 from smalti.comparison.cell import (
     FAILED,
     RESULTS_FILE,
@@ -33,7 +33,7 @@ from smalti.comparison.cell import (
     run_cell,
 )
 from smalti.comparison.outcome import Cell, Comparison, Cost
-from smalti.comparison.plan import CELLS, Plan, baseline_job, load_job, read_plan, taken, train_job
+from smalti.comparison.plan import CELLS, Plan, baseline_job, load_job, read_plan, source_arm, taken, train_job
 from smalti.comparison.tables import markdown, short_name
 from smalti.config import (
     Tree,
@@ -117,7 +117,9 @@ def compare(
         if one is not None:
             _note(f"{name}: {one.account()}", quiet)
     images = data.training() if data is not None else None
-    arms = {name: _prepare(name, plan, folder, images, evaluated, quiet) for name in plan.arms}
+    arms: dict[str, _Arm] = {}
+    for name in plan.arms:
+        arms[name] = _prepare(name, plan, folder, images, evaluated, quiet, arms)
     failures = {name: arm.error for name, arm in arms.items() if arm.error}
     for name, error in failures.items():
         _note(f"arm '{name}' can't run: {error}", quiet=False)
@@ -186,11 +188,17 @@ def _prepare(
     images: ImageSet | SignalSet | None,
     evaluated: Sequence[ImageSet | SignalSet],
     quiet: bool,
+    above: Mapping[str, _Arm],
 ) -> _Arm:
-    """The jobs of an arm; raises all errors that can be detected before it runs."""
+    """The jobs of an arm, or the error where one can be detected before it runs; ``above``: the arms before it."""
     arm = dict(plan.arms[name])
     own_eval = arm.pop("eval", {})
     try:
+        if (own_data := own_path(arm)) and not isinstance(evaluated[0], SignalSet):
+            images = open_images(own_data).training()
+        source = source_arm(name, plan)
+        if source is not None and not above[source].jobs:
+            raise ConfigError(f"arm '{source}', whose weights it starts from, can't run")
         pixels = to_tree(trained_pixels(merge(plan.settings, {"data": arm.get("data") or {}})))
         pixels = {key: value for key, value in pixels.items() if value != getattr(NO_PIXELS, key)}
         evaluations: Sequence[Tree] = [
@@ -206,7 +214,7 @@ def _prepare(
             for protocol in build(EvalConfig, entry, f"arm '{name}': eval").protocols:
                 find_protocol(protocol)
         jobs, baselines = [], []
-        for seed in plan.seeds:
+        for number, seed in enumerate(plan.seeds):
             what = {
                 "name": f"{name} seed {seed}",
                 "seed": seed,
@@ -220,7 +228,8 @@ def _prepare(
                 jobs.append(load_job(arm, seed, out, plan, what))
             else:
                 assert images is not None
-                jobs.append(train_job(arm, seed, out, plan, images, what))
+                start = above[source].jobs[number] if source is not None else None
+                jobs.append(train_job(arm, seed, out, plan, images, what, start))
                 baselines.append(baseline_job(jobs[-1], out))
         return _Arm(tuple(jobs), tuple(baselines))
     except SmaltiError as error:
@@ -231,6 +240,9 @@ def _run_all(plan: Plan, arms: Mapping[str, _Arm], failures: dict[str, str], qui
     """Run all cells seed by seed, so that early results are comparable; adds to ``failures``."""
     order = [(name, number) for number in range(len(plan.seeds)) for name in plan.arms if arms[name].jobs]
     started, done_now = time.monotonic(), 0
+    for name, arm in arms.items():
+        if not all(_is_done(job) for job in arm.jobs):
+            _measure(name, arm.jobs[0], quiet, isolate)
     waiting = sum(not _is_done(arms[name].jobs[number]) for name, number in order)
     cells = []
     for place, (name, number) in enumerate(order, 1):
@@ -254,6 +266,15 @@ def _run_all(plan: Plan, arms: Mapping[str, _Arm], failures: dict[str, str], qui
         keys = tuple(entry["key"] for entry in job.evaluations)
         cells.append(Cell(name, job.seed, Path(job.folder), keys, Path(baseline.folder) if baseline else None))
     return cells
+
+
+def _measure(name: str, job: Job, quiet: bool, isolate: bool) -> None:
+    """Measure the steps of an arm that fit into a budget of time, before the first arm is trained: all on the same
+    machine, whenever the rest follows. An arm that starts from another's weights waits for these; a failure is
+    reported when the arm is trained."""
+    if job.steps_file and not job.start and not Path(job.steps_file).is_file():
+        _note(f"measuring a step of {name}", quiet)
+        _run(dataclasses.replace(job, measures=True), isolate)
 
 
 def _is_done(job: Job) -> bool:
