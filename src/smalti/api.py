@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smalti.config import Tree, build, merge, read_yaml, unfold
 from smalti.data.images.folders import open_images
+from smalti.data.signals.signal_set import is_signals
 from smalti.errors import ConfigError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.result import Result
@@ -263,7 +264,9 @@ def doctor(
             shared_mib=shared_by_workers(config),
         )
     else:
-        how, step = build(DataConfig, with_signals(tree).get("data", {}), group="data"), None
+        # recordings that can't be opened are what the report is about
+        known = tree if data is not None and is_signals(str(data)) else with_signals(tree)
+        how, step = build(DataConfig, known.get("data", {}), group="data"), None
     return look(
         None if data is None else str(data),
         how,

@@ -269,11 +269,11 @@ def _whole_and_parts(method: Method, photos: Path) -> list[tuple[Tensor, Tensor]
     method(views, 0.5)  # fills a queue, where there is one
     method.eval()
     whole = method(views, 0.5)
-    parts = [method(_part(views, rows), 0.5) for rows in (slice(0, 2), slice(2, 4))]
+    parts = [method(part_of(views, rows), 0.5) for rows in (slice(0, 2), slice(2, 4))]
     return [(whole[key], (parts[0][key] + parts[1][key]) / 2) for key in whole]
 
 
-def _part(views: Views, rows: slice) -> Views:
+def part_of(views: Views, rows: slice) -> Views:
     size = views.batch_size
     pick = lambda x: x.unflatten(0, (-1, size))[:, rows].flatten(0, 1)  # noqa: E731
     return Views(

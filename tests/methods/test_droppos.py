@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -290,3 +291,56 @@ def test_mistakes_are_one_line_each() -> None:
         tiny(mask_ratio=0.0, reconstruct=True)
     with pytest.raises(ConfigError, match="decoder_dim=16 must be a multiple of decoder_num_heads=3"):
         tiny(decoder_num_heads=3)
+
+
+def windows(**config: object) -> DropPos:
+    """On windows of signals of two channels in ten patches."""
+    torch.manual_seed(0)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224",
+        img_size=(1, 80),
+        in_chans=2,
+        patch_size=[1, 8],
+        embed_dim=24,
+        depth=1,
+        num_heads=3,
+        mean=(0.0,),
+        std=(1.0,),
+        seed=0,
+    )
+    return DropPos(encoder, DropPosConfig(**{"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, **config}))
+
+
+def test_labels_of_signals_are_smoothed_along_time() -> None:
+    method = windows(sigma=1.5)
+    table = method.label_table(0.0)
+    assert table.shape == (10, 10)
+    for m in range(10):
+        weights = [math.exp(-((m - n) ** 2) / 1.5**2) for n in range(10)]
+        assert_close(table[m], torch.tensor(weights) / sum(weights))
+    assert torch.equal(method.label_table(1.0), torch.eye(10))
+
+
+def test_windows_of_signals_are_not_augmented_and_positions_of_the_row_are_predicted() -> None:
+    method = windows(mask_ratio=0.2, attentive=False)
+    window = np.random.default_rng(0).normal(size=(1, 80, 2)).astype(np.float32)
+    assert_close(method.make_views(0)(window, np.random.default_rng(1)).crops[0][0], window)
+    batch = views(torch.from_numpy(window).permute(2, 0, 1)[None].repeat(3, 1, 1, 1))
+    loss = method(batch, 1.0)["position"]  # one-hot labels
+    ids_keep, _, _ = random_mask(sample_uniform(batch.keys, 10), 8)
+    dropped = sample_uniform(batch.keys, 8, 1).argsort(dim=1, stable=True)[:, 2:]
+    positions = method.encoder.positions((1, 10))
+    assert positions is not None
+    patch_pos = positions[0].expand(3, -1, -1).gather(1, ids_keep[..., None].expand(-1, -1, 24)).clone()
+    for row, lost in enumerate(dropped.tolist()):
+        patch_pos[row, lost] = method.pos_token[0]
+    tokens, _ = method.encoder.embed_patches(batch.global_crops, ids_keep)
+    sequence = method.encoder.forward_tokens(method.encoder.assemble(tokens, (patch_pos, positions[1])))
+    logits = method.decoder(sequence, dropped + 1)
+    expected = F.cross_entropy(logits.flatten(0, 1), ids_keep.gather(1, dropped).flatten())
+    assert_close(loss, expected)
+
+
+def test_the_table_of_the_released_code_is_for_images() -> None:
+    with pytest.raises(ConfigError, match=r"legacy_smoothing=True: .* the patches of signals lie in a row; leave"):
+        windows(legacy_smoothing=True)

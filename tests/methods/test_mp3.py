@@ -1,8 +1,10 @@
 """MP3 against its definition."""
 
+import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,3 +168,22 @@ def test_mistakes_are_one_line_each() -> None:
         tiny(loss_patches="hidden", key_mask_ratio=0.0)
     with pytest.raises(ConfigError, match=r"color_jitter=-1.0: at least 0"):
         tiny(color_jitter=-1.0)
+
+
+def test_positions_of_signals_are_those_of_a_row() -> None:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3, "patch_size": [1, 8], "mean": (0.0,), "std": (1.0,)}
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=(1, 80), in_chans=2, seed=0, **sizes)
+    method = MP3(encoder, MP3Config(key_mask_ratio=0.0)).train()
+    assert method.head.out_features == 10 and not encoder.vit.pos_embed.any()
+    crops = torch.randn(3, 2, 1, 80, generator=torch.Generator().manual_seed(1))
+    batch = dataclasses.replace(noise(), crops=(crops,))
+    tokens, _ = encoder.embed_patches(crops)
+    logits = method.head(encoder.forward_tokens(encoder.assemble(tokens, None))[:, 1:])
+    expected = F.cross_entropy(logits.flatten(0, 1), torch.arange(10).repeat(3))
+    assert_close(method(batch, 0.0)["position"], expected)
+    window = np.ones((1, 80, 2), np.float32)
+    seen = {float(method.make_views(0)(window, np.random.default_rng(seed)).crops[0].max()) for seed in range(5)}
+    assert len(seen) == 5 and 0.8 <= min(seen) and max(seen) <= 1.2
+    with pytest.raises(ConfigError, match=r"color_jitter=0.1 applies to images, but the data are signals"):
+        MP3(encoder, MP3Config(color_jitter=0.1))

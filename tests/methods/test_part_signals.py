@@ -231,7 +231,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(nights, tmp_path):
 @pytest.mark.parametrize(
     ("method", "overrides", "error", "match"),
     [
-        ("dino", {}, ConfigError, "dino learns from images, but the data are signals; use mae, part"),
+        ("dino", {}, ConfigError, "dino learns from images, but the data are signals; use droppos, mae, mp3, part"),
         ("part", {"encoder": {"patch_size": 70}}, ShapeError, "windows are 3000 samples .* patches of 70"),
         ("part", {"encoder": {"patch_size": [16, 16]}}, ConfigError, "a number of samples, at least 1, is needed"),
         ("part", {"data": {"channels": 2}}, ConfigError, r"data.channels=2: the signals have 1 \(C3-M2\)"),

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from command import smalti
+from smalti.data.signals.motion_samples import write_motion
 from smalti.errors import ConfigError, RunError
 from smalti.methods.part import PART, PARTConfig
 from smalti.models.build import build_encoder
@@ -81,7 +83,8 @@ def test_nothing_leaks_from_a_position_free_encoder(config: dict[str, object]) -
     for name in ("leak_blank", "leak_noise", "leak_border"):
         assert probe.metrics[name] <= 0.01, name
     assert math.isnan(probe.metrics["leak_size"]) == (not config)
-    assert {name for name in UNITS if name not in probe.metrics} == {"overfit"}  # asked for on its own
+    of_signals = {"rmse_samples", "identity_samples", "spread_time"}
+    assert UNITS.keys() - probe.metrics.keys() == {"overfit", *of_signals}  # overfit: asked for on its own
 
 
 def test_the_fit_of_tenths_by_hand() -> None:
@@ -128,6 +131,51 @@ def test_a_run_is_probed_and_its_report_shows_it(tmp_path: Path, photos: Path, m
     assert made == [(1, 2), (2, 2)] and 0 < heart.metrics["overfit"] < 3
     with pytest.raises(ConfigError, match="num_images=2: at least 4"):
         probe_positions(run, num_images=2)
+
+
+@pytest.mark.parametrize("config", [{}, {"sampling": "offgrid_scale", "contrastive": 0.1}], ids=str)
+def test_nothing_leaks_from_windows_of_signals(config: dict[str, object]) -> None:
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3, "patch_size": [1, 10], "mean": (0.0,), "std": (1.0,)}
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=(1, 80), in_chans=2, **sizes)
+    part = PART(encoder, PARTConfig(normalize="image", **config)).eval()
+    windows = torch.randn(4, 2, 1, 80, generator=generator())
+    with torch.no_grad():
+        probe = measure(part, windows, torch.full_like(windows, 0.5))
+    assert probe.is_signal and probe.unit == "samples" and probe.truth.shape == (4, 8, 8, 1)
+    centre = probe.boxes.mean(-1)
+    assert_close(probe.truth[..., 0], centre[:, None, :] - centre[:, :, None])  # in samples: j less i
+    assert_close(probe.metrics["rmse_samples"], float((probe.predicted - probe.truth).square().mean().sqrt()))
+    assert probe.metrics["leak_order"] <= 1e-4
+    for name in ("leak_blank", "leak_noise", "leak_border"):
+        assert probe.metrics[name] <= 0.01, name
+    assert math.isnan(probe.metrics["leak_size"]) == (not config)
+    assert probe.metrics.keys() < UNITS.keys() | {"r2_time", "r2_duration"} and "rmse_px" not in probe.metrics
+
+
+def test_offsets_in_time_that_are_known_score_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3, "patch_size": [1, 10], "mean": (0.0,), "std": (1.0,)}
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=(1, 80), in_chans=1, **sizes)
+    part = PART(encoder, PARTConfig(normalize="image", sampling="grid")).eval()
+    windows = torch.arange(80.0).repeat(4, 1, 1, 1)  # a sample is its own place
+    monkeypatch.setattr(part, "encode", lambda patches, keys: (patches.pixels.mean((-2, -1))[..., None], None))
+    monkeypatch.setattr(part.head, "forward", lambda t, pairs: (t[:, pairs[0, :, 1]] - t[:, pairs[0, :, 0]]) / 80)
+    probe = measure(part, windows, torch.zeros_like(windows))
+    assert probe.metrics["r2"] == pytest.approx(1) and probe.metrics["rmse_samples"] == pytest.approx(0, abs=1e-3)
+    assert probe.metrics["spread_time"] == pytest.approx(1) and probe.metrics["reconstruction"] < 1e-3
+    assert probe.metrics["leak_slot"] < 0.9 < probe.metrics["r2_disjoint"]
+
+
+def test_a_run_on_recordings_is_probed_from_the_command_line(tmp_path: Path) -> None:
+    motion = write_motion(tmp_path / "motion", num_train=2, num_test=1, minutes=1)
+    small = ("encoder.embed_dim=24", "encoder.depth=1", "encoder.num_heads=3", "data.signal.window_s=5")
+    smalti("train", "part", "--data", motion, "--out", tmp_path / "run", "--quiet", "steps=1", "batch_size=4", *small)
+    done = smalti("probe", tmp_path / "run", "--images", 4)
+    assert "rmse_samples" in done.stdout and "rmse_px" not in done.stdout
+    kept = json.loads((tmp_path / "run" / "probes" / "positions.json").read_text())
+    assert set(kept["by_distance"][0]) == {"samples", "r2"} and kept["units"]["rmse_samples"] == "samples of the signal"
+    assert (tmp_path / "run" / "probes" / "positions.png").read_bytes().startswith(b"\x89PNG")
+    done = smalti("probe", tmp_path / "run", "--images", 4, "--data", tmp_path / "run", code=2)
+    assert "no recordings found" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_runs_of_other_methods_and_other_folders_are_refused(tmp_path: Path, photos: Path) -> None:

@@ -35,7 +35,7 @@ def command(
     A plan is YAML:
 
     ```yaml
-    data: IMAGES
+    data: IMAGES  # or recordings
     evaluate: [{data: LABELLED, protocols: [knn]}]
     budget: {steps: 2000}  # or images, or minutes
     seeds: [0, 1, 2]
@@ -66,7 +66,7 @@ def command(
 
 def _print(comparison: "Comparison") -> None:
     from smalti.cli.tables import plain_table, print_table
-    from smalti.comparison.tables import COST_COLUMNS, cost_cells
+    from smalti.comparison.tables import cost_cells, cost_columns
     from smalti.evaluation.paired import about_lines, gain_cells, table_cells
 
     first = next(iter(comparison.plan.arms))
@@ -87,7 +87,7 @@ def _print(comparison: "Comparison") -> None:
             print_table(gains)
         print()
     print("cost, mean over seeds")
-    costs = plain_table("arm", *COST_COLUMNS)
+    costs = plain_table("arm", *cost_columns(comparison))
     for arm, cost in comparison.costs.items():
         costs.add_row(arm, *cost_cells(cost))
     print_table(costs)

@@ -74,7 +74,7 @@ def command(
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty() and (done == total or done % 100 == 0):
-            print(f"reading images: {done} of {total}", file=sys.stderr, end="\n" if done == total else "\r")
+            print(f"reading files: {done} of {total}", file=sys.stderr, end="\n" if done == total else "\r")
 
     report = doctor(
         data,

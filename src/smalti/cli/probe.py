@@ -19,9 +19,9 @@ def command(
         str, typer.Option("--what", metavar="KIND", help="`positions`: what PART has learned about them.")
     ] = "positions",
     data: Data = None,
-    images: Annotated[int, typer.Option("--images", help="Number of images.")] = 32,
+    images: Annotated[int, typer.Option("--images", help="Number of images, or windows of recordings.")] = 32,
     overfit: Annotated[
-        bool, typer.Option("--overfit", help="Also overfit 8 images from scratch, in 1,000 steps.")
+        bool, typer.Option("--overfit", help="Also overfit 8 of them from scratch, in 1,000 steps.")
     ] = False,
     json: Json = None,
     debug: Debug = False,

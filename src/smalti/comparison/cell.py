@@ -24,6 +24,8 @@ import torch
 import smalti
 from smalti.config import Seed, build, merge, settings, to_tree
 from smalti.data.images.folders import ImageSet
+from smalti.data.signals.preparation import Recording
+from smalti.data.signals.signal_set import SignalSet
 from smalti.errors import RunError, SmaltiError, machine_error
 from smalti.evaluation.config import EvalConfig, determining
 from smalti.evaluation.details import write_details
@@ -98,8 +100,11 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def images_digest(images: ImageSet) -> str:
-    """Digest of the names, sizes, labels, masks and splits of the files; independent of the folder's location."""
+def images_digest(images: ImageSet | SignalSet) -> str:
+    """Digest of the names, sizes, labels, masks and splits of the files, and of the subjects of recordings; independent
+    of the folder's location."""
+    if isinstance(images, SignalSet):
+        return digest([_recording_parts(recording) for recording in images.recordings], images.classes)
     rows = []
     for sample in images.samples:
         files = [path for path in (sample.path, sample.mask, sample.instances) if path is not None]
@@ -107,7 +112,16 @@ def images_digest(images: ImageSet) -> str:
     return digest(rows, images.classes)
 
 
-def training_key(tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet, start: str | None = None) -> str:
+def _recording_parts(recording: Recording) -> list[Any]:
+    """What determines a recording, with the labels of its windows."""
+    files = [path for path in (recording.path, recording.hypnogram) if path is not None]
+    labels = [None if one is None else one.tolist() for one in (recording.stages, recording.labels)]
+    return [recording.name, *map(_name_and_size, files), recording.subject, recording.split, *labels]
+
+
+def training_key(
+    tree: Mapping[str, Any], budget: Mapping[str, Any], images: ImageSet | SignalSet, start: str | None = None
+) -> str:
     """Cache key of a cell's weights: settings, budget, images, initial weights and Smalti's version.
 
     Args:
@@ -143,7 +157,7 @@ def _start(init: str | None, start: str | None) -> str | None:
     return start or (weights_digest(init) if init else None)
 
 
-def evaluation_key(settings: Mapping[str, Any], images: ImageSet, seed: int) -> str:
+def evaluation_key(settings: Mapping[str, Any], images: ImageSet | SignalSet, seed: int) -> str:
     """Cache key of an evaluation, apart from the weights."""
     plain = determining(build(EvalConfig, settings, "evaluate"), COSTLESS)
     if (curve := plain.get("keep-curve")) is not None:

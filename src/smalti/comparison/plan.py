@@ -28,6 +28,7 @@ from smalti.config import (
     unknown_key,
 )
 from smalti.data.images.folders import ImageSet
+from smalti.data.signals.signal_set import SignalSet
 from smalti.errors import ConfigError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.protocol import find_protocol
@@ -64,10 +65,10 @@ class Plan:
     evaluate: tuple[dict[str, Any], ...]
     """One ``{data: PATH, protocols: [...]}`` per data set, plus any evaluation setting, such as ``image_size``."""
     data: str | None = None
-    """Training images; not needed if no arm is trained."""
+    """Images or recordings to train on; not needed if no arm is trained."""
     budget: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Training budget of every arm: ``steps``, ``images`` seen, ``minutes`` of wall-clock time, or ``cpu_minutes`` of
-    processor time on one thread."""
+    """Training budget of every arm: ``steps``, ``images`` (or windows of recordings) seen, ``minutes`` of wall-clock
+    time, or ``cpu_minutes`` of processor time on one thread."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of weights, data order, augmentation and evaluation heads; one run per arm and seed."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -177,7 +178,7 @@ def train_job(
     seed: int,
     out: Path,
     plan: Plan,
-    images: ImageSet,
+    images: ImageSet | SignalSet,
     what: Mapping[str, Any],
     source: Job | None = None,
 ) -> Job:

@@ -1,4 +1,4 @@
-"""Compare methods and encoders on the user's own images: several seeds, equal budgets, one table with intervals.
+"""Compare methods and encoders on the user's own data: several seeds, equal budgets, one table with intervals.
 
 An arm is a method to train or an existing encoder. Every cell (arm and seed) runs in its own process
 (:mod:`smalti.comparison.cell`) and is cached by its settings and data. Interrupted comparisons therefore resume, and an
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smalti.comparison.arm_data import first_data, has_recordings, own_path, read_recordings, with_data
 from smalti.comparison.cell import (
     FAILED,
     RESULTS_FILE,
@@ -35,6 +36,7 @@ from smalti.comparison.outcome import Cell, Comparison, Cost
 from smalti.comparison.plan import CELLS, Plan, baseline_job, load_job, read_plan, source_arm, taken, train_job
 from smalti.comparison.tables import markdown, short_name
 from smalti.config import (
+    Tree,
     build,
     merge,
     read_yaml,
@@ -43,6 +45,7 @@ from smalti.config import (
 )
 from smalti.data.images.folders import ImageSet, open_images
 from smalti.data.images.pixels import NO_PIXELS, trained_pixels
+from smalti.data.signals.signal_set import SignalSet
 from smalti.errors import ConfigError, Interrupted, RunError, SmaltiError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.evaluate import open_sets
@@ -99,10 +102,17 @@ def compare(
         raise ConfigError(f"{folder}: is not empty and not a comparison; choose another --out")
     check_folder(folder)
     started = time.time()
-    for entry in plan.evaluate:
-        open_sets(entry["data"], build(EvalConfig, {**entry, "split_seed": plan.split_seed}, "evaluate"))
-    data = open_images(plan.data) if plan.data else None
-    evaluated = [open_images(entry["data"], class_depth=entry.get("class_depth")) for entry in plan.evaluate]
+    data: ImageSet | SignalSet | None
+    evaluated: Sequence[ImageSet | SignalSet]
+    of_recordings = has_recordings(plan)
+    if of_recordings:
+        first = first_data(plan)
+        data, evaluated = first.training, first.evaluated
+    else:
+        for entry in plan.evaluate:
+            open_sets(entry["data"], build(EvalConfig, {**entry, "split_seed": plan.split_seed}, "evaluate"))
+        data = open_images(plan.data) if plan.data else None
+        evaluated = [open_images(entry["data"], class_depth=entry.get("class_depth")) for entry in plan.evaluate]
     for name, one in (("train on", data), *(("evaluate on", images) for images in evaluated)):
         if one is not None:
             _note(f"{name}: {one.account()}", quiet)
@@ -120,13 +130,15 @@ def compare(
     if not cells:
         raise RunError(f"{folder}: all arms failed; {'; '.join(f'{name}: {e}' for name, e in failures.items())}")
     rows = _rows(plan, cells)
+    unit = "recordings" if of_recordings else "images"
     info = {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "took_s": round(time.time() - started, 1),
-        "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of images "
-        f"{'(of groups, if defined) ' if any('groups' in row.score.over for row in rows) else ''}"
+        "intervals": f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of {_resampled(rows, unit)} "
         "and seeds; seeds widened by sqrt(S/(S-1)) and Student's quantile; no correction for multiple comparisons",
-        "few_seeds": few_seeds(len(plan.seeds)),
+        "few_seeds": few_seeds(len(plan.seeds), unit),
+        "resampled": unit,
+        "samples": "windows" if of_recordings else "images",
         **describe_machine(),
     }
     costs = {arm: _cost([cell for cell in cells if cell.arm == arm]) for arm in plan.arms}
@@ -173,8 +185,8 @@ def _prepare(
     name: str,
     plan: Plan,
     out: Path,
-    images: ImageSet | None,
-    evaluated: Sequence[ImageSet],
+    images: ImageSet | SignalSet | None,
+    evaluated: Sequence[ImageSet | SignalSet],
     quiet: bool,
     above: Mapping[str, _Arm],
 ) -> _Arm:
@@ -182,17 +194,22 @@ def _prepare(
     arm = dict(plan.arms[name])
     own_eval = arm.pop("eval", {})
     try:
-        if own_data := (arm.get("data") or {}).get("path"):
+        if (own_data := own_path(arm)) and not isinstance(evaluated[0], SignalSet):
             images = open_images(own_data).training()
         source = source_arm(name, plan)
         if source is not None and not above[source].jobs:
             raise ConfigError(f"arm '{source}', whose weights it starts from, can't run")
         pixels = to_tree(trained_pixels(merge(plan.settings, {"data": arm.get("data") or {}})))
         pixels = {key: value for key, value in pixels.items() if value != getattr(NO_PIXELS, key)}
-        evaluations = [
+        evaluations: Sequence[Tree] = [
             {**pixels, **entry, **own_eval, "split_seed": plan.split_seed, "data": entry["data"]}
             for entry in plan.evaluate
         ]
+        if isinstance(evaluated[0], SignalSet):
+            read = read_recordings(arm, plan, evaluations)
+            arm, plan = with_data(arm, plan, read)
+            evaluations, evaluated = read.entries, read.evaluated
+            images = read.training.training() if read.training is not None else None
         for entry in evaluations:
             for protocol in build(EvalConfig, entry, f"arm '{name}': eval").protocols:
                 find_protocol(protocol)
@@ -316,6 +333,14 @@ def _rows(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
         groups, headline = plan.evaluate[number].get("groups"), shared_headline(of_protocol[number, protocol])
         rows += metric_rows(ordered, metric, data, first, before.get((number, protocol)), groups, headline)
     return rows
+
+
+def _resampled(rows: Sequence[Row], unit: str) -> str:
+    """What the intervals resample: images or recordings, and groups of them."""
+    over = {part for row in rows for part in row.score.over.split(" and ")}
+    if "groups" in over:
+        return f"{unit} (of groups, if defined)"
+    return f"{unit} (of subjects, if one has several)" if "subjects" in over else unit
 
 
 def _cost(cells: Sequence[Cell]) -> Cost:

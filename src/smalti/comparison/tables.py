@@ -14,7 +14,9 @@ from smalti.evaluation.paired import (
 def markdown(comparison: Comparison) -> str:
     """The tables as Markdown: headlines first, all other metrics below."""
     plan, info = comparison.plan, comparison.info
-    budget = ", ".join(f"{value:g} {name}" for name, value in plan.budget.items()) or "none: nothing is trained"
+    samples = samples_name(comparison)
+    budget = ", ".join(f"{value:g} {samples if name == 'images' else name}" for name, value in plan.budget.items())
+    budget = budget or "none: nothing is trained"
     machine = info["machine"]
     lines = [
         "# Comparison",
@@ -39,16 +41,25 @@ def markdown(comparison: Comparison) -> str:
             pairs = zip(table_cells(rows), map(gain_cells, rows), strict=True)
             lines += [f"| {' | '.join((*cells, *gain))} |" for cells, gain in pairs]
             lines.append("")
-    lines += ["## Cost", "", "| arm | " + " | ".join(COST_COLUMNS) + " |", "|---" * (1 + len(COST_COLUMNS)) + "|"]
+    columns = ("arm", *cost_columns(comparison))
+    lines += ["## Cost", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [f"| {arm} | {' | '.join(cost_cells(cost))} |" for arm, cost in comparison.costs.items()]
     return "\n".join(lines) + "\n"
 
 
-COST_COLUMNS = ("steps", "images seen", "training", "CPU", "GPU", "peak memory", "eval", "parameters")
+def samples_name(comparison: Comparison) -> str:
+    """What a sample is: images, or windows of recordings."""
+    return str(comparison.info.get("samples", "images"))
+
+
+def cost_columns(comparison: Comparison) -> tuple[str, ...]:
+    """Titles of the columns of costs."""
+    seen = f"{samples_name(comparison)} seen"
+    return ("steps", seen, "training", "CPU", "GPU", "peak memory", "eval", "parameters")
 
 
 def cost_cells(cost: Cost) -> tuple[str, ...]:
-    """Text for :data:`COST_COLUMNS`, mean over seeds."""
+    """Text for :func:`cost_columns`, mean over seeds."""
     more = "≥ " if cost.is_partial else ""
     return (
         f"{cost.steps:,.0f}",

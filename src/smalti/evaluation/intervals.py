@@ -38,8 +38,8 @@ class Interval:
     """NaN if nothing can be resampled: one seed, and a score that isn't a sum over images."""
     high: float
     over: str
-    """Resampled units: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or
-    ``nothing``."""
+    """Resampled units: ``images and seeds``, ``groups and seeds``, ``images``, ``groups``, ``seeds`` or ``nothing``;
+    of recordings, ``recordings`` or ``subjects`` in place of images."""
 
     @property
     def holds_zero(self) -> bool:
@@ -56,7 +56,7 @@ class Resampled:
     drawn: np.ndarray | None
     """``(S, R)``; resampling r draws the same images for all seeds and all arms. None: not a sum over images."""
     unit: str = "images"
-    """Resampled units: ``images`` or ``groups``."""
+    """Resampled units: ``images``, ``groups``, ``recordings`` or ``subjects``."""
 
 
 def group_images(names: Sequence[str], pattern: str) -> tuple[str, ...]:
@@ -100,6 +100,7 @@ def resample(
     resamplings: int = RESAMPLINGS,
     *,
     groups: Sequence[str] | None = None,
+    unit: str | None = None,
     level: float = LEVEL,
 ) -> Resampled:
     """Scores of one arm with resampled images; equal ``seed`` and number of images give the same resamples.
@@ -109,6 +110,7 @@ def resample(
         seed: seed of the resampling.
         resamplings: R.
         groups: group of each image, from :func:`group_images`: resamples whole groups. None: single images.
+        unit: name of what is resampled; None: ``images`` or ``groups``.
         level: confidence level of the interval; widens the spread of G groups.
 
     Raises:
@@ -129,10 +131,10 @@ def resample(
         parts.append(np.stack([tally.scores(rows) for tally in tallies]))
     drawn = np.concatenate(parts, axis=1)
     if groups is None:
-        return Resampled(measured, drawn)
+        return Resampled(measured, drawn, unit or "images")
     known = np.isfinite(drawn)
     centre = np.where(known, drawn, 0).sum(1, keepdims=True) / known.sum(1, keepdims=True).clip(1)
-    return Resampled(measured, centre + widening(number, level) * (drawn - centre), "groups")
+    return Resampled(measured, centre + widening(number, level) * (drawn - centre), unit or "groups")
 
 
 def _weights(number: int, seed: int, resamplings: int) -> Iterator[UInt[np.ndarray, "r n"]]:
@@ -188,11 +190,16 @@ def widening(number: int, level: float = LEVEL) -> float:
     return float(math.sqrt(number / (number - 1)) * student)
 
 
-def few_seeds(number: int) -> str:
-    """A sentence on the limits of one or two seeds; empty for three or more."""
+def few_seeds(number: int, unit: str = "images") -> str:
+    """A sentence on the limits of one or two seeds; empty for three or more.
+
+    Args:
+        number: of seeds.
+        unit: what else the intervals resample.
+    """
     if number == 1:
         return (
-            "One seed: the intervals cover the evaluated images, not the randomness of training; another seed "
+            f"One seed: the intervals cover the evaluated {unit}, not the randomness of training; another seed "
             "may differ."
         )
     if number == 2:

@@ -159,9 +159,11 @@ def _with_intervals(result: Result, baseline: Result | None) -> Result:
             found[metric] |= {"difference": gap.mean, "difference_low": gap.low, "difference_high": gap.high}
     if details is None or not found:
         return result
-    drawn = f"{len(details.images)} images"
+    drawn = f"{len(details.images)} {result.unit}"
     if (known := _groups(details, groups)) is not None:
-        drawn = f"{len(set(known))} groups of images ({groups or 'from the table'})"
+        unit = _unit(result, groups)
+        which = "" if unit == "subjects" else f" of {result.unit} ({groups or 'from the table'})"
+        drawn = f"{len(set(known))} {unit}{which}"
     text = f"{LEVEL:.0%}, percentile bootstrap with {RESAMPLINGS} resamplings of {drawn}"
     return dataclasses.replace(result, intervals=found, settings={**result.settings, "intervals": text})
 
@@ -252,14 +254,22 @@ def _resampled(results: Mapping[int, Result], metric: str, groups: str | None) -
     tallies = [result.details.tallies.get(metric) if result.details else None for result in results.values()]
     known = [tally for tally in tallies if tally is not None]
     if len(known) == len(tallies):
-        details = next(result.details for result in results.values() if result.details)
-        return resample(known, groups=_groups(details, groups))
+        first = next(result for result in results.values() if result.details)
+        assert first.details is not None
+        return resample(known, groups=_groups(first.details, groups), unit=_unit(first, groups))
     return Resampled(np.array([result.metrics[metric] for result in results.values()], dtype=np.float64), None)
 
 
 def _groups(details: Details, pattern: str | None) -> Sequence[str] | None:
     """The group of each image, by a pattern on its name, else from the table of images; None: no groups."""
     return group_images(details.images, pattern) if pattern is not None else details.groups or None
+
+
+def _unit(result: Result, pattern: str | None) -> str:
+    """What intervals of a result resample."""
+    if result.details is None or _groups(result.details, pattern) is None:
+        return result.unit
+    return "subjects" if pattern is None and result.unit == "recordings" else "groups"
 
 
 def _difference(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smalti.charts import LineChart
+from smalti.data.signals.signal_set import READER
 from smalti.evaluation.shown import Shown
 from smalti.evaluation.tally import Tally
 from smalti.files import write_atomically
@@ -100,6 +101,11 @@ class Result:
         return f"K = {max(clusters)}" if clusters else ""
 
     @property
+    def unit(self) -> str:
+        """What :attr:`details` has a row of, and intervals resample: ``images`` or ``recordings``."""
+        return "recordings" if self.settings.get("layout") == READER else "images"
+
+    @property
     def reference(self) -> tuple[str, float] | None:
         """Name and headline score of what the evaluated images stand beside, such as real images; None: nothing."""
         known = self.settings.get("reference")
@@ -126,10 +132,10 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Details:
-    """Per-image details of a result."""
+    """Per-image details of a result; for signals, per recording."""
 
     images: tuple[str, ...]
-    """Test images, relative to their data set; the n of the tallies."""
+    """Test images or recordings, relative to their data set; the n of the tallies."""
     classes: tuple[str, ...]
     tallies: Mapping[str, Tally]
     """Metric name -> contribution of each test image; only for metrics that are sums over images."""

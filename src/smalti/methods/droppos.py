@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from smalti.charts import LogColumn
 from smalti.config import DepthFromZero, NonNegative, NumHeads, Positive, PositiveRatio, RatioBelowOne, Width, settings
 from smalti.data.crops import MultiCrop, ViewSpec
-from smalti.data.views import Views
+from smalti.data.signals.signal_views import SignalViews
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.patches import patchify
@@ -32,7 +33,7 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.processes import weighted_mean
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import MaskedDecoder, decoder_width, hidden_ids
-from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, refuse_changed, register
 from smalti.methods.mae import init_encoder, init_linear_layers, reconstruction_loss
 from smalti.models.encoder import Encoder, eval_mode
 from smalti.models.pooling import PatchFeatures
@@ -202,6 +203,9 @@ class DropPos(EncoderMethod):
             "clip": "tensor",
         }
     }
+    takes_signals: ClassVar[bool] = True
+    signal_defaults: ClassVar[dict[str, Any]] = {"method": {"mask_ratio": 0.5}}
+    """Windows may have few patches: of 8, a mask ratio of 0.75 leaves 2 visible, and none of them with its position."""
 
     def __init__(self, encoder: Encoder, config: DropPosConfig) -> None:
         super().__init__(encoder, config)
@@ -230,8 +234,10 @@ class DropPos(EncoderMethod):
         elif encoder.fixed_positions and encoder.vit.pos_embed is not None:
             encoder.vit.pos_embed.requires_grad_(config.positions != "sincos")
 
-    def make_views(self, image_size: int) -> MultiCrop:
-        """One random resized crop and a flip."""
+    def make_views(self, image_size: int) -> ViewMaker:
+        """One random resized crop and a flip. Windows of signals are unchanged."""
+        if self.encoder.takes_signals:
+            return SignalViews(channel_dropout=0.0, amplitude=(1.0, 1.0))
         return MultiCrop([ViewSpec(count=1, size=image_size, scale=self.config.crop_scale, flip_prob=0.5)])
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
@@ -335,6 +341,13 @@ class DropPos(EncoderMethod):
 
 def _check(config: DropPosConfig, encoder: Encoder) -> None:
     """Refuse settings that cannot be used."""
+    if encoder.takes_signals:
+        refuse_changed(config, ("crop_scale",), "applies to images, but the data are signals")
+        if config.legacy_smoothing:
+            raise ConfigError(
+                "method.legacy_smoothing=True: the released code's table is of a square grid, but the patches of "
+                "signals lie in a row; leave it out"
+            )
     if config.reconstruct and not config.mask_ratio:
         raise ConfigError("method.reconstruct needs masked patches; raise method.mask_ratio above 0")
     if encoder.is_rotary:

@@ -18,7 +18,8 @@ from smalti.charts import LogColumn
 from smalti.config import NonNegative, RatioBelowOne, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
-from smalti.data.views import Views
+from smalti.data.signals.signal_views import SignalViews
+from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
 from smalti.functional.masking import random_mask
 from smalti.functional.positions import matching_cells
@@ -26,7 +27,7 @@ from smalti.functional.precision import at_least_float32
 from smalti.functional.random import sample_uniform
 from smalti.layers.decoder import hidden_ids
 from smalti.layers.relative_encoder import init_linear
-from smalti.methods.base import EncoderMethod, MethodConfig, Reference, register, uniform_guess
+from smalti.methods.base import EncoderMethod, MethodConfig, Reference, refuse_changed, register, uniform_guess
 from smalti.models.encoder import Encoder
 
 
@@ -77,11 +78,16 @@ class MP3(EncoderMethod):
     }
 
     no_weight_decay = ("cls_token",)  # as in the released code, which is DeiT's
+    takes_signals: ClassVar[bool] = True
+    signal_defaults: ClassVar[dict[str, Any]] = {"optim": {"min_lr": 0.0}, "drop_path": 0.0}
+    """Those of PART, whose task is close to this one."""
 
     def __init__(self, encoder: Encoder, config: MP3Config) -> None:
         super().__init__(encoder, config)
         if config.loss_patches == "hidden" and not config.key_mask_ratio:
             raise ConfigError("method.loss_patches=hidden needs method.key_mask_ratio above 0")
+        if encoder.takes_signals:
+            refuse_changed(config, ("crop_scale", "color_jitter"), "applies to images, but the data are signals")
         self.encoder = encoder
         self.head_grid = encoder.check_size(*encoder.img_size)
         """Grid of the position classes: the encoder's native one."""
@@ -92,8 +98,11 @@ class MP3(EncoderMethod):
         if encoder.vit.pos_embed is not None:
             encoder.vit.pos_embed.requires_grad_(False)
 
-    def make_views(self, image_size: int) -> MultiCrop:
-        """A random resized crop, a flip and colour jitter: no padding, no rotation, nothing that leaves a frame."""
+    def make_views(self, image_size: int) -> ViewMaker:
+        """A random resized crop, a flip and colour jitter: no padding, no rotation, nothing that leaves a frame. For
+        signals: channel dropout and amplitude jitter, as in PART."""
+        if self.encoder.takes_signals:
+            return SignalViews()
         strength = self.config.color_jitter
         color = ColorConfig(
             brightness=strength, contrast=strength, saturation=strength, hue=0.0, jitter_prob=1.0, gray_prob=0.0

@@ -1,5 +1,6 @@
 """The data section of ``smalti doctor``: how a folder is read, what is in it, and which problems it has."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,11 @@ from smalti.data.images.mask_values import MaskValues, count_values
 from smalti.data.images.pixels import PixelConfig
 from smalti.data.images.scan import ScannedImage, ScanReport, scan_files, summarise
 from smalti.data.loader import MAX_UNREADABLE
+from smalti.data.signals.preparation import highest_hz
 from smalti.data.signals.signal_config import SignalConfig
-from smalti.data.signals.signal_set import is_signals, open_signals
+from smalti.data.signals.signal_set import is_signals
 from smalti.errors import ConfigError, DataError
+from smalti.preflight.recording_scan import WHOLE, RecordingScan, scan_recordings
 from smalti.runs.config import DataConfig
 
 _SHOWN = 3
@@ -46,6 +49,8 @@ class DataReport:
     """Layout, splits, and which files are skipped."""
     files: ScanReport | None = None
     """Scan of the images; None for recordings."""
+    recordings: RecordingScan | None = None
+    """Scan of the recordings; None for images."""
     classes: dict[str, dict[str, int]] | None = None
     """``{class: {split: images}}``; None if images have no classes."""
     masks: MaskValues | None = None
@@ -66,6 +71,8 @@ class DataReport:
     def problems(self) -> list[str]:
         """Problems that will cause errors or misleading results, one sentence each."""
         found = list(self.refused)
+        if self.recordings is not None:
+            found += self.recordings.problems
         if self.files is not None:
             found += _file_problems(self.files)
             found += [self.files.scale_hint] if self.files.scale_hint and not self.has_scale else []
@@ -87,6 +94,8 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report as text, one fact per line."""
         result = [fact_line("data", as_text(self.source)), fact_line("read as", self.account)]
+        if self.recordings is not None:
+            result += _recording_lines(self.recordings)
         if self.files is not None:
             result += _file_lines(self.files)
         if self.classes is not None:
@@ -111,7 +120,7 @@ def look_at_data(
 ) -> DataReport:
     """Read data as a run would, and describe them.
 
-    Every image is read and decoded once. Duplicates are searched among training images, and between these and each
+    Every image or recording is read once. Duplicates are searched among training images, and between these and each
     evaluated split of the same data and of a second set.
 
     Args:
@@ -128,7 +137,8 @@ def look_at_data(
     if is_signals(data):
         if against is not None:
             raise ConfigError(f"--against compares images; {data} holds recordings")
-        return DataReport(data, open_signals(data, settings.signal or SignalConfig()).account())
+        account, scan = scan_recordings(data, settings.signal or SignalConfig(), progress)
+        return DataReport(data, account, recordings=scan)
     images = open_images(data, class_depth=settings.class_depth)
     other, note = None, None
     if against is not None:
@@ -257,10 +267,38 @@ def _file_lines(files: ScanReport) -> list[str]:
     return result + _some([f"{as_text(path)}: {reason}" for path, reason in files.unreadable])
 
 
-def _class_lines(classes: dict[str, dict[str, int]]) -> list[str]:
+def _recording_lines(scan: RecordingScan) -> list[str]:
+    config, lengths = scan.config, scan.lengths_s
+    result = [
+        fact_line("recordings", f"{scan.count:,} ({scan.total_bytes / 2**20:,.1f} MiB)"),
+        fact_line("channels", f"{_counts(scan.channels)}; read: {', '.join(scan.read) or 'none'}"),
+    ]
+    if scan.rates_hz:
+        result.append(fact_line("rate", ", ".join(f"{rate:g} Hz: {count:,}" for rate, count in scan.rates_hz.items())))
+    if lengths:
+        middle = lengths[len(lengths) // 2]
+        spread = f"{lengths[0]:g}" if lengths[0] == lengths[-1] else f"{lengths[0]:g} to {lengths[-1]:g}"
+        result.append(fact_line("length", f"{spread} s (median {middle:g})"))
+    high_hz = highest_hz(min(scan.rates_hz, default=math.inf), config)
+    kept = f"windows of {config.window_s:g} s, {config.low_hz:g} to {high_hz:g} Hz at {config.resample_hz:g} Hz"
+    result.append(fact_line("kept", kept))
+    if scan.classes is not None:
+        result += _class_lines(scan.classes, "windows")
+    if scan.stages is not None:
+        result += _class_lines(scan.stages, "windows", "stages")
+    result.append(fact_line("unusable", f"{len(scan.unusable):,}"))
+    result += _some([as_text(one.reason) for one in scan.unusable], _SHOWN_CLASSES)
+    if scan.doubtful:
+        result.append(fact_line("doubtful", f"{len(scan.doubtful):,}"))
+        result += _some([as_text(text) for text in scan.doubtful], _SHOWN_CLASSES)
+    proposed = " ".join(f"{name}={value}" for name, value in scan.proposed.items())
+    return [*result, fact_line("settings", proposed or "those above fit")]
+
+
+def _class_lines(classes: dict[str, dict[str, int]], samples: str = "images", title: str = "classes") -> list[str]:
     splits = list(next(iter(classes.values())))
-    of = "" if splits == [_UNSPLIT] else f" of {', '.join(splits)}"
-    result = [fact_line("classes", f"{len(classes):,}; images{of}:")]
+    of = "" if splits in ([_UNSPLIT], [WHOLE]) else f" of {', '.join(splits)}"
+    result = [fact_line(title, f"{len(classes):,}; {samples}{of}:")]
     for name, counts in list(classes.items())[:_SHOWN_CLASSES]:
         result.append(f"  {name}: {', '.join(f'{count:,}' for count in counts.values())}")
     more = len(classes) - _SHOWN_CLASSES
@@ -308,9 +346,9 @@ def _counts(counts: dict[int, int] | dict[str, int]) -> str:
     return ", ".join(f"{value}: {count:,}" for value, count in counts.items())
 
 
-def _some(texts: Sequence[str]) -> list[str]:
-    more = [f"  ... and {len(texts) - _SHOWN:,} more"] if len(texts) > _SHOWN else []
-    return [f"  {text}" for text in texts[:_SHOWN]] + more
+def _some(texts: Sequence[str], most: int = _SHOWN) -> list[str]:
+    more = [f"  ... and {len(texts) - most:,} more"] if len(texts) > most else []
+    return [f"  {text}" for text in texts[:most]] + more
 
 
 def fact_line(label: str, text: str) -> str:

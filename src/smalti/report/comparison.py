@@ -13,7 +13,7 @@ from smalti.comparison.cell import RANDOM, RUN
 from smalti.comparison.outcome import Cell, Comparison
 from smalti.comparison.plan import taken
 from smalti.comparison.run import PAGE, read_comparison
-from smalti.comparison.tables import COST_COLUMNS, cost_cells, short_name
+from smalti.comparison.tables import cost_cells, cost_columns, samples_name, short_name
 from smalti.config import flatten, to_tree
 from smalti.errors import SmaltiError
 from smalti.evaluation.intervals import few_seeds
@@ -60,6 +60,8 @@ class ComparisonPage:
     arms: Table
     first: str
     """Name of the first arm, from which differences are taken."""
+    resampled: str
+    """What scores are paired over: images or recordings."""
     headlines: Sequence[ScoreTable]
     others: Sequence[ScoreTable]
     costs: Table
@@ -102,11 +104,12 @@ def comparison_page(comparison: Comparison) -> ComparisonPage:
     shown = texts[:_MAX_SENTENCES]
     if len(texts) > len(shown):
         shown.append(f"{len(texts) - len(shown)} further sentences are in the tables below.")
+    unit = str(comparison.info.get("resampled", "images"))
     note = (
-        "Intervals of 95 % over evaluated images and seeds; “no difference found” is not “no difference”. The "
+        f"Intervals of 95 % over evaluated {unit} and seeds; “no difference found” is not “no difference”. The "
         "comparisons are not corrected for their number: of twenty comparisons of equal arms, about one finds one."
     )
-    if few := few_seeds(len(comparison.plan.seeds)):
+    if few := few_seeds(len(comparison.plan.seeds), unit):
         note = f"{few} {note}"
     removed = [f"{cell.arm}, seed {cell.seed}" for cell in comparison.cells if not cell.folder.is_dir()]
     others = [(title, rows) for title, rows in comparison.table(headlines=False) if not rows[0].is_headline]
@@ -118,6 +121,7 @@ def comparison_page(comparison: Comparison) -> ComparisonPage:
         facts=_facts(comparison),
         arms=_arms(comparison, evaluated, runs),
         first=first,
+        resampled=unit,
         headlines=[_score_table(title, rows, first, with_figure=True) for title, rows in comparison.table()],
         others=[_score_table(title, rows, first) for title, rows in others],
         costs=_costs(comparison),
@@ -141,8 +145,11 @@ def _subtitle(comparison: Comparison) -> str:
 
 
 def _facts(comparison: Comparison) -> list[Fact]:
-    plan, machine = comparison.plan, comparison.info.get("machine", {})
-    budget = [Fact(f"{value:,g}", f"{name}, the budget of each arm") for name, value in plan.budget.items()]
+    plan, machine, samples = comparison.plan, comparison.info.get("machine", {}), samples_name(comparison)
+    budget = [
+        Fact(f"{value:,g}", f"{samples if name == 'images' else name}, the budget of each arm")
+        for name, value in plan.budget.items()
+    ]
     return [
         Fact(str(len(plan.arms)), "arms"),
         Fact(", ".join(map(str, plan.seeds)), "seeds" if len(plan.seeds) > 1 else "seed"),
@@ -223,7 +230,7 @@ def _forest(title: str, rows: Sequence[Row], first: str) -> ForestChart:
 
 
 def _costs(comparison: Comparison) -> Table:
-    columns: tuple[TableCell | str, ...] = ("arm", *(TableCell(name, "number") for name in COST_COLUMNS))
+    columns: tuple[TableCell | str, ...] = ("arm", *(TableCell(name, "number") for name in cost_columns(comparison)))
     rows: list[tuple[TableCell | str, ...]] = [
         (arm, *(TableCell(cell, "number") for cell in cost_cells(cost))) for arm, cost in comparison.costs.items()
     ]

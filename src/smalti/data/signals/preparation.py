@@ -167,7 +167,7 @@ def condition_channel(
                 f"{where}: {count} values are not finite, the first at {start_s + first / rate_hz:.2f} s; cut them out "
                 "or fill them"
             )
-    high = min(config.high_hz, _HIGHEST_BAND * rate_hz, _HIGHEST_BAND * config.resample_hz)
+    high = highest_hz(rate_hz, config)
     if high <= config.low_hz:
         raise DataError(f"{where}: {rate_hz:g} Hz leaves nothing between {config.low_hz:g} and {high:g} Hz")
     kind = ("bandpass", [config.low_hz, high]) if config.low_hz else ("lowpass", high)
@@ -189,6 +189,11 @@ def condition_channel(
     if not scale > least:
         raise DataError(f"{where} is flat; choose others with data.signal.channels")
     return [np.clip((one - median) / scale, -config.clip, config.clip).astype(np.float32) for one in filtered]
+
+
+def highest_hz(rate_hz: float, config: SignalConfig) -> float:
+    """Highest frequency that is kept of a channel recorded at a rate."""
+    return min(config.high_hz, _HIGHEST_BAND * rate_hz, _HIGHEST_BAND * config.resample_hz)
 
 
 def _ratio(rate_hz: float, samples: int, config: SignalConfig, where: str) -> Fraction:

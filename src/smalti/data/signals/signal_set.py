@@ -285,6 +285,26 @@ def open_signals(data: str | Path, config: SignalConfig) -> SignalSet:
         ConfigError: for settings that don't fit together.
         MissingExtraError: for sound without soundfile.
     """
+    root, listing = list_signals(data, config)
+    stamps = tuple(
+        (path, (stat := path.stat()).st_size, stat.st_mtime_ns)
+        for one in listing.recordings
+        for path in (one.path, one.hypnogram)
+        if path is not None
+    )
+    return _opened(root, listing, config, stamps)
+
+
+def list_signals(data: str | Path, config: SignalConfig) -> tuple[Path, RecordingList]:
+    """The folder of recordings and what it holds, before any of them is read.
+
+    Args:
+        data: as for :func:`open_signals`.
+        config: how recordings will be read.
+
+    Raises:
+        ConfigError, DataError: as :func:`open_signals`, for what can be seen from names and tables.
+    """
     root, _ = _split_name(data)
     if not root.exists():
         raise DataError(f"{root}: no such file or folder")
@@ -297,13 +317,7 @@ def open_signals(data: str | Path, config: SignalConfig) -> SignalSet:
         )
     listing = list_recordings(root, config.labels)
     _refuse_sound_as_eeg(listing, config)
-    stamps = tuple(
-        (path, (stat := path.stat()).st_size, stat.st_mtime_ns)
-        for one in listing.recordings
-        for path in (one.path, one.hypnogram)
-        if path is not None
-    )
-    return _opened(root, listing, config, stamps)
+    return root, listing
 
 
 @functools.lru_cache(maxsize=2)
