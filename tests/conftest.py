@@ -63,3 +63,11 @@ def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image[..., channel] += 150
                 cv2.imwrite(str(folder / split / label / f"{number}.png"), image)
     return folder
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several training processes start in a moment; see ``forked.py``."""
+    from forked import fork
+
+    fork(monkeypatch)

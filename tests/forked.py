@@ -1,0 +1,40 @@
+"""Training processes that are forked from one which has imported everything, in place of spawned ones.
+
+Two spawned processes spend ten seconds on imports and less than one on a test of what they compute. Command-line tests
+without the fixture ``forked`` keep the true start.
+"""
+
+import functools
+import multiprocessing.forkserver
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.multiprocessing
+
+from smalti.training import processes
+
+IMPORTED = ["smalti.cli.main", "smalti.training.loop", "smalti.runs.train", "smalti.methods", "smalti.evaluation"]
+
+
+def fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``torch.multiprocessing`` fork; the server lives as long as this process."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    multiprocessing.forkserver.ensure_running()  # here, where no signal is blocked
+    module = sys.modules["torch.multiprocessing.spawn"]  # the attribute of this name is a function
+    start = functools.partial(_start, module.start_processes)  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "start_processes", start)
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", start)
+    monkeypatch.setattr(processes, "_process", _process)
+
+
+def _start(original: Callable[..., Any], *arguments: Any, start_method: str, **options: Any) -> Any:
+    assert start_method == "spawn"
+    return original(*arguments, start_method="forkserver", **options)
+
+
+def _process(rank: int, count: int, port: int, parent: int, function: Callable[..., Any], arguments: Any) -> None:
+    """As in training, but for the parent: here it is the server, which ends with the process of the tests."""
+    processes._process(rank, count, port, os.getppid(), function, arguments)
