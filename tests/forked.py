@@ -1,14 +1,16 @@
-"""Training processes that are forked from one which has imported everything, in place of spawned ones.
+"""Processes that are forked from one which has imported everything, in place of spawned ones.
 
-Two spawned processes spend ten seconds on imports and less than one on a test of what they compute. Command-line tests
-without the fixture ``forked`` keep the true start.
+Two spawned processes spend ten seconds on imports and less than one on a test of what they compute. Tests without this
+keep the true start.
 """
 
 import functools
 import multiprocessing.forkserver
 import os
+import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +23,42 @@ IMPORTED = ["smalti.cli.main", "smalti.training.loop", "smalti.runs.train", "sma
 
 def fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``torch.multiprocessing`` fork; the server lives as long as this process."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
-    multiprocessing.forkserver.ensure_running()  # here, where no signal is blocked
+    _start_server()  # here, where no signal is blocked
     module = sys.modules["torch.multiprocessing.spawn"]  # the attribute of this name is a function
     start = functools.partial(_start, module.start_processes)  # type: ignore[attr-defined]
     monkeypatch.setattr(module, "start_processes", start)
     monkeypatch.setattr(torch.multiprocessing, "start_processes", start)
     monkeypatch.setattr(processes, "_process", _process)
+
+
+def run_script(path: Path, words: tuple[object, ...], folder: Path) -> str:
+    """What a script prints that is run in a folder, by a process that has imported everything."""
+    _start_server()
+    said = folder / f"{path.stem}.log"
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_run, args=(str(path), [str(word) for word in words], str(folder), str(said))
+    )
+    process.start()
+    process.join()
+    text = said.read_text(encoding="utf-8")
+    assert process.exitcode == 0, text
+    said.unlink()
+    return text
+
+
+def _start_server() -> None:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    multiprocessing.forkserver.ensure_running()
+
+
+def _run(path: str, words: list[str], folder: str, said: str) -> None:
+    with Path(said).open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(folder)
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
+    sys.stdout.flush()
 
 
 def _start(original: Callable[..., Any], *arguments: Any, start_method: str, **options: Any) -> Any:
