@@ -1,5 +1,6 @@
 """What all tests share: no network, small images, one thread unless OMP_NUM_THREADS is set, real data if at hand."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,14 +9,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import cv2
 import hypothesis
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+
+from typecheck import check_once
+
+jaxtyping.jaxtyped = check_once  # before the first import of smalti
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # noisy machines miss deadlines; CI tries the same examples every time, people's runs look for new ones
 hypothesis.settings.register_profile("smalti", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("smalti")
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of garbage collections: walking over them takes half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +63,11 @@ def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image[..., channel] += 150
                 cv2.imwrite(str(folder / split / label / f"{number}.png"), image)
     return folder
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several training processes start in a moment; see ``forked.py``."""
+    from forked import fork
+
+    fork(monkeypatch)

@@ -1,4 +1,4 @@
-"""The examples run, as a user starts them, and do what they say; made small."""
+"""The examples run and do what they say; made small."""
 
 import csv
 import json
@@ -18,19 +18,25 @@ from torch.testing import assert_close
 
 import smalti
 from command import smalti as command
+from forked import run_script
 from smalti.evaluation.evaluate import open_unlabelled
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SPEC = "random:vit_tiny_patch16_224"
 
 
-def run(name: str, *words: object, folder: Path) -> str:
-    """What an example prints."""
+def run_alone(name: str, *words: object, folder: Path) -> str:
+    """What an example prints, started as a user does."""
     done = subprocess.run(
         [sys.executable, FOLDER / name, *map(str, words)], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run(name: str, *words: object, folder: Path) -> str:
+    """What an example prints, in a process that has imported everything."""
+    return run_script(FOLDER / name, words, folder)
 
 
 def test_every_example_is_in_the_list_and_has_a_test() -> None:
@@ -54,7 +60,7 @@ def test_an_exported_encoder_gives_the_same_features_without_smalti(tmp_path: Pa
     for path, pixels in zip(paths, noise, strict=True):
         Image.fromarray(pixels).save(path)
     command("export", SPEC, "to=timm", "--out", str(tmp_path / "exported"))
-    text = run("exported_features.py", "exported", "features.npz", *paths, folder=tmp_path)
+    text = run_alone("exported_features.py", "exported", "features.npz", *paths, folder=tmp_path)
     assert "features.npz: image (2, 192), patches (2, 196, 192)" in text
     saved = np.load(tmp_path / "features.npz")
     encoder = smalti.load(SPEC, quiet=True)

@@ -7,6 +7,7 @@ top level of a module. Other packages are found by their entry points (groups ``
 """
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -99,12 +100,18 @@ def use_modules(modules: Iterable[str]) -> None:
 
 def outside(kind: Kind) -> Iterator[Outside]:
     """Modules of other packages that register methods or protocols."""
-    for point in importlib.metadata.entry_points(group=f"smalti.{kind}s"):
+    for point in _entry_points(f"smalti.{kind}s", tuple(sys.path)):
         package = point.dist.name if point.dist else "an unknown package"
         yield Outside(point.module, f"package {package} (entry point {point.name})", is_asked=False)
     for module in os.environ.get(IMPORTS, "").split(os.pathsep):
         if module:
             yield Outside(module, f"--import {module}", is_asked=True)
+
+
+@functools.cache
+def _entry_points(group: str, path: tuple[str, ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
+    """Entry points of the packages on ``path``, which is ``sys.path``: finding them reads a file of each package."""
+    return tuple(importlib.metadata.entry_points(group=group))
 
 
 def import_outside(kind: Kind) -> None:

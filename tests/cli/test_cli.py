@@ -166,7 +166,9 @@ TWO_PROCESSES = {  # mae, part and plain droppos: tests/training/test_loop.py
 
 
 @pytest.mark.parametrize("kind", TWO_PROCESSES)
-def test_two_processes_equal_one(kind: str, photos: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(kind: str, photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if kind != "droppos":  # one pair is started as a user's
+        request.getfixturevalue("forked")
     own, method = TWO_PROCESSES[kind], kind.split()[0]
     # a larger epsilon: keys' biases have no gradient but rounding, which Adam would blow up to full steps
     common = ["train", method, "--data", photos, "steps=4", "optim.eps=1e-4", *TINY, *own, "--quiet"]
@@ -178,6 +180,7 @@ def test_two_processes_equal_one(kind: str, photos: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_are_judged_at_steps_of_their_own(photos: Path, class_folders: Path, tmp_path: Path) -> None:
     judged = [f"eval.data={class_folders}", "eval.every=3", "eval.protocols=[knn]", "eval.image_size=32"]
     words = ["train", "mae", "--data", photos, "steps=8", *TINY, *MAE, *judged, "devices=2", "--quiet"]
@@ -186,6 +189,7 @@ def test_two_processes_are_judged_at_steps_of_their_own(photos: Path, class_fold
     assert results == [f"step_{step:08d}.json" for step in (0, 3, 6, 8)]
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_stop_early_together(photos: Path, class_folders: Path, tmp_path: Path) -> None:
     judged = [f"eval.data={class_folders}", "eval.every=1", "eval.patience=1", "eval.protocols=[knn]"]
     words = ["train", "mae", "--data", photos, "steps=40", *TINY, *MAE, *judged, "eval.image_size=32", "devices=2"]

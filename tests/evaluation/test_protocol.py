@@ -18,6 +18,8 @@ from smalti.evaluation.evaluate import TARGETS, fitting_protocols, random_init
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import class_iou
 from smalti.evaluation.protocol import find_protocol, protocol_names
+from smalti.evaluation.protocols import detection as detection_module
+from smalti.evaluation.protocols import finetune as finetune_module
 from smalti.evaluation.protocols import linear_probe as linear_probe_module
 from smalti.evaluation.result import FRACTION, Result, describe_result, read_results, write_results
 from smalti.runs.baseline import evaluate
@@ -27,8 +29,20 @@ NAMES = tuple(
 )
 """Those that judge an encoder on images; of signals: test_sleep_staging.py and
 test_window_classification.py, generated images: test_generation.py."""
-QUICK: dict[str, object] = {"epochs": 2, "steps": 2, "speed": False}
+QUICK: dict[str, object] = {
+    **{"epochs": 2, "steps": 2, "speed": False},
+    **{"drop_ratios": (0.5,), "angles": (30,), "shears": (20,), "translations": (0.2,), "scales": (0.5, 2)},
+}
 """Settings that make any protocol end in a moment, given to those that have them."""
+
+
+@pytest.fixture(autouse=True)
+def short_presets(monkeypatch):
+    """Few steps and narrow heads where a protocol has no settings for them."""
+    recipe = detection_module.choose_recipe
+    narrow = {"channels": 16, "box_fc": (32,), "num_proposals": 50, "num_rois": 16}
+    monkeypatch.setattr(detection_module, "choose_recipe", lambda *it: dataclasses.replace(recipe(*it), **narrow))
+    monkeypatch.setattr(finetune_module, "FEWEST_STEPS", 2)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 import jaxtyping
 import pytest
@@ -14,12 +15,12 @@ from torch.testing import assert_close
 from command import smalti
 from smalti.errors import ConfigError, MissingExtraError, ShapeError, WeightsError
 from smalti.exporters import onnx as export
-from smalti.exporters.card import CARD
-from smalti.exporters.onnx import CONFIG, KEEP, RANKED, WHOLE, export_onnx
+from smalti.exporters.card import CARD, Input
+from smalti.exporters.onnx import CONFIG, KEEP, RANKED, WHOLE, OnnxExport, export_onnx
 from smalti.exporters.timm import export_timm
 from smalti.functional.orders import random_orders
 from smalti.methods.ranker import DistilledRanker, RankerConfig
-from smalti.models.build import build_encoder
+from smalti.models.build import build_encoder, clone_encoder
 from smalti.models.encoder import ClassHead, Encoder
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx")
@@ -46,22 +47,68 @@ def run(path: Path, images: torch.Tensor, ids: torch.Tensor | None = None) -> li
     return [torch.from_numpy(found) for found in session.run(None, feed)]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"reg_tokens": 2, "class_token": False, "global_pool": "avg", "in_chans": 1}],
-    ids=["class token", "registers, one channel"],
-)
-@torch.no_grad()
-def test_files_give_torch_s_numbers_for_any_batch_and_any_patches(arguments, tmp_path):
-    encoder = tiny(**arguments).train()
+def small_ranker(seed: int = 1) -> DistilledRanker:
+    torch.manual_seed(seed)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, seed=seed, depth=1, embed_dim=24, num_heads=2
+    )
+    encoder.set_normalization((0.2,), (0.7,))  # another than that of the exported encoder
+    method = DistilledRanker(encoder, RankerConfig(order="halton"))
+    torch.nn.init.normal_(method.head.weight)
+    return method.eval()
+
+
+class Case(NamedTuple):
+    """An encoder in training mode and its files."""
+
+    encoder: Encoder
+    made: OnnxExport
+    ranker: DistilledRanker | None = None
+
+
+# An export takes many seconds, so that the tests share a few.
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """With a head; any number of patches."""
+    encoder = tiny().train()
     encoder.class_head = ClassHead(torch.randn(3, 24), torch.randn(3), ("a", "b", "c"), "halton")
-    made = export_onnx(encoder, tmp_path / "out")
+    return Case(encoder, export_onnx(encoder, tmp_path_factory.mktemp("classes") / "out"))
+
+
+@pytest.fixture(scope="module")
+def registers(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """With registers and a head, without class token, of one channel and for larger images; any number of patches."""
+    encoder = tiny(reg_tokens=2, class_token=False, global_pool="avg", in_chans=1).train()
+    encoder.class_head = ClassHead(torch.randn(3, 24), torch.randn(3), ("a", "b", "c"), "halton")
+    return Case(encoder, export_onnx(encoder, tmp_path_factory.mktemp("registers") / "out", image_size=48))
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Of five patches, with a ranker, for both forms of images."""
+    cases = {}
+    for input in get_args(Input):
+        encoder, ranker = tiny().eval(), small_ranker()
+        encoder.set_normalization((0.3, 0.4, 0.5), (0.2, 0.25, 0.2))
+        out = tmp_path_factory.mktemp("ranked") / input
+        cases[input] = Case(encoder, export_onnx(encoder, out, keep=5, input=input, ranker=ranker), ranker)
+    return cases
+
+
+@pytest.mark.parametrize(("name", "size"), [("classes", 32), ("registers", 48)])
+@torch.no_grad()
+def test_files_give_torch_s_numbers_for_any_batch_and_any_patches(name, size, request):
+    encoder, made, _ = request.getfixturevalue(name)
+    side = size // 8
     assert made.outputs == ("tokens", "vector", "logits") and made.difference < 1e-4
     assert sorted(path.name for path in made.path.iterdir()) == [CARD, CONFIG, WHOLE, KEEP]
-    assert list(tmp_path.iterdir()) == [made.path] and encoder.training
-    encoder.eval()
-    for batch, count in ((1, 16), (5, 3)):
-        images, order = torch.rand(batch, encoder.in_chans, 32, 32), random_orders(torch.arange(batch), 16)
+    assert list(made.path.parent.iterdir()) == [made.path] and encoder.training
+    encoder = clone_encoder(encoder).eval()
+    for batch, count in ((1, side**2), (5, 3)):
+        images = torch.rand(batch, encoder.in_chans, size, size)
+        order = random_orders(torch.arange(batch), side**2)
         pixels = encoder.normalize(images)
         tokens, vector, logits = run(made.path / WHOLE, pixels)
         assert_close(tokens, encoder.encode(pixels).patches, atol=1e-4, rtol=0)
@@ -71,15 +118,12 @@ def test_files_give_torch_s_numbers_for_any_batch_and_any_patches(arguments, tmp
         assert few[0].shape == (batch, count, 24)
         assert_close(few[1], encoder.image_features(pixels, order[:, :count]), atol=1e-4, rtol=0)
     described = json.loads((made.path / CONFIG).read_text())
-    assert (described["classes"], described["order"], described["grid"]) == (["a", "b", "c"], "halton", [4, 4])
+    assert (described["classes"], described["order"], described["grid"]) == (["a", "b", "c"], "halton", [side, side])
 
 
-def test_free_axes_have_names(tmp_path):
-    encoder = tiny()
-    encoder.class_head = ClassHead(torch.randn(3, 24), torch.randn(3), ("a", "b", "c"), "halton")
-    made = export_onnx(encoder, tmp_path / "out")
+def test_free_axes_have_names(classes):
     for name, kept in ((WHOLE, 16), (KEEP, "kept")):
-        session = onnxruntime.InferenceSession(made.path / name, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(classes.made.path / name, providers=["CPUExecutionProvider"])
         shapes = {axes.name: axes.shape for axes in (*session.get_inputs(), *session.get_outputs())}
         assert shapes.pop("ids_keep", ["batch", kept]) == ["batch", kept]
         assert shapes == {
@@ -91,14 +135,13 @@ def test_free_axes_have_names(tmp_path):
 
 
 @torch.no_grad()
-def test_timm_and_onnx_want_the_same_input_unless_told_otherwise(tmp_path):
-    encoder = tiny().eval()
-    encoder.set_normalization((0.3, 0.4, 0.5), (0.2, 0.25, 0.2))
+def test_timm_and_onnx_want_the_same_input_unless_told_otherwise(ranked, tmp_path):
+    encoder = ranked["normalized"].encoder
     images = torch.rand(2, 3, 32, 32)
     pixels = encoder.normalize(images)
     model = timm.create_model(f"local-dir:{export_timm(encoder, tmp_path / 'timm').path}", pretrained=True).eval()
     expected = model.forward_features(pixels)[:, 1:]
-    same, unit = (export_onnx(encoder, tmp_path / name, input=name) for name in ("normalized", "unit"))
+    same, unit = (ranked[name].made for name in ("normalized", "unit"))
     assert_close(run(same.path / WHOLE, pixels)[0], expected, atol=1e-4, rtol=0)
     assert_close(run(unit.path / WHOLE, images)[0], expected, atol=1e-4, rtol=0)
     for made, word in ((same, "normalised: (pixels in 0..1 - mean) / std"), (unit, "in 0..1; the model itself")):
@@ -113,10 +156,10 @@ def test_timm_and_onnx_want_the_same_input_unless_told_otherwise(tmp_path):
     )
 
 
-def test_a_fixed_number_of_patches_and_another_size(tmp_path):
-    made = export_onnx(tiny(), tmp_path / "out", image_size=48, keep=5)
+def test_a_fixed_number_of_patches(ranked):
+    made = ranked["normalized"].made
     assert made.outputs == ("tokens", "vector")
-    images, order = torch.rand(2, 3, 48, 48), random_orders(torch.arange(2), 36)
+    images, order = torch.rand(2, 3, 32, 32), random_orders(torch.arange(2), 16)
     assert run(made.path / KEEP, images, order[:, :5])[0].shape == (2, 5, 24)
     with pytest.raises(Exception, match="invalid dimensions for input: ids_keep"):
         run(made.path / KEEP, images, order[:, :6])
@@ -160,22 +203,10 @@ def test_the_command_names_mistakes_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def small_ranker(seed: int = 1) -> DistilledRanker:
-    torch.manual_seed(seed)
-    encoder = build_encoder(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, seed=seed, depth=1, embed_dim=24, num_heads=2
-    )
-    encoder.set_normalization((0.2,), (0.7,))  # another than that of the exported encoder
-    method = DistilledRanker(encoder, RankerConfig(order="halton"))
-    torch.nn.init.normal_(method.head.weight)
-    return method.eval()
-
-
 @pytest.mark.parametrize("input", ["normalized", "unit"])
 @torch.no_grad()
-def test_a_ranker_chooses_the_patches_inside_the_file(input, tmp_path):
-    encoder, ranker = tiny(), small_ranker()
-    made = export_onnx(encoder, tmp_path / "out", keep=5, input=input, ranker=ranker)
+def test_a_ranker_chooses_the_patches_inside_the_file(input, ranked):
+    encoder, made, ranker = ranked[input]
     assert made.difference < 1e-4 and (made.path / RANKED).is_file()
     pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = encoder.normalize(pixels) if input == "normalized" else pixels

@@ -95,6 +95,7 @@ def _data() -> tuple[torch.Tensor, ...]:
     return logits, values, torch.arange(8.0), torch.randn(2, 3, generator=generator)
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_see_the_tokens_of_both(tmp_path: Path) -> None:
     mp.spawn(_worker, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

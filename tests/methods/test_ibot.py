@@ -273,6 +273,7 @@ def _worker(rank: int, folder: str, targets: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
 def test_two_processes_are_one_with_the_double_batch(targets: str, tmp_path: Path) -> None:
     mp.spawn(_worker, (str(tmp_path), targets), nprocs=2)

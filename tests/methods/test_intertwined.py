@@ -376,6 +376,7 @@ def _worker(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_are_one_with_the_double_batch(tmp_path: Path) -> None:
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)
     method = _independent()

@@ -292,6 +292,7 @@ def test_evaluation_logging_checkpoints_and_workers_leave_the_weights_alone(
     assert {p.name for p in (busy / "checkpoints").iterdir()} >= {"step_00000008", f"step_{best:08d}"}
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("method", ["mae", "part", "droppos"])
 def test_a_step_does_not_depend_on_how_it_is_split(method: str, photos: Path, tmp_path: Path) -> None:
     """{1 process, 2 processes, 2 micro-batches}: the same images, rates and weights, up to rounding."""
