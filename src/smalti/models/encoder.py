@@ -25,6 +25,7 @@ from smalti.layers.gaussian_bias import Places, attach_bias, biased_block
 from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
+from smalti.layers.token_pruning import TokenPruning
 from smalti.models.pooling import MODULES, PatchFeatures, make_pool, pool_features
 from smalti.models.positions import Positions, field_positions, field_table, table_positions
 from smalti.models.weights import LoadConfig, LoadReport
@@ -113,6 +114,8 @@ class Encoder(nn.Module):
         """Continuous positions, evaluated at any grid, instead of a table; see :meth:`attach_field`."""
         self.class_head: ClassHead | None = None
         """Classification head trained with the encoder; not a part of the network."""
+        self.token_pruning: TokenPruning | None = None
+        """Prediction modules trained with the encoder, which drop tokens; not a part of the network."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.origin: Origin | None = None
@@ -304,14 +307,14 @@ class Encoder(nn.Module):
         tokens, grid = self.embed_patches(images)
         sequence = self.vit.norm_pre(self.assemble(tokens, self.positions(grid)))
         for block in self.vit.blocks[:-1]:
-            sequence = self._run(block, sequence, Places(grid))
+            sequence = self.run_block(block, sequence, Places(grid))
         last, num_prefix = self.vit.blocks[-1], self.num_prefix_tokens
         attn = last.attn
         qkv = attn.qkv(last.norm1(sequence)).reshape(*sequence.shape[:2], 3, attn.num_heads, -1)
         queries, keys, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
         logits = attn.q_norm(queries[:, :, :1]) * attn.scale @ attn.k_norm(keys).mT
         attention = logits.float().softmax(-1)[:, :, 0, num_prefix:]
-        sequence = self.vit.norm(self._run(last, sequence, Places(grid)))
+        sequence = self.vit.norm(self.run_block(last, sequence, Places(grid)))
         return PatchFeatures(sequence[:, num_prefix:], sequence[:, :num_prefix], grid), attention
 
     def set_pool(self, pool: str, prr: PRRConfig | None = None, fresh: bool = False) -> None:
@@ -535,7 +538,7 @@ class Encoder(nn.Module):
             prefix = prefix + prefix_pos
         return self.vit.pos_drop(torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1))
 
-    def _run(
+    def run_block(
         self,
         block: nn.Module,
         sequence: Float[Tensor, "B T D"],
@@ -576,7 +579,7 @@ class Encoder(nn.Module):
         """
         sequence = self.vit.norm_pre(sequence)
         for block in self.vit.blocks:
-            sequence = self._run(block, sequence, places, is_key)
+            sequence = self.run_block(block, sequence, places, is_key)
         return self.vit.norm(sequence) if norm else sequence
 
     def forward_chosen(
@@ -622,7 +625,7 @@ class Encoder(nn.Module):
         outputs: dict[int, Tensor] = {}
         sequence = self.vit.norm_pre(sequence)
         for number, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            sequence = self._run(block, sequence, places)
+            sequence = self.run_block(block, sequence, places)
             if number in wanted:
                 outputs[number] = self.vit.norm(sequence) if norm else sequence
         return [outputs[number] for number in wanted]
