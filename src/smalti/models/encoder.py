@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Num
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smalti.config import to_tree
 from smalti.errors import ConfigError, ShapeError
@@ -116,6 +117,9 @@ class Encoder(nn.Module):
         """Classification head trained with the encoder; not a part of the network."""
         self.token_pruning: TokenPruning | None = None
         """Prediction modules trained with the encoder, which drop tokens; not a part of the network."""
+        self.checkpointing = False
+        """Whether blocks keep only their input for the backward pass and compute the rest again: less memory, about a
+        third more time."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.origin: Origin | None = None
@@ -545,11 +549,17 @@ class Encoder(nn.Module):
         places: Places | None,
         is_key: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """One block, with its Gaussian bias if it has one.
+        """One block, with its Gaussian bias if it has one; with :attr:`checkpointing`, the backward pass recomputes its
+        activations.
 
         Raises:
             ConfigError: if the bias needs places that aren't given.
         """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run_plainly, block, sequence, places, is_key, use_reentrant=False)
+        return self._run_plainly(block, sequence, places, is_key)
+
+    def _run_plainly(self, block: nn.Module, sequence: Tensor, places: Places | None, is_key: Tensor | None) -> Tensor:
         if self.gaug is None:
             return block(sequence) if is_key is None else block(sequence, attn_mask=is_key[:, None, None])
         if places is None:
