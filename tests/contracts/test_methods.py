@@ -58,6 +58,7 @@ SMALL: dict[str, dict[str, object]] = {
     },
     "loca": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_small_queries": 2},
     "cvit": {"num_classes": 4, "order": "random"},
+    "dynamicvit": {"num_classes": 4},
     "ranker": {"order": "halton"},
     "prefix": {"dim": 24, "depth": 2, "num_heads": 3},
     "supervised": {"num_classes": 4},

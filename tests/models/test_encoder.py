@@ -240,3 +240,32 @@ def test_weights_that_shall_know_no_positions_lose_their_field() -> None:
     encoder.drop_positions()
     patches, _ = encoder.positions((2, 2))
     assert not patches.any()
+
+
+@pytest.mark.parametrize("gaug", [False, True])
+def test_checkpointing_keeps_less_for_the_backward_pass_and_changes_no_gradient(gaug: bool) -> None:
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, seed=0
+    )
+    if gaug:
+        encoder.attach_gaug((4, 4), seed=0)
+    encoder.set_drop_path(0.3)
+    encoder.train()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for checkpointing in (False, True):
+        encoder.checkpointing = checkpointing
+        kept: list[int] = []
+        encoder.zero_grad()
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):  # noqa: B023
+            tokens = encoder.encode(images).patches
+        held = sum(kept)
+        tokens.square().sum().backward()
+        gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+        found.append((held, tokens.detach(), gradients))
+    (whole, one, theirs), (less, other, ours) = found
+    assert less < 0.4 * whole and torch.equal(one, other) and len(ours) > 30
+    assert_close(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(encoder.eval().encode(images).patches, encoder.encode(images).patches)

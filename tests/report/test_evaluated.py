@@ -10,7 +10,7 @@ from smalti.charts import Line, LineChart, floats
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.evaluate import evaluate
 from smalti.evaluation.protocol import _REGISTRY, Scores, register_protocol
-from smalti.evaluation.protocols.keep_curve import accuracy_charts, speed_chart
+from smalti.evaluation.protocols.keep_curve import accuracy_charts, speed_charts
 from smalti.evaluation.result import Details, Result
 from smalti.report.details import detail_sections
 from smalti.report.evaluated import Evaluated, chart_sections
@@ -68,7 +68,7 @@ def keep_result(order: str, ranking: float | None = 0.0) -> Result:
         "ranking_s": {**dict.fromkeys(orders, 0.0), order: ranking},
         "speed_note": "seconds an image",
     }
-    charts = accuracy_charts(settings["keep_curve"]) | speed_chart(settings)
+    charts = accuracy_charts(settings["keep_curve"]) | speed_charts(settings)
     details = Details((), (), {}, charts=charts)
     return Result("keep-curve", "x", "d", {"mean_top1": 0.6}, {}, settings, {}, details)
 
@@ -86,6 +86,9 @@ def test_keep_curves_have_their_controls_in_every_figure(page_of):
     ]
     assert page.text.count("fixed_random") >= 3 and "not known, so left out: collapse" in page.text
     assert "Patches dropped" in page.text and "untrained: halton" in page.text
+    both = figures({"c": [keep_result("collapse")], "h": [keep_result("halton")], "untrained": [keep_result("halton")]})
+    together = next(figure for figure in both if figure.title == "Encoders compared by time (p on d)")
+    assert [line.name for line in together.chart.lines] == ["c: collapse", "h: halton", "untrained: halton"]
     alone = figures({"c": [keep_result("collapse")], "untrained": [keep_result("halton")]})
     assert (
         next(figure.title for figure in alone) == "c: Accuracy by order of the patches (p on d)"

@@ -22,7 +22,7 @@ WITHOUT = ("mp3", "part")
 ROTATE = [
     name
     for name in method_names()
-    if get_method(name).has_encoder and name not in (*REFUSE, *WITHOUT, "ranker", "cvit")
+    if get_method(name).has_encoder and name not in (*REFUSE, *WITHOUT, "ranker", "cvit", "dynamicvit")
 ]
 
 

@@ -211,6 +211,8 @@ def random_init(encoder: Encoder, seed: int) -> Encoder:
     head = encoder.class_head
     if head is not None:  # only the patch order matters here, which is the same for both
         made.class_head = head._replace(weight=head.weight[:0], bias=head.bias[:0])
+    if encoder.token_pruning is not None:
+        made.token_pruning = encoder.token_pruning.redrawn(made.embed_dim, seed)
     return made.to(next(encoder.parameters()).device)
 
 

@@ -25,7 +25,7 @@ from smalti.data.images.labelled import eval_batches
 from smalti.data.loader import epoch_order, sample_key
 from smalti.data.views import Skipped
 from smalti.data.workers import load_items
-from smalti.errors import DataError, RunError, SmaltiError
+from smalti.errors import ConfigError, DataError, RunError, SmaltiError
 from smalti.evaluation.context import EvaluationContext
 from smalti.evaluation.features import Features
 from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accuracy, class_recall
@@ -203,16 +203,16 @@ def warm_steps(
 
 
 class _TuningBatches(Dataset[Any]):
-    """The batch of each step; errors are returned, so that workers pass them on unchanged."""
+    """Consecutive batches; errors are returned, so that workers pass them on unchanged."""
 
     def __init__(
         self, make: Callable[[int, int], Example | Skipped], num_images: int, batch_size: int, seed: int
     ) -> None:
         self._make, self._num_images, self._batch_size, self._seed = make, num_images, batch_size, seed
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Any, list[Skipped]] | SmaltiError:
+    def __getitem__(self, number: int) -> tuple[Tensor, Any, list[Skipped]] | SmaltiError:
         skipped: list[Skipped] = []
-        first = step * self._batch_size
+        first = number * self._batch_size
         try:
             made = [self._example(position, skipped) for position in range(first, first + self._batch_size)]
         except SmaltiError as error:
@@ -267,6 +267,8 @@ def train(
     what: str,
     num_images: int | None = None,
     bf16: bool | None = None,
+    micro_batch: int | None = None,
+    weight_of: Callable[[Any], Tensor] | None = None,
 ) -> list[float]:
     """Train a model on the training images; it is in eval mode afterwards.
 
@@ -285,6 +287,9 @@ def train(
         what: label in progress and errors.
         num_images: size of the training set, if it is a subset of that of ``features``.
         bf16: whether to use bfloat16 autocast; None: on GPUs that support it.
+        micro_batch: images per forward pass, a divisor of ``batch_size``; gradients are accumulated. None: all.
+        weight_of: weight of a micro-batch's loss in that of the step, from its targets; None: all are equal. With the
+            number of terms of a mean over pixels, the gradient is that of the whole batch.
 
     Returns:
         The loss, averaged over at most 100 intervals of equal length.
@@ -294,22 +299,35 @@ def train(
         RunError: if the loss is not finite.
     """
     device = features.device
-    steps = _TuningBatches(make, num_images or len(features.data.train), batch_size, seed)
+    at_once = micro_batch or batch_size
+    assert batch_size % at_once == 0, "checked by check_micro_batch"
+    parts = batch_size // at_once
+    batches = _TuningBatches(make, num_images or len(features.data.train), at_once, seed)
     bf16 = has_bf16(device.type) if bf16 is None else bf16
     losses: list[Tensor] = []
     last_report = time.monotonic()
     model.train()
     with torch.enable_grad():
-        for step, (images, targets, skipped) in enumerate(stream(steps, num_steps, features.num_workers)):
+        found: list[tuple[Tensor, Tensor]] = []  # loss and weight of each part of a step
+        for number, (images, targets, skipped) in enumerate(stream(batches, num_steps * parts, features.num_workers)):
             features.skipped.update({str(item.path): item.reason for item in skipped})
+            step, part = divmod(number, parts)
+            targets = _to(device, targets)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(images.to(device), targets)
+            if part == 0:
+                optimizer.zero_grad(set_to_none=True)
+                found.clear()
+            weight = torch.ones_like(loss) if weight_of is None else weight_of(targets).to(loss)
+            torch.autograd.backward(loss if parts == 1 else loss * weight)
+            found.append((loss.detach(), weight))
+            if part + 1 < parts:
+                continue
             for group in optimizer.param_groups:
                 group["lr"] = rate(step) * group.get("lr_scale", 1.0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = loss_of(images.to(device), _to(device, targets))
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
+            loss = found[0][0] if parts == 1 else _scale_gradients(optimizer, found)
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss)
             if step % _CHECK_EVERY == 0 or step + 1 == num_steps:
                 if not torch.stack(losses[-_CHECK_EVERY:]).isfinite().all():
                     raise RunError(f"{what}: the loss is not finite at step {step}; lower the learning_rate")
@@ -320,6 +338,28 @@ def train(
     model.eval()
     spans = torch.stack(losses).float().cpu().tensor_split(min(_CURVE_POINTS, len(losses)))
     return [float(span.mean()) for span in spans]
+
+
+def check_micro_batch(protocol: str, batch_size: int, micro_batch: int | None) -> None:
+    """Refuse a ``micro_batch`` that does not divide the batch.
+
+    Raises:
+        ConfigError: names the nearest that does.
+    """
+    if micro_batch is not None and batch_size % micro_batch:
+        fits = max(size for size in range(1, min(micro_batch, batch_size) + 1) if batch_size % size == 0)
+        raise ConfigError(
+            f"eval.{protocol}.micro_batch={micro_batch} does not divide the batch of {batch_size} images; use {fits}"
+        )
+
+
+def _scale_gradients(optimizer: torch.optim.Optimizer, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Divide the summed gradients by the sum of the weights; returns the weighted mean of the losses."""
+    total = torch.stack([weight for _, weight in found]).sum()
+    factor = torch.where(total > 0, 1 / total, 0.0)
+    gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+    torch._foreach_mul_(gradients, factor)
+    return torch.stack([loss * weight for loss, weight in found]).sum() * factor
 
 
 def _to(device: torch.device, targets: Any) -> Any:

@@ -18,6 +18,7 @@ from smalti.config import settings, unknown_key
 from smalti.data.dataset import Dataset
 from smalti.data.views import ViewMaker, Views
 from smalti.errors import ConfigError
+from smalti.layers.token_pruning import TokenPruning
 from smalti.layers.tokens import TokenConfig, TokenSource, build_tokens
 from smalti.models.encoder import ClassHead, Encoder
 from smalti.registry import clash, import_outside
@@ -252,6 +253,10 @@ class Method(nn.Module, ABC):
 
     def class_head(self, network: str) -> ClassHead | None:
         """The classification head of one of :meth:`networks`; None if there is none."""
+        return None
+
+    def token_pruning(self, network: str) -> TokenPruning | None:
+        """The learned pruning of one of :meth:`networks`; None if there is none."""
         return None
 
     def param_groups(self) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ class Supervised(EncoderMethod):
     def __init__(self, encoder: Encoder, config: SupervisedConfig) -> None:
         super().__init__(encoder, config)
         if config.num_classes is None or config.num_classes < 2:
-            raise ConfigError(f"method.num_classes={config.num_classes}: supervised needs at least 2 classes")
+            raise ConfigError(f"method.num_classes={config.num_classes}: {self.name} needs at least 2 classes")
         self.encoder = encoder
         self.head = nn.Linear(encoder.embed_dim, config.num_classes)
         self.classes: tuple[str, ...] = ()
@@ -137,19 +137,28 @@ class Supervised(EncoderMethod):
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
         """Loss term ``class``."""
+        images, labels, targets = self.inputs(views)
+        logits = self.head(self.encoder.image_features(images))
+        self.observations = {"train_top1": (logits.detach().argmax(-1) == labels).float().mean()}
+        return {"class": self.class_term(logits, labels, targets)}
+
+    def inputs(self, views: Views) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"], Float[Tensor, "B K"] | None]:
+        """Normalised images and their classes; of mixed images the class with the larger part, and soft targets."""
         labels = views.labels
         assert labels is not None, "the run checks that there are labels"
         images = self.encoder.normalize(views.global_crops)
-        if self.mix is not None and self.training:
-            mixed, targets = self.mixed(images, labels, views.cpu_keys)
-            logits = self.head(self.encoder.image_features(mixed))
-            loss = SoftTargetCrossEntropy()(at_least_float32(logits), targets)
-            labels = targets.argmax(-1)  # the class with the larger part of the image
-        else:
-            logits = self.head(self.encoder.image_features(images))
-            loss = class_loss(logits, labels, self.config.label_smoothing)
-        self.observations = {"train_top1": (logits.detach().argmax(-1) == labels).float().mean()}
-        return {"class": loss}
+        if self.mix is None or not self.training:
+            return images, labels, None
+        mixed, targets = self.mixed(images, labels, views.cpu_keys)
+        return mixed, targets.argmax(-1), targets
+
+    def class_term(
+        self, logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], targets: Float[Tensor, "B K"] | None
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy with the soft targets of mixed images, else with smoothed labels."""
+        if targets is None:
+            return class_loss(logits, labels, self.config.label_smoothing)
+        return SoftTargetCrossEntropy()(at_least_float32(logits), targets)
 
     def mixed(
         self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"], keys: Int[Tensor, " B"]

@@ -17,6 +17,7 @@ from timm.layers import DropPath
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smalti.config import to_tree
 from smalti.errors import ConfigError, ShapeError
@@ -27,6 +28,7 @@ from smalti.layers.gaussian_bias import Places, attach_bias, biased_block
 from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
+from smalti.layers.token_pruning import TokenPruning
 from smalti.models.pooling import MODULES, PatchFeatures, make_pool, pool_features
 from smalti.models.positions import Positions, field_positions, field_table, table_positions
 from smalti.models.rotary import Rotation, is_rotary, rotation
@@ -118,6 +120,11 @@ class Encoder(nn.Module):
         """Continuous positions, evaluated at any grid, instead of a table; see :meth:`attach_field`."""
         self.class_head: ClassHead | None = None
         """Classification head trained with the encoder; not a part of the network."""
+        self.token_pruning: TokenPruning | None = None
+        """Prediction modules trained with the encoder, which drop tokens; not a part of the network."""
+        self.checkpointing = False
+        """Whether blocks keep only their input for the backward pass and compute the rest again: less memory, about a
+        third more time."""
         self.source = ""
         """Where the weights come from, in words: a checkpoint and its network, a file."""
         self.origin: Origin | None = None
@@ -583,10 +590,10 @@ class Encoder(nn.Module):
         yield sequence
         turn = self.rotation(places)
         for number, block in enumerate(self.vit.blocks[:count]):
-            sequence = self._run(block, sequence, places, is_key, None if turn is None else turn.of_block(number))
+            sequence = self.run_block(block, sequence, places, is_key, None if turn is None else turn.of_block(number))
             yield sequence
 
-    def _run(
+    def run_block(
         self,
         block: nn.Module,
         sequence: Float[Tensor, "B T D"],
@@ -594,11 +601,19 @@ class Encoder(nn.Module):
         is_key: Bool[Tensor, "B T"] | None = None,
         rope: Tensor | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """One block, with its rotary positions, and with its Gaussian bias if it has one.
+        """One block, with its rotary positions and its Gaussian bias if it has them; with :attr:`checkpointing`, the
+        backward pass recomputes its activations.
 
         Raises:
             ConfigError: if the bias needs places that aren't given.
         """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run_plainly, block, sequence, places, is_key, rope, use_reentrant=False)
+        return self._run_plainly(block, sequence, places, is_key, rope)
+
+    def _run_plainly(
+        self, block: nn.Module, sequence: Tensor, places: Places | None, is_key: Tensor | None, rope: Tensor | None
+    ) -> Tensor:
         if self.gaug is None:
             given = {} if rope is None else {"rope": rope}
             return block(sequence, **given, **({} if is_key is None else {"attn_mask": is_key[:, None, None]}))

@@ -17,15 +17,17 @@ import huggingface_hub
 import huggingface_hub.constants
 import timm
 from timm.models import is_model_in_modules
+from torch import nn
 
 from smalti.config import build
 from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
+from smalti.layers.token_pruning import PredictionModule, TokenPruning
 from smalti.models.build import build_encoder, encoder_from_config
 from smalti.models.encoder import ClassHead, Encoder, Origin
 from smalti.models.huggingface import read_folder
 from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
 from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
-from smalti.reading import read_mapping, reading
+from smalti.reading import read_mapping, reading, reason
 
 FORMS = "RUN | FILE.safetensors | timm:NAME | timm:NAME@FILE | hf:FOLDER | hf:NAME | random:NAME"
 CHECKPOINTS = "checkpoints"
@@ -157,6 +159,7 @@ def _open_weights(text: str, config: LoadConfig, seed: int, in_chans: int | None
                 raise WeightsError(f"{error}{f'; the checkpoint before it is {older[0]}' if older else ''}") from error
             encoder = _from_run(description, tensors, f"{folder} ({name})", config, folder / STATE_FILE)
             encoder.class_head = _class_head(folder, name)
+            encoder.token_pruning = _token_pruning(folder, name, encoder)
             encoder.origin = Origin(folder, name, config)
     return encoder
 
@@ -174,6 +177,7 @@ def as_loaded(encoder: Encoder, config: LoadConfig = LoadConfig()) -> Encoder:
     tensors = {key: value.detach().cpu() for key, value in encoder.state_dict().items()}
     copy = _from_run(encoder.config(), tensors, encoder.source or encoder.name, config)
     copy.pretrained, copy.class_head = encoder.pretrained, encoder.class_head
+    copy.token_pruning = encoder.token_pruning
     return copy.eval()
 
 
@@ -434,6 +438,22 @@ def _class_head(folder: Path, name: str) -> ClassHead | None:
     except (KeyError, TypeError) as error:
         raise WeightsError(
             f"{folder}: what its {STATE_FILE} says of the head for classes is damaged ({error})"
+        ) from None
+
+
+def _token_pruning(folder: Path, name: str, encoder: Encoder) -> TokenPruning | None:
+    """Learned pruning of a network in a checkpoint, if its method trained one."""
+    known = (_read_json(folder / STATE_FILE, "").get("token_prunings") or {}).get(name)
+    if known is None:
+        return None
+    try:
+        blocks, ratio = tuple(int(block) for block in known["blocks"]), float(known["keep_ratio"])
+        predictors = nn.ModuleList(PredictionModule(encoder.embed_dim) for _ in blocks)
+        predictors.load_state_dict(read_tensors(folder / WEIGHTS_FILE, prefix=f"{known['predictors']}."))
+        return TokenPruning(blocks, ratio, predictors).check(encoder.depth)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"{folder}: what its {STATE_FILE} says of the prediction modules is damaged ({reason(error)})"
         ) from None
 
 

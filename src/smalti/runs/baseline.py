@@ -103,6 +103,7 @@ def untrained_network(config: RunConfig, network: str, classes: tuple[str, ...] 
     encoder.source = f"step 0 ({network})"
     head = method.class_head(network)
     encoder.class_head = head._replace(classes=classes) if head is not None else None
+    encoder.token_pruning = method.token_pruning(network)
     return encoder
 
 

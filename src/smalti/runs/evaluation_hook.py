@@ -93,6 +93,7 @@ class EvaluationHook:
         encoder = method.networks()[network]
         encoder.source = f"step {step} ({network})"
         encoder.class_head = method.class_head(network)
+        encoder.token_pruning = method.token_pruning(network)
         data = str(self.config.eval.data)
         protocols = self.config.eval.protocols or fitting_protocols(data, self.config.eval)
         config = dataclasses.replace(self.config.eval, protocols=protocols)

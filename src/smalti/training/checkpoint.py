@@ -176,8 +176,13 @@ class Checkpoints:
         networks = self.method.networks()
         names = {module: name for name, module in self.method.named_modules()}
         keys: dict[Tensor, str] = {parameter: key for key, parameter in self.method.named_parameters()}
-        heads = {}
+        heads, prunings = {}, {}
         for name in networks:
+            pruning = self.method.token_pruning(name)
+            if pruning is not None:
+                prunings[name] = {
+                    "blocks": pruning.blocks, "keep_ratio": pruning.keep_ratio, "predictors": names[pruning.predictors]
+                }  # fmt: skip
             head = self.method.class_head(name)
             if head is not None:
                 heads[name] = {**head._asdict(), "weight": keys[head.weight], "bias": keys[head.bias]}
@@ -188,6 +193,7 @@ class Checkpoints:
             "networks": {name: names[encoder] for name, encoder in networks.items()},
             "export_network": self.method.export_network,
             **({"class_heads": heads} if heads else {}),
+            **({"token_prunings": prunings} if prunings else {}),
         }
 
     def last_good(self) -> Path | None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pycocotools.mask
@@ -26,10 +27,11 @@ from smalti.evaluation.protocols.detection import (
     _roi_align,
     choose_recipe,
     detection,
+    detection_loss,
     freeze_blocks,
     optimizer_of,
 )
-from smalti.evaluation.tuning import trainable_copy, warm_steps
+from smalti.evaluation.tuning import seeded, train, trainable_copy, warm_steps
 from smalti.layers.feature_pyramid import pyramid_sizes
 from smalti.models.build import build_encoder, clone_encoder
 
@@ -344,3 +346,44 @@ def test_real_coco_is_read_whole_with_its_crowds(shared):
         metrics, of_class = coco_ap.average_precision(truth, perfect, 80, kind)
         assert metrics["ap"] == pytest.approx(1)
         assert np.nanmin(of_class["ap"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("own", [{"micro_batch": 1}, {"checkpointing": True}])
+def test_accumulation_and_checkpointing_change_no_gradient_of_boxes(own, encoder64, shapes, features_of, monkeypatch):
+    """With as many regions of each image and the first ones instead of random ones, as in a step of one batch."""
+    monkeypatch.setattr(torch, "randperm", lambda count, **more: torch.arange(count, device=more.get("device")))
+    features, found = features_of(encoder64, shapes, "boxes"), []
+    recipe = small_recipe(learning_rate=1.0, drop_path=0.0 if "micro_batch" in own else 0.1, num_rois=8)
+    for more in ({}, own):
+        with seeded(0):
+            copy = trainable_copy(encoder64, recipe.drop_path)
+            copy.checkpointing = more.get("checkpointing", False)
+            model = Detector(copy, recipe, len(features.data.classes), masks=False)
+            model.rpn.fg_bg_sampler.batch_size_per_image = 16
+            curve = train(
+                model,
+                torch.optim.SGD(model.parameters(), 1.0),
+                features,
+                DetectionExamples(features.data.train.samples, recipe, False, encoder64.mean, encoder64.std),
+                partial(detection_loss, model),
+                lambda step: 0.1,
+                num_steps=1,
+                batch_size=2,
+                seed=0,
+                what="detection",
+                micro_batch=more.get("micro_batch"),
+            )
+        found.append((curve, model.state_dict()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for key, value in found[0][1].items():
+        assert_close(found[1][1][key], value, rtol=1e-4, atol=1e-5)
+    moved = found[0][1]["backbone.encoder.vit.blocks.0.attn.qkv.weight"] - encoder64.vit.blocks[0].attn.qkv.weight
+    assert moved.abs().max() > 1e-3
+
+
+def test_a_micro_batch_divides_the_batch(encoder64, shapes, features_of):
+    config = EvalConfig(preset="paper", own={"detection": {"micro_batch": 3, "checkpointing": True}})
+    with pytest.raises(
+        ConfigError, match=r"eval.detection.micro_batch=3 does not divide the batch of 64 images; use 2"
+    ):
+        choose_recipe(features_of(encoder64, shapes, "boxes"), config)

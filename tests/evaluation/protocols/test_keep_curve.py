@@ -8,18 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
+import smalti
 from smalti.data.images.folders import open_images
 from smalti.data.order_files import write_orders
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.evaluate import random_init
 from smalti.evaluation.features import Features
 from smalti.evaluation.protocols.keep_curve import OWN_HEAD, PAPER_RATES, RATES, TABLE, keep_curve
 from smalti.evaluation.result import Result, describe_result, read_results, write_results
 from smalti.functional.orders import area_under, knee, num_kept, random_orders
+from smalti.layers.token_pruning import PredictionModule, TokenPruning
 from smalti.models.build import build_encoder
 from smalti.models.encoder import ClassHead, Encoder
 from smalti.models.pooling import PatchFeatures
+from smalti.models.pruning import encode_pruned
 from smalti.runs.baseline import evaluate
 
 STEP = 40
@@ -217,9 +222,55 @@ def test_results_come_back_from_their_file_and_the_twin_is_asked_in_the_same_ord
     assert read.settings["keep_curve"] == results[0].settings["keep_curve"]
 
 
+def test_learned_pruning_stands_in_the_place_of_an_order(greys: Path, features_of: Callable[..., Features]) -> None:
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, embed_dim=24, num_heads=3, seed=0
+    )
+    torch.manual_seed(1)
+    predictors = torch.nn.ModuleList(PredictionModule(24) for _ in range(3))
+    for parameter in predictors.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    encoder.token_pruning = TokenPruning((1, 2, 3), 0.6, predictors)
+    encoder.class_head = ClassHead(torch.randn(5, 24), torch.zeros(5), classes_of(greys))
+    rates = (0.0, 0.5, 0.9)
+    features = features_of(encoder, greys, "labels")
+    scores = keep_curve(features, EvalConfig(own={"keep-curve": {"rates": rates}}))
+    told, curve = scores.settings, scores.settings["keep_curve"]
+    assert told["orders"] == ["pruning", "random", "fixed_random"] and told["order"] == "pruning"
+    assert told["order_note"] == "the encoder's own pruning"
+    assert curve["pruning"]["rate"] == [0.0, 0.3, 0.4, 0.5, 0.78, 0.9]
+    test = open_images(greys).subset("val")
+    labels = torch.tensor([sample.label for sample in test.samples])
+    images = encoder.normalize(smalti.load_images(test.paths, 32, mode="centre"))
+    for rate, top1 in zip(curve["pruning"]["rate"], curve["pruning"]["top1"], strict=True):
+        with torch.no_grad():
+            vectors = encoder.pooled(encode_pruned(encoder, images, encoder.token_pruning, 1 - rate))
+        right = (vectors @ encoder.class_head.weight.T).argmax(1) == labels
+        assert top1 == pytest.approx(float(right.double().mean()), abs=1e-5)
+        assert curve["random"]["top1"][0] == curve["pruning"]["top1"][0]  # whole images
+        if rate == 0.4:
+            assert scores.metrics["top1_trained_ratio"] == top1
+    assert told["pruning"]["kept"]["0.5"] == [8, 4, 2] and told["pruning"]["kept"]["0.9"] == [1, 1, 1]
+    assert told["pruning"]["mean_kept"]["0.5"] == pytest.approx((16 + 8 + 4 + 2) / 64, abs=1e-4)
+    assert told["ranking_s"]["pruning"] == 0 and len(told["speed"]["pruning_s"]) == 6
+    assert {"together", "together_speed"} <= scores.charts.keys()
+    line = scores.charts["together_speed"].lines[0]
+    assert (line.name, line.x[-1]) == ("pruning", 1 / told["speed"]["pruning_s"][-1])
+    asked = keep_curve(
+        features, EvalConfig(own={"keep-curve": {"orders": ("halton", "pruning"), "rates": rates, "speed": False}})
+    )
+    assert asked.settings["orders"] == ["halton", "pruning", "random", "fixed_random"]
+    assert asked.metrics["mean_top1_pruning"] == scores.metrics["mean_top1"]
+    fresh, again = (random_init(encoder, 0).token_pruning for _ in range(2))
+    assert fresh is not None and again is not None and fresh.blocks == (1, 2, 3)
+    assert_close(fresh.predictors.state_dict(), again.predictors.state_dict())
+    assert not torch.equal(fresh.predictors[0].embed[1].weight, predictors[0].embed[1].weight)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
+        ({"orders": ("pruning",)}, "pruning needs an encoder that has learned it, as a run of dynamicvit; vit_tiny"),
         ({"orders": ("colapse",)}, "there is no order 'colapse'"),
         ({"orders": ("coverage",)}, "order 'coverage' comes from a file of smalti rank"),
         ({"orders": ("nowhere.parquet",)}, "is not a file"),

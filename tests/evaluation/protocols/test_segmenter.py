@@ -1,6 +1,7 @@
 """Segmenter: learns to tell pixels, judges in the pixels of the masks, and leaves the encoder alone."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from evaluation.conftest import STEP, tiny_encoder, write_image
-from smalti.errors import DataError, ShapeError
+from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.config import EvalConfig
+from smalti.evaluation.protocols import segmenter as segmenter_module
 from smalti.evaluation.protocols.segmenter import (
     SegmentationExamples,
     Segmenter,
+    SegmenterConfig,
     choose_recipe,
     draw_crop,
     label_map,
@@ -24,9 +27,10 @@ from smalti.evaluation.protocols.segmenter import (
     pixel_loss,
     segmenter,
     sliding_logits,
+    train_segmenter,
     window_starts,
 )
-from smalti.evaluation.tuning import trainable_copy
+from smalti.evaluation.tuning import seeded, trainable_copy
 from smalti.models.build import clone_encoder
 
 
@@ -240,3 +244,90 @@ def test_mistakes_are_told_in_one_line(tiny, scenes, oblong, features_of):
         write_image(oblong / "masks" / f"val{name}.png", np.full((height, width), 255, dtype=np.uint8))
     with pytest.raises(DataError, match="no labelled pixel in the masks of the 4 val images"):
         segmenter(features_of(tiny, oblong, "masks"), EvalConfig(own={"segmenter": {"steps": 1}}))
+
+
+def test_a_sweep_chooses_on_held_out_training_images_and_reports_what_it_chose(tiny, scenes, features_of, monkeypatch):
+    own = {"steps": 12, "batch_size": 4}
+    rates, decays = (1e-9, 3e-3), (0.0, 0.1)
+    swept = EvalConfig(own={"segmenter": {**own, "sweep": True, "learning_rates": rates, "weight_decays": decays}})
+    features = features_of(tiny, scenes, "masks")
+    read = []
+    resized = segmenter_module._ResizedImages.__init__
+
+    def noting(self, images, *rest):
+        read.append({sample.path for sample in images.samples})
+        resized(self, images, *rest)
+
+    monkeypatch.setattr(segmenter_module._ResizedImages, "__init__", noting)
+    scores = segmenter(features, swept)
+    about, train = scores.settings["sweep"], {sample.path for sample in features.data.train.samples}
+    test = {sample.path for sample in features.data.test.samples}
+    assert all(part == read[0] for part in read[:4]) and read[4:] == [test]
+    assert read[0] < train and len(read[0]) == round(0.2 * len(train))
+    assert about["held_out"] == f"{len(read[0])} of {len(train)} training images"
+    assert list(about["miou"]) == [f"learning rate {r:g}, weight decay {d:g}" for r in rates for d in decays]
+    chosen = about["chosen"]
+    assert chosen["learning_rate"] == 3e-3 == scores.settings["learning_rate"]
+    reached = about["miou"][f"learning rate 0.003, weight decay {chosen['weight_decay']:g}"]
+    assert reached == max(about["miou"].values()) > about["miou"]["learning rate 1e-09, weight decay 0"]
+    plain = EvalConfig(own={"segmenter": {**own, **chosen}})
+    assert segmenter(features_of(tiny, scenes, "masks"), plain).metrics == scores.metrics  # as if it had been set
+
+
+def test_the_sweep_of_the_paper():
+    own = SegmenterConfig()
+    assert own.learning_rates == (8e-5, 3e-5, 1e-5, 8e-6) and own.weight_decays == (1e-2, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "own", "line"),
+    [
+        ("small", {"learning_rates": (1e-3,)}, "eval.segmenter.learning_rates only applies to eval.segmenter.sweep"),
+        ("small", {"sweep": True, "weight_decay": 0.1}, "weight_decay=0.1: sweep=true chooses it; leave it out"),
+        ("small", {"sweep": True, "weight_decays": ()}, r"weight_decays=\[\]: at least one is needed"),
+        ("paper", {"sweep": True}, "the sweep is over AdamW; use eval.preset=full or small"),
+        ("small", {"micro_batch": 3}, "micro_batch=3 does not divide the batch of 8 images; use 2"),
+        ("small", {"micro_batch": 16}, "micro_batch=16 does not divide the batch of 8 images; use 8"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(preset, own, line, tiny, scenes, features_of):
+    config = EvalConfig(preset=preset, image_size=32, own={"segmenter": own})
+    with pytest.raises(ConfigError, match=line):
+        segmenter(features_of(tiny, scenes, "masks"), config)
+
+
+def test_a_sweep_needs_two_training_images(tiny, scenes, features_of):
+    features = features_of(tiny, scenes, "masks")
+    alone = replace(features.data.train, samples=features.data.train.samples[:1])
+    features.data = replace(features.data, train=alone)
+    with pytest.raises(DataError, match="only one training image, so a sweep can't choose"):
+        segmenter(features, EvalConfig(own={"segmenter": {"sweep": True, "steps": 1}}))
+
+
+@pytest.mark.parametrize("own", [{"micro_batch": 1}, {"micro_batch": 2}, {"checkpointing": True}])
+def test_accumulation_and_checkpointing_change_no_gradient(own, tiny, scenes, features_of, monkeypatch):
+    """Images have different numbers of labelled pixels, so a mean of means would be another gradient."""
+    make = SegmentationExamples.__call__
+
+    def partly_labelled(self, place, key):
+        pixels, target = make(self, place, key)
+        target[: 4 * (key % 7)] = 255
+        return pixels, target
+
+    monkeypatch.setattr(SegmentationExamples, "__call__", partly_labelled)
+    features, found = features_of(tiny, scenes, "masks"), []
+    for more in ({}, own):
+        config = EvalConfig(own={"segmenter": {"steps": 1, "batch_size": 4, "learning_rate": 1.0, **more}})
+        recipe = replace(
+            choose_recipe(features, config), optimizer="sgd", weight_decay=0.0, drop_path=0.1, num_warmup=0
+        )
+        recipe = replace(recipe, drop_path=0.0) if "micro_batch" in own else recipe
+        with seeded(0):
+            model, curve = train_segmenter(features, config, recipe, features.data.train, "segmenter")
+        found.append((curve, model.state_dict()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    start = tiny.state_dict()
+    for key, value in found[0][1].items():  # after a step of the negative gradient
+        assert_close(found[1][1][key], value, rtol=1e-4, atol=1e-5)
+    moved = found[0][1]["encoder.vit.blocks.0.attn.qkv.weight"] - start["vit.blocks.0.attn.qkv.weight"]
+    assert moved.abs().max() > 1e-3

@@ -13,6 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -59,6 +60,7 @@ from smalti.evaluation.protocols.segmenter import nearest_to, resize_to
 from smalti.evaluation.result import Boxes
 from smalti.evaluation.tuning import (
     Example,
+    check_micro_batch,
     normalized,
     rate_fresh_positions,
     seeded,
@@ -131,6 +133,10 @@ class DetectionConfig:
     """Images per training step; None: the preset's."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Highest learning rate; None: the preset's."""
+    micro_batch: BatchSize | None = None
+    """Images per forward pass in training, a divisor of the batch; gradients are accumulated. None: the whole batch."""
+    checkpointing: bool = False
+    """Recompute the encoder's activations in the backward pass: less memory, more time, the same numbers."""
     masks: bool | None = None
     """Also train and evaluate instance masks; None: if the annotations have more than boxes."""
     frozen_blocks: CountFromZero = 0
@@ -143,8 +149,8 @@ def choose_recipe(features: Features, config: EvalConfig) -> DetectionRecipe:
     """The preset with the user's settings.
 
     Raises:
-        ConfigError: if the encoder's patches aren't square, it has fewer blocks than ``frozen_blocks``, or its own
-            image size isn't square and none is given.
+        ConfigError: if the encoder's patches aren't square, it has fewer blocks than ``frozen_blocks``, its own image
+            size isn't square and none is given, or ``micro_batch`` doesn't divide the batch.
         ShapeError: if the patch size does not divide the image size that was given.
     """
     own: DetectionConfig = config.of("detection")
@@ -170,7 +176,9 @@ def choose_recipe(features: Features, config: EvalConfig) -> DetectionRecipe:
             size, steps, _FULL_BATCH, rate, num_warmup, (0.1, 2.0), 256, 2, 4, (1024,), 4, 2000, 512, False
         )
     changed: dict[str, Any] = {"batch_size": own.batch_size, "learning_rate": own.learning_rate}
-    return replace(recipe, **{name: value for name, value in changed.items() if value is not None})
+    recipe = replace(recipe, **{name: value for name, value in changed.items() if value is not None})
+    check_micro_batch("detection", recipe.batch_size, own.micro_batch)
+    return recipe
 
 
 class PatchAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision has no types
@@ -416,6 +424,20 @@ def freeze_blocks(encoder: Encoder, count: int) -> None:
             part.requires_grad_(True)
 
 
+def detection_loss(
+    model: Detector, images: Float[Tensor, "B C S S"], targets: list[dict[str, Tensor]]
+) -> Float[Tensor, ""]:
+    """The sum of the losses of a batch, with the targets of :class:`DetectionExamples`.
+
+    Losses of boxes and classes are means over regions, of which each image has as many (if it has enough); that of
+    masks is a mean over the regions of objects, of which images have different numbers. So with ``micro_batch`` the
+    former are those of the whole batch, and in the latter each part counts as much, as in ViTDet on one GPU for each.
+    """
+    sizes = [(int(height), int(width)) for height, width in (target["size"].tolist() for target in targets)]
+    _, losses = model(images, sizes, targets)
+    return torch.stack(list(losses.values())).sum()
+
+
 @register_protocol(
     "detection",
     need="boxes",
@@ -434,19 +456,14 @@ def detection(features: Features, config: EvalConfig) -> Scores:
     with seeded(config.seed, features.device):
         copy = trainable_copy(encoder, recipe.drop_path)
         freeze_blocks(copy, own.frozen_blocks)
+        copy.checkpointing = own.checkpointing
         model = Detector(copy, recipe, len(classes), masks).to(features.device)
-
-        def loss_of(images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-            sizes = [(int(height), int(width)) for height, width in (target["size"].tolist() for target in targets)]
-            _, losses = model(images, sizes, targets)
-            return torch.stack(list(losses.values())).sum()
-
         curve = train(
             model,
             optimizer_of(model, recipe, encoder),
             features,
             DetectionExamples(features.data.train.samples, recipe, masks, encoder.mean, encoder.std),
-            loss_of,
+            partial(detection_loss, model),
             lambda step: warm_steps(
                 step,
                 recipe.steps,
@@ -459,6 +476,7 @@ def detection(features: Features, config: EvalConfig) -> Scores:
             seed=config.seed,
             what="detection",
             bf16=bf16,
+            micro_batch=own.micro_batch,
         )
         truth, found, shown = _evaluate_detector(model, features, recipe)
     metrics: dict[str, float] = {}
@@ -484,6 +502,7 @@ def detection(features: Features, config: EvalConfig) -> Scores:
         "epochs": round(recipe.steps * recipe.batch_size / len(features.data.train), 2),
         "warmup_steps": recipe.num_warmup,
         "head_batch_size": recipe.batch_size,
+        "micro_batch": own.micro_batch or recipe.batch_size,
         "learning_rate": recipe.learning_rate,
         "optimiser": f"AdamW, betas {BETAS}, weight decay {recipe.weight_decay} (none on vectors and positions), "
         f"lr / 10 at step {' and '.join(str(math.ceil(ratio * recipe.steps)) for ratio in MILESTONES)}",

@@ -7,6 +7,9 @@ time per image is measured, including the time to rank its patches if known.
 The head is the run's own if its method trained one. Otherwise, or if the baseline has none (a run with other classes,
 an imported encoder), it is a linear layer, fitted on whole training images as in linear-probe.
 Encoder and baseline always have the same kind of head. Dropped patches are never embedded.
+An encoder with learned pruning (DynamicViT) has no order of its own: at rate r each stage keeps ``rho = 1 - r`` of what
+the one before kept. So has the paper's comparison: its accuracy of DynamicViT at 30 % (81.44) is that published for
+``rho = 0.7`` (81.43), where the last stage drops 66 %.
 Letters: n images, N patches, k kept ones, K classes, S rates.
 """
 
@@ -51,7 +54,9 @@ from smalti.evaluation.tally import Tally, tally_mean
 from smalti.functional.graphs import descending
 from smalti.functional.orders import knee, num_kept, random_orders
 from smalti.functional.patches import patch_variance
+from smalti.layers.token_pruning import TokenPruning
 from smalti.models.encoder import ClassHead, Encoder
+from smalti.models.pruning import encode_pruned
 
 CONTROLS = ("random", "fixed_random")
 """Orders that are always included; also the static order of each order from a file."""
@@ -67,6 +72,9 @@ RATES = tuple(round(0.05 * step, 2) for step in range(20))
 PAPER_RATES = tuple(round(0.01 * step, 2) for step in range(99))
 TABLE = (0.3, 0.5, 0.78)
 """Rates of the paper's Table 5: always measured, but only part of the area if they are among the rates."""
+PRUNING = "pruning"
+"""Stands among the orders for the encoder's own learned pruning."""
+PRUNING_NOTE = "each stage keeps 1 - rate of the patches that the one before kept"
 SPEED_BATCH, SPEED_ROUNDS = 8, 5
 OWN_HEAD = "the run's own, trained or untrained like the encoder"
 
@@ -76,7 +84,7 @@ class Orders:
     """Orders of the patches of evaluated images, by name."""
 
     names: tuple[str, ...]
-    """Names of the orders; the first is the headline."""
+    """Names of the orders; the first is the headline. :data:`PRUNING` is none, and :meth:`of` does not know it."""
     own: str
     """Order the encoder was trained with; empty: none."""
     asked: bool
@@ -139,13 +147,20 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
     A file adds all orders in it. The first requested order is the headline; by default the encoder's own.
 
     Raises:
-        ConfigError: for an unknown name.
+        ConfigError: for an unknown name, or learned pruning of an encoder without.
         DataError, ShapeError: for a file that can't be read or doesn't match the images, or if no file has an order.
     """
     own_settings: KeepCurveConfig = config.of("keep-curve")
     encoder, head = features.encoder, features.encoder.class_head
-    own = head.order if head is not None else ""
-    named = [order if order.endswith(".parquet") else check_order(order) for order in own_settings.orders]
+    own = PRUNING if encoder.token_pruning is not None else head.order if head is not None else ""
+    if PRUNING in own_settings.orders and encoder.token_pruning is None:
+        raise ConfigError(
+            f"eval.keep-curve.orders: {PRUNING} needs an encoder that has learned it, as a run of dynamicvit; "
+            f"{encoder.source or encoder.name} has not"
+        )
+    named = [
+        order if order == PRUNING or order.endswith(".parquet") else check_order(order) for order in own_settings.orders
+    ]
     files = {order: Path(order).expanduser() for order in named if order.endswith(".parquet")}
     if own and not files and head is not None and head.orders:
         files[head.orders] = Path(head.orders)
@@ -161,6 +176,8 @@ def open_orders(features: Features, config: EvalConfig, size: int) -> Orders:
     names = tuple(dict.fromkeys(wanted))
     orders = Orders(names, own, bool(asked), caches, encoder, features.names, config.seed)
     for name in names:
+        if name == PRUNING:
+            continue
         needs_file = grid_order(name, grid) is None and name not in ("random", "variance")
         if not needs_file or orders.cache_of(name) is not None:
             continue
@@ -235,7 +252,11 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
         elif encoder.class_head is not None and len(encoder.class_head.weight):
             about["head_note"] = "the run's own head is for other classes"
     head = head._replace(weight=head.weight.to(features.device), bias=head.bias.to(features.device))
-    measured = tuple(sorted({0.0, *rates, *TABLE}))
+    pruning = encoder.token_pruning
+    if pruning is not None:
+        pruning.predictors.to(features.device)
+    trained = () if pruning is None else (round(1 - pruning.keep_ratio, 6),)
+    measured = tuple(sorted({0.0, *rates, *TABLE, *trained}))
     preds, places = _predictions(features, orders, head, measured, size)
     labels = torch.tensor([int(test.samples[place].label or 0) for place in places])
     right = {name: found == labels[:, None] for name, found in preds.items()}  # (n, S) each
@@ -259,6 +280,8 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
     add("top1", right[first][:, 0].double())
     for rate in TABLE:
         add(f"top1_drop{100 * rate:.0f}", right[first][:, measured.index(rate)].double())
+    for rate in trained:
+        add("top1_trained_ratio", right[PRUNING][:, measured.index(rate)].double())
     metrics["knee"] = knee(right[first][:, in_area].double().mean(0), torch.tensor(rates))
     units["knee"] = "fraction of dropped patches at the largest bend of the curve"
     for name in orders.names[1:]:
@@ -281,6 +304,8 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
         "order": first,
         "order_note": "the first requested order"
         if orders.asked
+        else "the encoder's own pruning"
+        if orders.own == PRUNING
         else "the encoder's training order"
         if orders.own
         else "none was requested",
@@ -296,9 +321,11 @@ def keep_curve(features: Features, config: EvalConfig) -> Scores:
         "interval": f"{LEVEL:.0%}, Wilson's, over the {features.evaluated}",
         "keep_curve": {name: _curve(right[name], measured) for name in orders.names},
     }
+    if pruning is not None:
+        settings["pruning"] = _about_pruning(pruning, measured, grid[0] * grid[1], encoder.depth)
     if own.speed:
         settings |= measure_speed(orders, head, measured, size)
-    charts = accuracy_charts(settings["keep_curve"]) | (speed_chart(settings) if own.speed else {})
+    charts = accuracy_charts(settings["keep_curve"]) | (speed_charts(settings) if own.speed else {})
     return Scores(
         metrics,
         settings,
@@ -345,7 +372,7 @@ def accuracy_charts(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict
     together = LineChart(
         "Encoders compared",
         f"Top-1 accuracy of each encoder by its own order against the fraction of dropped patches, beside orders that "
-        f"are the same for all images ({about_controls}); higher is better.",
+        f"are the same for all images ({about_controls}); higher is better. With learned pruning, {PRUNING_NOTE}.",
         (first, *controls),
         SECTION,
         x_axis="fraction",
@@ -357,7 +384,8 @@ def accuracy_charts(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict
     each = LineChart(
         "Accuracy by order of the patches",
         "Top-1 accuracy against the fraction of dropped patches, for each order of the patches that are kept (bands: "
-        f"95 % over the evaluated images); {about_controls}, so an order that depends on it must lie above them.",
+        f"95 % over the evaluated images); {about_controls}, so an order that depends on it must lie above them"
+        f"{f'; with {PRUNING}, {PRUNING_NOTE}' if PRUNING in lines else ''}.",
         (first, *others),
         SECTION,
         x_axis="fraction",
@@ -369,28 +397,30 @@ def accuracy_charts(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict
     return {"together": together, "orders": each}
 
 
-def speed_chart(settings: Mapping[str, Any]) -> dict[str, LineChart]:
-    """Accuracy against images per second, for the orders whose ranking time is known; empty if none is.
+def speed_charts(settings: Mapping[str, Any]) -> dict[str, LineChart]:
+    """Accuracy against images per second, for the orders whose ranking time is known: of all encoders by their own
+    orders, and of each by all orders; empty if no time is known.
 
     Args:
         settings: ``keep_curve`` and what :func:`measure_speed` gives.
     """
-    lines = []
+    lines: dict[str, Line] = {}
     for name, ranking in settings["ranking_s"].items():
         if ranking is not None:
-            curve = settings["keep_curve"][name]
-            rates = floats(1 / (seconds + ranking) for seconds in settings["speed"]["image_s"])
-            lines.append(Line(floats(curve["top1"]), rates, name, floats(curve["low"]), floats(curve["high"])))
+            curve, speed = settings["keep_curve"][name], settings["speed"]
+            taken = speed["pruning_s"] if name == PRUNING else speed["image_s"]
+            rates = floats(1 / (seconds + ranking) for seconds in taken)
+            lines[name] = Line(floats(curve["top1"]), rates, name, floats(curve["low"]), floats(curve["high"]))
     unknown = [name for name, ranking in settings["ranking_s"].items() if ranking is None]
     left_out = f" (not known, so left out: {', '.join(unknown)})" if unknown else ""
     explanation = (
         f"Top-1 accuracy against images per second ({settings['speed_note']}), including the time to rank the "
         f"patches{left_out}; the upper right is better."
     )
-    chart = LineChart(
+    each = LineChart(
         "Accuracy against images per second",
         explanation,
-        tuple(lines),
+        tuple(lines.values()),
         SECTION,
         x_axis="log",
         x_label="images per second",
@@ -398,7 +428,33 @@ def speed_chart(settings: Mapping[str, Any]) -> dict[str, LineChart]:
         has_points=True,
         per_encoder=True,
     )
-    return {"speed": chart} if lines else {}
+    if not lines:
+        return {}
+    first = next(iter(settings["ranking_s"]))
+    if first not in lines:
+        return {"speed": each}
+    together = dataclasses.replace(
+        each,
+        title="Encoders compared by time",
+        explanation=f"Top-1 accuracy of each encoder by its own order or pruning against images per second "
+        f"({settings['speed_note']}), including the time to rank the patches; the upper right is better.",
+        lines=(lines[first],),
+        per_encoder=False,
+        needs_several=True,
+    )
+    return {"together_speed": together, "speed": each}
+
+
+def _about_pruning(pruning: TokenPruning, rates: Sequence[float], num_patches: int, depth: int) -> dict[str, Any]:
+    """What learned pruning keeps at each rate: patches after each stage, and the mean fraction over the blocks."""
+    ratios = {f"{rate:g}": 1 - rate for rate in rates}
+    return {
+        "rate": PRUNING_NOTE,
+        "trained_keep_ratio": pruning.keep_ratio,
+        "before_blocks": list(pruning.blocks),
+        "kept": {name: list(pruning.counts(num_patches, ratio)) for name, ratio in ratios.items()},
+        "mean_kept": {name: round(pruning.mean_kept(num_patches, depth, ratio), 4) for name, ratio in ratios.items()},
+    }
 
 
 def _predictions(
@@ -420,6 +476,10 @@ def _predictions(
             places += positions
             whole = _predict(encoder, head, images, None)  # the same for all orders
             for name in orders.names:
+                if name == PRUNING:
+                    columns = [_predict_pruned(encoder, head, images, 1 - rate) if rate else whole for rate in rates]
+                    found[name].append(torch.stack(columns, dim=1))
+                    continue
                 order = orders.of(name, pixels, positions)
                 columns = []
                 for rate in rates:
@@ -435,6 +495,12 @@ def _predictions(
 
 def _predict(encoder: Encoder, head: ClassHead, images: Tensor, ids_keep: Tensor | None) -> Int[Tensor, " B"]:
     return (encoder.image_features(images, ids_keep) @ head.weight.T + head.bias).argmax(1).cpu()
+
+
+def _predict_pruned(encoder: Encoder, head: ClassHead, images: Tensor, keep_ratio: float) -> Int[Tensor, " B"]:
+    assert encoder.token_pruning is not None
+    vectors = encoder.pooled(encode_pruned(encoder, images, encoder.token_pruning, keep_ratio))
+    return (vectors @ head.weight.T + head.bias).argmax(1).cpu()
 
 
 def _areas(right: Tensor, rates: Sequence[float]) -> Float[Tensor, " n"]:
@@ -467,8 +533,9 @@ def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size:
         size: image size in pixels.
 
     Returns:
-        ``speed``: seconds per image at each rate, without ranking; ``ranking_s``: seconds to rank an image for each
-        order, None if a network ranked it that isn't available and its file has no time.
+        ``speed``: seconds per image at each rate, without ranking, as ``image_s``, and with learned pruning as
+        ``pruning_s``, prediction modules included; ``ranking_s``: seconds to rank an image for each order, None if a
+        network ranked it that isn't available and its file has no time.
     """
     encoder = orders.encoder
     device = head.weight.device
@@ -484,11 +551,20 @@ def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size:
     def passes(keep: int) -> Callable[[], object]:
         return lambda: _predict(encoder, head, images, order[:, :keep] if keep < order.shape[1] else None)
 
+    def pruned(rate: float) -> Callable[[], object]:
+        return lambda: _predict_pruned(encoder, head, images, 1 - rate)
+
     jobs: dict[Any, Callable[[], object]] = {keep: passes(keep) for keep in dict.fromkeys(kept.values())}
     computed = [name for name in orders.names if name in ("variance", "attention") and orders.cache_of(name) is None]
+    if PRUNING in orders.names:
+        for rate in rates:
+            jobs[PRUNING, rate] = passes(order.shape[1]) if not rate else pruned(rate)
     for name in computed:
         jobs[name] = lambda name=name: orders.of(name, pixels, range(SPEED_BATCH)).cpu()  # type: ignore[misc]
     seconds: Mapping[Any, float] = _fastest(jobs)
+    speed = {"rate": list(rates), "image_s": [float(f"{seconds[keep]:.4g}") for keep in kept.values()]}
+    if PRUNING in orders.names:
+        speed["pruning_s"] = [float(f"{seconds[PRUNING, rate]:.4g}") for rate in rates]
     ranking: dict[str, float | None] = {}
     for name in orders.names:
         cache = orders.cache_of(name)
@@ -497,7 +573,7 @@ def measure_speed(orders: Orders, head: ClassHead, rates: Sequence[float], size:
         else:
             ranking[name] = cache.seconds.get(_base(name))
     return {
-        "speed": {"rate": list(rates), "image_s": [float(f"{seconds[keep]:.4g}") for keep in kept.values()]},
+        "speed": speed,
         "ranking_s": ranking,
         "speed_note": f"seconds per image, batches of {SPEED_BATCH}, {torch.get_num_threads()} threads, {device.type}, "
         f"fastest of {SPEED_ROUNDS} interleaved rounds",

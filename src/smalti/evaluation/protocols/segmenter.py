@@ -2,7 +2,8 @@
 
 Source: Strudel et al., Segmenter, arXiv:2105.05633, Sec. 3.2 and 4.1, and its code (preset paper). Preset full is our
 own: AdamW at 3e-5 with weight decay 0.01, warm-up, decay to 10 % of the learning rate, batches of 16, windows that
-overlap by a third.
+overlap by a third. Its sweep is that of Liu et al., "Self-Supervised Learning of Intertwined Content and Positional
+Features for Object Detection", ICML 2025, for ADE20K.
 Differs from the code: masks are downsampled by nearest pixel and images by antialiased bilinear interpolation; hue and
 saturation are changed in floating point; batches cross epochs; one scale, last step.
 Letters: B images, C channels, h x w the patch grid, D embed_dim, K classes, S side of a crop in pixels.
@@ -24,12 +25,13 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from smalti.charts import loss_chart
-from smalti.config import BatchSize, Count, settings
+from smalti.config import BatchSize, Count, NonNegative, Positive, settings
 from smalti.data.crops import Box
 from smalti.data.images.folders import ImageSample, ImageSet
 from smalti.data.images.labelled import read_mask
+from smalti.data.loader import epoch_order
 from smalti.data.views import Skipped
-from smalti.errors import DataError, SmaltiError
+from smalti.errors import ConfigError, DataError, SmaltiError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.dense import ignored_value, upsampling, warn_unlabelled
 from smalti.evaluation.features import Features
@@ -38,6 +40,7 @@ from smalti.evaluation.protocol import Scores, register_protocol
 from smalti.evaluation.tally import PixelTally
 from smalti.evaluation.tuning import (
     Example,
+    check_micro_batch,
     normalized,
     seeded,
     stream,
@@ -58,6 +61,8 @@ LONGEST = 4
 MOMENTUM = 0.9
 SHOWN_PX = 256
 """Predictions stored for figures are downsampled to this size (nearest)."""
+HELD_OUT = 0.2
+"""Fraction of the training images on which a sweep chooses."""
 _AT_ONCE = 2**26  # upsampled logits in memory at a time
 
 
@@ -86,6 +91,11 @@ class SegmenterRecipe:
     scale: tuple[float, float] = (0.5, 2.0)
     """Range of the random scale before cropping."""
 
+    def at(self, learning_rate: float, weight_decay: float) -> "SegmenterRecipe":
+        """With another learning rate and weight decay. AdamW's rate falls to a tenth; SGD's lowest stays."""
+        least = 0.1 * learning_rate if self.optimizer == "adamw" else min(self.least_lr, learning_rate)
+        return replace(self, learning_rate=learning_rate, weight_decay=weight_decay, least_lr=least)
+
 
 @settings
 class SegmenterConfig:
@@ -99,6 +109,17 @@ class SegmenterConfig:
     """Highest learning rate; None: the preset's."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Weight decay of matrices; None: the preset's."""
+    sweep: bool = False
+    """Choose learning rate and weight decay of AdamW: train with each pair on 80 % of the training images, take the
+    pair with the highest mIoU on the others, and train with it on all. One training more than there are pairs."""
+    learning_rates: tuple[Positive, ...] = (8e-5, 3e-5, 1e-5, 8e-6)
+    """Learning rates of the sweep."""
+    weight_decays: tuple[NonNegative, ...] = (1e-2, 1e-4)
+    """Weight decays of the sweep."""
+    micro_batch: BatchSize | None = None
+    """Images per forward pass in training, a divisor of the batch; gradients are accumulated. None: the whole batch."""
+    checkpointing: bool = False
+    """Recompute the encoder's activations in the backward pass: less memory, more time, the same numbers."""
     absent: Absent | None = None
     """mIoU: a class in neither masks nor predictions counts zero, or is skipped; None: the preset's."""
 
@@ -107,7 +128,8 @@ def choose_recipe(features: Features, config: EvalConfig) -> SegmenterRecipe:
     """The preset with the user's settings.
 
     Raises:
-        ConfigError: if the encoder's own image size isn't square and none is given.
+        ConfigError: if the encoder's own image size isn't square and none is given, ``micro_batch`` doesn't divide the
+            batch, or the settings of the sweep contradict each other.
         ShapeError: if the patch size does not divide the image size that was given.
     """
     own: SegmenterConfig = config.of("segmenter")
@@ -135,9 +157,33 @@ def choose_recipe(features: Features, config: EvalConfig) -> SegmenterRecipe:
         else:
             recipe = SegmenterRecipe(crop, crop, steps, 8, "sgd", 1e-3, 1e-5, 0.0, 0, 0.1, 0.75, True, "skip")
     recipe = replace(recipe, **given)
-    if config.preset != "paper":
-        return replace(recipe, least_lr=0.1 * recipe.learning_rate)
-    return replace(recipe, least_lr=min(recipe.least_lr, recipe.learning_rate))
+    check_micro_batch("segmenter", recipe.batch_size, own.micro_batch)
+    check_sweep(own, recipe)
+    return recipe.at(recipe.learning_rate, recipe.weight_decay)
+
+
+def check_sweep(own: SegmenterConfig, recipe: SegmenterRecipe) -> None:
+    """Refuse settings of the sweep that contradict each other.
+
+    Raises:
+        ConfigError: for the first one.
+    """
+    if not own.sweep:
+        for name in ("learning_rates", "weight_decays"):
+            if getattr(own, name) != getattr(SegmenterConfig(), name):
+                raise ConfigError(f"eval.segmenter.{name} only applies to eval.segmenter.sweep=true; leave it out")
+        return
+    if recipe.optimizer != "adamw":
+        raise ConfigError(
+            "eval.segmenter.sweep=true: the sweep is over AdamW; use eval.preset=full or small, not paper"
+        )
+    for name, several in (("learning_rate", "learning_rates"), ("weight_decay", "weight_decays")):
+        if getattr(own, name) is not None:
+            raise ConfigError(
+                f"eval.segmenter.{name}={getattr(own, name)}: sweep=true chooses it; leave it out, or set {several}"
+            )
+        if not getattr(own, several):
+            raise ConfigError(f"eval.segmenter.{several}=[]: at least one is needed")
 
 
 class Segmenter(nn.Module):
@@ -361,6 +407,95 @@ class _ResizedImages(Dataset[Any]):
         return pixels, torch.from_numpy(mask.astype(np.int64))
 
 
+def train_segmenter(
+    features: Features, config: EvalConfig, recipe: SegmenterRecipe, images: ImageSet, what: str
+) -> tuple[Segmenter, list[float]]:
+    """A trained copy of the encoder with its linear layer, in eval mode, and the loss at each of its steps.
+
+    Random numbers come from torch's global generator; see :func:`~smalti.evaluation.tuning.seeded`.
+
+    Args:
+        features: the encoder, classes and progress.
+        config: seed, and settings that don't change what is learned.
+        recipe: all others.
+        images: training images with masks, all or some of those in ``features``.
+        what: label of the progress.
+    """
+    own: SegmenterConfig = config.of("segmenter")
+    encoder, num_classes = features.encoder, len(features.data.classes)
+    ignore = ignored_value(num_classes)
+    model = Segmenter(trainable_copy(encoder, recipe.drop_path), num_classes)
+    model.encoder.checkpointing = own.checkpointing
+    optimizer = create_optimizer_v2(
+        model.encoder.vit,
+        recipe.optimizer,
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        **({"momentum": MOMENTUM} if recipe.optimizer == "sgd" else {}),
+    )
+    curve = train(
+        model,
+        optimizer,
+        features,
+        SegmentationExamples(images.samples, recipe, num_classes, encoder.mean, encoder.std),
+        lambda images, target: pixel_loss(model(images), target, ignore),
+        lambda step: warm_poly(
+            step, recipe.steps, peak=recipe.learning_rate, least=recipe.least_lr, num_warmup=recipe.num_warmup
+        ),
+        num_steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        seed=config.seed,
+        what=what,
+        num_images=len(images),
+        micro_batch=own.micro_batch,
+        weight_of=lambda target: (target != ignore).double().mean(),
+    )
+    return model, curve
+
+
+def choose_by_sweep(
+    features: Features, config: EvalConfig, recipe: SegmenterRecipe
+) -> tuple[SegmenterRecipe, dict[str, Any]]:
+    """The recipe with the learning rate and weight decay of the highest mIoU on held-out training images.
+
+    Each pair is trained from the same random numbers on the same 80 % of the training images, for all steps. Of equal
+    pairs the first is chosen. The evaluated images are not read.
+
+    Returns:
+        The recipe, and what is reported: pairs with their mIoU, the chosen pair, and the number of held-out images.
+
+    Raises:
+        DataError: for a single training image, or if no held-out image can be read.
+    """
+    own: SegmenterConfig = config.of("segmenter")
+    images = features.data.train
+    if len(images) < 2:
+        raise DataError(f"{images.root}: only one training image, so a sweep can't choose; set sweep=false")
+    order = epoch_order(config.seed, 0, len(images)).tolist()
+    num_held_out = max(1, round(HELD_OUT * len(images)))
+    held_out, rest = (
+        replace(images, samples=tuple(images.samples[place] for place in sorted(places)))
+        for places in (order[:num_held_out], order[num_held_out:])
+    )
+    for called, part in (("held-out train images", held_out), ("train images that are not held out", rest)):
+        _check_labelled(part, called, len(features.data.classes))
+    pairs = [(rate, decay) for rate in own.learning_rates for decay in own.weight_decays]
+    scores: dict[tuple[float, float], float] = {}
+    for number, pair in enumerate(pairs, start=1):
+        what = f"segmenter: sweep {number} of {len(pairs)}"
+        with seeded(config.seed, features.device):
+            model, _ = train_segmenter(features, config, recipe.at(*pair), rest, what)
+            tally, _, _ = _evaluate_segmenter(model, features, recipe.at(*pair), held_out, f"{what}, held-out images")
+        scores[pair] = mean_iou(tally.confusion.matrix, recipe.absent)
+    best = max(pairs, key=lambda pair: scores[pair])
+    about = {
+        "held_out": f"{num_held_out} of {len(images)} training images",
+        "miou": {f"learning rate {r:g}, weight decay {d:g}": round(scores[r, d], 5) for r, d in pairs},
+        "chosen": {"learning_rate": best[0], "weight_decay": best[1]},
+    }
+    return recipe.at(*best), about
+
+
 @register_protocol(
     "segmenter",
     need="masks",
@@ -371,38 +506,19 @@ class _ResizedImages(Dataset[Any]):
 def segmenter(features: Features, config: EvalConfig) -> Scores:
     """Semantic segmentation with a linear decoder, fine-tuned end to end; needs masks."""
     recipe = choose_recipe(features, config)
-    encoder, classes = features.encoder, features.data.classes
+    classes = features.data.classes
     ignore = ignored_value(len(classes))
     for called, images in (("train images", features.data.train), (features.evaluated, features.data.test)):
         _check_labelled(images, called, len(classes))
+    own: SegmenterConfig = config.of("segmenter")
+    swept: dict[str, Any] | None = None
+    if own.sweep:
+        recipe, swept = choose_by_sweep(features, config, recipe)
     with seeded(config.seed, features.device):
-        model = Segmenter(trainable_copy(encoder, recipe.drop_path), len(classes))
-        optimizer = create_optimizer_v2(
-            model.encoder.vit,
-            recipe.optimizer,
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            **({"momentum": MOMENTUM} if recipe.optimizer == "sgd" else {}),
+        model, curve = train_segmenter(features, config, recipe, features.data.train, "segmenter")
+        tally, predictions, unlabelled = _evaluate_segmenter(
+            model, features, recipe, features.data.test, f"segmenter: {features.evaluated}"
         )
-        curve = train(
-            model,
-            optimizer,
-            features,
-            SegmentationExamples(features.data.train.samples, recipe, len(classes), encoder.mean, encoder.std),
-            lambda images, target: pixel_loss(model(images), target, ignore),
-            lambda step: warm_poly(
-                step,
-                recipe.steps,
-                peak=recipe.learning_rate,
-                least=recipe.least_lr,
-                num_warmup=recipe.num_warmup,
-            ),
-            num_steps=recipe.steps,
-            batch_size=recipe.batch_size,
-            seed=config.seed,
-            what="segmenter",
-        )
-        tally, predictions, unlabelled = _evaluate_segmenter(model, features, recipe)
     warn_unlabelled(features.data.test, unlabelled, features.evaluated)
     matrix = tally.confusion.matrix
     settings = {
@@ -421,9 +537,11 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
         "steps": recipe.steps,
         "warmup_steps": recipe.num_warmup,
         "head_batch_size": recipe.batch_size,
+        "micro_batch": own.micro_batch or recipe.batch_size,
         "learning_rate": recipe.learning_rate,
         "optimiser": f"{'AdamW' if recipe.optimizer == 'adamw' else f'SGD, Nesterov momentum {MOMENTUM}'}, weight "
         f"decay {recipe.weight_decay:g} (none on vectors), polynomial 0.9 to {recipe.least_lr:g}",
+        **({"sweep": swept} if swept else {}),
         "layer_decay": None,
         "drop_path": recipe.drop_path,
         "augmentation": f"scale {recipe.scale[0]:g}-{recipe.scale[1]:g}, crop, flip"
@@ -449,20 +567,20 @@ def segmenter(features: Features, config: EvalConfig) -> Scores:
 
 @torch.no_grad()
 def _evaluate_segmenter(
-    model: Segmenter, features: Features, recipe: SegmenterRecipe
+    model: Segmenter, features: Features, recipe: SegmenterRecipe, images: ImageSet, what: str
 ) -> tuple[PixelTally, dict[int, np.ndarray], list[int]]:
-    """Tally of the test images at the size of their masks; predictions for figures; indices of images without labels.
+    """Tally of images at the size of their masks; predictions for figures; indices of images without labels.
 
     Raises:
         DataError: if no image can be read.
     """
-    images, num_classes = features.data.test, len(features.data.classes)
+    num_classes = len(features.data.classes)
     tally = PixelTally(num_classes, len(images), ignored_value(num_classes))
     predictions: dict[int, np.ndarray] = {}
     num_read, unlabelled = 0, list[int]()
     items = _ResizedImages(images, recipe.crop, num_classes, features.encoder)
     for place, item in enumerate(stream(items, len(images), features.num_workers)):
-        features.progress(f"segmenter: {features.evaluated}", place + 1, len(images))
+        features.progress(what, place + 1, len(images))
         if isinstance(item, Skipped):
             features.skipped[str(item.path)] = item.reason
             continue
