@@ -56,7 +56,7 @@ def command(
     partial: Partial = False,
     debug: Debug = False,
 ) -> None:
-    """Write an encoder as a plain timm model, as a model of Hugging Face transformers, or as ONNX.
+    """Write an encoder for timm, transformers or ONNX.
 
     The files are loaded again and compared with the encoder before they are renamed into place. All formats take
     normalised images, unless `input=unit` says otherwise for ONNX; the printed summary and the README.md beside the
