@@ -89,7 +89,7 @@ def test_kill_minus_nine_and_resume_give_the_same_bits(run: Path, photos: Path, 
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    smalti_process("train", "--resume", tmp_path / "b", "--quiet")
+    smalti("train", "--resume", tmp_path / "b", "--quiet")
     ours, theirs = weights(run), weights(tmp_path / "b")
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
