@@ -132,7 +132,8 @@ def training_key(
     """
     config = resolve(tree)
     plain = {name: value for name, value in to_tree(config).items() if name not in FREE}
-    for name, default in (("prr", None), ("gaug", False)):
+    del plain["checkpointing"]  # changes no weights
+    for name, default in (("prr", None), ("gaug", False), ("adapt", "full")):
         if plain[name] == default:
             del plain[name]  # cells written before these settings existed keep their digest
     if plain["method"].get("orders"):

@@ -94,8 +94,8 @@ def _is_plain(attn: Any) -> bool:
     return (
         type(attn) is Attention
         and getattr(attn, "gate", None) is None  # timm 1.0.26 has no gates
-        and type(attn.qkv) is nn.Linear
-        and type(attn.proj) is nn.Linear
+        and isinstance(attn.qkv, nn.Linear)
+        and isinstance(attn.proj, nn.Linear)
     )
 
 

@@ -17,6 +17,7 @@ from smalti.config import build, unknown_key
 from smalti.errors import ConfigError
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
+from smalti.models.adaptation import attach_lora
 from smalti.models.encoder import IMAGENET_MEAN, IMAGENET_STD, TIMM_MODULES, Encoder, no_pooled_norm
 from smalti.reading import reason, shorten
 
@@ -171,6 +172,8 @@ def encoder_from_config(config: Mapping[str, Any], seed: int = 0) -> Encoder:
         encoder.set_norm_eps(float(config["norm_eps"]))
     if config.get("gaug"):
         encoder.attach_gaug(_gaug_grid(config["gaug"]), seed)
+    if config.get("lora") is not None:
+        attach_lora(encoder, int(config["lora"]), seed)
     encoder.fixed_positions = bool(config.get("fixed_positions", False))
     if config.get("position_free", False):
         encoder.drop_positions()

@@ -114,6 +114,9 @@ class Encoder(nn.Module):
         """Whether the weights were trained without positions: the table is zero; further training initialises one."""
         self.gaug: tuple[int, int] | None = None
         """Training grid of the Gaussian bias of attention logits; None: no bias. See :meth:`attach_gaug`."""
+        self.lora: int | None = None
+        """Rank of the updates of the blocks' linear layers; None: there are none. See
+        :mod:`smalti.models.adaptation`."""
         self.norm_eps: float | None = None
         """Epsilon of all layer norms, if it is not the architecture's; see :meth:`set_norm_eps`."""
         self.position_field: PositionField | None = None
@@ -252,6 +255,7 @@ class Encoder(nn.Module):
             **({"prr": to_tree(self.prr)} if self.prr != PRRConfig() else {}),
             "fixed_positions": self.fixed_positions,
             **({"gaug": list(self.gaug)} if self.gaug else {}),
+            **({"lora": self.lora} if self.lora is not None else {}),
             **({"norm_eps": self.norm_eps} if self.norm_eps is not None else {}),
             **({"position_free": True} if self.position_free else {}),
             **({"position_field": self.position_field.config()} if self.position_field is not None else {}),

@@ -22,6 +22,7 @@ from torch import nn
 from smalti.config import build
 from smalti.errors import ConfigError, ShapeError, SmaltiError, WeightsError
 from smalti.layers.token_pruning import PredictionModule, TokenPruning
+from smalti.models.adaptation import merge_lora
 from smalti.models.build import build_encoder, encoder_from_config
 from smalti.models.encoder import ClassHead, Encoder, Origin
 from smalti.models.huggingface import read_folder
@@ -189,6 +190,7 @@ def _from_run(
     field = {key.removeprefix(_FIELD): value for key, value in tensors.items() if key.startswith(_FIELD)}
     encoder = _fill(description, ForeignViT(vit), source, config, where=where)
     _fill_field(encoder, field, config)
+    merge_lora(encoder)
     return encoder
 
 

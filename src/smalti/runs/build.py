@@ -28,6 +28,7 @@ from smalti.errors import ConfigError, DataError, RunError, SmaltiError, Weights
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import EncoderMethod, Method, TokenMethod, get_method
 from smalti.methods.ranker import DistilledRanker
+from smalti.models.adaptation import LORA, attach_lora, freeze, parse_adapt
 from smalti.models.build import build_encoder, encoder_from_config
 from smalti.models.encoder import Encoder
 from smalti.models.loading import (
@@ -119,7 +120,15 @@ def build_method(config: RunConfig, description: Mapping[str, Any] | None = None
             )
         encoder.draw_positions()  # methods without positions remove them later
         encoder.set_drop_path(config.drop_path)
-        return method(encoder, config.method)
+        encoder.checkpointing = config.checkpointing
+        kind, rank = parse_adapt(config.adapt)
+        if kind == LORA and encoder.lora is None:
+            attach_lora(encoder, rank, config.seed)
+        made = method(encoder, config.method)
+        for part in made.modules():
+            if isinstance(part, Encoder):
+                freeze(part, config.adapt)
+        return made
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from smalti.evaluation.protocol import find_protocol
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.tokens import TokenConfig
 from smalti.methods.base import MethodConfig, get_method, method_names
+from smalti.models.adaptation import FULL, parse_adapt
 from smalti.models.loading import (
     names_best,
 )
@@ -49,7 +50,7 @@ from smalti.training.launch import (
 from smalti.training.loop import LogConfig
 from smalti.training.optim import OptimConfig
 
-MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_workers")
+MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_workers", "checkpointing")
 """Settings that may change when a run resumes; all others would change its results."""
 
 
@@ -127,6 +128,13 @@ class RunConfig:
     """Add a learned Gaussian around each patch to its attention logits (GAug of LocAtViT), in all networks, saved with
     them; refused by methods whose loss predicts positions, which it would reveal. Weights of ``init`` that have it keep
     it."""
+    adapt: str = "full"
+    """What of the encoder is trained, if it starts from weights (``init``): ``full``: all; ``last:N``: the last N
+    blocks and the final norm; ``norms``: the layer norms; ``lora:R``: updates of rank R of all linear layers of the
+    blocks, merged when the run is loaded or exported. Heads are always trained."""
+    checkpointing: bool = False
+    """Recompute the activations of each block in the backward pass: less memory, about a third more time, the same
+    gradients."""
     drop_path: float = 0.0
     """Maximum stochastic depth rate of the trained network; the rate grows linearly with depth."""
     optim: OptimConfig = OptimConfig()
@@ -185,6 +193,8 @@ def resolve(tree: Mapping[str, Any], where: str = "settings") -> RunConfig:
         config = dataclasses.replace(config, tokens=tokens)
     elif config.tokens is not None:
         raise ConfigError(f"{where}: tokens.* only applies to methods without an encoder; {method.name} has one")
+    if parse_adapt(config.adapt)[0] != FULL and not config.init:
+        raise ConfigError(f"adapt={config.adapt} keeps a part of trained weights as it is; name these with --init")
     if config.init and config.encoder:
         raise ConfigError(f"{where}: init={config.init} has its own architecture; leave encoder= out")
     if config.load != LoadConfig() and not config.init:
@@ -203,7 +213,8 @@ def _check_no_encoder(config: RunConfig, where: str) -> None:
     """
     name = config.method.name
     without: dict[str, Any] = dict.fromkeys(("encoder", "weights", "prr"))
-    without |= {"pool": "auto", "gaug": False, "drop_path": 0.0, "load": LoadConfig()}
+    without |= {"pool": "auto", "gaug": False, "adapt": "full", "checkpointing": False, "drop_path": 0.0}
+    without |= {"load": LoadConfig()}
     for setting, unset in without.items():
         if getattr(config, setting) != unset:
             raise ConfigError(f"{where}: {setting}: {name} trains no encoder, only tokens.* applies; leave it out")
