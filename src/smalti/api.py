@@ -21,6 +21,7 @@ from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.result import Result
 from smalti.exporters.embeddings import Embedded
 from smalti.exporters.embeddings import embed as write_embeddings
+from smalti.exporters.hf import export_hf
 from smalti.exporters.onnx import export_onnx
 from smalti.exporters.ranked import RankedModel
 from smalti.exporters.timm import export_timm
@@ -45,6 +46,7 @@ from smalti.runs.generate import (
     open_cache,
     own_order,
 )
+from smalti.runs.provenance import history
 from smalti.runs.recipes import find_recipe
 from smalti.training.launch import num_processes
 
@@ -167,12 +169,12 @@ def generate(run: str | Path, *, orders: str | Path | None = None, **settings: A
 
 
 def export(encoder: Spec, out: str | Path, to: str = "timm", **settings: Any) -> Path:
-    """Write an encoder as a plain timm model or as ONNX, and check that the outputs are equal.
+    """Write an encoder for timm, transformers or ONNX, and check that the outputs are equal.
 
     Args:
         encoder: an encoder, or one by name.
         out: a folder that doesn't exist yet.
-        to: ``timm`` or ``onnx``.
+        to: ``timm``, ``hf`` (Hugging Face transformers) or ``onnx``.
         settings: for ONNX ``image_size=``, ``keep=`` and ``input="unit"``.
 
     Returns:
@@ -180,15 +182,19 @@ def export(encoder: Spec, out: str | Path, to: str = "timm", **settings: Any) ->
 
     Raises:
         ConfigError, WeightsError: for an invalid setting, or if the outputs differ.
-        MissingExtraError: for ``to="onnx"`` without the extra.
+        MissingExtraError: for ``to="onnx"`` or ``to="hf"`` without the extra.
     """
-    if to not in ("timm", "onnx"):
-        raise ConfigError(f"to={to}: timm or onnx is needed")
+    if to not in ("timm", "hf", "onnx"):
+        raise ConfigError(f"to={to}: timm, hf or onnx is needed")
+    if to != "onnx" and settings:
+        raise ConfigError(f"{next(iter(settings))} only applies to to='onnx'; leave it out")
+    model = _encoder(encoder)
+    told = history(model, model.name if isinstance(encoder, Encoder) else str(encoder))
     if to == "timm":
-        if settings:
-            raise ConfigError(f"{next(iter(settings))} only applies to to='onnx'; leave it out")
-        return export_timm(_encoder(encoder), Path(out)).path
-    return export_onnx(_encoder(encoder).cpu(), Path(out), **settings).path
+        return export_timm(model, Path(out), told).path
+    if to == "hf":
+        return export_hf(model, Path(out), told).path
+    return export_onnx(model.cpu(), Path(out), history=told, **settings).path
 
 
 def embed(encoder: Spec, data: str | Path, out: str | Path, *, level: str = "image", **settings: Any) -> Embedded:

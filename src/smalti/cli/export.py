@@ -84,6 +84,7 @@ def command(
     from smalti.exporters.onnx import KEEP, RANKED, WHOLE, check_onnx, export_onnx
     from smalti.exporters.timm import check_target, export_timm
     from smalti.runs.build import load_ranker
+    from smalti.runs.provenance import history
 
     if given.to == "onnx":
         check_onnx()
@@ -92,9 +93,18 @@ def command(
         check_transformers()
         check_target(out)
     model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug)
+    told = history(model, encoder)
     if given.to == "onnx":
         ranker = None if given.ranker is None else load_ranker(given.ranker)
-        made = export_onnx(model, out, image_size=given.image_size, keep=given.keep, input=given.input, ranker=ranker)
+        made = export_onnx(
+            model,
+            out,
+            image_size=given.image_size,
+            keep=given.keep,
+            input=given.input,
+            ranker=ranker,
+            history=told,
+        )
         print(
             f"written: {made.path}  (largest difference in ONNX Runtime: {made.difference:.1e} of the largest number)"
         )
@@ -105,12 +115,12 @@ def command(
         print(f"images:  {input_words(model, given.input)}")
         return
     if given.to == "hf":
-        saved = export_hf(model, out)
+        saved = export_hf(model, out, told)
         print(f"written: {saved.path}  (largest difference after reloading by transformers: {saved.difference:.1e})")
         print(f'use it:  transformers.AutoModel.from_pretrained("{saved.path}")  # {saved.kind}')
         print(f"images:  {input_words(model, 'normalized')}")
         return
-    written = export_timm(model, out)
+    written = export_timm(model, out, told)
     print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
     print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')
     print(f"images:  {input_words(model, 'normalized')}")

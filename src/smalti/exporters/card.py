@@ -36,7 +36,7 @@ def numbers(values: Sequence[float]) -> str:
     return f"({', '.join(f'{value:g}' for value in values)})"
 
 
-def model_card(encoder: Encoder, input: Input, size: tuple[int, int], usage: str) -> str:
+def model_card(encoder: Encoder, input: Input, size: tuple[int, int], usage: str, history: Sequence[str] = ()) -> str:
     """README of a folder of exported files.
 
     Args:
@@ -44,9 +44,11 @@ def model_card(encoder: Encoder, input: Input, size: tuple[int, int], usage: str
         input: input of the files.
         size: height and width of the images in pixels.
         usage: code that loads them.
+        history: lines about training, data, licence and measured gain.
     """
     height, width = size
     patch = "x".join(map(str, encoder.patch_size))
+    told = "".join(f"- {line}\n" for line in history)
     return f"""# {encoder.name}
 
 Depth {encoder.depth}, width {encoder.embed_dim}, patches of {patch} pixels. Exported by Smalti from:
@@ -58,4 +60,4 @@ Input in another format gives wrong features without an error.
 ```python
 {usage}
 ```
-"""
+{f"{chr(10)}## Provenance{chr(10)}{chr(10)}{told}" if told else ""}"""

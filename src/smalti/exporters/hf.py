@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ class HFExport(NamedTuple):
     """Largest absolute difference over all tokens of one random image."""
 
 
-def export_hf(encoder: Encoder, out: Path) -> HFExport:
+def export_hf(encoder: Encoder, out: Path, history: Sequence[str] = ()) -> HFExport:
     """Write an encoder as a model of transformers: weights, ``config.json``, ``preprocessor_config.json``, a card.
 
     The folder is written under a temporary name, opened by ``AutoModel``, compared with the encoder on a random image,
@@ -60,6 +61,7 @@ def export_hf(encoder: Encoder, out: Path) -> HFExport:
     Args:
         encoder: on any device; the comparison runs on the CPU in float32.
         out: a folder that does not exist yet, or is empty.
+        history: of the weights, for the model card.
 
     Raises:
         MissingExtraError: without transformers.
@@ -79,7 +81,7 @@ def export_hf(encoder: Encoder, out: Path) -> HFExport:
 
 model = AutoModel.from_pretrained("{out}")
 tokens = model(pixel_values=images).last_hidden_state  # class token, registers, patches"""
-            write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage))
+            write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage, history))
             difference = _compare(ours, temporary)
             if not difference <= TOLERANCE[kind]:  # also NaN
                 raise WeightsError(

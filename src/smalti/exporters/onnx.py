@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +113,7 @@ def export_onnx(
     keep: int | None = None,
     input: Input = "normalized",
     ranker: DistilledRanker | None = None,
+    history: Sequence[str] = (),
 ) -> OnnxExport:
     """Write a folder with ``encoder.onnx``, ``keep.onnx``, ``config.json`` and a model card.
 
@@ -130,6 +131,7 @@ def export_onnx(
         keep: fixed L; None: dynamic.
         input: ``normalized`` images, or pixels in 0..1 (``unit``), which the model normalises itself.
         ranker: chooses the patches of ``ranked.onnx``; needs ``keep``.
+        history: of the weights, for the model card.
 
     Raises:
         MissingExtraError: without onnx, onnxscript or onnxruntime.
@@ -181,7 +183,7 @@ def export_onnx(
 
 session = onnxruntime.InferenceSession("{WHOLE}")
 {", ".join(outputs)} = session.run(None, {{"images": images}})"""
-            write_atomically(temporary / CARD, model_card(encoder, input, (height, width), usage))
+            write_atomically(temporary / CARD, model_card(encoder, input, (height, width), usage, history))
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ConfigError(f"{encoder.name} with pool={encoder.pool} can't be written as ONNX ({reason})") from error

@@ -1,6 +1,7 @@
 """Export an encoder to a folder that timm loads; the tokens are checked to be equal."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class TimmExport(NamedTuple):
     """Largest absolute difference over all tokens of one random image and its vector, at most :data:`TOLERANCE`."""
 
 
-def export_timm(encoder: Encoder, out: Path) -> TimmExport:
+def export_timm(encoder: Encoder, out: Path, history: Sequence[str] = ()) -> TimmExport:
     """Write an encoder as ``model.safetensors`` and ``config.json``, which timm loads without Smalti, and a model card.
 
     The folder is written under a temporary name, loaded through timm, compared with the encoder on a random image, and
@@ -45,6 +46,7 @@ def export_timm(encoder: Encoder, out: Path) -> TimmExport:
     Args:
         encoder: on any device; the comparison runs on the CPU in float32.
         out: a folder that does not exist yet, or is empty.
+        history: of the weights, for the model card.
 
     Raises:
         ConfigError: if ``out`` is a file, isn't empty or can't be written; or if timm's models don't have the encoder's
@@ -61,7 +63,7 @@ def export_timm(encoder: Encoder, out: Path) -> TimmExport:
 
 model = timm.create_model("local-dir:{out}", pretrained=True).eval()
 features = model.forward_features(images)"""
-            write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage))
+            write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage, history))
             difference = compare(encoder, temporary)
             if not difference <= TOLERANCE:  # also NaN
                 raise WeightsError(

@@ -31,6 +31,7 @@ from smalti.data.workers import check_workers
 from smalti.errors import ConfigError, DataError, Interrupted
 from smalti.files import check_folder, is_free, remove_leftovers
 from smalti.methods.base import Method
+from smalti.models.licences import licence_note
 from smalti.models.loading import (
     encoder_description,
     latest_checkpoint,
@@ -145,8 +146,8 @@ def train(
             remove_leftovers(run)
             if not quiet:
                 print(f"data: {found.account()}", file=sys.stderr)
-                if note := posttrain_note(tree, config):
-                    print(note, file=sys.stderr)
+                notes = (posttrain_note(tree, config), licence_note(config.init) if config.init else "")
+                print(*(f"{note}\n" for note in notes if note), sep="", end="", file=sys.stderr)
             write_yaml(run / CONFIG_FILE, to_tree(config))
             write_run_file(run, images, config.init, chosen_precision(config))
         _start(run, config, None, quiet)
