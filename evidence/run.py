@@ -51,11 +51,8 @@ class Run:
     """Arguments of the script, with ``{out}``, ``{shared}`` and ``{part}`` to fill in."""
     samples: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Folder -> settings of the ``smalti samples`` that a plan needs."""
-
-    @property
-    def needs_shared(self) -> bool:
-        """Whether it needs data that ``smalti samples`` does not write."""
-        return any("{shared}" in argument for argument in self.arguments)
+    needs_shared: bool = False
+    """Whether it needs data that ``smalti samples`` does not write; in a plan they are the folder ``data``."""
 
 
 RUNS = (
@@ -69,6 +66,14 @@ RUNS = (
             "unlabelled": ("num_train=20000", "num_val=1", "num_objects_train=1", "num_objects_val=1", "seed=1"),
             "labelled": (),
         },
+    ),
+    Run(
+        "methods_photos",
+        "the same on photographs of clothing",
+        15.0,
+        ("0", "1"),
+        "methods-photos.json",
+        needs_shared=True,
     ),
     Run(
         "comae-hubs",
@@ -113,12 +118,15 @@ def commands(run: Run, part: str, out: Path, shared: Path | None) -> list[list[s
     return [[sys.executable, "-m", "smalti", "compare", str(plan), "--out", str(target)]]
 
 
-def prepare(run: Run, out: Path) -> None:
-    """Samples, and one plan per seed; all seeds train the steps that the first one measured."""
+def prepare(run: Run, out: Path, shared: Path | None) -> None:
+    """Samples or a link to the shared data, and one plan per seed; all seeds train the steps that the first one
+    measured."""
     folder = out / run.name
     folder.mkdir(parents=True, exist_ok=True)
     if run.script:
         return
+    if shared is not None and run.needs_shared and not (folder / "data").exists():
+        (folder / "data").symlink_to(shared.resolve(), target_is_directory=True)
     for name, settings in run.samples.items():
         if not (folder / "samples" / name).is_dir():
             what = ["samples", *settings, "--out", str(folder / "samples" / name), "--quiet"]
@@ -246,7 +254,7 @@ def main() -> None:
             continue
         missing = [part for part in run.parts if part not in done_parts(run, out)]
         if missing:
-            prepare(run, out)
+            prepare(run, out, options.shared)
             queue += [(run, part) for part in missing]
     failed = work(queue, out, options.shared, options.processes)
     for run in runs:
