@@ -300,7 +300,7 @@ def test_mistakes_are_one_line_and_exit_code_two(run: Path, photos: Path, class_
     fails("batch_size='abc'", "embed", run, "--data", photos, "--out", x, "batch_size=abc")
     fails("is a folder", "evaluate", run, "--data", class_folders, "--json", tmp_path)
     fails("data.channels", *train, "data.channels=5", *TINY)
-    fails("input should be 'timm' or 'onnx'", "export", run, "to=tensorrt", "--out", x)
+    fails("input should be 'timm', 'hf' or 'onnx'", "export", run, "to=tensorrt", "--out", x)
     fails(str(run), "export", run, "--out", run)
     fails(".parquet", "embed", run, "--data", photos, "--out", tmp_path / "f.csv")
     fails(str(photos), "report", photos)

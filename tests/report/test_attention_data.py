@@ -97,5 +97,5 @@ def test_equal_weights_are_exact_and_zero_stays_zero():
 def test_an_encoder_without_plain_attention_is_named():
     encoder = small()
     encoder.vit.blocks[0].attn = nn.Identity()
-    with pytest.raises(ConfigError, match="attention weights need timm's plain Attention"):
+    with pytest.raises(ConfigError, match="whose attention weights can't be computed"):
         attention_data({"trained": encoder}, [np.zeros((32, 32, 3), np.uint8)], (4, 4), 0)

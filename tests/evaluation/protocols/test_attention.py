@@ -297,7 +297,7 @@ def test_queries_outside_of_the_image_are_refused(wrong):
 
 def test_blocks_of_another_kind_are_named(tiny, scenes, features_of):
     tiny.vit.blocks[0].attn = nn.Identity()
-    with pytest.raises(ConfigError, match="has blocks with Identity; attention weights need timm's plain Attention"):
+    with pytest.raises(ConfigError, match="has blocks with Identity, whose attention weights can't be computed"):
         run(tiny, scenes, features_of)
 
 
