@@ -109,6 +109,30 @@ def test_the_last_block_at_chosen_tokens_is_the_whole_one_there(encoder):
     chosen = Chosen.where(is_wanted)
     expected = chosen.pick(encoder.forward_tokens(sequence, places=Places(grid)))
     assert (encoder.forward_chosen(sequence, chosen, Places(grid)) - expected).abs().max() < 2e-5
+    plain = chosen.pick(encoder.forward_tokens(sequence))  # without places
+    assert (encoder.forward_chosen(sequence, chosen) - plain).abs().max() < 2e-5
+    ids = torch.tensor([[0, 7, 3, 14], [11, 2, 9, 4]])
+    kept = encoder.assemble(encoder.embed_patches(images, ids)[0], encoder.positions(grid), ids)
+    few = Chosen.where(is_wanted[:, : kept.shape[1]])
+    expected = few.pick(encoder.forward_tokens(kept, places=Places(grid, ids)))
+    assert (encoder.forward_chosen(kept, few, Places(grid, ids)) - expected).abs().max() < 2e-5
+
+
+def test_gradients_of_the_last_block_at_chosen_tokens_are_those_of_the_whole_one(encoder):
+    encoder = encoder.double()
+    sequence = torch.randn(2, encoder.num_prefix_tokens + 16, 32, dtype=torch.float64)
+    is_wanted = torch.rand(sequence.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.3
+    chosen, grads = Chosen.where(is_wanted), []
+    for output in (
+        lambda: encoder.forward_chosen(sequence, chosen, Places((4, 4))),
+        lambda: chosen.pick(encoder.forward_tokens(sequence, places=Places((4, 4)))),
+    ):
+        encoder.zero_grad()
+        output().square().sum().backward()
+        grads.append({name: value.grad for name, value in encoder.named_parameters() if value.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[1].items():
+        assert torch.allclose(grads[0][name], grad, rtol=1e-9, atol=1e-12), name
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from timm.layers import Attention
+from timm.layers import Attention, apply_rot_embed_cat
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -57,8 +58,8 @@ def block_at(
     """``chosen.pick(block(x))``, equal up to rounding, at a lower cost.
 
     Keys and values are computed for all tokens; queries, output projection and MLP only for the selected ones.
-    Stochastic depth samples once per sequence, as in the full block. Blocks other than timm's plain one, also those
-    with adapters on their layers, are run in full.
+    Stochastic depth samples once per sequence, as in the full block. Blocks other than timm's plain one and those of
+    ``Eva`` are run in full.
 
     Args:
         block: of a timm model.
@@ -67,8 +68,8 @@ def block_at(
         rope: rotary positions, for blocks that take them.
     """
     plain: Any = block  # nn.Module doesn't type its parts
-    if rope is not None:
-        return chosen.pick(block(x, rope=rope))
+    if type(block) in (EvaBlock, EvaBlockPostNorm):
+        return _eva_block_at(plain, x, chosen, rope)
     if type(block) is not Block or not _is_plain(plain.attn):
         return chosen.pick(block(x))
     attn = plain.attn
@@ -87,6 +88,69 @@ def block_at(
     out = out.transpose(1, 2).reshape(-1, inner)[chosen.places]  # (B, heads, Q, D / heads) -> (S, D)
     tokens = chosen.pick(x) + _kept(plain.drop_path1, x, chosen) * plain.ls1(attn.proj_drop(attn.proj(attn.norm(out))))
     return tokens + _kept(plain.drop_path2, x, chosen) * plain.ls2(plain.mlp(plain.norm2(tokens)))
+
+
+def _eva_block_at(
+    block: Any, x: Float[Tensor, "B T D"], chosen: Chosen, rope: Float[Tensor, "*#B P e"] | None
+) -> Float[Tensor, "S D"]:
+    """:func:`block_at` for a block of timm's ``Eva``, with norms before or after its branches."""
+    is_post = type(block) is EvaBlockPostNorm
+    attn, batch = block.attn, len(x)
+    inputs = x if is_post else block.norm1(x)
+    asking = inputs.gather(1, chosen.ids[..., None].expand(-1, -1, x.shape[-1]))  # (B, Q, D)
+    projected = zip(_projections(attn), (asking, inputs, inputs), strict=True)
+    queries, keys, values = (
+        F.linear(tokens, weight, bias).reshape(batch, tokens.shape[1], -1, attn.head_dim).transpose(1, 2)
+        for (weight, bias), tokens in projected
+    )
+    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+    if rope is not None:
+        whole = _with_prefix(rope, attn.num_prefix_tokens)
+        half = getattr(attn, "rotate_half", False)
+        queries = apply_rot_embed_cat(queries, _at(whole, chosen.ids), half=half).type_as(values)
+        keys = apply_rot_embed_cat(keys, whole, half=half).type_as(values)
+    shared = attn.num_heads // keys.shape[1]  # heads that share their keys and values
+    keys, values = (part.repeat_interleave(shared, dim=1) for part in (keys, values))
+    out = F.scaled_dot_product_attention(queries, keys, values, dropout_p=attn.attn_drop.p if attn.training else 0.0)
+    out = attn.norm(out.transpose(1, 2).flatten(0, 1).flatten(1)[chosen.places])  # (B, heads, Q, d) -> (S, heads * d)
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(asking.flatten(0, 1)[chosen.places]).sigmoid()
+    out = attn.proj_drop(attn.proj(out))
+    tokens = chosen.pick(x)
+    if is_post:
+        tokens = tokens + _kept(block.drop_path1, x, chosen) * block.norm1(out)
+        return tokens + _kept(block.drop_path2, x, chosen) * block.norm2(block.mlp(tokens))
+    out = out if block.gamma_1 is None else block.gamma_1 * out
+    tokens = tokens + _kept(block.drop_path1, x, chosen) * out
+    out = block.mlp(block.norm2(tokens))
+    return tokens + _kept(block.drop_path2, x, chosen) * (out if block.gamma_2 is None else block.gamma_2 * out)
+
+
+def _projections(attn: Any) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Weight and bias of queries, keys and values."""
+    if attn.qkv is None:
+        return tuple((layer.weight, layer.bias) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+    weights = attn.qkv.weight.chunk(3)
+    if getattr(attn, "q_bias", None) is not None:
+        return tuple(zip(weights, (attn.q_bias, attn.k_bias, attn.v_bias), strict=True))
+    biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    return tuple(zip(weights, biases, strict=True))
+
+
+def _with_prefix(rope: Float[Tensor, "*#B P e"], num_prefix: int) -> Float[Tensor, "*#B T e"]:
+    """Rotary positions with rows for the prefix tokens, which they leave as they are: sine 0, cosine 1."""
+    rows = rope.new_zeros(*rope.shape[:-2], num_prefix, rope.shape[-1])
+    rows[..., rope.shape[-1] // 2 :] = 1
+    return torch.cat([rows, rope], dim=-2)
+
+
+def _at(rope: Float[Tensor, "*#B T e"], ids: Int[Tensor, "B Q"]) -> Float[Tensor, "B #H Q e"]:
+    """Rotary positions of the selected tokens of each sequence."""
+    if rope.ndim == 2:
+        return rope[ids][:, None]
+    if rope.ndim == 3:
+        return rope[:, ids].transpose(0, 1)
+    return rope.gather(2, ids[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[-1]))
 
 
 def _is_plain(attn: Any) -> bool:
