@@ -6,8 +6,9 @@
 
 1. CoMAE by recipe comae_tiny64 in the one-pass form with a falling budget, 3,000 steps of 16, seeds 0, 1 and 2.
 2. ``smalti rank`` of all images with each seed, against the next seed.
-3. A ranker (recipe ranker_tiny64) for each seed, trained on seed 0's orders of the training photographs;
-   ``smalti rank`` of the test photographs against the teacher.
+3. A ranker (recipe ranker_tiny64) for each seed, trained on seed 0's orders of the training photographs; ``smalti
+   rank`` of all photographs. Its agreement with the teacher on the test photographs is computed here, beside those of
+   the training photographs' mean order and of another test photograph's order.
 4. Two classifiers per seed (recipe cvit_tiny32 at this size, 1,000 steps of 64): one trained on whole images
    (``full``), one with patches dropped at random (``random``). ``keep-curve`` on the test photographs with the orders
    of CoMAE and of the ranker, and the controls centre_out, variance, attention, random and the static order; coverage
@@ -36,6 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from smalti.config import write_atomically
+from smalti.data.order_files import read_orders
+from smalti.functional.orders import rank_correlation, static_order
 from smalti.runs.machine import describe_machine
 
 SEEDS = (0, 1, 2)
@@ -47,6 +50,7 @@ SHOWN = ("collapse", "distilled", "coverage", *CONTROLS, "random")
 STUDENT = 4.303
 """Student's quantile for two degrees of freedom, two-sided 95 %."""
 STABLE, MORE = 0.3, 0.02
+SPLITS = ("train", "test")
 
 
 def smalti(*arguments: str | Path) -> None:
@@ -70,6 +74,19 @@ def rank(run: Path, data: Path, out: Path, against: Path | None = None) -> dict[
         more = ("--against", against) if against else ()
         smalti("rank", run, "--data", data, "--out", out, *more, "--quiet", "num_shown=4")
     return dict(json.loads((out / "orders.json").read_text()))
+
+
+def agreement(teacher: Path, distilled: Path) -> dict[str, float]:
+    """Mean Spearman correlation with the teacher's orders over the test photographs."""
+    known, found = read_orders(teacher), read_orders(distilled)
+    train, test = (sorted({name for name in known.images if name.startswith(f"{split}/")}) for split in SPLITS)
+    expected = known.orders("collapse", test, [False] * len(test))
+    static = static_order(known.orders("collapse", train, [False] * len(train)))
+    return {
+        "ranker": float(rank_correlation(found.orders("distilled", test, [False] * len(test)), expected).mean()),
+        "static": float(rank_correlation(static.expand(len(test), -1), expected).mean()),
+        "another_image": float(rank_correlation(expected.roll(1, dims=0), expected).mean()),
+    }
 
 
 def keep_curve(run: Path, data: Path, out: Path, orders: str, seed: int) -> dict[str, float]:
@@ -107,11 +124,15 @@ def main() -> None:
     for seed in SEEDS:
         run = out / f"ranker_{seed}"
         train("ranker_tiny64", data, run, f"method.orders={teacher}", f"seed={seed}")
-        rankers[seed] = rank(run, data, out / f"distilled_{seed}", teacher)
-        files = f"[{teacher},{out / f'distilled_{seed}' / 'orders.parquet'},centre_out,variance,attention]"
+        ranked = rank(run, data, out / f"distilled_{seed}")
+        distilled = out / f"distilled_{seed}" / "orders.parquet"
+        rankers[seed] = {**agreement(teacher, distilled), "seconds_an_image": ranked["seconds_an_image"]["distilled"]}
+        files = f"[{teacher},{distilled},centre_out,variance,attention]"
         for name, settings in CLASSIFIERS.items():
             train("cvit_tiny32", data, out / f"{name}_{seed}", *SIZE, settings, f"seed={seed}")
             curves[name].append(keep_curve(out / f"{name}_{seed}", data, out / f"curve_{name}_{seed}", files, seed))
+    for seed, found in rankers.items():
+        print(f"ranker, seed {seed}: {json.dumps(found)}")
     for name, rows in curves.items():
         print(f"\n| trained on {name} | mean top-1 | collapse minus it |\n|---|---|---|")
         for order in SHOWN:
