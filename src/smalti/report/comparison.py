@@ -11,7 +11,7 @@ import numpy as np
 from smalti.charts import ForestChart, ForestRow, Line, LineChart, floats
 from smalti.comparison.cell import RANDOM, RUN
 from smalti.comparison.outcome import Cell, Comparison
-from smalti.comparison.plan import taken
+from smalti.comparison.plan import OF_ARM, taken
 from smalti.comparison.run import PAGE, read_comparison
 from smalti.comparison.tables import cost_cells, cost_columns, samples_name, short_name
 from smalti.config import flatten, to_tree
@@ -174,7 +174,10 @@ def _arms(comparison: Comparison, evaluated: Sequence[Evaluated], runs: Mapping[
         spec = taken(settings)
         if spec is None:
             files = next(iter(runs.get(arm, {}).values()), None)
-            init = files.setting("init") if files else settings.get("init")
+            given = str(settings.get("init") or comparison.plan.settings.get("init") or "")
+            init = files.setting("init") if files else given
+            if given.startswith(OF_ARM):
+                init = f"arm {given.removeprefix(OF_ARM)}"
             method = (files.setting("method") if files else None) or settings.get("method") or settings.get("recipe")
             method = method.get("name") if isinstance(method, Mapping) else method
             about = f"trained with {method}, started from {f'the weights of {init}' if init else 'random weights'}"
