@@ -94,8 +94,16 @@ def keep_curve(run: Path, data: Path, out: Path, orders: str, seed: int) -> dict
     found = out.with_suffix(".json")
     if not found.is_file():
         what = ("--protocol", "keep-curve", "--data", data, "--out", out, "--json", found, "--quiet")
-        smalti("evaluate", run, *what, "eval.split=test", f"eval.seed={seed}", f"eval.keep-curve.orders={orders}")
-    (result,) = json.loads(found.read_text())["results"]
+        smalti(
+            "evaluate",
+            run,
+            *what,
+            "eval.split=test",
+            "eval.baseline=false",
+            f"eval.seed={seed}",
+            f"eval.keep-curve.orders={orders}",
+        )
+    result = json.loads(found.read_text())["results"][0]
     return {**result["metrics"], "mean_top1_collapse": result["metrics"]["mean_top1"]}
 
 
