@@ -832,7 +832,7 @@ def test_scores_of_another_evaluation_are_not_compared_with_those_before(
     assert (state["step"], state["best_step"], state["best_score"]) == (8, 8, 0.35)
 
 
-@pytest.mark.parametrize(("protocol", "sign"), [("dense-structure", 1)])
+@pytest.mark.parametrize(("protocol", "sign"), [("dense-structure", 1), ("position", -1)])
 def test_the_best_step_is_chosen_without_labels(protocol: str, sign: int, photos: Path, tmp_path: Path) -> None:
     own = {"num_images": 8, **({"repeats": 1} if protocol == "dense-structure" else {})}
     evaluation = {"data": str(photos), "every": 4, "protocols": [protocol], protocol: own}
