@@ -242,3 +242,17 @@ def test_a_run_that_started_from_weights_says_so(tmp_path):
         tmp_path / "config.yaml", {"method": {"name": "mae"}, "init": "timm:vit@w.pth", "data": {"path": "gone"}}
     )
     assert "started from the weights of timm:vit@w.pth" in Page(write_report(tmp_path)).text
+
+
+def test_a_protocol_draws_what_only_the_whole_run_shows(make_run):
+    run = make_run()
+    values = {0: (9.0, 0.9), 50: (1.0, 0.5), 100: (2.0, 0.4), 150: (4.0, 0.6), 200: (3.0, 0.5)}
+    for step, (inner, dim) in values.items():
+        metrics = {"dse": inner + dim, "m_inter": inner, "m_intra_image": 0.0, "m_intra_group": 0.0, "m_dim": dim}
+        units = dict.fromkeys(metrics, "higher is better")
+        found = Result("dense-structure", "x", "photos", metrics, units, {}, baseline=None if step else "untrained")
+        write_results(run / "results" / f"step_{step:08d}.json", [found])
+    text = Page(write_report(run, num_images=0)).text
+    assert "DSE with the weight of the run" in text
+    # std of 1, 2, 4, 3 over std of 0.5, 0.4, 0.6, 0.5; the untrained network does not count
+    assert "M_inter - M_intra + 15.8 M_dim" in text and "Candidates, the best first: step 150." in text

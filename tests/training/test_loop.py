@@ -478,8 +478,8 @@ def test_mistakes_are_one_line_and_write_nothing(photos: Path, class_folders: Pa
     fails("did you mean 'mask_ratio'", method={"mask_ration": 0.5})
     fails("did you mean 'warmup_ratio'", optim={"warmup_shar": 0.5})
     fails("steps=0: at least 1", steps=0)
-    fails("eval.every=5 needs labelled images", eval={"every": 5})
-    fails("eval.patience=5 needs labelled images", eval={"patience": 5})
+    fails("eval.every=5 needs images to evaluate on", eval={"every": 5})
+    fails("eval.patience=5 needs images to evaluate on", eval={"patience": 5})
     fails("eval.patience=2 counts evaluations during training", eval={"data": str(class_folders), "patience": 2})
     fails("precision='int8'", precision="int8")
     fails("devices=0", devices=0)
@@ -830,3 +830,17 @@ def test_scores_of_another_evaluation_are_not_compared_with_those_before(
     runs.resume(run, {"eval": {"patience": 0, "knn": {"k": 3}}}, quiet=True)
     state = state_of(run)
     assert (state["step"], state["best_step"], state["best_score"]) == (8, 8, 0.35)
+
+
+@pytest.mark.parametrize(("protocol", "sign"), [("dense-structure", 1), ("position", -1)])
+def test_the_best_step_is_chosen_without_labels(protocol: str, sign: int, photos: Path, tmp_path: Path) -> None:
+    own = {"num_images": 8, **({"repeats": 1} if protocol == "dense-structure" else {})}
+    evaluation = {"data": str(photos), "every": 4, "protocols": [protocol], protocol: own}
+    run = train(tmp_path / "a", photos, eval=evaluation)
+    scores = {}
+    for step in (0, 4, 8):
+        (result,) = json.loads((run / "results" / f"step_{step:08d}.json").read_text())["results"]
+        scores[step] = sign * next(iter(result["metrics"].values()))
+    state = state_of(run)
+    assert (state["best_step"], state["best_score"]) == max(scores.items(), key=lambda item: item[1])
+    assert (run / "checkpoints" / f"step_{state['best_step']:08d}").is_dir()

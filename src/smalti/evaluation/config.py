@@ -33,7 +33,7 @@ class EvalConfig(PixelConfig):
     """Settings of an evaluation. Protocol-specific settings are grouped by name: ``eval.knn.k``."""
 
     data: PathText | None = None
-    """Labelled images: class folders, or images with masks; NAME=PATH forces a reader."""
+    """Class folders, images with masks, or any images for protocols without labels; NAME=PATH forces a reader."""
     protocols: tuple[str, ...] = ()
     """Names of the protocols; empty: all that the data supports."""
     split: str | None = None

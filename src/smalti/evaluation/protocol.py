@@ -4,7 +4,7 @@ A protocol is a function in its own file, with its settings class, registered by
 data it needs. :func:`smalti.evaluation.evaluate.evaluate` opens the data and computes features once for all protocols.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -28,6 +28,8 @@ of windows of signals."""
 Run = Callable[[Any, EvalConfig], "Scores"]
 """Maps an :class:`EvaluationContext` (of images: :class:`Features`) and settings to scores; ``config.of(NAME)`` returns
 the protocol's own settings."""
+OverSteps = Callable[[Sequence[int], Sequence[Mapping[str, float]]], LineChart | None]
+"""Maps the steps of a run's evaluations, ascending, and their metrics to a chart; None: too few of them."""
 F = TypeVar("F", bound=Run)
 
 
@@ -91,6 +93,8 @@ class Protocol:
     """Whether it depends on ``eval.pool``."""
     priority: int = 0
     """Pages show protocols of higher priority first, and state the first one's result as the verdict."""
+    over_steps: OverSteps | None = None
+    """Chart of what only all evaluations of a run show."""
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -115,6 +119,7 @@ def register_protocol(
     takes_norm: bool = False,
     takes_pool: bool = False,
     priority: int = 0,
+    over_steps: OverSteps | None = None,
 ) -> Callable[[F], F]:
     """Decorator that registers a function as a protocol; the first line of its docstring is the summary.
 
@@ -131,6 +136,7 @@ def register_protocol(
         takes_norm: whether it depends on ``eval.norm``.
         takes_pool: whether it depends on ``eval.pool``.
         priority: pages show protocols of higher priority first.
+        over_steps: makes a chart of all evaluations of a run.
 
     Raises:
         ConfigError: if the name is taken.
@@ -156,6 +162,7 @@ def register_protocol(
             takes_norm=takes_norm,
             takes_pool=takes_pool,
             priority=priority,
+            over_steps=over_steps,
         )
         return run
 
@@ -177,6 +184,12 @@ def priority_of(name: str) -> int:
     """See :attr:`Protocol.priority`; 0 for a protocol that is not installed."""
     known = _registry()
     return known[name].priority if name in known else 0
+
+
+def over_steps_of(name: str) -> OverSteps | None:
+    """See :attr:`Protocol.over_steps`; None for a protocol that is not installed."""
+    known = _registry()
+    return known[name].over_steps if name in known else None
 
 
 def find_protocol(name: str) -> Protocol:

@@ -51,6 +51,17 @@ def singular_values(moments: Moments, centred: bool) -> Float[Tensor, " D"]:
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
 
 
+def singular_values_of(vectors: Float[Tensor, "*sets n D"]) -> Float[Tensor, "*sets r"]:
+    """Singular values of matrices of few vectors or few dimensions, ``r = min(n, D)``; float64, ascending.
+
+    Args:
+        vectors: ``(*sets, n, D)``, centred by the caller if that is wanted.
+    """
+    wide = vectors.double()
+    gram = wide @ wide.mT if wide.shape[-2] <= wide.shape[-1] else wide.mT @ wide
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+
+
 def effective_rank(values: Float[Tensor, " D"]) -> float:
     """Exponential of the entropy of the normalised singular values, 1..D; 1 if all are 0.
 

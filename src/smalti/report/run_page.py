@@ -11,6 +11,7 @@ from smalti.charts import Line, LineChart, floats, read_chart
 from smalti.config import flatten
 from smalti.data.images.folders import ImageSet
 from smalti.errors import ConfigError, DataError, SmaltiError
+from smalti.evaluation.protocol import over_steps_of
 from smalti.evaluation.result import Baseline
 from smalti.files import write_atomically
 from smalti.methods.base import Method, get_method, method_names
@@ -291,6 +292,11 @@ def _during(files: RunFiles) -> list[Figure]:
         title = f"{protocol} {metric} on {data}"
         chart = LineChart(f"{title} against the step", explanation, (line,), x_label="step", has_points=True)
         figures.append(Figure(title, explanation, chart))
+        trained = [(step, result.metrics) for step, result in points if result.baseline != "untrained"]
+        over_steps = over_steps_of(protocol)
+        whole = over_steps(*map(list, zip(*trained, strict=True))) if over_steps and trained else None
+        if whole is not None:
+            figures.append(Figure(f"{whole.title} on {data}", whole.explanation, whole))
     return figures
 
 

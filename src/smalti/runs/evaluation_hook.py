@@ -121,7 +121,7 @@ def check_evaluation(config: RunConfig) -> None:
             open_sets(config.eval.data, BeforeAfter(Path(), config.eval).config)
     elif config.eval.every or config.eval.patience:
         name = "every" if config.eval.every else "patience"
-        raise ConfigError(f"eval.{name}={getattr(config.eval, name)} needs labelled images; set eval.data=DIR")
+        raise ConfigError(f"eval.{name}={getattr(config.eval, name)} needs images to evaluate on; set eval.data=DIR")
     if config.eval.patience and not config.eval.every:
         raise ConfigError(
             f"eval.patience={config.eval.patience} counts evaluations during training; set eval.every=STEPS"

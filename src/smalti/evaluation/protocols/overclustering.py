@@ -83,8 +83,9 @@ def cluster(
     iters: int = 100,
     restarts: int = 1,
     init: Literal["k-means++", "random"] = "k-means++",
+    per_cluster: int | None = POINTS_PER_CLUSTER,
 ) -> Int[np.ndarray, " n"]:
-    """Euclidean k-means (Lloyd), fitted on at most 256 points per cluster; all points are assigned.
+    """Euclidean k-means (Lloyd), fitted on a sample of the points; all points are assigned.
 
     Args:
         points: ``(n, d)`` float32, with ``n >= num_clusters``.
@@ -93,13 +94,14 @@ def cluster(
         iters: maximum number of iterations.
         restarts: number of fits; the one with the smallest sum of squared distances is used.
         init: initial centres: ``k-means++`` or ``random`` points.
+        per_cluster: maximum number of points per cluster to fit on; None: all points.
 
     Returns:
         ``(n,)`` int64 clusters, 0..K-1.
     """
     fitted = points
-    if len(points) > POINTS_PER_CLUSTER * num_clusters:
-        chosen = np.random.default_rng(seed).permutation(len(points))[: POINTS_PER_CLUSTER * num_clusters]
+    if per_cluster is not None and len(points) > per_cluster * num_clusters:
+        chosen = np.random.default_rng(seed).permutation(len(points))[: per_cluster * num_clusters]
         fitted = points[np.sort(chosen)]
     kmeans = KMeans(num_clusters, init=init, n_init=restarts, max_iter=iters, tol=0, random_state=seed)
     with warnings.catch_warnings():
