@@ -29,6 +29,7 @@ OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [
     ("neco", {"references": "queue"}),
     ("neco", {"network": "odd_even"}),
     ("neco", {"network": "none", "exclude_self": True}),
+    ("paka", {"estimator": "unbiased", "normalize": False, "clean_teacher": False}),
     ("part", {"sampling": "grid", "positions": "sincos"}),
     ("part", {"sampling": "offgrid_scale", "weighting": "schedule", "subpixel": True}),
     ("part", {"sampling": "nonoverlapping", "normalize": "image", "weighting": "variance"}),

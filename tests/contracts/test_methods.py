@@ -63,6 +63,7 @@ SMALL: dict[str, dict[str, object]] = {
     "prefix": {"dim": 24, "depth": 2, "num_heads": 3},
     "supervised": {"num_classes": 4},
     "neco": {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16},
+    "paka": {"hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 24},
 }
 """Settings that make a method small; a method that needs none needn't be here."""
 FIXED_TARGETS: dict[str, dict[str, object]] = {
@@ -72,6 +73,7 @@ FIXED_TARGETS: dict[str, dict[str, object]] = {
     "intertwined": {"momentum": 1.0},
     "loca": {"momentum": 1.0},
     "neco": {"momentum": 1.0},
+    "paka": {"momentum": 1.0},
 }
 """Settings that keep a teacher's targets where they are, so that a falling loss means learning."""
 ONE_BY_ONE: dict[str, dict[str, object]] = {
