@@ -20,6 +20,7 @@ OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [
     ("cmar", {"order": "random"}),
     ("comae", {"alternate": True}),
     ("comae", {"readout": "cross", "contrast_over": "batch"}),
+    ("diet", {"normalize": False}),
     ("dinov2", {"targets": "centering", "koleo_weight": 0.0}),
     ("droppos", {"reconstruct": True, "attentive": False, "pos_token": "zeros"}),
     ("ibot", {"targets": "sinkhorn", "separate_heads": True}),

@@ -64,6 +64,7 @@ SMALL: dict[str, dict[str, object]] = {
     "supervised": {"num_classes": 4},
     "neco": {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16},
     "paka": {"hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 24},
+    "diet": {"num_images": 24},
 }
 """Settings that make a method small; a method that needs none needn't be here."""
 FIXED_TARGETS: dict[str, dict[str, object]] = {
