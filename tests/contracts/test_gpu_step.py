@@ -21,6 +21,8 @@ OTHER_SETTINGS: list[tuple[str, dict[str, object]]] = [
     ("comae", {"alternate": True}),
     ("comae", {"readout": "cross", "contrast_over": "batch"}),
     ("diet", {"normalize": False}),
+    ("dino", {"gram_weight": 2.0, "pretrained": True}),
+    ("dinov2", {"gram_weight": 2.0, "pretrained": True}),
     ("dinov2", {"targets": "centering", "koleo_weight": 0.0}),
     ("droppos", {"reconstruct": True, "attentive": False, "pos_token": "zeros"}),
     ("ibot", {"targets": "sinkhorn", "separate_heads": True}),

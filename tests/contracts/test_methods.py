@@ -102,6 +102,7 @@ def build(
     pool: str = "auto",
     prr: PRRConfig | None = None,
     gaug: bool = False,
+    pretrained: bool = False,
     **config: object,
 ) -> Method:
     torch.manual_seed(seed)
@@ -115,6 +116,7 @@ def build(
         "vit_tiny_patch16_224", img_size=img_size, patch_size=8, embed_dim=24, depth=2, num_heads=3, seed=seed
     )
     encoder.set_pool(pool, prr, fresh=True)
+    encoder.pretrained = pretrained
     if gaug:
         encoder.attach_gaug(encoder.check_size(img_size, img_size), seed)
     return cls(encoder, cls.Config(**{**SMALL.get(name, {}), **config})).train()
