@@ -27,7 +27,7 @@ def test_a_recipes_encoder_can_be_built(recipe: Path) -> None:
     elif issubclass(method, TokenMethod):
         data = config.data
         assert method.make_tokens(config.tokens, config.method, data.image_size, data.channels).num_tokens >= 2
-    elif config.method.name != "neco":  # post-training: its encoder comes with --init
+    elif not method.is_posttraining:  # its encoder comes with --init
         assert starting_encoder(config).depth >= 1
 
 

@@ -63,6 +63,8 @@ SMALL: dict[str, dict[str, object]] = {
     "prefix": {"dim": 24, "depth": 2, "num_heads": 3},
     "supervised": {"num_classes": 4},
     "neco": {"roi_size": 3, "hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 16},
+    "paka": {"hidden_dim": 32, "out_dim": 16, "num_local_views": 2, "local_size": 24},
+    "diet": {"num_images": 24},
 }
 """Settings that make a method small; a method that needs none needn't be here."""
 FIXED_TARGETS: dict[str, dict[str, object]] = {
@@ -72,6 +74,7 @@ FIXED_TARGETS: dict[str, dict[str, object]] = {
     "intertwined": {"momentum": 1.0},
     "loca": {"momentum": 1.0},
     "neco": {"momentum": 1.0},
+    "paka": {"momentum": 1.0},
 }
 """Settings that keep a teacher's targets where they are, so that a falling loss means learning."""
 ONE_BY_ONE: dict[str, dict[str, object]] = {
@@ -99,6 +102,7 @@ def build(
     pool: str = "auto",
     prr: PRRConfig | None = None,
     gaug: bool = False,
+    pretrained: bool = False,
     **config: object,
 ) -> Method:
     torch.manual_seed(seed)
@@ -112,6 +116,7 @@ def build(
         "vit_tiny_patch16_224", img_size=img_size, patch_size=8, embed_dim=24, depth=2, num_heads=3, seed=seed
     )
     encoder.set_pool(pool, prr, fresh=True)
+    encoder.pretrained = pretrained
     if gaug:
         encoder.attach_gaug(encoder.check_size(img_size, img_size), seed)
     return cls(encoder, cls.Config(**{**SMALL.get(name, {}), **config})).train()

@@ -38,8 +38,8 @@ KNN = EvalConfig(protocols=("knn",), image_size=32)
 
 
 def train(out: Path, name: str, images: Path, **more: Any) -> Path:
-    own = {key: value for key, value in SMALL.get(name, {}).items() if key != "num_classes"}
-    if name == "neco" and "from_scratch" in get_method("neco").Config.__dataclass_fields__:
+    own = {key: value for key, value in SMALL.get(name, {}).items() if key not in ("num_classes", "num_images")}
+    if get_method(name).is_posttraining:
         own["from_scratch"] = True
     overrides = merge(merge(TINY, {"method": own}), more)
     return smalti.train(name, images, out, overrides=overrides, quiet=True)

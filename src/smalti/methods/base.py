@@ -145,6 +145,8 @@ class Method(nn.Module, ABC):
     """Whether ``views.labels`` are required; the run then sets ``num_classes``."""
     takes_labels: ClassVar[bool] = False
     """Whether ``views.labels`` are used if the data has them; the run then sets ``num_classes``."""
+    needs_num_images: ClassVar[bool] = False
+    """Whether the loss has a class per image; the run then sets ``num_images``."""
     takes_signals: ClassVar[bool] = False
     """Whether the method also trains on windows of signals, ``(B, C, 1, T)``."""
     signal_defaults: ClassVar[Mapping[str, Any]] = {}

@@ -25,6 +25,7 @@ from smalti.errors import ConfigError
 from smalti.functional.precision import at_least_float32
 from smalti.layers.heads import ProjectionHead, Prototypes
 from smalti.methods.base import EncoderMethod, Reference, register, same_for_all
+from smalti.methods.gram import GRAM, GRAM_COLUMNS, GramAnchor, gram_loss
 from smalti.methods.self_distillation import (
     STUDENT_TEMP,
     SelfDistillationConfig,
@@ -89,10 +90,12 @@ class EncoderWithHead(nn.Module):
         self.head = ProjectionHead(encoder.embed_dim, config.hidden_dim, config.bottleneck_dim)
         self.prototypes = Prototypes(config.bottleneck_dim, config.num_prototypes, not config.norm_last_layer)
 
-    def forward(self, crops: tuple[Tensor, ...]) -> Float[Tensor, "VB K"]:
-        """Logits of all views, view-major; one pass of the encoder per crop size, one of the head."""
-        tokens = [self.encoder.image_features(self.encoder.normalize(images)) for images in crops]
-        return self.prototypes(self.head(torch.cat(tokens)))
+    def forward(self, crops: tuple[Tensor, ...]) -> tuple[Float[Tensor, "VB K"], Float[Tensor, "GB N D"]]:
+        """Logits of all views, view-major, and patch tokens of the global ones; one pass of the encoder per crop size,
+        one of the head."""
+        features = [self.encoder.encode(self.encoder.normalize(images)) for images in crops]
+        tokens = torch.cat([self.encoder.pooled(one) for one in features])
+        return self.prototypes(self.head(tokens)), features[0].patches
 
 
 @register("dino")
@@ -105,6 +108,7 @@ class DINO(EncoderMethod):
     pools_images = True
     export_network = "teacher"
     log_columns: ClassVar[Mapping[str, LogColumn]] = {
+        **GRAM_COLUMNS,
         "target_entropy": LogColumn(
             "Entropy of targets", "Mean entropy of the teacher's outputs in nats; at 0 each picks one prototype."
         ),
@@ -141,6 +145,8 @@ class DINO(EncoderMethod):
         encoder.draw_class_token()
         init_weights(self.student, self.student.head, encoder, config)
         self.teacher: Teacher[EncoderWithHead] = Teacher(self.student)
+        if config.gram_weight:
+            self.gram = GramAnchor(encoder)
         self.register_buffer("center", torch.zeros(config.num_prototypes))
         self._teacher_sum: Tensor | None = None
         self._teacher_count = 0
@@ -155,10 +161,10 @@ class DINO(EncoderMethod):
         return warmed_up(config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_ratio, progress)
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
-        """Loss term ``dino``."""
+        """Loss term ``dino``; with ``gram_weight`` also ``gram``."""
         batch = views.batch_size
-        teacher = self.teacher((views.global_crops,))
-        student = self.student(views.crops)
+        teacher, _ = self.teacher((views.global_crops,))
+        student, patches = self.student(views.crops)
         teacher_temp = self.teacher_temp(progress)
         loss = cross_view_entropy(
             teacher.unflatten(0, (-1, batch)),
@@ -176,7 +182,11 @@ class DINO(EncoderMethod):
                 "target_entropy": torch.special.entr(targets).sum(-1).mean(),
                 "prototype_usage_entropy": torch.special.entr(targets.mean(0)).sum(),
             }
-        return {"dino": loss}
+        if not self.config.gram_weight:
+            return {"dino": loss}
+        gram = gram_loss(patches, self.gram(views.global_crops))
+        self.observations["gram_distance"] = gram.detach().sqrt()
+        return {"dino": loss, GRAM: self.config.gram_weight * gram}
 
     def after_backward(self, progress: float) -> None:
         """Drop the prototypes' gradients at the start of training."""

@@ -32,6 +32,7 @@ from smalti.functional.transfer import move
 from smalti.functional.transport import sinkhorn_offsets
 from smalti.layers.last_block import Chosen
 from smalti.methods.base import EncoderMethod, Reference, register, same_for_all
+from smalti.methods.gram import GRAM, GRAM_COLUMNS, GramAnchor, gram_loss
 from smalti.methods.masked_tokens import (
     IMAGE,
     PATCH,
@@ -99,7 +100,7 @@ class IBOT(EncoderMethod):
     export_network = "teacher"
     log_columns: ClassVar[Mapping[str, LogColumn]] = {
         f"{head}_{name}": column for head in (IMAGE, PATCH) for name, column in entropy_columns(head).items()
-    }
+    } | GRAM_COLUMNS
     defaults: ClassVar[dict[str, Any]] = {
         "optim": {
             "base_lr": 5e-4,
@@ -130,6 +131,8 @@ class IBOT(EncoderMethod):
         self.student = self.make_network(encoder)
         self._draw_weights()
         self.teacher: Teacher[MaskedNetwork] = Teacher(self.student)
+        if config.gram_weight:
+            self.gram = GramAnchor(encoder)
         if config.targets == "centering":
             for name in (IMAGE, *self.token_heads):
                 self.register_buffer(f"{name}_center", torch.zeros(config.num_prototypes))
@@ -194,7 +197,7 @@ class IBOT(EncoderMethod):
         return warmed_up(first, last, config.warmup_teacher_temp_ratio, progress)
 
     def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
-        """Loss terms ``image`` and ``patch``."""
+        """Loss terms ``image`` and ``patch``; with ``gram_weight`` also ``gram``."""
         return self.losses(views, self.plan(views), progress)
 
     def plan(self, views: Views) -> MaskPlan:
@@ -208,6 +211,9 @@ class IBOT(EncoderMethod):
             whole = {name: torch.ones_like(mask) for name, mask in compared.items()}
             teacher = Reading.of(whole, encoder.num_prefix_tokens)
             compared_rows = {name: mask.flatten().nonzero()[:, 0] for name, mask in compared.items()}
+        if self.config.gram_weight:
+            every = torch.ones_like(next(iter(compared.values())))
+            student = Reading.of({**compared, GRAM: every}, encoder.num_prefix_tokens)
         return MaskPlan(
             masks={name: move(mask, device) for name, mask in masks.items()},
             student=student.to(device),
@@ -221,6 +227,7 @@ class IBOT(EncoderMethod):
         images, device, boxes = views.global_crops, views.global_crops.device, self.view_boxes(views)
         teacher = self._teacher_vectors(images, boxes[0], plan)
         student = plan.student.split(self.student(images, plan.masks, boxes[0], plan.student.chosen))
+        patches = student.pop(GRAM, None)  # also of masked patches, as in DINOv3
         global_tokens = student[IMAGE]
         local_tokens = [
             self.student(crops, {}, box, Chosen.first(len(crops), device))
@@ -253,6 +260,11 @@ class IBOT(EncoderMethod):
             losses[name] = found.loss
             self.observations[f"{name}_target_entropy"] = found.target_entropy
             self.observations[f"{name}_usage_entropy"] = torch.special.entr(found.usage).sum()
+        if patches is not None:
+            anchor = self.gram(images)
+            gram = gram_loss(patches.reshape(anchor.shape), anchor)
+            self.observations["gram_distance"] = gram.detach().sqrt()
+            losses[GRAM] = self.config.gram_weight * gram
         return losses | self.regularizers(global_tokens)
 
     def couplings(self) -> dict[str, bool]:

@@ -272,6 +272,11 @@ def _check(config: IntertwinedConfig, encoder: Encoder) -> None:
         )
     if encoder.vit.pos_embed is None and encoder.position_field is None:
         raise ConfigError(f"{encoder.name} has no positional embeddings, which this method needs; use another encoder")
+    if config.gram_weight:
+        raise ConfigError(
+            "method.gram_weight: intertwined changes what positions mean, so patches can't keep the similarities of "
+            "the start; leave it out"
+        )
     low, high = config.position_mask_ratio
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"method.position_mask_ratio=({low:g}, {high:g}): 0 <= smallest <= largest <= 1 is needed")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from smalti.charts import LogColumn
-from smalti.config import Count, Few, ImageSize, Ratio, Width, settings
+from smalti.config import Count, Few, ImageSize, NonNegative, Ratio, Width, settings
 from smalti.data.color import ColorConfig
 from smalti.data.crops import MultiCrop, ViewSpec
 from smalti.errors import ConfigError
@@ -81,6 +81,9 @@ class SelfDistillationConfig(MethodConfig):
     embedding. Networks narrower than a ViT-S need ``fan_in`` to learn in short runs."""
     position_init: Literal["learned", "sincos"] = "learned"
     """Initial values of the learned positions: timm's, or sine-cosine with the magnitude of embedded patches."""
+    gram_weight: NonNegative = 0.0
+    """With ``init``: weight of Gram anchoring, which keeps similarities among patches as they were at the start; 2 in
+    DINOv3."""
 
 
 def multi_crop(

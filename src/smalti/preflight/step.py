@@ -31,7 +31,7 @@ from smalti.training.optim import build_optimizer, peak_lr
 from smalti.training.step import training_step
 
 STAND_IN_CLASSES = 1000
-"""Number of classes (ImageNet's) of a supervised step measured without images."""
+"""Number of classes (ImageNet's, or images of a method with a class per image) of a step measured without images."""
 
 
 def shared_by_workers(config: RunConfig) -> float:
@@ -54,11 +54,13 @@ def _noise(config: RunConfig) -> np.ndarray:
 
 
 def _with_classes(config: RunConfig) -> RunConfig:
-    """Set :data:`STAND_IN_CLASSES` for a supervised method if there are no images."""
+    """Set :data:`STAND_IN_CLASSES` for a method that needs a number of classes or images, if there are no images."""
     method = get_method(config.method.name)
-    if not method.needs_labels or getattr(config.method, "num_classes", None) is not None:
+    name = "num_images" if method.needs_num_images else "num_classes"
+    is_needed = method.needs_labels or method.needs_num_images
+    if not is_needed or getattr(config.method, name, None) is not None:
         return config
-    named = build(type(config.method), {**to_tree(config.method), "num_classes": STAND_IN_CLASSES}, group="method")
+    named = build(type(config.method), {**to_tree(config.method), name: STAND_IN_CLASSES}, group="method")
     return dataclasses.replace(config, method=named)
 
 

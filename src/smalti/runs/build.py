@@ -60,7 +60,7 @@ SCALE_SAMPLE = 256
 
 def count_classes(config: RunConfig, images: Dataset | None) -> RunConfig:
     """Fill in ``method.num_classes`` from the images, if the method trains on labels; if labels are optional, only for
-    images that have them.
+    images that have them. Fill in ``method.num_images`` if each image is a class.
 
     Args:
         config: the run's settings.
@@ -70,6 +70,8 @@ def count_classes(config: RunConfig, images: Dataset | None) -> RunConfig:
         DataError: if the images have no classes, or more than the settings say.
     """
     method = get_method(config.method.name)
+    if method.needs_num_images and images is not None and getattr(config.method, "num_images", None) is None:
+        return _with_own(config, num_images=len(images))
     if not (method.needs_labels or method.takes_labels):
         return config
     wanted = getattr(config.method, "num_classes", None)
@@ -87,8 +89,13 @@ def count_classes(config: RunConfig, images: Dataset | None) -> RunConfig:
     count = found if wanted is None else wanted
     if count < found:
         raise DataError(f"{images.root}: has {found} classes, but method.num_classes={count}; leave it out")
-    with_count = build(type(config.method), {**to_tree(config.method), "num_classes": count}, group="method")
-    return dataclasses.replace(config, method=with_count)
+    return _with_own(config, num_classes=count)
+
+
+def _with_own(config: RunConfig, **own: Any) -> RunConfig:
+    """The settings with some of the method's own replaced."""
+    changed = build(type(config.method), {**to_tree(config.method), **own}, group="method")
+    return dataclasses.replace(config, method=changed)
 
 
 def build_method(config: RunConfig, description: Mapping[str, Any] | None = None, quiet: bool = True) -> Method:
