@@ -4,6 +4,7 @@ Source: Dai et al., "dense representation structure estimator", arXiv:2510.17299
 paper weighs M_dim by lambda = Std(M_inter - M_intra) / Std(M_dim) over the checkpoints of a run, the code by 1. The
 score of one encoder has the weight 1; :func:`run_curve` uses the paper's once a run has enough evaluations.
 Only compare checkpoints of one run, with equal numbers of images: a random network scores, too.
+With the weight 1, fewer dimensions can raise the score of narrow tokens: tight clusters outweigh M_dim.
 Differs from the code: one fixed list of images; k-means is scikit-learn's, with three seeds; groups have
 about ``group`` images, so that none is left over.
 Letters: B images, N = h*w patches, D embed_dim; z tokens, C the tokens of a cluster, a the scale of the tokens.
@@ -205,8 +206,8 @@ def run_curve(steps: Sequence[int], metrics: Sequence[Mapping[str, float]]) -> L
     return LineChart(
         "DSE with the weight of the run",
         f"M_inter - M_intra + {weight:.3g} M_dim over the checkpoints of the run, the weight being the ratio of their "
-        f"standard deviations; higher is better. Candidates, the best first: step {best}. RUN/best was chosen by the "
-        "score with the weight 1, since the ratio is known only at the end.",
+        f"standard deviations; higher is better. Candidates, the best first: step {best}. Where this protocol "
+        "chooses RUN/best, it does so with the weight 1, since the ratio is known only at the end.",
         (Line(floats(scores), floats(steps), "DSE"),),
         x_label="step",
         has_points=True,
