@@ -30,11 +30,14 @@ Finished steps in ``--out`` are kept. About an hour of one core.
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import matplotlib.pyplot as plt
 
 from smalti.config import write_atomically
 from smalti.data.order_files import read_orders
@@ -107,6 +110,27 @@ def keep_curve(run: Path, data: Path, out: Path, orders: str, seed: int) -> dict
     return {**result["metrics"], "mean_top1_collapse": result["metrics"]["mean_top1"]}
 
 
+def draw(out: Path, figures: Path) -> None:
+    """Top-1 of both classifiers against the fraction of patches dropped, mean over seeds; and the orders of seed 0."""
+    figure, axes = plt.subplots(1, len(CLASSIFIERS), figsize=(9.5, 3.6), sharey=True, layout="constrained")
+    for panel, name in zip(axes, CLASSIFIERS, strict=True):
+        runs = [json.loads((out / f"curve_{name}_{seed}.json").read_text())["results"][0] for seed in SEEDS]
+        curves = [run["settings"]["keep_curve"] for run in runs]
+        for order in SHOWN:
+            means = [
+                statistics.mean(values) for values in zip(*(curve[order]["top1"] for curve in curves), strict=True)
+            ]
+            style = "-" if order in ("collapse", "distilled", "coverage") else "--"
+            panel.plot(curves[0][order]["rate"], means, style, label=order, linewidth=1.4)
+        panel.set_title({"full": "trained on whole images", "random": "trained with patches dropped at random"}[name])
+        panel.set_xlabel("fraction of patches dropped")
+    axes[0].set_ylabel("top-1, mean of three seeds")
+    axes[0].legend(fontsize=7)
+    figure.savefig(figures / "keep-clothing.png", dpi=110)
+    plt.close(figure)
+    shutil.copy(out / "orders_0" / "orders.png", figures / "orders-clothing.png")
+
+
 def differences(rows: list[dict[str, float]], order: str, other: str) -> tuple[float, float]:
     """Mean over seeds of the difference of mean top-1, and half of its 95 % interval."""
     gaps = [row[f"mean_top1_{order}"] - row[f"mean_top1_{other}"] for row in rows]
@@ -118,6 +142,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="class folders with the splits train and test")
     parser.add_argument("--out", type=Path, default=Path("runs/orders"), help="folder of runs and orders")
     parser.add_argument("--results", type=Path, default=Path("evidence/results"), help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"), help="folder of the figures")
     options = parser.parse_args()
     data, out = options.data.resolve(), options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -159,6 +184,8 @@ def main() -> None:
         "curves": curves,
     }
     options.results.mkdir(parents=True, exist_ok=True)
+    options.figures.mkdir(parents=True, exist_ok=True)
+    draw(out, options.figures)
     write_atomically(options.results / "orders-clothing.json", json.dumps(content, indent=1) + "\n")
 
 
