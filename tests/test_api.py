@@ -37,7 +37,7 @@ def test_evaluate_takes_settings_by_name(class_folders: Path, encoder: smalti.En
 def test_export_and_embed_write_files(photos: Path, tmp_path: Path, encoder: smalti.Encoder) -> None:
     folder = smalti.export(encoder, tmp_path / "timm")
     assert (folder / "model.safetensors").is_file()
-    with pytest.raises(ConfigError, match=r"to=tf: timm or onnx is needed"):
+    with pytest.raises(ConfigError, match=r"to=tf: timm, hf or onnx is needed"):
         smalti.export(encoder, tmp_path / "x", to="tf")
     with pytest.raises(ConfigError, match=r"image_size only applies to to='onnx'"):
         smalti.export(encoder, tmp_path / "x", image_size=32)

@@ -29,7 +29,17 @@ from smalti.report.render import _environment, render
 EVIL = "<b>'\"&amp;</b>"
 FOLDER = Path(smalti.report.__file__).parent
 SOURCES = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("templates/*.jinja")])
-PLAIN_WORDS = {"attention", "detection", "generation", "part", "prefix", "retrieval", "supervised", "segmenter"}
+PLAIN_WORDS = {
+    "position",
+    "attention",
+    "detection",
+    "generation",
+    "part",
+    "prefix",
+    "retrieval",
+    "supervised",
+    "segmenter",
+}
 """Names that are also words of the language: only as text of their own do they name a protocol or a method."""
 METRICS = {"miou", "kappa", "top1", "auc_q", "r2", "psnr", "ranking_s", "keep_curve", "label_sweep", "frechet_distance"}
 
