@@ -24,7 +24,7 @@ known):
       variance, attention and the static order: the 95 % interval of the difference over three seeds (Student) excludes
       zero. For coverage and distilled the same numbers are reported, no criterion.
 
-Finished steps in ``--out`` are kept. About an hour of one core.
+Finished steps in ``--out`` are kept. About 75 minutes of one core.
 """
 
 import argparse
