@@ -189,12 +189,12 @@ def export(encoder: Spec, out: str | Path, to: str = "timm", **settings: Any) ->
     if to != "onnx" and settings:
         raise ConfigError(f"{next(iter(settings))} only applies to to='onnx'; leave it out")
     model = _encoder(encoder)
-    told = history(model, model.name if isinstance(encoder, Encoder) else str(encoder))
+    provenance = history(model, model.name if isinstance(encoder, Encoder) else str(encoder))
     if to == "timm":
-        return export_timm(model, Path(out), told).path
+        return export_timm(model, Path(out), provenance).path
     if to == "hf":
-        return export_hf(model, Path(out), told).path
-    return export_onnx(model.cpu(), Path(out), history=told, **settings).path
+        return export_hf(model, Path(out), provenance).path
+    return export_onnx(model.cpu(), Path(out), history=provenance, **settings).path
 
 
 def embed(encoder: Spec, data: str | Path, out: str | Path, *, level: str = "image", **settings: Any) -> Embedded:

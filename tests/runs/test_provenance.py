@@ -58,6 +58,6 @@ def test_the_card_of_a_run_names_data_seed_start_and_gain(photos: Path, tmp_path
 
 def test_the_card_of_published_weights_names_their_licence() -> None:
     encoder = smalti.load("random:test_vit", quiet=True)
-    told = history(encoder, "timm:vit_small_patch16_dinov3@/somewhere/else/file.pth")
-    assert told[0] == "**Weights**: `timm:vit_small_patch16_dinov3@file.pth`"
-    assert told[1] == "**Licence**: dinov3-license, as timm states it for its own weights of this name"
+    provenance = history(encoder, "timm:vit_small_patch16_dinov3@/somewhere/else/file.pth")
+    assert provenance[0] == "**Weights**: `timm:vit_small_patch16_dinov3@file.pth`"
+    assert provenance[1] == "**Licence**: dinov3-license, as timm states it for its own weights of this name"

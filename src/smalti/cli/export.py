@@ -93,7 +93,7 @@ def command(
         check_transformers()
         check_target(out)
     model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug)
-    told = history(model, encoder)
+    provenance = history(model, encoder)
     if given.to == "onnx":
         ranker = None if given.ranker is None else load_ranker(given.ranker)
         made = export_onnx(
@@ -103,7 +103,7 @@ def command(
             keep=given.keep,
             input=given.input,
             ranker=ranker,
-            history=told,
+            history=provenance,
         )
         print(
             f"written: {made.path}  (largest difference in ONNX Runtime: {made.difference:.1e} of the largest number)"
@@ -115,12 +115,12 @@ def command(
         print(f"images:  {input_words(model, given.input)}")
         return
     if given.to == "hf":
-        saved = export_hf(model, out, told)
+        saved = export_hf(model, out, provenance)
         print(f"written: {saved.path}  (largest difference after reloading by transformers: {saved.difference:.1e})")
         print(f'use it:  transformers.AutoModel.from_pretrained("{saved.path}")  # {saved.kind}')
         print(f"images:  {input_words(model, 'normalized')}")
         return
-    written = export_timm(model, out, told)
+    written = export_timm(model, out, provenance)
     print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
     print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')
     print(f"images:  {input_words(model, 'normalized')}")

@@ -48,7 +48,7 @@ def model_card(encoder: Encoder, input: Input, size: tuple[int, int], usage: str
     """
     height, width = size
     patch = "x".join(map(str, encoder.patch_size))
-    told = "".join(f"- {line}\n" for line in history)
+    provenance = "".join(f"- {line}\n" for line in history)
     return f"""# {encoder.name}
 
 Depth {encoder.depth}, width {encoder.embed_dim}, patches of {patch} pixels. Exported by Smalti from:
@@ -60,4 +60,4 @@ Input in another format gives wrong features without an error.
 ```python
 {usage}
 ```
-{f"{chr(10)}## Provenance{chr(10)}{chr(10)}{told}" if told else ""}"""
+{f"{chr(10)}## Provenance{chr(10)}{chr(10)}{provenance}" if provenance else ""}"""
