@@ -108,19 +108,18 @@ def slug(part: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in part)
 
 
-def commands(run: Run, part: str, out: Path, shared: Path | None) -> list[list[str]]:
-    """The commands of a part, as a user types them; a plan's samples come first."""
+def command_of(run: Run, part: str, out: Path, shared: Path | None) -> list[str]:
+    """The command of a part."""
     folder = out / run.name
     if run.script:
         filled = [text.format(out=folder, shared=shared, part=part) for text in run.arguments]
-        return [[sys.executable, str(HERE / run.script), *filled]]
+        return [sys.executable, str(HERE / run.script), *filled]
     plan, target = folder / f"seed-{part}.yaml", folder / f"seed-{part}"
-    return [[sys.executable, "-m", "smalti", "compare", str(plan), "--out", str(target)]]
+    return [sys.executable, "-m", "smalti", "compare", str(plan), "--out", str(target)]
 
 
 def prepare(run: Run, out: Path, shared: Path | None) -> None:
-    """Samples or a link to the shared data, and one plan per seed; all seeds train the steps that the first one
-    measured."""
+    """Samples or a link to the shared data, and one plan per seed."""
     folder = out / run.name
     folder.mkdir(parents=True, exist_ok=True)
     if run.script:
@@ -203,7 +202,7 @@ def work(queue: list[tuple[Run, str]], out: Path, shared: Path | None, processes
         while queue and len(running) < processes and not stopped:
             run, part = queue.pop(0)
             share_steps(run, out)
-            (command,) = commands(run, part, out, shared)
+            command = command_of(run, part, out, shared)
             with (out / run.name / f"{slug(part)}.log").open("ab") as log:
                 process = subprocess.Popen(
                     command, env=environment, stdout=log, stderr=log, preexec_fn=low_priority, cwd=out / run.name

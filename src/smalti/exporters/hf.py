@@ -166,7 +166,7 @@ def _misfit(encoder: Encoder) -> str:
 
 
 def _activation(module: nn.Module) -> str | None:
-    """``hidden_act`` of an activation; None: transformers is not told."""
+    """``hidden_act`` of an activation; None: it has no name in transformers."""
     name = type(module).__name__
     if name == "GELU":
         return "gelu" if getattr(module, "approximate", "none") == "none" else "gelu_pytorch_tanh"

@@ -13,7 +13,7 @@ PREFIX = re.compile(
     r"^((vit|dinov2|dinov2_with_registers|dinov3_vit|vision_model|model|backbone)\.)+(?=embeddings\.|encoder\.|layer|norm)"
 )
 PATCHES = re.compile(r"(^|\.)embeddings\.patch_embedding(s\.projection|s)?\.weight$")
-"""The tensor by which such a file is told."""
+"""The tensor that identifies such a file."""
 BLOCK = re.compile(r"^(?:encoder\.)?layers?\.(\d+)\.(.+)\.(weight|bias|lambda1)$")
 DROPPED = re.compile(
     r"^(pooler|decoder|classifier|text_model|text_projection|visual_projection|head)\.|mask_token$|logit_|position_ids$"
