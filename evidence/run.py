@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.comparison.plan import CELLS, STEPS, read_plan
+from smalti.comparison.run import PLAN_FILE
 from smalti.config import to_tree, write_yaml
 from smalti.files import write_atomically
 
@@ -143,9 +144,11 @@ def share_steps(run: Run, out: Path) -> None:
     folders = [out / run.name / f"seed-{part}" / STEPS for part in run.parts]
     for file in (file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.json"))):
         for folder in folders:
-            if folder.parent.is_dir() and not (folder / file.name).exists():
-                folder.mkdir(exist_ok=True)
+            if not (folder / file.name).exists():
+                folder.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, folder / file.name)
+                if not (folder.parent / PLAN_FILE).exists():  # compare refuses a folder with other files
+                    shutil.copy2(folder.parent.with_suffix(".yaml"), folder.parent / PLAN_FILE)
 
 
 def gather(run: Run, out: Path) -> None:
