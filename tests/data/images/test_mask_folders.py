@@ -105,6 +105,15 @@ def test_splits_of_masks_that_are_named_otherwise_are_refused_without_advice_to_
         open_images(tmp_path)
 
 
+def test_images_with_masks_are_read_beside_many_more_in_class_folders(write, tmp_path):
+    write("images/1.png"), write("masks/1.png", MASK)
+    for number in range(60):
+        write(f"objects/train/{'ab'[number % 2]}/{number}.png")
+    images = open_images(tmp_path)
+    assert images.layout == "masks" and len(images) == 1
+    assert "60 images outside of images/ and masks/ (the first: objects/train/a/0.png)" in images.account()
+
+
 def test_a_small_folder_with_masks_does_not_hide_other_images(write, tmp_path):
     write("old/img/1.png"), write("old/labels/1.png", MASK)
     for number in range(3):

@@ -143,7 +143,8 @@ def _known_folders(root: Path) -> str | None:
 
 def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
     """Masks, class folders or one set of images, perhaps in an outer folder, as archives are packed."""
-    if folder := _only_folder(found.names):
+    has_masks = () in find_mask_folders(root, found.names)
+    if not has_masks and (folder := _only_folder(found.names)):
         inside = found.inside(folder)
         known = _known_folders(root / folder)
         images = READERS[known](root / folder) if known else _detect_own(root / folder, inside, class_depth)
