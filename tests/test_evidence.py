@@ -63,7 +63,9 @@ def test_the_arms_of_each_plan_can_be_trained(path: Path, photos: Path, tmp_path
         what = {"name": name, "seed": 0}
         jobs[name] = train_job(arm, 0, tmp_path, plan, images, what, jobs[source] if source else None)
     assert len({job.folder for job in jobs.values()}) == len(plan.arms)
-    assert jobs["neco"].start == jobs["dinov2"].folder and jobs["mae"].cpu_minutes == plan.budget["cpu_minutes"]
+    assert jobs["neco"].cpu_minutes == plan.budget["cpu_minutes"]
+    if "dinov2" in jobs:
+        assert jobs["neco"].start == jobs["dinov2"].folder
 
 
 def test_what_has_run_is_listed(
