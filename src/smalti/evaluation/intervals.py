@@ -18,7 +18,6 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, UInt
-from scipy import stats
 
 from smalti.errors import ConfigError, DataError, ShapeError
 from smalti.evaluation.tally import Tally
@@ -185,8 +184,10 @@ def widening(number: int, level: float = LEVEL) -> float:
     """Factor that widens the spread of few seeds or groups; 0 for a single one, whose spread is unknown."""
     if number < 2:
         return 0.0
+    from scipy.special import ndtri, stdtrit  # heavy, and only needed here
+
     quantile = (1 + level) / 2
-    student = stats.t.ppf(quantile, number - 1) / stats.norm.ppf(quantile)
+    student = stdtrit(number - 1, quantile) / ndtri(quantile)
     return float(math.sqrt(number / (number - 1)) * student)
 
 

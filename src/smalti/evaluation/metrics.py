@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Integer
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from smalti.errors import ConfigError, DataError
@@ -90,6 +89,8 @@ def match_direct(matrix: Int[Tensor, "G P"]) -> Int[Tensor, " P"]:
 
 def match_hungarian(matrix: Int[Tensor, "G P"]) -> Int[Tensor, " P"]:
     """The one-to-one mapping prediction -> class with the largest sum of IoU; unmatched predictions go to class 0."""
+    from scipy.optimize import linear_sum_assignment  # heavy, and only needed here
+
     classes, preds = linear_sum_assignment(iou_matrix(matrix).cpu().numpy(), maximize=True)
     mapping = torch.zeros(matrix.shape[1], dtype=torch.int64)
     mapping[torch.from_numpy(preds)] = torch.from_numpy(classes)

@@ -4,10 +4,8 @@ Letters: B images, N = h*w patches, D embed_dim, K components kept.
 """
 
 import numpy as np
-import scipy.linalg
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 NUM_COLOURS = 3
@@ -23,11 +21,13 @@ def reduce_patches(patches: Float[Tensor, "B N D"], num_components: int) -> tupl
         ``(B, N, K)`` coordinates with ``K = min(num_components, D)``, largest variance first; the explained fraction
         of the variance, 1 if there is no variance.
     """
+    from scipy.linalg import eigh  # heavy, and only needed here
+
     features = patches.flatten(0, 1)
     centred = (features - features.mean(0)).double()
     scatter = (centred.T @ centred).numpy()
     dim = scatter.shape[0]
-    values, vectors = scipy.linalg.eigh(scatter, subset_by_index=[max(dim - num_components, 0), dim - 1])  # ascending
+    values, vectors = eigh(scatter, subset_by_index=[max(dim - num_components, 0), dim - 1])  # ascending
     basis = np.ascontiguousarray(vectors[:, ::-1])
     largest = np.take_along_axis(basis, np.abs(basis).argmax(0, keepdims=True), axis=0)
     basis *= np.where(largest < 0, -1.0, 1.0)
@@ -54,6 +54,8 @@ def align_components(
         reference: coordinates of another encoder on the same images.
         reference_grid: ``(h, w)`` of the reference, which is resampled bilinearly if the grids differ.
     """
+    from scipy.optimize import linear_sum_assignment  # heavy, and only needed here
+
     ours, theirs = (_three(x) for x in (coordinates, reference))
     batch, number = ours.shape[:2]
     maps = theirs.transpose(1, 2).reshape(batch, NUM_COLOURS, *reference_grid)

@@ -7,7 +7,6 @@ grid, M images.
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import qmc
 from torch import Tensor
 
 from smalti.errors import ConfigError, ShapeError
@@ -49,6 +48,8 @@ def halton(grid: tuple[int, int]) -> Int[Tensor, " N"]:
 
     Any prefix is spread evenly over the grid. Source: Besnier et al., arXiv:2503.17076, for its use.
     """
+    from scipy.stats import qmc  # heavy, and only needed here
+
     _check_grid(grid)
     height, width = grid
     num, seen = height * width, 4 * height * width

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from scipy import signal as dsp
 
 from smalti.data.signals.hypnograms import Labels, Scoring, align, read_hypnogram, time_labels
 from smalti.data.signals.recording_list import TABLE, ListedRecording
@@ -158,6 +157,8 @@ def condition_channel(
     Raises:
         DataError: if a value is not finite, the channel is flat, or the rate leaves nothing of the band.
     """
+    from scipy import signal as dsp  # heavy, and only needed here
+
     if not pieces:
         return []
     for start_s, values in pieces:

@@ -20,9 +20,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from smalti.config import Count, PathText, settings
@@ -327,6 +324,10 @@ def fit_classifier(
     vectors: Float[Tensor, "n D"], labels: Int[Tensor, " n"], seed: int
 ) -> Callable[[Float[Tensor, "m D"]], Float[Tensor, "m C"]]:
     """Fit a linear classifier; returns a function from features to class probabilities."""
+    from sklearn.linear_model import LogisticRegression  # heavy, and only needed here
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     chosen_rows = _draw(len(vectors), min(len(vectors), _MOST_CLASSIFIED), seed)
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
     fitted.fit(vectors[chosen_rows].cpu().double().numpy(), labels[chosen_rows].numpy())

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from scipy import stats
 from torch import Tensor
 
 from smalti.charts import Line, LineChart, floats
@@ -510,9 +509,9 @@ def _areas(right: Tensor, rates: Sequence[float]) -> Float[Tensor, " n"]:
 
 def _curve(right: Tensor, rates: Sequence[float]) -> dict[str, list[float]]:
     """Accuracy at each rate with its interval, for figures."""
-    known = [
-        stats.binomtest(int(column.sum()), len(column)).proportion_ci(LEVEL, method="wilson") for column in right.T
-    ]
+    from scipy.stats import binomtest  # heavy, and only needed here
+
+    known = [binomtest(int(column.sum()), len(column)).proportion_ci(LEVEL, method="wilson") for column in right.T]
     return {
         "rate": list(rates),
         "top1": [round(value, 5) for value in right.double().mean(0).tolist()],

@@ -15,8 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from smalti.config import Count, ImageSize, settings
@@ -99,6 +97,9 @@ def cluster(
     Returns:
         ``(n,)`` int64 clusters, 0..K-1.
     """
+    from sklearn.cluster import KMeans  # heavy, and only needed here
+    from sklearn.exceptions import ConvergenceWarning
+
     fitted = points
     if per_cluster is not None and len(points) > per_cluster * num_clusters:
         chosen = np.random.default_rng(seed).permutation(len(points))[: per_cluster * num_clusters]
