@@ -124,7 +124,34 @@ class MatrixChart:
         return self.names[number] if number < len(self.names) else str(number)
 
 
-Chart = LineChart | ForestChart | MatrixChart
+@dataclass(frozen=True)
+class Point:
+    """A point of a :class:`ScatterChart`."""
+
+    name: str
+    """The legend names points that share a name once."""
+    x: float
+    y: float
+    low: float = math.nan
+    """Ends of the interval of ``y``; NaN: none."""
+    high: float = math.nan
+    label: str = ""
+    """Text beside the point."""
+
+
+@dataclass(frozen=True)
+class ScatterChart:
+    """Points with intervals, and the front that no other point beats in both coordinates."""
+
+    title: str
+    points: tuple[Point, ...]
+    front: tuple[int, ...]
+    """Indices of the points on the front, by ``x``."""
+    x_label: str
+    y_label: str
+
+
+Chart = LineChart | ForestChart | MatrixChart | ScatterChart
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 import smalti
 from smalti import streams, threads
 from smalti.cli import (
+    choose,
     compare,
     demo,
     doctor,
@@ -57,6 +58,7 @@ for module in (
     train,
     evaluate,
     compare,
+    choose,
     report,
     probe,
     rank,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,11 +92,11 @@ def evaluate(
     other: Encoder | None = None
     if config.baseline and compared and baseline is not None:
         other = baseline.make().to(next(encoder.parameters()).device)
-    results = _evaluate_encoder(encoder, name, data, protocols, sets, config, progress, figures, other)
+    results = run_protocols(encoder, name, data, protocols, sets, config, progress, figures=figures, beside=other)
     beside: dict[str, Result] = {}
     if other is not None and baseline is not None:
         label = f"{name} ({baseline.label})"
-        found = _evaluate_encoder(other, label, data, compared, sets, config, progress, figures, encoder)
+        found = run_protocols(other, label, data, compared, sets, config, progress, figures=figures, beside=encoder)
         beside = {result.protocol: dataclasses.replace(result, baseline=baseline.kind) for result in found}
     return [one for result in results for one in (result, beside.get(result.protocol)) if one is not None]
 
@@ -216,19 +216,31 @@ def random_init(encoder: Encoder, seed: int) -> Encoder:
     return made.to(next(encoder.parameters()).device)
 
 
-def _evaluate_encoder(
+def run_protocols(
     encoder: Encoder,
     name: str,
     data: str,
     protocols: Sequence[Protocol],
     sets: Mapping[Need, Labelled[Any]],
     config: EvalConfig,
-    progress: Progress | None,
-    figures: bool,
-    beside: Encoder | None,
+    progress: Progress | None = None,
+    *,
+    figures: bool = False,
+    beside: Encoder | None = None,
+    make: Callable[..., Features] = Features,
 ) -> list[Result]:
-    """One result per protocol; features are computed only once. Heads stored with the encoder are used
-    only if ``beside``, the encoder to compare with, has one, too."""
+    """Run protocols on data that were opened; features are computed only once.
+
+    Args:
+        encoder, name, data, config, progress, figures: as for :func:`evaluate`.
+        protocols: which.
+        sets: of :func:`open_sets`.
+        beside: the encoder to compare with: heads stored with the encoder are used only if it has one, too.
+        make: what computes the features of images.
+
+    Returns:
+        One result per protocol.
+    """
     results = []
     with eval_mode(encoder):
         features = {
@@ -239,6 +251,7 @@ def _evaluate_encoder(
                 config,
                 progress,
                 own_heads=beside is None or own_head(beside, labelled.classes) is not None,
+                make=make,
             )
             for need, labelled in sets.items()
         }
@@ -282,13 +295,14 @@ def _context(
     config: EvalConfig,
     progress: Progress | None,
     own_heads: bool,
+    make: Callable[..., Features],
 ) -> EvaluationContext[Any]:
     """What the protocols of one kind of data are given."""
     if labelled.test.kind == "signals":
         return EvaluationContext(
             encoder, labelled, batch_size=config.batch_size, num_workers=config.num_workers, progress=progress
         )
-    return Features(
+    return make(
         encoder,
         labelled,
         batch_size=config.batch_size,

@@ -27,6 +27,7 @@ from smalti.models.build import build_encoder, encoder_from_config
 from smalti.models.encoder import ClassHead, Encoder, Origin
 from smalti.models.huggingface import read_folder
 from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
+from smalti.models.pooling import MODULES
 from smalti.models.weights import SUFFIXES, LoadConfig, load_vit, read_checkpoint, read_tensors
 from smalti.reading import read_mapping, reading, reason
 
@@ -53,6 +54,7 @@ def load(
     pos_mode: str | None = None,
     pos_antialias: bool | None = None,
     pos_offset: float | None = None,
+    depth: int | None = None,
     quiet: bool = False,
 ) -> Encoder:
     """Load an encoder by name, in eval mode on the CPU.
@@ -76,6 +78,7 @@ def load(
         pos_mode: how positions are resampled away from the native grid: ``bicubic`` or ``bilinear``.
         pos_antialias: antialias this resampling (timm does, the code of the DINO family doesn't).
         pos_offset: see :class:`smalti.functional.positions.Resampling`.
+        depth: keep only the first blocks, and the final norm.
         quiet: don't print how many tensors matched to stderr.
 
     Raises:
@@ -94,6 +97,7 @@ def load(
             "pos_mode": pos_mode,
             "pos_antialias": pos_antialias,
             "pos_offset": pos_offset,
+            "depth": depth,
         },
         group="load",
     )
@@ -119,10 +123,12 @@ def open_encoder(
         arguments = _arguments(config, rest.split(".")[0])
         encoder = build_encoder(rest, seed=seed, img_size=config.img_size, in_chans=in_chans or 3, **arguments)
         encoder.set_pos_resampling(config.pos_mode, config.pos_antialias, config.pos_offset)
+        keep_blocks(encoder, config.depth)
         return encoder.eval()
     with reading(text, "an encoder", WeightsError):
         encoder = _open_weights(text, config, seed, in_chans, partial)
     encoder.pretrained = True
+    keep_blocks(encoder, config.depth)
     if encoder.report is not None and not quiet:
         print(f"{encoder.report}; images normalised with mean {encoder.mean}, std {encoder.std}", file=sys.stderr)
     return encoder.eval()
@@ -179,7 +185,32 @@ def as_loaded(encoder: Encoder, config: LoadConfig = LoadConfig()) -> Encoder:
     copy = _from_run(encoder.config(), tensors, encoder.source or encoder.name, config)
     copy.pretrained, copy.class_head = encoder.pretrained, encoder.class_head
     copy.token_pruning = encoder.token_pruning
+    keep_blocks(copy, config.depth)
     return copy.eval()
+
+
+def keep_blocks(encoder: Encoder, depth: int | None) -> None:
+    """Remove all but the first blocks; the final norm follows them. What was trained on the last block, an attention
+    pooling or a classification head, is removed with it.
+
+    Args:
+        encoder: modified in place.
+        depth: number of blocks to keep; None or all of them: nothing changes.
+
+    Raises:
+        ConfigError: if the encoder has fewer blocks, or rotary positions that belong to blocks.
+    """
+    if depth is None or depth == encoder.depth:
+        return
+    if depth > encoder.depth:
+        raise ConfigError(f"load.depth={depth}: {encoder.name} has {encoder.depth} blocks")
+    if getattr(encoder.vit, "rope_mixed", False):
+        raise ConfigError(f"load.depth={depth}: {encoder.name} has rotary positions for each block; keep all blocks")
+    encoder.vit.blocks = encoder.vit.blocks[:depth]
+    encoder.model_args["depth"] = depth
+    encoder.class_head = encoder.token_pruning = None
+    if encoder.pool in MODULES:
+        encoder.set_pool("avg")
 
 
 def _from_run(

@@ -24,7 +24,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from smalti.config import ImageSize, settings
+from smalti.config import Count, ImageSize, settings
 from smalti.errors import WeightsError
 from smalti.functional.positions import Resampling, resample_positions
 from smalti.layers.attention import num_heads_of
@@ -58,6 +58,8 @@ class LoadConfig:
     """Patch size in pixels; the patch embedding is resampled if the file has another one. None: the architecture's."""
     patch_resample: Literal["pinv", "bicubic"] = "pinv"
     """``pinv``: pseudoinverse resize of the patch embedding (FlexiViT, timm); ``bicubic``: resize the kernel."""
+    depth: Count | None = None
+    """Keep only the first ``depth`` blocks, with the final norm after them; None: all."""
     pos_mode: Literal["bicubic", "bilinear"] | None = None
     """Interpolation of position embeddings to other grids; None: the encoder's own, which is bicubic."""
     pos_antialias: bool | None = None

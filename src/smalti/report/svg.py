@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from smalti.charts import Chart, ForestChart, ForestRow, Line, LineChart, MatrixChart
+from smalti.charts import Chart, ForestChart, ForestRow, Line, LineChart, MatrixChart, ScatterChart
 
 FEW_CLASSES = 12
 """Up to this many classes a confusion matrix has numbers."""
@@ -35,6 +35,8 @@ def draw(chart: Chart) -> str:
             figure = _draw_panels(chart) if chart.levels else _draw_lines(chart)
         elif isinstance(chart, ForestChart):
             figure = _draw_forest(chart)
+        elif isinstance(chart, ScatterChart):
+            figure = _draw_scatter(chart)
         else:
             figure = _draw_matrix(chart)
         return _as_svg(figure, chart.title)
@@ -184,6 +186,45 @@ def _draw_forest(chart: ForestChart) -> Figure:
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
     gaps.tick_params(axis="y", labelleft=False)
+    return figure
+
+
+def _draw_scatter(chart: ScatterChart) -> Figure:
+    """Time on a logarithmic axis; points on the front are filled and joined."""
+    figure = Figure(figsize=(_WIDE[0], 3.4), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(point.name for point in chart.points))
+    front = [chart.points[place] for place in chart.front]
+    axes.plot([point.x for point in front], [point.y for point in front], color=_INK, alpha=0.35, linewidth=1.0)
+    for place, point in enumerate(chart.points):
+        colour = _SERIES[names.index(point.name) % len(_SERIES)]
+        if math.isfinite(point.low):
+            axes.plot([point.x, point.x], [point.low, point.high], color=colour, linewidth=1.0, alpha=0.6)
+        is_first = all(one.name != point.name for one in chart.points[:place])
+        axes.plot(
+            point.x,
+            point.y,
+            marker="o",
+            markersize=5,
+            linestyle="none",
+            color=colour,
+            markerfacecolor=colour if place in chart.front else "none",
+            label=point.name if is_first else None,
+        )
+        axes.annotate(
+            point.label, (point.x, point.y), xytext=(6, 3), textcoords="offset points", color=_INK, fontsize="small"
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(chart.x_label, color=_INK, alpha=0.7)
+    axes.set_ylabel(chart.y_label, color=_INK, alpha=0.7)
+    axes.margins(x=0.15, y=0.12)
+    if len(names) > 1:
+        axes.legend(frameon=False, labelcolor=_INK, handlelength=1.2)
+    _plain_axes(axes)
+    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
     return figure
 
 

@@ -141,7 +141,9 @@ def test_tokens_without_places_score_at_chance(tiny, photos, features_of):
 
 def test_equal_tokens_are_not_read(constant, photos, features_of):
     metrics = position(features_of(constant, photos, "images"), settings()).metrics
-    assert metrics["position_r2"] == pytest.approx(0, abs=1e-6)  # how k-means splits equal tokens is a matter of rounding
+    assert metrics["position_r2"] == pytest.approx(
+        0, abs=1e-6
+    )  # how k-means splits equal tokens is a matter of rounding
 
 
 def test_batch_size_does_not_matter(tiny, photos, features_of):
