@@ -297,7 +297,7 @@ def test_evaluation_logging_checkpoints_and_workers_leave_the_weights_alone(
 def test_a_step_does_not_depend_on_how_it_is_split(method: str, photos: Path, tmp_path: Path) -> None:
     """{1 process, 2 processes, 2 micro-batches}: the same images, rates and weights, up to rounding."""
     # some biases have no gradient but rounding, which Adam's default epsilon would scale up to full steps
-    common = {"batch_size": 8, "optim": {"base_lr": 1.0, "lr": None, "eps": 0.1}, "log": {"every": 1}}
+    common = {"batch_size": 8, "optim": {"base_lr": 1.0, "lr": None, "eps": 0.1}, "log": {"every": 1}, "drop_path": 0.5}
     splits = {"whole": {}, "processes": {"devices": 2}, "accumulated": {"micro_batch": 4}}
     runs = {name: train(tmp_path / name, photos, method, **merge(common, split)) for name, split in splits.items()}
     rows = {name: read_csv(run / "log.csv") for name, run in runs.items()}

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from smalti.data.crops import random_resized_crop, resize
 from smalti.data.images.folders import ImageSample
 from smalti.data.images.labelled import eval_batches
-from smalti.data.loader import epoch_order, sample_key
+from smalti.data.loader import epoch_order, key_of_step, sample_key
 from smalti.data.views import Skipped
 from smalti.data.workers import load_items
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError
@@ -32,6 +32,7 @@ from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accura
 from smalti.evaluation.tally import Tally, tally_labels
 from smalti.functional.precision import has_bf16
 from smalti.functional.schedules import half_cosine
+from smalti.layers.stochastic_depth import StepPart, part_of_step
 from smalti.models.build import clone_encoder
 from smalti.models.encoder import Encoder
 
@@ -313,7 +314,8 @@ def train(
             features.skipped.update({str(item.path): item.reason for item in skipped})
             step, part = divmod(number, parts)
             targets = _to(device, targets)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            whole = StepPart(key_of_step(seed, step), batch_size, part * at_once, at_once)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), part_of_step(whole):
                 loss = loss_of(images.to(device), targets)
             if part == 0:
                 optimizer.zero_grad(set_to_none=True)
