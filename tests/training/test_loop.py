@@ -47,6 +47,7 @@ TINY: dict[str, Any] = {
 METHODS = {
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "dino": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
+    "dinov2": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "part": {},
     "droppos": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "attentive": False},
 }
@@ -269,6 +270,32 @@ def test_a_run_has_one_writer(photos: Path, tmp_path: Path) -> None:
 def assert_logs_equal(a: Path, b: Path) -> None:
     first, second = ([(r["step"], r["loss"], r["grad_norm"]) for r in read_csv(run / "log.csv")] for run in (a, b))
     assert first == second
+
+
+@pytest.mark.parametrize("method", ["mae", "dino", "dinov2"])
+def test_bf16_on_a_cpu_trains_in_float32_weights_and_losses(
+    method: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = get_method(method)
+    original, losses, products = cls.forward, [], []
+
+    def forward(self: Any, views: Any, progress: float) -> dict[str, torch.Tensor]:
+        encoder = next(iter(self.networks().values()))
+        hook = encoder.vit.blocks[0].mlp.fc1.register_forward_hook(lambda *call: products.append(call[-1].dtype))
+        losses.append(original(self, views, progress))
+        hook.remove()
+        return losses[-1]
+
+    monkeypatch.setattr(cls, "forward", forward)
+    more = {"steps": 2, "precision": "bf16", "devices": "cpu", "log": {"every": 1}}
+    run = train(tmp_path / "a", photos, method, **more)
+    assert set(products) == {torch.bfloat16} and len(losses) == 2
+    assert {loss.dtype for step in losses for loss in step.values()} == {torch.float32}
+    assert {value.dtype for value in weights(run).values() if value.is_floating_point()} == {torch.float32}
+    rows = read_csv(run / "log.csv")
+    assert all(math.isfinite(float(row[name])) for row in rows for name in ("loss", "grad_norm", "effective_rank"))
+    plain = weights(train(tmp_path / "b", photos, method, **{**more, "precision": "fp32"}))
+    assert 0 < distance(plain, weights(run)) < 0.1 * distance(plain, build_start(run))
 
 
 def test_evaluation_logging_checkpoints_and_workers_leave_the_weights_alone(
