@@ -74,22 +74,29 @@ def with_linear_head(copy: Encoder, num_outputs: int) -> Encoder:
     return copy
 
 
-def rate_fresh_positions(optimizer: torch.optim.Optimizer, encoder: Encoder, copy: Encoder) -> None:
-    """Train new positions with the full learning rate, without layer-wise decay and weight decay.
+def rate_positions(optimizer: torch.optim.Optimizer, encoder: Encoder, copy: Encoder) -> None:
+    """Set the learning rates of positions, which have no weight decay.
+
+    A new table has the full rate, without layer-wise decay (PART, arXiv:2506.03682, released code). Trainable rotary
+    frequencies are shared by all blocks and have the rate of the first layer, where timm gives them the last one's.
 
     Args:
         optimizer: optimiser of the copy, whose groups have an ``lr_scale``.
-        encoder: the original; nothing changes if it has positions.
-        copy: result of :func:`trainable_copy`.
-
-    Source: PART, arXiv:2506.03682, released code.
+        encoder: the original; the table is new if it was trained without positions.
+        copy: result of :func:`trainable_copy`; parameters that the optimiser doesn't have stay out of it.
     """
-    positions = copy.vit.pos_embed
-    if not encoder.position_free or positions is None:
-        return
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter is not positions]
-    optimizer.add_param_group({"params": [positions], "lr_scale": 1.0, "weight_decay": 0.0})
+    first = min(group["lr_scale"] for group in optimizer.param_groups)
+    frequencies = getattr(getattr(copy.vit, "rope", None), "freqs", None)
+    rated = [(copy.vit.pos_embed if encoder.position_free else None, 1.0), (frequencies, first)]
+    for positions, scale in rated:
+        if positions is None:
+            continue
+        for group in optimizer.param_groups:
+            others = [parameter for parameter in group["params"] if parameter is not positions]
+            if len(others) < len(group["params"]):
+                group["params"] = others
+                optimizer.add_param_group({"params": [positions], "lr_scale": scale, "weight_decay": 0.0})
+                break
 
 
 @contextlib.contextmanager

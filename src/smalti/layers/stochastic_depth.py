@@ -199,7 +199,7 @@ def _add(
     branch: Callable[[Float[Tensor, "K T D"], Int[Tensor, " K"]], Float[Tensor, "K T D"]],
 ) -> Float[Tensor, "B T D"]:
     """Add a branch, computed for the kept samples, to these."""
-    out = branch(x if len(kept.ids) == len(x) else x[kept.ids], kept.ids)
+    out = branch(x if len(kept.ids) == len(x) else x.index_select(0, kept.ids), kept.ids)
     return x.index_add(0, kept.ids, out.to(x.dtype), alpha=kept.scale)
 
 

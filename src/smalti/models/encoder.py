@@ -268,7 +268,7 @@ class Encoder(nn.Module):
             "img_size": list(self.img_size),
             "in_chans": self.in_chans,
             "num_classes": 0,
-            **no_pooled_norm(type(self.vit)),
+            **plain_pooling(type(self.vit)),
             "global_pool": "token" if self.has_class_token and self.pool != "avg" else "avg",
         }
         return {key: value for key, value in arguments.items() if key != "drop_path_rate"}
@@ -724,9 +724,9 @@ class Encoder(nn.Module):
         set_rates(self.vit.blocks, rate)
 
 
-def no_pooled_norm(model: type[nn.Module]) -> dict[str, bool]:
-    """Argument of a timm model for its final norm on tokens, not on pooled vectors."""
-    return {"use_fc_norm": False} if issubclass(model, Eva) else {"fc_norm": False}
+def plain_pooling(model: type[nn.Module]) -> dict[str, bool]:
+    """Arguments of a timm model for its final norm on tokens, not on pooled vectors, and for means of patches alone."""
+    return {"use_fc_norm": False} if issubclass(model, Eva) else {"fc_norm": False, "pool_include_prefix": False}
 
 
 @contextlib.contextmanager
