@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup check test test-all test-isa demo bench docs dist clean
+.PHONY: setup check test test-all test-isa test-oldest demo bench docs dist clean
 
 setup: .venv/ready
 
@@ -39,6 +39,19 @@ test-isa: setup
 		$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" $(NUMERICAL:%=tests/%) || exit 1; \
 	done; done
 
+# The tests with the oldest torch, torchvision and timm that pyproject.toml allows, in an environment of their own.
+OLDEST := .venv-oldest
+
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) -m "not slow and not gpu" tests src
+
+$(OLDEST)/ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/^ *"(torch|torchvision|timm)>=([0-9.]+)",?$$/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e ".[test]"
+	touch $@
+
 demo: setup
 	$(BIN)/smalti demo --out $(DEMO)
 
@@ -57,4 +70,4 @@ dist: setup
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf .venv dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(OLDEST) dist site .pytest_cache .mypy_cache .ruff_cache

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from smalti.data.views import Views
 from smalti.errors import ConfigError
 from smalti.evaluation.evaluate import random_init
-from smalti.evaluation.tuning import rate_fresh_positions, seeded, trainable_copy
+from smalti.evaluation.tuning import rate_positions, seeded, trainable_copy
 from smalti.functional.offgrid import Patches
 from smalti.functional.pairs import r_squared, select_pairs
 from smalti.functional.positions import sincos_positions
@@ -324,14 +324,14 @@ def test_fresh_positions_learn_at_the_full_rate() -> None:
     copy = trainable_copy(encoder, 0.0)
     groups = [{"params": list(copy.vit.parameters()), "lr_scale": 0.1, "weight_decay": 0.05}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    rate_fresh_positions(optimizer, encoder, copy)
+    rate_positions(optimizer, encoder, copy)
     last = optimizer.param_groups[-1]
     assert last["params"] == [copy.vit.pos_embed] and (last["lr_scale"], last["weight_decay"]) == (1.0, 0.0)
     assert all(p is not copy.vit.pos_embed for p in optimizer.param_groups[0]["params"])
     known = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
     other = trainable_copy(known, 0.0)
     optimizer = torch.optim.AdamW([{"params": list(other.vit.parameters()), "lr_scale": 0.1}], lr=1e-3)
-    rate_fresh_positions(optimizer, known, other)
+    rate_positions(optimizer, known, other)
     assert len(optimizer.param_groups) == 1
 
 

@@ -21,6 +21,8 @@ KINDS = {
     "dinov2, gated": ("Dinov2", {"hidden_size": 48, "use_swiglu_ffn": True}),
     "registers": ("Dinov2WithRegisters", {"hidden_size": 48, "num_register_tokens": 3}),
     "dinov3": ("DINOv3ViT", {"hidden_size": 64, "intermediate_size": 96, "num_register_tokens": 4}),
+    "clip": ("CLIPVision", {"hidden_size": 48, "intermediate_size": 100}),
+    "siglip": ("SiglipVision", {"hidden_size": 48, "intermediate_size": 100}),
     "dinov3, gated": (
         "DINOv3ViT",
         {
@@ -58,11 +60,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tor
 def theirs(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Tokens in the order of the image's patches; MAE shuffles them."""
     name = type(model).__name__
-    options = {"interpolate_pos_encoding": True} if name in ("ViTModel", "ViTMAEModel") else {}
+    interpolates = ("ViTModel", "ViTMAEModel", "CLIPVisionModel", "SiglipVisionModel")
+    options = {"interpolate_pos_encoding": True} if name in interpolates else {}
     if name == "ViTMAEModel":
         noise = torch.arange(images.shape[-1] * images.shape[-2] // 64).expand(len(images), -1).float()
         options["noise"] = noise
-    return model(images, **options).last_hidden_state
+    tokens = model(images, **options).last_hidden_state
+    if name == "CLIPVisionModel":  # the norm of its class token, which timm applies to all tokens
+        return getattr(model, "vision_model", model).post_layernorm(tokens)
+    return tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,8 +87,34 @@ def test_every_tensor_is_accounted_for(saved) -> None:
     for folder, _ in saved.values():
         report = smalti.load(f"hf:{folder}", quiet=True).report
         assert report is not None and report.matched == report.total and not report.unused
-        known = ("mask_token", "pooler", "decoder", "register_tokens")
+        known = ("position_ids", "mask_token", "pooler", "decoder", "register_tokens")
         assert all(any(part in name for part in known) for name in report.dropped)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_vision_part_of_a_whole_model_has_the_published_vector(kind: str, saved, tmp_path: Path) -> None:
+    name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+    vision = {**SHAPE, "hidden_size": 48, "intermediate_size": 100}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
+        model = getattr(transformers, f"{name}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    encoder = smalti.load(f"hf:{tmp_path}", quiet=True)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    vector = model.vision_model(images).pooler_output
+    assert (encoder.image_features(images) - vector).abs().max() < 1e-5
+    assert encoder.pool == ("map" if kind == "siglip" else "auto")
+    assert encoder.report is not None and not encoder.report.unused
+    assert any("text_model" in dropped for dropped in encoder.report.dropped)
 
 
 @torch.no_grad()

@@ -119,6 +119,20 @@ def test_pooling_can_be_changed_and_changed_back() -> None:
     assert_close(plain(images()), features.patches.mean(1))
 
 
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_prefix_tokens_stay_out_of_pooled_vectors_also_where_timm_takes_them_in(pool: str) -> None:
+    encoder = build_encoder("test_vit3", img_size=32, depth=2, seed=0)
+    encoder.set_pool(pool, fresh=True)
+    features = encoder.encode(images())
+    if pool == "avg":
+        assert torch.equal(encoder.pooled(features), features.patches.mean(1))
+    plain = timm_model(encoder)
+    assert_close(plain.forward_features(images()), torch.cat([features.prefix, features.patches], dim=1))
+    assert_close(plain(images()), encoder.image_features(images()))
+    with pytest.raises(ConfigError, match="pooled from patches only"):
+        build_encoder("test_vit3", img_size=32, depth=2, pool_include_prefix=True)
+
+
 def test_earlier_layers_are_read_without_losing_the_pool_and_never_refined() -> None:
     # timm's prune_intermediate_layers(prune_head=True) removes it; forward_intermediates never applies it
     encoder, plain = small(), small()

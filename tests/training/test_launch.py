@@ -34,6 +34,18 @@ def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_precision("fp16", "cpu")
 
 
+def test_bf16_on_a_cpu_without_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_precision("bf16", "cpu") == "bf16"
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("not implemented for 'BFloat16'")
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
+    with pytest.raises(ConfigError, match="this torch can't multiply matrices in bfloat16 on this CPU; use fp32"):
+        resolve_precision("bf16", "cpu")
+    assert resolve_precision("auto", "cpu") == "fp32"
+
+
 def test_trackers_must_exist_and_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="there is no tracker 'wandd'; did you mean 'wandb'"):
         check_trackers(("wandd",))

@@ -47,6 +47,7 @@ TINY: dict[str, Any] = {
 METHODS = {
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "dino": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
+    "dinov2": {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8, "num_local_views": 2},
     "part": {},
     "droppos": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "attentive": False},
 }
@@ -271,6 +272,32 @@ def assert_logs_equal(a: Path, b: Path) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("method", ["mae", "dino", "dinov2"])
+def test_bf16_on_a_cpu_trains_in_float32_weights_and_losses(
+    method: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = get_method(method)
+    original, losses, products = cls.forward, [], []
+
+    def forward(self: Any, views: Any, progress: float) -> dict[str, torch.Tensor]:
+        encoder = next(iter(self.networks().values()))
+        hook = encoder.vit.blocks[0].mlp.fc1.register_forward_hook(lambda *call: products.append(call[-1].dtype))
+        losses.append(original(self, views, progress))
+        hook.remove()
+        return losses[-1]
+
+    monkeypatch.setattr(cls, "forward", forward)
+    more = {"steps": 2, "precision": "bf16", "devices": "cpu", "log": {"every": 1}}
+    run = train(tmp_path / "a", photos, method, **more)
+    assert set(products) == {torch.bfloat16} and len(losses) == 2
+    assert {loss.dtype for step in losses for loss in step.values()} == {torch.float32}
+    assert {value.dtype for value in weights(run).values() if value.is_floating_point()} == {torch.float32}
+    rows = read_csv(run / "log.csv")
+    assert all(math.isfinite(float(row[name])) for row in rows for name in ("loss", "grad_norm", "effective_rank"))
+    plain = weights(train(tmp_path / "b", photos, method, **{**more, "precision": "fp32"}))
+    assert 0 < distance(plain, weights(run)) < 0.1 * distance(plain, build_start(run))
+
+
 def test_evaluation_logging_checkpoints_and_workers_leave_the_weights_alone(
     photos: Path, class_folders: Path, tmp_path: Path
 ) -> None:
@@ -297,7 +324,7 @@ def test_evaluation_logging_checkpoints_and_workers_leave_the_weights_alone(
 def test_a_step_does_not_depend_on_how_it_is_split(method: str, photos: Path, tmp_path: Path) -> None:
     """{1 process, 2 processes, 2 micro-batches}: the same images, rates and weights, up to rounding."""
     # some biases have no gradient but rounding, which Adam's default epsilon would scale up to full steps
-    common = {"batch_size": 8, "optim": {"base_lr": 1.0, "lr": None, "eps": 0.1}, "log": {"every": 1}}
+    common = {"batch_size": 8, "optim": {"base_lr": 1.0, "lr": None, "eps": 0.1}, "log": {"every": 1}, "drop_path": 0.5}
     splits = {"whole": {}, "processes": {"devices": 2}, "accumulated": {"micro_batch": 4}}
     runs = {name: train(tmp_path / name, photos, method, **merge(common, split)) for name, split in splits.items()}
     rows = {name: read_csv(run / "log.csv") for name, run in runs.items()}

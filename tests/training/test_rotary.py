@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from test_methods import SMALL, batch
+from timm.optim import create_optimizer_v2
 
 import smalti
 from smalti.errors import ConfigError
+from smalti.evaluation.protocols.detection import freeze_blocks
+from smalti.evaluation.tuning import rate_positions, trainable_copy
 from smalti.exporters.onnx import export_onnx
 from smalti.layers.gaussian_bias import Places
 from smalti.methods.base import Method, get_method, method_names
+from smalti.models.adaptation import freeze
 from smalti.models.build import build_encoder
 from smalti.models.encoder import Encoder
 from training.test_loop import train
@@ -66,6 +70,30 @@ def test_methods_train_it_and_their_loss_sees_the_rotation(name: str, photos: Pa
             if isinstance(part, Encoder):
                 part.vit.rope.freqs.zero_()  # rotates by nothing
     assert loss_of(still, photos).item() != loss.item()
+
+
+@pytest.mark.parametrize("how", ["last:1", "norms", "lora:2"])
+def test_frequencies_are_frozen_with_the_blocks(how: str) -> None:
+    encoder = encoder_of(MIXED)
+    freeze(encoder, how)
+    assert not encoder.vit.rope.freqs.requires_grad
+    copy = trainable_copy(encoder, 0.0)
+    freeze_blocks(copy, 1)
+    assert not copy.vit.rope.freqs.requires_grad and copy.vit.blocks[1].attn.qkv.weight.requires_grad
+
+
+def test_fine_tuning_gives_frequencies_the_first_layer_s_rate_and_no_weight_decay() -> None:
+    encoder = encoder_of(MIXED)
+    copy = trainable_copy(encoder, 0.0)
+    optimizer = create_optimizer_v2(copy.vit, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+    rate_positions(optimizer, encoder, copy)
+    having = [group for group in optimizer.param_groups if any(p is copy.vit.rope.freqs for p in group["params"])]
+    assert len(having) == 1 and having[0]["weight_decay"] == 0
+    (stem,) = {
+        group["lr_scale"] for group in optimizer.param_groups if any(p is copy.vit.cls_token for p in group["params"])
+    }
+    assert having[0]["lr_scale"] == stem < 0.5
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(copy.vit.parameters()))
 
 
 @pytest.mark.parametrize("name", WITHOUT)

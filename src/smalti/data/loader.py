@@ -37,6 +37,11 @@ def sample_key(seed: int, epoch: int, index: int) -> int:
     return int(_sample_keys(seed, epoch, np.array([index], dtype=np.uint64))[0])
 
 
+def key_of_step(seed: int, step: int) -> int:
+    """A 63-bit hash of (seed, step): the randomness that all parts of an optimiser step share."""
+    return int(_sample_keys(seed, step, np.zeros(1, dtype=np.uint64), stream=2)[0])
+
+
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """``(n,)`` int64: the permutation in which an epoch goes through n images; the same in every version of NumPy."""
     keys = _sample_keys(seed, epoch, np.arange(n, dtype=np.uint64), stream=1)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from smalti.data.crops import random_resized_crop, resize
 from smalti.data.images.folders import ImageSample
 from smalti.data.images.labelled import eval_batches
-from smalti.data.loader import epoch_order, sample_key
+from smalti.data.loader import epoch_order, key_of_step, sample_key
 from smalti.data.views import Skipped
 from smalti.data.workers import load_items
 from smalti.errors import ConfigError, DataError, RunError, SmaltiError
@@ -32,6 +32,7 @@ from smalti.evaluation.metrics import ConfusionMatrix, accuracy, balanced_accura
 from smalti.evaluation.tally import Tally, tally_labels
 from smalti.functional.precision import has_bf16
 from smalti.functional.schedules import half_cosine
+from smalti.layers.stochastic_depth import StepPart, part_of_step
 from smalti.models.build import clone_encoder
 from smalti.models.encoder import Encoder
 
@@ -73,22 +74,29 @@ def with_linear_head(copy: Encoder, num_outputs: int) -> Encoder:
     return copy
 
 
-def rate_fresh_positions(optimizer: torch.optim.Optimizer, encoder: Encoder, copy: Encoder) -> None:
-    """Train new positions with the full learning rate, without layer-wise decay and weight decay.
+def rate_positions(optimizer: torch.optim.Optimizer, encoder: Encoder, copy: Encoder) -> None:
+    """Set the learning rates of positions, which have no weight decay.
+
+    A new table has the full rate, without layer-wise decay (PART, arXiv:2506.03682, released code). Trainable rotary
+    frequencies are shared by all blocks and have the rate of the first layer, where timm gives them the last one's.
 
     Args:
         optimizer: optimiser of the copy, whose groups have an ``lr_scale``.
-        encoder: the original; nothing changes if it has positions.
-        copy: result of :func:`trainable_copy`.
-
-    Source: PART, arXiv:2506.03682, released code.
+        encoder: the original; the table is new if it was trained without positions.
+        copy: result of :func:`trainable_copy`; parameters that the optimiser doesn't have stay out of it.
     """
-    positions = copy.vit.pos_embed
-    if not encoder.position_free or positions is None:
-        return
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter is not positions]
-    optimizer.add_param_group({"params": [positions], "lr_scale": 1.0, "weight_decay": 0.0})
+    first = min(group["lr_scale"] for group in optimizer.param_groups)
+    frequencies = getattr(getattr(copy.vit, "rope", None), "freqs", None)
+    rated = [(copy.vit.pos_embed if encoder.position_free else None, 1.0), (frequencies, first)]
+    for positions, scale in rated:
+        if positions is None:
+            continue
+        for group in optimizer.param_groups:
+            others = [parameter for parameter in group["params"] if parameter is not positions]
+            if len(others) < len(group["params"]):
+                group["params"] = others
+                optimizer.add_param_group({"params": [positions], "lr_scale": scale, "weight_decay": 0.0})
+                break
 
 
 @contextlib.contextmanager
@@ -313,7 +321,8 @@ def train(
             features.skipped.update({str(item.path): item.reason for item in skipped})
             step, part = divmod(number, parts)
             targets = _to(device, targets)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            whole = StepPart(key_of_step(seed, step), batch_size, part * at_once, at_once)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), part_of_step(whole):
                 loss = loss_of(images.to(device), targets)
             if part == 0:
                 optimizer.zero_grad(set_to_none=True)

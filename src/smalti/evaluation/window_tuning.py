@@ -37,7 +37,7 @@ from smalti.evaluation.metrics import class_f1, class_recall
 from smalti.evaluation.tally import Tally
 from smalti.evaluation.tuning import (
     Example,
-    rate_fresh_positions,
+    rate_positions,
     seeded,
     train,
     trainable_copy,
@@ -366,7 +366,7 @@ def fine_tune(
             layer_decay=recipe.layer_decay,
             betas=BETAS,
         )
-        rate_fresh_positions(optimizer, encoder, model.encoder)
+        rate_positions(optimizer, encoder, model.encoder)
         losses = train(
             model,
             optimizer,

@@ -30,6 +30,10 @@ class Places(NamedTuple):
     ids_keep: Tensor | None = None
     """``(B, L)`` raster indices of the patches; None: all, in raster order."""
 
+    def of(self, samples: Tensor | slice) -> "Places":
+        """The places of some of the sequences, by their indices or a slice."""
+        return self if self.ids_keep is None else Places(self.grid, self.ids_keep[samples])
+
 
 class GaussianBias(nn.Module):
     """Bias of attention logits, from queries: ``alpha * exp(-1/2 sum_m dist_m^2 / (var_m + eps))``, for rows and
@@ -115,10 +119,21 @@ def biased_block(
     num_prefix: int,
     is_key: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T D"]:
-    """Run a block with its bias between patches, but not from or to prefix tokens.
+    """Run a block with its bias between patches, but not from or to prefix tokens; arguments as of
+    :func:`attention_mask`."""
+    return block(x, attn_mask=attention_mask(block, x, places, num_prefix, is_key))
 
-    The bias is passed as ``attn_mask``. Queries are computed twice, which adds ``N D^2`` multiplications to the
-    block's ``12 T D^2``.
+
+def attention_mask(
+    block: nn.Module,
+    x: Float[Tensor, "B T D"],
+    places: Places,
+    num_prefix: int,
+    is_key: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B H T T"]:
+    """The bias of a block, 0 for prefix tokens, as its ``attn_mask``.
+
+    Queries are computed twice, which adds ``N D^2`` multiplications to the block's ``12 T D^2``.
 
     Args:
         block: with a bias, see :func:`attach_bias`.
@@ -136,4 +151,4 @@ def biased_block(
     bias = F.pad(part.gaug(queries, places), (num_prefix, 0, num_prefix, 0))
     if is_key is not None:
         bias = bias.masked_fill(~is_key[:, None, None], -math.inf)
-    return block(x, attn_mask=bias.to(x.dtype))
+    return bias.to(x.dtype)

@@ -209,7 +209,7 @@ class Method(nn.Module, ABC):
     @property
     def couples_samples(self) -> str:
         """Active couplings as text. Empty if samples are independent: a step then depends on ``micro_batch`` only by
-        rounding (and by the random numbers of stochastic depth and dropout)."""
+        rounding (and by the random numbers of dropout)."""
         return ", ".join(name for name, couples in self.couplings().items() if couples)
 
     def check_batch(self, micro_batch: int) -> None:

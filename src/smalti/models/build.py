@@ -18,7 +18,7 @@ from smalti.errors import ConfigError
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
 from smalti.models.adaptation import attach_lora
-from smalti.models.encoder import IMAGENET_MEAN, IMAGENET_STD, TIMM_MODULES, Encoder, no_pooled_norm
+from smalti.models.encoder import IMAGENET_MEAN, IMAGENET_STD, TIMM_MODULES, Encoder, plain_pooling
 from smalti.reading import reason, shorten
 
 _SIZES: Mapping[str, tuple[float, float]] = {
@@ -80,6 +80,8 @@ def build_encoder(
             raise ConfigError(unknown_key(argument, known_args - {"self"}, "encoder"))
     if model_args.get("global_pool") in ("map", "prr"):
         raise ConfigError(f"encoder.global_pool={model_args['global_pool']}: write pool={model_args['global_pool']}")
+    if model_args.get("pool_include_prefix"):
+        raise ConfigError("encoder.pool_include_prefix=true: an image vector is pooled from patches only; leave it out")
     arguments = {**model_args, "in_chans": in_chans}
     _check_arguments({**arguments, **({} if img_size is None else {"img_size": img_size})})
     if img_size is not None:
@@ -94,7 +96,7 @@ def build_encoder(
                     **arguments,
                     "num_classes": 0,
                     "global_pool": "",
-                    **no_pooled_norm(model),
+                    **plain_pooling(model),
                     "dynamic_img_size": True,
                 },
             )

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
-from timm.layers import DropPath
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -24,10 +23,11 @@ from smalti.errors import ConfigError, ShapeError
 from smalti.functional.patches import patchify
 from smalti.functional.positions import Resampling
 from smalti.layers.attention import attention_modules, attention_weights, num_heads_of
-from smalti.layers.gaussian_bias import Places, attach_bias, biased_block
+from smalti.layers.gaussian_bias import Places, attach_bias, attention_mask
 from smalti.layers.last_block import Chosen, block_at
 from smalti.layers.pooling import PRRConfig
 from smalti.layers.position_field import PositionField
+from smalti.layers.stochastic_depth import Kept, draw_kept, run_kept, set_rates
 from smalti.layers.token_pruning import TokenPruning
 from smalti.models.pooling import MODULES, PatchFeatures, make_pool, pool_features
 from smalti.models.positions import Positions, field_positions, field_table, table_positions
@@ -268,7 +268,7 @@ class Encoder(nn.Module):
             "img_size": list(self.img_size),
             "in_chans": self.in_chans,
             "num_classes": 0,
-            **no_pooled_norm(type(self.vit)),
+            **plain_pooling(type(self.vit)),
             "global_pool": "token" if self.has_class_token and self.pool != "avg" else "avg",
         }
         return {key: value for key, value in arguments.items() if key != "drop_path_rate"}
@@ -611,22 +611,37 @@ class Encoder(nn.Module):
         Raises:
             ConfigError: if the bias needs places that aren't given.
         """
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._run_plainly, block, sequence, places, is_key, rope, use_reentrant=False)
-        return self._run_plainly(block, sequence, places, is_key, rope)
-
-    def _run_plainly(
-        self, block: nn.Module, sequence: Tensor, places: Places | None, is_key: Tensor | None, rope: Tensor | None
-    ) -> Tensor:
-        if self.gaug is None:
-            given = {} if rope is None else {"rope": rope}
-            return block(sequence, **given, **({} if is_key is None else {"attn_mask": is_key[:, None, None]}))
-        if places is None:
+        if self.gaug is not None and places is None:
             raise ConfigError(
                 f"{self.name} was built with gaug=true, which needs the places of the patches; the method that runs it "
                 "passes none (places=Places(grid)); set gaug=false"
             )
-        return biased_block(block, sequence, places, self.num_prefix_tokens, is_key)
+        kept = draw_kept(block, len(sequence), sequence.device)  # outside of what is recomputed
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run_plainly, block, sequence, places, is_key, rope, kept, use_reentrant=False)
+        return self._run_plainly(block, sequence, places, is_key, rope, kept)
+
+    def _run_plainly(
+        self,
+        block: nn.Module,
+        sequence: Tensor,
+        places: Places | None,
+        is_key: Tensor | None,
+        rope: Tensor | None,
+        kept: tuple[Kept, Kept] | None,
+    ) -> Tensor:
+        def mask_of(samples: Tensor, ids: Tensor | slice) -> Tensor | None:
+            keys = None if is_key is None else is_key[ids]
+            if places is not None and self.gaug is not None:
+                return attention_mask(block, samples, places.of(ids), self.num_prefix_tokens, keys)
+            return None if keys is None else keys[:, None, None]
+
+        if kept is not None:
+            return run_kept(block, sequence, kept, mask_of, rope)
+        mask = mask_of(sequence, slice(None))
+        return block(
+            sequence, **({} if rope is None else {"rope": rope}), **({} if mask is None else {"attn_mask": mask})
+        )
 
     def forward_tokens(
         self,
@@ -698,23 +713,20 @@ class Encoder(nn.Module):
         return [found[number] for number in wanted]
 
     def set_drop_path(self, rate: float) -> None:
-        """Stochastic depth: the rate grows linearly from 0 in the first block to ``rate`` in the last.
+        """Stochastic depth: the rate grows linearly from 0 in the first block to ``rate`` in the last. A block computes
+        only the samples that it keeps, see :mod:`smalti.layers.stochastic_depth`.
 
         Raises:
             ConfigError: if ``rate`` is not in [0, 1).
-
-        Source: Huang et al., arXiv:1603.09382v3, Sec. 3 (linear decay rule).
         """
         if not 0 <= rate < 1:
             raise ConfigError(f"drop_path={rate}: a fraction in [0, 1) is needed")
-        for number, block in enumerate(self.vit.blocks):
-            share = rate * number / max(self.depth - 1, 1)
-            block.drop_path1, block.drop_path2 = (DropPath(share) if share else nn.Identity() for _ in range(2))
+        set_rates(self.vit.blocks, rate)
 
 
-def no_pooled_norm(model: type[nn.Module]) -> dict[str, bool]:
-    """Argument of a timm model for its final norm on tokens, not on pooled vectors."""
-    return {"use_fc_norm": False} if issubclass(model, Eva) else {"fc_norm": False}
+def plain_pooling(model: type[nn.Module]) -> dict[str, bool]:
+    """Arguments of a timm model for its final norm on tokens, not on pooled vectors, and for means of patches alone."""
+    return {"use_fc_norm": False} if issubclass(model, Eva) else {"fc_norm": False, "pool_include_prefix": False}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Encoders in the layout of Hugging Face transformers: names of tensors, ``config.json``, folders.
 
-Source: transformers 5, ``models/{vit,vit_mae,dinov2,dinov2_with_registers,dinov3_vit}``. Names are those of files; the
-names of a model in memory are accepted, too. Nothing of transformers is imported.
+Source: transformers 5, ``models/{vit,vit_mae,dinov2,dinov2_with_registers,dinov3_vit,clip,siglip}``. Names are those of
+files; the names of a model in memory are accepted, too. Nothing of transformers is imported.
 Letters: D hidden size.
 """
 
@@ -22,6 +22,8 @@ CONFIG, WEIGHTS, INDEX, PREPROCESSOR = (
 )
 ANTIALIASED = ("dinov2_with_registers",)
 """Model types that resample positions with antialiasing in transformers."""
+WHOLE = ("clip", "siglip")
+"""Model types of text and vision; the vision part is read."""
 ACTIVATIONS = {"gelu": None, "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}
 """``hidden_act`` -> timm's ``act_layer``; None: timm's default."""
 
@@ -67,8 +69,11 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
         WeightsError: for a type of model, or a setting, that timm's models don't have; names a missing field.
     """
     kind = str(config.get("model_type"))
+    if kind in WHOLE:  # text and vision
+        config = {"model_type": f"{kind}_vision_model", **dict(_need(config, "vision_config"))}
+        kind = str(config["model_type"])
     if kind not in _READERS:
-        raise WeightsError(f"model_type={kind}: can't be read; it is one of {', '.join(_READERS)} that can")
+        raise WeightsError(f"model_type={kind}: can't be read; it is one of {', '.join((*_READERS, *WHOLE))} that can")
     size, width = _need(config, "image_size"), _need(config, "hidden_size")
     arguments = {
         "img_size": size,
@@ -151,10 +156,24 @@ def _dinov3(config: Mapping[str, Any], width: int) -> tuple[str, dict[str, Any]]
     return f"vit_small_patch16_dinov3{ending}", {**arguments, "mlp_ratio": _ratio(hidden, width)}
 
 
+def _clip(config: Mapping[str, Any], width: int) -> tuple[str, dict[str, Any]]:
+    _need(config, "hidden_act")  # transformers' default is another one
+    arguments = {"mlp_ratio": _ratio(_need(config, "intermediate_size"), width), "act_layer": _activation(config)}
+    return "vit_base_patch16_clip_224", arguments
+
+
+def _siglip(config: Mapping[str, Any], width: int) -> tuple[str, dict[str, Any]]:
+    _need(config, "hidden_act")
+    arguments = {"mlp_ratio": _ratio(_need(config, "intermediate_size"), width), "act_layer": _activation(config)}
+    return "vit_base_patch16_siglip_224", arguments
+
+
 _READERS: Mapping[str, Callable[[Mapping[str, Any], int], tuple[str, dict[str, Any]]]] = {
     "vit": _vit,
     "vit_mae": _vit,
     "dinov2": _dinov2,
     "dinov2_with_registers": _dinov2,
     "dinov3_vit": _dinov3,
+    "clip_vision_model": _clip,
+    "siglip_vision_model": _siglip,
 }

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 PREFIX = re.compile(
-    r"^((vit|dinov2|dinov2_with_registers|dinov3_vit|vision_model|model|backbone)\.)+(?=embeddings\.|encoder\.|layer|norm)"
+    r"^((vit|dinov2|dinov2_with_registers|dinov3_vit|vision_model|model|backbone)\.)+"
+    r"(?=embeddings\.|encoder\.|layer|norm|post_layernorm\.|pre_layrnorm\.|head\.)"
 )
 PATCHES = re.compile(r"(^|\.)embeddings\.patch_embedding(s\.projection|s)?\.weight$")
 """The tensor that identifies such a file."""
@@ -34,6 +35,13 @@ PARTS = {
     "post_layernorm": "norm",
     "pre_layrnorm": "norm_pre",
 }
+POOL = {
+    "head.attention.out_proj": "proj",
+    "head.layernorm": "norm",
+    "head.mlp.fc1": "mlp.fc1",
+    "head.mlp.fc2": "mlp.fc2",
+}
+"""Layers of SigLIP's attention pooling, as those of timm's."""
 INSIDE = {
     **{f"attention.attention.{name}": f"attn.{name[0]}_proj" for name in ("query", "key", "value")},
     **{f"{where}.{part}_proj": f"attn.{part}_proj" for where in ("attention", "self_attn") for part in "qkv"},
@@ -67,13 +75,18 @@ def is_huggingface(names: Mapping[str, Tensor]) -> bool:
 def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Tensors with timm's names, and the names of those that are left out (poolers, decoders, heads, mask tokens).
 
-    Queries, keys and values stay apart, as ``attn.{q,k,v}_proj``. Tensors with unknown names keep these.
+    Queries, keys and values stay apart, as ``attn.{q,k,v}_proj``. SigLIP's head is timm's attention pooling. Tensors
+    with unknown names keep these.
     """
     result: dict[str, Tensor] = {}
     dropped = []
     is_gated = any(name.endswith("mlp.gate_proj.weight") for name in tensors)
     for full, tensor in tensors.items():
         name = PREFIX.sub("", full)
+        pooling = _pooling(name, tensor)
+        if pooling:
+            result |= pooling
+            continue
         if DROPPED.search(name) or DROPPED.search(full) or not tensor.numel():  # also zero registers
             dropped.append(full)
             continue
@@ -84,6 +97,17 @@ def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
             tensor = tensor[None, None]
         result[new] = tensor
     return result, tuple(dropped)
+
+
+def _pooling(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor of SigLIP's attention pooling, with timm's names; empty for all others."""
+    part, _, kind = name.rpartition(".")
+    if name == "head.probe":
+        return {"attn_pool.latent": tensor}
+    if part == "head.attention" and kind in ("in_proj_weight", "in_proj_bias"):
+        width, kind = len(tensor) // 3, kind.removeprefix("in_proj_")
+        return {f"attn_pool.q.{kind}": tensor[:width], f"attn_pool.kv.{kind}": tensor[width:]}
+    return {f"attn_pool.{POOL[part]}.{kind}": tensor} if part in POOL else {}
 
 
 def _timm_name(name: str, is_gated: bool) -> str:

@@ -5,7 +5,7 @@ the class token last (PART), an unused class token (FLSL). All of this is detect
 from the architecture that the user names.
 
 Sources: the checkpoints and module definitions that DINO, iBOT, DINOv2, MAE, DropPos, Mugs, CrIBo, CrOC, SelfPatch,
-FLSL, Leopart, TimeT, NeCo, PART and LOCA have published.
+FLSL, Leopart, TimeT, NeCo, PART and LOCA have published; those of DINOv3, OpenCLIP and PE.
 """
 
 import math
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import WeightsError
+from smalti.models.clip_names import from_clip, tower_of
 from smalti.models.huggingface_names import from_huggingface, is_huggingface
 
 Tensors = dict[str, Tensor]
@@ -80,6 +81,10 @@ def to_timm_names(tensors: Mapping[str, Tensor], network: str | None = None, bes
     if is_huggingface(tensors):
         found, left_out = from_huggingface(tensors)
         return _from_torch({name: _plain(tensor) for name, tensor in found.items()}, {}, left_out, set(beside))
+    tower = tower_of(tensors)
+    if tower is not None:
+        found, left_out = from_clip(tensors, tower)
+        return ForeignViT({name: _plain(tensor) for name, tensor in found.items()}, {}, left_out)
     names = {key: WRAPPERS.sub("", key.replace("/", ".")) for key in tensors}
     anchors = [name for name in names.values() if not OPTIMIZER.match(name)]
     prefixes = {_before(name, anchor) for name in anchors for anchor in (ANCHOR, FLAX_ANCHOR)} - {None}

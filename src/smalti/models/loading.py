@@ -417,7 +417,8 @@ def _from_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {
         key: value
         for key, value in dict(config.get("model_args") or {}).items()
-        if key not in ("num_classes", "global_pool", "fc_norm", "use_fc_norm", "dynamic_img_size")
+        if key
+        not in ("num_classes", "global_pool", "fc_norm", "use_fc_norm", "dynamic_img_size", "pool_include_prefix")
     }
     normalization = config.get("pretrained_cfg") or {}
     pool = (config.get("model_args") or {}).get("global_pool") or config.get("global_pool")

@@ -113,7 +113,8 @@ class RunConfig:
     devices: int | str = "auto"
     """``auto`` (one GPU, else CPU), ``cpu``, or the number of devices, with one process each."""
     precision: str = "auto"
-    """``fp32``, ``bf16`` or ``auto``: bf16 on GPUs that support it, else fp32."""
+    """``fp32``, ``bf16`` (autocast; weights, losses and statistics stay float32) or ``auto``: bf16 on GPUs that support
+    it, else fp32."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
     weights: str | None = None

@@ -30,6 +30,7 @@ from smalti.data.views import Views
 from smalti.data.workers import check_workers
 from smalti.errors import ConfigError, DataError, Interrupted
 from smalti.files import check_folder, is_free, remove_leftovers
+from smalti.layers.stochastic_depth import StochasticDepth
 from smalti.methods.base import Method
 from smalti.models.licences import licence_note
 from smalti.models.loading import (
@@ -354,6 +355,9 @@ def _prepare_method(config: RunConfig, images: Dataset, checkpoint: Path | None,
         for module in method.modules():
             if isinstance(module, Block):
                 module.compile()
+                if isinstance(module.drop_path1, StochasticDepth):  # runs the parts of a block, not the block
+                    module.attn.compile(dynamic=True)
+                    module.mlp.compile(dynamic=True)
     return method
 
 

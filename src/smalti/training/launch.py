@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 
 from smalti.config import unknown_key
 from smalti.errors import ConfigError, MissingExtraError
-from smalti.functional.precision import has_bf16
+from smalti.functional.precision import has_bf16, multiplies_bf16
 from smalti.methods.base import Method
 from smalti.models.encoder import Encoder
 from smalti.threads import chosen_by_command, chosen_by_user, usable_cores
@@ -56,12 +57,15 @@ def resolve_precision(precision: str, kind: str) -> str:
     """Resolve ``auto``: bf16 on GPUs with native support (not emulated), else fp32.
 
     Raises:
-        ConfigError: for another name; float16 isn't supported, since its loss scaling would make resuming inexact.
+        ConfigError: for another name (float16 isn't supported, since its loss scaling would make resuming inexact), or
+            bf16 on a CPU for which torch lacks it.
     """
     if precision == "auto":
         return "bf16" if has_bf16(kind) else "fp32"
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r}: one of auto, {', '.join(PRECISIONS)} is needed")
+    if precision == "bf16" and kind == "cpu" and not multiplies_bf16(kind):
+        raise ConfigError("precision=bf16: this torch can't multiply matrices in bfloat16 on this CPU; use fp32")
     return precision
 
 
@@ -127,7 +131,10 @@ def under_launcher() -> bool:
 def make_accelerator(
     kind: str, precision: str, accumulate: int, trackers: tuple[str, ...] = (), folder: Path | None = None
 ) -> Accelerator:
-    """Create the Accelerator of this process; trackers write their files to ``folder``."""
+    """Create the Accelerator of this process; trackers write their files to ``folder``. An earlier one with another
+    precision must no longer be used."""
+    if AcceleratorState._shared_state.get("_mixed_precision", PRECISIONS[precision]) != PRECISIONS[precision]:
+        AcceleratorState._reset_state()  # otherwise it refuses a second run with another precision
     return Accelerator(
         cpu=kind == "cpu",
         project_dir=folder,

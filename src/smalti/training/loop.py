@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from smalti.config import Count, settings
-from smalti.data.loader import UnreadableLog, sample_key
+from smalti.data.loader import UnreadableLog, key_of_step, sample_key
 from smalti.data.views import Views
 from smalti.errors import Interrupted, RunError
 from smalti.methods.base import Method
@@ -22,7 +22,7 @@ from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingSt
 from smalti.training.health import GRAD_NORM, WEIGHTS, Health, HealthReading, feature_health
 from smalti.training.interrupt import Interrupt, StopRequested
 from smalti.training.optim import OptimConfig, peak_lr
-from smalti.training.step import StepResult, training_step
+from smalti.training.step import StepResult, Whole, training_step
 
 _WATCHED = {GRAD_NORM: "the gradient norm is", WEIGHTS: "the weights are"}
 MAX_SETBACKS = 3
@@ -170,6 +170,7 @@ def train(
             model=model,
             update=prepared,
             engine=accelerator,
+            whole=Whole(key_of_step(config.seed, state.step), config.batch_size, rank, world),
         )
         state.step += 1
         stop = interrupt.agreed()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smalti.data.views import Views
+from smalti.layers.stochastic_depth import StepPart, part_of_step
 from smalti.methods.base import Method
 from smalti.training.optim import OptimConfig, apply_schedules, clip_gradients, freeze
 
@@ -50,6 +51,23 @@ class PlainEngine:
         """Nothing to do: bf16 and float32 losses are not scaled."""
 
 
+class Whole(NamedTuple):
+    """What a process knows of the whole step, of which it computes a part."""
+
+    key: int
+    """Random key, the same in all processes."""
+    batch_size: int
+    """Images, over all processes and micro-batches."""
+    rank: int
+    """Number of this process."""
+    world: int
+    """Number of processes."""
+
+    def part(self, number: int, count: int) -> StepPart:
+        """The micro-batch of that number, of ``count`` images; see :class:`smalti.data.loader.TrainLoader`."""
+        return StepPart(self.key, self.batch_size, (number * self.world + self.rank) * count, count)
+
+
 class StepResult(NamedTuple):
     """What a step computed; tensors stay on the device."""
 
@@ -78,6 +96,7 @@ def training_step(
     model: Model | None = None,
     update: Any = None,
     engine: Engine | None = None,
+    whole: Whole | None = None,
 ) -> StepResult:
     """One training step: schedules, forward and backward passes, clipping, optimiser step, and the method's update.
 
@@ -91,15 +110,18 @@ def training_step(
         model: called in place of ``method``: the method wrapped for autocast and several processes.
         update: stepped in place of ``optimizer``: the wrapped optimiser.
         engine: backward and accumulation; None: one process without accumulation.
+        whole: the whole step, from which stochastic depth draws; None: it draws from each batch with torch's generator.
     """
     model, update, engine = model or method, update or optimizer, engine or PlainEngine()
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     encoders = [parameter for encoder in method.networks().values() for parameter in encoder.parameters()]
     lr, decay = apply_schedules(optimizer, config, peak=peak, progress=progress)
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    for views in micro_batches:
+    for number, views in enumerate(micro_batches):
+        part = None if whole is None else whole.part(number, views.batch_size)
         with engine.accumulate(model):
-            losses = model(views, progress)  # call the wrapped module: DDP needs it
+            with part_of_step(part):
+                losses = model(views, progress)  # call the wrapped module: DDP needs it
             engine.backward(torch.stack(list(losses.values())).sum())
             if engine.sync_gradients:
                 engine.unscale_gradients()

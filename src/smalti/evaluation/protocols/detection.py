@@ -62,7 +62,7 @@ from smalti.evaluation.tuning import (
     Example,
     check_micro_batch,
     normalized,
-    rate_fresh_positions,
+    rate_positions,
     seeded,
     stream,
     train,
@@ -405,7 +405,7 @@ def optimizer_of(model: Detector, recipe: DetectionRecipe, encoder: Encoder) -> 
         )
         for group in optimizer.param_groups:
             group["lr_scale"] *= recipe.layer_decay  # timm's decay starts at the last block, ViTDet's after it
-        rate_fresh_positions(optimizer, encoder, model.backbone.encoder)
+        rate_positions(optimizer, encoder, model.backbone.encoder)
     else:
         optimizer = torch.optim.AdamW([{"params": []}], lr=recipe.learning_rate, betas=BETAS)
     known = {id(parameter) for parameter in vit.parameters()}

@@ -38,7 +38,7 @@ from smalti.evaluation.tuning import (
     evaluate_labels,
     normalized,
     random_view,
-    rate_fresh_positions,
+    rate_positions,
     seeded,
     train,
     trainable_copy,
@@ -266,7 +266,7 @@ def fine_tune(features: Features, config: EvalConfig) -> FineTuned:
             layer_decay=recipe.layer_decay,
             betas=BETAS,
         )
-        rate_fresh_positions(optimizer, encoder, model.encoder)
+        rate_positions(optimizer, encoder, model.encoder)
         mix = (
             Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes)
             if recipe.mixup
