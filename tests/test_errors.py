@@ -47,5 +47,6 @@ def test_a_bug_keeps_its_traceback(error: Exception) -> None:
 
 def test_exit_codes_are_those_that_shells_give() -> None:
     assert exit_code(signal.SIGINT) == 130
-    assert {exit_code(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)} == {143}
+    assert {exit_code(number) for number in (signal.SIGTERM, signal.SIGHUP)} == {143}
+    assert exit_code(signal.SIGUSR1) == 128 + signal.SIGUSR1
     assert Interrupted(signal.SIGTERM, "resume").code == 143

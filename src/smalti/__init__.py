@@ -24,6 +24,7 @@ _LAZY = {
     "load": "smalti.models.loading",
     "train": "smalti.runs.train",
     "resume": "smalti.runs.train",
+    "resume_or_start": "smalti.runs.train",
     "compare": "smalti.comparison.run",
     **dict.fromkeys(("doctor", "embed", "evaluate", "export", "generate", "load_ranked", "rank"), "smalti.api"),
 }
@@ -45,6 +46,7 @@ __all__ = [
     "open_images",
     "rank",
     "resume",
+    "resume_or_start",
     "train",
 ]
 

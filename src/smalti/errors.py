@@ -51,8 +51,8 @@ class MissingExtraError(SmaltiError, ImportError):
 
 
 class Interrupted(SystemExit):
-    """The work was stopped by a signal; finished parts are kept. If not caught, the process exits with code 143, or 130
-    for Ctrl-C, as after the signal itself."""
+    """The work was stopped by a signal; finished parts are kept. If not caught, the process exits with the code of
+    :func:`exit_code`."""
 
     def __init__(self, number: int, line: str = "") -> None:
         """
@@ -68,8 +68,9 @@ class Interrupted(SystemExit):
 
 
 def exit_code(number: int) -> int:
-    """Exit code of a process that a signal ends: 130 for Ctrl-C, 143 for SIGTERM, SIGUSR1 and SIGHUP."""
-    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+    """Exit code of a process that a signal ends: 130 for Ctrl-C, 138 (on Linux) for SIGUSR1, by which a scheduler asks
+    to run it again, 143 for SIGTERM and SIGHUP."""
+    return 128 + (signal.SIGTERM if number == getattr(signal, "SIGHUP", None) else number)
 
 
 def machine_error(error: BaseException) -> str | None:

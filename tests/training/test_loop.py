@@ -101,6 +101,38 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert_logs_equal(tmp_path / "a", tmp_path / "b")
 
 
+def test_one_command_starts_a_run_and_resumes_it(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = weights(train(tmp_path / "a", photos))
+    original = MAE.after_step
+
+    def stop(self: MAE, progress: float) -> None:
+        original(self, progress)
+        if progress == 4 / 8:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def job(**more: Any) -> None:
+        smalti.resume_or_start("mae", photos, tmp_path / "b", overrides=settings(**more), quiet=True)
+
+    with pytest.raises(Interrupted), monkeypatch.context() as patch:
+        patch.setattr(MAE, "after_step", stop)
+        job()
+    job(checkpoint={"every": 1})
+    assert same(undisturbed, weights(tmp_path / "b"))
+    assert [row["event"] for row in read_csv(tmp_path / "b" / "events.csv")] == ["interrupted", "resumed"]
+    assert read_yaml(tmp_path / "b" / "config.yaml")["checkpoint"]["every"] == 3
+    job()  # a finished run stays as it is
+    with pytest.raises(ConfigError, match=r"optim\.lr can't change when a run is resumed"):
+        job(optim={"lr": 2e-3})
+    with pytest.raises(ConfigError, match="no run directory is given"):
+        smalti.resume_or_start("mae", photos, quiet=True)
+
+
+def test_a_machine_without_the_run_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "SHARED_AFTER_S", 0)
+    with pytest.raises(RunError, match=r"missing: does not exist on .* on a shared file system"):
+        runs._first_decides(tmp_path / "missing", None)
+
+
 @pytest.mark.parametrize("step", [2, 3, 7])
 def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_the_same_bits(
     step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,7 +154,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resuming_gives_the_same_bits(
     monkeypatch.undo()
     assert latest_checkpoint(tmp_path / "b").name == f"step_{step:08d}"
     assert (end.value.code, str(end.value)) == (
-        143,
+        128 + signal.SIGUSR1,
         f"interrupted by SIGUSR1; checkpoint: {latest_checkpoint(tmp_path / 'b')}; "
         f"resume with: smalti train --resume {tmp_path / 'b'}",
     )

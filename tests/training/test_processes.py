@@ -8,8 +8,10 @@ import threading
 import time
 
 import psutil
+import pytest
+import torch
 
-from smalti.training.processes import run_process
+from smalti.training.processes import lost_process, run_process
 
 CHILD = (
     "import os, sys, time; from smalti.training.processes import end_with; end_with(int(sys.argv[1])); time.sleep(60)"
@@ -45,3 +47,19 @@ def test_a_process_that_ends_by_itself_gives_its_code() -> None:
     assert run_process([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == (3, 0)
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert run_process([sys.executable, "-c", kill], dict(os.environ)) == (-9, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3"),
+            "Connection closed by peer [127.0.0.1]:3",
+        ),
+        (torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nremote process exited"), "NCCL error in: x.cpp:1"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ""),
+        (ValueError("Connection closed by peer"), ""),
+    ],
+)
+def test_an_error_shows_whether_another_process_is_gone(error: Exception, reason: str) -> None:
+    assert lost_process(error) == reason

@@ -89,7 +89,7 @@ def main(
 
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a mistake or a problem of the machine, 130 interrupted, 143 ended by
-    SIGTERM, SIGUSR1 or SIGHUP after a checkpoint."""
+    SIGTERM or SIGHUP, 138 by SIGUSR1, each after a checkpoint."""
     threads.set_environment()  # before anything imports torch
     streams.protect_streams()
     words = sys.argv[1:] if arguments is None else arguments

@@ -48,6 +48,9 @@ def command(
         ),
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Resume an interrupted run.")] = None,
+    resume_or_start: Annotated[
+        bool, typer.Option("--resume-or-start", help="Resume the run in --out if there is one, else start it.")
+    ] = False,
     imports: Imports = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -67,12 +70,13 @@ def command(
 
     if resume is not None:
         given = {"a method": method, "--data": data, "--out": out, "--init": init, "--recipe": recipe}
-        for name, value in given.items():
+        for name, value in {**given, "--resume-or-start": resume_or_start or None}.items():
             if value is not None:
                 raise ConfigError(f"--resume uses the settings of the run; leave out {name}")
         run = pretrain.resume(resume, overrides, quiet=quiet)
     else:
-        run = pretrain.train(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
+        start = pretrain.resume_or_start if resume_or_start else pretrain.train
+        run = start(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
     if os.environ.get("RANK", "0") == "0":
         _print_next_steps(run)
 

@@ -299,7 +299,7 @@ def _run(job: Job, isolate: bool) -> str:
     command = [sys.executable, "-m", "smalti.comparison.cell", str(path), str(os.getpid())]
     code, asked = run_process(command, {**os.environ, "PYTHONUNBUFFERED": "1"})
     if code in STOPPED and not asked:  # the cell was stopped from outside, not the comparison
-        asked = signal.SIGINT if code == STOPPED[0] else signal.SIGTERM
+        asked = STOPPED[code]
     if asked:
         raise Interrupted(asked, f"interrupted by {signal.Signals(asked).name}; the same command resumes")
     if code == 0:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -14,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from timm.models.vision_transformer import Block
 
 from smalti.config import (
+    Tree,
     flatten,
     merge,
     read_yaml,
     to_tree,
+    unfold,
     write_yaml,
 )
 from smalti.data.dataset import Dataset
@@ -28,7 +32,7 @@ from smalti.data.images.image_set import as_text, is_text
 from smalti.data.loader import TrainLoader, UnreadableLog
 from smalti.data.views import Views
 from smalti.data.workers import check_workers
-from smalti.errors import ConfigError, DataError, Interrupted
+from smalti.errors import ConfigError, DataError, Interrupted, RunError
 from smalti.files import check_folder, is_free, remove_leftovers
 from smalti.layers.stochastic_depth import StochasticDepth
 from smalti.methods.base import Method
@@ -84,8 +88,11 @@ from smalti.training.logs import CSVLog, Screen, Trackers
 from smalti.training.loop import Listener, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, build_optimizer
-from smalti.training.processes import launch
+from smalti.training.processes import end_with_launcher, launch, lost_process
+from smalti.training.slurm import join_step
 
+SHARED_AFTER_S = 60
+"""How long a process waits for a run directory on a shared file system to appear."""
 FIRST_LOOK = 20
 """Number of first images of which at least one must be readable before a run starts."""
 
@@ -118,11 +125,8 @@ def train(
         ConfigError, DataError, WeightsError, RunError: for an invalid setting or input, or if training fails.
         Interrupted: after a signal; a checkpoint was written, from which :func:`resume` continues.
     """
-    tree = read_yaml(find_recipe(recipe)) if recipe else {}
-    given: dict[str, Any] = {"method": {"name": method}} if method else {}
-    given |= {"data": {"path": str(data)}} if data else {}
-    given |= {"init": init} if init else {}
-    tree = with_start(with_signals(absolute_paths(merge(merge(tree, given), overrides or {}))))
+    join_step()
+    tree = with_start(with_signals(_given(method, data, init, recipe, overrides)))
     config = resolve(tree, str(recipe) if recipe else "settings")
     check_start(config)
     if not config.data.path:
@@ -155,6 +159,52 @@ def train(
     return run
 
 
+def _given(
+    method: str | None,
+    data: str | Path | None,
+    init: str | None,
+    recipe: str | Path | None,
+    overrides: Mapping[str, Any] | None,
+) -> Tree:
+    """The settings that a user gives: those of the recipe, and over them the others; with absolute paths."""
+    tree = read_yaml(find_recipe(recipe)) if recipe else {}
+    given: Tree = {"method": {"name": method}} if method else {}
+    given |= {"data": {"path": str(data)}} if data else {}
+    given |= {"init": init} if init else {}
+    return absolute_paths(merge(merge(tree, given), overrides or {}))
+
+
+def resume_or_start(
+    method: str | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    init: str | None = None,
+    recipe: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Resume the run in ``out`` if there is one, else start it: one command for a job that may be started several
+    times, as ``smalti train --resume-or-start`` does. The arguments are those of :func:`train`.
+
+    Raises:
+        ConfigError: also if the run was started with other settings, and :func:`resume` can't change these.
+        DataError, WeightsError, RunError, Interrupted: as :func:`train` and :func:`resume`.
+    """
+    path = None if out is None else Path(out).expanduser() / CONFIG_FILE
+    if out is None or path is None or not path.is_file():
+        return train(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
+    tree = _given(method, data, init, recipe, overrides)
+    if isinstance(tree.get("method"), str):
+        tree["method"] = {"name": tree["method"]}
+    now = flatten(to_tree(resolve(with_start(with_signals(tree)), str(recipe) if recipe else "settings")))
+    before = flatten(read_yaml(path))
+    changed = {key: now[key] for key in flatten(tree) if key in now and now[key] != before.get(key)}
+    if changed.get("data.scale") == "percentiles":
+        del changed["data.scale"]  # the run has the ranges that were measured
+    return resume(out, unfold(changed), quiet=quiet)
+
+
 def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Path:
     """Resume an interrupted run from its newest readable checkpoint, as ``smalti train --resume RUN`` does.
 
@@ -169,6 +219,7 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
         WeightsError: if none of its checkpoints can be read.
         Interrupted: after a signal; a checkpoint was written.
     """
+    join_step()
     run = Path(run).expanduser()
     path = run / CONFIG_FILE
     if not path.is_file():
@@ -191,8 +242,9 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
         if _is_first_process():
             repair_folder(run)
         check_same_images(run, images)
-        checkpoint, notes = usable_checkpoint(run, set_aside=_is_first_process())
+        checkpoint = None  # the other processes take that of the first
         if _is_first_process():
+            checkpoint, notes = usable_checkpoint(run, set_aside=True)
             for note in notes:
                 warnings.warn(note, stacklevel=2)
             if not (run / RUN_FILE).exists():
@@ -334,13 +386,40 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
 
     Raises:
         Interrupted: after a signal.
+        RunError: if another process has ended.
     """
     interrupt = Interrupt()
+    end_with_launcher()
     with handled_signals(interrupt.ask, None if under_launcher() else end_at_once):
         try:
             _train(run, config, checkpoint, quiet, interrupt)
         except StopRequested as stop:
             raise Interrupted(stop.number) from None
+        except Exception as error:
+            if not (reason := lost_process(error)):
+                raise
+            raise RunError(
+                f"another process of this run has ended or can't be reached ({reason}); last checkpoint: "
+                f"{latest_checkpoint(run) or 'none'}; resume with: smalti train --resume {shlex.quote(str(run))}"
+            ) from error
+
+
+def _first_decides(run: Path, checkpoint: Path | None) -> Path | None:
+    """The checkpoint that the first of several processes resumes from, for all of them.
+
+    Raises:
+        RunError: if this process doesn't see the run directory.
+    """
+    chosen: list[Path | None] = [checkpoint]
+    broadcast_object_list(chosen)  # the first process has written its files before
+    for _ in range(SHARED_AFTER_S):
+        if (run / CONFIG_FILE).is_file():
+            return chosen[0]
+        time.sleep(1)  # network file systems remember for a while that a file was missing
+    raise RunError(
+        f"{run}: does not exist on {socket.gethostname()}, where another process of this run works; all machines need "
+        "the run directory, on a shared file system"
+    )
 
 
 def _prepare_method(config: RunConfig, images: Dataset, checkpoint: Path | None, device: torch.device) -> Method:
@@ -369,6 +448,7 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
     )
     if accelerator.num_processes > 1:
         interrupt.synchronize(PATIENCE)
+        checkpoint = _first_decides(run, checkpoint)
     images = open_training(config)
     method = _prepare_method(config, images, checkpoint, accelerator.device)
     limit_threads(method, micro_batch)

@@ -36,7 +36,8 @@ class Devices:
 
 
 def resolve_devices(devices: int | str) -> Devices:
-    """Resolve ``devices=auto|cpu|N`` on this machine: one GPU or the CPU, or N GPUs, or N processes on the CPU.
+    """Resolve ``devices=auto|cpu|N`` on this machine: one GPU or the CPU, or N GPUs, or N processes on the CPU. Under a
+    launcher, N may count the GPUs of several machines.
 
     Raises:
         ConfigError: for another value, or more GPUs than available.
@@ -48,7 +49,7 @@ def resolve_devices(devices: int | str) -> Devices:
         return Devices("cpu", 1)
     if not isinstance(devices, int) or devices < 1:
         raise ConfigError(f"devices={devices!r}: auto, cpu or a number of at least 1 is needed")
-    if gpus and devices > gpus:
+    if gpus and devices > gpus and not under_launcher():
         raise ConfigError(f"devices={devices}: this machine has only {gpus} GPU{'s' if gpus > 1 else ''}")
     return Devices("cuda" if gpus else "cpu", devices)
 
@@ -124,7 +125,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun or Smalti started this process as one of several."""
+    """Whether torchrun, srun or Smalti started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

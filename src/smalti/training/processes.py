@@ -23,12 +23,14 @@ import torch.distributed
 
 from smalti.errors import Interrupted, SmaltiError, exit_code, machine_error
 from smalti.streams import protect_streams, warn_in_one_line
-from smalti.training.interrupt import blocked_signals, end_at_once, handled_signals
+from smalti.training.interrupt import SIGNALS, blocked_signals, end_at_once, handled_signals
 from smalti.training.launch import PATIENCE, share_threads
 
 HOST = "127.0.0.1"
-STOPPED = (exit_code(signal.SIGINT), exit_code(signal.SIGTERM))
-"""Exit codes of a process that stopped on a signal after writing its checkpoint."""
+STOPPED = {exit_code(number): number for number in SIGNALS if number != getattr(signal, "SIGHUP", None)}
+"""Exit codes of a process that stopped on a signal after writing its checkpoint -> the signal."""
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+"""In errors of gloo, which has no class of errors of its own."""
 _GRACE_S = 30.0  # for the other processes to exit once the first has stopped after its checkpoint
 
 
@@ -70,8 +72,7 @@ def _explain(error: Any, processes: int, asked: list[int]) -> None:
     """Raise the error that corresponds to the exit of the first process."""
     code = error.exit_code
     if code in STOPPED:
-        number = signal.SIGINT if code == STOPPED[0] else signal.SIGTERM
-        raise Interrupted(asked[0] if asked else number) from None
+        raise Interrupted(asked[0] if asked else STOPPED[code]) from None
     if code == 2:  # a user's mistake: the process has printed the message
         raise SystemExit(2) from None
     reason = f"was ended by signal {-code}" if code < 0 else f"stopped with exit code {code}"
@@ -145,6 +146,22 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_launcher() -> None:
+    """Under torchrun, end this process when the agent that started it ends; its processes would outlive it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())
+
+
+def lost_process(error: BaseException) -> str:
+    """What a failed exchange between processes says, if another one ended or can't be reached; empty for any other
+    error."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, torch.distributed.DistError):
+        return lines[0]
+    is_closed = isinstance(error, RuntimeError) and any(word in str(error) for word in _CLOSED)
+    return lines[0].rpartition("] ")[2] if is_closed else ""  # behind gloo's source file and line
 
 
 def _process(
