@@ -24,6 +24,7 @@ from smalti.cli import (
     report,
     samples,
     settings,
+    shard,
     train,
 )
 from smalti.errors import Interrupted, SmaltiError, exit_code, machine_error
@@ -65,6 +66,7 @@ for module in (
     embed,
     doctor,
     samples,
+    shard,
     demo,
 ):
     app.command(module.NAME, cls=command_class(getattr(module, "more_help", None)))(module.command)

@@ -16,7 +16,7 @@ from smalti.errors import ConfigError
 from smalti.registry import listed
 
 NAME = "settings"
-VERBS = ("embed", "evaluate", "export", "generate", "rank", "samples")
+VERBS = ("embed", "evaluate", "export", "generate", "rank", "samples", "shard")
 """Commands with settings of their own, returned by ``own_settings`` of their modules."""
 
 

@@ -1,5 +1,5 @@
-"""Readers: a folder tree, a list or table of files, class folders, images with masks or a public data set becomes one
-:class:`ImageSet`.
+"""Readers: a folder tree, an archive, a list or table of files, class folders, images with masks or a public data set
+becomes one :class:`ImageSet`.
 
 The layout is detected, or forced by ``NAME=PATH``; what could be read in two ways is refused. Images are not decoded
 here, apart from a few where one of two folders may hold masks; order never depends on the file system.
@@ -16,9 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from smalti.config import unknown_key
+from smalti.data.archives.members import Archive, archive_at, remember
+from smalti.data.archives.opening import PACKED, open_archive, shards_in
 from smalti.data.images import datasets
 from smalti.data.images.decode import read_image as read_image
-from smalti.data.images.image_files import Found, find_images, first_of
+from smalti.data.images.image_files import Found, find_images, first_of, has_images
 from smalti.data.images.image_set import SPLITS as SPLITS
 from smalti.data.images.image_set import ImageSample as ImageSample
 from smalti.data.images.image_set import ImageSet as ImageSet
@@ -40,11 +42,13 @@ from smalti.data.images.splits import (
     stray_note,
     text_files,
 )
-from smalti.data.images.tables import TABLES, read_list, read_table
+from smalti.data.images.tables import TABLES, read_list, read_table, sorted_labels
 from smalti.errors import ConfigError, DataError
 
 ClassDepth = int | Literal["deepest"]
 """How many folders name a class: 1 the outermost, 2 ``a/b``, and so on; ``deepest`` the folder of the image alone."""
+SHARDS = "shards"
+"""Reader of tar and zip files."""
 _MOST_STRAYS = 0.02
 _ENOUGH_FOR_ONE = 10
 """Images outside of class folders are left out if they are at most this fraction, or one beside this many; beyond it,
@@ -63,8 +67,10 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     Images that are left out are counted in ``left_out`` and in a warning.
 
     Args:
-        data: a folder, a list or a table; ``NAME=PATH`` forces the reader NAME.
-        layout: forces a reader as well: ``folder``, ``list``, ``table``, ``classes`` or ``masks``. ``folder`` takes all
+        data: a folder, a tar or zip file, a folder or pattern of tar shards, a list or a table; ``NAME=PATH`` forces
+            the reader NAME.
+        layout: forces a reader as well: ``folder``, ``list``, ``table``, ``classes``, ``masks`` or ``shards`` (tar and
+            zip files, whose members are read as files of a folder would be). ``folder`` takes all
             images of the tree as one set; ``list`` a text file with a path a line, relative to it or absolute, perhaps
             with a label; ``table`` CSV, JSONL or Parquet with the columns path and label, split, group; ``classes``
             ``CLASS/img`` or ``SPLIT/CLASS/img``; ``masks`` ``images/`` with ``masks/`` or ``instances/``, by stem.
@@ -79,11 +85,14 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     path, layout = _split_name(data, layout)
     if layout is not None and layout not in READERS:
         raise ConfigError(unknown_key(layout, READERS, "--data", kind="reader"))
-    if not path.exists():
+    if (archive := _archive_at(path, layout)) is not None:
+        images = _read_archive(archive, layout, class_depth)
+    elif not path.exists():
         raise DataError(f"{as_text(path)}: no such file or folder")
-    if not (path.is_file() or path.is_dir()):  # reading a pipe may never end
+    elif not (path.is_file() or path.is_dir()):  # reading a pipe may never end
         raise DataError(f"{as_text(path)}: is neither a file nor a folder")
-    images = _read(path, layout, class_depth)
+    else:
+        images = _read(path, layout, class_depth)
     if notes := [*images.remarks, *([f"left out: {', '.join(images.left_out)}"] if images.left_out else [])]:
         warnings.warn(f"{as_text(images.root)}: {'; '.join(notes)}", LeftOut, stacklevel=2)
     return images
@@ -99,13 +108,71 @@ def _split_name(data: str | Path, layout: str | None) -> tuple[Path, str | None]
     return path, layout
 
 
+def _archive_at(path: Path, layout: str | None) -> Archive | None:
+    """The archive that a path names, opened; None for files and folders.
+
+    Raises:
+        DataError: if it can't be read, or there is none but one is named.
+    """
+    if path.is_dir() and layout in (None, SHARDS):
+        shards = shards_in(path)
+        if shards is None or (layout is None and has_images(path)):
+            if layout is None:
+                return None
+            raise DataError(f"{as_text(path)}: holds no tar file; layout 'shards' needs some")
+        path = shards
+    archive = open_archive(path)
+    if archive is not None:
+        remember(archive)
+    elif layout == SHARDS:
+        raise DataError(f"{as_text(path)}: names no tar or zip file; layout 'shards' needs one")
+    return archive
+
+
+def _read_archive(archive: Archive, layout: str | None, class_depth: ClassDepth | None) -> ImageSet:
+    """The members of an archive, read as the files of a folder are; labels of members count where folders give none."""
+    root = archive.root
+    if not archive.has_folders:
+        images = _read_folder(root)
+    elif layout in (None, SHARDS):
+        found = find_images(root)
+        images = _detect_own(root, found, class_depth)
+        if images.layout in _OWN and not images.splits:
+            _refuse_other_lists(root, images, found.lists)
+    elif layout == "classes":
+        images = _read_classes(root, class_depth)
+    elif layout in _OWN:
+        images = READERS[layout](root)
+    else:
+        raise DataError(f"{as_text(root)}: layout '{layout}' isn't read from {archive.container}; unpack it")
+    if archive.labels is not None and images.layout == "folder":
+        images = _with_member_labels(images, archive)
+    return replace(images, container=archive.container, left_out=(*images.left_out, *archive.left_out))
+
+
+def _with_member_labels(images: ImageSet, archive: Archive) -> ImageSet:
+    """The classes that an archive gives its members; unchanged unless every image has one."""
+    assert archive.labels is not None
+    start = len(f"{archive.root}/")
+    places = [archive.names.find(str(path)[start:]) for path in images.paths]
+    labels = [archive.labels[place] for place in places if place is not None]
+    if missing := labels.count(""):
+        return replace(images, no_labels=f"{missing:,} of {len(labels):,} images have no .cls member")
+    classes = sorted_labels(set(labels))
+    number_of = {name: place for place, name in enumerate(classes)}
+    samples = tuple(
+        replace(sample, label=number_of[label]) for sample, label in zip(images.samples, labels, strict=True)
+    )
+    return replace(images, layout="classes", samples=samples, classes=tuple(map(as_text, classes)))
+
+
 def _read(path: Path, layout: str | None, class_depth: ClassDepth | None) -> ImageSet:
     is_table = path.suffix.lower() in TABLES
     if layout is None and path.is_file():
         if path.suffix.lower() != ".txt" and not is_table:
             raise DataError(
-                f"{as_text(path)}: a file; give a folder of images, a .txt list with one path a line, or a table "
-                f"({', '.join(TABLES)})"
+                f"{as_text(path)}: a file; give a folder of images, an archive ({', '.join(PACKED)}), a .txt list with "
+                f"one path a line, or a table ({', '.join(TABLES)})"
             )
         layout = "table" if is_table else "list"
     if layout is None:
@@ -145,7 +212,7 @@ def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> Ima
     """Masks, class folders or one set of images, perhaps in an outer folder, as archives are packed."""
     if folder := _only_folder(found.names):
         inside = found.inside(folder)
-        known = _known_folders(root / folder)
+        known = None if archive_at(root) else _known_folders(root / folder)
         images = READERS[known](root / folder) if known else _detect_own(root / folder, inside, class_depth)
         images = _with_lists(images, root) if images.layout in _OWN else images
         if images.layout == "masks" and images.classes is None:
@@ -361,12 +428,17 @@ def _why_no_classes(names: Sequence[PurePosixPath], has_splits: bool, class_dept
     return f"{as_text(str(names[0]))} has no class folder"
 
 
+def _read_shards(path: Path) -> ImageSet:
+    return open_images(path, SHARDS)
+
+
 READERS: dict[str, Callable[[Path], ImageSet]] = {
     "folder": _read_folder,
     "classes": _read_classes,
     "list": read_list,
     "table": read_table,
     "masks": read_masks,
+    SHARDS: _read_shards,
     **datasets.READERS,
 }
 """Name -> reader, for ``NAME=PATH``."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from smalti.data.archives.members import Archive, archive_at
 from smalti.data.images.decode import ENDINGS
 from smalti.data.images.image_set import SPLITS, as_text
 from smalti.errors import DataError
@@ -56,11 +57,14 @@ class Found(NamedTuple):
 
 
 def find_images(root: Path) -> Found:
-    """Images below a folder; hidden files are left out, links followed, each folder is read once.
+    """Images below a folder or in an opened archive; hidden files are left out, links followed, each folder is read
+    once.
 
     Raises:
         DataError: if there is none, or a folder can't be read.
     """
+    if (archive := archive_at(root)) is not None:
+        return _find_members(archive)
     found: list[str] = []
     skipped: list[str] = []
     lists: list[str] = []
@@ -91,10 +95,39 @@ def find_images(root: Path) -> Found:
     except OSError as error:
         raise DataError(f"{as_text(error.filename or root)}: can't be read ({error.strerror or error})") from None
     if not found:
-        raise DataError(
-            f"{as_text(root)}: no images found (looked in all its folders for {', '.join(ENDINGS)}, in any case)"
-        )
+        raise _nothing(root, "looked in all its folders for")
     return Found([PurePosixPath(name) for name in sorted(found)], sorted(skipped), sorted(lists))
+
+
+def has_images(root: Path) -> bool:
+    """Whether there is an image below a folder, to which the walk leads before it has seen everything."""
+    for _, _, files in os.walk(root):
+        if any(name.rpartition(".")[2].lower() in ENDINGS and not name.startswith(".") for name in files):
+            return True
+    return False
+
+
+def _nothing(root: Path, searched: str) -> DataError:
+    return DataError(f"{as_text(root)}: no images found ({searched} {', '.join(ENDINGS)}, in any case)")
+
+
+def _find_members(archive: Archive) -> Found:
+    """The same for an archive, whose hidden members are left out already."""
+    images = [name for name in archive.names if name.rpartition(".")[2].lower() in ENDINGS]
+    if not images:
+        raise _nothing(archive.root, "its members end in none of")
+    folders = {name.rpartition("/")[0] for name in images}
+    skipped = {
+        "/".join(parts[: depth + 1])
+        for parts in (folder.split("/") for folder in folders)
+        for depth, part in enumerate(parts)
+        if part.lower() in _NOT_DATA or (part.lower() in _PREVIEWS and "/".join(parts[:depth]) in folders)
+    }
+    if skipped:
+        starts = tuple(f"{folder}/" for folder in skipped)
+        images = [name for name in images if not name.startswith(starts)]
+    lists = [name for name in archive.names if name.rpartition("/")[2].lower() in _LISTS]
+    return Found([PurePosixPath(name) for name in sorted(images)], sorted(skipped), sorted(lists))
 
 
 def image_names(root: Path) -> list[PurePosixPath]:

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from smalti.data.archives.members import is_file, read_bytes
+from smalti.data.archives.names import Names
 from smalti.data.dataset import Kind, names_fingerprint
 from smalti.data.images.decode import NO_PIXELS, PixelConfig, read_image
 from smalti.errors import DataError
@@ -97,6 +99,8 @@ class ImageSet:
     """Why there are no class labels."""
     no_masks: str = ""
     """Why there are no masks, if some files look like masks."""
+    container: str = ""
+    """What the images are packed into, such as ``3 tar shards``; empty for files."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -208,7 +212,8 @@ class ImageSet:
         splits = ", ".join(f"{split} {count:,}" for split, count in named)
         classes = f", {len(self.classes)} classes" if self.classes else ""
         images = f"{len(self):,} image{'s' * (len(self) != 1)}"
-        return f"{self.layout}: {images}{f' ({splits})' if splits else ''}{classes}"
+        inside = f" in {self.container}" if self.container else ""
+        return f"{self.layout}: {images}{inside}{f' ({splits})' if splits else ''}{classes}"
 
     def account(self) -> str:
         """:meth:`describe`, remarks, and what was left out or not read."""
@@ -223,10 +228,7 @@ class ImageFiles:
 
     def __init__(self, images: ImageSet, channels: int) -> None:
         self._root, self._channels, self._pixels = images.root, channels, images.pixels
-        # all paths in one buffer: a million Path objects would take gigabytes in every worker
-        names = [os.fsencode(path) for path in images.paths]
-        self._text = b"".join(names)
-        self._ends = np.cumsum([0, *map(len, names)])
+        self._names = Names(map(os.fspath, images.paths))
 
     @property
     def root(self) -> Path:
@@ -234,11 +236,11 @@ class ImageFiles:
         return self._root
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._names)
 
     def path(self, index: int) -> Path:
         """File of an image."""
-        return Path(os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]]))
+        return Path(self._names[index])
 
     def read(self, index: int) -> np.ndarray:
         """An image, see :func:`~smalti.data.images.decode.read_image`."""
@@ -282,7 +284,7 @@ def by_stem(root: Path, names: Iterable[PurePosixPath]) -> dict[str, Path]:
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """Lines of a text file that aren't blank, with their numbers from 1."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
@@ -299,7 +301,7 @@ def read_class_names(root: Path) -> tuple[str, ...] | None:
         DataError: if the file can't be read, or has a blank line between names, or a name twice.
     """
     path = root / "classes.txt"
-    if not path.is_file():
+    if not is_file(path):
         return None
     lines = read_lines(path)
     if lines and lines[0][1].startswith("#") and all(_CVAT_CLASS.fullmatch(line) for _, line in lines[1:]):

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from smalti.data.archives.members import open_binary
 from smalti.data.images.decode import PILLOW_ERRORS
 from smalti.data.images.image_files import Found, find_images
 from smalti.data.images.image_set import SPLITS, ImageSample, ImageSet, as_text, read_class_names
@@ -243,11 +244,11 @@ def _rename(root: Path, images: Sequence[str]) -> str:
 def looks_like_mask(path: Path) -> bool:
     """Whether an image file has the few values or colours of a map of classes."""
     try:
-        with Image.open(path) as image:
+        with open_binary(path) as file, Image.open(file) as image:
             if image.width * image.height > 2**26:
                 return False
             pixels = np.asarray(image.convert("RGB") if image.mode in ("CMYK", "YCbCr") else image)
-    except PILLOW_ERRORS:
+    except (*PILLOW_ERRORS, DataError):
         return False
     if pixels.ndim == 3:
         pixels = pixels.reshape(-1, pixels.shape[2])

@@ -3,7 +3,7 @@
 import csv
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ def read_table(path: Path) -> ImageSet:
     return replace(images, not_read=notes)
 
 
+def sorted_labels(labels: Collection[str]) -> list[str]:
+    """Names of classes in their order: by value if all are whole numbers, else by name."""
+    return sorted(labels, key=int) if all(map(_is_whole, labels)) else sorted(labels)
+
+
 def _labelled(line: str) -> Row | None:
     for sign in (",", "\t", " "):
         before, found, label = line.rpartition(sign)
@@ -90,7 +95,7 @@ def _image_set(path: Path, layout: str, rows: Sequence[tuple[int, Row]]) -> Imag
             f"{as_text(path)}: {len(unlabelled)} of {len(rows)} rows have no label, the first: row {unlabelled[0]}; "
             "every row needs one, or none"
         )
-    classes = sorted(labels, key=int) if all(map(_is_whole, labels)) else sorted(labels)
+    classes = sorted_labels(labels)
     number_of = {name: place for place, name in enumerate(classes)}
     splits = {row["split"] for _, row in rows if row.get("split")}
     if unknown := sorted(name for name in splits if split_of(name) is None):
