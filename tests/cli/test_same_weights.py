@@ -2,6 +2,8 @@
 
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -41,8 +43,28 @@ def zipped(photos, out):
     return out.with_suffix(".zip")
 
 
+def content(photos):
+    paths = sorted(photos.iterdir())
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.table({"image": pa.array([{"bytes": p.read_bytes(), "path": p.name} for p in paths], kind)})
+
+
+def parquet(photos, out):
+    pq.write_table(content(photos), out.with_suffix(".parquet"), row_group_size=5)
+    return out.with_suffix(".parquet")
+
+
+def hugging_face(photos, out):
+    out.mkdir()
+    with pa.OSFile(str(out / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, content(photos).schema) as stream:
+        stream.write_table(content(photos))
+    (out / "dataset_info.json").write_text("{}", encoding="utf-8")
+    (out / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}', encoding="utf-8")
+    return f"hf={out}"
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("make", [shards, zipped])
+@pytest.mark.parametrize("make", [shards, zipped, parquet, hugging_face])
 def test_every_source_trains_the_same_weights(make, workers, weights, photos, tmp_path):
     assert trained(make(photos, tmp_path / "source"), tmp_path / "run", workers) == weights

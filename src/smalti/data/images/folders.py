@@ -16,8 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from smalti.config import unknown_key
+from smalti.data.archives.hub import download
+from smalti.data.archives.image_columns import ImageColumns, is_hf, open_hf
 from smalti.data.archives.members import Archive, archive_at, remember
-from smalti.data.archives.opening import PACKED, open_archive, shards_in
+from smalti.data.archives.opening import PACKED, PARQUET, open_archive, shards_in
 from smalti.data.images import datasets
 from smalti.data.images.decode import read_image as read_image
 from smalti.data.images.image_files import Found, find_images, first_of, has_images
@@ -42,13 +44,15 @@ from smalti.data.images.splits import (
     stray_note,
     text_files,
 )
-from smalti.data.images.tables import TABLES, read_list, read_table, sorted_labels
+from smalti.data.images.tables import TABLES, read_list, read_table, rows_as_set, sorted_labels
 from smalti.errors import ConfigError, DataError
 
 ClassDepth = int | Literal["deepest"]
 """How many folders name a class: 1 the outermost, 2 ``a/b``, and so on; ``deepest`` the folder of the image alone."""
 SHARDS = "shards"
 """Reader of tar and zip files."""
+HF = "hf"
+"""Reader of data sets of Hugging Face, in a folder or by name."""
 _MOST_STRAYS = 0.02
 _ENOUGH_FOR_ONE = 10
 """Images outside of class folders are left out if they are at most this fraction, or one beside this many; beyond it,
@@ -67,10 +71,10 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     Images that are left out are counted in ``left_out`` and in a warning.
 
     Args:
-        data: a folder, a tar or zip file, a folder or pattern of tar shards, a list or a table; ``NAME=PATH`` forces
-            the reader NAME.
-        layout: forces a reader as well: ``folder``, ``list``, ``table``, ``classes``, ``masks`` or ``shards`` (tar and
-            zip files, whose members are read as files of a folder would be). ``folder`` takes all
+        data: a folder; a tar, zip or Parquet file with images, or a pattern of several; a data set of Hugging Face; a
+            list or a table. ``NAME=PATH`` forces the reader NAME.
+        layout: forces a reader as well: ``folder``, ``list``, ``table``, ``classes``, ``masks``, ``shards`` (tar and
+            zip files, whose members are read as files of a folder would be) or ``hf``. ``folder`` takes all
             images of the tree as one set; ``list`` a text file with a path a line, relative to it or absolute, perhaps
             with a label; ``table`` CSV, JSONL or Parquet with the columns path and label, split, group; ``classes``
             ``CLASS/img`` or ``SPLIT/CLASS/img``; ``masks`` ``images/`` with ``masks/`` or ``instances/``, by stem.
@@ -114,14 +118,27 @@ def _archive_at(path: Path, layout: str | None) -> Archive | None:
     Raises:
         DataError: if it can't be read, or there is none but one is named.
     """
-    if path.is_dir() and layout in (None, SHARDS):
+    if layout == HF and not path.exists():
+        path = download(str(path))
+    if layout == HF or (layout is None and is_hf(path)):
+        found = open_hf(path) if path.is_dir() else None
+        if found is None:
+            raise DataError(
+                f"{as_text(path)}: holds no data set of Hugging Face (dataset_info.json, dataset_dict.json or Parquet "
+                "files with images)"
+            )
+        remember(found)
+        return found
+    if path.is_dir() and layout not in (None, SHARDS):
+        return None
+    if path.is_dir():
         shards = shards_in(path)
         if shards is None or (layout is None and has_images(path)):
             if layout is None:
                 return None
             raise DataError(f"{as_text(path)}: holds no tar file; layout 'shards' needs some")
         path = shards
-    archive = open_archive(path)
+    archive = None if layout in ("list", "table") and not path.suffix.lower() == PARQUET else open_archive(path)
     if archive is not None:
         remember(archive)
     elif layout == SHARDS:
@@ -132,7 +149,13 @@ def _archive_at(path: Path, layout: str | None) -> Archive | None:
 def _read_archive(archive: Archive, layout: str | None, class_depth: ClassDepth | None) -> ImageSet:
     """The members of an archive, read as the files of a folder are; labels of members count where folders give none."""
     root = archive.root
-    if not archive.has_folders:
+    if isinstance(archive, ImageColumns):
+        if layout not in (None, "folder", "table", HF):
+            raise DataError(f"{as_text(root)}: layout '{layout}' isn't read from {archive.container}")
+        rows = [(number, row if layout != "folder" else {}) for number, row in enumerate(archive.rows)]
+        named = HF if layout == HF or root.is_dir() else "parquet"
+        images = rows_as_set(root, named, rows, [root / name for name in archive.row_names])
+    elif not archive.has_folders:
         images = _read_folder(root)
     elif layout in (None, SHARDS):
         found = find_images(root)
@@ -432,6 +455,10 @@ def _read_shards(path: Path) -> ImageSet:
     return open_images(path, SHARDS)
 
 
+def _read_hf(path: Path) -> ImageSet:
+    return open_images(path, HF)
+
+
 READERS: dict[str, Callable[[Path], ImageSet]] = {
     "folder": _read_folder,
     "classes": _read_classes,
@@ -439,6 +466,7 @@ READERS: dict[str, Callable[[Path], ImageSet]] = {
     "table": read_table,
     "masks": read_masks,
     SHARDS: _read_shards,
+    HF: _read_hf,
     **datasets.READERS,
 }
 """Name -> reader, for ``NAME=PATH``."""
