@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from command import smalti
+from smalti.data.images import folders
 
 RUN = (
     "mae encoder=vit_tiny_patch16_224 encoder.patch_size=8 encoder.embed_dim=24 encoder.depth=1 encoder.num_heads=3 "
@@ -68,3 +69,12 @@ def hugging_face(photos, out):
 @pytest.mark.parametrize("make", [shards, zipped, parquet, hugging_face])
 def test_every_source_trains_the_same_weights(make, workers, weights, photos, tmp_path):
     assert trained(make(photos, tmp_path / "source"), tmp_path / "run", workers) == weights
+
+
+def test_a_start_scans_a_folder_once(photos, tmp_path, monkeypatch):
+    scanned = []
+    scan = folders.find_images
+    monkeypatch.setattr(folders, "find_images", lambda root: scanned.append(root) or scan(root))
+    trained(photos, tmp_path / "run", 0)
+    smalti("train", "--resume", tmp_path / "run", "--quiet")
+    assert scanned == [photos, photos], "one by the start, one by its resumption"

@@ -122,7 +122,7 @@ def open_parquet(root: Path, files: Sequence[Path]) -> ImageColumns | None:
     Raises:
         DataError: if one can't be read, has several such columns, or only others have one.
     """
-    parts = []
+    parts: list[_Part] = []
     for path in files:
         with reading(path, "Parquet"):
             schema, rows = pq.read_schema(path), pq.read_metadata(path).num_rows

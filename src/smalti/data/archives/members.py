@@ -120,8 +120,9 @@ def num_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
-def files_in(root: Path) -> list[Path]:
-    """The files that lie in a folder, or outermost in an archive; sorted."""
+def files_in(root: Path, ending: str) -> list[Path]:
+    """The files that lie in a folder, or outermost in an archive, and end so, in any case; sorted."""
     if (archive := archive_at(root)) is not None:
-        return [root / name for name in archive.names if "/" not in name]
-    return sorted(path for path in root.iterdir() if path.is_file())
+        return [root / name for name in archive.names if "/" not in name and name.lower().endswith(ending)]
+    with os.scandir(root) as listing:
+        return sorted(root / entry.name for entry in listing if entry.name.lower().endswith(ending) and entry.is_file())

@@ -20,9 +20,12 @@ class Names(Sequence[str]):
             assert ends is not None
             self.text, self.ends = names, ends
         else:
-            coded = [os.fsencode(name) for name in names]
-            self.text = b"".join(coded)
-            self.ends = np.cumsum(np.fromiter(map(len, coded), np.int64, len(coded)), dtype=np.int64)
+            words: Sequence[str | bytes] = [*names]
+            joined = "".join(words)  # type: ignore[arg-type]
+            if not joined.isascii():  # else a character is a byte
+                words = [os.fsencode(word) for word in words]
+            self.text = os.fsencode(joined)
+            self.ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -40,10 +43,16 @@ class Names(Sequence[str]):
         return os.fsdecode(self.text[self.ends[place - 1] if place else 0 : self.ends[place]])
 
     def __iter__(self) -> Iterator[str]:
-        start, text = 0, self.text
-        for end in self.ends.tolist():
-            yield os.fsdecode(text[start:end])
-            start = end
+        start = 0
+        if self.text.isascii():
+            text = self.text.decode()
+            for end in self.ends.tolist():
+                yield text[start:end]
+                start = end
+        else:
+            for end in self.ends.tolist():
+                yield os.fsdecode(self.text[start:end])
+                start = end
 
     def take(self, places: np.ndarray) -> "Names":
         """Some of the names, in a given order."""

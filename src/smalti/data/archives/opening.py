@@ -7,8 +7,9 @@ from pathlib import Path
 
 from smalti.data.archives.image_columns import open_hf, open_parquet
 from smalti.data.archives.members import Archive
-from smalti.data.archives.packed import open_packed
+from smalti.data.archives.packed import open_packed, open_remote
 from smalti.data.archives.packed_index import INDEXERS
+from smalti.data.archives.remote import as_url
 from smalti.data.images.image_set import as_text
 from smalti.errors import DataError
 
@@ -19,14 +20,17 @@ _COMPRESSED = re.compile(r".+\.(tar\.\w+|tgz|tbz2?|txz|7z|rar)", re.IGNORECASE)
 
 
 def open_archive(path: Path) -> Archive | None:
-    """The archive at a path: a tar, zip or Parquet file with images, a pattern that names several, or a data set of
-    Hugging Face in a folder; None if it is none.
+    """The archive at a path: a tar, zip or Parquet file with images, a pattern that names several, the address of a tar
+    or zip file or of several, or a data set of Hugging Face in a folder; None if it is none.
 
     Raises:
         DataError: for an archive that can't be read.
     """
     if path.is_dir():
         return open_hf(path)
+    if (url := as_url(path)) is not None:
+        # of paths of members as well: these are none
+        return open_remote(path, url) if path.suffix.lower() in (*PACKED, PARQUET) else None
     files = files_at(path)
     if not files:
         return None

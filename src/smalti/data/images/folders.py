@@ -6,27 +6,32 @@ here, apart from a few where one of two folders may hold masks; order never depe
 """
 
 import itertools
+import os
 import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
+
+import numpy as np
 
 from smalti.config import unknown_key
 from smalti.data.archives.hub import download
 from smalti.data.archives.image_columns import ImageColumns, is_hf, open_hf
 from smalti.data.archives.members import Archive, archive_at, remember
+from smalti.data.archives.names import Names
 from smalti.data.archives.opening import PACKED, PARQUET, open_archive, shards_in
+from smalti.data.archives.remote import as_url
 from smalti.data.images import datasets
 from smalti.data.images.decode import read_image as read_image
-from smalti.data.images.image_files import Found, find_images, first_of, has_images
+from smalti.data.images.image_files import Found, FoundNames, find_images, first_of, has_images
+from smalti.data.images.image_set import SPLIT_ORDER, PlainSamples, as_text, expand_home, read_class_names
 from smalti.data.images.image_set import SPLITS as SPLITS
 from smalti.data.images.image_set import ImageSample as ImageSample
 from smalti.data.images.image_set import ImageSet as ImageSet
-from smalti.data.images.image_set import as_text, expand_home, read_class_names
 from smalti.data.images.mask_folders import (
     IMAGE_FOLDERS,
     find_mask_folders,
@@ -91,6 +96,8 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
         raise ConfigError(unknown_key(layout, READERS, "--data", kind="reader"))
     if (archive := _archive_at(path, layout)) is not None:
         images = _read_archive(archive, layout, class_depth)
+    elif (url := as_url(path)) is not None:
+        raise DataError(f"{as_text(url)}: only tar and zip files are read from other machines; name one, or x/*.tar")
     elif not path.exists():
         raise DataError(f"{as_text(path)}: no such file or folder")
     elif not (path.is_file() or path.is_dir()):  # reading a pipe may never end
@@ -132,8 +139,8 @@ def _archive_at(path: Path, layout: str | None) -> Archive | None:
     if path.is_dir() and layout not in (None, SHARDS):
         return None
     if path.is_dir():
-        shards = shards_in(path)
-        if shards is None or (layout is None and has_images(path)):
+        shards = None if layout is None and has_images(path) else shards_in(path)
+        if shards is None:
             if layout is None:
                 return None
             raise DataError(f"{as_text(path)}: holds no tar file; layout 'shards' needs some")
@@ -218,7 +225,7 @@ def _detect(root: Path, class_depth: ClassDepth | None) -> ImageSet:
     images = _detect_own(root, found, class_depth)
     if images.layout in _OWN and not images.splits:
         _refuse_other_lists(root, images, found.lists)
-    tables = sorted(entry.name for entry in root.iterdir() if entry.suffix.lower() in TABLES)
+    tables = sorted(name for name in os.listdir(root) if name.lower().endswith(TABLES) and not name.startswith("."))  # noqa: PTH208
     if tables:
         note = f"{len(tables)} table{'s' * (len(tables) > 1)}, which table=FILE reads ({first_of(tables)})"
         images = replace(images, not_read=(*images.not_read, note))
@@ -227,13 +234,14 @@ def _detect(root: Path, class_depth: ClassDepth | None) -> ImageSet:
 
 def _known_folders(root: Path) -> str | None:
     """The reader of a public data set whose folders are there; None if folders called masks say that it is none."""
-    folders = {entry.name.lower() for entry in root.iterdir() if entry.is_dir()}
+    with os.scandir(root) as listing:  # quicker than iterdir, where it holds a million images
+        folders = {entry.name.lower() for entry in listing if entry.is_dir()}
     return None if "images" in folders and folders & {"masks", "instances"} else datasets.detect(root)
 
 
 def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
     """Masks, class folders or one set of images, perhaps in an outer folder, as archives are packed."""
-    if folder := _only_folder(found.names):
+    if folder := _only_folder(found.names.counts):
         inside = found.inside(folder)
         known = None if archive_at(root) else _known_folders(root / folder)
         images = READERS[known](root / folder) if known else _detect_own(root / folder, inside, class_depth)
@@ -241,25 +249,34 @@ def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> Ima
         if images.layout == "masks" and images.classes is None:
             images = replace(images, classes=read_class_names(root))
         if images.layout != "folder" or images.splits:
-            strays = [name for name in found.names if name.parts[0] != folder]
+            start = f"{folder}/"
+            strays = FoundNames([text for text in found.names.texts if not text.startswith(start)])
             beside = [stray_note(strays, f"beside {as_text(folder)}/")] if strays else []
             notes = [note for note in images.not_read if note not in inside.not_read]
             return replace(images, not_read=(*notes, *beside, *found.not_read))
-    if find_mask_folders(root, found.names):
+    if find_mask_folders(root, found.names.one_each):
         return read_masks(root, found)
     return _detect_plain(root, found, class_depth)
 
 
-def _only_folder(names: Sequence[PurePosixPath]) -> str | None:
+def _only_folder(counts: Mapping[str, int]) -> str | None:
     """The outermost folder that holds all images, apart from a few that lie less deep; None if folders at the top
-    are splits or classes."""
-    folder, count = Counter(name.parts[0] for name in names).most_common(1)[0]
-    if any(len(name.parts) > 1 and split_of(name.parts[0]) for name in names):
+    are splits or classes.
+
+    Args:
+        counts: how many images lie right in each folder.
+    """
+    tops = Counter[str]()
+    for folder, count in counts.items():
+        tops[folder.partition("/")[0]] += count
+    if any(split_of(top) for top in tops if top):
         return None
-    depths = [len(name.parts) for name in names if name.parts[0] == folder]
-    stray_depths = [len(name.parts) for name in names if name.parts[0] != folder]
+    outer, count = tops.most_common(1)[0]
+    depth_of = {folder: folder.count("/") + 2 if folder else 1 for folder in counts}
+    depths = [depth for folder, depth in depth_of.items() if folder.partition("/")[0] == outer]
+    stray_depths = [depth for folder, depth in depth_of.items() if folder.partition("/")[0] != outer]
     is_outer = max(depths) > 2 and (not stray_depths or max(2, *stray_depths) < min(depths))
-    return folder if is_outer and _are_few(len(stray_depths), count) else None
+    return outer if is_outer and _are_few(sum(counts.values()) - count, count) else None
 
 
 def _are_few(strays: int, inside: int) -> bool:
@@ -317,17 +334,14 @@ def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> I
     """Class folders, or one set of images; with splits where folders or lists name them."""
     beside = masks_beside(found.names)
     masks = {mask for some in beside.values() for mask in some}
-    names = [name for name in found.names if name not in masks]
+    names = found.names.without(masks)
     refuse_masks_as_classes(root, names)
-    splits = folder_splits(root, names)
-    kept, strays = names, list[PurePosixPath]()
-    if splits:
-        kept = [name for name in names if len(name.parts) > 1]
-        strays = [name for name in names if len(name.parts) == 1]
-    notes = [stray_note(sorted(strays), "beside the split folders")] if strays else []
+    splits = folder_splits(root, names.one_each)
+    kept, strays = names.parted(lambda depth: depth > 0 or not splits)
+    notes = [stray_note(strays, "beside the split folders")] if strays else []
     labelled = _class_set(root, kept, len(splits) > 0, class_depth)
     images = replace(
-        labelled or ImageSet(root, "folder", tuple(ImageSample(root / name) for name in kept), None),
+        labelled or ImageSet(root, "folder", PlainSamples(root, Names(kept.texts)), None),
         no_labels="" if labelled else _why_no_classes(kept, len(splits) > 0, class_depth),
     )
     if not splits:
@@ -345,28 +359,32 @@ def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> I
 
 def _with_splits(images: ImageSet) -> ImageSet:
     """Splits by the outermost folders."""
-    samples = tuple(
-        replace(sample, split=split_of(sample.path.relative_to(images.root).parts[0])) for sample in images.samples
-    )
-    return replace(images, samples=samples)
+    old = images.samples
+    assert isinstance(old, PlainSamples)
+    tops = [name.partition("/")[0] for name in old.names]
+    places = {top: SPLIT_ORDER.index(SPLITS[top.lower()]) for top in set(tops)}
+    splits = np.fromiter(map(places.__getitem__, tops), np.int8, len(tops))
+    return replace(images, samples=PlainSamples(old.root, old.names, old.labels, splits, old.pixels))
 
 
-def _no_splits(names: Sequence[PurePosixPath], as_what: str) -> tuple[str, ...]:
+def _no_splits(names: FoundNames, as_what: str) -> tuple[str, ...]:
     """A note on folders that are named like a split but aren't one."""
-    odd = sorted({f"{as_text(name.parts[0])}/" for name in names if len(name.parts) > 1 and split_of(name.parts[0])})
+    tops = {folder.partition("/")[0] for folder in names.counts}
+    odd = sorted(f"{as_text(top)}/" for top in tops if split_of(top))
     return (f"no split: {', '.join(odd)} is read as {as_what}",) if odd else ()
 
 
 def _read_folder(root: Path) -> ImageSet:
     found = find_images(root)
-    samples = tuple(ImageSample(root / name) for name in found.names)
+    samples = PlainSamples(root, Names(found.names.texts))
     return ImageSet(root, "folder", samples, None, not_read=found.not_read)
 
 
 def _read_classes(root: Path, class_depth: ClassDepth | None = None) -> ImageSet:
     found = find_images(root)
-    tops = {split_of(name.parts[0]) for name in found.names if len(name.parts) > 1}
-    has_splits = None not in tops and all(len(name.parts) > 2 for name in found.names if len(name.parts) > 1)
+    folders = [folder for folder in found.names.counts if folder]
+    tops = {split_of(folder.partition("/")[0]) for folder in folders}
+    has_splits = None not in tops and all("/" in folder for folder in folders)
     images = _class_set(root, found.names, has_splits, class_depth, forced=True)
     if images is None:
         why = _why_no_classes(found.names, has_splits, class_depth)
@@ -377,7 +395,7 @@ def _read_classes(root: Path, class_depth: ClassDepth | None = None) -> ImageSet
 
 def _class_set(
     root: Path,
-    names: Sequence[PurePosixPath],
+    names: FoundNames,
     has_splits: bool,
     class_depth: ClassDepth | None,
     forced: bool = False,
@@ -392,7 +410,7 @@ def _class_set(
     inside, strays = _class_level(names, has_splits, class_depth)
     if not inside or not _are_few(len(strays), len(inside)):
         return None
-    name_of = {name: _class_name(name, has_splits, class_depth) for name in inside}
+    name_of = {name.parent.as_posix(): _class_name(name, has_splits, class_depth) for name in inside.one_each}
     folders = sorted(set(name_of.values()))
     if len(folders) < 2 and not forced:
         return None
@@ -405,24 +423,20 @@ def _class_set(
             "NFD); merge or rename them"
         )
     number = {folder: place for place, folder in enumerate(folders)}
-    samples = tuple(ImageSample(root / name, label=number[name_of[name]]) for name in inside)
+    number_of = {folder: number[name] for folder, name in name_of.items()}
+    labels = np.fromiter(map(number_of.__getitem__, inside.folder_of), np.int32, len(inside))
+    samples = PlainSamples(root, Names(inside.texts), labels)
     notes: tuple[str, ...] = (stray_note(strays, "outside of the class folders"),) if strays else ()
     return ImageSet(root, "classes", samples, tuple(map(as_text, folders)), left_out=notes)
 
 
-def _class_level(
-    names: Sequence[PurePosixPath], has_splits: bool, class_depth: ClassDepth | None
-) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+def _class_level(names: FoundNames, has_splits: bool, class_depth: ClassDepth | None) -> tuple[FoundNames, FoundNames]:
     """The images at the depth where classes are, and the others."""
-    above = 1 + has_splits
     if isinstance(class_depth, int):
-        inside = [name for name in names if len(name.parts) >= above + class_depth]
-    elif class_depth == "deepest":
-        inside = [name for name in names if len(name.parts) > above]
-    else:
-        inside = [name for name in names if len(name.parts) == above + 1]
-    chosen = set(inside)
-    return inside, [name for name in names if name not in chosen]
+        return names.parted(lambda depth: depth >= has_splits + class_depth)
+    if class_depth == "deepest":
+        return names.parted(lambda depth: depth > has_splits)
+    return names.parted(lambda depth: depth == has_splits + 1)
 
 
 def _class_name(name: PurePosixPath, has_splits: bool, class_depth: ClassDepth | None) -> str:
@@ -430,8 +444,8 @@ def _class_name(name: PurePosixPath, has_splits: bool, class_depth: ClassDepth |
     return folders[-1] if class_depth == "deepest" else "/".join(folders[: class_depth or 1])
 
 
-def _why_no_classes(names: Sequence[PurePosixPath], has_splits: bool, class_depth: ClassDepth | None) -> str:
-    depths = Counter(len(name.parts) - has_splits - 1 for name in names)
+def _why_no_classes(names: FoundNames, has_splits: bool, class_depth: ClassDepth | None) -> str:
+    depths = {len(name.parts) - has_splits - 1 for name in names.one_each}
     deepest = max(depths)
     inside, strays = _class_level(names, has_splits, class_depth)
     if class_depth is None and deepest > 1 and len(depths) == 1:

@@ -161,7 +161,7 @@ def image_keys(names: Sequence[PurePosixPath], folders: Collection[str] = ()) ->
 
 def text_files(root: Path) -> list[Path]:
     """The text files that lie in a folder, or outermost in an archive; sorted."""
-    return [path for path in files_in(root) if path.suffix.lower() == ".txt"]
+    return [path for path in files_in(root, ".txt") if path.suffix]
 
 
 def lists_images(path: Path, keys: Mapping[str, str]) -> bool:
@@ -205,4 +205,4 @@ def _refuse_inner_splits(root: Path, names: Sequence[PurePosixPath], has_masks: 
 
 def stray_note(names: Sequence[PurePosixPath], why: str) -> str:
     """Images that are left out as a phrase: how many, why, and the first."""
-    return f"{len(names):,} image{'s' * (len(names) > 1)} {why} ({first_of(list(names))})"
+    return f"{len(names):,} image{'s' * (len(names) > 1)} {why} ({first_of(names)})"
