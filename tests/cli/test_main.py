@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from command import smalti
-from smalti.cli import embed, evaluate, main, samples
+from smalti.cli import embed, evaluate, main, samples, shard
 from smalti.cli.main import app
 from smalti.config import build, parse_overrides
 from smalti.evaluation.config import EvalConfig
@@ -48,6 +48,7 @@ PARSERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "export": of_export,
     "embed": lambda tree: build(embed.EmbedConfig, tree),
     "samples": lambda tree: build(samples.SamplesConfig, tree),
+    "shard": lambda tree: build(shard.ShardConfig, tree),
 }
 
 

@@ -25,6 +25,7 @@ from smalti.cli import (
     report,
     samples,
     settings,
+    shard,
     train,
 )
 from smalti.errors import Interrupted, SmaltiError, exit_code, machine_error
@@ -67,6 +68,7 @@ for module in (
     embed,
     doctor,
     samples,
+    shard,
     demo,
 ):
     app.command(module.NAME, cls=command_class(getattr(module, "more_help", None)))(module.command)

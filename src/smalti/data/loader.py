@@ -101,12 +101,9 @@ class TrainLoader:
 
         Raises:
             DataError: if many images in a row can't be read.
-            RunError: if a worker process was killed.
+            RunError: if a worker process was killed, or an archive changed.
         """
-        for batch in load_items(self._batches, _Steps(self.start_step), self.num_workers, self.seed, self.pin_memory):
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        yield from load_items(self._batches, _Steps(self.start_step), self.num_workers, self.seed, self.pin_memory)
 
 
 class _Steps(Sampler[int]):
@@ -122,8 +119,8 @@ class _Steps(Sampler[int]):
             step += 1
 
 
-class _Batches(TorchDataset[Views | DataError]):
-    """The batch of a step; errors are returned, so that they cross from a worker as they are."""
+class _Batches(TorchDataset[Views]):
+    """The batch of a step."""
 
     def __init__(
         self,
@@ -142,13 +139,10 @@ class _Batches(TorchDataset[Views | DataError]):
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
 
-    def __getitem__(self, step: int) -> Views | DataError:
+    def __getitem__(self, step: int) -> Views:
         first = (step * self.world_size + self.rank) * self.batch_size
         skipped: list[Skipped] = []
-        try:
-            return collate([self._sample(first + i, skipped) for i in range(self.batch_size)], skipped)
-        except DataError as error:
-            return error
+        return collate([self._sample(first + i, skipped) for i in range(self.batch_size)], skipped)
 
     def _sample(self, position: int, skipped: list[Skipped]) -> SampleViews:
         num_images = len(self.source)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.views import SampleViews
-from smalti.errors import ConfigError, RunError, machine_error
+from smalti.errors import ConfigError, RunError, SmaltiError, machine_error
 from smalti.reading import reason
 from smalti.threads import usable_cores
 
@@ -106,9 +106,10 @@ def load_items(
 
     Raises:
         RunError: if a worker is killed, finds no shared memory or files, or gives nothing for :data:`WORKER_TIMEOUT_S`.
+        SmaltiError: what making an item raises, from a worker as well.
     """
-    loader: DataLoader[T] = DataLoader(
-        items,
+    loader: DataLoader[T | SmaltiError] = DataLoader(
+        _Returning(items),
         batch_size=None,
         sampler=order,
         num_workers=num_workers,
@@ -119,7 +120,7 @@ def load_items(
         timeout=WORKER_TIMEOUT_S if num_workers else 0,
         generator=torch.Generator().manual_seed(seed % 2**63),
     )
-    made: Iterator[T] | None = None
+    made: Iterator[T | SmaltiError] | None = None
     while True:
         try:
             made = iter(loader) if made is None else made
@@ -131,7 +132,22 @@ def load_items(
             if line is None:
                 raise
             raise RunError(line) from error
+        if isinstance(item, SmaltiError):
+            raise item
         yield item
+
+
+class _Returning(Dataset[Any]):
+    """Items, or Smalti's errors as they are: those raised in a worker would come with its traceback as their text."""
+
+    def __init__(self, items: Dataset[Any]) -> None:
+        self._items = items
+
+    def __getitem__(self, place: int) -> Any:
+        try:
+            return self._items[place]
+        except SmaltiError as error:
+            return error
 
 
 def _lost_worker(error: Exception) -> str | None:

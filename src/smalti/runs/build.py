@@ -313,7 +313,7 @@ def measure_scale(config: RunConfig, images: Dataset) -> tuple[RunConfig, Datase
     values = []
     for place in np.linspace(0, len(images) - 1, min(len(images), SCALE_SAMPLE)).round().astype(int):
         with contextlib.suppress(DataError):
-            values.append(read_values(images.paths[place], config.data.channels, config.data.max_pixels))
+            values.append(read_values(images.samples[place].path, config.data.channels, config.data.max_pixels))
     data = dataclasses.replace(config.data, scale=percentile_ranges(values))
     config = as_trained(dataclasses.replace(config, data=data))
     return config, images.with_pixels(config.data.pixels)

@@ -1,6 +1,7 @@
 """All settings of a training run, and how they are resolved from the user's keys."""
 
 import dataclasses
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -353,7 +354,8 @@ def absolute_paths(tree: Mapping[str, Any], beside: Path | None = None) -> Tree:
 
 
 def absolute(text: str, beside: Path | None = None) -> str:
-    """``PATH``, ``NAME=PATH``, ``timm:NAME@PATH`` or ``hf:PATH`` with the path made absolute, if it exists.
+    """``PATH``, ``NAME=PATH``, ``timm:NAME@PATH`` or ``hf:PATH`` with the path made absolute, if it exists or is a
+    pattern of files that do.
 
     Args:
         text: value given by the user.
@@ -365,6 +367,6 @@ def absolute(text: str, beside: Path | None = None) -> str:
         head, found, path = text.rpartition(mark) if mark else ("", "", text)
         for folder in (Path(), *([beside] if beside is not None else [])):
             whole = folder / Path(path).expanduser()
-            if (found or not mark) and (whole.exists() or names_best(whole)):
+            if (found or not mark) and (whole.exists() or names_best(whole) or glob.glob(str(whole))):  # noqa: PTH207
                 return f"{head}{found}{whole.resolve()}"
     return text

@@ -155,7 +155,7 @@ def train(
                 print(*(f"{note}\n" for note in notes if note), sep="", end="", file=sys.stderr)
             write_yaml(run / CONFIG_FILE, to_tree(config))
             write_run_file(run, images, config.init, chosen_precision(config))
-        _start(run, config, None, quiet)
+        _start(run, config, images, None, quiet)
     return run
 
 
@@ -251,7 +251,7 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None, *, quiet
                 write_run_file(run, images, config.init, chosen_precision(config))
             if checkpoint is None:
                 print(f"{run}: has no checkpoint yet; starting from step 0", file=sys.stderr)
-        _start(run, config, checkpoint, quiet)
+        _start(run, config, images, checkpoint, quiet)
     return run
 
 
@@ -345,8 +345,9 @@ def _check_pool(method: Method, config: RunConfig) -> None:
         )
 
 
-def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
-    """Start the processes set by ``devices``, or use this one if it was started by a launcher.
+def _start(run: Path, config: RunConfig, images: Dataset, checkpoint: Path | None, quiet: bool) -> None:
+    """Start the processes set by ``devices``, or use this one if it was started by a launcher or is the only one; the
+    images are opened once in each.
 
     Raises:
         Interrupted: after a signal; the message says how to resume.
@@ -357,9 +358,9 @@ def _start(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -
         print(f"precision=auto: {chosen_precision(config)} on this {kind}", file=sys.stderr)
     try:
         if devices.processes > 1 and not under_launcher():
-            launch(_work, (run, config, checkpoint, quiet), devices.processes)
+            launch(_work, (run, config, None, checkpoint, quiet), devices.processes)
         else:
-            _work(run, config, checkpoint, quiet)
+            _work(run, config, images, checkpoint, quiet)
     except Interrupted as end:
         kept = latest_checkpoint(run)
         where = f"; checkpoint: {kept}" if kept is not None else ""
@@ -381,7 +382,7 @@ def _resumed(state: TrainingState, checkpoint: Path | None, processes: int, micr
     return "; ".join((str(checkpoint), *changes))
 
 
-def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) -> None:
+def _work(run: Path, config: RunConfig, images: Dataset | None, checkpoint: Path | None, quiet: bool) -> None:
     """One process of a run.
 
     Raises:
@@ -392,7 +393,7 @@ def _work(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool) ->
     end_with_launcher()
     with handled_signals(interrupt.ask, None if under_launcher() else end_at_once):
         try:
-            _train(run, config, checkpoint, quiet, interrupt)
+            _train(run, config, images or open_training(config), checkpoint, quiet, interrupt)
         except StopRequested as stop:
             raise Interrupted(stop.number) from None
         except Exception as error:
@@ -440,7 +441,9 @@ def _prepare_method(config: RunConfig, images: Dataset, checkpoint: Path | None,
     return method
 
 
-def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, interrupt: Interrupt) -> None:
+def _train(
+    run: Path, config: RunConfig, images: Dataset, checkpoint: Path | None, quiet: bool, interrupt: Interrupt
+) -> None:
     kind = resolve_devices("cpu" if config.devices == "cpu" else "auto").kind
     micro_batch, accumulate = divide_batch(config)
     accelerator = make_accelerator(
@@ -448,8 +451,11 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
     )
     if accelerator.num_processes > 1:
         interrupt.synchronize(PATIENCE)
+<<<<<<< HEAD
         checkpoint = _first_decides(run, checkpoint)
     images = open_training(config)
+=======
+>>>>>>> 57fc159cf4781fca15a342f398ac4f9c547f537c
     method = _prepare_method(config, images, checkpoint, accelerator.device)
     limit_threads(method, micro_batch)
     optimizer = build_optimizer(method.param_groups(), config.optim)

@@ -228,7 +228,7 @@ def test_missing_and_empty_places_are_one_line(tmp_path):
     with pytest.raises(DataError, match=r"no images found .*jpg, jpeg, png, webp, bmp, tif, tiff, in any case"):
         open_images(tmp_path)
     (tmp_path / "x.bin").write_text("x")
-    with pytest.raises(DataError, match=r"a file; give a folder of images, a .txt list"):
+    with pytest.raises(DataError, match=r"a file; give a folder of images, an archive \(\.tar, \.zip\), a \.txt list"):
         open_images(tmp_path / "x.bin")
     with pytest.raises(DataError, match="layout 'list' needs a text file with one path a line, this is a folder"):
         open_images(f"list={tmp_path}")

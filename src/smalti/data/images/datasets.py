@@ -9,6 +9,7 @@ Leopart (arXiv:2204.13101), NeCo (arXiv:2408.11054) and PiCIE (arXiv:2103.17070)
 """
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -382,13 +383,16 @@ def _things(root: Path) -> tuple[Mapping[str, Sequence[int]], str]:
 
 def _roboflow(root: Path) -> dict[str, Path]:
     """``{folder: its file of annotations}`` of Roboflow's export, in order."""
-    return {path.parent.name: path for path in sorted(root.glob(f"*/{_ROBOFLOW}"))}
+    with os.scandir(root) as listing:
+        folders = sorted(entry.name for entry in listing if entry.is_dir())
+    return {name: path for name in folders if (path := root / name / _ROBOFLOW).exists()}
 
 
 def _instances(root: Path) -> dict[str, Path]:
     """``{train2017: annotations/instances_train2017.json}`` and so on, in order."""
     folder = next((root / name for name in _INSTANCES if any((root / name).glob("instances_*.json"))), root)
-    return {path.stem.removeprefix("instances_"): path for path in sorted(folder.glob("instances_*.json"))}
+    files = sorted(name for name in os.listdir(folder) if name.startswith("instances_") and name.endswith(".json"))  # noqa: PTH208
+    return {Path(name).stem.removeprefix("instances_"): folder / name for name in files}
 
 
 def _listed(folder: Path, path: Path) -> list[Path]:

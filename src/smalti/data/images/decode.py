@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from smalti.data.archives.members import open_binary, read_bytes
 from smalti.data.images.headers import TIFF_STARTS, jpeg_segments, stored_size
 from smalti.data.images.opencv import imdecode
 from smalti.data.images.pixels import NO_PIXELS as NO_PIXELS
@@ -62,7 +63,7 @@ def read_values(path: Path, channels: int = 3, max_pixels: int = NO_PIXELS.max_p
 
 def _read(path: Path, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
     with reading(path, "an image"):
-        data = path.read_bytes()
+        data = read_bytes(path)
         try:
             return decode(data)
         except DataError as error:
@@ -109,13 +110,15 @@ def image_size(path: Path) -> tuple[int, int]:
         DataError: if the header can't be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             is_tiff = file.read(4) in TIFF_STARTS
-        if is_tiff:
-            return Tiff(path.read_bytes()).size
-        with Image.open(path) as image:
-            width, height = image.size
-            return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)  # turned by 90 degrees
+            file.seek(0)
+            if is_tiff:
+                return Tiff(file.read()).size
+            with Image.open(file) as image:
+                width, height = image.size
+                is_turned = image.getexif().get(0x0112, 1) >= 5  # by 90 degrees
+                return (width, height) if is_turned else (height, width)
     except PILLOW_ERRORS as error:
         raise DataError(f"{path}: can't be read ({error})") from None
 

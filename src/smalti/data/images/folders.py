@@ -1,28 +1,37 @@
-"""Readers: a folder tree, a list or table of files, class folders, images with masks or a public data set becomes one
-:class:`ImageSet`.
+"""Readers: a folder tree, an archive, a list or table of files, class folders, images with masks or a public data set
+becomes one :class:`ImageSet`.
 
 The layout is detected, or forced by ``NAME=PATH``; what could be read in two ways is refused. Images are not decoded
 here, apart from a few where one of two folders may hold masks; order never depends on the file system.
 """
 
 import itertools
+import os
 import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import numpy as np
+
 from smalti.config import unknown_key
+from smalti.data.archives.hub import download
+from smalti.data.archives.image_columns import ImageColumns, is_hf, open_hf
+from smalti.data.archives.members import Archive, archive_at, remember
+from smalti.data.archives.names import Names
+from smalti.data.archives.opening import PACKED, PARQUET, open_archive, shards_in
+from smalti.data.archives.remote import as_url
 from smalti.data.images import datasets
 from smalti.data.images.decode import read_image as read_image
-from smalti.data.images.image_files import Found, find_images, first_of
+from smalti.data.images.image_files import Found, FoundNames, find_images, first_of, has_images
+from smalti.data.images.image_set import SPLIT_ORDER, PlainSamples, as_text, expand_home, read_class_names
 from smalti.data.images.image_set import SPLITS as SPLITS
 from smalti.data.images.image_set import ImageSample as ImageSample
 from smalti.data.images.image_set import ImageSet as ImageSet
-from smalti.data.images.image_set import as_text, expand_home, read_class_names
 from smalti.data.images.mask_folders import (
     IMAGE_FOLDERS,
     find_mask_folders,
@@ -40,11 +49,15 @@ from smalti.data.images.splits import (
     stray_note,
     text_files,
 )
-from smalti.data.images.tables import TABLES, read_list, read_table
+from smalti.data.images.tables import TABLES, read_list, read_table, rows_as_set, sorted_labels
 from smalti.errors import ConfigError, DataError
 
 ClassDepth = int | Literal["deepest"]
 """How many folders name a class: 1 the outermost, 2 ``a/b``, and so on; ``deepest`` the folder of the image alone."""
+SHARDS = "shards"
+"""Reader of tar and zip files."""
+HF = "hf"
+"""Reader of data sets of Hugging Face, in a folder or by name."""
 _MOST_STRAYS = 0.02
 _ENOUGH_FOR_ONE = 10
 """Images outside of class folders are left out if they are at most this fraction, or one beside this many; beyond it,
@@ -63,8 +76,10 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     Images that are left out are counted in ``left_out`` and in a warning.
 
     Args:
-        data: a folder, a list or a table; ``NAME=PATH`` forces the reader NAME.
-        layout: forces a reader as well: ``folder``, ``list``, ``table``, ``classes`` or ``masks``. ``folder`` takes all
+        data: a folder; a tar, zip or Parquet file with images, or a pattern of several; a data set of Hugging Face; a
+            list or a table. ``NAME=PATH`` forces the reader NAME.
+        layout: forces a reader as well: ``folder``, ``list``, ``table``, ``classes``, ``masks``, ``shards`` (tar and
+            zip files, whose members are read as files of a folder would be) or ``hf``. ``folder`` takes all
             images of the tree as one set; ``list`` a text file with a path a line, relative to it or absolute, perhaps
             with a label; ``table`` CSV, JSONL or Parquet with the columns path and label, split, group; ``classes``
             ``CLASS/img`` or ``SPLIT/CLASS/img``; ``masks`` ``images/`` with ``masks/`` or ``instances/``, by stem.
@@ -79,11 +94,16 @@ def open_images(data: str | Path, layout: str | None = None, *, class_depth: Cla
     path, layout = _split_name(data, layout)
     if layout is not None and layout not in READERS:
         raise ConfigError(unknown_key(layout, READERS, "--data", kind="reader"))
-    if not path.exists():
+    if (archive := _archive_at(path, layout)) is not None:
+        images = _read_archive(archive, layout, class_depth)
+    elif (url := as_url(path)) is not None:
+        raise DataError(f"{as_text(url)}: only tar and zip files are read from other machines; name one, or x/*.tar")
+    elif not path.exists():
         raise DataError(f"{as_text(path)}: no such file or folder")
-    if not (path.is_file() or path.is_dir()):  # reading a pipe may never end
+    elif not (path.is_file() or path.is_dir()):  # reading a pipe may never end
         raise DataError(f"{as_text(path)}: is neither a file nor a folder")
-    images = _read(path, layout, class_depth)
+    else:
+        images = _read(path, layout, class_depth)
     if notes := [*images.remarks, *([f"left out: {', '.join(images.left_out)}"] if images.left_out else [])]:
         warnings.warn(f"{as_text(images.root)}: {'; '.join(notes)}", LeftOut, stacklevel=2)
     return images
@@ -99,13 +119,90 @@ def _split_name(data: str | Path, layout: str | None) -> tuple[Path, str | None]
     return path, layout
 
 
+def _archive_at(path: Path, layout: str | None) -> Archive | None:
+    """The archive that a path names, opened; None for files and folders.
+
+    Raises:
+        DataError: if it can't be read, or there is none but one is named.
+    """
+    if layout == HF and not path.exists():
+        path = download(str(path))
+    if layout == HF or (layout is None and is_hf(path)):
+        found = open_hf(path) if path.is_dir() else None
+        if found is None:
+            raise DataError(
+                f"{as_text(path)}: holds no data set of Hugging Face (dataset_info.json, dataset_dict.json or Parquet "
+                "files with images)"
+            )
+        remember(found)
+        return found
+    if path.is_dir() and layout not in (None, SHARDS):
+        return None
+    if path.is_dir():
+        shards = None if layout is None and has_images(path) else shards_in(path)
+        if shards is None:
+            if layout is None:
+                return None
+            raise DataError(f"{as_text(path)}: holds no tar file; layout 'shards' needs some")
+        path = shards
+    archive = None if layout in ("list", "table") and not path.suffix.lower() == PARQUET else open_archive(path)
+    if archive is not None:
+        remember(archive)
+    elif layout == SHARDS:
+        raise DataError(f"{as_text(path)}: names no tar or zip file; layout 'shards' needs one")
+    return archive
+
+
+def _read_archive(archive: Archive, layout: str | None, class_depth: ClassDepth | None) -> ImageSet:
+    """The members of an archive, read as the files of a folder are; labels of members count where folders give none."""
+    root = archive.root
+    if isinstance(archive, ImageColumns):
+        if layout not in (None, "folder", "table", HF):
+            raise DataError(f"{as_text(root)}: layout '{layout}' isn't read from {archive.container}")
+        rows = [(number, row if layout != "folder" else {}) for number, row in enumerate(archive.rows)]
+        named = HF if layout == HF or root.is_dir() else "parquet"
+        images = rows_as_set(root, named, rows, [root / name for name in archive.row_names])
+    elif not archive.has_folders:
+        images = _read_folder(root)
+    elif layout in (None, SHARDS):
+        found = find_images(root)
+        images = _detect_own(root, found, class_depth)
+        if images.layout in _OWN and not images.splits:
+            _refuse_other_lists(root, images, found.lists)
+    elif layout == "classes":
+        images = _read_classes(root, class_depth)
+    elif layout in _OWN:
+        images = READERS[layout](root)
+    else:
+        raise DataError(f"{as_text(root)}: layout '{layout}' isn't read from {archive.container}; unpack it")
+    if archive.labels is not None and images.layout == "folder":
+        images = _with_member_labels(images, archive)
+    return replace(images, container=archive.container, left_out=(*images.left_out, *archive.left_out))
+
+
+def _with_member_labels(images: ImageSet, archive: Archive) -> ImageSet:
+    """The classes that an archive gives its members; unchanged unless every image has one."""
+    assert archive.labels is not None
+    start = len(f"{archive.root}/")
+    places = [archive.names.find(str(path)[start:]) for path in images.paths]
+    labels = [archive.labels[place] for place in places if place is not None]
+    if missing := labels.count(""):
+        return replace(images, no_labels=f"{missing:,} of {len(labels):,} images have no .cls member")
+    classes = sorted_labels(set(labels))
+    number_of = {name: place for place, name in enumerate(classes)}
+    samples = tuple(
+        replace(sample, label=number_of[label]) for sample, label in zip(images.samples, labels, strict=True)
+    )
+    return replace(images, layout="classes", samples=samples, classes=tuple(map(as_text, classes)))
+
+
 def _read(path: Path, layout: str | None, class_depth: ClassDepth | None) -> ImageSet:
     is_table = path.suffix.lower() in TABLES
     if layout is None and path.is_file():
         if path.suffix.lower() != ".txt" and not is_table:
             raise DataError(
-                f"{as_text(path)}: a file; give a folder of images, a .txt list with one path a line, or a table "
-                f"({', '.join(TABLES)})"
+                f"{as_text(path)}: a file; give a folder of images, an archive ({', '.join(PACKED)}), a .txt list with "
+                f"one path a line, or a table ({', '.join(TABLES)})"
             )
         layout = "table" if is_table else "list"
     if layout is None:
@@ -128,7 +225,7 @@ def _detect(root: Path, class_depth: ClassDepth | None) -> ImageSet:
     images = _detect_own(root, found, class_depth)
     if images.layout in _OWN and not images.splits:
         _refuse_other_lists(root, images, found.lists)
-    tables = sorted(entry.name for entry in root.iterdir() if entry.suffix.lower() in TABLES)
+    tables = sorted(name for name in os.listdir(root) if name.lower().endswith(TABLES) and not name.startswith("."))  # noqa: PTH208
     if tables:
         note = f"{len(tables)} table{'s' * (len(tables) > 1)}, which table=FILE reads ({first_of(tables)})"
         images = replace(images, not_read=(*images.not_read, note))
@@ -137,40 +234,54 @@ def _detect(root: Path, class_depth: ClassDepth | None) -> ImageSet:
 
 def _known_folders(root: Path) -> str | None:
     """The reader of a public data set whose folders are there; None if folders called masks say that it is none."""
-    folders = {entry.name.lower() for entry in root.iterdir() if entry.is_dir()}
+    with os.scandir(root) as listing:  # quicker than iterdir, where it holds a million images
+        folders = {entry.name.lower() for entry in listing if entry.is_dir()}
     return None if "images" in folders and folders & {"masks", "instances"} else datasets.detect(root)
 
 
 def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
     """Masks, class folders or one set of images, perhaps in an outer folder, as archives are packed."""
+<<<<<<< HEAD
     has_masks = () in find_mask_folders(root, found.names)
     if not has_masks and (folder := _only_folder(found.names)):
+=======
+    if folder := _only_folder(found.names.counts):
+>>>>>>> 57fc159cf4781fca15a342f398ac4f9c547f537c
         inside = found.inside(folder)
-        known = _known_folders(root / folder)
+        known = None if archive_at(root) else _known_folders(root / folder)
         images = READERS[known](root / folder) if known else _detect_own(root / folder, inside, class_depth)
         images = _with_lists(images, root) if images.layout in _OWN else images
         if images.layout == "masks" and images.classes is None:
             images = replace(images, classes=read_class_names(root))
         if images.layout != "folder" or images.splits:
-            strays = [name for name in found.names if name.parts[0] != folder]
+            start = f"{folder}/"
+            strays = FoundNames([text for text in found.names.texts if not text.startswith(start)])
             beside = [stray_note(strays, f"beside {as_text(folder)}/")] if strays else []
             notes = [note for note in images.not_read if note not in inside.not_read]
             return replace(images, not_read=(*notes, *beside, *found.not_read))
-    if find_mask_folders(root, found.names):
+    if find_mask_folders(root, found.names.one_each):
         return read_masks(root, found)
     return _detect_plain(root, found, class_depth)
 
 
-def _only_folder(names: Sequence[PurePosixPath]) -> str | None:
+def _only_folder(counts: Mapping[str, int]) -> str | None:
     """The outermost folder that holds all images, apart from a few that lie less deep; None if folders at the top
-    are splits or classes."""
-    folder, count = Counter(name.parts[0] for name in names).most_common(1)[0]
-    if any(len(name.parts) > 1 and split_of(name.parts[0]) for name in names):
+    are splits or classes.
+
+    Args:
+        counts: how many images lie right in each folder.
+    """
+    tops = Counter[str]()
+    for folder, count in counts.items():
+        tops[folder.partition("/")[0]] += count
+    if any(split_of(top) for top in tops if top):
         return None
-    depths = [len(name.parts) for name in names if name.parts[0] == folder]
-    stray_depths = [len(name.parts) for name in names if name.parts[0] != folder]
+    outer, count = tops.most_common(1)[0]
+    depth_of = {folder: folder.count("/") + 2 if folder else 1 for folder in counts}
+    depths = [depth for folder, depth in depth_of.items() if folder.partition("/")[0] == outer]
+    stray_depths = [depth for folder, depth in depth_of.items() if folder.partition("/")[0] != outer]
     is_outer = max(depths) > 2 and (not stray_depths or max(2, *stray_depths) < min(depths))
-    return folder if is_outer and _are_few(len(stray_depths), count) else None
+    return outer if is_outer and _are_few(sum(counts.values()) - count, count) else None
 
 
 def _are_few(strays: int, inside: int) -> bool:
@@ -228,17 +339,14 @@ def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> I
     """Class folders, or one set of images; with splits where folders or lists name them."""
     beside = masks_beside(found.names)
     masks = {mask for some in beside.values() for mask in some}
-    names = [name for name in found.names if name not in masks]
+    names = found.names.without(masks)
     refuse_masks_as_classes(root, names)
-    splits = folder_splits(root, names)
-    kept, strays = names, list[PurePosixPath]()
-    if splits:
-        kept = [name for name in names if len(name.parts) > 1]
-        strays = [name for name in names if len(name.parts) == 1]
-    notes = [stray_note(sorted(strays), "beside the split folders")] if strays else []
+    splits = folder_splits(root, names.one_each)
+    kept, strays = names.parted(lambda depth: depth > 0 or not splits)
+    notes = [stray_note(strays, "beside the split folders")] if strays else []
     labelled = _class_set(root, kept, len(splits) > 0, class_depth)
     images = replace(
-        labelled or ImageSet(root, "folder", tuple(ImageSample(root / name) for name in kept), None),
+        labelled or ImageSet(root, "folder", PlainSamples(root, Names(kept.texts)), None),
         no_labels="" if labelled else _why_no_classes(kept, len(splits) > 0, class_depth),
     )
     if not splits:
@@ -256,28 +364,32 @@ def _detect_plain(root: Path, found: Found, class_depth: ClassDepth | None) -> I
 
 def _with_splits(images: ImageSet) -> ImageSet:
     """Splits by the outermost folders."""
-    samples = tuple(
-        replace(sample, split=split_of(sample.path.relative_to(images.root).parts[0])) for sample in images.samples
-    )
-    return replace(images, samples=samples)
+    old = images.samples
+    assert isinstance(old, PlainSamples)
+    tops = [name.partition("/")[0] for name in old.names]
+    places = {top: SPLIT_ORDER.index(SPLITS[top.lower()]) for top in set(tops)}
+    splits = np.fromiter(map(places.__getitem__, tops), np.int8, len(tops))
+    return replace(images, samples=PlainSamples(old.root, old.names, old.labels, splits, old.pixels))
 
 
-def _no_splits(names: Sequence[PurePosixPath], as_what: str) -> tuple[str, ...]:
+def _no_splits(names: FoundNames, as_what: str) -> tuple[str, ...]:
     """A note on folders that are named like a split but aren't one."""
-    odd = sorted({f"{as_text(name.parts[0])}/" for name in names if len(name.parts) > 1 and split_of(name.parts[0])})
+    tops = {folder.partition("/")[0] for folder in names.counts}
+    odd = sorted(f"{as_text(top)}/" for top in tops if split_of(top))
     return (f"no split: {', '.join(odd)} is read as {as_what}",) if odd else ()
 
 
 def _read_folder(root: Path) -> ImageSet:
     found = find_images(root)
-    samples = tuple(ImageSample(root / name) for name in found.names)
+    samples = PlainSamples(root, Names(found.names.texts))
     return ImageSet(root, "folder", samples, None, not_read=found.not_read)
 
 
 def _read_classes(root: Path, class_depth: ClassDepth | None = None) -> ImageSet:
     found = find_images(root)
-    tops = {split_of(name.parts[0]) for name in found.names if len(name.parts) > 1}
-    has_splits = None not in tops and all(len(name.parts) > 2 for name in found.names if len(name.parts) > 1)
+    folders = [folder for folder in found.names.counts if folder]
+    tops = {split_of(folder.partition("/")[0]) for folder in folders}
+    has_splits = None not in tops and all("/" in folder for folder in folders)
     images = _class_set(root, found.names, has_splits, class_depth, forced=True)
     if images is None:
         why = _why_no_classes(found.names, has_splits, class_depth)
@@ -288,7 +400,7 @@ def _read_classes(root: Path, class_depth: ClassDepth | None = None) -> ImageSet
 
 def _class_set(
     root: Path,
-    names: Sequence[PurePosixPath],
+    names: FoundNames,
     has_splits: bool,
     class_depth: ClassDepth | None,
     forced: bool = False,
@@ -303,7 +415,7 @@ def _class_set(
     inside, strays = _class_level(names, has_splits, class_depth)
     if not inside or not _are_few(len(strays), len(inside)):
         return None
-    name_of = {name: _class_name(name, has_splits, class_depth) for name in inside}
+    name_of = {name.parent.as_posix(): _class_name(name, has_splits, class_depth) for name in inside.one_each}
     folders = sorted(set(name_of.values()))
     if len(folders) < 2 and not forced:
         return None
@@ -316,24 +428,20 @@ def _class_set(
             "NFD); merge or rename them"
         )
     number = {folder: place for place, folder in enumerate(folders)}
-    samples = tuple(ImageSample(root / name, label=number[name_of[name]]) for name in inside)
+    number_of = {folder: number[name] for folder, name in name_of.items()}
+    labels = np.fromiter(map(number_of.__getitem__, inside.folder_of), np.int32, len(inside))
+    samples = PlainSamples(root, Names(inside.texts), labels)
     notes: tuple[str, ...] = (stray_note(strays, "outside of the class folders"),) if strays else ()
     return ImageSet(root, "classes", samples, tuple(map(as_text, folders)), left_out=notes)
 
 
-def _class_level(
-    names: Sequence[PurePosixPath], has_splits: bool, class_depth: ClassDepth | None
-) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+def _class_level(names: FoundNames, has_splits: bool, class_depth: ClassDepth | None) -> tuple[FoundNames, FoundNames]:
     """The images at the depth where classes are, and the others."""
-    above = 1 + has_splits
     if isinstance(class_depth, int):
-        inside = [name for name in names if len(name.parts) >= above + class_depth]
-    elif class_depth == "deepest":
-        inside = [name for name in names if len(name.parts) > above]
-    else:
-        inside = [name for name in names if len(name.parts) == above + 1]
-    chosen = set(inside)
-    return inside, [name for name in names if name not in chosen]
+        return names.parted(lambda depth: depth >= has_splits + class_depth)
+    if class_depth == "deepest":
+        return names.parted(lambda depth: depth > has_splits)
+    return names.parted(lambda depth: depth == has_splits + 1)
 
 
 def _class_name(name: PurePosixPath, has_splits: bool, class_depth: ClassDepth | None) -> str:
@@ -341,8 +449,8 @@ def _class_name(name: PurePosixPath, has_splits: bool, class_depth: ClassDepth |
     return folders[-1] if class_depth == "deepest" else "/".join(folders[: class_depth or 1])
 
 
-def _why_no_classes(names: Sequence[PurePosixPath], has_splits: bool, class_depth: ClassDepth | None) -> str:
-    depths = Counter(len(name.parts) - has_splits - 1 for name in names)
+def _why_no_classes(names: FoundNames, has_splits: bool, class_depth: ClassDepth | None) -> str:
+    depths = {len(name.parts) - has_splits - 1 for name in names.one_each}
     deepest = max(depths)
     inside, strays = _class_level(names, has_splits, class_depth)
     if class_depth is None and deepest > 1 and len(depths) == 1:
@@ -362,12 +470,22 @@ def _why_no_classes(names: Sequence[PurePosixPath], has_splits: bool, class_dept
     return f"{as_text(str(names[0]))} has no class folder"
 
 
+def _read_shards(path: Path) -> ImageSet:
+    return open_images(path, SHARDS)
+
+
+def _read_hf(path: Path) -> ImageSet:
+    return open_images(path, HF)
+
+
 READERS: dict[str, Callable[[Path], ImageSet]] = {
     "folder": _read_folder,
     "classes": _read_classes,
     "list": read_list,
     "table": read_table,
     "masks": read_masks,
+    SHARDS: _read_shards,
+    HF: _read_hf,
     **datasets.READERS,
 }
 """Name -> reader, for ``NAME=PATH``."""

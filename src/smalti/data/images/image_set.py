@@ -1,15 +1,19 @@
 """What a reader returns, an :class:`ImageSet`, and the small text files that lie beside images."""
 
 import itertools
+import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import overload
 
 import numpy as np
 
+from smalti.data.archives.members import is_file, read_bytes
+from smalti.data.archives.names import Names
 from smalti.data.dataset import Kind, names_fingerprint
 from smalti.data.images.decode import NO_PIXELS, PixelConfig, read_image
 from smalti.errors import DataError
@@ -79,13 +83,75 @@ class ImageSample:
         return read_image(self.path, channels, self.pixels)
 
 
+class PlainSamples(Sequence[ImageSample]):
+    """Samples without masks, in a few arrays: a million objects would take a gigabyte, and ten seconds to make."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: Names,
+        labels: np.ndarray | None = None,
+        splits: np.ndarray | None = None,
+        pixels: PixelConfig = NO_PIXELS,
+    ) -> None:
+        """
+        Args:
+            root: what the names are relative to.
+            names: files of n samples.
+            labels: ``(n,)`` place of the class of each; None: no labels.
+            splits: ``(n,)`` place of the split of each in :data:`SPLIT_ORDER`; None: no splits.
+            pixels: how the files are decoded.
+        """
+        self.root, self.names, self.labels, self.splits, self.pixels = root, names, labels, splits, pixels
+        self._start = os.path.join(root, "")  # noqa: PTH118
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, place: int) -> ImageSample: ...
+    @overload
+    def __getitem__(self, place: slice) -> "PlainSamples": ...
+    def __getitem__(self, place: int | slice) -> "ImageSample | PlainSamples":
+        if isinstance(place, slice):
+            return self.take(np.arange(len(self))[place])
+        return self._made(place, self.names[place])
+
+    def __iter__(self) -> Iterator[ImageSample]:
+        return (self._made(place, name) for place, name in enumerate(self.names))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __hash__(self) -> int:
+        return hash((self.root, len(self)))
+
+    def _made(self, place: int, name: str) -> ImageSample:
+        label = None if self.labels is None else int(self.labels[place])
+        split = None if self.splits is None else SPLIT_ORDER[self.splits[place]]
+        return ImageSample(Path(self._start + name), label=label, split=split, pixels=self.pixels)
+
+    def paths(self) -> Iterator[Path]:
+        """Files of the images."""
+        return (Path(self._start + name) for name in self.names)
+
+    def take(self, places: np.ndarray) -> "PlainSamples":
+        """Some of the samples, in a given order."""
+        labels, splits = (None if column is None else column[places] for column in (self.labels, self.splits))
+        return PlainSamples(self.root, self.names.take(places), labels, splits, self.pixels)
+
+    def decoded(self, pixels: PixelConfig) -> "PlainSamples":
+        """The same samples, decoded in another way."""
+        return PlainSamples(self.root, self.names, self.labels, self.splits, pixels)
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images that were found, in an order that is the same on every machine."""
 
     root: Path
     layout: str
-    samples: tuple[ImageSample, ...] = field(repr=False)
+    samples: Sequence[ImageSample] = field(repr=False)
     classes: tuple[str, ...] | None
     left_out: tuple[str, ...] = ()
     """Images or masks that the layout would have and that are not in ``samples``, and why: a phrase each."""
@@ -97,6 +163,8 @@ class ImageSet:
     """Why there are no class labels."""
     no_masks: str = ""
     """Why there are no masks, if some files look like masks."""
+    container: str = ""
+    """What the images are packed into, such as ``3 tar shards``; empty for files."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -113,25 +181,37 @@ class ImageSet:
     @property
     def paths(self) -> tuple[Path, ...]:
         """Files of the images."""
+        if isinstance(self.samples, PlainSamples):
+            return tuple(self.samples.paths())
         return tuple(sample.path for sample in self.samples)
 
     @property
     def labels(self) -> np.ndarray | None:
         """``(n,)`` int64 class of each image; None unless every image has one."""
+        if isinstance(self.samples, PlainSamples):
+            return None if self.samples.labels is None else self.samples.labels.astype(np.int64)
         labels = [sample.label for sample in self.samples if sample.label is not None]
         return np.array(labels, dtype=np.int64) if labels and len(labels) == len(self) else None
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Group of each image by the table, its path if it has none; empty if no image has one, or all are in one."""
+        if not any(sample.group is not None for sample in self._marked):
+            return ()
         groups = tuple(sample.group or str(sample.path) for sample in self.samples)
-        has_groups = any(sample.group is not None for sample in self.samples)
-        return groups if has_groups and len(set(groups)) > 1 else ()
+        return groups if len(set(groups)) > 1 else ()
+
+    @property
+    def _marked(self) -> Sequence[ImageSample]:
+        """Samples that may have a mask, boxes or a group."""
+        return () if isinstance(self.samples, PlainSamples) else self.samples
 
     @property
     def names(self) -> tuple[str, ...]:
         """Files of the images as printable text, relative to the folder of the set, list or table where they lie in
         it."""
+        if isinstance(self.samples, PlainSamples) and self.samples.root == self.root:
+            return tuple(map(as_text, self.samples.names))
         folder = self.root.parent if self.layout in ("list", "table") else self.root
         relative = (path.relative_to(folder) if path.is_relative_to(folder) else path for path in self.paths)
         return tuple(as_text(path.as_posix()) for path in relative)
@@ -145,13 +225,21 @@ class ImageSet:
         """The same images, decoded in another way."""
         if pixels == self.pixels:
             return self
+        if isinstance(self.samples, PlainSamples):
+            return replace(self, samples=self.samples.decoded(pixels))
         return replace(self, samples=tuple(replace(sample, pixels=pixels) for sample in self.samples))
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Splits that hold images, in the order train, val, test."""
-        found = {sample.split for sample in self.samples}
-        return tuple(split for split in SPLIT_ORDER if split in found)
+        return tuple(split for split in SPLIT_ORDER if self._split_counts()[split])
+
+    def _split_counts(self) -> Counter[str | None]:
+        if not isinstance(self.samples, PlainSamples):
+            return Counter(sample.split for sample in self.samples)
+        if self.samples.splits is None:
+            return Counter({None: len(self)})
+        return Counter(dict(zip(SPLIT_ORDER, np.bincount(self.samples.splits, minlength=3).tolist(), strict=True)))
 
     def subset(self, split: str) -> "ImageSet":
         """The images of one split.
@@ -163,6 +251,10 @@ class ImageSet:
         if name not in self.splits:
             there = f"it has: {', '.join(self.splits)}" if self.splits else "it has no splits"
             raise DataError(f"{self.root}: no split '{split}'; {there}")
+        if isinstance(self.samples, PlainSamples):
+            assert self.samples.splits is not None
+            places = np.flatnonzero(self.samples.splits == SPLIT_ORDER.index(name))
+            return replace(self, samples=self.samples if len(places) == len(self) else self.samples.take(places))
         samples = tuple(sample for sample in self.samples if sample.split == name)
         return replace(self, samples=samples)
 
@@ -194,6 +286,8 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Changes with the names of the files and their order, not with the place of the folder."""
+        if isinstance(self.samples, PlainSamples) and self.samples.root == self.root:
+            return names_fingerprint(self.samples.names)
         return names_fingerprint(
             path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
             for path in self.paths
@@ -201,14 +295,15 @@ class ImageSet:
 
     def describe(self) -> str:
         """One line for the log: layout, number of images, splits, classes."""
-        counts = Counter(sample.split for sample in self.samples)
+        counts = self._split_counts()
         named = [(split, counts[split]) for split in self.splits]
         if named and counts[None]:
             named.append(("in no split", counts[None]))
         splits = ", ".join(f"{split} {count:,}" for split, count in named)
         classes = f", {len(self.classes)} classes" if self.classes else ""
         images = f"{len(self):,} image{'s' * (len(self) != 1)}"
-        return f"{self.layout}: {images}{f' ({splits})' if splits else ''}{classes}"
+        inside = f" in {self.container}" if self.container else ""
+        return f"{self.layout}: {images}{inside}{f' ({splits})' if splits else ''}{classes}"
 
     def account(self) -> str:
         """:meth:`describe`, remarks, and what was left out or not read."""
@@ -223,10 +318,10 @@ class ImageFiles:
 
     def __init__(self, images: ImageSet, channels: int) -> None:
         self._root, self._channels, self._pixels = images.root, channels, images.pixels
-        # all paths in one buffer: a million Path objects would take gigabytes in every worker
-        names = [os.fsencode(path) for path in images.paths]
-        self._text = b"".join(names)
-        self._ends = np.cumsum([0, *map(len, names)])
+        if isinstance(images.samples, PlainSamples):
+            self._start, self._names = os.path.join(images.samples.root, ""), images.samples.names  # noqa: PTH118
+        else:
+            self._start, self._names = "", Names(map(os.fspath, images.paths))
 
     @property
     def root(self) -> Path:
@@ -234,11 +329,11 @@ class ImageFiles:
         return self._root
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._names)
 
     def path(self, index: int) -> Path:
         """File of an image."""
-        return Path(os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]]))
+        return Path(self._start + self._names[index])
 
     def read(self, index: int) -> np.ndarray:
         """An image, see :func:`~smalti.data.images.decode.read_image`."""
@@ -247,6 +342,8 @@ class ImageFiles:
 
 def as_text(name: str | Path) -> str:
     """A file's name as printable text on one line: bytes that are not UTF-8 and control characters are escaped."""
+    if (text := os.fspath(name)).isascii() and text.isprintable():
+        return text
     text = os.fsencode(name).decode(errors="backslashreplace")
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
@@ -282,7 +379,7 @@ def by_stem(root: Path, names: Iterable[PurePosixPath]) -> dict[str, Path]:
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """Lines of a text file that aren't blank, with their numbers from 1."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
@@ -299,7 +396,7 @@ def read_class_names(root: Path) -> tuple[str, ...] | None:
         DataError: if the file can't be read, or has a blank line between names, or a name twice.
     """
     path = root / "classes.txt"
-    if not path.is_file():
+    if not is_file(path):
         return None
     lines = read_lines(path)
     if lines and lines[0][1].startswith("#") and all(_CVAT_CLASS.fullmatch(line) for _, line in lines[1:]):

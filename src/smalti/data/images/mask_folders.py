@@ -1,7 +1,7 @@
 """Images with masks in folders of one's own: ``images/`` with ``masks/`` under their usual names, paired by stem."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from smalti.data.archives.members import open_binary
 from smalti.data.images.decode import PILLOW_ERRORS
-from smalti.data.images.image_files import Found, find_images
+from smalti.data.images.image_files import Found, FoundNames, find_images
 from smalti.data.images.image_set import SPLITS, ImageSample, ImageSet, as_text, read_class_names
 from smalti.data.images.splits import (
     check_same_splits,
@@ -49,6 +50,8 @@ _MASK_ENDING = re.compile(
     r"(.+?)[_-](masks?|labels?|seg|segmentation|gt|ground_?truth|labelids|annotation)([_-]?\d+)?", re.IGNORECASE
 )
 """What the stem of a mask may have behind that of its image."""
+_MASK_HINT = re.compile(r"[_-](?:mask|label|seg|g[tr]|annotation)[^/]*$", re.IGNORECASE)
+"""What the name of a mask has at least."""
 _IMAGE_ENDING = re.compile(r"(.+?)[_-](image|img|sat|rgb|leftimg8bit)", re.IGNORECASE)
 _IMAGE_WORDS = {"image", "images", "img", "imgs", "input", "inputs"}
 _MASK_WORDS = {
@@ -169,6 +172,8 @@ def read_masks(root: Path, found: Found | None = None) -> ImageSet:
 
 def masks_beside(names: Sequence[PurePosixPath]) -> dict[PurePosixPath, list[PurePosixPath]]:
     """``{image: its masks}`` where ``x_mask.png`` lies beside ``x.png`` or ``x_sat.png``; empty if none is so."""
+    if isinstance(names, FoundNames) and not any(map(_MASK_HINT.search, names.texts)):
+        return {}
     stems = {name.with_suffix(""): name for name in names}
     images = {
         stem.with_name(match[1]): name for stem, name in stems.items() if (match := _IMAGE_ENDING.fullmatch(stem.name))
@@ -181,14 +186,14 @@ def masks_beside(names: Sequence[PurePosixPath]) -> dict[PurePosixPath, list[Pur
     return dict(result)
 
 
-def refuse_masks_as_classes(root: Path, names: Sequence[PurePosixPath]) -> None:
+def refuse_masks_as_classes(root: Path, names: FoundNames) -> None:
     """Refuse folders side by side that would be classes, though some are masks of the others: by the words of their
     names, or by files of the same names that look like masks in one folder and not in another.
 
     Raises:
         DataError: if that is so.
     """
-    for inside in _children(names).values():
+    for inside in _children(names.one_each).values():
         said = {folder: _said(folder) for folder in sorted(inside)}
         masks = [folder for folder in said if said[folder] & _MASK_WORDS and not said[folder] & _IMAGE_WORDS]
         split_like = [folder for folder in said if resembled_splits(folder)]
@@ -203,9 +208,11 @@ def refuse_masks_as_classes(root: Path, names: Sequence[PurePosixPath]) -> None:
                 f"{as_text(root)}: {as_text(images[0])}/ and {as_text(masks[0])}/ are named as images and masks"
                 + _rename(root, images)
             )
+    sisters = Counter(name.parts[:-2] for name in names.one_each if len(name.parts) > 1)
+    few = {prefix for prefix, count in sisters.items() if 2 <= count <= _MOST_SISTERS}
     children: dict[Prefix, dict[str, dict[str, PurePosixPath]]] = defaultdict(lambda: defaultdict(dict))
-    for name in names:
-        if len(name.parts) > 1:
+    for name in names if few else ():
+        if len(name.parts) > 1 and name.parts[:-2] in few:
             children[name.parts[:-2]][name.parts[-2]][name.stem] = name
     for folders in children.values():
         if not 2 <= len(folders) <= _MOST_SISTERS:
@@ -243,11 +250,11 @@ def _rename(root: Path, images: Sequence[str]) -> str:
 def looks_like_mask(path: Path) -> bool:
     """Whether an image file has the few values or colours of a map of classes."""
     try:
-        with Image.open(path) as image:
+        with open_binary(path) as file, Image.open(file) as image:
             if image.width * image.height > 2**26:
                 return False
             pixels = np.asarray(image.convert("RGB") if image.mode in ("CMYK", "YCbCr") else image)
-    except PILLOW_ERRORS:
+    except (*PILLOW_ERRORS, DataError):
         return False
     if pixels.ndim == 3:
         pixels = pixels.reshape(-1, pixels.shape[2])

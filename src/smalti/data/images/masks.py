@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
+from smalti.data.archives.members import open_binary
 from smalti.data.images.decode import NO_PIXELS, image_size
 from smalti.data.images.image_set import IGNORED, REFUSED, ImageSample, ImageSet, LabelMap
 from smalti.errors import ConfigError, DataError
@@ -158,7 +159,7 @@ def check_headers(images: ImageSet) -> None:
             size = image_size(sample.path)
         except DataError:
             continue
-        with reading(mask, "a mask"), Image.open(mask) as picture:
+        with reading(mask, "a mask"), open_binary(mask) as file, Image.open(file) as picture:
             mask_size = (picture.height, picture.width)
             is_turned = picture.getexif().get(_ORIENTATION, 1) >= 5
         _check_fit(mask, mask_size[::-1] if is_turned else mask_size, sample.path, size)
@@ -184,7 +185,7 @@ def _check_fit(mask: Path, mask_size: tuple[int, ...], image: Path, size: tuple[
 
 def _read_numbers(path: Path, max_pixels: int = NO_PIXELS.max_pixels) -> np.ndarray:
     """``(H, W)``: the values of a mask as stored, turned by its own EXIF orientation."""
-    with reading(path, "a mask"), Image.open(path) as image:
+    with reading(path, "a mask"), open_binary(path) as file, Image.open(file) as image:
         if image.width * image.height > max_pixels:
             raise DataError(
                 f"{path}: {image.width}x{image.height} pixels, more than max_pixels={max_pixels}; make it smaller"
@@ -206,7 +207,7 @@ def _read_numbers(path: Path, max_pixels: int = NO_PIXELS.max_pixels) -> np.ndar
 def _stored_bits(path: Path, image: Image.Image) -> int | None:
     """Bits of a value in the file, of PNG and TIFF; None of other formats."""
     if image.format == "PNG":
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             start = file.read(25)
         return start[24] if start.startswith(_PNG) and len(start) == 25 else None
     if image.format == "TIFF":
@@ -217,7 +218,7 @@ def _stored_bits(path: Path, image: Image.Image) -> int | None:
 
 def _orientation(path: Path) -> int:
     """The EXIF orientation of an image, 1..8; 1 if there is none."""
-    with reading(path, "an image"), Image.open(path) as image:
+    with reading(path, "an image"), open_binary(path) as file, Image.open(file) as image:
         return int(image.getexif().get(_ORIENTATION, 1))
 
 

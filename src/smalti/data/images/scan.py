@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smalti.data.archives.members import read_bytes
 from smalti.data.images.decode import ImageFacts, inspect_image
 from smalti.data.images.near_duplicates import reduce_picture
 from smalti.data.views import Skipped
@@ -106,9 +107,11 @@ def summarise(found: Sequence[ScannedImage], channels: int = 3) -> ScanReport:
 
 def _scan_file(path: Path, max_pixels: int) -> ScannedImage:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         return ScannedImage(path, b"", 0, f"can't be read ({error.strerror or error})", None)
+    except DataError as error:
+        return ScannedImage(path, b"", 0, str(error).removeprefix(f"{path}: "), None)
     digest = hashlib.sha256(data).digest() if data else b""  # empty files are no copies of one another
     try:
         with reading(path, "an image"):

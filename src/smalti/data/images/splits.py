@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from smalti.data.archives.members import files_in
 from smalti.data.images.image_files import first_of
 from smalti.data.images.image_set import SPLIT_ORDER, SPLITS, as_text, read_lines
 from smalti.errors import DataError
@@ -159,8 +160,8 @@ def image_keys(names: Sequence[PurePosixPath], folders: Collection[str] = ()) ->
 
 
 def text_files(root: Path) -> list[Path]:
-    """The text files that lie in a folder, sorted."""
-    return sorted(path for path in root.iterdir() if path.suffix.lower() == ".txt" and path.is_file())
+    """The text files that lie in a folder, or outermost in an archive; sorted."""
+    return [path for path in files_in(root, ".txt") if path.suffix]
 
 
 def lists_images(path: Path, keys: Mapping[str, str]) -> bool:
@@ -204,4 +205,4 @@ def _refuse_inner_splits(root: Path, names: Sequence[PurePosixPath], has_masks: 
 
 def stray_note(names: Sequence[PurePosixPath], why: str) -> str:
     """Images that are left out as a phrase: how many, why, and the first."""
-    return f"{len(names):,} image{'s' * (len(names) > 1)} {why} ({first_of(list(names))})"
+    return f"{len(names):,} image{'s' * (len(names) > 1)} {why} ({first_of(names)})"

@@ -3,7 +3,7 @@
 import csv
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def read_list(path: Path) -> ImageSet:
         return ImageSet(path, "list", tuple(ImageSample(entry) for _, entry in plain), None)
     rows = [(number, _labelled(line)) for number, line in lines]
     if all(row and _is_file(_find(path, row["path"])) for _, row in rows):
-        return _image_set(path, "list", [(number, row) for number, row in rows if row])
+        return rows_as_set(path, "list", [(number, row) for number, row in rows if row])
     number, entry = missing[0]
     raise DataError(
         f"{as_text(path)}: {len(missing)} of {len(lines)} files don't exist, the first: {shorten(as_text(entry))} "
@@ -70,9 +70,14 @@ def read_table(path: Path) -> ImageSet:
             f"{as_text(path)}: {len(missing)} of {len(rows)} files don't exist, the first: {shorten(name)} "
             f"(row {number}); paths are relative to the table"
         )
-    images = _image_set(path, "table", rows)
+    images = rows_as_set(path, "table", rows)
     notes = (f"column{'s' * (len(others) > 1)} {', '.join(map(as_text, others[:5]))}",) if others else ()
     return replace(images, not_read=notes)
+
+
+def sorted_labels(labels: Collection[str]) -> list[str]:
+    """Names of classes in their order: by value if all are whole numbers, else by name."""
+    return sorted(labels, key=int) if all(map(_is_whole, labels)) else sorted(labels)
 
 
 def _labelled(line: str) -> Row | None:
@@ -83,27 +88,41 @@ def _labelled(line: str) -> Row | None:
     return None
 
 
-def _image_set(path: Path, layout: str, rows: Sequence[tuple[int, Row]]) -> ImageSet:
+def rows_as_set(
+    path: Path, layout: str, rows: Sequence[tuple[int, Row]], files: Sequence[Path] | None = None
+) -> ImageSet:
+    """Images by the rows of a table.
+
+    Args:
+        path: the table, or what it is part of.
+        layout: name of the reader.
+        rows: number in the table and cells of each row.
+        files: image of each row, if it is in the table itself; some rows may have no label then.
+
+    Raises:
+        DataError: as :func:`read_table`.
+    """
     labels = {row["label"] for _, row in rows if row.get("label")}
-    if labels and (unlabelled := [number for number, row in rows if not row.get("label")]):
+    if labels and files is None and (unlabelled := [number for number, row in rows if not row.get("label")]):
         raise DataError(
             f"{as_text(path)}: {len(unlabelled)} of {len(rows)} rows have no label, the first: row {unlabelled[0]}; "
             "every row needs one, or none"
         )
-    classes = sorted(labels, key=int) if all(map(_is_whole, labels)) else sorted(labels)
+    classes = sorted_labels(labels)
     number_of = {name: place for place, name in enumerate(classes)}
     splits = {row["split"] for _, row in rows if row.get("split")}
     if unknown := sorted(name for name in splits if split_of(name) is None):
         raise DataError(f"{as_text(path)}: '{as_text(unknown[0])}' is no split; known are {SPELLINGS}")
-    kept = [row for _, row in rows if row.get("split") or not splits]
+    images = files or [_find(path, row["path"]) for _, row in rows]
+    kept = [(image, row) for image, (_, row) in zip(images, rows, strict=True) if row.get("split") or not splits]
     samples = tuple(
         ImageSample(
-            _find(path, row["path"]),
+            image,
             label=number_of[row["label"]] if row.get("label") else None,
             split=split_of(row["split"]) if row.get("split") else None,
             group=row.get("group") or None,
         )
-        for row in kept
+        for image, row in kept
     )
     left = len(rows) - len(kept)
     notes: tuple[str, ...] = (f"{left:,} row{'s' * (left > 1)} without a split",) if left else ()

@@ -5,6 +5,7 @@ those of images. Prepared recordings lie in a temporary file and are read by win
 Letters: C channels, T samples of a window.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -241,13 +242,23 @@ def is_signals(data: str | Path) -> bool:
         return forced
     if (path / TABLE).is_file():
         return True
-    for _, folders, files in os.walk(path):
-        folders.sort()
-        endings = {file.rpartition(".")[2].lower() for file in files}
-        if endings & set(IMAGE_ENDINGS):
-            return False
-        if {f".{ending}" for ending in endings} & {*edf.ENDINGS, *ARRAYS, *sound.ENDINGS}:
+    recordings = {ending.removeprefix(".") for ending in (*edf.ENDINGS, *ARRAYS, *sound.ENDINGS)}
+    waiting = [os.fspath(path)]
+    while waiting:
+        endings, folders = set[str](), list[str]()
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as listing:
+            for entry in listing:
+                if entry.is_dir():
+                    if not entry.is_symlink():
+                        folders.append(entry.path)
+                    continue
+                ending = entry.name.rpartition(".")[2].lower()
+                if ending in IMAGE_ENDINGS:
+                    return False  # before a million others are listed
+                endings.add(ending)
+        if endings & recordings:
             return True
+        waiting += sorted(folders, reverse=True)
     return False
 
 

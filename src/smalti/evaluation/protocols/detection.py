@@ -319,7 +319,7 @@ def _roi_align(size: int, patch: int) -> MultiScaleRoIAlign:
 class DetectionExamples:
     """Loads and augments training images and their objects; see :func:`~smalti.evaluation.tuning.train`."""
 
-    samples: tuple[ImageSample, ...]
+    samples: Sequence[ImageSample]
     recipe: DetectionRecipe
     masks: bool
     mean: tuple[float, ...]

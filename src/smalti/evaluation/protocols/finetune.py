@@ -9,6 +9,7 @@ Letters: n images, B of them in a batch, D embed_dim, K classes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -187,7 +188,7 @@ class FinetuneClassifier(nn.Module):
 class ClassificationExamples:
     """Loads and augments training images; see :func:`~smalti.evaluation.tuning.train`."""
 
-    samples: tuple[ImageSample, ...]
+    samples: Sequence[ImageSample]
     recipe: FinetuneRecipe
     mean: tuple[float, ...]
     std: tuple[float, ...]

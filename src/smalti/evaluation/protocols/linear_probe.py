@@ -10,6 +10,7 @@ Letters: n images, D features, K classes, H heads.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -204,7 +205,7 @@ class LastBlocks:
 class _CroppedExamples:
     """Loads and crops training images; see :func:`~smalti.evaluation.tuning.train`."""
 
-    samples: tuple[ImageSample, ...]
+    samples: Sequence[ImageSample]
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]

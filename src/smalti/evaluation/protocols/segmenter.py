@@ -10,7 +10,7 @@ Letters: B images, C channels, h x w the patch grid, D embed_dim, K classes, S s
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -349,7 +349,7 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
 class SegmentationExamples:
     """Loads and augments training images and masks; see :func:`~smalti.evaluation.tuning.train`."""
 
-    samples: tuple[ImageSample, ...]
+    samples: Sequence[ImageSample]
     recipe: SegmenterRecipe
     num_classes: int
     mean: tuple[float, ...]
