@@ -16,11 +16,7 @@ from smalti.errors import ConfigError
 from smalti.registry import listed
 
 NAME = "settings"
-<<<<<<< HEAD
-VERBS = ("choose", "embed", "evaluate", "export", "generate", "rank", "samples")
-=======
-VERBS = ("embed", "evaluate", "export", "generate", "rank", "samples", "shard")
->>>>>>> 57fc159cf4781fca15a342f398ac4f9c547f537c
+VERBS = ("choose", "embed", "evaluate", "export", "generate", "rank", "samples", "shard")
 """Commands with settings of their own, returned by ``own_settings`` of their modules."""
 
 

@@ -451,11 +451,7 @@ def _train(
     )
     if accelerator.num_processes > 1:
         interrupt.synchronize(PATIENCE)
-<<<<<<< HEAD
         checkpoint = _first_decides(run, checkpoint)
-    images = open_training(config)
-=======
->>>>>>> 57fc159cf4781fca15a342f398ac4f9c547f537c
     method = _prepare_method(config, images, checkpoint, accelerator.device)
     limit_threads(method, micro_batch)
     optimizer = build_optimizer(method.param_groups(), config.optim)

@@ -270,7 +270,7 @@ def _limit_bytes() -> int:
 
 def _connect(url: str) -> tuple[Any, str]:
     try:
-        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise MissingExtraError(
             f'{as_text(url)}: needs another package ({reason(error)}); for http: pip install "smalti[remote]"'

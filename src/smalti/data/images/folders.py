@@ -241,12 +241,8 @@ def _known_folders(root: Path) -> str | None:
 
 def _detect_own(root: Path, found: Found, class_depth: ClassDepth | None) -> ImageSet:
     """Masks, class folders or one set of images, perhaps in an outer folder, as archives are packed."""
-<<<<<<< HEAD
     has_masks = () in find_mask_folders(root, found.names)
-    if not has_masks and (folder := _only_folder(found.names)):
-=======
-    if folder := _only_folder(found.names.counts):
->>>>>>> 57fc159cf4781fca15a342f398ac4f9c547f537c
+    if not has_masks and (folder := _only_folder(found.names.counts)):
         inside = found.inside(folder)
         known = None if archive_at(root) else _known_folders(root / folder)
         images = READERS[known](root / folder) if known else _detect_own(root / folder, inside, class_depth)
