@@ -164,7 +164,7 @@ def test_the_choice_is_a_sentence_and_a_page(choice):
     assert set(content["agreement"]) <= {"dense-structure dse", "effective-rank rankme_patches", "position position_r2"}
     text = write_choice_page(found, out, "smalti choose").read_text()
     assert "Quality against time" in text and first.split(":")[0] in text
-    assert set(found.front) <= {one.arm for one in found.rounds[-1].rows}
+    assert set(found.front(found.rounds[-1])) <= {one.arm for one in found.rounds[-1].rows}
     few_left = dataclasses.replace(found, unscored=("x",))
     assert "did not suffice for 1 of" in few_left.sentences[-1]
 

@@ -11,6 +11,7 @@ import pytest
 import typer.main
 
 from command import smalti
+from smalti.choosing.choose import ChooseConfig
 from smalti.cli import embed, evaluate, main, samples, shard
 from smalti.cli.main import app
 from smalti.config import build, parse_overrides
@@ -38,10 +39,16 @@ def of_export(tree: dict[str, Any]) -> None:
     build(ExportConfig, tree)
 
 
+def of_choice(tree: dict[str, Any]) -> None:
+    build(EvalConfig, tree.pop("eval", {}), group="eval")
+    build(ChooseConfig, tree)
+
+
 PARSERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "train": of_training,
     "doctor": of_training,
     "demo": of_training,
+    "choose": of_choice,
     "evaluate": of_evaluation,
     "rank": lambda tree: build(RankConfig, tree),
     "generate": lambda tree: build(GenerateConfig, tree),

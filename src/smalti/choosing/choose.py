@@ -71,7 +71,7 @@ class Choice:
     unscored: tuple[str, ...]
     """Candidates for which the budget did not suffice."""
     costs: Mapping[str, Cost]
-    """Of the candidates of the last round."""
+    """Of all candidates that were scored, by name."""
     adapted: tuple[Row, ...]
     """Each way of adapting, with its gain over the weights before; empty if none was tried or all failed."""
     failures: Mapping[str, str]
@@ -92,13 +92,10 @@ class Choice:
         """The answer, the most important first."""
         return [text for text in (_use(self), _next_best(self), _faster(self), _adapting(self), _left(self)) if text]
 
-    @property
-    def front(self) -> list[str]:
-        """Names of the candidates of the last round that no other beats in both score and time; fastest first."""
-        sign = -1.0 if "lower is better" in self.rounds[-1].rows[0].unit else 1.0
-        return pareto(
-            {row.arm: (self.costs[row.arm].ms_per_image, sign * row.score.mean) for row in self.rounds[-1].rows}
-        )
+    def front(self, done: Round) -> list[str]:
+        """Names of the candidates of a round that no other beats in both score and time; fastest first."""
+        sign = -1.0 if "lower is better" in done.rows[0].unit else 1.0
+        return pareto({row.arm: (self.costs[row.arm].ms_per_image, sign * row.score.mean) for row in done.rows})
 
 
 def choose(
@@ -156,9 +153,9 @@ def choose(
         one for spec in encoders for one in candidates_of(spec, load(spec), config.layers, config.image_sizes)
     ]
     rounds, unscored = search(candidates, what, 60 * minutes * (FROZEN_SHARE if ways else 1.0), number)
-    last = [score.candidate for score in rounds[-1].scores]
-    loaded = {spec: load(spec) for spec in dict.fromkeys(one.encoder for one in last)}
-    costs = measure_costs(last, loaded)
+    scored = [score.candidate for score in rounds[0].scores]
+    loaded = {spec: load(spec) for spec in dict.fromkeys(one.encoder for one in scored)}
+    costs = measure_costs(scored, loaded)
     left = minutes - (time.monotonic() - began) / 60
     run = partial(adapt_best, images=data, load_settings=load_settings, out=out / ADAPTED, quiet=quiet, isolate=isolate)
     rows, failures = adapt_in_time(rounds[-1], loaded, ways, what, left, run)
@@ -352,7 +349,7 @@ def write_choice(choice: Choice, out: Path) -> Path:
         ],
         "unscored": list(choice.unscored),
         "costs": {name: dataclasses.asdict(cost) for name, cost in choice.costs.items()},
-        "pareto": choice.front,
+        "pareto": choice.front(choice.rounds[-1]),
         "adapted": [row_tree(row) for row in choice.adapted],
         "failures": dict(choice.failures),
         "agreement": {name: list(values) for name, values in choice.agreement.items()},

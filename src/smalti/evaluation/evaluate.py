@@ -232,7 +232,7 @@ def run_protocols(
     """Run protocols on data that were opened; features are computed only once.
 
     Args:
-        encoder, name, data, config, progress, figures: as for :func:`evaluate`.
+        encoder: as for :func:`evaluate`, as are name, data, config, progress and figures.
         protocols: which.
         sets: of :func:`open_sets`.
         beside: the encoder to compare with: heads stored with the encoder are used only if it has one, too.

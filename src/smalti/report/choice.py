@@ -28,7 +28,7 @@ class ChoicePage:
     subtitle: str
     summary: Summary
     facts: Sequence[Fact]
-    figure: Figure
+    figures: Sequence[Figure]
     last: Table
     rounds: Sequence[tuple[str, Table]]
     """Heading and candidates of each round."""
@@ -61,7 +61,7 @@ def choice_page(choice: Choice, title: str, command: str = "") -> ChoicePage:
             Fact(str(done.num_test), "images evaluated in the last"),
             Fact(f"{choice.minutes:.0f} min", f"of {choice.budget:g} min"),
         ),
-        figure=_figure(choice),
+        figures=[_figure(choice, number) for number in dict.fromkeys((len(choice.rounds) - 1, 0))],
         last=Table(candidate_columns(choice), tuple(candidate_cells(choice, row) for row in done.rows)),
         rounds=[_round(choice, number) for number in range(len(choice.rounds))],
         unscored=choice.unscored,
@@ -83,8 +83,8 @@ def choice_page(choice: Choice, title: str, command: str = "") -> ChoicePage:
     )
 
 
-def _figure(choice: Choice) -> Figure:
-    done = choice.rounds[-1]
+def _figure(choice: Choice, number: int) -> Figure:
+    done, is_last = choice.rounds[number], number == len(choice.rounds) - 1
     points = []
     for row, score in zip(done.rows, done.scores, strict=True):
         one = score.candidate
@@ -101,15 +101,15 @@ def _figure(choice: Choice) -> Figure:
     names = [row.arm for row in done.rows]
     row = done.rows[0]
     chart = ScatterChart(
-        "Quality against time",
+        f"{'Last round' if is_last else 'First round, all candidates'}: {done.num_test} images",
         tuple(points),
-        tuple(names.index(name) for name in choice.front),
+        tuple(names.index(name) for name in choice.front(done)),
         "milliseconds per image on this machine",
         f"{row.protocol} {row.metric}",
     )
     explanation = (
-        "Candidates of the last round; the joined, filled points are those that no other beats in both score and "
-        "time. Bars: 95 % intervals over images."
+        "The joined, filled points are the candidates that no other beats in both score and time. Bars: 95 % intervals "
+        "over images."
     )
     return Figure(chart.title, explanation, chart, is_wide=True)
 
