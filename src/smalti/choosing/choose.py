@@ -36,6 +36,7 @@ START_S = 30.0
 SHORTEST_S = 20.0
 """Seconds of training below which a way is not tried."""
 PER_CLASS = 4
+"""Images of the first round per class, for class folders."""
 LABEL_FREE = ("dense-structure", "effective-rank", "position")
 _DECIDE: Mapping[str, tuple[str, ...]] = {
     "masks": ("in-context", "linear-segmentation", "knn-patch"),
@@ -57,7 +58,7 @@ class ChooseConfig:
     protocols: tuple[str, ...] = ()
     """Protocols, the first one decides; empty: those that fit the labels."""
     first_images: Count = FIRST_IMAGES
-    """Images of the first round, to learn from and to evaluate; at least four per class."""
+    """Images of the first round, to learn from and to evaluate; of class folders at least four per class."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ def _protocols(data: str, config: ChooseConfig, evaluation: EvalConfig) -> tuple
     named = config.protocols or _DECIDE[kind]
     for name in named:
         find_protocol(name)
-    number = max(config.first_images, PER_CLASS * len(images.classes or ()))
+    classes = len(images.classes or ()) if kind == "labels" else 0  # an image with a mask shows several classes
+    number = max(config.first_images, PER_CLASS * classes)
     return tuple(dict.fromkeys((*named, *LABEL_FREE))), number
 
 

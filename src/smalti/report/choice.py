@@ -85,7 +85,7 @@ def choice_page(choice: Choice, title: str, command: str = "") -> ChoicePage:
 
 def _figure(choice: Choice, number: int) -> Figure:
     done, is_last = choice.rounds[number], number == len(choice.rounds) - 1
-    points = []
+    points, front = [], choice.front(done)
     for row, score in zip(done.rows, done.scores, strict=True):
         one = score.candidate
         points.append(
@@ -95,7 +95,7 @@ def _figure(choice: Choice, number: int) -> Figure:
                 row.score.mean,
                 row.score.low,
                 row.score.high,
-                f"{one.reading}, {one.image_size} px",
+                f"{one.reading}, {one.image_size} px" if row.arm in front else "",
             )
         )
     names = [row.arm for row in done.rows]
@@ -103,7 +103,7 @@ def _figure(choice: Choice, number: int) -> Figure:
     chart = ScatterChart(
         f"{'Last round' if is_last else 'First round, all candidates'}: {done.num_test} images",
         tuple(points),
-        tuple(names.index(name) for name in choice.front(done)),
+        tuple(names.index(name) for name in front),
         "milliseconds per image on this machine",
         f"{row.protocol} {row.metric}",
     )
