@@ -5,9 +5,13 @@ field is its documentation. For unknown keys, the nearest name is suggested; num
 reads as text, are converted by the field's type.
 """
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
@@ -77,9 +81,7 @@ _MOST_VALUES = 100_000  # in a YAML file, aliases expanded
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that rejects unknown keys and non-finite numbers, and
     keeps field docs. Its constructor raises :class:`ConfigError` with one line."""
-    config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False, allow_inf_nan=False
-    )
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False, defer_build=True)
     made: Any = pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)
     construct = made.__init__
 
@@ -369,19 +371,33 @@ def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 def field_docs(cls: type) -> dict[str, tuple[Any, str]]:
     """``{name: (default, meaning)}`` of a settings class, for help texts and method cards."""
-    documented = getattr(cls, "__pydantic_fields__", {})
-    inherited = {
-        name: info.description
-        for base in reversed(cls.__mro__)  # pydantic only reads the docs of a class's own fields
-        for name, info in getattr(base, "__pydantic_fields__", {}).items()
-        if info.description
-    }
+    fields = getattr(cls, "__pydantic_fields__", {})
+    docs = {name: text for base in reversed(cls.__mro__) for name, text in _written_docs(base).items()}
     return {
-        name: (
-            info.get_default(call_default_factory=True) if not info.is_required() else None,
-            info.description or inherited.get(name, ""),
-        )
-        for name, info in documented.items()
+        name: (info.get_default(call_default_factory=True) if not info.is_required() else None, docs.get(name, ""))
+        for name, info in fields.items()
+    }
+
+
+@functools.cache
+def _written_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a class, from its source; pydantic would read it whenever the class is defined."""
+    if not hasattr(cls, "__pydantic_fields__"):
+        return {}
+    try:
+        source = inspect.getsource(cls)
+    except OSError:  # defined interactively
+        return {}
+    (tree,) = ast.parse(textwrap.dedent(source)).body
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(below.value.value)
+        for field, below in itertools.pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+        and isinstance(below.value.value, str)
     }
 
 
