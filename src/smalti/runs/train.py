@@ -87,6 +87,7 @@ from smalti.training.logs import CSVLog, Screen, Trackers
 from smalti.training.loop import Listener, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, build_optimizer
+from smalti.training.parallel import check_parallel, is_sharded, shard
 from smalti.training.processes import end_with_launcher, launch, lost_process
 from smalti.training.slurm import join_step
 
@@ -281,6 +282,7 @@ def _check_before_writing(config: RunConfig, images: Dataset, quiet: bool) -> No
     method = build_method(config, quiet=quiet)
     micro_batch, accumulate = divide_batch(config)
     method.check_batch(micro_batch)
+    check_parallel(method, config.parallel)
     if accumulate > 1 and method.couples_samples and not quiet:
         print(
             f"gradients of {accumulate} micro-batches of {micro_batch} are accumulated, but {method.name} couples the "
@@ -448,6 +450,8 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
     images = open_training(config)
     method = _prepare_method(config, images, checkpoint, accelerator.device)
     limit_threads(method, micro_batch)
+    if config.parallel == "fsdp" and accelerator.num_processes > 1:
+        shard(method, accelerator.device)
     optimizer = build_optimizer(method.param_groups(), config.optim)
     main = accelerator.is_main_process
     state: TrainingState | None = None
@@ -484,7 +488,8 @@ def _train(run: Path, config: RunConfig, checkpoint: Path | None, quiet: bool, i
         csv_log.event(state.step, "resumed", _resumed(state, checkpoint, accelerator.num_processes, micro_batch))
     hook = EvaluationHook(config, run, evaluates=main, progress=interrupt.check) if config.eval.data else None
     counted = -1 if state is None else state.evaluated_step
-    if hook is not None and main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
+    is_here = state is not None and (counted == state.step or not is_sharded(method))
+    if hook is not None and main and is_here and hook.due(counted) and not hook.file(counted).exists():
         hook.evaluate(counted, method)  # already counted, but its file is missing
     loop = LoopConfig(
         steps=config.steps,
