@@ -126,7 +126,7 @@ def train(
         Interrupted: after a signal; a checkpoint was written, from which :func:`resume` continues.
     """
     join_step()
-    tree = with_start(with_signals(_given(method, data, init, recipe, overrides)))
+    tree = with_start(with_signals(given_settings(method, data, init, recipe, overrides)))
     config = resolve(tree, str(recipe) if recipe else "settings")
     check_start(config)
     if not config.data.path:
@@ -159,7 +159,7 @@ def train(
     return run
 
 
-def _given(
+def given_settings(
     method: str | None,
     data: str | Path | None,
     init: str | None,
@@ -194,7 +194,7 @@ def resume_or_start(
     path = None if out is None else Path(out).expanduser() / CONFIG_FILE
     if out is None or path is None or not path.is_file():
         return train(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
-    tree = _given(method, data, init, recipe, overrides)
+    tree = given_settings(method, data, init, recipe, overrides)
     if isinstance(tree.get("method"), str):
         tree["method"] = {"name": tree["method"]}
     now = flatten(to_tree(resolve(with_start(with_signals(tree)), str(recipe) if recipe else "settings")))
