@@ -1,6 +1,7 @@
 """``smalti train``: pretrain or post-train an encoder on images."""
 
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +52,16 @@ def command(
     resume_or_start: Annotated[
         bool, typer.Option("--resume-or-start", help="Resume the run in --out if there is one, else start it.")
     ] = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            "--slurm",
+            metavar="KEY=VALUE,...",
+            help="Submit the run as a job of SLURM, which is requeued and resumed at its time limit: `nodes=2,gpus=8` "
+            "(GPUs per machine), `partition` `time` `cpus` `mem` `account` `qos` `constraint` `warning_s`.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --slurm: print the batch script.")] = False,
     imports: Imports = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -63,6 +74,15 @@ def command(
     `eval.data=LABELLED eval.every=500` evaluates during training. Interrupted runs resume with `--resume RUN`.
     """
     words = list(words or [])
+    if slurm is not None:
+        options = {"--data": data, "--out": out, "--init": init, "--recipe": recipe, "--resume": resume}
+        flags = [name for name, value in (("--quiet", quiet), ("--debug", debug)) if value]
+        for module in imports or []:
+            flags += ["--import", module]
+        print(_job(slurm, dry_run, words, {name: value for name, value in options.items() if value}, flags))
+        return
+    if dry_run:
+        raise ConfigError("--dry-run prints the script of --slurm; give both")
     method = words.pop(0) if words and "=" not in words[0] else None
     overrides = parse_overrides(words)
 
@@ -79,6 +99,43 @@ def command(
         run = start(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
     if os.environ.get("RANK", "0") == "0":
         _print_next_steps(run)
+
+
+def _job(text: str, dry_run: bool, words: list[str], options: dict[str, str | Path], flags: list[str]) -> str:
+    """Submit a run as a job, or only write the script; returns the answer of SLURM, or the script.
+
+    Args:
+        text: value of ``--slurm``.
+        dry_run: don't submit it.
+        words: method and settings.
+        options: given options with their values.
+        flags: options without values, and those that may be repeated.
+
+    Raises:
+        ConfigError: for settings that the run would refuse, as far as they can be checked without the images.
+    """
+    from smalti.runs.config import resolve
+    from smalti.runs.train import given_settings
+    from smalti.training.launch import split_batch
+    from smalti.training.slurm import batch_script, parse_slurm, submit
+
+    job = parse_slurm(text)
+    run = options.get("--resume") or options.get("--out")
+    if run is None:
+        raise ConfigError("no run directory is given; use --out DIR")
+    if "--resume" not in options:
+        method = words[0] if words and "=" not in words[0] else None
+        overrides = parse_overrides(words if method is None else words[1:])
+        init = str(options["--init"]) if "--init" in options else None
+        config = resolve(given_settings(method, options.get("--data"), init, options.get("--recipe"), overrides))
+        split_batch(config.batch_size, config.micro_batch, job.processes)
+        flags = [*flags, "--resume-or-start"]
+    given = [part for name, value in options.items() for part in (name, str(value))]
+    script = batch_script(job, [sys.executable, "-m", "smalti", "train", *words, *given, *flags], Path(run))
+    if dry_run:
+        return script.rstrip()
+    Path(run).parent.mkdir(parents=True, exist_ok=True)  # SLURM doesn't create the folder of the log
+    return submit(script)
 
 
 def _print_next_steps(run: Path) -> None:

@@ -25,6 +25,12 @@ def of_all_processes(x: Shaped[Tensor, "*S"], dim: int) -> Shaped[Tensor, "*T"]:
     return torch.cat(parts, dim=dim)
 
 
+def own_part(x: Tensor) -> Tensor:
+    """This process's part of a tensor that is sharded over processes (FSDP2), sharing its memory; any other tensor as
+    it is."""
+    return x.to_local() if hasattr(x, "to_local") else x  # a DTensor, whose module takes a second to import
+
+
 def sum_over_processes(x: Num[Tensor, "*S"]) -> Num[Tensor, "*S"]:
     """Sum over processes, without gradient."""
     return _reduced(x, torch.distributed.ReduceOp.SUM) if num_processes() > 1 else x.detach()

@@ -59,7 +59,7 @@ def block_at(
 
     Keys and values are computed for all tokens; queries, output projection and MLP only for the selected ones.
     Stochastic depth samples once per sequence, as in the full block. Blocks other than timm's plain one and those of
-    ``Eva`` are run in full.
+    ``Eva``, and blocks whose parameters are sharded (FSDP2), are run in full.
 
     Args:
         block: of a timm model.
@@ -71,7 +71,7 @@ def block_at(
     if type(block) in (EvaBlock, EvaBlockPostNorm):
         return _eva_block_at(plain, x, chosen, rope)
     if type(block) is not Block or not _is_plain(plain.attn):
-        return chosen.pick(block(x))
+        return chosen.pick(block(x) if rope is None else block(x, rope=rope))
     attn = plain.attn
     batch, length, width = x.shape
     normed = plain.norm1(x)

@@ -161,6 +161,8 @@ class Method(nn.Module, ABC):
     """Whether the method needs trained weights: a run without ``init`` needs the setting ``from_scratch``."""
     hides_positions: ClassVar[bool] = False
     """Whether the loss predicts positions that the network isn't given; such methods refuse ``gaug=true``."""
+    runs_parts_of_blocks: ClassVar[bool] = False
+    """Whether the loss calls parts of transformer blocks; with ``parallel=fsdp``, blocks are then gathered together."""
     reads_field: ClassVar[bool] = False
     """Whether crops read positions from a field. For other methods, a field in the initial weights becomes a table."""
 

@@ -206,6 +206,7 @@ class DynamicViT(Supervised):
     title = "supervised classification with learned token pruning; requires labels"
     paper = "Rao et al. 2021, arXiv:2106.02034v2"
     pools_images = False
+    runs_parts_of_blocks = True
     log_columns: ClassVar[Mapping[str, LogColumn]] = {
         **Supervised.log_columns,
         "kept": LogColumn("Kept patches", "Fraction of the patches that the last stage keeps; the target is rho^S."),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from smalti.errors import ConfigError
+from smalti.functional.processes import own_part
 from smalti.functional.schedules import half_cosine
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,8 +39,7 @@ class Teacher(nn.Module, Generic[M]):
     @torch.no_grad()
     def update(self, student: M, momentum: float) -> None:
         """``teacher <- momentum * teacher + (1 - momentum) * student``, fused over all tensors; buffers are copied."""
-        theirs = [parameter.detach() for parameter in student.parameters()]
-        torch._foreach_lerp_(list(self.module.parameters()), theirs, 1 - momentum)
+        torch._foreach_lerp_(_values(self.module), _values(student), 1 - momentum)
         for own, other in zip(self.module.buffers(), student.buffers(), strict=True):
             own.copy_(other)
 
@@ -71,13 +71,18 @@ class Average(Teacher[M]):
     def follow(self, student: M) -> None:
         """Update the average with the student's weights after a step."""
         weight = 1 - (self.num_steps / (self.num_steps + 10)).clamp(max=self.ceiling)  # stays on the device
-        own = [parameter.detach() for parameter in self.module.parameters()]
-        gap = torch._foreach_sub([parameter.detach() for parameter in student.parameters()], own)
+        own = _values(self.module)
+        gap = torch._foreach_sub(_values(student), own)
         torch._foreach_mul_(gap, weight)
         torch._foreach_add_(own, list(gap))
         for mine, other in zip(self.module.buffers(), student.buffers(), strict=True):
             mine.copy_(other)
         self.num_steps += 1
+
+
+def _values(module: nn.Module) -> list[torch.Tensor]:
+    """A module's parameters without gradient; of sharded ones this process's part: both networks are cut alike."""
+    return [own_part(parameter.detach()) for parameter in module.parameters()]
 
 
 def cosine_momentum(start: float, progress: float, end: float = 1.0) -> float:

@@ -50,8 +50,9 @@ from smalti.training.launch import (
 )
 from smalti.training.loop import LogConfig
 from smalti.training.optim import OptimConfig
+from smalti.training.parallel import Parallel
 
-MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "micro_batch", "data.num_workers", "checkpointing")
+MAY_CHANGE = ("eval", "checkpoint", "log", "devices", "parallel", "micro_batch", "data.num_workers", "checkpointing")
 """Settings that may change when a run resumes; all others would change its results."""
 
 
@@ -113,6 +114,9 @@ class RunConfig:
     """Seed of the initial weights, data order, augmentation and all other randomness."""
     devices: int | str = "auto"
     """``auto`` (one GPU, else CPU), ``cpu``, or the number of devices, with one process each."""
+    parallel: Parallel = "ddp"
+    """With several devices: ``ddp``, each holds the whole method; ``fsdp``, each holds a slice of parameters, gradients
+    and moments (FSDP2), which takes less memory and more communication. The same results up to rounding."""
     precision: str = "auto"
     """``fp32``, ``bf16`` (autocast; weights, losses and statistics stay float32) or ``auto``: bf16 on GPUs that support
     it, else fp32."""

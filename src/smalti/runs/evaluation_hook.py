@@ -25,6 +25,7 @@ from smalti.runs.posttrain import COSTLESS, BeforeAfter
 from smalti.training.launch import (
     resolve_devices,
 )
+from smalti.training.parallel import is_sharded
 
 
 def encoder_at(run: Path, config: RunConfig, step: int) -> Encoder:
@@ -90,10 +91,8 @@ class EvaluationHook:
     def evaluate(self, step: int, method: Method) -> list[Result]:
         """Evaluate and write ``results/step_*.json``; the results of step 0 are the baseline of all others."""
         network = self.config.weights or method.export_network
-        encoder = method.networks()[network]
+        encoder = self._encoder(step, method, network)
         encoder.source = f"step {step} ({network})"
-        encoder.class_head = method.class_head(network)
-        encoder.token_pruning = method.token_pruning(network)
         data = str(self.config.eval.data)
         protocols = self.config.eval.protocols or fitting_protocols(data, self.config.eval)
         config = dataclasses.replace(self.config.eval, protocols=protocols)
@@ -107,6 +106,15 @@ class EvaluationHook:
             if step == 0 and not self.before_and_after.has(0):
                 self.before_and_after.evaluate(0, encoder)
         return results
+
+    def _encoder(self, step: int, method: Method, network: str) -> Encoder:
+        """The network to evaluate; of a sharded method, a whole one from the checkpoint of the step."""
+        if is_sharded(method):
+            return encoder_at(self.run, self.config, step)
+        encoder = method.networks()[network]
+        encoder.class_head = method.class_head(network)
+        encoder.token_pruning = method.token_pruning(network)
+        return encoder
 
 
 def check_evaluation(config: RunConfig) -> None:

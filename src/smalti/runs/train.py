@@ -88,6 +88,7 @@ from smalti.training.logs import CSVLog, Screen, Trackers
 from smalti.training.loop import Listener, LoopConfig
 from smalti.training.loop import train as run_loop
 from smalti.training.optim import OptimConfig, build_optimizer
+from smalti.training.parallel import check_parallel, is_sharded, shard
 from smalti.training.processes import end_with_launcher, launch, lost_process
 from smalti.training.slurm import join_step
 
@@ -126,7 +127,7 @@ def train(
         Interrupted: after a signal; a checkpoint was written, from which :func:`resume` continues.
     """
     join_step()
-    tree = with_start(with_signals(_given(method, data, init, recipe, overrides)))
+    tree = with_start(with_signals(given_settings(method, data, init, recipe, overrides)))
     config = resolve(tree, str(recipe) if recipe else "settings")
     check_start(config)
     if not config.data.path:
@@ -159,7 +160,7 @@ def train(
     return run
 
 
-def _given(
+def given_settings(
     method: str | None,
     data: str | Path | None,
     init: str | None,
@@ -194,7 +195,7 @@ def resume_or_start(
     path = None if out is None else Path(out).expanduser() / CONFIG_FILE
     if out is None or path is None or not path.is_file():
         return train(method, data, out, init=init, recipe=recipe, overrides=overrides, quiet=quiet)
-    tree = _given(method, data, init, recipe, overrides)
+    tree = given_settings(method, data, init, recipe, overrides)
     if isinstance(tree.get("method"), str):
         tree["method"] = {"name": tree["method"]}
     now = flatten(to_tree(resolve(with_start(with_signals(tree)), str(recipe) if recipe else "settings")))
@@ -282,6 +283,7 @@ def _check_before_writing(config: RunConfig, images: Dataset, quiet: bool) -> No
     method = build_method(config, quiet=quiet)
     micro_batch, accumulate = divide_batch(config)
     method.check_batch(micro_batch)
+    check_parallel(method, config.parallel)
     if accumulate > 1 and method.couples_samples and not quiet:
         print(
             f"gradients of {accumulate} micro-batches of {micro_batch} are accumulated, but {method.name} couples the "
@@ -454,6 +456,8 @@ def _train(
         checkpoint = _first_decides(run, checkpoint)
     method = _prepare_method(config, images, checkpoint, accelerator.device)
     limit_threads(method, micro_batch)
+    if config.parallel == "fsdp" and accelerator.num_processes > 1:
+        shard(method, accelerator.device)
     optimizer = build_optimizer(method.param_groups(), config.optim)
     main = accelerator.is_main_process
     state: TrainingState | None = None
@@ -490,7 +494,8 @@ def _train(
         csv_log.event(state.step, "resumed", _resumed(state, checkpoint, accelerator.num_processes, micro_batch))
     hook = EvaluationHook(config, run, evaluates=main, progress=interrupt.check) if config.eval.data else None
     counted = -1 if state is None else state.evaluated_step
-    if hook is not None and main and counted >= 0 and hook.due(counted) and not hook.file(counted).exists():
+    is_here = state is not None and (counted == state.step or not is_sharded(method))
+    if hook is not None and main and is_here and hook.due(counted) and not hook.file(counted).exists():
         hook.evaluate(counted, method)  # already counted, but its file is missing
     loop = LoopConfig(
         steps=config.steps,

@@ -26,6 +26,7 @@ from smalti.methods.base import Method
 from smalti.models.loading import CHECKPOINTS, STATE_FILE, WEIGHTS_FILE, latest_checkpoint
 from smalti.models.weights import read_tensors, read_torch
 from smalti.reading import read_mapping, reading
+from smalti.training.parallel import gathered, optimizer_rows, rows_like
 
 OPTIMIZER_FILE, CHECKSUM_FILE = "optimizer.pt", "crc32.json"
 REPLACED = ".replaced_"
@@ -73,7 +74,9 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; only the main process writes.
+    """The checkpoints of one run directory; only the main process writes, and all call :meth:`save` together.
+
+    A checkpoint has whole tensors, whether or not the method is sharded.
 
     Args:
         run: the run directory.
@@ -112,6 +115,8 @@ class Checkpoints:
         Raises:
             RunError: if the disk is full or can't be written; earlier checkpoints are unchanged.
         """
+        weights = gathered(self.method.state_dict(), keep=self.main_process)
+        optimizer = gathered(self.optimizer.state_dict(), keep=self.main_process)
         if not self.main_process:
             return
         final = self.path(state.step)
@@ -119,9 +124,8 @@ class Checkpoints:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            weights = {key: value.detach().contiguous() for key, value in self.method.state_dict().items()}
-            save_file(weights, temporary / WEIGHTS_FILE)
-            torch.save(self.optimizer.state_dict(), temporary / OPTIMIZER_FILE)
+            save_file({key: value.detach().contiguous() for key, value in weights.items()}, temporary / WEIGHTS_FILE)
+            torch.save(optimizer, temporary / OPTIMIZER_FILE)
             sums = {name: _checksum(temporary / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
             (temporary / CHECKSUM_FILE).write_text(json.dumps(sums), encoding="utf-8")
             (temporary / STATE_FILE).write_text(json.dumps(self._describe(state), indent=2), encoding="utf-8")
@@ -167,8 +171,8 @@ class Checkpoints:
                 f"{path}: doesn't match the method and architecture in the run's config.yaml: "
                 f"'{misfits[0]}' is missing, unexpected or has another shape"
             )
-        self.method.load_state_dict(weights)
-        self.optimizer.load_state_dict(read_torch(path / OPTIMIZER_FILE))
+        self.method.load_state_dict({key: rows_like(value, own[key]) for key, value in weights.items()})
+        self.optimizer.load_state_dict(optimizer_rows(read_torch(path / OPTIMIZER_FILE), self.optimizer))
         return state
 
     def _describe(self, state: TrainingState) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class Health:
 
         Args:
             step: completed steps.
-            weights: all tensors of a checkpoint, checked now; integer tensors are skipped.
+            weights: all tensors of a checkpoint (this process's part of sharded ones), checked now; integer tensors
+                are skipped.
         """
         if self._sum is None or self._first_bad is None:
             return HealthReading({}, {})

@@ -17,11 +17,13 @@ from smalti.config import Count, settings
 from smalti.data.loader import UnreadableLog, key_of_step, sample_key
 from smalti.data.views import Views
 from smalti.errors import Interrupted, RunError
+from smalti.functional.processes import own_part
 from smalti.methods.base import Method
 from smalti.training.checkpoint import CheckpointConfig, Checkpoints, TrainingState
 from smalti.training.health import GRAD_NORM, WEIGHTS, Health, HealthReading, feature_health
 from smalti.training.interrupt import Interrupt, StopRequested
 from smalti.training.optim import OptimConfig, peak_lr
+from smalti.training.parallel import callable_parts, is_sharded, prepare
 from smalti.training.step import StepResult, Whole, training_step
 
 _WATCHED = {GRAD_NORM: "the gradient norm is", WEIGHTS: "the weights are"}
@@ -84,7 +86,8 @@ class Hook(Protocol):
         values."""
 
     def __call__(self, step: int, method: Method) -> float | None:
-        """Run the hook, in the main process only. A returned number is a score (higher is better), passed to all
+        """Run the hook, in the main process only, where a sharded method can't be called; the checkpoint of this step
+        is then written already. A returned number is a score (higher is better), passed to all
         processes; the best step's checkpoint is kept."""
 
 
@@ -105,7 +108,7 @@ def train(
     """Train until ``config.steps``, until ``config.patience`` scores in a row without a new best, or until a signal.
 
     Args:
-        method: on the accelerator's device, not wrapped.
+        method: on the accelerator's device, not wrapped; its parameters may be sharded.
         optimizer: over the method's parameter groups.
         accelerator: device, precision, processes.
         make_batches: infinite iterator over batches of this process, from a given batch number on.
@@ -126,7 +129,7 @@ def train(
         DataError: when too many images are unreadable.
     """
     optim, device = config.optim, accelerator.device
-    model, prepared = accelerator.prepare(method, optimizer)
+    model, prepared = prepare(accelerator, method, optimizer)
     world, rank = accelerator.num_processes, accelerator.process_index
     checkpoints = Checkpoints(run, method, optimizer, config.checkpoint, accelerator.is_main_process)
     is_new = state is None
@@ -181,7 +184,7 @@ def train(
         to_save = last or state.step % config.checkpoint.every == 0 or stop != 0
         due = [hook for hook in hooks if hook.due(state.step)]
         if to_log or to_save or due:
-            reading = health.read(state.step, method.state_dict().values())
+            reading = health.read(state.step, map(own_part, method.state_dict().values()))
             if reading.bad:
                 state = _roll_back(checkpoints, state, reading.bad, listeners)
                 accelerator.wait_for_everyone()
@@ -189,8 +192,9 @@ def train(
                 clock.start(state.step)
                 continue
             if to_log:
-                row = _log_row(state.step, config.steps, done, reading, method, accelerator)
-                findings = method.diagnose(done.views, progress)
+                with callable_parts(method):
+                    row = _log_row(state.step, config.steps, done, reading, method, accelerator)
+                    findings = method.diagnose(done.views, progress)
                 row |= findings.numbers
                 for name, text in findings.warnings.items():
                     if name not in state.warned:
@@ -205,6 +209,8 @@ def train(
         if to_save:
             checkpoints.save(state)
         if due and not stop:
+            if is_sharded(method) and not to_save:
+                checkpoints.save(state)  # hooks take whole weights from there
             stop = _run_hooks(due, method, state, checkpoints, accelerator)
             if stop and not to_save:
                 checkpoints.save(state)
@@ -298,7 +304,9 @@ def _roll_back(
     name, step = min(bad.items(), key=lambda item: item[1])
     kind = f"loss term '{name.removeprefix('loss/')}' is" if name.startswith("loss/") else _WATCHED[name]
     others = "the others are finite" if len(bad) == 1 else f"also not finite: {', '.join(k for k in bad if k != name)}"
-    path = checkpoints.last_good()
+    found = [checkpoints.last_good()]
+    broadcast_object_list(found)  # on a shared file system another process may see other files
+    path = found[0]
     text = f"{kind} not finite at step {step} ({others}); last good checkpoint: {path}"
     setbacks = state.setbacks + 1
     if setbacks >= MAX_SETBACKS:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from smalti.config import settings
 from smalti.errors import ConfigError
+from smalti.functional.processes import own_part, sum_over_processes
 from smalti.functional.schedules import half_cosine
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -112,8 +113,11 @@ def freeze(parameters: Iterable[Tensor], config: OptimConfig, progress: float) -
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], config: OptimConfig) -> Tensor:
     """Clip gradients in place as ``config`` says; returns the norm before, over all of them, on the device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    whole = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [own_part(gradient) for gradient in whole]
     norms = torch.stack(torch._foreach_norm(gradients))
+    if whole and gradients[0] is not whole[0]:  # sharded: each process has a part of every gradient
+        norms = sum_over_processes(norms.square()).sqrt()
     total = norms.norm()
     if config.clip_norm is not None:
         if config.clip == "global":
