@@ -39,7 +39,7 @@ class Archive(abc.ABC):
 
     @abc.abstractmethod
     def num_bytes(self, place: int) -> int:
-        """Length of a member as it is stored."""
+        """Length of a member as it is stored; -1 if it isn't known."""
 
 
 _opened: dict[str, Archive] = {}
@@ -114,7 +114,7 @@ def is_file(path: Path) -> bool:
 
 
 def num_bytes(path: Path) -> int:
-    """Length of a file or a member of an archive; -1 if there is none."""
+    """Length of a file or a member of an archive; -1 if there is none, or it isn't known."""
     if (found := _member(path)) is not None:
         return found[0].num_bytes(found[1])
     return path.stat().st_size if path.exists() else -1

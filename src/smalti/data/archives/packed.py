@@ -22,6 +22,8 @@ from smalti.errors import DataError, RunError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _INFLATE = -15  # raw deflate, as zip has it
+_MOST_INFLATED = 2**26
+"""Bytes that a compressed member may become beside 20 times its own: some kB can hold gigabytes."""
 _MOST_EXTRA = 64  # bytes of a member's extra fields, of nearly all writers
 Fetch = Callable[[int, int, int, int], bytes]
 """Number of a file, place of a member in it, first byte and number of bytes -> these bytes."""
@@ -118,11 +120,18 @@ class PackedFiles(Archive):
         if len(content) < size:
             raise _changed(self.files[number])
         try:
-            data = zlib.decompress(content, _INFLATE) if self._method[place] == zipfile.ZIP_DEFLATED else content
+            data = self._inflated(place, content) if self._method[place] == zipfile.ZIP_DEFLATED else content
         except zlib.error:
             data = b""
         if zlib.crc32(data) != int(self._check[place]):
             raise DataError(f"{self.root / self.names[place]}: damaged: its checksum is wrong")
+        return data
+
+    def _inflated(self, place: int, content: bytes) -> bytes:
+        stream, most = zlib.decompressobj(_INFLATE), _MOST_INFLATED + 20 * len(content)
+        data = stream.decompress(content, most)
+        if not stream.eof and len(data) >= most:
+            raise DataError(f"{self.root / self.names[place]}: {len(content)} bytes that become more than {most}")
         return data
 
     def _read_range(self, number: int, member: int, start: int, size: int) -> bytes:
