@@ -123,6 +123,8 @@ def num_bytes(path: Path) -> int:
 def files_in(root: Path, ending: str) -> list[Path]:
     """The files that lie in a folder, or outermost in an archive, and end so, in any case; sorted."""
     if (archive := archive_at(root)) is not None:
+        if ending.encode() not in archive.names.text.lower():
+            return []
         return [root / name for name in archive.names if "/" not in name and name.lower().endswith(ending)]
     with os.scandir(root) as listing:
         return sorted(root / entry.name for entry in listing if entry.name.lower().endswith(ending) and entry.is_file())

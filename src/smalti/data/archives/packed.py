@@ -52,7 +52,7 @@ class PackedFiles(Archive):
         sizes = [len(one) for one in entries]
         names = self._names(entries)
         order: np.ndarray | slice = slice(None)
-        if any(map(operator.gt, names, names[1:])) or not "".join(names).isascii():
+        if not _are_rising(names):
             coded = [os.fsencode(name) for name in names]
             order = np.array(sorted(range(len(coded)), key=coded.__getitem__), np.int64)
             names = [names[place] for place in order]
@@ -80,7 +80,7 @@ class PackedFiles(Archive):
                     name if SPLITS.get(name.partition("/")[0].lower()) == split else f"{split}/{name}" for name in own
                 ]
             names += own
-        if all(map(operator.lt, names, names[1:])):  # as Smalti writes them: a million are checked in 0.1 s
+        if _are_rising(names):  # as Smalti writes them
             return names
         for file, one in zip(self.files, entries, strict=True):
             if len(repeated := Counter(one.names)) < len(one):
@@ -164,6 +164,11 @@ def open_remote(root: Path, url: str) -> PackedFiles:
     remote = Remote(url)
     entries = remote.index()
     return PackedFiles(root, remote.paths, entries, CachedRanges(remote, [len(one) for one in entries]).fetch)
+
+
+def _are_rising(names: list[str]) -> bool:
+    """Whether names are sorted by their bytes, and different; False for names that aren't ASCII."""
+    return all(map(operator.lt, names, names[1:])) and "".join(names).isascii()
 
 
 def _stored_checksum(header: bytes) -> int:

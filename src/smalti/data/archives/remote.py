@@ -73,7 +73,7 @@ class Remote:
         if not self.files:
             raise DataError(f"{as_text(url)}: names no tar or zip file; only these are read from other machines")
         self.sizes = [int(info.get("size") or 0) for info in infos]
-        self.stamps = [[size, _version(info)] for size, info in zip(self.sizes, infos, strict=True)]
+        self.stamps: list[list[Any]] = [[size, _version(info)] for size, info in zip(self.sizes, infos, strict=True)]
 
     @property
     def paths(self) -> list[Path]:
