@@ -12,8 +12,10 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,6 +177,42 @@ def read_tables(folder: Path) -> None:
     for name in ("t.csv", "t.jsonl", "t.parquet", "list.txt"):
         with contextlib.suppress(SmaltiError):  # each is read, though another is damaged
             open_images(folder / name)
+
+
+def make_archives(folder: Path) -> None:
+    files = {f"{label}/{label}.png": io.BytesIO() for label in "ab"}
+    for stream in files.values():
+        Image.fromarray(_picture(3)).save(stream, "png")
+    content = {name: stream.getvalue() for name, stream in files.items()}
+    with (
+        tarfile.open(folder / "x.tar", "w") as tar,
+        zipfile.ZipFile(folder / "y.zip", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name, data in content.items():
+            packed.writestr(name, data)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    images = [{"bytes": data, "path": name} for name, data in content.items()]
+    table = pa.table(
+        {"image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])), "label": [0, 1]}
+    )
+    pq.write_table(table, folder / "z.parquet")
+    (folder / "hf").mkdir()
+    with pa.OSFile(str(folder / "hf/data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    (folder / "hf/dataset_info.json").write_text("{}")
+    (folder / "hf/state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    for name in ("x.tar", "y.zip"):
+        open_images(folder / name)  # with an index beside it
+
+
+def read_archives(folder: Path) -> None:
+    for name in ("x.tar", "y.zip", "z.parquet", "hf"):
+        with contextlib.suppress(SmaltiError):  # each is read, though another is damaged
+            for sample in open_images(folder / name).samples:
+                with contextlib.suppress(SmaltiError):
+                    sample.read()
 
 
 def make_coco(folder: Path) -> None:
@@ -339,6 +377,7 @@ KINDS = (
     Kind("images", make_images, read_images),
     Kind("masks", make_masks, read_masks),
     Kind("tables", make_tables, read_tables),
+    Kind("archives", make_archives, read_archives),
     Kind("coco", make_coco, lambda folder: open_labelled(folder, need="boxes")),
     Kind("recipe", make_recipe, read_recipe),
     Kind("overrides", make_overrides, read_overrides),

@@ -2,6 +2,7 @@
 
 import zipfile
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -64,10 +65,17 @@ def hugging_face(photos, out):
     return f"hf={out}"
 
 
+def remote(photos, out):
+    for path in shards(photos, out).iterdir():
+        fsspec.filesystem("memory").pipe_file(f"/same/{path.name}", path.read_bytes())
+    return "memory://same/*.tar"
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("make", [shards, zipped, parquet, hugging_face])
-def test_every_source_trains_the_same_weights(make, workers, weights, photos, tmp_path):
+@pytest.mark.parametrize("make", [shards, zipped, parquet, hugging_face, remote])
+def test_every_source_trains_the_same_weights(make, workers, weights, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMALTI_CACHE", str(tmp_path / "cache"))
     assert trained(make(photos, tmp_path / "source"), tmp_path / "run", workers) == weights
 
 

@@ -95,7 +95,7 @@ def command(
 
 def _is_data(word: str) -> bool:
     """Whether a word is ``PATH`` or ``NAME=PATH``, not a setting."""
-    if "=" not in word or Path(word).exists():
+    if "=" not in word or "://" in word.partition("=")[0] or Path(word).exists():
         return True
     from smalti.data.images.folders import READERS
     from smalti.data.signals.signal_set import READER

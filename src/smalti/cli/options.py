@@ -30,7 +30,7 @@ EncoderSpec = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", metavar="DIR", help="Images: a folder, a list of files, or `NAME=PATH` to choose a reader."),
+    typer.Option("--data", metavar="DIR", help="Images: folder, tar, zip, Parquet, list; `NAME=PATH` forces a reader."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="PATH", help="Where to write the result.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]

@@ -16,6 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from smalti.config import ImageSize, Workers, read_yaml, settings, to_tree
+from smalti.data.archives.members import num_bytes
 from smalti.data.images.folders import open_images
 from smalti.data.images.image_set import ImageSet
 from smalti.data.images.labelled import eval_batches
@@ -245,7 +246,7 @@ def _key(spec: str, images: ImageSet, config: RankConfig, names: Sequence[str], 
     checkpoint = latest_checkpoint(run) if (run / CONFIG_FILE).is_file() else None
     weights = weights_digest(spec) if checkpoint is None else file_digest(checkpoint / WEIGHTS_FILE)
     own = {name: value for name, value in to_tree(config).items() if name not in _COSTLESS}
-    sizes = [sample.path.stat().st_size if sample.path.exists() else -1 for sample in images.samples]
+    sizes = [num_bytes(sample.path) for sample in images.samples]
     parts = [spec, weights, images.fingerprint(), sizes, own, list(names), both_flips, version("smalti")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -66,7 +66,8 @@ class DataConfig(PixelConfig):
     None: 0..255 for 8-bit files, 0..65535 for unsigned 16-bit, 0..1 for floats."""
 
     path: PathText | None = None
-    """Folder of images, list file, class folders or images with masks; ``NAME=PATH`` selects a reader."""
+    """Images: a folder, tar, zip or Parquet files, a data set of Hugging Face, a list or a table; ``NAME=PATH`` selects
+    a reader."""
     class_depth: Annotated[int, Field(ge=1)] | Literal["deepest"] | None = None
     """For ``supervised``, with nested class folders: how many levels form the class name (1: the outermost only), or
     ``deepest``: the folder that holds the image. None: class folders are not nested."""

@@ -2,6 +2,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smalti.data.images.folders import LeftOut, open_images
+from smalti.data.images.image_set import PlainSamples
 from smalti.data.images.labelled import open_labelled
+from smalti.data.images.pixels import PixelConfig
 from smalti.errors import ConfigError, DataError
 
 
@@ -376,3 +379,20 @@ def test_real_folders_are_recognised(shared):
         "masks: 440 images (train 300, val 60, test 80), 2 classes"
     )
     assert open_images(shared / "bccd-coco").describe() == "coco: 364 images (train 205, val 87, test 72)"
+
+
+def test_samples_in_arrays_are_those_of_objects(write, tmp_path):
+    for name in ("train/a/0.png", "train/b/ä.png", "val/a/1.png", "val/b/2.png", "train/a/3.png"):
+        write(name)
+    images = open_images(tmp_path)
+    objects = replace(images, samples=tuple(images.samples))
+    assert isinstance(images.samples, PlainSamples) and images == objects and hash(images.samples)
+    for one, other in ((images, objects), (images.subset("train"), objects.subset("train"))):
+        assert one.names == other.names and one.paths == other.paths and one.groups == other.groups == ()
+        assert one.labels.tolist() == other.labels.tolist() and one.splits == other.splits
+        assert one.fingerprint() == other.fingerprint() and one.account() == other.account()
+        sources = one.source(3), other.source(3)
+        assert [sources[0].path(i) for i in range(len(one))] == [sources[1].path(i) for i in range(len(one))]
+    pixels = PixelConfig(scale=(0, 9))
+    assert images.with_pixels(pixels) == objects.with_pixels(pixels) != images
+    assert images.samples[1:4] == objects.samples[1:4] and images.samples[-1] == objects.samples[-1]

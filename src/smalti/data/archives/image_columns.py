@@ -69,7 +69,7 @@ class ImageColumns(Archive):
         self.names = Names(self.row_names).take(self._row)
 
     def num_bytes(self, place: int) -> int:
-        return len(self.read(place))
+        return -1  # not known without reading it
 
     def read(self, place: int) -> bytes:
         row = int(self._row[place])
@@ -79,9 +79,11 @@ class ImageColumns(Archive):
             if _stamp(part.path) != self._stamps[number]:  # a mapped file that was cut would end the process
                 raise RunError(f"{as_text(part.path)}: has changed since it was opened; start or resume again")
             value = self._value(number, part, inside).as_py()
-        except (OSError, pa.ArrowException) as error:
-            reason = shorten(str(error))
-            raise RunError(f"{as_text(part.path)}: can't be read any more ({reason}); start or resume again") from None
+        except pa.ArrowException as error:
+            raise DataError(f"{self.root / self.names[place]}: damaged ({shorten(str(error))})") from None
+        except OSError as error:
+            why = shorten(str(error))
+            raise RunError(f"{as_text(part.path)}: can't be read any more ({why}); start or resume again") from None
         if isinstance(value, dict):
             value = value["bytes"]
         if value is None:
@@ -94,7 +96,9 @@ class ImageColumns(Archive):
         if part.path.suffix == ".arrow":
             if number not in self._mapped:
                 self._mapped[number] = _map(part.path).column(part.column)
-            return self._mapped[number][row]
+            one = self._mapped[number].slice(row, 1)
+            one.validate(full=True)  # mapped files were not checked: an offset may lead out of the file
+            return one[0]
         if os.getpid() != self._process:  # forked, perhaps while a thread held the lock
             self._process, self._lock, self._groups = os.getpid(), threading.Lock(), OrderedDict()
         with self._lock:
@@ -247,6 +251,8 @@ def _facts(part: _Part) -> Iterator[dict[str, str]]:
             inside = {name: table.column(column) for name, column in wanted.items()}
             if paths is not None:
                 inside["path"] = table.column("path") if not struct else _field(table.column(part.column), "path")
+            for column in inside.values():
+                column.validate(full=True)
         else:
             names = [*wanted.values(), *([paths] if paths else [])]
             with pq.ParquetFile(part.path) as file:

@@ -39,7 +39,7 @@ class Archive(abc.ABC):
 
     @abc.abstractmethod
     def num_bytes(self, place: int) -> int:
-        """Length of a member as it is stored."""
+        """Length of a member as it is stored; -1 if it isn't known."""
 
 
 _opened: dict[str, Archive] = {}
@@ -114,7 +114,7 @@ def is_file(path: Path) -> bool:
 
 
 def num_bytes(path: Path) -> int:
-    """Length of a file or a member of an archive; -1 if there is none."""
+    """Length of a file or a member of an archive; -1 if there is none, or it isn't known."""
     if (found := _member(path)) is not None:
         return found[0].num_bytes(found[1])
     return path.stat().st_size if path.exists() else -1
@@ -123,6 +123,8 @@ def num_bytes(path: Path) -> int:
 def files_in(root: Path, ending: str) -> list[Path]:
     """The files that lie in a folder, or outermost in an archive, and end so, in any case; sorted."""
     if (archive := archive_at(root)) is not None:
+        if ending.encode() not in archive.names.text.lower():
+            return []
         return [root / name for name in archive.names if "/" not in name and name.lower().endswith(ending)]
     with os.scandir(root) as listing:
         return sorted(root / entry.name for entry in listing if entry.name.lower().endswith(ending) and entry.is_file())

@@ -56,6 +56,11 @@ class Entries:
     def __len__(self) -> int:
         return len(self.names)
 
+    def fits(self, num_bytes: int) -> bool:
+        """Whether all members lie within a file of this length, as those of an undamaged index do."""
+        ends = self.offset + self.size
+        return bool((self.offset >= 0).all() and (self.size >= 0).all() and (ends <= num_bytes).all())
+
 
 _Row = tuple[str, int, int, int, int]
 
@@ -180,7 +185,7 @@ def index_files(paths: Sequence[Path]) -> list[Entries]:
         stamps = {path: _stamp(path) for path in inside}
         fresh: dict[str, tuple[list[Any], Entries]] = {}
         for path in inside:
-            if path.name in known and known[path.name][0] == stamps[path]:
+            if path.name in known and known[path.name][0] == stamps[path] and known[path.name][1].fits(stamps[path][0]):
                 result[path] = known[path.name][1]
                 continue
             with reading(path, "an archive"), path.open("rb") as file:

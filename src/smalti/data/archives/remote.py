@@ -7,6 +7,7 @@ stays, and the rest is fetched again in each epoch: epochs read all images once,
 import contextlib
 import glob
 import hashlib
+import io
 import mmap
 import os
 import re
@@ -72,12 +73,15 @@ class Remote:
         if not self.files:
             raise DataError(f"{as_text(url)}: names no tar or zip file; only these are read from other machines")
         self.sizes = [int(info.get("size") or 0) for info in infos]
-        self.stamps = [[size, _version(info)] for size, info in zip(self.sizes, infos, strict=True)]
+        self.stamps: list[list[Any]] = [[size, _version(info)] for size, info in zip(self.sizes, infos, strict=True)]
 
     @property
     def paths(self) -> list[Path]:
         """The files as paths, for names and errors."""
-        return [Path(f"{self.kind}:/{one.lstrip('/')}") if "://" not in one else Path(one) for one in self.files]
+        return [Path(self._named(file)) for file in self.files]
+
+    def _named(self, file: str) -> str:
+        return file if "://" in file else f"{self.kind}://{file.lstrip('/')}"
 
     def read(self, number: int, start: int, size: int) -> bytes:
         """A range of a file.
@@ -115,17 +119,22 @@ class Remote:
         beside: dict[str, dict[str, tuple[list[Any], Entries]]] = {}
         found: dict[str, tuple[list[Any], Entries]] = {}
         for file, stamp in zip(self.files, self.stamps, strict=True):
-            if file in known and known[file][0] == stamp:
+            if file in known and known[file][0] == stamp and known[file][1].fits(stamp[0]):
                 found[file] = known[file]
                 continue
             folder, _, name = file.rpartition("/")
             if folder not in beside:
                 beside[folder] = self._index_beside(folder)
-            if name in beside[folder] and beside[folder][name][0][0] == stamp[0]:
+            if (
+                name in beside[folder]
+                and beside[folder][name][0][0] == stamp[0]
+                and beside[folder][name][1].fits(stamp[0])
+            ):
                 found[file] = (stamp, beside[folder][name][1])
                 continue
             with reading(file, "an archive"), self._fs.open(file, "rb") as stream:
-                found[file] = (stamp, INDEXERS[Path(file).suffix.lower()](f"{self.kind}://{file}", stream))
+                buffered = io.BufferedReader(stream)
+                found[file] = (stamp, INDEXERS[Path(file).suffix.lower()](self._named(file), buffered))
         if any(known.get(file) is not one for file, one in found.items()):
             with contextlib.suppress(ConfigError):
                 write_atomically(kept, pack(found))

@@ -142,6 +142,7 @@ def _archive_at(path: Path, layout: str | None) -> Archive | None:
         shards = None if layout is None and has_images(path) else shards_in(path)
         if shards is None:
             if layout is None:
+                _name_archives(path)
                 return None
             raise DataError(f"{as_text(path)}: holds no tar file; layout 'shards' needs some")
         path = shards
@@ -151,6 +152,21 @@ def _archive_at(path: Path, layout: str | None) -> Archive | None:
     elif layout == SHARDS:
         raise DataError(f"{as_text(path)}: names no tar or zip file; layout 'shards' needs one")
     return archive
+
+
+def _name_archives(folder: Path) -> None:
+    """Refuse a folder without images that holds archives, with the name of one.
+
+    Raises:
+        DataError: for the first.
+    """
+    if not has_images(folder):
+        endings = (*PACKED, PARQUET)
+        if names := sorted(name for name in os.listdir(folder) if name.lower().endswith(endings)):  # noqa: PTH208
+            raise DataError(
+                f"{as_text(folder)}: no images found, but {as_text(names[0])}; give the path of the file, or a pattern "
+                f"such as '{as_text(folder)}/*{Path(names[0]).suffix}'"
+            )
 
 
 def _read_archive(archive: Archive, layout: str | None, class_depth: ClassDepth | None) -> ImageSet:

@@ -24,6 +24,7 @@ _NOT_DATA = {
 """Folders that operating systems and storage devices add; in lower case."""
 _PREVIEWS = {"thumb", "thumbs", "thumbnail", "thumbnails"}
 """Folders of smaller copies, where the images lie beside them; in lower case."""
+_DOTTED = tuple(f".{ending}" for ending in ENDINGS)
 _LISTS = {f"{split}.txt" for split in SPLITS}
 
 
@@ -179,8 +180,8 @@ def has_images(root: Path) -> bool:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
-                    elif entry.name.rpartition(".")[2].lower() in ENDINGS or entry.is_symlink():
-                        return True
+                    elif entry.name.rpartition(".")[2].lower() in ENDINGS or (entry.is_symlink() and entry.is_dir()):
+                        return True  # what a link leads to is not searched here
         except OSError:
             return True  # reported when it is read
     return False
@@ -193,7 +194,7 @@ def _nothing(root: Path, searched: str) -> DataError:
 def _find_members(archive: Archive) -> Found:
     """The same for an archive, whose hidden members are left out already."""
     names = list(archive.names)
-    images = [name for name in names if name.rpartition(".")[2].lower() in ENDINGS]
+    images = [name for name in names if name.endswith(_DOTTED) or name.lower().endswith(_DOTTED)]
     if not images:
         raise _nothing(archive.root, "its members end in none of")
     found = FoundNames(images)

@@ -50,8 +50,8 @@ _MASK_ENDING = re.compile(
     r"(.+?)[_-](masks?|labels?|seg|segmentation|gt|ground_?truth|labelids|annotation)([_-]?\d+)?", re.IGNORECASE
 )
 """What the stem of a mask may have behind that of its image."""
-_MASK_HINT = re.compile(r"[_-](?:mask|label|seg|g[tr]|annotation)[^/]*$", re.IGNORECASE)
-"""What the name of a mask has at least."""
+_MASK_STARTS = ("mask", "label", "seg", "gt", "ground", "annotation")
+"""How what :data:`_MASK_ENDING` matches begins."""
 _IMAGE_ENDING = re.compile(r"(.+?)[_-](image|img|sat|rgb|leftimg8bit)", re.IGNORECASE)
 _IMAGE_WORDS = {"image", "images", "img", "imgs", "input", "inputs"}
 _MASK_WORDS = {
@@ -172,8 +172,10 @@ def read_masks(root: Path, found: Found | None = None) -> ImageSet:
 
 def masks_beside(names: Sequence[PurePosixPath]) -> dict[PurePosixPath, list[PurePosixPath]]:
     """``{image: its masks}`` where ``x_mask.png`` lies beside ``x.png`` or ``x_sat.png``; empty if none is so."""
-    if isinstance(names, FoundNames) and not any(map(_MASK_HINT.search, names.texts)):
-        return {}
+    if isinstance(names, FoundNames):  # a million names are looked through in a moment
+        text = "\n".join(names.texts).lower()
+        if not any(f"{sign}{word}" in text for sign in "_-" for word in _MASK_STARTS):
+            return {}
     stems = {name.with_suffix(""): name for name in names}
     images = {
         stem.with_name(match[1]): name for stem, name in stems.items() if (match := _IMAGE_ENDING.fullmatch(stem.name))
