@@ -194,7 +194,7 @@ def export(encoder: Spec, out: str | Path, to: str = "timm", **settings: Any) ->
         return export_timm(model, Path(out), provenance).path
     if to == "hf":
         return export_hf(model, Path(out), provenance).path
-    return export_onnx(model.cpu(), Path(out), history=provenance, **settings).path
+    return export_onnx(model.cpu(), Path(out), provenance=provenance, **settings).path
 
 
 def embed(encoder: Spec, data: str | Path, out: str | Path, *, level: str = "image", **settings: Any) -> Embedded:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_methods import NAMES, build, step
+from test_methods import NAMES, OF_RECORDED_TORCH, build, step
 
 from smalti.data.views import collate
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
@@ -39,6 +39,7 @@ def curve(name: str) -> list[float]:
     return losses
 
 
+@OF_RECORDED_TORCH
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_curve_is_where_it_was(name: str) -> None:
     path = FOLDER / f"{name}.json"

@@ -21,6 +21,16 @@ from smalti.runs.recipes import recipe_files
 from smalti.training.health import Health
 from smalti.training.optim import OptimConfig, apply_schedules, build_optimizer
 
+
+def _draws_as_recorded() -> bool:
+    """Whether torch's truncated normal gives the numbers with which the curves in ``tests/golden`` were written."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return abs(torch.nn.init.trunc_normal_(torch.empty(1), std=0.02).item() - 0.0308) < 1e-3
+
+
+OF_RECORDED_TORCH = pytest.mark.skipif(not _draws_as_recorded(), reason="older torch draws other initial weights")
+"""For golden loss curves: torch 2.10 has another truncated normal."""
 MAR_SMALL: dict[str, object] = {
     "num_classes": 4,
     "embed_dim": 24,

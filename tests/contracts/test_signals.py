@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_methods import NAMES, ONE_BY_ONE, SMALL, part_of, step
+from test_methods import NAMES, OF_RECORDED_TORCH, ONE_BY_ONE, SMALL, part_of, step
 from torch.testing import assert_close
 
 from smalti.data.views import Views, collate
@@ -105,6 +105,7 @@ def test_settings_of_images_are_refused(name: str) -> None:
         build(name, crop_scale=(0.5, 1.0))
 
 
+@OF_RECORDED_TORCH
 def test_the_loss_curves_are_where_they_were() -> None:
     """Six steps each; ``SMALTI_WRITE_GOLDEN=1`` writes them."""
     found = {}

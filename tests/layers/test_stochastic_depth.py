@@ -168,9 +168,9 @@ def test_rates_grow_and_replace_those_of_timm() -> None:
 def test_only_training_draws() -> None:
     blocks = nn.Sequential(Block(12, 3), Block(12, 3))
     set_rates(blocks, 0.5)
-    x, device = torch.randn(4, 3, 12), torch.device("cpu")
-    assert draw_kept(blocks[0], 4, device) is None  # the first has a rate of 0
-    assert draw_kept(blocks[1], 4, device) is not None
+    x = torch.randn(4, 3, 12)
+    assert draw_kept(blocks[0], x) is None  # the first has a rate of 0
+    assert draw_kept(blocks[1], x) is not None
     blocks.eval()
-    assert draw_kept(blocks[1], 4, device) is None
+    assert draw_kept(blocks[1], x) is None
     assert torch.equal(blocks[1].drop_path1(x), x)

@@ -1,6 +1,7 @@
 """``smalti export``: write an encoder as a timm model, as a model of transformers, or as ONNX."""
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import PositiveInt
@@ -9,6 +10,10 @@ from smalti.cli.options import Debug, EncoderSpec, Out, Partial, needed, take
 from smalti.cli.setting_docs import Setting, describe
 from smalti.config import ImageSize, PathText, settings
 from smalti.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smalti.exporters.card import Provenance
+    from smalti.models.encoder import Encoder
 
 NAME = "export"
 Input = Literal["normalized", "unit"]
@@ -53,6 +58,13 @@ def command(
         ),
     ] = None,
     out: Out = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="OWNER/NAME", help="Also upload the folder to the Hugging Face hub."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --push: only list what would be uploaded; needs no network.")
+    ] = False,
     partial: Partial = False,
     debug: Debug = False,
 ) -> None:
@@ -67,6 +79,9 @@ def command(
 
     With `ranker=RUN keep=K`, `ranked.onnx` takes images alone, ranks their patches and encodes the first K.
 
+    `--push OWNER/NAME` uploads the folder after it was checked; a new repository is private. `--push OWNER/NAME
+    --dry-run` lists files, sizes and the front matter of the model card instead.
+
     Settings: `to` `weights` `pool` `load.*`, and of ONNX `input` `image_size` `keep` `ranker`. `smalti settings export`
     explains them.
     """
@@ -79,13 +94,16 @@ def command(
             raise ConfigError("image_size, keep and ranker only apply to to=onnx; leave them out")
 
     from smalti.cli.options import load_encoder
-    from smalti.exporters.card import input_words
-    from smalti.exporters.hf import check_transformers, export_hf
-    from smalti.exporters.onnx import KEEP, RANKED, WHOLE, check_onnx, export_onnx
-    from smalti.exporters.timm import check_target, export_timm
-    from smalti.runs.build import load_ranker
+    from smalti.exporters.hf import check_transformers
+    from smalti.exporters.hub import check_repository
+    from smalti.exporters.onnx import check_onnx
+    from smalti.exporters.timm import check_target
     from smalti.runs.provenance import history
 
+    if dry_run and push is None:
+        raise ConfigError("--dry-run lists what --push OWNER/NAME would upload; give both")
+    if push is not None:
+        check_repository(push)
     if given.to == "onnx":
         check_onnx()
         check_target(out)
@@ -93,7 +111,19 @@ def command(
         check_transformers()
         check_target(out)
     model = load_encoder(encoder, weights=given.weights, pool=given.pool, partial=partial, load=given.load, debug=debug)
-    provenance = history(model, encoder)
+    _write(model, out, given, history(model, encoder, push))
+    if push is not None:
+        _push(out, push, dry_run)
+
+
+def _write(model: "Encoder", out: Path, given: ExportConfig, provenance: "Provenance") -> None:
+    """Write the folder and print how to use it."""
+    from smalti.exporters.card import input_words
+    from smalti.exporters.hf import export_hf
+    from smalti.exporters.onnx import KEEP, RANKED, WHOLE, export_onnx
+    from smalti.exporters.timm import export_timm
+    from smalti.runs.build import load_ranker
+
     if given.to == "onnx":
         ranker = None if given.ranker is None else load_ranker(given.ranker)
         made = export_onnx(
@@ -103,7 +133,7 @@ def command(
             keep=given.keep,
             input=given.input,
             ranker=ranker,
-            history=provenance,
+            provenance=provenance,
         )
         print(
             f"written: {made.path}  (largest difference in ONNX Runtime: {made.difference:.1e} of the largest number)"
@@ -118,9 +148,26 @@ def command(
         saved = export_hf(model, out, provenance)
         print(f"written: {saved.path}  (largest difference after reloading by transformers: {saved.difference:.1e})")
         print(f'use it:  transformers.AutoModel.from_pretrained("{saved.path}")  # {saved.kind}')
-        print(f"images:  {input_words(model, 'normalized')}")
-        return
-    written = export_timm(model, out, provenance)
-    print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
-    print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')
+    else:
+        written = export_timm(model, out, provenance)
+        print(f"written: {written.path}  (largest difference after reloading through timm: {written.difference:.1e})")
+        print(f'use it:  timm.create_model("local-dir:{written.path}", pretrained=True)')
     print(f"images:  {input_words(model, 'normalized')}")
+
+
+def _push(folder: Path, repository: str, dry_run: bool) -> None:
+    """Upload a folder, or list what would be uploaded."""
+    from smalti.exporters.hub import plan_upload, push
+
+    if not dry_run:
+        print(f"pushed:  {push(folder, repository)}")
+        return
+    plan = plan_upload(folder, repository)
+    print(f"would upload to {repository}, in a new private repository if there is none:")
+    for name, size in plan.files:
+        print(f"  {name}  {size:,} bytes")
+    print("model card:")
+    if "license" not in plan.front_matter:
+        print("  license: not stated; the hub will show none")
+    for key, value in plan.front_matter.items():
+        print(f"  {key}: {', '.join(value) if isinstance(value, list) else value}")

@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smalti.errors import ConfigError, MissingExtraError, WeightsError
-from smalti.exporters.card import CARD, model_card
+from smalti.exporters.card import CARD, Provenance, model_card
 from smalti.exporters.timm import check_target
 from smalti.files import folder_beside, write_atomically
 from smalti.models.build import clone_encoder
@@ -52,7 +51,7 @@ class HFExport(NamedTuple):
     """Largest absolute difference over all tokens of one random image."""
 
 
-def export_hf(encoder: Encoder, out: Path, history: Sequence[str] = ()) -> HFExport:
+def export_hf(encoder: Encoder, out: Path, provenance: Provenance = Provenance()) -> HFExport:
     """Write an encoder as a model of transformers: weights, ``config.json``, ``preprocessor_config.json``, a card.
 
     The folder is written under a temporary name, opened by ``AutoModel``, compared with the encoder on a random image,
@@ -61,7 +60,7 @@ def export_hf(encoder: Encoder, out: Path, history: Sequence[str] = ()) -> HFExp
     Args:
         encoder: on any device; the comparison runs on the CPU in float32.
         out: a folder that does not exist yet, or is empty.
-        history: of the weights, for the model card.
+        provenance: of the weights, for the model card.
 
     Raises:
         MissingExtraError: without transformers.
@@ -79,9 +78,11 @@ def export_hf(encoder: Encoder, out: Path, history: Sequence[str] = ()) -> HFExp
                 write_atomically(temporary / name, json.dumps(content, indent=2) + "\n")
             usage = f"""from transformers import AutoImageProcessor, AutoModel
 
-model = AutoModel.from_pretrained("{out}")
+model = AutoModel.from_pretrained("{provenance.repository or out}")
 tokens = model(pixel_values=images).last_hidden_state  # class token, registers, patches"""
-            write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage, history))
+            write_atomically(
+                temporary / CARD, model_card(encoder, "hf", "normalized", encoder.img_size, usage, provenance)
+            )
             difference = _compare(ours, temporary)
             if not difference <= TOLERANCE[kind]:  # also NaN
                 raise WeightsError(

@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.errors import ConfigError, MissingExtraError, WeightsError
-from smalti.exporters.card import CARD, Input, input_metadata, model_card
+from smalti.exporters.card import CARD, Input, Provenance, input_metadata, model_card
 from smalti.exporters.ranked import best_patches, check_keep, check_ranker
 from smalti.exporters.timm import check_target
 from smalti.files import folder_beside, write_atomically
@@ -113,7 +113,7 @@ def export_onnx(
     keep: int | None = None,
     input: Input = "normalized",
     ranker: DistilledRanker | None = None,
-    history: Sequence[str] = (),
+    provenance: Provenance = Provenance(),
 ) -> OnnxExport:
     """Write a folder with ``encoder.onnx``, ``keep.onnx``, ``config.json`` and a model card.
 
@@ -131,7 +131,7 @@ def export_onnx(
         keep: fixed L; None: dynamic.
         input: ``normalized`` images, or pixels in 0..1 (``unit``), which the model normalises itself.
         ranker: chooses the patches of ``ranked.onnx``; needs ``keep``.
-        history: of the weights, for the model card.
+        provenance: of the weights, for the model card.
 
     Raises:
         MissingExtraError: without onnx, onnxscript or onnxruntime.
@@ -183,7 +183,7 @@ def export_onnx(
 
 session = onnxruntime.InferenceSession("{WHOLE}")
 {", ".join(outputs)} = session.run(None, {{"images": images}})"""
-            write_atomically(temporary / CARD, model_card(encoder, input, (height, width), usage, history))
+            write_atomically(temporary / CARD, model_card(encoder, "onnx", input, (height, width), usage, provenance))
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ConfigError(f"{encoder.name} with pool={encoder.pool} can't be written as ONNX ({reason})") from error

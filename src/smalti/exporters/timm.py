@@ -1,7 +1,6 @@
 """Export an encoder to a folder that timm loads; the tokens are checked to be equal."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from smalti.config import to_tree
 from smalti.errors import ConfigError, WeightsError
-from smalti.exporters.card import CARD, model_card
+from smalti.exporters.card import CARD, Provenance, model_card
 from smalti.files import first_entry, folder_beside, write_atomically
 from smalti.layers.pooling import PRRConfig
 from smalti.models.build import clone_encoder
@@ -35,7 +34,7 @@ class TimmExport(NamedTuple):
     """Largest absolute difference over all tokens of one random image and its vector, at most :data:`TOLERANCE`."""
 
 
-def export_timm(encoder: Encoder, out: Path, history: Sequence[str] = ()) -> TimmExport:
+def export_timm(encoder: Encoder, out: Path, provenance: Provenance = Provenance()) -> TimmExport:
     """Write an encoder as ``model.safetensors`` and ``config.json``, which timm loads without Smalti, and a model card.
 
     The folder is written under a temporary name, loaded through timm, compared with the encoder on a random image, and
@@ -46,7 +45,7 @@ def export_timm(encoder: Encoder, out: Path, history: Sequence[str] = ()) -> Tim
     Args:
         encoder: on any device; the comparison runs on the CPU in float32.
         out: a folder that does not exist yet, or is empty.
-        history: of the weights, for the model card.
+        provenance: of the weights, for the model card.
 
     Raises:
         ConfigError: if ``out`` is a file, isn't empty or can't be written; or if timm's models don't have the encoder's
@@ -59,11 +58,14 @@ def export_timm(encoder: Encoder, out: Path, history: Sequence[str] = ()) -> Tim
             state = {key: value.contiguous() for key, value in timm_model(encoder).state_dict().items()}
             save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
             write_atomically(temporary / "config.json", json.dumps(timm_config(encoder), indent=2) + "\n")
+            place = f"hf-hub:{provenance.repository}" if provenance.repository else f"local-dir:{out}"
             usage = f"""import timm
 
-model = timm.create_model("local-dir:{out}", pretrained=True).eval()
+model = timm.create_model("{place}", pretrained=True).eval()
 features = model.forward_features(images)"""
-            write_atomically(temporary / CARD, model_card(encoder, "normalized", encoder.img_size, usage, history))
+            write_atomically(
+                temporary / CARD, model_card(encoder, "timm", "normalized", encoder.img_size, usage, provenance)
+            )
             difference = compare(encoder, temporary)
             if not difference <= TOLERANCE:  # also NaN
                 raise WeightsError(

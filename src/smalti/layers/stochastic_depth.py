@@ -147,18 +147,17 @@ def set_rates(blocks: nn.Module, rate: float) -> None:
         )
 
 
-def draw_kept(block: nn.Module, batch: int, device: torch.device) -> tuple[Kept, Kept] | None:
+def draw_kept(block: nn.Module, x: Float[Tensor, "B T D"]) -> tuple[Kept, Kept] | None:
     """The samples to compute in each of the two branches of a block; None: all, without stochastic depth.
 
     Args:
         block: after :func:`set_rates`.
-        batch: B.
-        device: of the indices.
+        x: its input.
     """
     first, second = getattr(block, "drop_path1", None), getattr(block, "drop_path2", None)
     if not (isinstance(first, StochasticDepth) and isinstance(second, StochasticDepth) and block.training):
         return None
-    return first.draw(batch, device), second.draw(batch, device)
+    return first.draw(len(x), x.device), second.draw(len(x), x.device)  # len() would fix B in an exported graph
 
 
 def run_kept(

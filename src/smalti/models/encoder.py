@@ -616,7 +616,7 @@ class Encoder(nn.Module):
                 f"{self.name} was built with gaug=true, which needs the places of the patches; the method that runs it "
                 "passes none (places=Places(grid)); set gaug=false"
             )
-        kept = draw_kept(block, len(sequence), sequence.device)  # outside of what is recomputed
+        kept = draw_kept(block, sequence)  # outside of what is recomputed
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._run_plainly, block, sequence, places, is_key, rope, kept, use_reentrant=False)
         return self._run_plainly(block, sequence, places, is_key, rope, kept)

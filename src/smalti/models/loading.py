@@ -3,12 +3,9 @@
 ``RUN`` is the newest checkpoint of a run, ``RUN/best`` the best one according to evaluation during training.
 """
 
-import contextlib
 import hashlib
-import socket
 import sys
-import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from smalti.layers.token_pruning import PredictionModule, TokenPruning
 from smalti.models.adaptation import merge_lora
 from smalti.models.build import build_encoder, encoder_from_config
 from smalti.models.encoder import ClassHead, Encoder, Origin
+from smalti.models.hub import hub_cache_only_when_unreachable
 from smalti.models.huggingface import read_folder
 from smalti.models.layouts import ForeignViT, Tensors, describe, fold_layer_scale, likely_names, to_timm_names
 from smalti.models.pooling import MODULES
@@ -328,7 +326,7 @@ def _from_hub(name: str, config: LoadConfig) -> tuple[ForeignViT, str]:
     if config.weights is not None:
         raise ConfigError(f"weights={config.weights}: timm:{name} has one network; leave it out")
     try:
-        with _hub_cache_only_when_unreachable():
+        with hub_cache_only_when_unreachable():
             source = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # hub clients raise many kinds; the line below says what to do about all of them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -347,7 +345,7 @@ def _hf_folder(name: str) -> Path:
             raise WeightsError(f"hf:{name}: no such folder; hf:OWNER/NAME names a model of the hub")
         return folder
     try:
-        with _hub_cache_only_when_unreachable():
+        with hub_cache_only_when_unreachable():
             kinds = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=kinds))
     except Exception as error:  # hub clients raise many kinds
@@ -355,21 +353,6 @@ def _hf_folder(name: str) -> Path:
         raise WeightsError(
             f"hf:{name}: could not be fetched ({reason[:200]}); give a local folder as hf:FOLDER"
         ) from error
-
-
-@contextlib.contextmanager
-def _hub_cache_only_when_unreachable() -> Iterator[None]:
-    """Use only the hub's cache if its host name can't be resolved: its client would retry for a minute."""
-    host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _exported(path: Path, network: str | None) -> tuple[dict[str, Any], ForeignViT]:

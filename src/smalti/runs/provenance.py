@@ -1,29 +1,51 @@
 """Where an encoder comes from, for the model card of an export: method, data, start weights and their licence, gain."""
 
 from pathlib import Path
+from typing import Any
 
 import smalti
 from smalti.config import read_yaml
 from smalti.errors import SmaltiError
+from smalti.exporters.card import Provenance
 from smalti.methods.base import get_method
 from smalti.models.encoder import Encoder
-from smalti.models.licences import licence_of
+from smalti.models.licences import hub_name, licence_of
 from smalti.runs.config import resolve
 from smalti.runs.folder import CONFIG_FILE, read_run_file
 from smalti.runs.posttrain import read_verdict
 
 
-def history(encoder: Encoder, spec: str) -> list[str]:
-    """What is known of an encoder's training, one line of Markdown each.
+def history(encoder: Encoder, spec: str, repository: str | None = None) -> Provenance:
+    """What is known of an encoder's training.
 
     Args:
         encoder: loaded from ``spec``.
         spec: its name, as in :func:`smalti.load`.
+        repository: ``OWNER/NAME`` on the hub to which an export is uploaded.
     """
-    lines = [] if encoder.origin is None else _of_run(encoder.origin.checkpoint.parent.parent)
+    exported = f"**Exported by**: Smalti {smalti.__version__}"
+    start, method = spec, None
     if encoder.origin is None:
         lines = [f"**Weights**: `{_short(spec)}`", f"**Licence**: {_licence(spec)}"]
-    return [*lines, f"**Exported by**: Smalti {smalti.__version__}"]
+    else:
+        run = encoder.origin.checkpoint.parent.parent
+        lines = _of_run(run)
+        start, method = _start(str(run)), str(_settings(run).get("method", {}).get("name", "")) or None
+    return Provenance((*lines, exported), licence_of(start), hub_name(start), method, repository)
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """The settings of a run; empty if there are none."""
+    return read_yaml(run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else {}
+
+
+def _start(spec: str) -> str:
+    """The first weights of a chain of runs, each of which starts from the one before; empty: random ones."""
+    seen: set[str] = set()
+    while spec and spec not in seen and (settings := _settings(Path(spec).expanduser())):
+        seen.add(spec)
+        spec = str(settings.get("init") or "")
+    return spec
 
 
 def _of_run(run: Path) -> list[str]:
@@ -52,11 +74,10 @@ def _of_run(run: Path) -> list[str]:
 
 def _licence(spec: str) -> str:
     """The licence of published weights, in words; of a run, that of the weights it started from."""
-    start = Path(spec).expanduser()
-    if (start / CONFIG_FILE).is_file():
-        init = read_yaml(start / CONFIG_FILE).get("init")
-        return _licence(str(init)) if init else "that of your data and run"
-    licence = licence_of(spec)
+    first = _start(spec)
+    if not first:
+        return "that of your data and run"
+    licence, spec = licence_of(first), first
     if licence is None:
         return "not stated; check where the weights come from"
     return f"{licence}, as timm states it for its own weights of this name" if spec.startswith("timm:") else licence
