@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from smalti.errors import ConfigError
+from smalti.layers.stochastic_depth import StochasticDepth
 from smalti.methods.base import Method
 
 K = TypeVar("K")
@@ -47,23 +48,23 @@ def shard(method: Method, device: torch.device) -> None:
         device: of this process.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in _whole_blocks(method):
-        fully_shard(block, mesh=mesh)
+    for unit in _units(method):
+        fully_shard(unit, mesh=mesh)
     fully_shard(method, mesh=mesh)
 
 
-def _whole_blocks(method: Method) -> list[nn.Module]:
-    """Blocks that are only run as a whole; the parts of others are called from outside, too, and would not be there."""
+def _units(method: Method) -> Iterator[nn.Module]:
+    """What is gathered at a time: blocks that are only run as a whole, and the two branches of those with stochastic
+    depth, which is run branch by branch. The parts of other blocks are called from outside and would not be there."""
     if method.runs_parts_of_blocks:
-        return []
+        return
     apart = {
         block for encoder in method.networks().values() if encoder.gaug is not None for block in encoder.vit.blocks
     }
-    return [
-        module
-        for module in method.modules()
-        if isinstance(module, (Block, EvaBlock, EvaBlockPostNorm)) and module not in apart
-    ]
+    for module in [*method.modules()]:
+        if isinstance(module, (Block, EvaBlock, EvaBlockPostNorm)) and module not in apart:
+            is_whole = not isinstance(module.drop_path1, StochasticDepth)
+            yield from (module,) if is_whole else (module.attn, module.mlp)
 
 
 def is_sharded(method: nn.Module) -> bool:
