@@ -43,16 +43,12 @@ class Names(Sequence[str]):
         return os.fsdecode(self.text[self.ends[place - 1] if place else 0 : self.ends[place]])
 
     def __iter__(self) -> Iterator[str]:
-        start = 0
+        ends = self.ends.tolist()
+        pairs = zip([0, *ends[:-1]], ends, strict=True) if ends else ()
         if self.text.isascii():
             text = self.text.decode()
-            for end in self.ends.tolist():
-                yield text[start:end]
-                start = end
-        else:
-            for end in self.ends.tolist():
-                yield os.fsdecode(self.text[start:end])
-                start = end
+            return iter([text[start:end] for start, end in pairs])  # twice as fast as a generator
+        return iter([os.fsdecode(self.text[start:end]) for start, end in pairs])
 
     def take(self, places: np.ndarray) -> "Names":
         """Some of the names, in a given order."""
