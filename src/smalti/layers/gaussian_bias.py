@@ -29,10 +29,13 @@ class Places(NamedTuple):
     """``(h, w)`` of the whole image."""
     ids_keep: Tensor | None = None
     """``(B, L)`` raster indices of the patches; None: all, in raster order."""
+    boxes: Tensor | None = None
+    """``(B, 4)`` x0 y0 x1 y1 of each image within a larger one, as fractions of it, from which rotary positions are
+    read; None: each is an image of its own."""
 
     def of(self, samples: Tensor | slice) -> "Places":
         """The places of some of the sequences, by their indices or a slice."""
-        return self if self.ids_keep is None else Places(self.grid, self.ids_keep[samples])
+        return Places(self.grid, *(None if part is None else part[samples] for part in (self.ids_keep, self.boxes)))
 
 
 class GaussianBias(nn.Module):

@@ -33,6 +33,7 @@ from smalti.methods.ibot import RATIO_STREAM
 from smalti.methods.masked_tokens import IMAGE, MaskedNetwork, crop_keys
 from smalti.methods.self_distillation import NUM_GLOBAL, entropy_columns
 from smalti.models.encoder import Encoder
+from smalti.models.rotary import reads_boxes
 
 CONTENT, POSITION = "content", "position"
 SCALE_STREAM, SHIFT_STREAM, CROSS_STREAM = 2, 3, 4
@@ -46,7 +47,8 @@ class IntertwinedConfig(DINOv2Config):
 
     name: str = "intertwined"
     field: bool = True
-    """Crops read their positions from a field over the image; otherwise every crop has the same position table."""
+    """Crops read their positions from a field over the image; otherwise every crop has the same position table. Rotary
+    positions (DINOv3's) are a field of their own: with ``position_loss=false``, crops read their coordinates."""
     position_loss: bool = True
     """Mask positions in the crops whose content isn't masked, and predict the teacher's tokens there; otherwise these
     crops are not masked."""
@@ -107,6 +109,10 @@ class IntertwinedNetwork(MaskedNetwork):
         """
         encoder = self.encoder
         tokens, grid = encoder.embed_patches(encoder.normalize(images))
+        if encoder.is_rotary:  # the blocks read the boxes, and positions aren't masked
+            if CONTENT in masks:
+                tokens = torch.where(masks[CONTENT][..., None], self.mask_token.to(tokens.dtype), tokens)
+            return encoder.assemble(tokens, None)
         positions = encoder.positions(grid, boxes)
         assert positions is not None, "refused when the method was built"
         places, prefix = positions
@@ -233,6 +239,8 @@ class Intertwined(DINOv2):
         """DINOv2's initialisation; then the field replaces the position table."""
         super()._draw_weights()
         encoder, config = self.student.encoder, self.config
+        if encoder.is_rotary:
+            return
         if not config.field:
             encoder.tabulate_field()
             return
@@ -266,11 +274,8 @@ class Intertwined(DINOv2):
 def _check(config: IntertwinedConfig, encoder: Encoder) -> None:
     """Refuse settings that cannot be used."""
     if encoder.is_rotary:
-        raise ConfigError(
-            f"{encoder.name} has rotary positions, and this method masks and replaces a table of positions; use "
-            "another encoder, such as vit_small_patch16_224"
-        )
-    if encoder.vit.pos_embed is None and encoder.position_field is None:
+        _check_rotary(config, encoder)
+    elif encoder.vit.pos_embed is None and encoder.position_field is None:
         raise ConfigError(f"{encoder.name} has no positional embeddings, which this method needs; use another encoder")
     if config.gram_weight:
         raise ConfigError(
@@ -283,3 +288,17 @@ def _check(config: IntertwinedConfig, encoder: Encoder) -> None:
     low, high = config.scale_range
     if not 0 < low <= high <= 1:
         raise ConfigError(f"method.scale_range=({low:g}, {high:g}): 0 < smallest <= largest <= 1 is needed")
+
+
+def _check_rotary(config: IntertwinedConfig, encoder: Encoder) -> None:
+    """Refuse rotary positions that can't be read at the places of crops, and masked ones."""
+    if not reads_boxes(encoder.vit) or encoder.vit.pos_embed is not None:
+        raise ConfigError(
+            f"{encoder.name} has rotary positions that can't be read at the place of a crop, as DINOv3's can; use "
+            "another encoder, such as vit_small_patch16_dinov3 or vit_small_patch16_224"
+        )
+    if config.position_loss:
+        raise ConfigError(
+            f"method.position_loss: {encoder.name} has rotary positions, and masked positions need a table or a field; "
+            "set method.position_loss=false"
+        )

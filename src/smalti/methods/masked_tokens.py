@@ -73,7 +73,8 @@ class MaskedNetwork(nn.Module):
         chosen: Chosen,
     ) -> Float[Tensor, "S D"]:
         """Output of the chosen tokens, for crops of one size."""
-        places = Places(self.encoder.check_size(*images.shape[-2:]))
+        grid = self.encoder.check_size(*images.shape[-2:])
+        places = Places(grid, boxes=boxes if self.encoder.is_rotary else None)
         return self.encoder.forward_chosen(self.embed(images, masks, boxes), chosen, places)
 
     def project(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
