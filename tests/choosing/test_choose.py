@@ -60,6 +60,7 @@ def test_readings_are_blocks():
     assert layers_of("1/2", 1) == (1,) and layers_of("last4", 2) == (1, 2)
     found = list(candidates_of("flat", small(1), ("last", "3/4", "1/2", "last4"), ()))
     assert [(one.layers, one.image_size) for one in found] == [((1,), 32), ((1,), 64)]
+    assert len(list(candidates_of("flat", small(1), ("last",), (), own_size_only=True))) == 1
     assert found[0].name == "flat, last layer (1), 32 px"
     assert Candidate("x", (3,), 4, 32).reading == "layer 3 of 4"
     assert short_name("timm:vit@/a/b/c.safetensors") == "timm:vit@c.safetensors" and short_name("a/runs/b") == "runs/b"
@@ -198,6 +199,8 @@ def test_what_is_refused(greys, tmp_path):
         run(out=tmp_path / "else")
     with pytest.raises(ConfigError, match=r"adapt=lora:0: full, norms, last:N or lora:R is needed"):
         run(adapt=("neco:lora:0",))
+    with pytest.raises(ConfigError, match=r"image_sizes=\[32, 64\]: dense-structure depends on the image size itself"):
+        run(image_sizes=(32, 64), protocols=("dense-structure",))
     with pytest.raises(ConfigError, match="recipe"):
         parse_way("mea")
     assert not (tmp_path / "new").exists()

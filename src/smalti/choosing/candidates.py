@@ -80,9 +80,9 @@ def sizes_of(encoder: Encoder, wanted: Sequence[int]) -> tuple[int, ...]:
 
 
 def candidates_of(
-    spec: str, encoder: Encoder, readings: Sequence[Reading], sizes: Sequence[int]
+    spec: str, encoder: Encoder, readings: Sequence[Reading], sizes: Sequence[int], own_size_only: bool = False
 ) -> Iterator[Candidate]:
     """All candidates of an encoder; readings that name the same blocks are one."""
-    for size in sizes_of(encoder, sizes):
+    for size in sizes_of(encoder, sizes)[: 1 if own_size_only else None]:
         for layers in dict.fromkeys(layers_of(reading, encoder.depth) for reading in readings):
             yield Candidate(spec, layers, encoder.depth, size)

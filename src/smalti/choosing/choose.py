@@ -52,7 +52,7 @@ class ChooseConfig:
     layers: tuple[Reading, ...] = READINGS
     """Which blocks are read: ``last``, ``3/4`` and ``1/2`` of the depth, ``last4`` (the last four, concatenated)."""
     image_sizes: tuple[ImageSize, ...] = ()
-    """Sides of the images in pixels; empty: each encoder's own, and twice that up to 448."""
+    """Sides of the images in pixels; empty: each encoder's own, and with labels also twice that up to 448."""
     adapt: tuple[str, ...] = ("neco", "neco:lora:16", "diet")
     """How the best encoder is adapted: ``METHOD`` or ``METHOD:ADAPT``, with the recipe METHOD_small224; empty: not."""
     protocols: tuple[str, ...] = ()
@@ -150,8 +150,16 @@ def choose(
     protocols, number = _protocols(scored_on, config, evaluation)
     evaluation = dataclasses.replace(evaluation, protocols=protocols, baseline=False)
     what = Search(scored_on, open_sets(scored_on, evaluation), evaluation, protocols, load, progress)
+    needs_labels = find_protocol(protocols[0]).need != "images"
+    if not needs_labels and len(config.image_sizes) > 1:
+        raise ConfigError(
+            f"image_sizes={list(config.image_sizes)}: {protocols[0]} depends on the image size itself, so it can't "
+            "compare sizes; name one size, or give labelled images"
+        )
     candidates = [
-        one for spec in encoders for one in candidates_of(spec, load(spec), config.layers, config.image_sizes)
+        one
+        for spec in encoders
+        for one in candidates_of(spec, load(spec), config.layers, config.image_sizes, own_size_only=not needs_labels)
     ]
     rounds, unscored = search(candidates, what, 60 * minutes * (FROZEN_SHARE if ways else 1.0), number)
     scored = [score.candidate for score in rounds[0].scores]
