@@ -34,7 +34,7 @@ class Passes:
         self.left = limit_mib * 2**20
         """Bytes left."""
         self.found: dict[Any, tuple[list[_Batch], dict[str, str]]] = {}
-        """What was asked -> its batches, and the images that could not be read."""
+        """Images, size, crop and norm -> its batches, and the images that could not be read."""
 
 
 class SharedFeatures(Features):

@@ -8,7 +8,7 @@ import timm
 PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")
 """Licences that ask for no more than attribution."""
 HUB_NAMES = (*PERMISSIVE, "bsd-2-clause", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "apple-amlr")
-"""Licences that the Hugging Face hub knows by name; all others are ``other`` there, with a ``license_name``."""
+"""Licences with a name on the Hugging Face hub; all others are ``other`` there, with a ``license_name``."""
 _DINOV3 = "dinov3-license"
 
 

@@ -155,7 +155,7 @@ def end_with_launcher() -> None:
 
 
 def lost_process(error: BaseException) -> str:
-    """What a failed exchange between processes says, if another one ended or can't be reached; empty for any other
+    """The message of a failed exchange between processes, if another one ended or can't be reached; empty for any other
     error."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, torch.distributed.DistError):

@@ -42,7 +42,7 @@ class _Part:
 
 
 class ImageColumns(Archive):
-    """Rows of Parquet or Arrow files; members are called as the column ``path`` says, else by their number."""
+    """Rows of Parquet or Arrow files; members are named by the column ``path``, else by their number."""
 
     def __init__(self, root: Path, parts: Sequence[_Part], container: str) -> None:
         """

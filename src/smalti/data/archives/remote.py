@@ -291,7 +291,7 @@ def _connect(url: str) -> tuple[Any, str]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes with a file's content, where the server says so."""
+    """What changes with a file's content, if the server sends such a value."""
     for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "last_modified", "updated", "created"):
         if info.get(name):
             return str(info[name])
