@@ -3,8 +3,8 @@
     python evidence/cells.py pack runs/cifar/compare evidence/cells/part-cifar.tar.xz
     python evidence/cells.py unpack evidence/cells/part-cifar.tar.xz runs/cifar/compare
 
-The archive holds results, details and costs of each cell, without checkpoints (about 20 KB a cell). ``smalti compare``
-with the same plan finds these cells finished and trains only what is missing. A cell that was stopped before its
+The archive holds results, details and costs of each cell, without checkpoints (about 20 KB a cell), and the measured
+numbers of steps. ``smalti compare`` with the same plan finds these cells finished and trains only what is missing. A cell that was stopped before its
 evaluation is left out.
 """
 
@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 
 from smalti.comparison.cell import RESULTS_FILE, RUN
-from smalti.comparison.plan import CELLS
+from smalti.comparison.plan import CELLS, STEPS
 from smalti.comparison.run import PLAN_FILE
 from smalti.files import is_free
 
@@ -29,6 +29,8 @@ def pack(comparison: Path, archive: Path) -> int:
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:xz") as file:
         file.add(comparison / PLAN_FILE, PLAN_FILE)
+        for path in sorted((comparison / STEPS).glob("*.json")):
+            file.add(path, path.relative_to(comparison).as_posix())
         for cell in cells:
             for path in sorted(cell.rglob("*")):
                 if path.is_file() and path.relative_to(cell).parts[0] != RUN:
