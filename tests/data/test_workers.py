@@ -4,7 +4,9 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +101,26 @@ def test_signals_to_the_whole_group_leave_workers_at_work_until_their_main_proce
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     del items
     assert time.monotonic() - began < 20
+
+
+class Unblocked(Dataset[int]):
+    """How many threads of the worker take SIGTERM."""
+
+    def __getitem__(self, place):
+        masks = [
+            status.read_text().split("SigBlk:\t")[1].split()[0] for status in Path("/proc/self/task").glob("*/status")
+        ]
+        return sum(not int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_only_the_thread_that_waits_for_the_signal_takes_it(monkeypatch):
+    def start_a_thread(_):  # as torch's pool does, before our code runs in the worker
+        threading.Thread(target=time.sleep, args=(10,), daemon=True).start()
+
+    monkeypatch.setattr(torch, "set_num_threads", start_a_thread)
+    assert max(load_items(Unblocked(), range(3), 1)) <= 1
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def fail():

@@ -102,7 +102,10 @@ def test_many_batches_make_few_row_groups(encoder, images, tmp_path, monkeypatch
     monkeypatch.setattr(embeddings, "_ROW_GROUP_BYTES", 1)
     embed(encoder, images, tmp_path / "more.parquet", batch_size=2)
     assert pq.ParquetFile(tmp_path / "more.parquet").num_row_groups == 4
-    assert pq.read_table(tmp_path / "more.parquet").equals(pq.read_table(tmp_path / "one.parquet"))
+    more, one = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("more", "one"))
+    assert more["path"].equals(one["path"])
+    vectors = [np.stack(table["embedding"].to_numpy()) for table in (more, one)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)  # the size of a batch moves rounding, with two threads
 
 
 def test_the_mean_patch_can_stand_for_an_image(encoder, images, tmp_path):

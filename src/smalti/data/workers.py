@@ -123,7 +123,9 @@ def load_items(
     made: Iterator[T | SmaltiError] | None = None
     while True:
         try:
-            made = iter(loader) if made is None else made
+            if made is None:
+                with _term_blocked():
+                    made = iter(loader)
             item = next(made)
         except StopIteration:
             return
@@ -163,6 +165,20 @@ def _lost_worker(error: Exception) -> str | None:
 def _unchanged(item: Any) -> Any:
     """A collate function, for data that come as batches; a name, so that workers can be given it."""
     return item
+
+
+@contextlib.contextmanager
+def _term_blocked() -> Iterator[None]:
+    """Block SIGTERM in this thread, so that it is blocked in all threads of worker processes that are started here:
+    torch starts a pool of threads in each, before :func:`_start_worker`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(worker: int) -> None:
