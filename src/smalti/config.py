@@ -81,7 +81,7 @@ _MOST_VALUES = 100_000  # in a YAML file, aliases expanded
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that rejects unknown keys and non-finite numbers, and
     keeps field docs. Its constructor raises :class:`ConfigError` with one line."""
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False, defer_build=True)
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
     made: Any = pydantic_dataclass(config=config, frozen=True, kw_only=True)(cls)
     construct = made.__init__
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import overload
+from typing import SupportsIndex, overload
 
 import numpy as np
 
@@ -109,13 +109,14 @@ class PlainSamples(Sequence[ImageSample]):
         return len(self.names)
 
     @overload
-    def __getitem__(self, place: int) -> ImageSample: ...
+    def __getitem__(self, place: SupportsIndex) -> ImageSample: ...
     @overload
     def __getitem__(self, place: slice) -> "PlainSamples": ...
-    def __getitem__(self, place: int | slice) -> "ImageSample | PlainSamples":
+    def __getitem__(self, place: SupportsIndex | slice) -> "ImageSample | PlainSamples":
         if isinstance(place, slice):
             return self.take(np.arange(len(self))[place])
-        return self._made(place, self.names[place])
+        number = operator.index(place)
+        return self._made(number, self.names[number])
 
     def __iter__(self) -> Iterator[ImageSample]:
         return (self._made(place, name) for place, name in enumerate(self.names))
