@@ -3,9 +3,9 @@
     python evidence/cells.py pack runs/cifar/compare evidence/cells/part-cifar.tar.xz
     python evidence/cells.py unpack evidence/cells/part-cifar.tar.xz runs/cifar/compare
 
-The archive holds results, details and costs of each cell, without checkpoints (about 20 KB a cell), and the measured
-numbers of steps. ``smalti compare`` with the same plan finds these cells finished and trains only what is missing. A cell that was stopped before its
-evaluation is left out.
+The archive holds results, details and costs of each cell, without checkpoints (20 to 500 KB a cell), and the measured
+numbers of steps. ``smalti compare`` with the same plan finds these cells finished and trains only what is missing. A
+cell that was stopped before its evaluation is left out.
 """
 
 import argparse
