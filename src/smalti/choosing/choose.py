@@ -22,7 +22,7 @@ from smalti.errors import ConfigError, SmaltiError
 from smalti.evaluation.config import EvalConfig
 from smalti.evaluation.context import Progress
 from smalti.evaluation.evaluate import open_sets
-from smalti.evaluation.paired import Row, row_tree
+from smalti.evaluation.paired import NO_DIFFERENCE, Row, row_tree, table_cells
 from smalti.evaluation.protocol import find_protocol
 from smalti.files import check_folder, is_free, write_atomically
 from smalti.models.encoder import Encoder
@@ -261,8 +261,7 @@ def spearman_interval(
 
 
 def _score_text(row: Row) -> str:
-    span = f" [{row.score.low:.3f}, {row.score.high:.3f}]" if np.isfinite(row.score.low) else ""
-    return f"{row.score.mean:.3f}{span}"
+    return table_cells([row])[0][1]
 
 
 def _use(choice: Choice) -> str:
@@ -377,11 +376,9 @@ def candidate_columns(choice: Choice) -> tuple[str, ...]:
 
 def candidate_cells(choice: Choice, row: Row) -> tuple[str, ...]:
     """A candidate of the last round as text."""
-    cost, gap = choice.costs[row.arm], row.difference
-    difference = ""
-    if gap is not None:
-        span = f" [{gap.low:+.3f}, {gap.high:+.3f}]" if np.isfinite(gap.low) else ""
-        difference = f"{gap.mean:+.3f}{span}" + ("" if is_below(gap) else ": no difference found")
+    cost, (_, _, _, difference, _) = choice.costs[row.arm], table_cells([row])[0]
+    if difference and not is_below(row.difference):
+        difference += f": {NO_DIFFERENCE}"
     return (
         row.arm,
         _score_text(row),

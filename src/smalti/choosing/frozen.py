@@ -225,4 +225,4 @@ def survivors(done: Round) -> tuple[list[str], dict[str, str]]:
 
 def is_below(gap: Interval | None) -> bool:
     """Whether an interval excludes zero, so that the candidate is distinguishable from the best."""
-    return gap is not None and gap.over != "nothing" and not gap.holds_zero
+    return gap is not None and not gap.holds_zero
